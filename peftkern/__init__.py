@@ -1,0 +1,9 @@
+"""peftkern: fused LoRA and 4-bit (NF4) kernels for memory-efficient fine-tuning with PyTorch."""
+
+from . import backends, functional
+from .backends import explain, use_backend
+from .nf4 import NF4Weight
+from .patching import PatchReport, patch, unpatch
+
+__version__ = "0.1.0"
+__all__ = ["NF4Weight", "PatchReport", "__version__", "backends", "explain", "functional", "patch", "unpatch", "use_backend"]

@@ -1,0 +1,236 @@
+"""The 4-bit weight formats (NF4 and FP4, plain and nested absmax) as a frozen dataclass over tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCKSIZES", "CODES", "NF4Weight", "code_tensor", "dynamic_map"]
+
+# Source of the values: QLoRA (Dettmers et al., 2023), appendix E, as bitsandbytes stores them.
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_POSITIVE = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
+FP4_CODE = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
+CODES: Mapping[str, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TENSORS = ("packed", "code", "absmax", "absmax_8bit", "absmax_code", "nested_absmax", "absmax_offset")
+
+
+def code_tensor(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """The 16 code values of a quant type, fp32 [16]."""
+    if quant_type not in CODES:
+        raise ValueError(f"quant_type: got {quant_type!r}, expected one of {sorted(CODES)}")
+    return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
+
+
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The signed dynamic 8-bit map of the nested absmax, fp32 [256], sorted (Dettmers, 8-bit optimizers, 2021)."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2
+        scaled = (10.0 ** (exponent - 6)) * means
+        values += scaled.tolist() + (-scaled).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A frozen [N, K] weight in a 4-bit format; holds the tensors it is given, never copies.
+
+    packed        uint8, (N*K+1)//2 bytes in any shape; row-major, the first element in the HIGH nibble
+    code          fp32 [16]
+    absmax        fp32 [ceil(N*K/blocksize)], or None where the absmax is nested
+    absmax_8bit   uint8 [ceil(N*K/blocksize)] with absmax_code fp32 [256], nested_absmax fp32 [ceil(blocks/nested_blocksize)]
+                  and absmax_offset fp32 []; or all None
+    shape, dtype  of the dense weight
+    """
+
+    packed: Tensor
+    code: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocksize: int
+    quant_type: str
+    absmax: Tensor | None = None
+    absmax_8bit: Tensor | None = None
+    absmax_code: Tensor | None = None
+    nested_absmax: Tensor | None = None
+    absmax_offset: Tensor | None = None
+    nested_blocksize: int = 256
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def nested(self) -> bool:
+        """Whether the absmax itself is quantized ("double quantization")."""
+        return self.absmax_8bit is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(t.numel() * t.element_size() for name in _TENSORS if (t := getattr(self, name)) is not None)
+
+    def to(self, device: torch.device | str) -> NF4Weight:
+        """The same weight on a device."""
+        return replace(self, **{n: t.to(device) for n in _TENSORS if (t := getattr(self, n)) is not None})
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, `dtype` (default: the one it was quantized from), in `shape`."""
+        from .functional import dequantize_4bit
+
+        return dequantize_4bit(self, dtype=dtype)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True) -> NF4Weight:
+        """Quantize a dense fp32, bf16 or fp16 weight of any shape; `functional.quantize_4bit` under another name."""
+        from .functional import quantize_4bit
+
+        return quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, nested=nested)
+
+    @classmethod
+    def from_bnb(cls, weight: Any) -> NF4Weight:
+        """View a live `bitsandbytes.nn.Params4bit` or `Linear4bit` without copying a byte.
+
+        Raises ValueError where the weight is not quantized yet, has lost its quant_state, or was repacked by bitsandbytes' CPU
+        inference path (whose bytes are in another layout).
+        """
+        module_state = getattr(weight, "quant_state", None) if isinstance(weight, torch.nn.Module) else None
+        param = weight.weight if isinstance(weight, torch.nn.Module) else weight
+        state = getattr(param, "quant_state", None) or module_state
+        if state is None:
+            raise ValueError("weight: has no quant_state. Quantize it first: move the bitsandbytes Linear4bit to a device (.to('cpu') or .cuda())")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError("weight: bitsandbytes repacked it for CPU inference; call the layer in train mode or reload it before using peftkern")
+        nested = state.nested
+        return cls(
+            packed=param.data.view(torch.uint8),
+            code=state.code,
+            shape=tuple(state.shape),
+            dtype=state.dtype,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            absmax=None if nested else state.absmax,
+            absmax_8bit=state.absmax if nested else None,
+            absmax_code=state.state2.code if nested else None,
+            nested_absmax=state.state2.absmax if nested else None,
+            absmax_offset=state.offset if nested else None,
+            nested_blocksize=state.state2.blocksize if nested else 256,
+        )
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "weight") -> NF4Weight:
+        """Build from the keys bitsandbytes serializes (`<prefix>`, `<prefix>.absmax`, `<prefix>.quant_state.bitsandbytes__nf4`, ...)."""
+        heads = [k for k in state_dict if k.startswith(f"{prefix}.quant_state.bitsandbytes__")]
+        if prefix not in state_dict or len(heads) != 1:
+            raise ValueError(f"state_dict: expected {prefix!r} and exactly one '{prefix}.quant_state.bitsandbytes__<type>', found {heads or 'none'}")
+        meta = _read_meta(state_dict[heads[0]], heads[0])
+
+        def get(name: str) -> Tensor:
+            key = f"{prefix}.{name}"
+            if key not in state_dict:
+                raise ValueError(f"state_dict: key {key!r} is missing; the checkpoint is incomplete, save it again from the quantized model")
+            return state_dict[key]
+
+        packed = state_dict[prefix]
+        nested = f"{prefix}.nested_absmax" in state_dict
+        offset = torch.tensor(float(meta["nested_offset"]), device=packed.device) if nested else None
+        return cls(
+            packed=packed.view(torch.uint8),
+            code=get("quant_map"),
+            shape=tuple(meta["shape"]),
+            dtype=_DTYPES[meta["dtype"]],
+            blocksize=int(meta["blocksize"]),
+            quant_type=meta["quant_type"],
+            absmax=None if nested else get("absmax"),
+            absmax_8bit=get("absmax") if nested else None,
+            absmax_code=get("nested_quant_map") if nested else None,
+            nested_absmax=get("nested_absmax") if nested else None,
+            absmax_offset=offset,
+            nested_blocksize=int(meta["nested_blocksize"]) if nested else 256,
+        )
+
+    def to_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """The keys `bitsandbytes` writes and reads; the inverse of `from_state_dict`."""
+        names = {v: k for k, v in _DTYPES.items()}
+        meta: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": names[self.dtype],
+            "shape": list(self.shape),
+        }
+        out = {prefix: self.packed, f"{prefix}.quant_map": self.code}
+        if self.nested:
+            meta |= {"nested_blocksize": self.nested_blocksize, "nested_dtype": "float32", "nested_offset": self.absmax_offset.item()}
+            out |= {
+                f"{prefix}.absmax": self.absmax_8bit,
+                f"{prefix}.nested_absmax": self.nested_absmax,
+                f"{prefix}.nested_quant_map": self.absmax_code,
+            }
+        else:
+            out[f"{prefix}.absmax"] = self.absmax
+        blob = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8, device=self.device)
+        return out | {f"{prefix}.quant_state.bitsandbytes__{self.quant_type}": blob}
+
+
+def _read_meta(blob: Tensor, key: str) -> dict[str, Any]:
+    try:
+        meta = json.loads(bytes(blob.cpu().tolist()).decode())
+        missing = {"quant_type", "blocksize", "dtype", "shape"} - meta.keys()
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"state_dict: {key!r} is corrupt ({error}); save the checkpoint again from the quantized model") from None
+    if missing or meta["dtype"] not in _DTYPES:
+        raise ValueError(f"state_dict: {key!r} lacks {sorted(missing)} or has an unknown dtype {meta.get('dtype')!r}, expected {sorted(_DTYPES)}")
+    return meta
+
+
+def _check(w: NF4Weight) -> None:
+    """Shapes, dtypes and devices; the values are the caller's."""
+    if w.quant_type not in CODES:
+        raise ValueError(f"quant_type: got {w.quant_type!r}, expected one of {sorted(CODES)}")
+    if w.blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize: got {w.blocksize}, expected one of {BLOCKSIZES}")
+    if w.nested_blocksize < 1 or w.nested_blocksize & (w.nested_blocksize - 1):
+        raise ValueError(f"nested_blocksize: got {w.nested_blocksize}, expected a power of two")
+    numel = 1
+    for size in w.shape:
+        numel *= size
+    blocks = -(-numel // w.blocksize)
+    expected = {"packed": (torch.uint8, (numel + 1) // 2), "code": (torch.float32, 16)}
+    if w.nested:
+        expected["absmax_8bit"] = (torch.uint8, blocks)
+        expected["absmax_code"] = (torch.float32, 256)
+        expected["nested_absmax"] = (torch.float32, -(-blocks // w.nested_blocksize))
+        expected["absmax_offset"] = (torch.float32, 1)
+        if w.absmax is not None:
+            raise ValueError("absmax: give either absmax (plain) or absmax_8bit (nested), not both")
+    else:
+        expected["absmax"] = (torch.float32, blocks)
+    for name, (dtype, count) in expected.items():
+        tensor = getattr(w, name)
+        if tensor is None:
+            raise ValueError(f"{name}: is missing; a {'nested' if w.nested else 'plain'} weight needs {sorted(expected)}")
+        if tensor.dtype != dtype or tensor.numel() != count:
+            raise ValueError(f"{name}: got {tensor.dtype} with {tensor.numel()} elements, expected {dtype} with {count} for shape {w.shape}")
+        if tensor.device != w.packed.device:
+            raise ValueError(f"{name}: is on {tensor.device}, packed is on {w.packed.device}; move the weight with .to(device)")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous")
+
+
+assert {f.name for f in fields(NF4Weight)} >= set(_TENSORS)

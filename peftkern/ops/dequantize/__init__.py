@@ -1,0 +1,37 @@
+"""Dequantization of a 4-bit weight, nested absmax included, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import select
+from ...nf4 import NF4Weight
+from .. import LIBRARY
+from . import cpu, reference
+
+__all__ = ["dequantize_4bit"]
+
+_BACKENDS = {"cpu": cpu, "reference": reference}
+
+LIBRARY.define(
+    "dequantize_4bit(Tensor packed, Tensor code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
+    "Tensor? absmax_offset, SymInt[] shape, int blocksize, int nested_blocksize, ScalarType dtype) -> Tensor"
+)
+
+
+@torch.library.impl(LIBRARY, "dequantize_4bit", "CompositeExplicitAutograd")
+def _impl(packed: Tensor, *args: object) -> Tensor:
+    return _BACKENDS[select(packed)].dequantize_4bit(packed, *args)
+
+
+@torch.library.register_fake("peftkern::dequantize_4bit", lib=LIBRARY)
+def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, shape, blocksize, nested_blocksize, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """NF4Weight -> dense tensor of `dtype` in `weight.shape`."""
+    w = weight
+    absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
+    return torch.ops.peftkern.dequantize_4bit(w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, dtype)

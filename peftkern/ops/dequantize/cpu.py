@@ -1,0 +1,1 @@
+from .reference import dequantize_4bit  # noqa: F401

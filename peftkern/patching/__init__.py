@@ -1,0 +1,3 @@
+class PatchReport: ...
+def patch(model): raise NotImplementedError
+def unpatch(model): raise NotImplementedError
