@@ -1,0 +1,40 @@
+"""The command `peftkern`, also `python -m peftkern`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def _env(args: argparse.Namespace) -> int:
+    from peftkern import environment
+
+    return environment.main(args)
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    from peftkern.finetune import cli
+
+    return cli.main(args)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run one sub-command; returns the exit status."""
+    from peftkern.finetune.cli import add_arguments
+
+    parser = argparse.ArgumentParser(prog="peftkern", description="Fused LoRA and 4-bit kernels for PyTorch.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    finetune = commands.add_parser("finetune", help="fine-tune a language model with LoRA on a 4-bit base")
+    add_arguments(finetune)
+    finetune.set_defaults(run=_finetune)
+    env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
+    env.set_defaults(run=_env)
+    args = parser.parse_args(arguments)
+    return args.run(args) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

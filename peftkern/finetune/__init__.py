@@ -1,0 +1,7 @@
+"""The recipe: QLoRA fine-tuning of a language model over TRL's SFTTrainer, resumable, in one call or command."""
+
+from .config import FinetuneConfig
+from .errors import InputError
+from .recipe import FinetuneResult, finetune
+
+__all__ = ["FinetuneConfig", "FinetuneResult", "InputError", "finetune"]

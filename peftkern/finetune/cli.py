@@ -1,0 +1,119 @@
+"""The sub-command `finetune`: options in, summary out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from typing import Any
+
+from .config import FinetuneConfig
+from .errors import InputError
+from .recipe import FinetuneResult, finetune
+
+__all__ = ["add_arguments", "main"]
+
+_GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
+    "what": {
+        "model": (str, "hub id, folder, .gguf file, or `sample`"),
+        "data": (str, "jsonl (text, prompt/completion or messages), plain text, a datasets folder, or `sample`"),
+        "eval_data": (str, "held-out text, one or more of the same kinds, or `python-reference`; default: a part of --data"),
+        "output": (str, "folder for adapter, metrics, loss curve and checkpoints"),
+    },
+    "adapter": {
+        "r": (int, "LoRA rank"),
+        "alpha": (float, "LoRA alpha; default: 2 r"),
+        "dropout": (float, "LoRA dropout"),
+        "targets": (str, "names of the layers to adapt, or all-linear"),
+        "rslora": (bool, "scale by alpha / sqrt(r)"),
+    },
+    "base": {
+        "quantization": (str, "nf4, fp4 or none"),
+        "double_quant": (bool, "quantize the block maxima as well"),
+        "dtype": (str, "auto, bf16, fp16 or fp32; auto is bf16 where the hardware has it"),
+        "patch": (bool, "use peftkern's kernels; --no-patch runs plain PEFT and bitsandbytes"),
+    },
+    "training": {
+        "seq_length": (int, "tokens of a sequence; default 1024 (sample: 256)"),
+        "packing": (bool, "fill sequences from several rows; default: for text rows only"),
+        "batch_size": (int, "sequences at a time; default 1 (sample: 2)"),
+        "grad_accumulation": (int, "batches of a step; default 8 (sample: 1)"),
+        "steps": (int, "optimizer steps (sample: 60)"),
+        "epochs": (float, "passes over the data instead of --steps; default 1"),
+        "lr": (float, "peak learning rate; default 2e-4 (sample: 1e-3)"),
+        "warmup": (float, "part of the steps over which the learning rate rises"),
+        "schedule": (str, "cosine, linear or constant_with_warmup"),
+        "weight_decay": (float, "AdamW's weight decay"),
+        "max_grad_norm": (float, "gradients are clipped to this norm"),
+        "gradient_checkpointing": (bool, "recompute activations: less memory, slower"),
+        "seed": (int, "seed of everything random"),
+    },
+    "evaluation": {
+        "eval_fraction": (float, "part of --data to hold out without --eval-data"),
+        "eval_tokens": (int, "most tokens to evaluate on; default 32768 (sample: 8192)"),
+        "prompt": (str, "text to continue before and after; default: how a held-out row begins"),
+        "sample_tokens": (int, "tokens of that continuation"),
+    },
+    "run": {
+        "save_steps": (int, "steps between checkpoints; default 25 (sample: 10)"),
+        "keep_checkpoints": (int, "checkpoints to keep"),
+        "resume": (bool, "go on from the last checkpoint in --output"),
+        "overwrite": (bool, "start again in a folder that holds a run"),
+        "compare": (bool, "run the same steps on plain PEFT and bitsandbytes too, and print both"),
+    },
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of FinetuneConfig."""
+    defaults = {field.name: field.default for field in dataclasses.fields(FinetuneConfig)}
+    for title, options in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, text) in options.items():
+            default = defaults[name]
+            shown = text if default in (None, ()) or isinstance(default, bool) else f"{text} (default: {_shown(default)})"
+            options_of: dict[str, Any] = {"help": shown.replace("%", "%%"), "default": default}
+            if kind is bool:
+                options_of["action"] = argparse.BooleanOptionalAction
+            else:
+                options_of["type"] = kind
+                if isinstance(default, tuple):
+                    options_of["nargs"] = "+"
+            group.add_argument("--" + name.replace("_", "-"), **options_of)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; errors the user can mend are one message, all others a traceback."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        config = FinetuneConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        result = finetune(config)
+        print(summary(result))
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
+        print(f"peftkern finetune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def summary(result: FinetuneResult) -> str:
+    """The closing lines of a run."""
+    lines = ["", f"Prompt:  {result.sample_prompt!r}", f"  before: {result.sample_before!r}", f"  after:  {result.sample_after!r}", ""]
+    for name, before in result.perplexity_before.items():
+        lines.append(f"Perplexity ({name}):  {before:.2f} -> {result.perplexity_after[name]:.2f}")
+    lines += [
+        f"Trained:  {result.steps} steps, {result.tokens} tokens in {result.train_seconds:.0f} s, last loss {result.final_loss:.4f}",
+        f"Speed:  {result.tokens_per_second:.0f} tokens/s",
+        f"Peak memory:  {result.peak_memory / 2**30:.2f} GiB",
+        f"Adapter:  {result.output} (load with peft.PeftModel.from_pretrained)",
+        f"Loss curve:  {result.output}/loss.png    Metrics:  {result.output}/metrics.jsonl",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    return " ".join(default) if isinstance(default, tuple) else str(default)

@@ -1,0 +1,148 @@
+"""Everything a fine-tuning run depends on, in one frozen record."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError
+
+__all__ = ["SAMPLE", "FinetuneConfig"]
+
+SAMPLE = "sample"
+
+# What the sample model needs on 2 CPU cores to finish within five minutes, and what suits a model of some billions.
+_SAMPLE_DEFAULTS = {
+    "seq_length": 256,
+    "batch_size": 2,
+    "grad_accumulation": 1,
+    "lr": 1e-3,
+    "steps": 60,
+    "eval_tokens": 8192,
+    "save_steps": 10,
+}
+_GENERAL_DEFAULTS = {
+    "seq_length": 1024,
+    "batch_size": 1,
+    "grad_accumulation": 8,
+    "lr": 2e-4,
+    "eval_tokens": 32768,
+    "save_steps": 25,
+}
+
+# How a run is started, not what it computes: these may differ between a run and its resumption.
+_NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
+
+_QUANTIZATIONS = ("nf4", "fp4", "none")
+_SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+_DTYPES = ("auto", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Options of `finetune`; None means "choose for me" and is filled by `resolved()`."""
+
+    model: str = SAMPLE
+    data: str = SAMPLE
+    eval_data: tuple[str, ...] = ()
+    output: str = "out"
+    r: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+    quantization: str = "nf4"
+    double_quant: bool = True
+    dtype: str = "auto"
+    seq_length: int | None = None
+    packing: bool | None = None
+    batch_size: int | None = None
+    grad_accumulation: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    lr: float | None = None
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_fraction: float = 0.05
+    eval_tokens: int | None = None
+    prompt: str | None = None
+    sample_tokens: int = 32
+    save_steps: int | None = None
+    keep_checkpoints: int = 2
+    patch: bool = True
+    resume: bool = False
+    overwrite: bool = False
+    compare: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("r", "seq_length", "batch_size", "grad_accumulation", "steps", "eval_tokens", "save_steps", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{_flag(name)} must be a whole number of at least 1, got {value!r}")
+        for name in ("alpha", "epochs", "lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{_flag(name)} must be greater than 0, got {value!r}")
+        for name in ("dropout", "warmup", "eval_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{_flag(name)} must be at least 0 and less than 1, got {getattr(self, name)!r}")
+        for name, allowed in (("quantization", _QUANTIZATIONS), ("schedule", _SCHEDULES), ("dtype", _DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{_flag(name)} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.steps is not None and self.epochs is not None:
+            raise InputError("give --steps or --epochs, not both")
+        if self.resume and self.overwrite:
+            raise InputError("give --resume (go on) or --overwrite (start again), not both")
+        if self.compare and not self.patch:
+            raise InputError("--compare sets peftkern against the unpatched libraries: drop --no-patch")
+        if self.seq_length is not None and self.seq_length < 2:
+            raise InputError(f"--seq-length must be at least 2 (a token and the next), got {self.seq_length}")
+        if self.data != SAMPLE and not self.eval_data and not self.eval_fraction:
+            raise InputError("nothing to evaluate on: give --eval-data, or an --eval-fraction above 0")
+
+    def resolved(self) -> FinetuneConfig:
+        """Fill every "choose for me" that does not need the data: the sample has its own preset."""
+        preset = _SAMPLE_DEFAULTS if self.model == self.data == SAMPLE else _GENERAL_DEFAULTS
+        chosen = {name: value for name, value in preset.items() if getattr(self, name) is None and name != "steps"}
+        if self.steps is None and self.epochs is None:
+            chosen |= {"steps": preset["steps"]} if "steps" in preset else {"epochs": 1.0}
+        if self.alpha is None:
+            chosen["alpha"] = 2.0 * self.r
+        if self.data == SAMPLE and not self.eval_data:
+            chosen["eval_data"] = (SAMPLE,)
+        return dataclasses.replace(self, **chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+
+    def to_arguments(self) -> list[str]:
+        """The command-line arguments that give this configuration."""
+        arguments: list[str] = []
+        for field in dataclasses.fields(self):
+            value, flag = getattr(self, field.name), _flag(field.name)
+            if isinstance(value, bool):
+                arguments.append(flag if value else flag.replace("--", "--no-", 1))
+            elif isinstance(value, tuple):
+                arguments += [flag, *value] if value else []
+            elif value is not None:
+                arguments += [flag, str(value)]
+        return arguments
+
+    def differences(self, stored: dict[str, Any]) -> list[str]:
+        """Lines "key: stored -> ours" for every option that changes what is computed."""
+        ours = self.to_dict()
+        return [
+            f"--{key.replace('_', '-')}: {stored.get(key)!r} in the stored run, {value!r} now"
+            for key, value in ours.items()
+            if key not in _NOT_COMPARED and stored.get(key) != value
+        ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,242 @@
+"""From a configuration to a fine-tuned adapter, resumable at every point."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import FinetuneConfig
+from .errors import InputError, require
+from .files import TEMP_PREFIX, atomic_files, clear_temporaries, remove_directory, write_json
+from .generation import generate, make_prompt
+from .memory import out_of_memory, peak_memory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .trainer import RecipeTrainer
+
+__all__ = ["FinetuneResult", "finetune"]
+
+_EXTRA = ("transformers", "peft", "trl", "datasets", "accelerate", "tqdm", "matplotlib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What a run achieved and where it is; perplexities by name of the evaluation text."""
+
+    output: str
+    perplexity_before: dict[str, float]
+    perplexity_after: dict[str, float]
+    final_loss: float
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    peak_memory: int
+    train_seconds: float
+    sample_prompt: str
+    sample_before: str
+    sample_after: str
+
+
+def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
+    """Fine-tune `config.model` on `config.data` with LoRA and save the PEFT adapter to `config.output`.
+
+    Raises InputError (a ValueError) or FileNotFoundError for what the caller can mend, OSError when the output cannot be
+    written, MemoryError when memory runs out, ModuleNotFoundError when the extra `finetune` is not installed.
+    """
+    require(*_EXTRA, *(() if config.quantization == "none" else ("bitsandbytes",)))
+    config = config.resolved()
+    _calm_libraries(quiet or not sys.stderr.isatty())
+    with _memory_errors(config):
+        return _Run(config, quiet).execute()
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+class _Run:
+    """One run's folder and the stages in order; what an earlier process finished is not done again."""
+
+    def __init__(self, config: FinetuneConfig, quiet: bool) -> None:
+        self.config = config
+        self.quiet = quiet
+        self.output = Path(config.output)
+        self.checkpoints = self.output / "checkpoints"
+        self.record = self.output / "run.json"
+        self.metrics_file = self.output / "metrics.jsonl"
+
+    def execute(self) -> FinetuneResult:
+        from .data import fingerprint, load_data
+
+        stored = self._stored()
+        result_file = self.output / "result.json"
+        if stored and result_file.exists():
+            self._say(f"{self.output} holds a finished run: nothing to resume.")
+            return FinetuneResult(**json.loads(result_file.read_text(encoding="utf-8")))
+        train = load_data(self.config.data)
+        named = {Path(source).stem: load_data(source, option="--eval-data") for source in self.config.eval_data}
+        contents = {source: fingerprint(source) for source in (self.config.data, *self.config.eval_data)}
+        self._check_same_run(stored, contents)
+        with self._folder():
+            trainer = self._trainer(train, named)
+            if not stored:
+                stored = {"config": self.config.to_dict(), "data": contents} | self._before(trainer)
+                write_json(self.record, stored)
+            self._train(trainer)
+            return self._finish(trainer, stored)
+
+    def _stored(self) -> dict[str, Any]:
+        """What run.json holds if there is a run to go on with, else nothing; raises if the folder is in use otherwise."""
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"--output {self.output} is a file: name a folder")
+        if self.config.resume and self.record.exists():
+            return json.loads(self.record.read_text(encoding="utf-8"))
+        if self.record.exists() and self.config.overwrite:
+            remove_directory(self.output)
+        if any(path.is_file() and TEMP_PREFIX not in str(path) for path in self.output.rglob("*")):
+            hint = "go on with --resume, start again with --overwrite" if self.record.exists() else "empty it"
+            raise InputError(f"--output {self.output} exists and is not empty: {hint}, or name another folder")
+        return {}
+
+    def _check_same_run(self, stored: dict[str, Any], contents: dict[str, str]) -> None:
+        if not stored:
+            return
+        differing = self.config.differences(stored["config"])
+        changed = [source for source, value in contents.items() if stored["data"].get(source, value) != value]
+        differing += [f"the content of {source} has changed" for source in changed]
+        if differing:
+            raise InputError(
+                "--resume: the run in {} was started otherwise:\n  {}\nGive the same options and data, or start again "
+                "with --overwrite or another --output".format(self.output, "\n  ".join(differing))
+            )
+
+    @contextlib.contextmanager
+    def _folder(self) -> Iterator[None]:
+        """The output folder for the time of the run; it goes again if the run fails before there is anything in it."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        clear_temporaries(self.output)
+        clear_temporaries(self.checkpoints)
+        try:
+            yield
+        except BaseException:
+            if not self.record.exists():
+                shutil.rmtree(self.output, ignore_errors=True)
+            raise
+
+    def _trainer(self, train: Dataset, evaluations: dict[str, Dataset]) -> RecipeTrainer:
+        from .data import split
+        from .metrics import MetricsCallback, truncate_metrics
+        from .model import load_model, load_tokenizer, resolve_model
+        from .trainer import make_trainer
+
+        if not evaluations:
+            train, evaluations["held-out"] = split(train, fraction=self.config.eval_fraction, seed=self.config.seed)
+        path = resolve_model(self.config.model)
+        tokenizer = load_tokenizer(path)
+        self.prompt = make_prompt(self.config.prompt, next(iter(evaluations.values()))[0], tokenizer)
+        model = load_model(path, self.config)
+        checkpoint = self._checkpoint()
+        earlier = truncate_metrics(self.metrics_file, checkpoint_step(checkpoint)) if checkpoint else []
+        self.metrics = MetricsCallback(self.metrics_file, earlier, quiet=self.quiet)
+        return make_trainer(self.config, model, tokenizer, train, evaluations, folder=self.checkpoints, metrics=self.metrics)
+
+    def _checkpoint(self) -> Path | None:
+        from .trainer import checkpoints
+
+        return next(reversed(checkpoints(self.checkpoints)), None)
+
+    def _before(self, trainer: RecipeTrainer) -> dict[str, Any]:
+        self._say("Evaluating before training ...")
+        perplexity = {name: trainer.perplexity(name) for name in trainer.eval_dataset}
+        self._say("Perplexity before: " + _listing(perplexity))
+        return {"perplexity_before": perplexity, "sample_before": generate(trainer, self.prompt, self.config.sample_tokens)}
+
+    def _train(self, trainer: RecipeTrainer) -> None:
+        from transformers import set_seed
+
+        checkpoint = self._checkpoint()
+        if checkpoint is None:
+            self.metrics_file.unlink(missing_ok=True)
+        else:
+            self._say(f"Resuming from step {checkpoint_step(checkpoint)}.")
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            if state["global_step"] >= state["max_steps"]:
+                trainer.load_adapter_of(checkpoint)
+                return
+        set_seed(self.config.seed)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.metrics.close()
+
+    def _finish(self, trainer: RecipeTrainer, stored: dict[str, Any]) -> FinetuneResult:
+        """Evaluate, save the adapter and the curve, and last result.json, which marks the run as finished."""
+        from .metrics import plot_loss
+
+        self._say("Evaluating after training ...")
+        rows = self.metrics.rows
+        tokens = sum(row["tokens"] for row in rows)
+        perplexity_after = {name: trainer.perplexity(name) for name in trainer.eval_dataset}
+        result = FinetuneResult(
+            output=str(self.output),
+            perplexity_before=stored["perplexity_before"],
+            perplexity_after=perplexity_after,
+            final_loss=rows[-1]["loss"],
+            steps=rows[-1]["step"],
+            tokens=tokens,
+            tokens_per_second=tokens / sum(row["seconds"] for row in rows),
+            peak_memory=max(peak_memory(), *(row["peak_memory"] for row in rows)),
+            train_seconds=rows[-1]["wall"],
+            sample_prompt=self.prompt,
+            sample_before=stored["sample_before"],
+            sample_after=generate(trainer, self.prompt, self.config.sample_tokens),
+        )
+        with atomic_files(self.output) as temporary:
+            trainer.model.save_pretrained(temporary)
+            trainer.processing_class.save_pretrained(temporary)
+            plot_loss(rows, temporary / "loss.png")
+        write_json(self.output / "result.json", dataclasses.asdict(result))
+        return result
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _listing(perplexities: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in perplexities.items())
+
+
+def _calm_libraries(no_bars: bool) -> None:
+    """Bars of loading and tokenizing go to terminals only; hints of the libraries to their own users go nowhere."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if no_bars:
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+@contextlib.contextmanager
+def _memory_errors(config: FinetuneConfig) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Lower --batch-size (now "
+            f"{config.batch_size}; raise --grad-accumulation to keep the tokens a step) or --seq-length (now {config.seq_length}), "
+            "add --gradient-checkpointing, or use --quantization nf4; then go on with --resume if the output folder holds a checkpoint"
+        ) from error

@@ -1,0 +1,172 @@
+"""TRL's SFTTrainer with checkpoints that are whole or absent, fp32 adapters, and a token-weighted perplexity."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from .config import FinetuneConfig
+from .data import data_kind
+from .errors import InputError
+from .files import atomic_directory, remove_directory
+from .metrics import MetricsCallback
+from .model import compute_dtype
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["RecipeTrainer", "checkpoints", "make_trainer"]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; anything still under a temporary name is none."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+class RecipeTrainer(SFTTrainer):
+    """SFTTrainer that counts tokens for `metrics` and renames each checkpoint into place once it is complete."""
+
+    metrics: MetricsCallback
+    keep_checkpoints: int
+    _writing_to: Path | None = None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        mask = inputs.get("attention_mask")
+        self.metrics.tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower --lr (now {self.args.learning_rate:g}), "
+                "raise --warmup, or choose another --dtype"
+            )
+        return loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT writes the adapter's card; TRL would write one more with every checkpoint."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing_to) if self._writing_to else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with atomic_directory(folder / name) as temporary:
+            self._writing_to = temporary
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing_to = None
+            for path in list((temporary / name).iterdir()):
+                path.rename(temporary / path.name)
+            (temporary / name).rmdir()
+        for old in checkpoints(folder)[: -self.keep_checkpoints]:
+            remove_directory(old)
+
+    def load_adapter_of(self, checkpoint: Path) -> None:
+        """Take the adapter of a checkpoint without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def perplexity(self, name: str) -> float:
+        """exp of the mean negative log-likelihood over every target token of the evaluation set `name`."""
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad(), self.accelerator.autocast():
+            for batch in self.get_eval_dataloader(name):
+                batch = self._prepare_inputs(batch)
+                # A divisor of one turns the trainer's mean into a sum, so that short windows do not count as full ones.
+                total += self.compute_loss(self.model, batch, num_items_in_batch=torch.tensor(1)).item()
+                count += int((batch["labels"][:, 1:] != -100).sum())
+        mean = total / max(count, 1)
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+def make_trainer(
+    config: FinetuneConfig,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    evaluations: dict[str, Dataset],
+    *,
+    folder: Path,
+    metrics: MetricsCallback,
+) -> RecipeTrainer:
+    """The trainer with its data tokenized and packed; `config` must be resolved, checkpoints go to `folder`."""
+    kind = data_kind(train)
+    if kind == "messages" and tokenizer.chat_template is None:
+        raise InputError("the data has messages but the tokenizer has no chat template: use an instruct model, or prompt/completion rows")
+    packing = kind == "text" if config.packing is None else config.packing
+    trainer = RecipeTrainer(
+        model=model,
+        args=_arguments(config, folder, packing=packing, kind=kind),
+        train_dataset=train,
+        eval_dataset=evaluations,
+        processing_class=tokenizer,
+        callbacks=[metrics],
+    )
+    trainer.metrics, trainer.keep_checkpoints = metrics, config.keep_checkpoints
+    trainer.remove_callback(PrinterCallback)
+    # TRL turns adapters on 4-bit bases into bf16; fp32 ones do not lose small updates, and autocast rounds them where it pays.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if packing:
+        _require_a_sequence(trainer.train_dataset, config)
+    windows = max(1, config.eval_tokens // config.seq_length)
+    trainer.eval_dataset = {name: _spread(dataset, windows) for name, dataset in trainer.eval_dataset.items()}
+    return trainer
+
+
+def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str) -> SFTConfig:
+    dtype = compute_dtype(config.dtype)
+    return SFTConfig(
+        output_dir=str(folder),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        max_length=config.seq_length,
+        packing=packing,
+        # Whole sequences with a causal mask for running text; examples kept apart where they are separate tasks.
+        packing_strategy="wrapped" if kind == "text" else "bfd",
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accumulation,
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs or 1.0,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _require_a_sequence(dataset: Dataset, config: FinetuneConfig) -> None:
+    longest = max(map(len, dataset["input_ids"]), default=0)
+    if longest < config.seq_length:
+        raise InputError(
+            f"the training text has {longest} tokens, fewer than one sequence of {config.seq_length}: "
+            f"lower --seq-length to {max(2, longest)} or less, or give more text"
+        )
+
+
+def _spread(dataset: Dataset, count: int) -> Dataset:
+    """At most `count` rows at equal distances."""
+    if len(dataset) <= count:
+        return dataset
+    return dataset.select([index * len(dataset) // count for index in range(count)])
