@@ -1,3 +1,93 @@
-class PatchReport: ...
-def patch(model): raise NotImplementedError
-def unpatch(model): raise NotImplementedError
+"""`patch(model)`: put peftkern's kernels under the PEFT and bitsandbytes layers of a model, per instance and reversibly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from .. import backends
+from .detect import Candidate, candidates
+from .forwards import LinearForward, LoraForward, install, remove
+from .report import PatchReport, Row
+from .weights import WeightCache
+
+__all__ = ["PatchReport", "Row", "patch", "unpatch"]
+
+
+def patch(model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None = None) -> PatchReport:
+    """Let the LoRA layers and frozen 4-bit linears of a model run peftkern's fused functions.
+
+    Replaces `forward` on module instances, nothing else: classes, parameters, `state_dict`, saving and loading stay as they are, and
+    `unpatch` restores every forward exactly. Patching twice is patching once; call it again after adding modules.
+
+    Args:
+        model: a PEFT LoRA model on a bitsandbytes 4-bit or a dense base, or any model with bitsandbytes Linear4bit layers.
+        exclude: module names, or whole dotted parts of them ("lm_head", "layers.0"), to leave as they are.
+        dense: also patch frozen dense nn.Linear outside LoRA layers (a tied lm_head, say). Default: where it pays, on CPUs whose bf16 or
+            fp16 matrix products torch computes by naive loops.
+    Returns: PatchReport, naming every module looked at, what it got, and why others fall back.
+    Raises: ValueError where nothing could be patched, or an entry of `exclude` names no module.
+
+    >>> report = patch(torch.nn.Sequential(torch.nn.Linear(8, 8).requires_grad_(False)), dense=True)
+    >>> report.counts
+    {'linear': 1}
+    """
+    patterns = _patterns(model, exclude)
+    found = candidates(model, patterns, dense)
+    if not any(item.row.reason is None for item in found):
+        raise ValueError(_nothing(model, found))
+    kept = {id(item.module) for item in found if item.static}
+    for module in model.modules():
+        if id(module) not in kept:
+            remove(module)
+    _install(found)
+    fused = {f"{item.row.name}.base_layer" for item in found if item.row.kind == "lora" and item.row.reason is None}
+    rows = tuple(item.row for item in found if item.row.name not in fused)
+    return PatchReport(rows, _kernels(found))
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give every module of the model the forward it had before `patch`; returns how many were patched."""
+    return sum(remove(module) for module in model.modules())
+
+
+def _install(found: list[Candidate]) -> None:
+    caches: dict[int, WeightCache] = {}
+    for item in found:
+        if not item.static:
+            continue
+        base = item.module.base_layer if item.row.kind == "lora" else item.module
+        cache = caches.setdefault(id(base), WeightCache())
+        install(item.module, LoraForward if item.row.kind == "lora" else LinearForward, cache)
+
+
+def _patterns(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude: got the string {exclude!r}, expected a list of names; write exclude=[{exclude!r}]")
+    patterns = tuple(exclude)
+    names = [f".{name}." for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(f".{pattern}." in name for name in names):
+            raise ValueError(f"exclude: {pattern!r} names no module; give a name of model.named_modules(), or whole dotted parts of one")
+    return patterns
+
+
+def _kernels(found: list[Candidate]) -> str:
+    weight = next(item.module.weight for item in found if item.row.reason is None)
+    return backends.available(backends.select(weight))[1]
+
+
+def _nothing(model: nn.Module, found: list[Candidate]) -> str:
+    if found:
+        reasons = Counter(item.row.reason for item in found)
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+        return f"model: none of its {len(found)} LoRA layers and linears could be patched: {listed}"
+    kinds = Counter(type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear))
+    seen = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no linear layer"
+    return (
+        f"model: found no PEFT LoRA layer and no bitsandbytes Linear4bit in {type(model).__name__} (it has {seen}). Call "
+        "get_peft_model(model, LoraConfig(...)) first, load the model in 4 bit (BitsAndBytesConfig(load_in_4bit=True)), or pass dense=True "
+        "for frozen nn.Linear"
+    )

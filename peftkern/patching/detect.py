@@ -1,0 +1,171 @@
+"""Which modules of a model can be patched, and why others cannot. PEFT and bitsandbytes are recognized by structure, never imported."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from .forwards import active_adapters, find, has_hooks
+from .report import Row
+from .weights import FLOATS, is_4bit, repacked, unpack
+
+__all__ = ["Candidate", "candidates", "is_lora"]
+
+_PEFT_FORWARDS = {("peft.tuners.lora.layer", "Linear.forward"), ("peft.tuners.lora.bnb", "Linear4bit.forward")}
+
+
+class Candidate(NamedTuple):
+    """A module that was looked at; `static` tells whether nothing but the choice of adapters stands against the fused path."""
+
+    module: nn.Module
+    row: Row
+    static: bool
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether `module` is shaped like a PEFT LoRA layer."""
+    return all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling", "lora_dropout", "active_adapters"))
+
+
+def candidates(model: nn.Module, exclude: tuple[str, ...], dense: bool | None) -> list[Candidate]:
+    """Every LoRA layer, 4-bit linear and (with `dense`) frozen dense linear of the model, in its order."""
+    found = []
+    inside = {id(child) for layer in model.modules() if is_lora(layer) for child in _adapter_modules(layer)}
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if is_lora(module):
+            found.append(_lora(name, module, exclude))
+        elif is_4bit(module) or (type(module) is nn.Linear and not _trainable(module) and _wants_dense(module, dense)):
+            found.append(_linear(name, module, exclude))
+    return found
+
+
+def _adapter_modules(layer: nn.Module) -> list[nn.Module]:
+    dicts = (child for name, child in layer.named_children() if name.startswith("lora_"))
+    return [module for child in dicts for module in child.modules()]
+
+
+def _trainable(module: nn.Module) -> bool:
+    return module.weight.requires_grad
+
+
+def _wants_dense(module: nn.Module, dense: bool | None) -> bool:
+    """Without AVX-512 torch's own bf16 and fp16 matrix products on the CPU are naive loops; there ours are worth having."""
+    if dense is not None:
+        return dense
+    dtype = module.weight.dtype
+    if module.weight.device.type != "cpu" or not backends.available("cpu")[0] or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    return not fast()
+
+
+def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:
+    base = layer.base_layer
+    static = _excluded(name, exclude) or _forward_reason(layer) or _base_reason(base)
+    note = "" if static else _prepare(base)
+    static = static or _weight_reason(base)
+    adapters = () if static else active_adapters(layer)
+    reason = static or (adapters if isinstance(adapters, str) else None)
+    row = _row(name, "lora", base, "qlora_linear", reason, note, adapters=tuple(a for a in layer.active_adapters if a in layer.lora_A))
+    return Candidate(layer, row, static is None)
+
+
+def _linear(name: str, module: nn.Module, exclude: tuple[str, ...]) -> Candidate:
+    reason = _excluded(name, exclude) or _base_reason(module)
+    note = "" if reason else _prepare(module)
+    reason = reason or _weight_reason(module)
+    row = _row(name, "linear", module, "linear_4bit" if is_4bit(module) else "linear", reason, note)
+    return Candidate(module, row, reason is None)
+
+
+def _row(name: str, kind: str, base: nn.Module, got: str, reason: str | None, note: str, adapters: tuple[str, ...] = ()) -> Row:
+    n, k = getattr(base, "out_features", None), getattr(base, "in_features", None)
+    shape = (n, k) if isinstance(n, int) and isinstance(k, int) else None
+    return Row(name, kind, _describe(base), "stock" if reason else got, shape, adapters, reason, note)
+
+
+def _describe(base: nn.Module) -> str:
+    if not is_4bit(base):
+        weight = getattr(base, "weight", None)
+        dtype = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else "no weight"
+        return dtype if isinstance(base, nn.Linear) else f"{type(base).__name__} {dtype}"
+    nested = ", nested" if getattr(base.weight, "compress_statistics", False) else ""
+    return f"{getattr(base.weight, 'quant_type', '4-bit')}{nested}"
+
+
+def _excluded(name: str, exclude: tuple[str, ...]) -> str | None:
+    return next((f"excluded by {pattern!r}" for pattern in exclude if f".{pattern}." in f".{name}."), None)
+
+
+def _forward_reason(layer: nn.Module) -> str | None:
+    """The class's forward must be one whose meaning is known: PEFT's own, inherited or not."""
+    forward = type(layer).forward
+    origin = (forward.__module__, forward.__qualname__)
+    if origin not in _PEFT_FORWARDS:
+        return f"{type(layer).__name__}.forward is {'.'.join(origin)}, which has no fused form"
+    return _replaced(layer)
+
+
+def _base_reason(base: nn.Module) -> str | None:
+    if not isinstance(base, nn.Linear):
+        return f"base layer is {type(base).__module__}.{type(base).__name__}, expected nn.Linear or bitsandbytes Linear4bit"
+    forward = type(base).forward
+    if forward is not nn.Linear.forward and not (is_4bit(base) and forward.__qualname__ == "Linear4bit.forward"):
+        return f"base layer's forward is {forward.__module__}.{forward.__qualname__}, expected nn.Linear's or Linear4bit's"
+    if has_hooks(base):
+        return "a hook is registered on the base layer"
+    return _replaced(base)
+
+
+def _replaced(module: nn.Module) -> str | None:
+    if find(module) is not None or "forward" not in module.__dict__ or "_old_forward" in module.__dict__:
+        return None
+    return f"its forward was replaced on the instance by {getattr(module.forward, '__qualname__', type(module.forward).__name__)}"
+
+
+def _prepare(base: nn.Module) -> str:
+    """Bring back a weight that bitsandbytes repacked; a note for the report where it did."""
+    if not (is_4bit(base) and repacked(base)):
+        return ""
+    try:
+        unpack(base)
+    except (ImportError, AttributeError, AssertionError, RuntimeError):
+        return ""
+    return "unpacked from bitsandbytes' CPU inference layout, whose absmax is rounded to bf16"
+
+
+def _weight_reason(base: nn.Module) -> str | None:
+    weight = base.weight
+    if weight.device.type == "meta":
+        return "its weight is on the meta device; load it first"
+    if is_4bit(base):
+        return _weight_reason_4bit(base) or _device_reason(weight)
+    if type(weight) is not nn.Parameter:
+        return f"its weight is {type(weight).__module__}.{type(weight).__name__}, expected a plain parameter"
+    if weight.requires_grad:
+        return "its base weight is trainable"
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype}, expected float32, bfloat16 or float16"
+    return _device_reason(weight)
+
+
+def _weight_reason_4bit(base: nn.Module) -> str | None:
+    from ..nf4 import NF4Weight
+
+    try:
+        weight = NF4Weight.from_bnb(base)
+    except ValueError as error:
+        return str(error)
+    expected = (base.out_features, base.in_features)
+    return None if weight.shape == expected else f"its weight was quantized as {weight.shape}, the layer is {expected}"
+
+
+def _device_reason(weight: Tensor) -> str | None:
+    if weight.device.type == "cpu" or backends.select(weight) != "reference":
+        return None
+    return f"no kernels for {weight.device.type} in this version"

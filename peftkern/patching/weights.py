@@ -1,0 +1,122 @@
+"""The frozen weight of a base layer as peftkern's functions take it, read at every call so that it cannot go stale."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nf4 import NF4Weight
+
+__all__ = ["FLOATS", "Operands", "WeightCache", "autocast_dtype", "is_4bit", "repacked", "unpack"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Operands(NamedTuple):
+    """weight, bias; the dtype to compute in; the dtype the stock layer returns."""
+
+    weight: NF4Weight | Tensor
+    bias: Tensor | None
+    compute: torch.dtype
+    result: torch.dtype
+
+
+def is_4bit(base: nn.Module) -> bool:
+    """Whether `base` is shaped like bitsandbytes' Linear4bit."""
+    return isinstance(base, nn.Linear) and hasattr(base, "compute_type_is_set") and hasattr(base, "quant_state")
+
+
+def quant_state(base: nn.Module) -> Any:
+    """The state of the weight, or the module's copy where FSDP has stripped the weight's; None before quantization."""
+    return getattr(base.weight, "quant_state", None) or base.quant_state
+
+
+def repacked(base: nn.Module) -> bool:
+    """Whether bitsandbytes' CPU inference path holds this weight in its own layout."""
+    return bool(getattr(quant_state(base), "packing_format_for_cpu", False))
+
+
+def unpack(base: nn.Module) -> None:
+    """Bring a repacked weight back to the plain format, by bitsandbytes' own inverse. Its absmax stays rounded to bf16."""
+    from bitsandbytes import functional
+
+    packed, state = functional._convert_weight_packed_for_cpu_inverse(base.weight.data, quant_state(base))
+    # bitsandbytes 0.50 leaves the offset in the weight's dtype, and a plain absmax transposed in bf16.
+    if state.nested:
+        state.offset = state.offset.float()
+    else:
+        state.absmax = state.absmax.T.reshape(-1).float()
+    base.weight.data = packed
+    base.weight.quant_state = base.quant_state = state
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast wants on x's device, None outside autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+class WeightCache:
+    """Reads a base layer's weight; keeps the last 4-bit view. Shared by a LoRA layer and its base, dropped by pickle and deepcopy."""
+
+    __slots__ = ("_view",)
+
+    def __init__(self) -> None:
+        self._view: NF4Weight | None = None
+
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()
+
+    def operands(self, base: nn.Module, x: Tensor) -> Operands | None:
+        """What to compute `base(x)` with; None where only the stock forward can."""
+        if x.dtype not in FLOATS:
+            return None
+        found = self._operands_4bit(base, x) if is_4bit(base) else _operands_dense(base, x)
+        if found is None or found.weight.device != x.device or x.dim() == 0 or x.shape[-1] != found.weight.shape[1]:
+            return None
+        return found
+
+    def _operands_4bit(self, base: nn.Module, x: Tensor) -> Operands | None:
+        weight = self.view(base)
+        if weight is None or len(weight.shape) != 2:
+            return None
+        if not base.compute_type_is_set:
+            base.set_compute_type(x)
+            base.compute_type_is_set = True
+        compute = autocast_dtype(x) or base.compute_dtype or x.dtype
+        return Operands(weight, base.bias, compute, x.dtype) if compute in FLOATS else None
+
+    def view(self, base: nn.Module) -> NF4Weight | None:
+        """The 4-bit weight, zero-copy; None where its bytes are not in the plain format."""
+        state = quant_state(base)
+        if state is None or getattr(state, "packing_format_for_cpu", False) or base.weight.requires_grad:
+            return None
+        if torch.compiler.is_compiling():
+            return NF4Weight.from_bnb(base)
+        if self._view is None or not _shows(self._view, base.weight, state):
+            self._view = _view(base)
+        return self._view
+
+
+def _view(base: nn.Module) -> NF4Weight | None:
+    with torch.inference_mode(False):
+        try:
+            return NF4Weight.from_bnb(base)
+        except ValueError:
+            return None
+
+
+def _shows(view: NF4Weight, weight: Tensor, state: Any) -> bool:
+    """The view keeps its tensors alive, so an equal address is the same storage and an equal identity the same tensor."""
+    absmax = view.absmax if view.absmax_8bit is None else view.absmax_8bit
+    return view.packed.data_ptr() == weight.data_ptr() and absmax is state.absmax and view.absmax_offset is getattr(state, "offset", None)
+
+
+def _operands_dense(base: nn.Module, x: Tensor) -> Operands | None:
+    weight = base._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.requires_grad:
+        return None
+    dtype = autocast_dtype(x) or x.dtype
+    return Operands(weight, base.bias, dtype, dtype) if weight.dtype == dtype else None
