@@ -1,1 +1,125 @@
-from .reference import backward, forward  # noqa: F401
+"""Launchers of the native CPU kernels: the fused GEMV, our GEMM, or decoded slices for the vendor's GEMM, as `config.choose` says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..native import address, dtype_of, native, scratch, weight_view
+from . import config
+
+__all__ = ["backward", "forward"]
+
+
+def _choose(x: Tensor, m: int, n: int, k: int) -> config.Choice:
+    return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=m, n=n, k=k)
+
+
+def _lora(lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None) -> object:
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    threshold = 0 if seed is None else round(dropout_p * 65536)
+    return native().Lora(address(lora_a), address(lora_b), rank, dtype_of(lora_a), scaling, threshold, address(seed))
+
+
+def _dense_slice(weight: Tensor, quant: tuple, view: object, rows: slice, cols: slice, out: Tensor) -> Tensor:
+    """W[rows, cols] in out's dtype, decoded into `out`; a dense weight is only viewed or cast."""
+    if quant[0] is None:
+        return weight[rows, cols].to(out.dtype)
+    height, width = rows.stop - rows.start, cols.stop - cols.start
+    part = out[: height * width].view(height, width)
+    native().dequantize_4bit(view, rows.start, height, cols.start, width, address(part), dtype_of(part))
+    return part
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    quant: tuple,
+    n: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    x, weight = x.contiguous(), weight.contiguous()
+    lora_a, lora_b, bias = (None if t is None else t.contiguous() for t in (lora_a, lora_b, bias))
+    (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
+    y, xa = torch.empty((m, n), dtype=x.dtype), torch.empty((m, rank), dtype=torch.float32)
+    lora, view, choice = _lora(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k), _choose(x, m, n, k)
+    size = native().scratch_bytes(m, n, k, rank)
+    if choice.regime != "vendor":
+        args = (view, lora, address(x), dtype_of(x), m, address(bias), dtype_of(bias), address(y), address(xa), choice.regime == "gemv")
+        native().qlora_linear_fwd(*args, address(buffer := scratch(size)), buffer.numel())
+        return y, xa
+    _vendor_forward(x, weight, quant, view, y)
+    if rank or bias is not None:
+        args = (lora, address(x), dtype_of(x), m, n, k, address(bias), dtype_of(bias), address(y), address(xa))
+        native().lora_fwd(*args, address(buffer := scratch(size)), buffer.numel())
+    return y, xa
+
+
+def _slices(total: int, width: int) -> list[slice]:
+    """Slices of `total` rows (or columns) of `width` elements: the configured number, less where a slice would pass 8 MB of bf16."""
+    step = max(1, min(total, config.TABLE[native().isa()].slice_rows, (4 << 20) // width))
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor) -> None:
+    """y = x W^T, a slice of W's rows at a time: disjoint columns of y."""
+    n, k = y.shape[1], x.shape[1]
+    slices = _slices(n, k)
+    out = torch.empty(0 if quant[0] is None else slices[0].stop * k, dtype=x.dtype)
+    for rows in slices:
+        y[:, rows] = x @ _dense_slice(weight, quant, view, rows, slice(0, k), out).t()
+
+
+def _vendor_backward(dy: Tensor, weight: Tensor, quant: tuple, view: object, dx: Tensor) -> None:
+    """dx = dy W, a slice of W's columns at a time: disjoint columns of dx, so that no partial sum is rounded."""
+    n, k = dy.shape[1], dx.shape[1]
+    slices = _slices(k, n)
+    out = torch.empty(0 if quant[0] is None else slices[0].stop * n, dtype=dy.dtype)
+    for cols in slices:
+        dx[:, cols] = dy @ _dense_slice(weight, quant, view, slice(0, n), cols, out)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    quant: tuple,
+    k: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    xa: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As the reference."""
+    dy, weight = dy.contiguous(), weight.contiguous()
+    x, lora_a, lora_b = (None if t is None else t.contiguous() for t in (x, lora_a, lora_b))
+    (m, n), rank = dy.shape, 0 if lora_a is None else lora_a.shape[0]
+    make = torch.empty if m and n else torch.zeros
+    dx = make((m, k), dtype=dy.dtype) if needs[0] else None
+    d_bias = make(n, dtype=torch.float32) if needs[1] else None
+    d_a = make(lora_a.shape, dtype=lora_a.dtype) if needs[2] else None
+    d_b = make(lora_b.shape, dtype=lora_b.dtype) if needs[3] else None
+    if m == 0 or n == 0:
+        return dx, d_bias, d_a, d_b
+    lora, view = _lora(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k)
+    dyb = torch.empty((m, rank), dtype=torch.float32)
+    buffer = scratch(native().scratch_bytes(m, n, k, rank))
+    tail = (address(xa), address(dyb), address(dx), address(d_a), address(d_b), address(d_bias), address(buffer), buffer.numel())
+    vendor = _choose(dy, m, n, k).regime == "vendor"
+    if not vendor:
+        native().qlora_linear_bwd(view, lora, address(dy), address(x), dtype_of(dy), m, *tail)
+        return dx, d_bias, d_a, d_b
+    if needs[0]:
+        _vendor_backward(dy, weight, quant, view, dx)
+    if any(needs[1:]) or rank:
+        native().lora_bwd(lora, address(dy), address(x), dtype_of(dy), m, n, k, *tail)
+    return dx, d_bias, d_a, d_b

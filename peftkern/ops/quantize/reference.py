@@ -23,10 +23,6 @@ def _blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Te
 
 def _nearest(scaled: Tensor, code: Tensor) -> Tensor:
     ordered, order = torch.sort(code, stable=True)
-    # Of two equal codes (FP4 has 0 and -0) the one with the lower index is written.
-    for i in range(1, len(order)):
-        if ordered[i] == ordered[i - 1]:
-            order[i] = order[i - 1]
     thresholds = (ordered[:-1] + ordered[1:]) / 2
     rank = torch.bucketize(scaled.nan_to_num(nan=0.0), thresholds, right=False)
     return torch.where(scaled.isnan(), torch.zeros_like(rank), order[rank])

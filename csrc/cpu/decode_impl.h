@@ -1,0 +1,121 @@
+// Decoding a 4-bit (or dense) weight: any run of elements, to fp32 for the kernels or to any dtype for the dequantization.
+#pragma once
+#include "../nf4.h"
+#include "simd.h"
+
+namespace PK_NS {
+
+// `count` codes from element `start` on, all of one block, times `scale` -> out.
+template <typename T>
+static void decode_run(const uint8_t* packed, const float* code, const Table& table, int64_t start, int64_t count, float scale, T* out) {
+  int64_t i = 0;
+  if ((start & 1) && count) from_float(code[pk::nibble(packed, start)] * scale, &out[i++]);
+  const vf s = set1(scale);
+  for (; i + VW <= count; i += VW) storex(out + i, lookup(table, packed + ((start + i) >> 1)) * s);
+  for (; i < count; i++) from_float(code[pk::nibble(packed, start + i)] * scale, &out[i]);
+}
+
+#if defined(PK_AVX2) || defined(PK_AVX512)
+// 16-bit outputs: the block's 16 values are rounded once and looked up by their bits, which is the same value for less work.
+template <typename T>
+static void decode_run_16bit(const uint8_t* packed, const float* code, const Table& table, int64_t start, int64_t count, float scale, T* out) {
+  constexpr int STEP = 64 / (VW == 16 ? 2 : 1);  // codes a round
+  if ((start & 1) || count < STEP) return decode_run(packed, code, table, start, count, scale, out);
+  alignas(64) uint16_t values[32];
+  for (int i = 0; i < 16; i += VW) storex((T*)values + i, load(code + i) * set1(scale));
+  const uint8_t* p = packed + (start >> 1);
+  int64_t i = 0;
+#if defined(PK_AVX512)
+  memcpy(values + 16, values, 32);
+  const __m512i both = _mm512_loadu_si512(values);  // vpermw reads five bits: twice the table makes the fifth irrelevant
+  for (; i + STEP <= count; i += STEP) {
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + (i >> 1))));
+    __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, both));
+  }
+#else
+  const __m256i pair = _mm256_load_si256((const __m256i*)values), byte = _mm256_set1_epi16(0xff), four = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_and_si256(pair, byte), _mm256_and_si256(pair, byte)), 0x88);
+  const __m256i high = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_srli_epi16(pair, 8), _mm256_srli_epi16(pair, 8)), 0x88);
+  for (; i + STEP <= count; i += STEP) {
+    __m256i bytes = _mm256_loadu_si256((const __m256i*)(p + (i >> 1)));
+    __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four), second = _mm256_and_si256(bytes, four);
+    __m256i a = _mm256_unpacklo_epi8(first, second), b = _mm256_unpackhi_epi8(first, second);  // bytes 0-7|16-23, 8-15|24-31
+    __m256i al = _mm256_shuffle_epi8(low, a), ah = _mm256_shuffle_epi8(high, a);
+    __m256i bl = _mm256_shuffle_epi8(low, b), bh = _mm256_shuffle_epi8(high, b);
+    __m256i a0 = _mm256_unpacklo_epi8(al, ah), a1 = _mm256_unpackhi_epi8(al, ah);
+    __m256i b0 = _mm256_unpacklo_epi8(bl, bh), b1 = _mm256_unpackhi_epi8(bl, bh);
+    __m256i* o = (__m256i*)(out + i);
+    _mm256_storeu_si256(o, _mm256_permute2x128_si256(a0, a1, 0x20));
+    _mm256_storeu_si256(o + 1, _mm256_permute2x128_si256(b0, b1, 0x20));
+    _mm256_storeu_si256(o + 2, _mm256_permute2x128_si256(a0, a1, 0x31));
+    _mm256_storeu_si256(o + 3, _mm256_permute2x128_si256(b0, b1, 0x31));
+  }
+#endif
+  decode_run(packed, code, table, start + i, count - i, scale, out + i);
+}
+static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start, int64_t count, float s, bf16* out) {
+  decode_run_16bit(p, c, t, start, count, s, out);
+}
+static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start, int64_t count, float s, f16* out) {
+  decode_run_16bit(p, c, t, start, count, s, out);
+}
+static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start, int64_t count, float s, float* out) {
+  decode_run(p, c, t, start, count, s, out);
+}
+#else
+template <typename T>
+static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start, int64_t count, float s, T* out) {
+  decode_run(p, c, t, start, count, s, out);
+}
+#endif
+
+template <typename Src, typename T>
+static void convert(const Src* in, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + VW <= count; i += VW) storex(out + i, loadx(in + i));
+  for (; i < count; i++) from_float(to_float(in[i]), &out[i]);
+}
+
+// Elements [start, start + count) of the flattened weight -> out.
+template <typename T>
+static void decode(const pk_weight& w, const Table& table, int64_t start, int64_t count, T* out) {
+  if (!w.code) {
+    if (w.dtype == PK_F32) return convert((const float*)w.data + start, count, out);
+    if (w.dtype == PK_BF16) return convert((const bf16*)w.data + start, count, out);
+    return convert((const f16*)w.data + start, count, out);
+  }
+  const int64_t size = w.blocksize;
+  for (int64_t end = start + count; start < end;) {
+    int64_t block = start / size, stop = (block + 1) * size, run = (stop < end ? stop : end) - start;
+    decode_block((const uint8_t*)w.data, w.code, table, start, run, pk::absmax_of(w, block), out);
+    start += run;
+    out += run;
+  }
+}
+
+// W[row .. row+rows)[col .. col+cols) -> out [rows, cols].
+template <typename T>
+static void dequantize_as(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, T* out, int threads) {
+  const Table table = make_table(w.code);
+  if (cols != w.k) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < rows; i++) decode(w, table, (row + i) * w.k + col, cols, out + i * cols);
+    return;
+  }
+  const int64_t chunk = 1 << 14;  // elements: 8 KB of codes a step, small enough to balance two threads, large enough to amortize
+  const int64_t start = row * w.k, count = rows * w.k, chunks = (count + chunk - 1) / chunk;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t c = 0; c < chunks; c++) {
+    int64_t from = c * chunk, size = count - from < chunk ? count - from : chunk;
+    decode(w, table, start + from, size, out + from);
+  }
+}
+
+static void dequantize(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out, int dtype, int threads) {
+  if (dtype == PK_F32) dequantize_as(w, row, rows, col, cols, (float*)out, threads);
+  else if (dtype == PK_BF16) dequantize_as(w, row, rows, col, cols, (bf16*)out, threads);
+  else dequantize_as(w, row, rows, col, cols, (f16*)out, threads);
+}
+
+}  // namespace PK_NS

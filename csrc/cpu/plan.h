@@ -1,0 +1,55 @@
+// How a large product is blocked and what scratch that takes: plain arithmetic, the same on every ISA, tested on its own.
+#pragma once
+#include <stdint.h>
+
+namespace pk {
+
+constexpr int64_t KC = 256;                 // contraction steps a pass: a panel's piece (KC x lanes) stays in the first-level cache
+constexpr int64_t PAD = 16;                 // floats after each decoded row, so that rows do not share cache sets
+constexpr int64_t LD_FWD = KC + PAD;
+constexpr int64_t MAX_BLOCK = 192;          // output rows a task: its decoded piece (192 x 256 floats) fits the second-level cache
+constexpr int64_t PACK_FLOATS = 5 << 18;    // 5 MB of packed activations at most, where that allows one panel
+constexpr int64_t MAX_ROWS_BLOCK = 512;     // rows of x a pass, so that a task's accumulators fit the second-level cache
+constexpr int64_t STRIP_PANELS = 4;
+constexpr int64_t MAX_LANES = 32, ALIGN = 16;
+
+struct Plan {
+  int64_t contraction, mc, block;                                        // mc: rows of x a pass; block: output rows a task
+  int64_t pack_at, low_rank_at, lora_a_at, lora_b_at, bias_at, own_at;   // offsets in floats
+  int64_t decoded_size, c_size, own_size, total;
+};
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// outputs: rows of the product (n forward, k backward); contraction: the other one, or 0 where there is no base product.
+static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, int64_t n, int64_t k, int64_t r, int64_t lanes, int threads) {
+  Plan p{};
+  p.contraction = contraction;
+  int64_t limit = contraction ? PACK_FLOATS / contraction / lanes * lanes : MAX_ROWS_BLOCK;
+  limit = limit < lanes ? lanes : limit > MAX_ROWS_BLOCK ? MAX_ROWS_BLOCK : limit;
+  const int64_t rows = m < 1 ? 1 : m;
+  p.mc = round_up(ceil_div(rows, ceil_div(rows, limit)), lanes);
+  // Equal tasks, a whole number of them for each thread, in multiples of 48 (whole tiles of 6 and 12, whole vectors, whole nibble words).
+  const int64_t rounds = ceil_div(outputs, threads * MAX_BLOCK);
+  p.block = round_up(ceil_div(outputs, threads * rounds), 48);
+  if (p.block > MAX_BLOCK) p.block = MAX_BLOCK;
+  p.decoded_size = round_up(largest(p.block * LD_FWD, KC * (p.block + PAD)), ALIGN);
+  p.c_size = round_up(p.block * p.mc, ALIGN);
+  const int64_t tmp = largest(2 * KC * lanes, 3 * p.block * lanes);
+  const int64_t gradient = r * STRIP_PANELS * lanes + KC * lanes + KC * STRIP_PANELS * lanes;
+  p.own_size = round_up(largest(p.decoded_size + p.c_size + tmp, gradient), ALIGN);
+  int64_t at = 0;
+  auto take = [&at](int64_t size) { int64_t here = at; at += round_up(size, ALIGN); return here; };
+  p.pack_at = take(p.mc * contraction);
+  p.low_rank_at = take(p.mc * r);
+  p.lora_a_at = take(r * k);
+  p.lora_b_at = take(r * n);
+  p.bias_at = take(n);
+  p.own_at = take(p.own_size * threads);
+  p.total = at;
+  return p;
+}
+
+}  // namespace pk

@@ -1,0 +1,106 @@
+// Quantization: the absmax of each block, then for each element the number of thresholds below it.
+#pragma once
+#include "simd.h"
+
+namespace PK_NS {
+
+template <typename T>
+static float block_absmax(const T* w, int64_t count) {
+  vf best = vf{};
+  int64_t i = 0;
+  for (; i + VW <= count; i += VW) {
+    vf v = (vf)((vu)loadx(w + i) & 0x7fffffff);
+    vi larger = v > best;  // false for NaN, which therefore does not count
+    best = (vf)(((vi)v & larger) | ((vi)best & ~larger));
+  }
+  float lanes[VW], top = 0;
+  store(lanes, best);
+  for (int l = 0; l < VW; l++) top = lanes[l] > top ? lanes[l] : top;
+  for (; i < count; i++) {
+    float v = bits_to_float(float_to_bits(to_float(w[i])) & 0x7fffffff);
+    top = v > top ? v : top;
+  }
+  return top;
+}
+
+struct Thresholds {
+  float value[15];
+  int32_t code[16];  // rank -> code index
+};
+
+// Codes sorted by value; a stable order, so that of equal codes (FP4's 0 and -0) the lower index comes first.
+static Thresholds make_thresholds(const float* code) {
+  Thresholds t;
+  for (int i = 0; i < 16; i++) {
+    int j = i;
+    for (; j > 0 && code[t.code[j - 1]] > code[i]; j--) t.code[j] = t.code[j - 1];
+    t.code[j] = i;
+  }
+  for (int i = 0; i < 15; i++) t.value[i] = (code[t.code[i]] + code[t.code[i + 1]]) / 2;
+  return t;
+}
+
+static inline int nearest(const Thresholds& t, float v) {
+  if (v != v) return 0;
+  int rank = 0;
+  for (int i = 0; i < 15; i++) rank += v > t.value[i];
+  return t.code[rank];
+}
+
+template <typename T>
+static void quantize_block(const T* w, int64_t count, const Thresholds& t, float inverse, uint8_t* packed) {
+  alignas(64) float index[VW];
+  int64_t i = 0;
+  for (; i + VW <= count; i += VW) {
+    vf v = loadx(w + i) * set1(inverse);
+    vi rank = vi{};
+    for (int j = 0; j < 15; j++) rank -= (v > set1(t.value[j]));  // a true lane is -1
+    rank &= (v == v);
+    store(index, (vf)rank);
+    const int32_t* ranks = (const int32_t*)index;
+    for (int l = 0; l < VW; l += 2) packed[(i + l) >> 1] = (uint8_t)(t.code[ranks[l]] << 4 | t.code[ranks[l + 1]]);
+  }
+  for (; i < count; i += 2) {
+    int first = nearest(t, to_float(w[i]) * inverse), second = nearest(t, i + 1 < count ? to_float(w[i + 1]) * inverse : 0.0f);
+    packed[i >> 1] = (uint8_t)(first << 4 | second);
+  }
+}
+
+template <typename T>
+static void quantize_as(const T* w, int64_t numel, int32_t blocksize, const float* code, uint8_t* packed, float* absmax, int threads) {
+  const Thresholds thresholds = make_thresholds(code);
+  const int64_t blocks = (numel + blocksize - 1) / blocksize;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t b = 0; b < blocks; b++) {
+    int64_t start = b * blocksize, count = numel - start < blocksize ? numel - start : blocksize;
+    absmax[b] = block_absmax(w + start, count);
+    quantize_block(w + start, count, thresholds, absmax[b] > 0 ? 1.0f / absmax[b] : 0.0f, packed + (start >> 1));
+  }
+}
+
+static void quantize(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code, uint8_t* packed, float* absmax, int threads) {
+  if (dtype == PK_F32) quantize_as((const float*)w, numel, blocksize, code, packed, absmax, threads);
+  else if (dtype == PK_BF16) quantize_as((const bf16*)w, numel, blocksize, code, packed, absmax, threads);
+  else quantize_as((const f16*)w, numel, blocksize, code, packed, absmax, threads);
+}
+
+static void quantize_absmax(const float* absmax, int64_t count, int32_t blocksize, const float* code, uint8_t* out, float* nested, int threads) {
+  float thresholds[255];
+  for (int i = 0; i < 255; i++) thresholds[i] = (code[i] + code[i + 1]) / 2;
+  const int64_t blocks = (count + blocksize - 1) / blocksize;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t b = 0; b < blocks; b++) {
+    int64_t start = b * blocksize, stop = start + blocksize < count ? start + blocksize : count;
+    nested[b] = block_absmax(absmax + start, stop - start);
+    float inverse = nested[b] > 0 ? 1.0f / nested[b] : 0.0f;
+    for (int64_t i = start; i < stop; i++) {
+      float v = absmax[i] * inverse;
+      int rank = 0;  // thresholds below v, by halving; NaN compares false and stays 0
+      for (int step = 128; step; step >>= 1)
+        if (rank + step <= 255 && v > thresholds[rank + step - 1]) rank += step;
+      out[i] = (uint8_t)rank;
+    }
+  }
+}
+
+}  // namespace PK_NS

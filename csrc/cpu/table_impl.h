@@ -1,0 +1,87 @@
+// The ISA's entry points, by dtype, gathered into its row of the dispatcher's table.
+#pragma once
+#include "kernels.h"
+#include "qlora_impl.h"
+#include "quantize_impl.h"
+
+namespace PK_NS {
+
+// y = x W^T + scaling * (x A^T) B^T + bias for m <= 16: x prepared once, MAX_ROWS rows share a decode, a row of W is a task.
+template <typename T>
+static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t m, const void* bias, int bias_dtype, T* y, float* xa, float* scratch,
+                    int threads) {
+  const int64_t n = w.n, k = w.k, r = lora.r;
+  float *plain = scratch, *prepared = plain + m * k, *at = prepared + m * k;
+  const Table table = w.code ? make_table(w.code) : Table{};
+  const bool permuted = gemv_aligned(w);
+  const float* a = as_float(lora.lora_a, lora.dtype, r * k, at);
+  const float* b = as_float(lora.lora_b, lora.dtype, r * n, at + r * k);
+  const float* add = as_float(bias, bias_dtype, n, at + r * (k + n));
+  const Dropout d = make_dropout(lora.dropout_threshold, lora.seed);
+  for (int64_t i = 0; i < m; i++) {
+    prepare_x(x + i * k, k, permuted, prepared + i * k);
+    if (!r) continue;
+    if (d.threshold) apply_dropout(d, x + i * k, k, i, 0, 1, k, plain + i * k, k);
+    else convert(x + i * k, k, plain + i * k);
+  }
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < r; j++)
+      for (int64_t i = 0; i < m; i++) xa[i * r + j] = dot(a + j * k, plain + i * k, k);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < n; row++) {
+      for (int64_t i = 0; i < m; i += MAX_ROWS) {
+        const int64_t count = smaller(MAX_ROWS, m - i);
+        const float* xs[MAX_ROWS];
+        float out[MAX_ROWS];
+        for (int64_t q = 0; q < count; q++) xs[q] = prepared + (i + q) * k;
+        if (count == 1) gemv_any<1>(w, table, row, xs, out);
+        else if (count == 2) gemv_any<2>(w, table, row, xs, out);
+        else if (count == 3) gemv_any<3>(w, table, row, xs, out);
+        else gemv_any<4>(w, table, row, xs, out);
+        for (int64_t q = 0; q < count; q++) {
+          float v = out[q] + (add ? add[row] : 0.0f);
+          if (r) v += lora.scaling * dot(xa + (i + q) * r, b + row * r, r);
+          from_float(v, &y[(i + q) * n + row]);
+        }
+      }
+    }
+  }
+}
+
+static void gemv(const pk_weight& w, const pk_lora& l, const void* x, int dtype, int64_t m, const void* bias, int bias_dtype, void* y, float* xa,
+                 float* scratch, int threads) {
+  if (dtype == PK_F32) gemv_as(w, l, (const float*)x, m, bias, bias_dtype, (float*)y, xa, scratch, threads);
+  else if (dtype == PK_BF16) gemv_as(w, l, (const bf16*)x, m, bias, bias_dtype, (bf16*)y, xa, scratch, threads);
+  else gemv_as(w, l, (const f16*)x, m, bias, bias_dtype, (f16*)y, xa, scratch, threads);
+}
+
+static void forward(const pk_weight* w, const pk_lora& l, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias, int bias_dtype,
+                    void* y, float* xa, float* scratch, int threads) {
+  const pk::Plan p = pk::make_plan(m, n, w ? k : 0, n, k, l.r, LANES, threads);
+  if (dtype == PK_F32) forward_gemm(p, w, l, (const float*)x, m, n, k, bias, bias_dtype, (float*)y, xa, scratch, threads);
+  else if (dtype == PK_BF16) forward_gemm(p, w, l, (const bf16*)x, m, n, k, bias, bias_dtype, (bf16*)y, xa, scratch, threads);
+  else forward_gemm(p, w, l, (const f16*)x, m, n, k, bias, bias_dtype, (f16*)y, xa, scratch, threads);
+}
+
+static void backward(const pk_weight* w, const pk_lora& l, const void* dy, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const float* xa,
+                     float* dyb, void* dx, void* d_a, void* d_b, float* d_bias, float* scratch, int threads) {
+  const pk::Plan p = pk::make_plan(m, k, w && dx ? n : 0, n, k, l.r, LANES, threads);
+  if (dtype == PK_F32)
+    backward_all(p, w, l, (const float*)dy, (const float*)x, m, n, k, xa, dyb, (float*)dx, d_a, d_b, d_bias, scratch, threads);
+  else if (dtype == PK_BF16)
+    backward_all(p, w, l, (const bf16*)dy, (const bf16*)x, m, n, k, xa, dyb, (bf16*)dx, d_a, d_b, d_bias, scratch, threads);
+  else backward_all(p, w, l, (const f16*)dy, (const f16*)x, m, n, k, xa, dyb, (f16*)dx, d_a, d_b, d_bias, scratch, threads);
+}
+
+static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads) {
+  const Dropout d = make_dropout(threshold, seed);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < m; i++) dropout_row(d, i, 0, k, mask + i * k);
+}
+
+}  // namespace PK_NS
+
+#define PK_KERNELS(isa_name) \
+  {isa_name, PK_NS::LANES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask}

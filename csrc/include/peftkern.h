@@ -1,0 +1,109 @@
+/* peftkern: the C ABI. No framework, no allocation, no exceptions; every call returns a pk_status.
+ *
+ * Sizes are in elements unless they say bytes. Matrices are row-major. `threads` <= 0 takes OpenMP's current number.
+ * The caller owns every buffer; inputs are never written. Names: x, y, dy, dx activations and gradients; M tokens,
+ * N out_features, K in_features, R rank. SPDX-License-Identifier: Apache-2.0 */
+#ifndef PEFTKERN_H
+#define PEFTKERN_H
+#include <stddef.h>
+#include <stdint.h>
+
+#define PEFTKERN_ABI_VERSION 1
+
+#if defined(__GNUC__)
+#define PK_API __attribute__((visibility("default")))
+#else
+#define PK_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+  PK_OK = 0,
+  PK_ERR_NULL = 1,      /* a required pointer is null */
+  PK_ERR_SHAPE = 2,     /* a size is negative, zero where it may not be, or out of range */
+  PK_ERR_DTYPE = 3,     /* not a pk_dtype */
+  PK_ERR_BLOCKSIZE = 4, /* not a power of two from 32 to 4096, or a nested block size that is no power of two */
+  PK_ERR_SCRATCH = 5,   /* scratch is smaller than pk_*_scratch_bytes says */
+  PK_ERR_ISA = 6        /* the ISA is unknown or this CPU lacks it */
+} pk_status;
+
+typedef enum { PK_F32 = 0, PK_BF16 = 1, PK_F16 = 2 } pk_dtype;
+
+/* A frozen weight [n, k]: 4-bit (code != NULL) or dense (code == NULL, `data` holds n*k values of `dtype`). */
+typedef struct {
+  const void* data;           /* 4-bit: uint8 [(n*k+1)/2], first element in the high nibble */
+  const float* code;          /* [16], or NULL */
+  const float* absmax;        /* [ceil(n*k/blocksize)], or NULL where the absmax is nested */
+  const uint8_t* absmax_8bit; /* nested: [ceil(n*k/blocksize)] */
+  const float* absmax_code;   /* nested: [256] */
+  const float* nested_absmax; /* nested: [ceil(blocks/nested_blocksize)] */
+  const float* absmax_offset; /* nested: [1] */
+  int64_t n, k;
+  int32_t blocksize, nested_blocksize;
+  int32_t dtype; /* of a dense weight */
+} pk_weight;
+
+/* The low-rank branch; all zero where there is none. */
+typedef struct {
+  const void* lora_a; /* [r, k] of `dtype` */
+  const void* lora_b; /* [n, r] of `dtype` */
+  int64_t r;          /* 1 ... 256 */
+  int32_t dtype;
+  float scaling;
+  uint32_t dropout_threshold; /* round(p * 65536); 0: no dropout. Mask: see pk_dropout_mask_cpu */
+  uint64_t seed;
+} pk_lora;
+
+PK_API const char* pk_status_string(int status);
+PK_API int pk_abi_version(void);
+
+/* The ISA level in use ("baseline", "avx2", "avx512"), and the levels this CPU has, lowest first: pk_isa_name(0), (1), ... NULL. */
+PK_API const char* pk_isa(void);
+PK_API const char* pk_isa_name(int i);
+/* Force a level; PK_ERR_ISA where this CPU lacks it. Not to be called while kernels run. The variable PEFTKERN_CPU_ISA does it at load. */
+PK_API int pk_set_isa(const char* name);
+
+/* w [numel] of `dtype` -> packed uint8 [(numel+1)/2], absmax fp32 [ceil(numel/blocksize)]; nearest code, a tie to the lower, NaN to 0. */
+PK_API int pk_quantize_4bit_cpu(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code /* [16] */, uint8_t* packed,
+                                float* absmax, int threads);
+
+/* absmax fp32 [count] -> absmax_8bit uint8 [count], nested_absmax fp32 [ceil(count/blocksize)]; code fp32 [256], ascending. */
+PK_API int pk_quantize_absmax_cpu(const float* absmax, int64_t count, int32_t blocksize, const float* code, uint8_t* absmax_8bit,
+                                  float* nested_absmax, int threads);
+
+/* W[row .. row+rows)[col .. col+cols) of a 4-bit weight -> out [rows, cols] of `dtype`: dtype(fp32(code) * fp32(absmax)), one rounding. */
+PK_API int pk_dequantize_4bit_cpu(const pk_weight* w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out, int dtype, int threads);
+
+/* Bytes of scratch that pk_qlora_linear_{fwd,bwd}_cpu need for these sizes; bounded, independent of m beyond one block of rows. */
+PK_API int64_t pk_qlora_linear_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads);
+
+/* y [m, n] = x [m, k] W^T + scaling * drop(x) A^T B^T + bias [n]; x, y of `dtype`. xa fp32 [m, r] = drop(x) A^T.
+ * gemv != 0 takes the kernel for few rows (m <= 16), which decodes in registers. */
+PK_API int pk_qlora_linear_fwd_cpu(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m, const void* bias,
+                                   int bias_dtype, void* y, float* xa, int gemv, void* scratch, int64_t scratch_bytes, int threads);
+
+/* dy [m, n] -> dx [m, k] = dy W + drop(dyb A); d_lora_a [r, k] = dyb^T drop(x); d_lora_b [n, r] = scaling * dy^T xa; d_bias fp32 [n].
+ * Any of dx, d_lora_a, d_lora_b, d_bias may be NULL. dyb fp32 [m, r] is workspace for scaling * dy B. d_lora_* are of lora->dtype. */
+PK_API int pk_qlora_linear_bwd_cpu(const pk_weight* w, const pk_lora* lora, const void* dy, const void* x, int dtype, int64_t m,
+                                   const float* xa, float* dyb, void* dx, void* d_lora_a, void* d_lora_b, float* d_bias, void* scratch,
+                                   int64_t scratch_bytes, int threads);
+
+/* The low-rank parts alone, for callers that leave the base product to a vendor GEMM:
+ * fwd: xa = drop(x) A^T and y += scaling * xa B^T + bias. */
+PK_API int pk_lora_fwd_cpu(const pk_lora* lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias, int bias_dtype,
+                           void* y, float* xa, void* scratch, int64_t scratch_bytes, int threads);
+/* bwd: as pk_qlora_linear_bwd_cpu, but dx += drop(dyb A). */
+PK_API int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const float* xa,
+                           float* dyb, void* dx, void* d_lora_a, void* d_lora_b, float* d_bias, void* scratch, int64_t scratch_bytes,
+                           int threads);
+
+/* The dropout mask times 1/(1-p), fp32 [m, k]: element (i, j) is the (j % 8)-th 16-bit half of Philox4x32-10 at counter (j/8, i, 0, 0). */
+PK_API int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
