@@ -1,0 +1,230 @@
+"""What `patch` tells: every module by name, reasons for what falls back, errors where nothing can be done."""
+
+import patching_models as models
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import peftkern
+
+
+class Zoo(nn.Module):
+    """One of each layer type PEFT's LoRA can wrap."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.plain = nn.Linear(8, 8)
+        self.transposed = Conv1D(8, 8)
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.wide = nn.Linear(8, 8)
+
+    def forward(self, ids):
+        x = self.wide(self.transposed(self.plain(self.embed(ids))))
+        return x + self.conv(x[:, None]).mean(1)
+
+
+def zoo(targets, **options):
+    torch.manual_seed(0)
+    model = models.peft.get_peft_model(Zoo(), models.peft.LoraConfig(**{"r": 2, "target_modules": targets} | options))
+    models.randomize(model)
+    return model
+
+
+def row(report, name):
+    return next(item for item in report.rows if item.name.endswith(name))
+
+
+def test_every_lora_layer_has_a_row():
+    model = models.lora(models.llama())
+    report = peftkern.patch(model)
+    assert [item.name for item in report.rows] == list(models.lora_layers(model))
+    assert report.counts == {"qlora_linear": 14} and len(report.fused) == 14 and report.fallbacks == ()
+    first = report.rows[0]
+    assert (first.kind, first.base, first.shape, first.adapters) == ("lora", "nf4, nested", (64, 64), ("default",))
+    table = str(report).splitlines()
+    assert len(table) == 1 + 14 + 1 and "down_proj" in table[-2]
+    assert table[-1].startswith("peftkern: 14 of 14 modules patched (14 qlora_linear)")
+    with pytest.raises(AttributeError):
+        report.rows = ()
+
+
+def test_patching_twice_is_patching_once(calls):
+    model = models.lora(models.llama())
+    first = peftkern.patch(model)
+    forward = models.first(model).forward
+    assert peftkern.patch(model) == first
+    assert models.first(model).forward is forward
+    model(input_ids=models.IDS)
+    assert calls == {"lora": 14}
+    assert peftkern.unpatch(model) == 28 and peftkern.unpatch(model) == 0
+
+
+def test_nothing_to_patch_names_the_fix():
+    with pytest.raises(ValueError, match="no PEFT LoRA layer.*3 Linear.*get_peft_model.*load_in_4bit.*dense=True"):
+        peftkern.patch(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
+
+
+def test_all_falling_back_raises_with_the_reasons():
+    model = zoo(["embed", "transposed"])
+    with pytest.raises(ValueError, match="none of its 2 LoRA layers.*Embedding.forward.*Conv1D"):
+        peftkern.patch(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_unsupported_layers_fall_back_by_name_and_compute_as_before():
+    model = zoo(["embed", "plain", "transposed", "conv", "wide"], rank_pattern={"wide": 257}).eval()
+    ids = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(0))
+    before = model(ids)
+    report = peftkern.patch(model)
+    assert [item.name.rpartition(".")[2] for item in report.fused] == ["plain"]
+    reasons = {item.name.rpartition(".")[2]: item.reason for item in report.fallbacks}
+    assert "Embedding.forward" in reasons["embed"] and "Conv1D" in reasons["transposed"] and "_ConvNd.forward" in reasons["conv"]
+    assert "rank 257" in reasons["wide"] and "up to 256" in reasons["wide"]
+    assert all(reason in report.summary for reason in reasons.values())
+    torch.testing.assert_close(model(ids), before)
+
+
+@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
+def test_dora_falls_back_until_a_vanilla_adapter_is_active(four_bit, calls):
+    model = models.lora(models.llama(four_bit=four_bit), use_dora=True, target_modules=["q_proj"])
+    before = models.run(model)
+    if four_bit:
+        report = peftkern.patch(model)
+        assert row(report, "0.self_attn.q_proj").reason == "adapter 'default': DoraLinearVariant is not vanilla LoRA"
+        assert row(report, "0.self_attn.q_proj.base_layer").got == "linear_4bit"
+    else:
+        with pytest.raises(ValueError, match="2 x adapter 'default': DoraLinearVariant"):
+            peftkern.patch(model)
+    torch.testing.assert_close(models.run(model), before, rtol=1e-4, atol=1e-5)
+    assert calls["lora"] == 0
+    model.add_adapter("vanilla", models.config(target_modules=["q_proj"]))
+    model.set_adapter("vanilla")
+    report = peftkern.patch(model)
+    assert row(report, "0.self_attn.q_proj").got == "qlora_linear"
+    model(input_ids=models.IDS)
+    assert calls["lora"] == 2
+
+
+def test_8bit_base_falls_back():
+    model = models.llama(four_bit=False)
+    for layer in model.model.layers:
+        old = layer.self_attn.q_proj
+        layer.self_attn.q_proj = models.bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
+    model.is_loaded_in_8bit = True
+    report = peftkern.patch(models.lora(model, target_modules=["q_proj", "k_proj"]))
+    assert "Linear8bitLt.forward" in row(report, "0.self_attn.q_proj").reason
+    assert report.counts == {"stock": 2, "qlora_linear": 2}
+
+
+def test_foreign_and_unready_weights_fall_back():
+    model = models.lora(models.llama(), target_modules=["q_proj", "k_proj"])
+    layers = list(models.lora_layers(model).values())
+    fresh = models.bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")  # never moved, so not quantized
+    layers[0].base_layer = fresh
+    layers[1].base_layer.forward = lambda x: x
+    layers[2].base_layer.register_forward_hook(lambda *_: None)
+    layers[3].base_layer = nn.Linear(64, 32, bias=False)
+    report = peftkern.patch(model)
+    reasons = [item.reason for item in report.rows if item.kind == "lora"]
+    assert "has no quant_state" in reasons[0] and "replaced on the instance" in reasons[1] and "hook is registered" in reasons[2]
+    assert reasons[3] == "its base weight is trainable"
+
+
+def test_a_foreign_forward_on_the_class_falls_back():
+    model = models.lora(models.llama(), target_modules=["q_proj"])
+
+    class Theirs(type(models.first(model))):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    models.first(model).__class__ = Theirs
+    report = peftkern.patch(model)
+    assert "Theirs.forward" in report.fallbacks[0].reason
+    assert row(report, "1.self_attn.q_proj").got == "qlora_linear"
+
+
+def test_a_meta_model_is_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False))
+    with pytest.raises(ValueError, match="meta device; load it first"):
+        peftkern.patch(model, dense=True)
+
+
+def test_exclude_by_name_or_part(calls):
+    model = models.lora(models.llama())
+    peftkern.patch(model)
+    report = peftkern.patch(model, exclude=["layers.0", "down_proj"])
+    assert report.counts["qlora_linear"] == 6
+    assert {item.reason for item in report.fallbacks} == {"excluded by 'layers.0'", "excluded by 'down_proj'"}
+    model(input_ids=models.IDS)
+    assert calls == {"lora": 6}
+
+
+@pytest.mark.parametrize("exclude, message", [(["q_pro"], "'q_pro' names no module"), ("q_proj", "got the string")])
+def test_exclude_is_checked(exclude, message):
+    with pytest.raises(ValueError, match=message):
+        peftkern.patch(models.lora(models.llama()), exclude=exclude)
+
+
+def test_bare_4bit_linears_without_peft(calls):
+    model = models.llama()
+    x = models.IDS
+    before = model(input_ids=x).logits
+    report = peftkern.patch(model)
+    assert report.counts == {"linear_4bit": 14}
+    torch.testing.assert_close(model(input_ids=x).logits, before, rtol=1e-4, atol=1e-5)
+    assert calls == {"linear": 14}
+
+
+@pytest.mark.parametrize("kind", ["prefix", "ia3"])
+def test_other_tuners_on_4bit_bases(kind, calls):
+    peft = models.peft
+    torch.manual_seed(0)
+    if kind == "prefix":
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    else:
+        config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = peft.get_peft_model(models.llama(), config)
+
+    def step():
+        model.zero_grad()
+        loss = model(input_ids=models.IDS, labels=models.IDS).loss
+        loss.backward()
+        return {"loss": loss.detach()} | models.grads(model)
+
+    before = step()
+    assert peftkern.patch(model).counts == {"linear_4bit": 14}
+    torch.testing.assert_close(step(), before, rtol=1e-4, atol=1e-6)
+    assert calls["linear"] == 14 and len(before) > 1
+
+
+def test_dense_patches_a_tied_head_that_stays_tied(calls):
+    model = models.llama(four_bit=False, seed=3)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.requires_grad_(False)
+    before = model(input_ids=models.IDS).logits
+    assert peftkern.patch(model, dense=True).counts == {"linear": 15}
+    torch.testing.assert_close(model(input_ids=models.IDS).logits, before, rtol=1e-4, atol=1e-5)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0)
+    assert model(input_ids=models.IDS).logits.abs().max() == 0
+    model.lm_head.weight.requires_grad_(True)  # no longer frozen: stock, with a gradient
+    calls.clear()
+    model(input_ids=models.IDS).logits.sum().backward()
+    assert calls == {"linear": 14} and model.lm_head.weight.grad is not None
+
+
+def test_dense_is_automatic_where_torch_has_no_fast_product(monkeypatch):
+    from peftkern.patching import detect
+
+    slow = nn.Sequential(
+        nn.Linear(8, 8).bfloat16().requires_grad_(False), nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8).bfloat16()
+    )
+    monkeypatch.setattr(detect.backends, "available", lambda name: (True, "test"))
+    for supported, expected in ((False, ["0"]), (True, [])):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        assert [item.row.name for item in detect.candidates(slow, (), None)] == expected
