@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import warnings
 from typing import Any
 
 from .config import FinetuneConfig
@@ -86,7 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; errors the user can mend are one message, all others a traceback."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         config = FinetuneConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         result = finetune(config)

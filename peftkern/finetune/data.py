@@ -152,10 +152,10 @@ def _read_folder(path: Path, option: str) -> Dataset:
     except FileNotFoundError as error:
         message = f"{option} {path} is a folder, but none that datasets' save_to_disk wrote: give such a folder, or a file"
         raise InputError(message) from error
+    except IndexError:  # what `datasets` makes of a folder whose dataset has no rows
+        raise InputError(f"{option} {path} has no rows: it needs at least one") from None
     if isinstance(dataset, DatasetDict):
         if "train" not in dataset:
             raise InputError(f"{option} {path} has no split named train but {', '.join(dataset)}: give the folder of one split")
         dataset = dataset["train"]
-    if not len(dataset):
-        raise InputError(f"{option} {path} has no rows: it needs at least one")
     return dataset.select_columns(list(_form(dataset[0], f"{path} (first row)")))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +79,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer; one without an end-of-sequence token cannot mark where texts end."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with _load_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of {path} has no eos_token: set one in its tokenizer_config.json")
     return tokenizer
@@ -90,10 +93,8 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
 
     dtype = compute_dtype(config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with _load_errors(config.model):
         base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **_quantization(config, dtype))
-    except OSError as error:
-        raise InputError(f"--model {config.model} could not be loaded: {error}") from error
     targets: Any = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
     lora = LoraConfig(
         r=config.r,
@@ -115,6 +116,15 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
 
         print(peftkern.patch(model), file=sys.stderr)
     return model
+
+
+@contextlib.contextmanager
+def _load_errors(model: str) -> Iterator[None]:
+    """The ways in which transformers says that there is no such model, or none that it knows."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {model} could not be loaded: {error}") from error
 
 
 def _quantization(config: FinetuneConfig, dtype: torch.dtype) -> dict[str, Any]:

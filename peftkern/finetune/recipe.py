@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     require(*_EXTRA, *(() if config.quantization == "none" else ("bitsandbytes",)))
     config = config.resolved()
     _calm_libraries(quiet or not sys.stderr.isatty())
-    with _memory_errors(config):
+    with warnings.catch_warnings(), _memory_errors(config):
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return _Run(config, quiet).execute()
 
 

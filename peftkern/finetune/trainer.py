@@ -14,6 +14,7 @@ from .config import FinetuneConfig
 from .data import data_kind
 from .errors import InputError
 from .files import atomic_directory, remove_directory
+from .loss import frozen_head_loss, has_plain_head
 from .metrics import MetricsCallback
 from .model import compute_dtype
 
@@ -48,6 +49,17 @@ class RecipeTrainer(SFTTrainer):
                 "raise --warmup, or choose another --dtype"
             )
         return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        base = self.accelerator.unwrap_model(model).get_base_model()
+        if return_outputs or self.args.device.type != "cpu" or self.args.world_size > 1 or not has_plain_head(base):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        backbone = {key: value for key, value in inputs.items() if key != "labels"}
+        with self.accelerator.autocast():
+            hidden = base.base_model(**backbone, use_cache=False).last_hidden_state
+        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        return frozen_head_loss(hidden, base.get_output_embeddings().weight, labels) / torch.as_tensor(count).clamp(min=1)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """PEFT writes the adapter's card; TRL would write one more with every checkpoint."""

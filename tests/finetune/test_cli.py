@@ -1,0 +1,121 @@
+"""The command line: options, refusals before any heavy work, summary."""
+
+from __future__ import annotations
+
+import builtins
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peftkern.__main__ import main
+from peftkern.finetune import FinetuneConfig, InputError
+from peftkern.finetune import recipe as recipe_module
+
+
+def arguments(options: dict[str, Any], **changes: Any) -> list[str]:
+    return ["finetune", *FinetuneConfig(**(options | changes)).to_arguments()]
+
+
+def test_arguments_and_configuration_are_one_and_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FinetuneConfig(**options, eval_data=("sample", "x.txt"), targets=("q_proj", "v_proj"), rslora=True, packing=False, prompt="a b")
+    seen = []
+    monkeypatch.setattr("peftkern.finetune.cli.finetune", lambda given: seen.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["finetune", *config.to_arguments()])
+    assert seen == [config]
+
+
+def test_defaults_are_the_sample_within_minutes() -> None:
+    config = FinetuneConfig().resolved()
+    assert (config.model, config.data, config.eval_data) == ("sample", "sample", ("sample",))
+    assert config.steps * config.batch_size * config.grad_accumulation * config.seq_length <= 60 * 512
+    assert FinetuneConfig(data="other.txt").resolved().epochs == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "--r must be a whole number of at least 1, got 0"),
+        ({"lr": -1.0}, "--lr must be greater than 0"),
+        ({"dropout": 1.0}, "--dropout must be at least 0 and less than 1"),
+        ({"quantization": "int3"}, "--quantization must be one of nf4, fp4, none"),
+        ({"steps": 3, "epochs": 1.0}, "--steps or --epochs, not both"),
+        ({"resume": True, "overwrite": True}, "not both"),
+        ({"seq_length": 1}, "--seq-length must be at least 2"),
+        ({"data": "x.txt", "eval_fraction": 0.0}, "--eval-data"),
+        ({"compare": True, "patch": False}, "drop --no-patch"),
+    ],
+)
+def test_bad_options(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_run_prints_a_summary(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(options)) == 0
+    printed = capsys.readouterr()
+    for expected in ("before:", "after:", "Perplexity (held-out):", " -> ", "tokens/s", "Peak memory:", options["output"]):
+        assert expected in printed.out
+    assert "6/6" in printed.err and "loss" in printed.err and "tok/s" in printed.err
+
+
+def test_full_output_folder_is_refused_before_the_model_is_touched(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Path(options["output"])
+    output.mkdir()
+    (output / "thesis.doc").write_text("years of work")
+    monkeypatch.setattr(recipe_module._Run, "_trainer", lambda *_: pytest.fail("heavy work was begun"))
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        assert main(arguments(options, **flags)) == 2
+        assert "exists and is not empty: empty it, or name another folder" in capsys.readouterr().err
+    assert (output / "thesis.doc").read_text() == "years of work"
+
+
+def test_finished_run_is_overwritten_on_request_only(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(options)) == 0
+    assert main(arguments(options)) == 2
+    assert "go on with --resume, start again with --overwrite" in capsys.readouterr().err
+    assert main(arguments(options, overwrite=True, steps=2)) == 0
+    assert len((Path(options["output"]) / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_missing_package_names_the_extra(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = builtins.__import__
+
+    def without_trl(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "trl":
+            raise ModuleNotFoundError("No module named 'trl'", name="trl")
+        return original(name, *args, **kwargs)
+
+    def import_module(name: str) -> Any:
+        return without_trl(name)
+
+    monkeypatch.setattr("peftkern.finetune.errors.importlib.import_module", import_module)
+    assert main(arguments(options)) == 2
+    assert "needs trl, which is not installed: run pip install 'peftkern[finetune]'" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_nothing_half_written(options: dict[str, Any]) -> None:
+    # Files over the limit cannot be written, as on a full disk; the adapter and the optimizer's state are larger.
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
+    command = [sys.executable, "-m", "peftkern", *arguments(options)]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "could not write" in done.stderr and "free disk space" in done.stderr and "Traceback" not in done.stderr
+    assert not list(Path(options["output"]).rglob(".incomplete-*"))
+    assert not list(Path(options["output"]).glob("checkpoints/checkpoint-*"))
+
+
+def test_import_of_the_command_needs_no_extra_package() -> None:
+    code = "import sys, peftkern.__main__; from peftkern.finetune import FinetuneConfig; print([m for m in sys.modules if m in "
+    code += "('transformers', 'peft', 'trl', 'datasets', 'bitsandbytes', 'matplotlib')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
