@@ -1,0 +1,224 @@
+"""The bitsandbytes hook: bitsandbytes' values from our kernels, switchable, and never in the way of `import bitsandbytes`."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftkern import backends, bnb_backend, nf4
+
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(64, 64), (7, 33), (5,), (3, 4, 50), (96, 130)]
+NATIVE = backends.available("cpu")[0]
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def hook(monkeypatch):
+    """Each test starts without the hook and leaves it as it was; without the native extension the ops run their reference."""
+    was = bnb_backend.unregister()
+    monkeypatch.delenv("PEFTKERN_BNB_BACKEND", raising=False)
+    if not NATIVE:
+        monkeypatch.setattr(backends, "available", lambda name: (True, "the reference, for the test"))
+    yield
+    bnb_backend.unregister()
+    if was:
+        bnb_backend.register()
+
+
+def both(function):
+    """What bitsandbytes gives alone, and with our kernels."""
+    stock = function()
+    assert bnb_backend.register(), bnb_backend.state()
+    return stock, function()
+
+
+def sample(shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+def codes(packed, numel):
+    flat = packed.contiguous().view(torch.uint8).flatten()
+    return torch.stack([flat >> 4, flat & 15], dim=1).flatten()[:numel].long()
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_quantize_gives_the_same_codes(blocksize, shape, dtype, quant_type):
+    """But where x / absmax is within 1e-6 of a threshold, where bitsandbytes' own backends differ among themselves."""
+    w = sample(shape, dtype)
+    (packed, absmax), (ours, our_absmax) = both(
+        lambda: torch.ops.bitsandbytes.quantize_4bit(w, blocksize, quant_type, torch.uint8),
+    )
+    assert ours.shape == packed.shape and ours.dtype == packed.dtype
+    assert torch.equal(our_absmax, absmax)
+    ordered = nf4.code_tensor(quant_type).sort().values
+    scaled = w.flatten().float() / absmax.repeat_interleave(blocksize)[: w.numel()]
+    near = (scaled[:, None] - (ordered[:-1] + ordered[1:]) / 2).abs().amin(1) < 1e-6
+    values = nf4.code_tensor(quant_type)
+    assert torch.equal(values[codes(ours, w.numel())][~near], values[codes(packed, w.numel())][~near])
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, *DTYPES], ids=str)
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_quant_storage_and_nesting_round_trip(nested, storage):
+    w = sample((96, 128), torch.bfloat16)
+    options = dict(quant_type="nf4", compress_statistics=nested, quant_storage=storage)
+    (packed, state), (ours, our_state) = both(lambda: bnb.functional.quantize_4bit(w, **options))
+    assert ours.dtype == packed.dtype == storage and ours.shape == packed.shape
+    assert torch.equal(ours.view(torch.uint8), packed.view(torch.uint8)) and torch.equal(our_state.absmax, state.absmax)
+    dense = bnb.functional.dequantize_4bit(packed, state)
+    bnb_backend.unregister()
+    assert torch.equal(dense, bnb.functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("blocksize", [32, 64, 2048])
+def test_dequantize_is_bit_equal(blocksize, shape, dtype, quant_type):
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit(sample(shape), blocksize, quant_type, torch.uint8)
+    stock, ours = both(lambda: torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype))
+    assert ours.shape == stock.shape and torch.equal(ours, stock)
+
+
+def linear(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return bnb.nn.Linear4bit(64, 48, compute_dtype=dtype, quant_type="nf4", **options).to("cpu").requires_grad_(False)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear4bit_forward_and_backward(dtype, nested, m):
+    """Error against fp64 at most 1.5 times that of bitsandbytes, for y and dx."""
+    layer, x = linear(dtype, compress_statistics=nested), sample((m, 64), dtype)
+    layer.bias.data = layer.bias.data.to(dtype)
+
+    def step():
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.float().square().sum().backward()
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)  # the path without autograd
+        return y.detach(), leaf.grad
+
+    stock, ours = both(step)
+    state = layer.weight.quant_state
+    state.dtype = torch.float32
+    weight = bnb.functional.dequantize_4bit(layer.weight.data, state).double()
+    exact = x.double() @ weight.t() + layer.bias.double()
+    for got, theirs, truth in zip(ours, stock, (exact, 2 * exact @ weight), strict=True):
+        assert got.dtype == theirs.dtype
+        assert (got.double() - truth).norm() <= 1.5 * (theirs.double() - truth).norm() + 1e-7 * truth.norm()
+
+
+def test_gemv_takes_plain_weights():
+    layer, x = linear(compress_statistics=False), sample((1, 64))
+    state = layer.weight.quant_state
+    stock, ours = both(lambda: bnb.functional.gemv_4bit(x, layer.weight.data, state=state))
+    torch.testing.assert_close(ours, stock)
+
+
+def test_repacked_weights_go_to_bitsandbytes_untouched(monkeypatch):
+    x = sample((1, 64), torch.bfloat16)
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    assert bnb_backend.register()
+    seen = []
+
+    class Stock:
+        def call_boxed(self, keys, *args):
+            seen.append(args)
+            return torch.zeros(1, 64, dtype=torch.bfloat16)
+
+    monkeypatch.setitem(bnb_backend._Hook.stock, "gemv_4bit", Stock())
+    bnb.matmul_4bit(x, packed, quant_state=state)
+    assert len(seen) == 1 and seen[0][1].data_ptr() == packed.data_ptr() and seen[0][3].dtype == torch.bfloat16
+
+
+def test_compiles():
+    torch._dynamo.reset()
+    layer, x = linear(), sample((4, 64))
+    assert bnb_backend.register()
+    expected = layer(x)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_sizes_that_do_not_fit_are_an_error_not_a_crash():
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit(sample((64, 64)), 64, "nf4", torch.uint8)
+    assert bnb_backend.register()
+    with pytest.raises(ValueError, match="absmax: got torch.float32 with 8 elements, expected torch.float32 with 64"):
+        torch.ops.bitsandbytes.dequantize_4bit(packed, absmax[:8], 64, "nf4", (64, 64), torch.float32)
+    with pytest.raises(ValueError, match="packed: got torch.uint8 with 2048 elements"):
+        torch.ops.bitsandbytes.gemm_4bit(sample((2, 64)), packed, (640, 64), absmax, 64, "nf4")
+
+
+def test_what_our_kernels_do_not_take_goes_to_bitsandbytes():
+    w = sample((8, 64)).double()
+    stock, ours = both(lambda: torch.ops.bitsandbytes.quantize_4bit(w, 64, "nf4", torch.uint8))
+    assert torch.equal(stock[0], ours[0]) and torch.equal(stock[1], ours[1])
+
+
+def overridden():
+    return [name for name in bnb_backend._ARGUMENTS if torch._C._dispatch_dump(f"bitsandbytes::{name}").count("bnb_backend.py")]
+
+
+def test_register_is_idempotent_and_unregister_undoes_it():
+    assert bnb_backend.register() and bnb_backend.register()
+    assert bnb_backend.state() == (True, "overrides quantize_4bit, dequantize_4bit, gemv_4bit, gemm_4bit")
+    assert overridden() == ["quantize_4bit", "dequantize_4bit", "gemv_4bit", "gemm_4bit"]
+    assert bnb_backend.unregister() and not bnb_backend.unregister()
+    assert bnb_backend.state() == (False, "unregistered by the caller")
+    assert overridden() == []
+
+
+@pytest.mark.parametrize("value", ["0", "false", " OFF "])
+def test_switched_off_by_the_environment(value, monkeypatch):
+    monkeypatch.setenv("PEFTKERN_BNB_BACKEND", value)
+    assert not bnb_backend.register()
+    assert bnb_backend.state() == (False, "switched off by PEFTKERN_BNB_BACKEND") and overridden() == []
+
+
+def test_without_the_native_extension_nothing_is_registered(monkeypatch):
+    monkeypatch.setattr(backends, "available", lambda name: (False, "the native extension is not built"))
+    assert not bnb_backend.register()
+    assert bnb_backend.state() == (False, "the native extension is not built") and overridden() == []
+
+
+def test_an_op_with_other_arguments_is_left_alone(monkeypatch):
+    monkeypatch.setitem(bnb_backend._ARGUMENTS, "gemm_4bit", ("A", "B"))
+    assert bnb_backend.register()
+    assert bnb_backend.state()[1].endswith("left as they are, unknown arguments: gemm_4bit")
+    assert "gemm_4bit" not in overridden()
+
+
+def test_a_failure_is_logged_and_leaves_bitsandbytes_whole(monkeypatch, caplog):
+    monkeypatch.setitem(bnb_backend._KERNELS, "gemm_4bit", None)
+    with caplog.at_level(logging.WARNING):
+        assert not bnb_backend.register()
+    assert len(caplog.records) == 1 and "bitsandbytes keeps its own CPU kernels" in caplog.text
+    assert bnb_backend.state()[1].startswith("registration failed: ") and overridden() == []
+
+
+@pytest.mark.parametrize("value, expected", [("1", True), ("0", False)])
+def test_importing_bitsandbytes_registers_through_the_entry_point(value, expected, tmp_path):
+    """In a fresh process, with the package's metadata on the path: bitsandbytes imports us while it is itself half imported."""
+    info = tmp_path / "peftkern-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peftkern\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[bitsandbytes.backends]\npeftkern = peftkern.bnb_backend:register\n")
+    program = "import bitsandbytes, peftkern.bnb_backend as b; print(b.state()[0])"
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    environment = os.environ | {"PYTHONPATH": path, "PEFTKERN_BNB_BACKEND": value, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(expected and NATIVE)] and "Overriding" not in result.stderr
