@@ -12,7 +12,7 @@ static inline int nibble(const uint8_t* packed, int64_t i) { return i & 1 ? pack
 // The fp32 absmax of a block. Multiply and add are rounded separately: this file is compiled with -ffp-contract=off.
 static inline float absmax_of(const pk_weight& w, int64_t block) {
   if (w.absmax) return w.absmax[block];
-  float scaled = w.absmax_code[w.absmax_8bit[block]] * w.nested_absmax[block / w.nested_blocksize];
+  float scaled = w.absmax_code[w.absmax_8bit[block]] * w.nested_absmax[block >> __builtin_ctz((unsigned)w.nested_blocksize)];
   return scaled + *w.absmax_offset;
 }
 

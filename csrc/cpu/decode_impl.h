@@ -11,6 +11,11 @@ static void decode_run(const uint8_t* packed, const float* code, const Table& ta
   int64_t i = 0;
   if ((start & 1) && count) from_float(code[pk::nibble(packed, start)] * scale, &out[i++]);
   const vf s = set1(scale);
+  for (; i + GROUP <= count; i += GROUP) {
+    vf values[GROUP / VW];
+    lookup_group_natural(table, packed + ((start + i) >> 1), values);
+    for (int j = 0; j < GROUP / VW; j++) storex(out + i + j * VW, values[j] * s);
+  }
   for (; i + VW <= count; i += VW) storex(out + i, lookup(table, packed + ((start + i) >> 1)) * s);
   for (; i < count; i++) from_float(code[pk::nibble(packed, start + i)] * scale, &out[i]);
 }
@@ -86,8 +91,9 @@ static void decode(const pk_weight& w, const Table& table, int64_t start, int64_
     return convert((const f16*)w.data + start, count, out);
   }
   const int64_t size = w.blocksize;
+  const int shift = __builtin_ctz((unsigned)w.blocksize);
   for (int64_t end = start + count; start < end;) {
-    int64_t block = start / size, stop = (block + 1) * size, run = (stop < end ? stop : end) - start;
+    int64_t block = start >> shift, stop = (block + 1) * size, run = (stop < end ? stop : end) - start;
     decode_block((const uint8_t*)w.data, w.code, table, start, run, pk::absmax_of(w, block), out);
     start += run;
     out += run;

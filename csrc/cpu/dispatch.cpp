@@ -75,7 +75,7 @@ int check_lora(const pk_lora* l) {
 int64_t gemv_floats(int64_t m, int64_t n, int64_t k, int64_t r) { return 2 * m * k + r * (k + n) + n; }
 
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
-  int64_t most = m <= 16 ? gemv_floats(m, n, k, r) : 0;
+  int64_t most = m <= 64 ? gemv_floats(m, n, k, r) : 0;
   const int64_t plans[][2] = {{n, k}, {k, n}, {n, 0}, {k, 0}};
   for (auto& sizes : plans) most = pk::largest(most, pk::make_plan(m, sizes[0], sizes[1], n, k, r, current->lanes, threads).total);
   return most * (int64_t)sizeof(float);
@@ -139,7 +139,7 @@ int64_t pk_qlora_linear_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r
 static int lora_forward(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias,
                         int bias_dtype, void* y, float* xa, int gemv, void* scratch, int64_t bytes, int threads) {
   if (int bad = check_lora(lora)) return bad;
-  if (m < 0 || n < 0 || k < 1 || (gemv && m > 16)) return PK_ERR_SHAPE;
+  if (m < 0 || n < 0 || k < 1 || (gemv && m > 64)) return PK_ERR_SHAPE;
   if (m == 0 || n == 0) return PK_OK;
   if (!x || !y || !scratch || (lora->r && !xa)) return PK_ERR_NULL;
   if (bad_dtype(dtype) || (bias && bad_dtype(bias_dtype))) return PK_ERR_DTYPE;

@@ -4,93 +4,77 @@
 
 namespace PK_NS {
 
-constexpr int GROUP = 64;     // codes a step
-constexpr int MAX_ROWS = 4;   // rows of x that share one decode
-constexpr int64_t ABSMAX_CHUNK = 256;
+constexpr int MAX_ROWS = 8;            // rows of x that share one decode
+constexpr int TASK_ROWS = 32;          // rows of W a task: their partial sums and one piece of x stay in the first-level cache
+constexpr int64_t PIECE = 4096;        // elements of x a pass over all its rows together: 16 KB, half a first-level cache
 
-// A row of x -> fp32. On AVX2 each group is permuted, so that lane i of step j is element 8i + j: 32-bit word i then holds the lanes' codes in
-// nibble order, and one shift of the whole vector brings up the codes of a step.
+// A row of x -> fp32, in the order in which lookup_group brings up the codes.
 template <typename T>
-static void prepare_x(const T* x, int64_t k, [[maybe_unused]] bool permuted, float* out) {
-#if defined(PK_AVX2)
-  for (int64_t g = 0; permuted && g < k; g += GROUP) {
-    vf rows[VW];
-    for (int i = 0; i < VW; i++) rows[i] = loadx(x + g + i * VW);
-    transpose(rows);
-    for (int j = 0; j < VW; j++) store(out + g + j * VW, rows[j]);
-  }
-  if (permuted) return;
-#endif
+static void prepare_x(const T* x, int64_t k, [[maybe_unused]] bool grouped, float* out) {
   convert(x, k, out);
-}
-
-// The eight vectors of a group in permuted order: step(j, value).
-template <int R>
-static inline void group_dot(const Table& table, const uint8_t* p, const float* const* x, int64_t g, vf* acc) {
 #if defined(PK_AVX2)
-  const __m256i words = _mm256_loadu_si256((const __m256i*)p);
-  auto step = [&](auto right, auto left, int j) __attribute__((always_inline)) {
-    __m256 low = _mm256_permutevar8x32_ps((__m256)table.low, right), high = _mm256_permutevar8x32_ps((__m256)table.high, right);
-    vf value = (vf)_mm256_blendv_ps(low, high, (__m256)left);
-    for (int r = 0; r < R; r++) acc[r] = fma(value, load(x[r] + g + j * VW), acc[r]);
-  };
-  step(_mm256_srli_epi32(words, 4), _mm256_slli_epi32(words, 24), 0);
-  step(words, _mm256_slli_epi32(words, 28), 1);
-  step(_mm256_srli_epi32(words, 12), _mm256_slli_epi32(words, 16), 2);
-  step(_mm256_srli_epi32(words, 8), _mm256_slli_epi32(words, 20), 3);
-  step(_mm256_srli_epi32(words, 20), _mm256_slli_epi32(words, 8), 4);
-  step(_mm256_srli_epi32(words, 16), _mm256_slli_epi32(words, 12), 5);
-  step(_mm256_srli_epi32(words, 28), words, 6);
-  step(_mm256_srli_epi32(words, 24), _mm256_slli_epi32(words, 4), 7);
-#else
-  for (int j = 0; j < GROUP / VW; j++) {
-    vf value = lookup(table, p + j * VW / 2);
-    for (int r = 0; r < R; r++) acc[r] = fma(value, load(x[r] + g + j * VW), acc[r]);
+  for (int64_t g = 0; grouped && g < k; g += GROUP) {
+    float natural[GROUP];
+    memcpy(natural, out + g, sizeof natural);
+    for (int i = 0; i < GROUP; i++) out[g + i] = natural[(i & 4) * 8 + i / 8 * 4 + (i & 3)];
   }
 #endif
 }
 
-// Row n of W against R rows of x (fp32; whole groups permuted, the rest natural) -> out[R].
+// total[r] += W[n][from ... from + count) * x[r][...] for whole groups: a block's scale multiplies its partial sum once.
 template <int R>
-static void gemv_row(const pk_weight& w, const Table& table, int64_t n, const float* const* x, float* out) {
-  const uint8_t* packed = (const uint8_t*)w.data;
-  const int64_t start = n * w.k, groups = w.k / GROUP, per_block = w.blocksize / GROUP;
-  vf total[R] = {};
-  float scales[ABSMAX_CHUNK];
-  for (int64_t g = 0; g < groups; g++) {
-    if (g % ABSMAX_CHUNK == 0)
-      for (int64_t i = g; i < groups && i < g + ABSMAX_CHUNK; i++) scales[i - g] = pk::absmax_of(w, start / w.blocksize + i / per_block);
-    vf acc[R] = {};
-    group_dot<R>(table, packed + ((start + g * GROUP) >> 1), x, g * GROUP, acc);
-    for (int r = 0; r < R; r++) total[r] = fma(acc[r], set1(scales[g % ABSMAX_CHUNK]), total[r]);
+static void gemv_piece(const pk_weight& w, const Table& table, int64_t n, int64_t from, int64_t count, const float* const* x, vf* total) {
+  const uint8_t* packed = (const uint8_t*)w.data + ((n * w.k + from) >> 1);
+  const int shift = __builtin_ctz((unsigned)w.blocksize);
+  for (int64_t i = 0; i < count; i += GROUP) {
+    const vf scale = set1(pk::absmax_of(w, (n * w.k + from + i) >> shift));
+    vf values[GROUP / VW], acc[R] = {};
+    __builtin_prefetch(packed + (i >> 1) + w.k / 2);  // the next row's piece: short pieces are too short for the hardware's streams
+    lookup_group(table, packed + (i >> 1), values);
+    for (int j = 0; j < GROUP / VW; j++)
+      for (int r = 0; r < R; r++) acc[r] = fma(values[j], load(x[r] + from + i + j * VW), acc[r]);
+    for (int r = 0; r < R; r++) total[r] = fma(acc[r], scale, total[r]);
   }
-  for (int r = 0; r < R; r++) out[r] = sum(total[r]);
 }
 
-// Any shape: decode a piece of the row, then a plain dot product.
+// The same for any shape: decode, then multiply; x in natural order.
 template <int R>
-static void gemv_row_ragged(const pk_weight& w, const Table& table, int64_t n, const float* const* x, float* out) {
-  constexpr int64_t PIECE = 512;
-  alignas(64) float values[PIECE];
-  vf total[R] = {};
-  float rest[R] = {};
-  for (int64_t from = 0; from < w.k; from += PIECE) {
-    int64_t count = w.k - from < PIECE ? w.k - from : PIECE, i = 0;
-    decode(w, table, n * w.k + from, count, values);
-    for (; i + VW <= count; i += VW)
-      for (int r = 0; r < R; r++) total[r] = fma(load(values + i), load(x[r] + from + i), total[r]);
-    for (; i < count; i++)
-      for (int r = 0; r < R; r++) rest[r] += values[i] * x[r][from + i];
-  }
-  for (int r = 0; r < R; r++) out[r] = sum(total[r]) + rest[r];
+static void gemv_piece_ragged(const pk_weight& w, const Table& table, int64_t n, int64_t from, int64_t count, const float* const* x, vf* total) {
+  alignas(64) float values[PIECE + VW];
+  decode(w, table, n * w.k + from, count, values);
+  int64_t i = 0;
+  for (; i + VW <= count; i += VW)
+    for (int r = 0; r < R; r++) total[r] = fma(load(values + i), load(x[r] + from + i), total[r]);
+  for (; i < count; i++)
+    for (int r = 0; r < R; r++) total[r][0] += values[i] * x[r][from + i];
 }
 
-static inline bool gemv_aligned(const pk_weight& w) { return w.code && w.k % GROUP == 0 && w.blocksize >= GROUP && w.k % w.blocksize == 0; }
+static inline bool gemv_grouped(const pk_weight& w) { return w.code && w.k % GROUP == 0 && w.blocksize >= GROUP && w.k % w.blocksize == 0; }
 
+// Rows [n0, n0 + rows) of W against R rows of x -> out[row][MAX_ROWS].
 template <int R>
-static inline void gemv_any(const pk_weight& w, const Table& table, int64_t n, const float* const* x, float* out) {
-  if (gemv_aligned(w)) gemv_row<R>(w, table, n, x, out);
-  else gemv_row_ragged<R>(w, table, n, x, out);
+static void gemv_task(const pk_weight& w, const Table& table, int64_t n0, int64_t rows, const float* const* x, float (*out)[MAX_ROWS]) {
+  vf total[TASK_ROWS][R] = {};
+  const bool grouped = gemv_grouped(w);
+  constexpr int64_t STEP = PIECE / R / GROUP * GROUP;
+  for (int64_t from = 0; from < w.k; from += STEP) {
+    const int64_t count = w.k - from < STEP ? w.k - from : STEP;
+    for (int64_t i = 0; i < rows; i++) {
+      if (grouped) gemv_piece<R>(w, table, n0 + i, from, count, x, total[i]);
+      else gemv_piece_ragged<R>(w, table, n0 + i, from, count, x, total[i]);
+    }
+  }
+  for (int64_t i = 0; i < rows; i++)
+    for (int r = 0; r < R; r++) out[i][r] = sum(total[i][r]);
+}
+
+// The task for a number of rows of x known only now.
+template <int R>
+static void gemv_task_of(int count, const pk_weight& w, const Table& table, int64_t n0, int64_t rows, const float* const* x, float (*out)[MAX_ROWS]) {
+  if constexpr (R > 0) {
+    if (count == R) gemv_task<R>(w, table, n0, rows, x, out);
+    else gemv_task_of<R - 1>(count, w, table, n0, rows, x, out);
+  }
 }
 
 static inline float dot(const float* a, const float* b, int64_t count) {

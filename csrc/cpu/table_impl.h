@@ -6,20 +6,20 @@
 
 namespace PK_NS {
 
-// y = x W^T + scaling * (x A^T) B^T + bias for m <= 16: x prepared once, MAX_ROWS rows share a decode, a row of W is a task.
+// y = x W^T + scaling * (x A^T) B^T + bias for few rows: x prepared once, MAX_ROWS rows share a decode, TASK_ROWS rows of W are a task.
 template <typename T>
 static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t m, const void* bias, int bias_dtype, T* y, float* xa, float* scratch,
                     int threads) {
   const int64_t n = w.n, k = w.k, r = lora.r;
   float *plain = scratch, *prepared = plain + m * k, *at = prepared + m * k;
   const Table table = w.code ? make_table(w.code) : Table{};
-  const bool permuted = gemv_aligned(w);
+  const bool grouped = gemv_grouped(w);
   const float* a = as_float(lora.lora_a, lora.dtype, r * k, at);
   const float* b = as_float(lora.lora_b, lora.dtype, r * n, at + r * k);
   const float* add = as_float(bias, bias_dtype, n, at + r * (k + n));
   const Dropout d = make_dropout(lora.dropout_threshold, lora.seed);
   for (int64_t i = 0; i < m; i++) {
-    prepare_x(x + i * k, k, permuted, prepared + i * k);
+    prepare_x(x + i * k, k, grouped, prepared + i * k);
     if (!r) continue;
     if (d.threshold) apply_dropout(d, x + i * k, k, i, 0, 1, k, plain + i * k, k);
     else convert(x + i * k, k, plain + i * k);
@@ -30,23 +30,20 @@ static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t
     for (int64_t j = 0; j < r; j++)
       for (int64_t i = 0; i < m; i++) xa[i * r + j] = dot(a + j * k, plain + i * k, k);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < n; row++) {
+    for (int64_t n0 = 0; n0 < n; n0 += TASK_ROWS)
       for (int64_t i = 0; i < m; i += MAX_ROWS) {
-        const int64_t count = smaller(MAX_ROWS, m - i);
+        const int64_t count = smaller(MAX_ROWS, m - i), rows = smaller(TASK_ROWS, n - n0);
         const float* xs[MAX_ROWS];
-        float out[MAX_ROWS];
+        float out[TASK_ROWS][MAX_ROWS];
         for (int64_t q = 0; q < count; q++) xs[q] = prepared + (i + q) * k;
-        if (count == 1) gemv_any<1>(w, table, row, xs, out);
-        else if (count == 2) gemv_any<2>(w, table, row, xs, out);
-        else if (count == 3) gemv_any<3>(w, table, row, xs, out);
-        else gemv_any<4>(w, table, row, xs, out);
-        for (int64_t q = 0; q < count; q++) {
-          float v = out[q] + (add ? add[row] : 0.0f);
-          if (r) v += lora.scaling * dot(xa + (i + q) * r, b + row * r, r);
-          from_float(v, &y[(i + q) * n + row]);
-        }
+        gemv_task_of<MAX_ROWS>((int)count, w, table, n0, rows, xs, out);
+        for (int64_t row = n0; row < n0 + rows; row++)
+          for (int64_t q = 0; q < count; q++) {
+            float v = out[row - n0][q] + (add ? add[row] : 0.0f);
+            if (r) v += lora.scaling * dot(xa + (i + q) * r, b + row * r, r);
+            from_float(v, &y[(i + q) * n + row]);
+          }
       }
-    }
   }
 }
 

@@ -81,7 +81,7 @@ PK_API int pk_dequantize_4bit_cpu(const pk_weight* w, int64_t row, int64_t rows,
 PK_API int64_t pk_qlora_linear_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads);
 
 /* y [m, n] = x [m, k] W^T + scaling * drop(x) A^T B^T + bias [n]; x, y of `dtype`. xa fp32 [m, r] = drop(x) A^T.
- * gemv != 0 takes the kernel for few rows (m <= 16), which decodes in registers. */
+ * gemv != 0 takes the kernel for few rows (m <= 64), which decodes in registers. */
 PK_API int pk_qlora_linear_fwd_cpu(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m, const void* bias,
                                    int bias_dtype, void* y, float* xa, int gemv, void* scratch, int64_t scratch_bytes, int threads);
 
