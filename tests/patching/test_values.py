@@ -1,5 +1,7 @@
 """Patched against stock: logits, loss and every gradient, judged by the error of each against the same model in fp64."""
 
+import contextlib
+
 import patching_models as models
 import peft
 import pytest
@@ -128,8 +130,9 @@ def check_layer(model, x_dtype, autocast, calls):
             y = layer(leaf)
         y.float().square().sum().backward()
         results.append((y.detach(), leaf.grad, *models.grads(layer).values()))
-    assert calls["lora"] == 1
-    worst = max(UNIT[t] for t in (x_dtype, autocast or x_dtype, getattr(layer.base_layer, "compute_dtype", None) or x_dtype))
+    compute = getattr(layer.base_layer, "compute_dtype", None) or x_dtype
+    assert calls["lora"] == 1 and calls.dtype == (autocast or compute)
+    worst = max(UNIT[t] for t in (x_dtype, autocast or x_dtype, compute))
     for stock, patched in zip(*results, strict=True):
         assert patched.dtype == stock.dtype
         assert (patched.double() - stock.double()).norm() <= 8 * worst * stock.double().norm()
@@ -154,3 +157,16 @@ def test_cuda_autocast_promotes_the_output_as_stock_does(calls):
     assert calls["lora"] == 1
     assert stock.dtype == patched.dtype == torch.float32
     torch.testing.assert_close(patched, stock, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["native or reference", "reference"])
+def test_the_kernels_own_arithmetic_is_not_autocast(backend):
+    """The reference accumulates in fp32 by torch's own products, which autocast would turn into bf16 ones."""
+    model = models.lora(models.llama(torch.bfloat16))
+    layer, x = models.first(model), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    peftkern.patch(model)
+    with peftkern.use_backend("reference") if backend == "reference" else contextlib.nullcontext():
+        expected = layer(x.bfloat16())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = layer(x)
+    assert torch.equal(got, expected.float())
