@@ -54,18 +54,23 @@ def quantize_4bit(weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 6
     return NF4Weight(**fields, absmax_8bit=absmax_8bit, absmax_code=absmax_code, nested_absmax=nested_absmax, absmax_offset=offset)
 
 
-def dequantize_4bit(weight: NF4Weight, *, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_4bit(weight: NF4Weight, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     """The dense weight: T(fp32(code) * fp32(absmax)), one rounding, bit for bit.
 
     Args:
         weight: NF4Weight.
-        dtype: fp32, bf16 or fp16; default: the dtype it was quantized from.
-    Returns: Tensor in `weight.shape`.
+        dtype: fp32, bf16 or fp16; default: out's, else the dtype it was quantized from.
+        out: a contiguous tensor of `weight.shape` to fill, so that a loop need not allocate.
+    Returns: Tensor in `weight.shape`; `out` where it is given.
     """
-    dtype = dtype or weight.dtype
+    dtype = dtype or (weight.dtype if out is None else out.dtype)
     if dtype not in _FLOATS:
         raise TypeError(f"dtype: got {dtype}, expected float32, bfloat16 or float16")
-    return _dequantize.dequantize_4bit(weight, dtype)
+    if out is not None:
+        got = (tuple(out.shape), out.dtype, out.device)
+        if got != (tuple(weight.shape), dtype, weight.device) or not out.is_contiguous():
+            raise ValueError(f"out: got {got}, expected contiguous {(tuple(weight.shape), dtype, weight.device)}")
+    return _dequantize.dequantize_4bit(weight, dtype, out)
 
 
 def linear_4bit(x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None = None) -> Tensor:

@@ -148,7 +148,7 @@ class NF4Weight:
             return state_dict[key]
 
         packed = state_dict[prefix]
-        nested = f"{prefix}.nested_absmax" in state_dict
+        nested = "nested_offset" in meta
         offset = torch.tensor(float(meta["nested_offset"]), device=packed.device) if nested else None
         return cls(
             packed=packed.view(torch.uint8),

@@ -14,6 +14,10 @@ struct Rows {
   int64_t row_stride, c_stride;
 };
 
+// Additions in one chain. A rounding error grows with the chain's length; the low-rank products, a few percent of the work whose sums go into
+// every gradient, afford short ones.
+constexpr int64_t MAIN_CHAIN = 128, LOW_RANK_CHAIN = 16;
+
 // c[r][0..LANES) += sum over kc of w(r, i) * x[i][0..LANES), r < R.
 template <int R>
 static void micro(Rows w, const float* x, int64_t kc, float* c, int64_t ldc) {
@@ -46,19 +50,15 @@ static void micro_tail(int rows, Rows w, const float* x, int64_t kc, float* c, i
   }
 }
 
-// All `rows` of one panel: c [rows][ldc] += W' x.
-static void multiply(Rows w, int64_t rows, const float* x, int64_t kc, float* c, int64_t ldc) {
-  int64_t r = 0;
-  for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-    micro<TILE_ROWS>({w.p + r * w.row_stride, w.row_stride, w.c_stride}, x, kc, c + r * ldc, ldc);
-  if (r < rows) micro_tail<TILE_ROWS - 1>((int)(rows - r), {w.p + r * w.row_stride, w.row_stride, w.c_stride}, x, kc, c + r * ldc, ldc);
-}
-
-// The same for a low-rank factor, in short chains: these products are a few percent of the work, and their sums go into every gradient.
-static void multiply_exactly(Rows w, int64_t rows, const float* x, int64_t kc, float* c, int64_t ldc) {
-  constexpr int64_t CHAIN = 16;
-  for (int64_t i = 0; i < kc; i += CHAIN)
-    multiply({w.p + i * w.c_stride, w.row_stride, w.c_stride}, rows, x + i * LANES, kc - i < CHAIN ? kc - i : CHAIN, c, ldc);
+// All `rows` of one panel: c [rows][ldc] += W' x, in chains of at most `chain` additions, whose results are then added up.
+static void multiply(Rows w, int64_t rows, const float* x, int64_t kc, float* c, int64_t ldc, int64_t chain = MAIN_CHAIN) {
+  for (int64_t i = 0; i < kc; i += chain) {
+    const int64_t count = kc - i < chain ? kc - i : chain;
+    const float *wi = w.p + i * w.c_stride, *xi = x + i * LANES;
+    int64_t r = 0;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS) micro<TILE_ROWS>({wi + r * w.row_stride, w.row_stride, w.c_stride}, xi, count, c + r * ldc, ldc);
+    if (r < rows) micro_tail<TILE_ROWS - 1>((int)(rows - r), {wi + r * w.row_stride, w.row_stride, w.c_stride}, xi, count, c + r * ldc, ldc);
+  }
 }
 
 // dst [cols][LANES] = src [rows <= LANES][cols] transposed; missing lanes are zero. `ld`: elements between rows of src.

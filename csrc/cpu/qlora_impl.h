@@ -62,7 +62,7 @@ static void pack_and_project(const Scratch& s, const T* src, int64_t row, int64_
       pack_transposed(masked, pk::KC, rows, count, tmp);
       chunk = tmp;
     }
-    multiply_exactly({v.p + from * v.c_stride, v.row_stride, v.c_stride}, r, chunk, count, low, LANES);
+    multiply({v.p + from * v.c_stride, v.row_stride, v.c_stride}, r, chunk, count, low, LANES, LOW_RANK_CHAIN);
   }
 }
 
@@ -103,7 +103,7 @@ static void forward_gemm(const pk::Plan& plan, const pk_weight* w, const pk_lora
       }
       for (int64_t p = 0; p < panels; p++) {
         const int64_t row = m0 + p * LANES;
-        if (r) multiply({b + n0 * r, r, 1}, size, s.low_rank(p, r), r, c + p * LANES, plan.mc);
+        if (r) multiply({b + n0 * r, r, 1}, size, s.low_rank(p, r), r, c + p * LANES, plan.mc, LOW_RANK_CHAIN);
         store_transposed(c + p * LANES, plan.mc, size, smaller(LANES, m - row), add ? add + n0 : nullptr, y + row * n + n0, n, !w);
       }
     }
@@ -160,11 +160,11 @@ static void backward_dx(const pk::Plan& plan, const pk_weight* w, const pk_lora&
         T* out = dx + row * k + k0;
         if (drop) {
           clear(tmp, size * LANES);
-          multiply({a + k0, 1, k}, size, s.low_rank(p, r), r, tmp, LANES);
+          multiply({a + k0, 1, k}, size, s.low_rank(p, r), r, tmp, LANES, LOW_RANK_CHAIN);
           store_dropped(dropout, c + p * LANES, plan.mc, tmp, size, row, k0, lanes, tmp + size * LANES, out, k, !w);
           continue;
         }
-        if (r) multiply({a + k0, 1, k}, size, s.low_rank(p, r), r, c + p * LANES, plan.mc);
+        if (r) multiply({a + k0, 1, k}, size, s.low_rank(p, r), r, c + p * LANES, plan.mc, LOW_RANK_CHAIN);
         store_transposed(c + p * LANES, plan.mc, size, lanes, nullptr, out, k, !w);
       }
     }
@@ -189,7 +189,7 @@ static void low_rank_gradient(const pk::Plan& plan, const float* low, int64_t r,
       for (int64_t q = 0; q < width; q += LANES) {
         if (d) pack_rows(masked + q, STRIP, count, width - q, buffer);
         else pack_rows(src + m0 * cols + c0 + q, cols, count, width - q, buffer);
-        multiply_exactly({low + m0 * r, 1, r}, r, buffer, count, c + q, STRIP);
+        multiply({low + m0 * r, 1, r}, r, buffer, count, c + q, STRIP, LOW_RANK_CHAIN);
       }
     }
     if (!transposed) {

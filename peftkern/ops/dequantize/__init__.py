@@ -19,6 +19,11 @@ LIBRARY.define(
     "Tensor? absmax_offset, SymInt[] shape, int blocksize, int nested_blocksize, ScalarType dtype) -> Tensor"
 )
 
+LIBRARY.define(
+    "dequantize_4bit_out(Tensor packed, Tensor code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
+    "Tensor? absmax_offset, int blocksize, int nested_blocksize, Tensor(a!) out) -> ()"
+)
+
 
 @torch.library.impl(LIBRARY, "dequantize_4bit", "CompositeExplicitAutograd")
 def _impl(packed: Tensor, *args: object) -> Tensor:
@@ -30,8 +35,22 @@ def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offs
     return packed.new_empty(shape, dtype=dtype)
 
 
-def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """NF4Weight -> dense tensor of `dtype` in `weight.shape`."""
+@torch.library.impl(LIBRARY, "dequantize_4bit_out", "CompositeExplicitAutograd")
+def _impl_out(packed: Tensor, *args: object) -> None:
+    _BACKENDS[select(packed)].dequantize_4bit_out(packed, *args)
+
+
+@torch.library.register_fake("peftkern::dequantize_4bit_out", lib=LIBRARY)
+def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize, out):
+    return None
+
+
+def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """NF4Weight -> dense tensor of `dtype` in `weight.shape`, or `out` filled."""
     w = weight
+    if out is not None:
+        absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
+        torch.ops.peftkern.dequantize_4bit_out(w.packed, w.code, *absmax, w.blocksize, w.nested_blocksize, out)
+        return out
     absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
     return torch.ops.peftkern.dequantize_4bit(w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..native import DTYPES, address, native, weight_view
 
-__all__ = ["dequantize_4bit"]
+__all__ = ["dequantize_4bit", "dequantize_4bit_out"]
 
 
 def dequantize_4bit(
@@ -28,7 +27,11 @@ def dequantize_4bit(
 ) -> Tensor:
     """As the reference."""
     out = torch.empty(tuple(shape), dtype=dtype)
-    numel = math.prod(shape)
-    quant = (code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize)
-    native().dequantize_4bit(weight_view(packed, quant, 1, numel), 0, 1, 0, numel, address(out), DTYPES[dtype])
+    dequantize_4bit_out(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize, out)
     return out
+
+
+def dequantize_4bit_out(packed: Tensor, *quant_and_out: object) -> None:
+    """As the reference."""
+    *quant, out = quant_and_out
+    native().dequantize_4bit(weight_view(packed, quant, 1, out.numel()), 0, 1, 0, out.numel(), address(out), DTYPES[out.dtype])

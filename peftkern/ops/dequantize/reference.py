@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize_4bit", "dequantize_absmax"]
+__all__ = ["dequantize_4bit", "dequantize_4bit_out", "dequantize_absmax"]
 
 
 def dequantize_absmax(absmax_8bit: Tensor, absmax_code: Tensor, nested_absmax: Tensor, absmax_offset: Tensor, nested_blocksize: int) -> Tensor:
@@ -38,3 +38,9 @@ def dequantize_4bit(
         absmax = dequantize_absmax(absmax_8bit, absmax_code, nested_absmax, absmax_offset, nested_blocksize)
     scale = absmax.reshape(-1).repeat_interleave(blocksize)[:numel]
     return (code[index.long()] * scale).to(dtype).view(*shape)
+
+
+def dequantize_4bit_out(packed: Tensor, *quant_and_out: object) -> None:
+    """The same into `out`, the last argument; the others as above without `shape` and `dtype`."""
+    *absmax, blocksize, nested_blocksize, out = quant_and_out
+    out.copy_(dequantize_4bit(packed, *absmax, tuple(out.shape), blocksize, nested_blocksize, out.dtype))
