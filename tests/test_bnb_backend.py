@@ -51,7 +51,7 @@ def codes(packed, numel):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("blocksize", [32, 4096])
 def test_quantize_gives_the_same_codes(blocksize, shape, dtype, quant_type):
     """But where x / absmax is within 1e-6 of a threshold, where bitsandbytes' own backends differ among themselves."""
     w = sample(shape, dtype)
@@ -83,7 +83,7 @@ def test_quant_storage_and_nesting_round_trip(nested, storage):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("blocksize", [32, 64, 2048])
+@pytest.mark.parametrize("blocksize", [64, 2048])
 def test_dequantize_is_bit_equal(blocksize, shape, dtype, quant_type):
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit(sample(shape), blocksize, quant_type, torch.uint8)
     stock, ours = both(lambda: torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype))

@@ -90,18 +90,20 @@ class WeightCache:
 
     def view(self, base: nn.Module) -> NF4Weight | None:
         """The 4-bit weight, zero-copy; None where its bytes are not in the plain format."""
-        state = quant_state(base)
-        if state is None or getattr(state, "packing_format_for_cpu", False) or base.weight.requires_grad:
-            return None
+        weight, state = base.weight, quant_state(base)
         if torch.compiler.is_compiling():
-            return NF4Weight.from_bnb(base)
-        if self._view is None or not _shows(self._view, base.weight, state):
-            self._view = _view(base)
+            return NF4Weight.from_bnb(base) if _plain(weight, state) else None
+        if self._view is None or not _shows(self._view, weight, state):
+            self._view = _view(base) if _plain(weight, state) else None
         return self._view
 
 
+def _plain(weight: Tensor, state: Any) -> bool:
+    return state is not None and not getattr(state, "packing_format_for_cpu", False) and not weight.requires_grad
+
+
 def _view(base: nn.Module) -> NF4Weight | None:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # a tensor made in inference mode cannot be saved for a later backward
         try:
             return NF4Weight.from_bnb(base)
         except ValueError:
@@ -111,7 +113,9 @@ def _view(base: nn.Module) -> NF4Weight | None:
 def _shows(view: NF4Weight, weight: Tensor, state: Any) -> bool:
     """The view keeps its tensors alive, so an equal address is the same storage and an equal identity the same tensor."""
     absmax = view.absmax if view.absmax_8bit is None else view.absmax_8bit
-    return view.packed.data_ptr() == weight.data_ptr() and absmax is state.absmax and view.absmax_offset is getattr(state, "offset", None)
+    return (
+        state is not None and absmax is state.absmax and view.absmax_offset is state.offset and view.packed.data_ptr() == weight.data_ptr()
+    )
 
 
 def _operands_dense(base: nn.Module, x: Tensor) -> Operands | None:

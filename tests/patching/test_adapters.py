@@ -3,11 +3,12 @@
 import copy
 import warnings
 
-import patching_models as models
 import pytest
 import torch
 
 import peftkern
+
+from . import models
 
 BOTH = pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
 

@@ -1,12 +1,13 @@
 """What `patch` tells: every module by name, reasons for what falls back, errors where nothing can be done."""
 
-import patching_models as models
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
+
+from . import models
 
 
 class Zoo(nn.Module):
@@ -178,12 +179,36 @@ def test_bare_4bit_linears_without_peft(calls):
     assert calls == {"linear": 14}
 
 
-@pytest.mark.parametrize("kind", ["prefix", "ia3"])
+def test_a_model_that_transformers_loads_in_4_bit(tmp_path, calls):
+    models.llama(four_bit=False).save_pretrained(tmp_path)
+    config = models.transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = models.transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    model = models.lora(model)
+    before = models.run(model)
+    assert peftkern.patch(model).counts == {"qlora_linear": 14}
+    torch.testing.assert_close(models.run(model), before, rtol=1e-3, atol=1e-5)
+    assert calls["lora"] == 14
+
+
+def test_a_quant_state_lost_by_sharding_is_found_on_the_module(calls):
+    model = models.lora(models.llama())
+    before = models.run(model)
+    for layer in models.lora_layers(model).values():
+        assert layer.base_layer.quant_state is not None
+        layer.base_layer.weight.quant_state = None
+    assert peftkern.patch(model).counts == {"qlora_linear": 14}
+    torch.testing.assert_close(models.run(model), before, rtol=1e-3, atol=1e-5)
+    assert calls["lora"] == 14
+
+
+@pytest.mark.parametrize("kind", ["prefix", "ia3", "adalora"])
 def test_other_tuners_on_4bit_bases(kind, calls):
     peft = models.peft
     torch.manual_seed(0)
     if kind == "prefix":
         config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    elif kind == "adalora":
+        config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10)
     else:
         config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     model = peft.get_peft_model(models.llama(), config)
@@ -195,7 +220,7 @@ def test_other_tuners_on_4bit_bases(kind, calls):
         return {"loss": loss.detach()} | models.grads(model)
 
     before = step()
-    assert peftkern.patch(model).counts == {"linear_4bit": 14}
+    assert peftkern.patch(model).counts == {"linear_4bit": 14} | ({"stock": 2} if kind == "adalora" else {})
     torch.testing.assert_close(step(), before, rtol=1e-4, atol=1e-6)
     assert calls["linear"] == 14 and len(before) > 1
 

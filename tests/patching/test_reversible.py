@@ -3,12 +3,13 @@
 import copy
 import io
 
-import patching_models as models
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import peftkern
+
+from . import models
 
 
 def same(left, right):

@@ -2,12 +2,13 @@
 
 import copy
 
-import patching_models as models
 import pytest
 import torch
 
 import peftkern
 from peftkern.patching import weights
+
+from . import models
 
 BOTH = pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
 
@@ -81,7 +82,7 @@ def test_autocast_trains_like_stock(dtype, four_bit, calls):
     "four_bit, dropout, backend",
     [
         (True, 0.1, "aot_eager"),
-        (False, 0.0, "aot_eager"),
+        pytest.param(False, 0.0, "aot_eager", marks=pytest.mark.slow),
         pytest.param(True, 0.0, "inductor", marks=pytest.mark.slow),
         pytest.param(True, 0.1, "inductor", marks=pytest.mark.slow),
         pytest.param(False, 0.1, "inductor", marks=pytest.mark.slow),

@@ -2,12 +2,13 @@
 
 import contextlib
 
-import patching_models as models
 import peft
 import pytest
 import torch
 
 import peftkern
+
+from . import models
 
 SEEDS = range(4)
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
