@@ -122,5 +122,10 @@ def _operands_dense(base: nn.Module, x: Tensor) -> Operands | None:
     weight = base._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.requires_grad:
         return None
-    dtype = autocast_dtype(x) or x.dtype
-    return Operands(weight, base.bias, dtype, dtype) if weight.dtype == dtype else None
+    wanted = autocast_dtype(x)
+    dtype = wanted or x.dtype
+    if weight.dtype != dtype:
+        if wanted is None or weight.dtype not in FLOATS:
+            return None
+        weight = weight.to(dtype)  # as autocast does, at every call
+    return Operands(weight, base.bias, dtype, dtype)

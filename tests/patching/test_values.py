@@ -115,8 +115,10 @@ def test_dtypes_of_a_4bit_layer(x_dtype, compute, autocast, calls):
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
-def test_dtypes_of_a_dense_layer(x_dtype, autocast, calls):
-    check_layer(models.lora(models.llama(autocast or x_dtype, four_bit=False)), x_dtype, autocast, calls)
+@pytest.mark.parametrize("weight", ["autocast's", "fp32"])
+def test_dtypes_of_a_dense_layer(weight, x_dtype, autocast, calls):
+    dtype = torch.float32 if autocast and weight == "fp32" else autocast or x_dtype
+    check_layer(models.lora(models.llama(dtype, four_bit=False)), x_dtype, autocast, calls)
 
 
 def check_layer(model, x_dtype, autocast, calls):
