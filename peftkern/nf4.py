@@ -116,7 +116,7 @@ class NF4Weight:
         if state is None:
             raise ValueError("weight: has no quant_state. Quantize it first: move the bitsandbytes Linear4bit to a device (.to('cpu') or .cuda())")
         if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError("weight: bitsandbytes repacked it for CPU inference; call the layer in train mode or reload it before using peftkern")
+            raise ValueError("weight: bitsandbytes repacked it for CPU inference; run peftkern.patch(model), which unpacks it, or load the model again")
         nested = state.nested
         return cls(
             packed=param.data.view(torch.uint8),
@@ -129,7 +129,7 @@ class NF4Weight:
             absmax_8bit=state.absmax if nested else None,
             absmax_code=state.state2.code if nested else None,
             nested_absmax=state.state2.absmax if nested else None,
-            absmax_offset=state.offset if nested else None,
+            absmax_offset=state.offset.float() if nested else None,  # bf16 where bitsandbytes has repacked and unpacked it
             nested_blocksize=state.state2.blocksize if nested else 256,
         )
 

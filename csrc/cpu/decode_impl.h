@@ -100,6 +100,18 @@ static void decode(const pk_weight& w, const Table& table, int64_t start, int64_
   }
 }
 
+// Pieces [col, col + cols) of `rows` rows from `row` on -> out [rows][ld]. The pieces lie k/2 bytes apart, too short for the hardware's streams.
+static void decode_pieces(const pk_weight& w, const Table& table, int64_t row, int64_t rows, int64_t col, int64_t cols, float* out, int64_t ld) {
+  constexpr int64_t AHEAD = 4;
+  for (int64_t i = 0; i < rows; i++) {
+    if (w.code && i + AHEAD < rows) {
+      const uint8_t* next = (const uint8_t*)w.data + (((row + i + AHEAD) * w.k + col) >> 1);
+      for (int64_t byte = 0; byte < cols / 2; byte += 64) __builtin_prefetch(next + byte);
+    }
+    decode(w, table, (row + i) * w.k + col, cols, out + i * ld);
+  }
+}
+
 // W[row .. row+rows)[col .. col+cols) -> out [rows, cols].
 template <typename T>
 static void dequantize_as(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, T* out, int threads) {

@@ -22,6 +22,7 @@ constexpr int64_t MAIN_CHAIN = 128, LOW_RANK_CHAIN = 16;
 template <int R>
 static void micro(Rows w, const float* x, int64_t kc, float* c, int64_t ldc) {
   vf acc[R][2] = {};  // from zero, added to c at the end: a chain of kc roundings, not of the whole contraction
+  for (int r = 0; r < R; r++) __builtin_prefetch(c + r * ldc, 1);  // wanted at the end, in the second-level cache till then
   const float* p[(R + 2) / 3];  // one pointer per three rows: the addresses p, p + s, p + 2s need no more registers
   for (int r = 0; r < R; r += 3) p[r / 3] = w.p + r * w.row_stride;
   const int64_t s = w.row_stride;

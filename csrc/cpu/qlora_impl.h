@@ -97,7 +97,7 @@ static void forward_gemm(const pk::Plan& plan, const pk_weight* w, const pk_lora
       clear(c, size * plan.mc);
       for (int64_t from = 0; w && from < k; from += pk::KC) {
         const int64_t count = smaller(pk::KC, k - from);
-        for (int64_t i = 0; i < size; i++) decode(*w, table, (n0 + i) * k + from, count, decoded + i * pk::LD_FWD);
+        decode_pieces(*w, table, n0, size, from, count, decoded, pk::LD_FWD);
         for (int64_t p = 0; p < panels; p++)
           multiply({decoded, pk::LD_FWD, 1}, size, s.pack(p) + from * LANES, count, c + p * LANES, plan.mc);
       }
@@ -152,7 +152,7 @@ static void backward_dx(const pk::Plan& plan, const pk_weight* w, const pk_lora&
       clear(c, size * plan.mc);
       for (int64_t from = 0; base && from < n; from += pk::KC) {
         const int64_t count = smaller(pk::KC, n - from);
-        for (int64_t i = 0; i < count; i++) decode(*w, table, (from + i) * k + k0, size, decoded + i * ld);
+        decode_pieces(*w, table, from, count, k0, size, decoded, ld);
         for (int64_t p = 0; p < panels; p++) multiply({decoded, 1, ld}, size, s.pack(p) + from * LANES, count, c + p * LANES, plan.mc);
       }
       for (int64_t p = 0; p < panels; p++) {

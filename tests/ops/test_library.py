@@ -72,12 +72,17 @@ def test_compile_does_not_recompile_for_new_row_counts() -> None:
             assert compiled(torch.randn(m, 64)).shape == (m, 20)
 
 
-def test_autocast_leaves_the_op_alone() -> None:
-    w = NF4Weight.from_dense(torch.randn(20, 64))
-    x = torch.randn(5, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = functional.linear_4bit(x, w)
-    assert torch.equal(y, functional.linear_4bit(x, w))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_autocast_leaves_the_op_alone(backend: str, dense: bool) -> None:
+    w = torch.randn(20, 64) if dense else NF4Weight.from_dense(torch.randn(20, 64))
+    x = torch.randn(5, 64, requires_grad=True)
+    with use_backend(backend):
+        plain = functional.linear_4bit(x, w)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = functional.linear_4bit(x, w)
+            (dx,) = torch.autograd.grad(cast.sum(), x)
+        assert torch.equal(cast, plain) and torch.equal(dx, torch.autograd.grad(plain.sum(), x)[0])
 
 
 def test_checkpointing_repeats_the_dropout_mask() -> None:
@@ -177,6 +182,8 @@ def test_arguments_are_checked(change: dict, error: type, message: str) -> None:
 
 def test_choice_is_data() -> None:
     assert config.choose(dtype="bfloat16", isa="avx512", m=2048, n=4096, k=4096).regime == "vendor"
+    assert config.choose(dtype="float32", isa="avx2", m=2048, n=4096, k=4096, dense=True).regime == "vendor"
+    assert config.choose(dtype="bfloat16", isa="avx2", m=2048, n=4096, k=4096, dense=True).regime == "gemm"
     for isa, row in config.TABLE.items():
         assert config.choose(dtype="float32", isa=isa, m=row.gemv_max_m, n=64, k=64).regime == "gemv"
         assert config.choose(dtype="float32", isa=isa, m=row.gemv_max_m + 1, n=64, k=64).regime == "gemm"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -27,16 +29,24 @@ LIBRARY.define(
 )
 
 
+def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    """The caller has chosen the dtypes; what a backend multiplies in fp32 must not become bf16."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 @torch.library.impl(LIBRARY, "qlora_linear_fwd", "CompositeExplicitAutograd")
 def _fwd(x, weight, *args):
     quant, rest = args[:8], args[8:]
-    return _BACKENDS[select(x)].forward(x, weight, quant, *rest)
+    with _autocast_off(x):
+        return _BACKENDS[select(x)].forward(x, weight, quant, *rest)
 
 
 @torch.library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, weight, *args):
     quant, rest = args[:8], args[8:]
-    grads = _BACKENDS[select(dy)].backward(dy, x, weight, quant, *rest)
+    with _autocast_off(dy):
+        grads = _BACKENDS[select(dy)].backward(dy, x, weight, quant, *rest)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 

@@ -11,8 +11,8 @@ from . import config
 __all__ = ["backward", "forward"]
 
 
-def _choose(x: Tensor, m: int, n: int, k: int) -> config.Choice:
-    return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=m, n=n, k=k)
+def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int) -> config.Choice:
+    return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=m, n=n, k=k, dense=quant[0] is None)
 
 
 def _lora(lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None) -> object:
@@ -21,10 +21,8 @@ def _lora(lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_
     return native().Lora(address(lora_a), address(lora_b), rank, dtype_of(lora_a), scaling, threshold, address(seed))
 
 
-def _dense_slice(weight: Tensor, quant: tuple, view: object, rows: slice, cols: slice, out: Tensor) -> Tensor:
-    """W[rows, cols] in out's dtype, decoded into `out`; a dense weight is only viewed or cast."""
-    if quant[0] is None:
-        return weight[rows, cols].to(out.dtype)
+def _decode_slice(quant: tuple, view: object, rows: slice, cols: slice, out: Tensor) -> Tensor:
+    """W[rows, cols], decoded into `out`."""
     height, width = rows.stop - rows.start, cols.stop - cols.start
     part = out[: height * width].view(height, width)
     native().dequantize_4bit(view, rows.start, height, cols.start, width, address(part), dtype_of(part))
@@ -48,7 +46,7 @@ def forward(
     lora_a, lora_b, bias = (None if t is None else t.contiguous() for t in (lora_a, lora_b, bias))
     (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
     y, xa = torch.empty((m, n), dtype=x.dtype), torch.empty((m, rank), dtype=torch.float32)
-    lora, view, choice = _lora(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k), _choose(x, m, n, k)
+    lora, view, choice = _lora(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k), _choose(x, quant, m, n, k)
     size = native().scratch_bytes(m, n, k, rank)
     if choice.regime != "vendor":
         args = (view, lora, address(x), dtype_of(x), m, address(bias), dtype_of(bias), address(y), address(xa), choice.regime == "gemv")
@@ -68,21 +66,27 @@ def _slices(total: int, width: int) -> list[slice]:
 
 
 def _vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor) -> None:
-    """y = x W^T, a slice of W's rows at a time: disjoint columns of y."""
+    """y = x W^T; of a 4-bit weight a slice of rows at a time: disjoint columns of y."""
+    if quant[0] is None:
+        torch.mm(x, weight.to(x.dtype).t(), out=y)
+        return
     n, k = y.shape[1], x.shape[1]
     slices = _slices(n, k)
-    out = torch.empty(0 if quant[0] is None else slices[0].stop * k, dtype=x.dtype)
+    out = torch.empty(slices[0].stop * k, dtype=x.dtype)
     for rows in slices:
-        y[:, rows] = x @ _dense_slice(weight, quant, view, rows, slice(0, k), out).t()
+        y[:, rows] = x @ _decode_slice(quant, view, rows, slice(0, k), out).t()
 
 
 def _vendor_backward(dy: Tensor, weight: Tensor, quant: tuple, view: object, dx: Tensor) -> None:
-    """dx = dy W, a slice of W's columns at a time: disjoint columns of dx, so that no partial sum is rounded."""
+    """dx = dy W; of a 4-bit weight a slice of columns at a time: disjoint columns of dx, so that no partial sum is rounded."""
+    if quant[0] is None:
+        torch.mm(dy, weight.to(dy.dtype), out=dx)
+        return
     n, k = dy.shape[1], dx.shape[1]
     slices = _slices(k, n)
-    out = torch.empty(0 if quant[0] is None else slices[0].stop * n, dtype=dy.dtype)
+    out = torch.empty(slices[0].stop * n, dtype=dy.dtype)
     for cols in slices:
-        dx[:, cols] = dy @ _dense_slice(weight, quant, view, slice(0, n), cols, out)
+        dx[:, cols] = dy @ _decode_slice(quant, view, slice(0, n), cols, out)
 
 
 def backward(
@@ -114,7 +118,7 @@ def backward(
     dyb = torch.empty((m, rank), dtype=torch.float32)
     buffer = scratch(native().scratch_bytes(m, n, k, rank))
     tail = (address(xa), address(dyb), address(dx), address(d_a), address(d_b), address(d_bias), address(buffer), buffer.numel())
-    vendor = _choose(dy, m, n, k).regime == "vendor"
+    vendor = _choose(dy, quant, m, n, k).regime == "vendor"
     if not vendor:
         native().qlora_linear_bwd(view, lora, address(dy), address(x), dtype_of(dy), m, *tail)
         return dx, d_bias, d_a, d_b
