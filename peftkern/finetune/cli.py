@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from typing import Any
 
+from .compare import compare
 from .config import FinetuneConfig
 from .errors import InputError
 from .recipe import FinetuneResult, finetune
@@ -38,7 +40,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "packing": (bool, "fill sequences from several rows; default: for text rows only"),
         "batch_size": (int, "sequences at a time; default 1 (sample: 2)"),
         "grad_accumulation": (int, "batches of a step; default 8 (sample: 1)"),
-        "steps": (int, "optimizer steps (sample: 60)"),
+        "steps": (int, "optimizer steps (sample: 50)"),
         "epochs": (float, "passes over the data instead of --steps; default 1"),
         "lr": (float, "peak learning rate; default 2e-4 (sample: 1e-3)"),
         "warmup": (float, "part of the steps over which the learning rate rises"),
@@ -50,7 +52,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
     },
     "evaluation": {
         "eval_fraction": (float, "part of --data to hold out without --eval-data"),
-        "eval_tokens": (int, "most tokens to evaluate on; default 32768 (sample: 8192)"),
+        "eval_tokens": (int, "most tokens to evaluate on; default 32768 (sample: 4096)"),
         "prompt": (str, "text to continue before and after; default: how a held-out row begins"),
         "sample_tokens": (int, "tokens of that continuation"),
     },
@@ -87,8 +89,14 @@ def main(args: argparse.Namespace) -> int:
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
     try:
         config = FinetuneConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        if not config.patch:
+            # Plain means plain: the hook by which installing peftkern speeds up bitsandbytes stays out as well.
+            os.environ.setdefault("PEFTKERN_BNB_BACKEND", "0")
         result = finetune(config)
         print(summary(result))
+        if config.compare:
+            print("\nThe same steps on plain PEFT and bitsandbytes ...", file=sys.stderr)
+            print("\n" + compare(config, result))
     except KeyboardInterrupt:
         print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
         return 130

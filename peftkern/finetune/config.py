@@ -18,8 +18,8 @@ _SAMPLE_DEFAULTS = {
     "batch_size": 2,
     "grad_accumulation": 1,
     "lr": 1e-3,
-    "steps": 60,
-    "eval_tokens": 8192,
+    "steps": 50,
+    "eval_tokens": 4096,
     "save_steps": 10,
 }
 _GENERAL_DEFAULTS = {

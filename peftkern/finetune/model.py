@@ -14,6 +14,7 @@ import torch
 from .config import SAMPLE, FinetuneConfig
 from .errors import InputError
 from .files import atomic_directory, cache_dir
+from .memory import mapped_allocations
 from .sample import sample_model_file
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
 
     dtype = compute_dtype(config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _load_errors(config.model):
+    with _load_errors(config.model), mapped_allocations():
         base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **_quantization(config, dtype))
     targets: Any = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
     lora = LoraConfig(
@@ -114,7 +115,7 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
     if config.patch:
         import peftkern
 
-        print(peftkern.patch(model), file=sys.stderr)
+        print(peftkern.patch(model).summary, file=sys.stderr)
     return model
 
 

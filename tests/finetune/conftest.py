@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, vocabulary: int = 320) -> Path:
+def save_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, dtype: Any = None) -> Path:
     """Write a random Llama and a byte-level tokenizer with a chat template to `folder`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,7 +35,7 @@ def save_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, vocabula
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=320,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
@@ -47,7 +47,7 @@ def save_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, vocabula
         bos_token_id=None,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import resource
 import subprocess
 import sys
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from peftkern.__main__ import main
 from peftkern.finetune import FinetuneConfig, InputError
+from peftkern.finetune import errors as errors_module
 from peftkern.finetune import recipe as recipe_module
 
 
@@ -20,7 +21,8 @@ def arguments(options: dict[str, Any], **changes: Any) -> list[str]:
 
 
 def test_arguments_and_configuration_are_one_and_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = FinetuneConfig(**options, eval_data=("sample", "x.txt"), targets=("q_proj", "v_proj"), rslora=True, packing=False, prompt="a b")
+    lists = {"eval_data": ("sample", "x.txt"), "targets": ("q_proj", "v_proj")}
+    config = FinetuneConfig(**options, **lists, rslora=True, packing=False, prompt="a b")
     seen = []
     monkeypatch.setattr("peftkern.finetune.cli.finetune", lambda given: seen.append(given) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -86,17 +88,8 @@ def test_finished_run_is_overwritten_on_request_only(options: dict[str, Any], ca
 def test_missing_package_names_the_extra(
     options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = builtins.__import__
-
-    def without_trl(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "trl":
-            raise ModuleNotFoundError("No module named 'trl'", name="trl")
-        return original(name, *args, **kwargs)
-
-    def import_module(name: str) -> Any:
-        return without_trl(name)
-
-    monkeypatch.setattr("peftkern.finetune.errors.importlib.import_module", import_module)
+    original = errors_module.find_spec
+    monkeypatch.setattr(errors_module, "find_spec", lambda name: None if name == "trl" else original(name))
     assert main(arguments(options)) == 2
     assert "needs trl, which is not installed: run pip install 'peftkern[finetune]'" in capsys.readouterr().err
 

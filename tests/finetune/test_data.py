@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from peftkern.finetune import InputError
 from peftkern.finetune.data import data_kind, fingerprint, load_data, split
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from peftkern.finetune.loss import frozen_head_loss, has_plain_head
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from peftkern.finetune import FinetuneConfig, InputError, finetune
 
 from .conftest import write_jsonl

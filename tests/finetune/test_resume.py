@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from peftkern.finetune import FinetuneConfig, FinetuneResult, InputError, finetune
 from peftkern.finetune import trainer as trainer_module
 
