@@ -1,0 +1,48 @@
+"""Builds the kernels with the AVX-512 level emulated by SIMDe in plain C: any CPU then runs that level's code, slowly."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from .compiled import CSRC, compile_objects
+
+HERE = Path(__file__).parent
+HEADER = Path("/usr/include/simde/x86/avx512.h")
+MISSING = "SIMDe's header simde/x86/avx512.h is not installed (Debian and Ubuntu: apt install libsimde-dev)"
+# The dispatcher asks the CPU for each level: here it has all of them. The AVX2 level is an empty row that is never chosen.
+EVERY_LEVEL = ["-D__builtin_cpu_supports(feature)=1"]
+AVX2_STUB = """#include "kernels.h"
+namespace pk {
+extern const Kernels kernels_avx2;
+const Kernels kernels_avx2 = {"none", 0, 0, 0, 0, 0, 0, 0, 0};
+}
+"""
+
+
+def emulated_objects(folder: Path) -> list[Path]:
+    """Objects of baseline, emulated AVX-512 and the dispatcher; no flag asks for more than the plain architecture."""
+    stub = folder / "kernels_avx2_stub.cpp"
+    stub.write_text(AVX2_STUB)
+    emulated = ["-O1", "-DPK_SIMDE", "-include", str(HERE / "simde_missing.h")]
+    jobs = [
+        (CSRC / "cpu" / "kernels_avx512.cpp", emulated),
+        (CSRC / "cpu" / "kernels_baseline.cpp", ["-O2"]),
+        (CSRC / "cpu" / "dispatch.cpp", ["-O1", *EVERY_LEVEL]),
+        (stub, ["-O1", f"-I{CSRC / 'cpu'}"]),
+    ]
+    return compile_objects(folder, jobs)
+
+
+def emulated_extension(folder: Path) -> Path:
+    """The Python extension over those objects; loaded as peftkern._C by tests/native/emulated_plugin.py."""
+    import sysconfig
+
+    import pybind11
+
+    from .compiled import link_shared
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    bindings = compile_objects(folder, [(CSRC / "bindings.cpp", ["-O1", "-fvisibility=hidden", *includes])])
+    suffix = sysconfig.get_config_var("EXT_SUFFIX") if sys.platform != "win32" else ".pyd"
+    return link_shared([*emulated_objects(folder), *bindings], folder / f"_C{suffix}")
