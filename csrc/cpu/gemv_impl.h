@@ -28,12 +28,13 @@ static void gemv_piece(const pk_weight& w, const Table& table, int64_t n, int64_
   const int shift = __builtin_ctz((unsigned)w.blocksize);
   for (int64_t i = 0; i < count; i += GROUP) {
     const vf scale = set1(pk::absmax_of(w, (n * w.k + from + i) >> shift));
-    vf values[GROUP / VW], acc[R] = {};
+    constexpr int CHAINS = R <= 4 ? 2 : 1;  // few rows: two chains each, or the additions wait for one another
+    vf values[GROUP / VW], acc[CHAINS][R] = {};
     __builtin_prefetch(packed + (i >> 1) + w.k / 2);  // the next row's piece: short pieces are too short for the hardware's streams
     lookup_group(table, packed + (i >> 1), values);
     for (int j = 0; j < GROUP / VW; j++)
-      for (int r = 0; r < R; r++) acc[r] = fma(values[j], load(x[r] + from + i + j * VW), acc[r]);
-    for (int r = 0; r < R; r++) total[r] = fma(acc[r], scale, total[r]);
+      for (int r = 0; r < R; r++) acc[j % CHAINS][r] = fma(values[j], load(x[r] + from + i + j * VW), acc[j % CHAINS][r]);
+    for (int r = 0; r < R; r++) total[r] = fma(CHAINS == 2 ? acc[0][r] + acc[CHAINS - 1][r] : acc[0][r], scale, total[r]);
   }
 }
 
