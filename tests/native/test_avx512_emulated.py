@@ -4,7 +4,11 @@ compared bit for bit with the baseline level and with PyTorch, the rest with fp6
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from peftkern.nf4 import code_tensor, dynamic_map
 
 from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
 from .compiled import DTYPES, c_lora, c_weight, i64, link_shared, load, pointer
-from .emulation import HEADER, MISSING, emulated_objects
+from .emulation import HEADER, MISSING, emulated_extension, emulated_objects
 
 pytestmark = [
     pytest.mark.skipif(not HEADER.exists(), reason=MISSING),
@@ -310,3 +314,25 @@ def test_two_threads(lib: ctypes.CDLL) -> None:
         together = case.run(lib, level, gemv=False)
         for name in alone:
             assert torch.equal(alone[name], together[name]), f"{level} {name}"
+
+
+@pytest.mark.slow
+def test_the_ops_own_tests_on_the_emulated_level(tmp_path: Path) -> None:
+    """tests/ops as they are, on an extension whose AVX-512 level is emulated: launchers, regimes and bounds included."""
+    variables = {"PEFTKERN_TEST_EXTENSION": str(emulated_extension(tmp_path)), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.native.emulated_plugin",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops",
+        "-k",
+        "avx512",
+    ]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, env=os.environ | variables, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
