@@ -40,7 +40,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "packing": (bool, "fill sequences from several rows; default: for text rows only"),
         "batch_size": (int, "sequences at a time; default 1 (sample: 2)"),
         "grad_accumulation": (int, "batches of a step; default 8 (sample: 1)"),
-        "steps": (int, "optimizer steps (sample: 50)"),
+        "steps": (int, "optimizer steps (sample: 40)"),
         "epochs": (float, "passes over the data instead of --steps; default 1"),
         "lr": (float, "peak learning rate; default 2e-4 (sample: 1e-3)"),
         "warmup": (float, "part of the steps over which the learning rate rises"),

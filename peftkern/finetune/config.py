@@ -18,7 +18,7 @@ _SAMPLE_DEFAULTS = {
     "batch_size": 2,
     "grad_accumulation": 1,
     "lr": 1e-3,
-    "steps": 50,
+    "steps": 40,
     "eval_tokens": 4096,
     "save_steps": 10,
 }
