@@ -16,50 +16,50 @@ struct Rows {
 
 // Additions in one chain. A rounding error grows with the chain's length; the low-rank products, a few percent of the work whose sums go into
 // every gradient, afford short ones.
-constexpr int64_t MAIN_CHAIN = 128, LOW_RANK_CHAIN = 16;
+constexpr int64_t MAIN_CHAIN = 128, LOW_RANK_CHAIN = 32;
 
-// c[r][0..LANES) += sum over kc of w(r, i) * x[i][0..LANES), r < R.
+// c[r][0..LANES) += sum over kc of w(r, i) * x[i][0..LANES), r < R; the sum in chains, each added to c.
 template <int R>
-static void micro(Rows w, const float* x, int64_t kc, float* c, int64_t ldc) {
-  vf acc[R][2] = {};  // from zero, added to c at the end: a chain of kc roundings, not of the whole contraction
+static void micro(Rows w, const float* x, int64_t kc, int64_t chain, float* c, int64_t ldc) {
   for (int r = 0; r < R; r++) __builtin_prefetch(c + r * ldc, 1);  // wanted at the end, in the second-level cache till then
   const float* p[(R + 2) / 3];  // one pointer per three rows: the addresses p, p + s, p + 2s need no more registers
   for (int r = 0; r < R; r += 3) p[r / 3] = w.p + r * w.row_stride;
   const int64_t s = w.row_stride;
+  while (kc > 0) {
+    vf acc[R][2] = {};
+    const float* end = x + (kc < chain ? kc : chain) * LANES;
+    kc -= chain;
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < kc; i++) {
-    vf x0 = load(x), x1 = load(x + VW);
-    x += LANES;
-    for (int r = 0; r < R; r++) {
-      vf b = set1(p[r / 3][(r % 3) * s]);
-      acc[r][0] = fma(b, x0, acc[r][0]);
-      acc[r][1] = fma(b, x1, acc[r][1]);
+    while (x < end) {
+      vf x0 = load(x), x1 = load(x + VW);
+      x += LANES;
+      for (int r = 0; r < R; r++) {
+        vf b = set1(p[r / 3][(r % 3) * s]);
+        acc[r][0] = fma(b, x0, acc[r][0]);
+        acc[r][1] = fma(b, x1, acc[r][1]);
+      }
+      for (int q = 0; q < (R + 2) / 3; q++) p[q] += w.c_stride;
     }
-    for (int q = 0; q < (R + 2) / 3; q++) p[q] += w.c_stride;
-  }
-  for (int r = 0; r < R; r++) {
-    store(c + r * ldc, load(c + r * ldc) + acc[r][0]);
-    store(c + r * ldc + VW, load(c + r * ldc + VW) + acc[r][1]);
+    for (int r = 0; r < R; r++) {
+      store(c + r * ldc, load(c + r * ldc) + acc[r][0]);
+      store(c + r * ldc + VW, load(c + r * ldc + VW) + acc[r][1]);
+    }
   }
 }
 
 template <int R>
-static void micro_tail(int rows, Rows w, const float* x, int64_t kc, float* c, int64_t ldc) {
+static void micro_tail(int rows, Rows w, const float* x, int64_t kc, int64_t chain, float* c, int64_t ldc) {
   if constexpr (R > 0) {
-    if (rows == R) micro<R>(w, x, kc, c, ldc);
-    else micro_tail<R - 1>(rows, w, x, kc, c, ldc);
+    if (rows == R) micro<R>(w, x, kc, chain, c, ldc);
+    else micro_tail<R - 1>(rows, w, x, kc, chain, c, ldc);
   }
 }
 
-// All `rows` of one panel: c [rows][ldc] += W' x, in chains of at most `chain` additions, whose results are then added up.
+// All `rows` of one panel: c [rows][ldc] += W' x.
 static void multiply(Rows w, int64_t rows, const float* x, int64_t kc, float* c, int64_t ldc, int64_t chain = MAIN_CHAIN) {
-  for (int64_t i = 0; i < kc; i += chain) {
-    const int64_t count = kc - i < chain ? kc - i : chain;
-    const float *wi = w.p + i * w.c_stride, *xi = x + i * LANES;
-    int64_t r = 0;
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS) micro<TILE_ROWS>({wi + r * w.row_stride, w.row_stride, w.c_stride}, xi, count, c + r * ldc, ldc);
-    if (r < rows) micro_tail<TILE_ROWS - 1>((int)(rows - r), {wi + r * w.row_stride, w.row_stride, w.c_stride}, xi, count, c + r * ldc, ldc);
-  }
+  int64_t r = 0;
+  for (; r + TILE_ROWS <= rows; r += TILE_ROWS) micro<TILE_ROWS>({w.p + r * w.row_stride, w.row_stride, w.c_stride}, x, kc, chain, c + r * ldc, ldc);
+  if (r < rows) micro_tail<TILE_ROWS - 1>((int)(rows - r), {w.p + r * w.row_stride, w.row_stride, w.c_stride}, x, kc, chain, c + r * ldc, ldc);
 }
 
 // dst [cols][LANES] = src [rows <= LANES][cols] transposed; missing lanes are zero. `ld`: elements between rows of src.
