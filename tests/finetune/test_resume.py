@@ -49,7 +49,7 @@ def break_at(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "training_s
     monkeypatch.setattr(trainer_module.RecipeTrainer, name, breaking)
 
 
-@pytest.mark.parametrize("step", [0, 2, 3, 5, 8])
+@pytest.mark.parametrize("step", [0, 3, 5])
 def test_resumed_run_equals_the_unbroken_one(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, unbroken: dict[str, Any]
 ) -> None:
