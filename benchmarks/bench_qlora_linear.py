@@ -22,6 +22,7 @@ from .shapes import DOWN_135M, GATE_8B, GATE_135M, KV_135M, Q_8B, Q_135M
 __all__ = ["R", "SCALING", "build", "specs"]
 
 R, SCALING = 16, 2.0
+LARGE = 1 << 24  # from 4096x4096 on, a peer whose bf16 products are naive loops takes minutes a call: once is enough, without dropout
 TABLE = ((Q_8B, 512), (Q_8B, 2048), (GATE_8B, 512), (GATE_135M, 512), (DOWN_135M, 512), (Q_135M, 512), (KV_135M, 512))
 
 
@@ -72,8 +73,10 @@ def build(spec: Spec) -> list[Provider]:
         """With dropout each mask is another, so its dropout-free twin is judged and the timed result only has to be finite."""
         return judge if not dropout_p else lambda got: (judge(timed(0.0)), _finite(got))
 
-    providers = [Provider(OURS, ours, checked(ours, check)), *_dense(decoded, x, dy)]
-    if layer is not None and has("peft"):
+    slow = spec.dtype == "bfloat16" and _naive_bf16() and spec.n * spec.k >= LARGE
+    halves = (torch.bfloat16,) if spec.dtype == "bfloat16" and not (slow and dropout_p) else ()
+    providers = [Provider(OURS, ours, checked(ours, check)), *_dense(decoded, x, dy, (*halves, torch.float32))]
+    if layer is not None and has("peft") and not (slow and dropout_p):
         twins = {p: peft_linear(bnb_linear(dense, dtype), R, p, a.detach(), b.detach(), SCALING) for p in {0.0, dropout_p}}
         peft = functools.partial(_peft, twins, x, dy)
         providers.append(Provider("peft+bitsandbytes", functools.partial(peft, dropout_p), checked(peft, peer_check)))
@@ -91,11 +94,15 @@ def _peft(twins: dict, x: Tensor, dy: Tensor, p: float) -> dict[str, Tensor]:
     return _step(lora, x, dy, lora.lora_A["default"].weight, lora.lora_B["default"].weight)
 
 
-def _dense(decoded: Tensor, x: Tensor, dy: Tensor) -> list[Provider]:
-    """A frozen dense linear's forward and dx in both dtypes, judged against fp64."""
+def _naive_bf16() -> bool:
+    return "AVX512" not in torch.backends.cpu.get_cpu_capability()
+
+
+def _dense(decoded: Tensor, x: Tensor, dy: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[Provider]:
+    """A frozen dense linear's forward and dx in these dtypes, judged against fp64."""
     exact = {"y": x.double() @ decoded.double().t(), "dx": dy.double() @ decoded.double()}
     providers = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in dtypes:
         w, inputs, grads = decoded.to(dtype), x.to(dtype), dy.to(dtype)
         call = functools.partial(_step, functools.partial(torch.nn.functional.linear, weight=w), inputs, grads)
         providers.append(Provider(f"dense {str(dtype)[6:]}", call, close(exact, dtype)))

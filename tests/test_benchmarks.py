@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import harness, report
 from benchmarks.harness import OURS, Provider, Row, Spec, measure, measure_spec, write_csv
 from benchmarks.machine import Load
 from peftkern import backends
@@ -20,57 +19,79 @@ from peftkern import backends
 ROOT = Path(__file__).parents[1]
 
 
-def _sleeper(seconds: float, calls: list[float]) -> Callable[[], None]:
-    return lambda: (calls.append(seconds), time.sleep(seconds))[0]
+class Clock:
+    """Seconds that pass only when a call says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
-def _provider(name: str, seconds: float = 0.0, calls: list | None = None) -> Provider:
-    return Provider(name, _sleeper(seconds, [] if calls is None else calls), lambda result: None)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(harness, "time", clock)
+    return clock
 
 
-def test_what_is_wrong_is_not_timed() -> None:
-    calls: list[float] = []
+def _provider(clock: Clock, name: str, seconds: float, calls: list[str] | None = None) -> Provider:
+    def call() -> None:
+        clock.now += seconds
+        if calls is not None:
+            calls.append(name)
+
+    return Provider(name, call, lambda result: None)
+
+
+def test_what_is_wrong_is_not_timed(clock: Clock) -> None:
+    calls: list[str] = []
 
     def refuse(result: object) -> None:
         raise AssertionError("wrong")
 
     with pytest.raises(AssertionError, match="wrong"):
-        measure([Provider(OURS, _sleeper(0.0, calls), refuse)], rounds=3)
-    assert len(calls) == 1
+        measure([Provider(OURS, _provider(clock, OURS, 0.01, calls).call, refuse)], rounds=3)
+    assert calls == [OURS]
 
 
-def test_a_slow_provider_is_called_once_and_says_so() -> None:
-    calls: list[float] = []
-    providers = [_provider(OURS, 0.006), _provider("slow", 0.12, calls)]
-    timings = measure(providers, rounds=4, cap_s=0.1)
-    assert len(calls) == 1 and timings["slow"].once and len(timings["slow"].seconds) == 1
+def test_a_slow_provider_is_called_once_and_says_so(clock: Clock) -> None:
+    calls: list[str] = []
+    providers = [_provider(clock, OURS, 0.01), _provider(clock, "slow", 6.0, calls)]
+    timings = measure(providers, rounds=4, cap_s=5.0)
+    assert calls == ["slow"] and timings["slow"].once and timings["slow"].seconds == pytest.approx((6.0,))
     assert len(timings[OURS].seconds) == 4 and not timings[OURS].once
-    assert len(timings["slow"].ratios) == 4 and min(timings["slow"].ratios) > 3
-    rows = measure_spec(Spec("k", "m", "float32", 2, 3), providers, rounds=2, cap_s=0.1)
+    assert timings["slow"].ratios == pytest.approx((600.0,) * 4)
+    rows = measure_spec(Spec("k", "m", "float32", 2, 3), providers, rounds=2, cap_s=5.0)
     assert [row.note for row in rows] == ["", "one call only, over the time cap"]
+    assert [row.p50 for row in rows] == pytest.approx([10.0, 6000.0])
 
 
-def test_ratios_are_taken_within_a_round() -> None:
-    """A machine that slows down between rounds leaves the ratio as it is."""
-    pace = [1.0]
+def test_quick_calls_are_repeated_within_a_sample(clock: Clock) -> None:
+    calls: list[str] = []
+    timings = measure([_provider(clock, OURS, 0.0015, calls)], rounds=2)
+    assert len(calls) == 2 + 2 * 2  # a check, a look at the time, and two rounds of two calls, since 4 ms hold two of 1.5
+    assert timings[OURS].seconds == pytest.approx((0.0015, 0.0015))
+
+
+def test_ratios_are_taken_within_a_round(clock: Clock) -> None:
+    """A machine that slows down from round to round leaves the ratios as they are."""
     calls = {OURS: 0, "twice": 0}
 
     def run(name: str, seconds: float) -> None:
         calls[name] += 1
-        time.sleep(seconds * pace[0])
-        if name == "twice" and calls[name] % 2 == 0:
-            pace[0] *= 2
+        clock.now += seconds * calls[name]
 
     providers = [Provider(n, lambda n=n, s=s: run(n, s), lambda result: None) for n, s in ((OURS, 0.01), ("twice", 0.02))]
     timings = measure(providers, rounds=3)
-    assert max(timings[OURS].seconds) > 1.5 * min(timings[OURS].seconds)
-    assert timings["twice"].ratios == tuple(a / b for a, b in zip(timings["twice"].seconds, timings[OURS].seconds, strict=True))
+    assert timings[OURS].seconds == pytest.approx((0.03, 0.04, 0.05))  # after the check and a look at the time
+    assert timings["twice"].ratios == pytest.approx((2.0, 2.0, 2.0))
 
 
-def test_rounds_interleave_and_turn() -> None:
+def test_rounds_interleave_and_turn(clock: Clock) -> None:
     order: list[str] = []
-    providers = [Provider(n, lambda n=n: (order.append(n), time.sleep(0.005)), lambda result: None) for n in (OURS, "b", "c")]
-    measure(providers, rounds=3)
+    measure([_provider(clock, n, 0.01, order) for n in (OURS, "b", "c")], rounds=3)
     assert order[6:] == [OURS, "b", "c", "b", "c", OURS, "c", OURS, "b"]
 
 
@@ -126,14 +147,14 @@ def test_report_writes_table_and_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not backends.available("cpu")[0], reason="the native extension is not built")
-@pytest.mark.parametrize("name", ["dequantize", "quantize", "memory"])
+@pytest.mark.parametrize("name", ["dequantize", "memory"])
 def test_smoke(tmp_path: Path, name: str) -> None:
     _smoke(tmp_path, name)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not backends.available("cpu")[0], reason="the native extension is not built")
-@pytest.mark.parametrize("name", ["gemv", "qlora_linear", "switching", "step"])
+@pytest.mark.parametrize("name", ["quantize", "gemv", "qlora_linear", "switching", "step"])
 def test_smoke_of_the_longer_ones(tmp_path: Path, name: str) -> None:
     if name == "step":
         for package in ("transformers", "peft", "bitsandbytes"):

@@ -286,8 +286,8 @@ def test_gemv(lib: ctypes.CDLL, m: int, dtype: torch.dtype) -> None:
 
 
 def test_gemv_of_rows_longer_than_a_piece(lib: ctypes.CDLL) -> None:
-    _check(lib, 5, 35, 4096 + 64, 4, torch.float32, gemv=True)
-    _check(lib, 1, 35, 4096 + 70, 4, torch.float32, gemv=True)
+    _check(lib, 5, 35, 4096 + 64, 64, torch.float32, gemv=True)
+    _check(lib, 1, 35, 4096 + 70, 256, torch.float32, gemv=True)
 
 
 @pytest.mark.parametrize("quant", FORMATS, ids=str)
