@@ -243,7 +243,9 @@ def _check(lib: ctypes.CDLL, *shape_and_dtype, gemv: bool, **options) -> None:
     for name in exact[0]:
         yardstick = plain if ours[0][name].dtype != torch.float32 else fp32
         got, plainly, exactly = (torch.cat([run[name].flatten() for run in runs]) for runs in (ours, yardstick, exact))
-        if name in ("xa", "dyb"):  # on their way into the gradients, which are judged by element: the norm will do
+        # By the norm: xa and dyb, on their way into the gradients; and adapter gradients over few rows, nearly products of two Gaussian
+        # draws, whose worst error says little. All else by element too.
+        if name in ("xa", "dyb") or (name.startswith("d_lora") and m < 16):
             assert relative_norm(got, exactly) <= FACTOR * relative_norm(plainly, exactly), name
         elif name != "d_bias" or m < 100:  # over many rows: test_bias_gradient_of_many_rows
             assert_as_accurate(name, got, plainly, exactly)
