@@ -22,7 +22,8 @@ from .shapes import DOWN_135M, GATE_8B, GATE_135M, KV_135M, Q_8B, Q_135M
 __all__ = ["R", "SCALING", "build", "specs"]
 
 R, SCALING = 16, 2.0
-LARGE = 1 << 24  # from 4096x4096 on, a peer whose bf16 products are naive loops takes minutes a call: once is enough, without dropout
+# A peer whose bf16 products are naive loops takes a minute a call at 4096x4096 and M = 512: measured there, once, and not above.
+LARGE = 4096 * 4096 * 512
 TABLE = ((Q_8B, 512), (Q_8B, 2048), (GATE_8B, 512), (GATE_135M, 512), (DOWN_135M, 512), (Q_135M, 512), (KV_135M, 512))
 
 
@@ -73,10 +74,11 @@ def build(spec: Spec) -> list[Provider]:
         """With dropout each mask is another, so its dropout-free twin is judged and the timed result only has to be finite."""
         return judge if not dropout_p else lambda got: (judge(timed(0.0)), _finite(got))
 
-    slow = spec.dtype == "bfloat16" and _naive_bf16() and spec.n * spec.k >= LARGE
-    halves = (torch.bfloat16,) if spec.dtype == "bfloat16" and not (slow and dropout_p) else ()
+    work = spec.n * spec.k * spec.m
+    too_slow = spec.dtype == "bfloat16" and _naive_bf16() and work >= LARGE and (dropout_p > 0 or work > LARGE)
+    halves = (torch.bfloat16,) if spec.dtype == "bfloat16" and not too_slow else ()
     providers = [Provider(OURS, ours, checked(ours, check)), *_dense(decoded, x, dy, (*halves, torch.float32))]
-    if layer is not None and has("peft") and not (slow and dropout_p):
+    if layer is not None and has("peft") and not too_slow:
         twins = {p: peft_linear(bnb_linear(dense, dtype), R, p, a.detach(), b.detach(), SCALING) for p in {0.0, dropout_p}}
         peft = functools.partial(_peft, twins, x, dy)
         providers.append(Provider("peft+bitsandbytes", functools.partial(peft, dropout_p), checked(peft, peer_check)))

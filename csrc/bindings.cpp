@@ -54,6 +54,7 @@ PYBIND11_MODULE(_C, m) {
     check(pk_dequantize_4bit_cpu(&w, row, rows, col, cols, at<void>(out), dtype, 0));
   }, nogil());
   m.def("scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) { return pk_qlora_linear_scratch_bytes(m_, n, k, r, 0); });
+  m.def("lora_scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) { return pk_lora_scratch_bytes(m_, n, k, r, 0); });
   m.def("qlora_linear_fwd", [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype, Address y, Address xa,
                                bool gemv, Address scratch, int64_t bytes) {
     check(pk_qlora_linear_fwd_cpu(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype, at<void>(y), at<float>(xa), gemv, at<void>(scratch), bytes, 0));

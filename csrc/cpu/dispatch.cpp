@@ -74,11 +74,17 @@ int check_lora(const pk_lora* l) {
 
 int64_t gemv_floats(int64_t m, int64_t n, int64_t k, int64_t r) { return 2 * m * k + r * (k + n) + n; }
 
+int64_t plan_floats(int64_t m, int64_t outputs, int64_t contraction, int64_t n, int64_t k, int64_t r, int threads) {
+  return pk::make_plan(m, outputs, contraction, n, k, r, current->lanes, threads).total;
+}
+int64_t lora_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
+  return pk::largest(plan_floats(m, n, 0, n, k, r, threads), plan_floats(m, k, 0, n, k, r, threads)) * (int64_t)sizeof(float);
+}
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
-  int64_t most = m <= 64 ? gemv_floats(m, n, k, r) : 0;
-  const int64_t plans[][2] = {{n, k}, {k, n}, {n, 0}, {k, 0}};
-  for (auto& sizes : plans) most = pk::largest(most, pk::make_plan(m, sizes[0], sizes[1], n, k, r, current->lanes, threads).total);
-  return most * (int64_t)sizeof(float);
+  const int64_t gemv = m <= 64 ? gemv_floats(m, n, k, r) : 0;
+  const int64_t gemm = pk::largest(plan_floats(m, n, k, n, k, r, threads), plan_floats(m, k, n, n, k, r, threads));
+  // A backward pass without dx runs on the plan without a base product.
+  return pk::largest(pk::largest(gemv, gemm) * (int64_t)sizeof(float), lora_scratch_bytes(m, n, k, r, threads));
 }
 
 }  // namespace
@@ -136,6 +142,10 @@ int64_t pk_qlora_linear_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r
   return scratch_bytes(m, n, k, r, threads_or_default(threads));
 }
 
+int64_t pk_lora_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
+  return lora_scratch_bytes(m, n, k, r, threads_or_default(threads));
+}
+
 static int lora_forward(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias,
                         int bias_dtype, void* y, float* xa, int gemv, void* scratch, int64_t bytes, int threads) {
   if (int bad = check_lora(lora)) return bad;
@@ -144,7 +154,7 @@ static int lora_forward(const pk_weight* w, const pk_lora* lora, const void* x, 
   if (!x || !y || !scratch || (lora->r && !xa)) return PK_ERR_NULL;
   if (bad_dtype(dtype) || (bias && bad_dtype(bias_dtype))) return PK_ERR_DTYPE;
   threads = threads_or_default(threads);
-  if (bytes < scratch_bytes(m, n, k, lora->r, threads)) return PK_ERR_SCRATCH;
+  if (bytes < (w ? scratch_bytes : lora_scratch_bytes)(m, n, k, lora->r, threads)) return PK_ERR_SCRATCH;
   if (gemv) current->gemv(*w, *lora, x, dtype, m, bias, bias_dtype, y, xa, (float*)scratch, threads);
   else current->forward(w, *lora, x, dtype, m, n, k, bias, bias_dtype, y, xa, (float*)scratch, threads);
   return PK_OK;
@@ -169,7 +179,7 @@ static int lora_backward(const pk_weight* w, const pk_lora* lora, const void* dy
   if (!dy || !scratch || (d_a && !x) || (d_b && !xa) || ((d_a || d_b) && !low_rank) || (low_rank && (dx || d_a) && !dyb)) return PK_ERR_NULL;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   threads = threads_or_default(threads);
-  if (bytes < scratch_bytes(m, n, k, lora->r, threads)) return PK_ERR_SCRATCH;
+  if (bytes < (w ? scratch_bytes : lora_scratch_bytes)(m, n, k, lora->r, threads)) return PK_ERR_SCRATCH;
   current->backward(w, *lora, dy, x, dtype, m, n, k, xa, dyb, dx, d_a, d_b, d_bias, (float*)scratch, threads);
   return PK_OK;
 }

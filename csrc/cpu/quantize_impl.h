@@ -25,7 +25,7 @@ static float block_absmax(const T* w, int64_t count) {
 
 struct Thresholds {
   float value[15];
-  int32_t code[16];  // rank -> code index
+  int32_t code[17];  // rank -> code index; rank 16 stands for NaN, which is index 0
 };
 
 // Codes sorted by value; a stable order, so that of equal codes (FP4's 0 and -0) the lower index comes first.
@@ -36,12 +36,13 @@ static Thresholds make_thresholds(const float* code) {
     for (; j > 0 && code[t.code[j - 1]] > code[i]; j--) t.code[j] = t.code[j - 1];
     t.code[j] = i;
   }
+  t.code[16] = 0;
   for (int i = 0; i < 15; i++) t.value[i] = (code[t.code[i]] + code[t.code[i + 1]]) / 2;
   return t;
 }
 
 static inline int nearest(const Thresholds& t, float v) {
-  if (v != v) return 0;
+  if (v != v) return t.code[16];
   int rank = 0;
   for (int i = 0; i < 15; i++) rank += v > t.value[i];
   return t.code[rank];
@@ -55,7 +56,7 @@ static void quantize_block(const T* w, int64_t count, const Thresholds& t, float
     vf v = loadx(w + i) * set1(inverse);
     vi rank = vi{};
     for (int j = 0; j < 15; j++) rank -= (v > set1(t.value[j]));  // a true lane is -1
-    rank &= (v == v);
+    rank += (v != v) * -16;  // no threshold lies below a NaN: 0 + 16
     store(index, (vf)rank);
     const int32_t* ranks = (const int32_t*)index;
     for (int l = 0; l < VW; l += 2) packed[(i + l) >> 1] = (uint8_t)(t.code[ranks[l]] << 4 | t.code[ranks[l + 1]]);

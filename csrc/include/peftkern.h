@@ -91,6 +91,9 @@ PK_API int pk_qlora_linear_bwd_cpu(const pk_weight* w, const pk_lora* lora, cons
                                    const float* xa, float* dyb, void* dx, void* d_lora_a, void* d_lora_b, float* d_bias, void* scratch,
                                    int64_t scratch_bytes, int threads);
 
+/* Bytes of scratch that pk_lora_{fwd,bwd}_cpu need: less, as nothing is decoded. */
+PK_API int64_t pk_lora_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads);
+
 /* The low-rank parts alone, for callers that leave the base product to a vendor GEMM:
  * fwd: xa = drop(x) A^T and y += scaling * xa B^T + bias. */
 PK_API int pk_lora_fwd_cpu(const pk_lora* lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias, int bias_dtype,

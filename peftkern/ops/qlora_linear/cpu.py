@@ -47,22 +47,25 @@ def forward(
     (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
     y, xa = torch.empty((m, n), dtype=x.dtype), torch.empty((m, rank), dtype=torch.float32)
     lora, view, choice = _lora(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k), _choose(x, quant, m, n, k)
-    size = native().scratch_bytes(m, n, k, rank)
     if choice.regime != "vendor":
+        size = native().scratch_bytes(m, n, k, rank)
         args = (view, lora, address(x), dtype_of(x), m, address(bias), dtype_of(bias), address(y), address(xa), choice.regime == "gemv")
         native().qlora_linear_fwd(*args, address(buffer := scratch(size)), buffer.numel())
         return y, xa
     _vendor_forward(x, weight, quant, view, y)
     if rank or bias is not None:
+        size = native().lora_scratch_bytes(m, n, k, rank)
         args = (lora, address(x), dtype_of(x), m, n, k, address(bias), dtype_of(bias), address(y), address(xa))
         native().lora_fwd(*args, address(buffer := scratch(size)), buffer.numel())
     return y, xa
 
 
-def _slices(total: int, width: int) -> list[slice]:
-    """Slices of `total` rows (or columns) of `width` elements: the configured number, less where a slice would pass 8 MB of bf16."""
-    step = max(1, min(total, config.TABLE[native().isa()].slice_rows, (4 << 20) // width))
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+def _slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
+    """Slices of `total` rows (or columns) of `width` elements, the configured number or what 5 MB hold, and a reused buffer for one."""
+    step = min(total, config.TABLE[native().isa()].slice_rows, (5 << 20) // (width * dtype.itemsize) // 32 * 32)
+    step = max(step, min(total, 32))
+    buffer = scratch(step * width * dtype.itemsize, "slice")[: step * width * dtype.itemsize]
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)], buffer.view(dtype)
 
 
 def _vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor) -> None:
@@ -71,8 +74,7 @@ def _vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Te
         torch.mm(x, weight.to(x.dtype).t(), out=y)
         return
     n, k = y.shape[1], x.shape[1]
-    slices = _slices(n, k)
-    out = torch.empty(slices[0].stop * k, dtype=x.dtype)
+    slices, out = _slices(n, k, x.dtype)
     for rows in slices:
         y[:, rows] = x @ _decode_slice(quant, view, rows, slice(0, k), out).t()
 
@@ -83,8 +85,7 @@ def _vendor_backward(dy: Tensor, weight: Tensor, quant: tuple, view: object, dx:
         torch.mm(dy, weight.to(dy.dtype), out=dx)
         return
     n, k = dy.shape[1], dx.shape[1]
-    slices = _slices(k, n)
-    out = torch.empty(slices[0].stop * n, dtype=dy.dtype)
+    slices, out = _slices(k, n, dy.dtype)
     for cols in slices:
         dx[:, cols] = dy @ _decode_slice(quant, view, slice(0, n), cols, out)
 
@@ -116,9 +117,9 @@ def backward(
         return dx, d_bias, d_a, d_b
     lora, view = _lora(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k)
     dyb = torch.empty((m, rank), dtype=torch.float32)
-    buffer = scratch(native().scratch_bytes(m, n, k, rank))
-    tail = (address(xa), address(dyb), address(dx), address(d_a), address(d_b), address(d_bias), address(buffer), buffer.numel())
     vendor = _choose(dy, quant, m, n, k).regime == "vendor"
+    buffer = scratch((native().lora_scratch_bytes if vendor else native().scratch_bytes)(m, n, k, rank))
+    tail = (address(xa), address(dyb), address(dx), address(d_a), address(d_b), address(d_bias), address(buffer), buffer.numel())
     if not vendor:
         native().qlora_linear_bwd(view, lora, address(dy), address(x), dtype_of(dy), m, *tail)
         return dx, d_bias, d_a, d_b
