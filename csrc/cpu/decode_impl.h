@@ -21,25 +21,37 @@ static void decode_run(const uint8_t* packed, const float* code, const Table& ta
 }
 
 #if defined(PK_AVX2) || defined(PK_AVX512)
+// A block's 16 values, rounded to T, in one register: through memory the load would wait for the stores.
+#if defined(PK_AVX512)
+static inline __m256i rounded_codes(vf v, bf16*) { return _mm512_cvtepi32_epi16((__m512i)round_bf16(v)); }
+static inline __m256i rounded_codes(vf v, f16*) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+static inline __m256i rounded_codes(vf a, vf b, bf16*) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)round_bf16(a), (__m256i)round_bf16(b)), 0xd8);
+}
+static inline __m256i rounded_codes(vf a, vf b, f16*) {
+  return _mm256_setr_m128i(_mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
 // 16-bit outputs: the block's 16 values are rounded once and looked up by their bits, which is the same value for less work.
 template <typename T>
 static void decode_run_16bit(const uint8_t* packed, const float* code, const Table& table, int64_t start, int64_t count, float scale, T* out) {
   constexpr int STEP = 64 / (VW == 16 ? 2 : 1);  // codes a round
   if ((start & 1) || count < STEP) return decode_run(packed, code, table, start, count, scale, out);
-  alignas(64) uint16_t values[32];
-  for (int i = 0; i < 16; i += VW) storex((T*)values + i, load(code + i) * set1(scale));
   const uint8_t* p = packed + (start >> 1);
   int64_t i = 0;
 #if defined(PK_AVX512)
-  memcpy(values + 16, values, 32);
-  const __m512i both = _mm512_loadu_si512(values);  // vpermw reads five bits: twice the table makes the fifth irrelevant
+  const __m256i once = rounded_codes(load(code) * set1(scale), (T*)nullptr);
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);  // vpermw reads five bits: twice the table makes the fifth irrelevant
   for (; i + STEP <= count; i += STEP) {
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + (i >> 1))));
     __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
     _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, both));
   }
 #else
-  const __m256i pair = _mm256_load_si256((const __m256i*)values), byte = _mm256_set1_epi16(0xff), four = _mm256_set1_epi8(15);
+  const __m256i pair = rounded_codes(load(code) * set1(scale), load(code + 8) * set1(scale), (T*)nullptr);
+  const __m256i byte = _mm256_set1_epi16(0xff), four = _mm256_set1_epi8(15);
   const __m256i low = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_and_si256(pair, byte), _mm256_and_si256(pair, byte)), 0x88);
   const __m256i high = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_srli_epi16(pair, 8), _mm256_srli_epi16(pair, 8)), 0x88);
   for (; i + STEP <= count; i += STEP) {
