@@ -42,7 +42,6 @@ static const float* as_float(const void* p, int dtype, int64_t count, float* out
 }
 
 static inline void clear(float* p, int64_t count) { memset(p, 0, (size_t)count * sizeof(float)); }
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One panel of src [rows][cols] -> packed [cols][LANES] (may be null) and low[row][LANES] = V src^T for the r rows of V; dropped if `d`.
 template <typename T>
