@@ -47,7 +47,13 @@ class Build(build_ext):
 
     def _ninja(self, jobs, tmp):
         quote = lambda args: " ".join(a.replace("$", "$$").replace(" ", "\\ ") for a in args)  # noqa: E731
-        lines = [f"builddir = {tmp.resolve()}", "rule cxx", "  command = $compile -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+        lines = [
+            f"builddir = {tmp.resolve()}",
+            "rule cxx",
+            "  command = $compile -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
         for source, obj, command in jobs:
             lines += [f"build {obj.resolve()}: cxx {Path(source).resolve()}", f"  compile = {quote(command)}"]
         (tmp / "build.ninja").write_text("\n".join(lines) + "\n")

@@ -16,7 +16,9 @@ __all__ = ["dequantize_4bit", "linear_4bit", "qlora_linear", "quantize_4bit"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def quantize_4bit(weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True, check_finite: bool = False) -> NF4Weight:
+def quantize_4bit(
+    weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True, check_finite: bool = False
+) -> NF4Weight:
     """Quantize a dense weight to NF4 or FP4.
 
     code[i] = nearest of 16 values to w[i] / absmax(block of i); with `nested`, the absmax is itself quantized to 8 bits in blocks of 256.
@@ -135,9 +137,13 @@ def _weight_shape(weight: NF4Weight | Tensor) -> tuple[tuple[int, int], torch.de
         raise ValueError(f"weight: got shape {shape}, expected [out_features, in_features]")
     if isinstance(weight, Tensor):
         if weight.dtype not in _FLOATS:
-            raise TypeError(f"weight: got a {weight.dtype} tensor, expected float32, bfloat16, float16 or an NF4Weight (NF4Weight.from_bnb)")
+            raise TypeError(
+                f"weight: got a {weight.dtype} tensor, expected float32, bfloat16, float16 or an NF4Weight (NF4Weight.from_bnb)"
+            )
         if weight.requires_grad:
-            raise ValueError("weight: requires grad, but the base weight is frozen here; call weight.requires_grad_(False) or use torch's linear")
+            raise ValueError(
+                "weight: requires grad, but the base weight is frozen here; call weight.requires_grad_(False) or use torch's linear"
+            )
     return shape, weight.device
 
 

@@ -114,9 +114,13 @@ class NF4Weight:
         param = weight.weight if isinstance(weight, torch.nn.Module) else weight
         state = getattr(param, "quant_state", None) or module_state
         if state is None:
-            raise ValueError("weight: has no quant_state. Quantize it first: move the bitsandbytes Linear4bit to a device (.to('cpu') or .cuda())")
+            raise ValueError(
+                "weight: has no quant_state. Quantize it first: move the bitsandbytes Linear4bit to a device (.to('cpu') or .cuda())"
+            )
         if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError("weight: bitsandbytes repacked it for CPU inference; run peftkern.patch(model), which unpacks it, or load the model again")
+            raise ValueError(
+                "weight: bitsandbytes repacked it for CPU inference; run peftkern.patch(model), which unpacks it, or load the model again"
+            )
         nested = state.nested
         return cls(
             packed=param.data.view(torch.uint8),
@@ -138,13 +142,17 @@ class NF4Weight:
         """Build from the keys bitsandbytes serializes (`<prefix>`, `<prefix>.absmax`, `<prefix>.quant_state.bitsandbytes__nf4`, ...)."""
         heads = [k for k in state_dict if k.startswith(f"{prefix}.quant_state.bitsandbytes__")]
         if prefix not in state_dict or len(heads) != 1:
-            raise ValueError(f"state_dict: expected {prefix!r} and exactly one '{prefix}.quant_state.bitsandbytes__<type>', found {heads or 'none'}")
+            raise ValueError(
+                f"state_dict: expected {prefix!r} and exactly one '{prefix}.quant_state.bitsandbytes__<type>', found {heads or 'none'}"
+            )
         meta = _read_meta(state_dict[heads[0]], heads[0])
 
         def get(name: str) -> Tensor:
             key = f"{prefix}.{name}"
             if key not in state_dict:
-                raise ValueError(f"state_dict: key {key!r} is missing; the checkpoint is incomplete, save it again from the quantized model")
+                raise ValueError(
+                    f"state_dict: key {key!r} is missing; the checkpoint is incomplete, save it again from the quantized model"
+                )
             return state_dict[key]
 
         packed = state_dict[prefix]
@@ -195,7 +203,9 @@ def _read_meta(blob: Tensor, key: str) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"state_dict: {key!r} is corrupt ({error}); save the checkpoint again from the quantized model") from None
     if missing or meta["dtype"] not in _DTYPES:
-        raise ValueError(f"state_dict: {key!r} lacks {sorted(missing)} or has an unknown dtype {meta.get('dtype')!r}, expected {sorted(_DTYPES)}")
+        raise ValueError(
+            f"state_dict: {key!r} lacks {sorted(missing)} or has an unknown dtype {meta.get('dtype')!r}, expected {sorted(_DTYPES)}"
+        )
     return meta
 
 
@@ -226,7 +236,9 @@ def _check(w: NF4Weight) -> None:
         if tensor is None:
             raise ValueError(f"{name}: is missing; a {'nested' if w.nested else 'plain'} weight needs {sorted(expected)}")
         if tensor.dtype != dtype or tensor.numel() != count:
-            raise ValueError(f"{name}: got {tensor.dtype} with {tensor.numel()} elements, expected {dtype} with {count} for shape {w.shape}")
+            raise ValueError(
+                f"{name}: got {tensor.dtype} with {tensor.numel()} elements, expected {dtype} with {count} for shape {w.shape}"
+            )
         if tensor.device != w.packed.device:
             raise ValueError(f"{name}: is on {tensor.device}, packed is on {w.packed.device}; move the weight with .to(device)")
         if not tensor.is_contiguous():

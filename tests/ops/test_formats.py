@@ -18,7 +18,9 @@ def _indices(packed: torch.Tensor, numel: int) -> torch.Tensor:
     return torch.stack([flat >> 4, flat & 15], 1).flatten()[:numel]
 
 
-def _assert_same_codes(first: torch.Tensor, second: torch.Tensor, dense: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str) -> None:
+def _assert_same_codes(
+    first: torch.Tensor, second: torch.Tensor, dense: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str
+) -> None:
     """Equal, but for elements within 1e-6 of a threshold, where quantizers may round either way."""
     numel = dense.numel()
     differ = (_indices(first, numel) != _indices(second, numel)).nonzero().flatten()
@@ -45,7 +47,9 @@ def test_quantize_equals_the_reference(isa: str, blocksize: int, quant_type: str
 @pytest.mark.parametrize(("quant_type", "nested"), FORMATS)
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
 @pytest.mark.parametrize("shape", [(64, 192), (7, 333), (1, 1), (130, 64)], ids=str)
-def test_dequantize_equals_the_reference_bit_for_bit(isa: str, shape: tuple, blocksize: int, quant_type: str, nested: bool, out_dtype: torch.dtype) -> None:
+def test_dequantize_equals_the_reference_bit_for_bit(
+    isa: str, shape: tuple, blocksize: int, quant_type: str, nested: bool, out_dtype: torch.dtype
+) -> None:
     weight = quantize_4bit(torch.randn(*shape), quant_type=quant_type, blocksize=blocksize, nested=nested)
     with use_backend("reference"):
         reference = weight.dequantize(out_dtype)

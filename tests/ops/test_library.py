@@ -150,8 +150,6 @@ def test_threads_have_their_own_scratch() -> None:
         assert torch.equal(g, e)
 
 
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -175,7 +173,9 @@ def test_threads_have_their_own_scratch() -> None:
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_arguments_are_checked(change: dict, error: type, message: str) -> None:
-    good = dict(x=torch.randn(5, 64), weight=NF4Weight.from_dense(torch.randn(20, 64)), lora_a=torch.randn(3, 64), lora_b=torch.randn(20, 3))
+    good = dict(
+        x=torch.randn(5, 64), weight=NF4Weight.from_dense(torch.randn(20, 64)), lora_a=torch.randn(3, 64), lora_b=torch.randn(20, 3)
+    )
     with pytest.raises(error, match=message):
         functional.qlora_linear(**(good | change))
 

@@ -15,12 +15,15 @@ from .bounds import assert_as_accurate
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (M, N, K, R): one row, both GEMV limits, ragged everything, K that straddles blocks, several row blocks, ranks of every class.
 SHAPES = [
-    (1, 96, 64, 8), (2, 33, 128, 1), (4, 50, 192, 3), (5, 64, 64, 16), (17, 63, 100, 3), (33, 130, 257, 5), (64, 200, 320, 64), (70, 97, 576, 16),
+    (1, 96, 64, 8), (2, 33, 128, 1), (4, 50, 192, 3), (5, 64, 64, 16), (17, 63, 100, 3), (33, 130, 257, 5), (64, 200, 320, 64),
+    (70, 97, 576, 16),
     (600, 60, 96, 4), (20, 70, 40, 256),
 ]  # fmt: skip
 
 
-def _case(m: int, n: int, k: int, r: int, dtype: torch.dtype, *, lora_dtype: torch.dtype | None = None, bias: bool = True, dense=None, **quant):
+def _case(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, *, lora_dtype: torch.dtype | None = None, bias: bool = True, dense=None, **quant
+):
     lora_dtype = lora_dtype or dtype
     weight = torch.randn(n, k) * 0.05
     weight = weight.to(dense) if dense else NF4Weight.from_dense(weight, **quant)
@@ -81,7 +84,11 @@ def test_dropout(isa: str, shape: tuple[int, int, int, int], dropout_p: float) -
     _check(*shape, torch.float32, dropout_p=dropout_p, draws=3)
 
 
-@pytest.mark.parametrize("quant", [{"nested": False}, {"quant_type": "fp4"}, {"blocksize": 32}, {"blocksize": 4096}, {"blocksize": 128, "nested": False}], ids=str)
+@pytest.mark.parametrize(
+    "quant",
+    [{"nested": False}, {"quant_type": "fp4"}, {"blocksize": 32}, {"blocksize": 4096}, {"blocksize": 128, "nested": False}],
+    ids=str,
+)
 @pytest.mark.parametrize("m", [2, 40])
 def test_formats(isa: str, quant: dict, m: int) -> None:
     _check(m, 70, 384, 4, torch.float32, **quant)

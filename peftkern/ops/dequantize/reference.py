@@ -11,7 +11,9 @@ from torch import Tensor
 __all__ = ["dequantize_4bit", "dequantize_4bit_out", "dequantize_absmax"]
 
 
-def dequantize_absmax(absmax_8bit: Tensor, absmax_code: Tensor, nested_absmax: Tensor, absmax_offset: Tensor, nested_blocksize: int) -> Tensor:
+def dequantize_absmax(
+    absmax_8bit: Tensor, absmax_code: Tensor, nested_absmax: Tensor, absmax_offset: Tensor, nested_blocksize: int
+) -> Tensor:
     """uint8 [blocks] -> fp32 [blocks]: code[q] * nested_absmax, rounded, then + offset, rounded."""
     scale = nested_absmax.repeat_interleave(nested_blocksize)[: absmax_8bit.numel()]
     return absmax_code[absmax_8bit.reshape(-1).long()] * scale + absmax_offset

@@ -93,7 +93,20 @@ class _QLoRALinear(torch.autograd.Function):
         if not any(needs):
             return (None,) * 10
         dx, d_bias, d_a, d_b = torch.ops.peftkern.qlora_linear_bwd(
-            dy.contiguous(), x, weight, *quant, ctx.blocksize, ctx.nested_blocksize, ctx.k, lora_a, lora_b, xa, ctx.scaling, ctx.dropout_p, seed, needs
+            dy.contiguous(),
+            x,
+            weight,
+            *quant,
+            ctx.blocksize,
+            ctx.nested_blocksize,
+            ctx.k,
+            lora_a,
+            lora_b,
+            xa,
+            ctx.scaling,
+            ctx.dropout_p,
+            seed,
+            needs,
         )
         grads = (dx, d_bias.to(ctx.bias_dtype) if needs[1] else None, d_a, d_b)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6)
