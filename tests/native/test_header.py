@@ -21,14 +21,11 @@ HEADER = CSRC / "include" / "peftkern.h"
 OK, NULL, SHAPE, DTYPE, BLOCKSIZE, SCRATCH, ISA = range(7)
 M, N, K, R = 5, 48, 128, 4
 BYTES = 1 << 22
-needs_native = pytest.mark.skipif(not backends.available("cpu")[0], reason="the native extension is not built")
 
 
 @pytest.fixture(scope="module")
 def lib() -> ctypes.CDLL:
     """The built extension's own C functions: a shared library like any other."""
-    if not backends.available("cpu")[0]:
-        pytest.skip("the native extension is not built")
     return load(Path(backends.native().__file__))
 
 
@@ -198,7 +195,6 @@ def _printed(code: str, **variables: str) -> str:
     return run.stdout.strip()
 
 
-@needs_native
 def test_the_variable_forces_a_level(lib: ctypes.CDLL) -> None:
     """Chosen once, when the library is loaded; a level the CPU lacks, or no level at all, leaves the best it has."""
     path, names = backends.native().__file__, backends.native().isas()
@@ -208,7 +204,6 @@ def test_the_variable_forces_a_level(lib: ctypes.CDLL) -> None:
     assert _printed(code, PEFTKERN_CPU_ISA="sse9") == names[-1]
 
 
-@needs_native
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc/self/maps")
 def test_one_openmp_runtime() -> None:
     """Two runtimes would each spin their own threads on the same cores."""
