@@ -25,7 +25,8 @@ class Config:
 _NAIVE_HALF = {"float32": None, "bfloat16": 1, "float16": 1}
 TABLE = {
     "baseline": Config(4, (), 512, _NAIVE_HALF, "not measured"),
-    # Zen 3, 2 cores, fp32, GEMV against GEMM in ms: 4096 x 4096 M = 8 4.45, 5.18, M = 16 6.80, 5.03; 1536 x 576 M = 8 0.41, 0.49, M = 16 0.62, 0.49.
+    # Zen 3, 2 cores, fp32, GEMV against GEMM in ms: 4096 x 4096 at M = 8 4.45, 5.18, at M = 16 6.80, 5.03;
+    # 1536 x 576 at M = 8 0.41, 0.49, at M = 16 0.62, 0.49.
     # torch's bf16 dx of 4096 x 4096 at M = 512 took 58 s in the one call made, its fp32 0.12 s.
     "avx2": Config(8, (), 512, _NAIVE_HALF, "measured on Zen 3"),
     "avx512": Config(4, ("bfloat16",), 512, {"float32": None, "bfloat16": None, "float16": 1}, "not measured"),
