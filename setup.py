@@ -1,12 +1,24 @@
-"""Builds the native extension: one translation unit per ISA level, each with its own flags; no torch at build time."""
+"""Builds the native extensions, with no torch at build time: the CPU kernels, one translation unit per ISA level with its own flags, and,
+where nvcc is found, the CUDA kernels as a module of their own.
+
+PEFTKERN_CUDA        0: no CUDA kernels; 1: a missing or failing nvcc is an error; unset: they are built where that succeeds
+PEFTKERN_CUDA_ARCHS  compute capabilities, such as "86;89"; "all": every supported one;
+                     unset: those of this machine's GPUs, else 7.5 and 8.0, whose PTX newer ones compile when they load it
+"""
 
 import os
 import platform
+import re
+import shlex
 import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 try:
     from pybind11.setup_helpers import Pybind11Extension
@@ -14,12 +26,71 @@ except ImportError as error:  # setup.py run without the build requirements
     raise SystemExit(f"pybind11 is missing ({error}); build with: pip install .") from error
 
 CPU = Path("csrc/cpu")
+CUDA = Path("csrc/cuda")
 COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     # gcc 12's own header trips -Wmaybe-uninitialized on _mm512_cvtph_ps.
     LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
+
+ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
+# Where no GPU is seen: machine code of 8.0 serves 8.x, and its PTX all that came later. Seven architectures take four times as long.
+UNSEEN = ["75", "80"]
+NO_NVCC = "nvcc was not found: set CUDA_HOME to a CUDA toolkit (12 or later), put nvcc on PATH, or run: pip install nvidia-cuda-nvcc"
+
+
+def find_nvcc():
+    """CUDA_HOME's (or CUDA_PATH's) where it is set, else the first on PATH, in /usr/local/cuda or in NVIDIA's pip packages, else None."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [Path(home, "bin/nvcc") for home in homes]
+    if not homes:
+        on_path = shutil.which("nvcc")
+        candidates = [*([Path(on_path)] if on_path else []), Path("/usr/local/cuda/bin/nvcc")]
+        # An isolated build does not see the environment it builds for on sys.path: sysconfig names that one's packages.
+        for packages in dict.fromkeys([*sys.path, sysconfig.get_path("purelib")]):
+            candidates += sorted(Path(packages).glob("nvidia/*/bin/nvcc"), reverse=True)
+    return next((str(c) for c in candidates if c.is_file() and os.access(c, os.X_OK)), None)
+
+
+def words_of(command):
+    """What a command prints, on either stream; "" where it fails."""
+    try:
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=True)
+        return run.stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def cuda_archs(nvcc):
+    """The compute capabilities to build for, such as ["86", "89"], ascending."""
+    asked = os.environ.get("PEFTKERN_CUDA_ARCHS", "").replace(".", "")
+    known = set(re.findall(r"compute_(\d+)", words_of([nvcc, "--list-gpu-arch"])))
+    if asked == "all":
+        archs = [a for a in ARCHS if a in known]
+    elif asked:
+        archs = [a for a in re.split(r"[;, ]+", asked) if a]
+        if bad := [a for a in archs if not re.fullmatch(r"\d{2,3}[a-z]?", a)]:
+            raise SystemExit(f"PEFTKERN_CUDA_ARCHS: got {bad[0]!r}, expected compute capabilities such as '86;89', or 'all'")
+    else:
+        here = set(words_of(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]).replace(".", "").split())
+        archs = [a for a in here if a in known] or [a for a in UNSEEN if a in known]
+    return sorted(set(archs), key=lambda a: (int(re.match(r"\d+", a)[0]), a))
+
+
+def cudart_static(nvcc):
+    """The static runtime of nvcc's toolkit, for the linker. nvcc is asked where it lies, as it may be a script that calls another."""
+    top = re.search(r"^#\$ TOP=(.+)$", words_of([nvcc, "--dryrun", "nothing.o"]), re.MULTILINE)
+    root = Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+    found = [path for pattern in ("lib64", "lib", "targets/*/lib") for path in sorted(root.glob(f"{pattern}/libcudart_static.a"))]
+    return str(found[0]) if found else "-lcudart_static"  # a distribution's toolkit: among the linker's own directories
+
+
+def nvcc_command(nvcc, archs):
+    """Compiles one .cu: machine code for each architecture, and PTX of the newest for those to come."""
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return [nvcc, "-O3", "-std=c++17", "--threads=1", "-Xcompiler=-fPIC,-fvisibility=hidden", *code]
 
 
 class Build(build_ext):
@@ -30,23 +101,53 @@ class Build(build_ext):
         tmp.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", "c++").split()
         includes = [f"-I{d}" for d in (*ext.include_dirs, *self.compiler.include_dirs)]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name == "peftkern._C_cuda":
+            return self._build_cuda(ext, tmp, cxx, includes, target)
         jobs = []
         for source in ext.sources:
             stem = Path(source).stem
             level = LEVELS.get(stem.removeprefix("kernels_"), [])
             obj = tmp / f"{stem}.o"
             jobs.append((source, obj, [*cxx, "-fPIC", "-fopenmp", *COMMON, *level, *includes]))
+        self._compile(jobs, tmp)
+        self.spawn([*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], "-fopenmp", "-o", str(target)])
+
+    def _build_cuda(self, ext, tmp, cxx, includes, target):
+        """nvcc for the kernels, the C++ compiler for the bindings. cudart is linked in, so that the module imports without a driver."""
+        nvcc = find_nvcc()
+        try:
+            if nvcc is None:
+                raise CompileError(NO_NVCC)
+            archs = cuda_archs(nvcc)
+            if not archs:
+                raise CompileError(f"{nvcc} compiles for none of {', '.join(ARCHS)}")
+            tmp = tmp / "cuda"
+            tmp.mkdir(parents=True, exist_ok=True)
+            bindings = [*cxx, "-fPIC", *COMMON, *includes, f'-DPK_CUDA_ARCHS="{";".join(archs)}"']
+            jobs = [(s, tmp / f"{Path(s).stem}.o", nvcc_command(nvcc, archs) if s.endswith(".cu") else bindings) for s in ext.sources]
+            self._compile(jobs, tmp)
+            # No nvcc here: its device link would add code for an architecture that nobody asked for, and there is nothing to link.
+            # exclude-libs: another cudart in the process, torch's, must not take this one's calls.
+            runtime = [cudart_static(nvcc), "-Wl,--exclude-libs,ALL", "-lrt", "-lpthread", "-ldl"]
+            self.spawn([*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], *runtime, "-o", str(target)])
+        except Exception as error:
+            target.unlink(missing_ok=True)  # of an earlier build
+            if not ext.optional:
+                raise SystemExit(f"PEFTKERN_CUDA=1, but the CUDA kernels could not be built: {error}") from error
+            raise CompileError(f"the CUDA kernels ({error}); going on with the CPU kernels. PEFTKERN_CUDA=0 leaves them out") from error
+
+    def _compile(self, jobs, tmp):
         if shutil.which("ninja"):
             self._ninja(jobs, tmp)
         else:
             for source, obj, command in jobs:
                 self.spawn([*command, "-c", source, "-o", str(obj)])
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.spawn([*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], "-fopenmp", "-o", str(target)])
 
     def _ninja(self, jobs, tmp):
-        quote = lambda args: " ".join(a.replace("$", "$$").replace(" ", "\\ ") for a in args)  # noqa: E731
+        # One level of quoting for the shell that runs the command, one for ninja.
+        quote = lambda args: " ".join(shlex.quote(a).replace("$", "$$") for a in args)  # noqa: E731
         lines = [
             f"builddir = {tmp.resolve()}",
             "rule cxx",
@@ -61,4 +162,11 @@ class Build(build_ext):
 
 
 sources = ["csrc/bindings.cpp", str(CPU / "dispatch.cpp"), *(str(CPU / f"kernels_{level}.cpp") for level in LEVELS)]
-setup(ext_modules=[Pybind11Extension("peftkern._C", sources)], cmdclass={"build_ext": Build})
+extensions = [Pybind11Extension("peftkern._C", sources)]
+wanted = os.environ.get("PEFTKERN_CUDA", "")
+if wanted not in ("", "0", "1"):
+    raise SystemExit(f"PEFTKERN_CUDA: got {wanted!r}, expected 0, 1 or nothing")
+if wanted == "1" or (wanted != "0" and find_nvcc()):
+    kernels = [*map(str, sorted(CUDA.glob("*.cu"))), str(CUDA / "bindings_cuda.cpp")]
+    extensions.append(Pybind11Extension("peftkern._C_cuda", kernels, optional=wanted != "1"))
+setup(ext_modules=extensions, cmdclass={"build_ext": Build})

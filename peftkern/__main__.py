@@ -21,6 +21,12 @@ def _finetune(args: argparse.Namespace) -> int:
     return cli.main(args)
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from peftkern import tuning
+
+    return tuning.main(args)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run one sub-command; returns the exit status."""
     from peftkern.finetune.cli import add_arguments
@@ -32,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finetune.set_defaults(run=_finetune)
     env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
     env.set_defaults(run=_env)
+    tune = commands.add_parser("tune", help="measure on this GPU where each kernel pays, and keep the limits")
+    tune.add_argument("--forget", action="store_true", help="drop the measured limits of this GPU")
+    tune.set_defaults(run=_tune)
     args = parser.parse_args(arguments)
     return args.run(args) or 0
 

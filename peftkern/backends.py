@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
+import importlib.util
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "available", "explain", "native", "select", "use_backend"]
+__all__ = ["BACKENDS", "available", "explain", "gpu_arch", "native", "select", "use_backend", "use_cuda_kernels"]
 
-BACKENDS = ("cpu", "reference")
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("peftkern_backend", default=None)
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+MIN_ARCH = 75  # Turing: the oldest with tensor cores that Triton still compiles for
+_forced: str | None = None
 
 
 @functools.cache
 def _load_native() -> tuple[ModuleType | None, str]:
-    import torch  # noqa: F401  torch's OpenMP runtime must be loaded first, so that the extension shares it
-
+    # torch is imported above: its OpenMP runtime must be loaded first, so that the extension shares it.
     try:
         from . import _C
     except ImportError as error:
@@ -35,11 +37,59 @@ def native() -> ModuleType:
     return module
 
 
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors too: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def gpu_arch(index: int | None = None) -> int:
+    """The compute capability of a CUDA device, 8.9 as 89."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _triton() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed; run: pip install triton"
+    import triton
+
+    if interpreted():
+        return True, f"Triton {triton.__version__}, interpreted on the CPU (TRITON_INTERPRET=1): for tests"
+    if not torch.cuda.is_available():
+        return False, f"Triton {triton.__version__} is there, a CUDA device is not"
+    return _new_enough(f"Triton {triton.__version__}")
+
+
+@functools.cache
+def _cuda() -> tuple[bool, str]:
+    from .ops import native_cuda
+
+    built, reason = native_cuda.available()
+    if not built:
+        return False, reason
+    if not torch.cuda.is_available():
+        return False, f"{reason}, but there is no CUDA device"
+    if not _triton()[0]:
+        return False, f"{reason}, but the linear's low-rank passes need Triton: {_triton()[1]}"
+    return _new_enough(reason)
+
+
+def _new_enough(what: str) -> tuple[bool, str]:
+    arch = gpu_arch()
+    return arch >= MIN_ARCH, what if arch >= MIN_ARCH else f"{what}, but sm_{arch} is older than sm_{MIN_ARCH}"
+
+
 def available(name: str) -> tuple[bool, str]:
     """Whether a backend can be used here, and why (or why not)."""
     if name == "cpu":
         module, reason = _load_native()
         return module is not None, reason
+    if name == "triton":
+        return _triton()
+    if name == "cuda":
+        return _cuda()
     if name == "reference":
         return True, "plain PyTorch, any device"
     raise ValueError(f"backend: got {name!r}, expected one of {BACKENDS}")
@@ -47,35 +97,50 @@ def available(name: str) -> tuple[bool, str]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every op onto one backend within the block; RuntimeError where it is not available."""
+    """Force every op of the process onto one backend within the block; RuntimeError where it is not available.
+
+    Process-wide, as autograd runs a GPU's backward in a thread of its own.
+    """
+    global _forced
     ok, reason = available(name)
     if not ok:
         raise RuntimeError(f"backend {name!r}: {reason}")
-    token = _forced.set(name)
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def select(x: Tensor) -> str:
-    """The backend an op takes for tensors like `x`: the forced one, else the device's native one, else the reference."""
-    forced = _forced.get()
-    if forced is not None:
-        return forced
-    if x.device.type == "cpu" and _load_native()[0] is not None:
+    """The backend an op takes for tensors like `x`: the forced one, else the best of x's device, else the reference."""
+    if _forced is not None:
+        return _forced
+    kind = x.device.type
+    if kind == "cpu" and _load_native()[0] is not None:
         return "cpu"
+    if kind == "cuda" and x.dtype != torch.float64 and gpu_arch(x.device.index) >= MIN_ARCH:
+        return next((name for name in ("cuda", "triton") if available(name)[0]), "reference")
     return "reference"
 
 
-def explain(x: Tensor, n: int, k: int) -> str:
-    """Which kernel a 4-bit linear with out_features `n` and in_features `k` takes for `x` [..., k], and why."""
+def use_cuda_kernels(x: Tensor) -> bool:
+    """Whether a GPU's plan may take CUDA C++ kernels beside Triton's."""
+    return x.device.type == "cuda" and _forced != "triton" and _cuda()[0]
+
+
+def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
+    """Which kernels a 4-bit linear with out_features `n`, in_features `k` and rank `r` takes for `x` [..., k], and why."""
     backend = select(x)
     reason = available(backend)[1]
-    if backend != "cpu":
-        return f"{backend}: {reason}"
-    from .ops.qlora_linear import config
+    m, dtype = x.numel() // max(k, 1), str(x.dtype).removeprefix("torch.")
+    if backend == "reference":
+        return f"reference: {reason}"
+    if backend == "cpu":
+        from .ops.qlora_linear import config
 
-    m = x.numel() // max(k, 1)
-    choice = config.choose(dtype=str(x.dtype).removeprefix("torch."), isa=native().isa(), m=m, n=n, k=k)
-    return f"cpu: {reason}; {choice.regime} ({choice.why})"
+        choice = config.choose(dtype=dtype, isa=native().isa(), m=m, n=n, k=k)
+        return f"cpu: {reason}; {choice.regime} ({choice.why})"
+    from .ops.qlora_linear import gpu
+
+    return f"{backend}: {reason}; {gpu.explain(x, m, n, k, r)}"

@@ -1,9 +1,15 @@
 """Shared fixtures: every test that takes `isa` runs on each level this CPU has."""
 
+import os
+
 import pytest
 import torch
 
-from peftkern import backends
+# Triton decides at the kernels' import whether they are interpreted: without a CUDA device their numerics are proven on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from peftkern import backends  # noqa: E402
 
 
 # Without the extension this raises, and names the fix: the kernels' tests must not pass by being skipped.

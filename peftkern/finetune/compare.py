@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..files import write_json
 from .config import FinetuneConfig
-from .files import write_json
 from .recipe import FinetuneResult
 
 __all__ = ["compare", "run_stock", "table"]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import atomic_directory, cache_dir
 from .config import SAMPLE, FinetuneConfig
 from .errors import InputError
-from .files import atomic_directory, cache_dir
 from .memory import mapped_allocations
 from .sample import sample_model_file
 

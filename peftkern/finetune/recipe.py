@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import TEMP_PREFIX, atomic_files, clear_temporaries, remove_directory, write_json
 from .config import FinetuneConfig
 from .errors import InputError, require
-from .files import TEMP_PREFIX, atomic_files, clear_temporaries, remove_directory, write_json
 from .generation import generate, make_prompt
 from .memory import out_of_memory, peak_memory
 

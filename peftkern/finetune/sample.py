@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from ..files import TEMP_PREFIX, cache_dir
 from .errors import InputError
-from .files import TEMP_PREFIX, cache_dir
 
 __all__ = ["HELD_OUT_BOOKS", "python_reference", "sample_model_file", "sample_text"]
 

@@ -10,10 +10,10 @@ import torch
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..files import atomic_directory, remove_directory
 from .config import FinetuneConfig
 from .data import data_kind
 from .errors import InputError
-from .files import atomic_directory, remove_directory
 from .loss import frozen_head_loss, has_plain_head
 from .metrics import MetricsCallback
 from .model import compute_dtype

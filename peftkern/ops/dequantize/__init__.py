@@ -7,12 +7,10 @@ from torch import Tensor
 
 from ...backends import select
 from ...nf4 import NF4Weight
-from .. import LIBRARY
-from . import cpu, reference
+from .. import LIBRARY, backend
 
 __all__ = ["dequantize_4bit"]
 
-_BACKENDS = {"cpu": cpu, "reference": reference}
 
 LIBRARY.define(
     "dequantize_4bit(Tensor packed, Tensor code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
@@ -27,7 +25,7 @@ LIBRARY.define(
 
 @torch.library.impl(LIBRARY, "dequantize_4bit", "CompositeExplicitAutograd")
 def _impl(packed: Tensor, *args: object) -> Tensor:
-    return _BACKENDS[select(packed)].dequantize_4bit(packed, *args)
+    return backend("dequantize", select(packed)).dequantize_4bit(packed, *args)
 
 
 @torch.library.register_fake("peftkern::dequantize_4bit", lib=LIBRARY)
@@ -37,7 +35,7 @@ def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offs
 
 @torch.library.impl(LIBRARY, "dequantize_4bit_out", "CompositeExplicitAutograd")
 def _impl_out(packed: Tensor, *args: object) -> None:
-    _BACKENDS[select(packed)].dequantize_4bit_out(packed, *args)
+    backend("dequantize", select(packed)).dequantize_4bit_out(packed, *args)
 
 
 @torch.library.register_fake("peftkern::dequantize_4bit_out", lib=LIBRARY)

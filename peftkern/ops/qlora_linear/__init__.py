@@ -10,12 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from ...backends import select
 from ...nf4 import NF4Weight
-from .. import LIBRARY
-from . import cpu, reference
+from .. import LIBRARY, backend
 
 __all__ = ["qlora_linear"]
 
-_BACKENDS = {"cpu": cpu, "reference": reference}
 _QUANT = "Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, Tensor? absmax_offset, "
 _QUANT += "int blocksize, int nested_blocksize"
 
@@ -39,14 +37,14 @@ def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
 def _fwd(x, weight, *args):
     quant, rest = args[:8], args[8:]
     with _autocast_off(x):
-        return _BACKENDS[select(x)].forward(x, weight, quant, *rest)
+        return backend("qlora_linear", select(x)).forward(x, weight, quant, *rest)
 
 
 @torch.library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, weight, *args):
     quant, rest = args[:8], args[8:]
     with _autocast_off(dy):
-        grads = _BACKENDS[select(dy)].backward(dy, x, weight, quant, *rest)
+        grads = backend("qlora_linear", select(dy)).backward(dy, x, weight, quant, *rest)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 

@@ -1,10 +1,10 @@
-"""Which CPU regime a QLoRA linear takes: pure functions over a table, testable on any machine."""
+"""Which kernels a QLoRA linear takes, on a CPU and on a GPU: pure functions over tables, testable on any machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Choice", "Config", "TABLE", "choose"]
+__all__ = ["Choice", "Config", "GPUConfig", "GPU_TABLE", "TABLE", "choose", "choose_gpu", "nearest_arch", "slices"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,16 @@ TABLE = {
 
 @dataclass(frozen=True)
 class Choice:
-    """`regime`: "gemv", "gemm" (our kernel, decode fused with the product) or "vendor" (torch.mm, on decoded slices of a 4-bit weight)."""
+    """What a call runs.
+
+    `regime` on a CPU: "gemv", "gemm" (our kernel, decode fused with the product), "vendor" (torch.mm, on decoded slices of a 4-bit weight);
+    on a GPU: "gemv", "mma" (CUDA), "fused" (Triton, decode in the product), "slab" (decoded slices, multiplied by `gemm`).
+    """
 
     regime: str
     why: str
+    gemm: str = ""
+    slab_bytes: int = 0
 
 
 def choose(*, dtype: str, isa: str, m: int, n: int, k: int, dense: bool = False) -> Choice:
@@ -54,3 +60,77 @@ def choose(*, dtype: str, isa: str, m: int, n: int, k: int, dense: bool = False)
     if dtype in row.vendor:
         return Choice("vendor", f"{dtype} on {isa} has a fast vendor GEMM, {row.measured}")
     return Choice("gemm", f"M = {m} > {row.gemv_max_m} on {isa}, {row.measured}")
+
+
+@dataclass(frozen=True)
+class GPUConfig:
+    """Limits of one GPU architecture.
+
+    gemv_max_m: largest M for the CUDA GEMV (0: never). mma_min_m: from here on the CUDA tensor-core kernel, where it takes the shape.
+    fused_max_m: largest M whose products decode inside the kernel, forward and dx.
+    gemm: who multiplies by a decoded slab above that: "cublas" (the low-rank product in passes of its own) or "triton" (in the epilogue).
+    slab_bytes: decoded weight held at a time.
+    """
+
+    gemv_max_m: int
+    mma_min_m: int
+    fused_max_m: int
+    gemm: str
+    slab_bytes: int
+    measured: str
+
+
+_MIB = 1 << 20
+# By compute capability. mma_min_m: by instruction counts the GEMV's shared-memory reads bind it from M = 3 on. fused_max_m: where decoding
+# inside the product still pays, derived from data-sheet peaks: 256 on a 4090, 128 on a 3090, 64 on Hopper; on Turing Triton's products do
+# not reach the tensor cores. gemm: cards whose fp32-accumulate rate mma.sync reaches spare the low-rank passes over y and dx; Hopper's and
+# Blackwell's rates need cuBLAS. slab_bytes: one slab for 14336 x 4096 in 16 bits (117 MB), so that a linear takes at most seven launches;
+# slabs of half an L2 would stay on the chip (4090: 36 MB) for four launches more each.
+GPU_TABLE = {
+    75: GPUConfig(16, 3, 0, "cublas", 128 * _MIB, "not measured"),
+    80: GPUConfig(16, 3, 128, "triton", 128 * _MIB, "not measured"),
+    86: GPUConfig(16, 3, 128, "triton", 128 * _MIB, "not measured"),
+    89: GPUConfig(16, 3, 256, "triton", 128 * _MIB, "not measured"),
+    90: GPUConfig(16, 3, 64, "cublas", 128 * _MIB, "not measured"),
+    100: GPUConfig(16, 3, 64, "cublas", 128 * _MIB, "not measured"),
+    120: GPUConfig(16, 3, 256, "triton", 128 * _MIB, "not measured"),
+}
+
+
+def nearest_arch(arch: int) -> int:
+    """The table's row for a compute capability (8.6 as 86): the newest not above it, else the oldest."""
+    return max((known for known in GPU_TABLE if known <= arch), default=min(GPU_TABLE))
+
+
+def choose_gpu(
+    *, arch: int, dtype: str, m: int, forward: bool, cuda: bool, mma: bool = False, dense: bool = False, row: GPUConfig | None = None
+) -> Choice:
+    """The regime of one direction for x (or dy) of m rows and `dtype` on compute capability `arch`.
+
+    cuda: the CUDA C++ kernels are built; mma: their tensor-core kernel takes this shape; row: limits that `peftkern tune` measured here.
+    """
+    row = row or GPU_TABLE[nearest_arch(arch)]
+    where = f"sm_{arch}, {row.measured}"
+    if dense:
+        return Choice("slab", f"a dense weight needs no decoding, {where}", _gemm(row, dtype), row.slab_bytes)
+    if forward and cuda and mma and row.mma_min_m <= m <= row.fused_max_m:
+        return Choice("mma", f"{row.mma_min_m} <= M = {m} <= {row.fused_max_m} on {where}")
+    if forward and cuda and m <= row.gemv_max_m:
+        return Choice("gemv", f"M = {m} <= {row.gemv_max_m} on {where}")
+    if m <= row.fused_max_m:
+        return Choice("fused", f"M = {m} <= {row.fused_max_m} on {where}")
+    return Choice("slab", f"M = {m} > {row.fused_max_m} on {where}", _gemm(row, dtype), row.slab_bytes)
+
+
+def _gemm(row: GPUConfig, dtype: str) -> str:
+    """fp32 stays with cuBLAS, whose use of TF32 is the user's switch (torch.backends.cuda.matmul.allow_tf32)."""
+    return "cublas" if dtype == "float32" else row.gemm
+
+
+def slices(total: int, width: int, itemsize: int, limit: int) -> list[slice]:
+    """Ranges of `total` rows (or columns) of `width` elements, as few and equal as `limit` bytes allow; multiples of 128 but the last."""
+    most = max(limit // (width * itemsize) // 128 * 128, 128)
+    count = -(-total // most)
+    step = -(-total // count)
+    step = total if count == 1 else -(-step // 128) * 128
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]

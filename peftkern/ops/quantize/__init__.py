@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from ...backends import select
-from .. import LIBRARY
-from . import cpu, reference
+from .. import LIBRARY, backend
 
 __all__ = ["quantize_4bit", "quantize_absmax"]
 
-_BACKENDS = {"cpu": cpu, "reference": reference}
 
 LIBRARY.define("quantize_4bit(Tensor w, int blocksize, Tensor code) -> (Tensor packed, Tensor absmax)")
 LIBRARY.define("quantize_absmax(Tensor absmax, Tensor absmax_code, int blocksize) -> (Tensor absmax_8bit, Tensor nested_absmax)")
@@ -19,12 +17,12 @@ LIBRARY.define("quantize_absmax(Tensor absmax, Tensor absmax_code, int blocksize
 
 @torch.library.impl(LIBRARY, "quantize_4bit", "CompositeExplicitAutograd")
 def _quantize_4bit(w: Tensor, blocksize: int, code: Tensor) -> tuple[Tensor, Tensor]:
-    return _BACKENDS[select(w)].quantize_4bit(w, blocksize, code)
+    return backend("quantize", select(w)).quantize_4bit(w, blocksize, code)
 
 
 @torch.library.impl(LIBRARY, "quantize_absmax", "CompositeExplicitAutograd")
 def _quantize_absmax(absmax: Tensor, absmax_code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    return _BACKENDS[select(absmax)].quantize_absmax(absmax, absmax_code, blocksize)
+    return backend("quantize", select(absmax)).quantize_absmax(absmax, absmax_code, blocksize)
 
 
 @torch.library.register_fake("peftkern::quantize_4bit", lib=LIBRARY)

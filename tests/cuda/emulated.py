@@ -1,0 +1,61 @@
+"""Compiles csrc/cuda/*.cu as plain C++ over the emulator in tests/cuda/emulation, and loads the result through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from ..native.compiled import CSRC, compile_objects, link_shared
+
+__all__ = ["EMULATION", "FLAGS", "KERNELS", "compile_emulated", "declare", "load_emulated", "load_emulated_module"]
+
+EMULATION = Path(__file__).parent / "emulation"
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+FLAGS = ["-DPK_CUDA_EMULATION", f"-I{EMULATION}", f"-I{CSRC / 'cuda'}", "-O1", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-Wno-unknown-pragmas", "-fsanitize=alignment"]  # #pragma unroll; the emulator brings the sanitizer's handler
+SANITIZERS = os.environ.get("PEFTKERN_EMULATION_FLAGS", "").split()  # more flags, for the compiler and the linker
+
+
+def compile_emulated(folder: Path, sources: Sequence[Path]) -> Path:
+    """A shared library of the emulator and these .cu files."""
+    flags = [*FLAGS, *SANITIZERS]
+    jobs = [
+        *((EMULATION / f"cuda_{name}.cpp", flags) for name in ("on_cpu", "operations")),
+        *((source, [*flags, "-x", "c++"]) for source in sources),
+    ]
+    return link_shared([*compile_objects(folder, jobs), *map(Path, SANITIZERS)], folder / "libpeftkern_emulated.so")
+
+
+def load_emulated_module(folder: Path, library: Path) -> ModuleType:
+    """The Python module over an emulated library: what the launchers call, taking tensors of the CPU."""
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    source = CSRC / "cuda" / "bindings_cuda.cpp"
+    bindings = compile_objects(folder, [(source, ["-O0", "-fvisibility=hidden", *includes, '-DPK_CUDA_ARCHS="86"'])])
+    path = link_shared([*bindings, library], folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+    spec = importlib.util.spec_from_file_location("_C_cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, with the return types that are not int."""
+    for name in ("pk_cuda_status_string", "pk_cuda_error_text"):
+        if hasattr(lib, name):
+            getattr(lib, name).restype = ctypes.c_char_p
+    return lib
+
+
+def load_emulated(path: Path) -> ctypes.CDLL:
+    """An emulated library."""
+    lib = declare(ctypes.CDLL(str(path)))
+    lib.pk_emulation_launches.restype = ctypes.c_int64
+    return lib
