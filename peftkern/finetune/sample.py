@@ -62,9 +62,7 @@ def sample_text(*, held_out: bool) -> list[dict[str, str]]:
         verses = [json.loads(line) for line in lines]
     chapters = groupby(verses, key=lambda verse: (verse["book"], verse["chapter"]))
     return [
-        {"text": "\n".join(verse["text"] for verse in chapter)}
-        for (book, _), chapter in chapters
-        if (book in HELD_OUT_BOOKS) == held_out
+        {"text": "\n".join(verse["text"] for verse in chapter)} for (book, _), chapter in chapters if (book in HELD_OUT_BOOKS) == held_out
     ]
 
 

@@ -83,12 +83,13 @@ class GPUConfig:
 _MIB = 1 << 20
 # By compute capability. mma_min_m: by instruction counts the GEMV's shared-memory reads bind it from M = 3 on. fused_max_m: where decoding
 # inside the product still pays, derived from data-sheet peaks: 256 on a 4090, 128 on a 3090, 64 on Hopper; on Turing Triton's products do
-# not reach the tensor cores. gemm: cards whose fp32-accumulate rate mma.sync reaches spare the low-rank passes over y and dx; Hopper's and
-# Blackwell's rates need cuBLAS. slab_bytes: one slab for 14336 x 4096 in 16 bits (117 MB), so that a linear takes at most seven launches;
-# slabs of half an L2 would stay on the chip (4090: 36 MB) for four launches more each.
+# not reach the tensor cores. gemm: GeForce cards multiply with fp32 sums at half rate, which a plain mma.sync kernel should saturate, so
+# that sparing the low-rank passes over y and dx wins (it must reach 0.97 to 0.99 of cuBLAS's rate); others need cuBLAS.
+# slab_bytes: one slab for 14336 x 4096 in 16 bits (117 MB), so that a linear takes at most seven launches; slabs of half an L2
+# (4090: 36 MB) would stay on the chip for four launches more each.
 GPU_TABLE = {
     75: GPUConfig(16, 3, 0, "cublas", 128 * _MIB, "not measured"),
-    80: GPUConfig(16, 3, 128, "triton", 128 * _MIB, "not measured"),
+    80: GPUConfig(16, 3, 128, "cublas", 128 * _MIB, "not measured"),
     86: GPUConfig(16, 3, 128, "triton", 128 * _MIB, "not measured"),
     89: GPUConfig(16, 3, 256, "triton", 128 * _MIB, "not measured"),
     90: GPUConfig(16, 3, 64, "cublas", 128 * _MIB, "not measured"),

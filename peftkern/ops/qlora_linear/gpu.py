@@ -1,0 +1,235 @@
+"""The QLoRA linear on a GPU: which kernels run in which order. `plan.py` lists the same launches as data, and a test compares the two.
+
+Large M, cuBLAS. Forward: 1 slab || xa, 2 y = s xa B^T + bias, 3 y += x W^T. Backward: 1 slab || dyb, dB, 2 dx = drop(dyb A) and dA,
+3 dx += dy W, 4 the partial sums. Seven launches, to which a further slab adds a decode and a GEMM each way. With our own GEMM the low-rank
+product starts its accumulator, which spares the passes that write y and dx first: six.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...backends import gpu_arch, use_cuda_kernels
+from ..dequantize.triton import dequantize_slice
+from ..triton_launch import Call, run
+from . import config, cuda, tuned
+from . import triton_low_rank as low_rank
+from . import triton_matmul as matmul
+from .config import Choice
+from .low_rank_config import LowRankConfig
+from .triton_slab import slab_call
+
+__all__ = ["backward", "choose", "explain", "forward"]
+
+_INTERPRETED_ARCH, _INTERPRETED_L2 = 89, 72 << 20  # the interpreter follows a 4090's plan
+_DENSE = (None,) * 6 + (64, 256)
+# From this L2 on, the programs for dyb and for dB read the same rows of dy out of it; below, one program does both. Derived, not measured.
+_SHARED_L2 = 32 << 20
+
+
+def choose(x: Tensor, quant: tuple, n: int, k: int, *, forward: bool) -> Choice:
+    """The regime of one direction for x (or dy) [M, ...] on its device."""
+    arch = gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
+    row = tuned.forced() or (tuned.load(torch.cuda.get_device_name(x.device)) if x.is_cuda else None)
+    built = use_cuda_kernels(x)
+    mma = built and forward and cuda.mma_supported(x, quant, n, k)
+    dtype, dense = str(x.dtype).removeprefix("torch."), quant[0] is None
+    return config.choose_gpu(arch=arch, dtype=dtype, m=x.shape[0], forward=forward, cuda=built, mma=mma, dense=dense, row=row)
+
+
+@functools.cache
+def _l2(index: int) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+def _low_rank_config(x: Tensor, adapter: Tensor | None, n: int, k: int, rank: int, slab: bool) -> LowRankConfig:
+    """Beside a slab's decoding the device is full already: no split contraction; and with a large L2 dyb needs no partial sums."""
+    found = low_rank.config_for(x, adapter, x.shape[0], n, k, max(rank, 1))
+    if not slab:
+        return found
+    shared = (_l2(x.device.index) if x.is_cuda else _INTERPRETED_L2) >= _SHARED_L2
+    return replace(found, xa_splits=1, fused=found.fused and not shared, sum_dyb=found.sum_dyb and not shared)
+
+
+def _arch(x: Tensor) -> int:
+    return gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out = a b, or out += a b, by cuBLAS; `out` may be columns of a wider tensor."""
+    if accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+class _Slabs:
+    """The weight as dense slabs of rows or columns, decoded one after the other into one buffer; `beside` shares the first one's launch."""
+
+    def __init__(self, x: Tensor, weight: Tensor, quant: tuple, shape: tuple[int, int], choice: Choice, *, by_rows: bool) -> None:
+        self.weight, self.quant, self.shape, self.by_rows = weight, quant, shape, by_rows
+        n, k = shape
+        total, width = (n, k) if by_rows else (k, n)
+        if quant[0] is None:
+            self.parts, self.dense = [slice(0, total)], weight.to(x.dtype)
+            return
+        self.parts, self.dense = config.slices(total, width, x.element_size(), choice.slab_bytes), None
+        self.buffer = x.new_empty(max(part.stop - part.start for part in self.parts) * width)
+
+    def slab(self, index: int, beside: Call | None) -> Tensor:
+        """The part's [rows, K] or [N, columns] of W; what `beside` does is launched too."""
+        if self.dense is not None:
+            if beside is not None:
+                run(beside)
+            return self.dense
+        n, k = self.shape
+        part = self.parts[index]
+        rows, cols = (part, slice(0, k)) if self.by_rows else (slice(0, n), part)
+        height, width = rows.stop - rows.start, cols.stop - cols.start
+        out = self.buffer[: height * width].view(height, width)
+        if beside is None:
+            return dequantize_slice(self.weight, self.quant, n, k, rows, cols, out)
+        run(slab_call(self.weight, self.quant, k, rows, cols, out, beside))
+        return out
+
+
+@torch.no_grad()
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    quant: tuple,
+    n: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    x, weight = x.contiguous(), weight.contiguous()
+    bias, lora_a, lora_b = (None if t is None else t.contiguous() for t in (bias, lora_a, lora_b))
+    (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
+    if m == 0 or n == 0:
+        return x.new_empty((m, n)), x.new_empty((m, rank), dtype=torch.float32)
+    choice = choose(x, quant, n, k, forward=True)
+    if choice.regime == "slab":
+        return _slab_forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed, choice)
+    kernels = low_rank if choice.regime == "fused" else cuda
+    xa = kernels.xa_forward(x, lora_a, dropout_p, seed) if rank else None
+    product = matmul.matmul_forward if choice.regime == "fused" else getattr(kernels, f"{choice.regime}_forward")
+    y = product(x, weight, quant, n, bias, lora_b, xa, scaling)
+    return y, x.new_empty((m, 0), dtype=torch.float32) if xa is None else xa
+
+
+def _slab_forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed, choice) -> tuple[Tensor, Tensor]:
+    (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
+    y, xa, beside = x.new_empty((m, n)), x.new_empty((m, 0), dtype=torch.float32), None
+    if rank:
+        passes = _low_rank_config(x, lora_a, n, k, rank, slab=True)
+        beside, parts = low_rank.project_call(x, lora_a, 1.0, dropout_p, seed, passes, by_rank=True, arch=_arch(x))
+        xa = parts[0]
+    slabs = _Slabs(x, weight, quant, (n, k), choice, by_rows=True)
+    for index, rows in enumerate(slabs.parts):
+        slab = slabs.slab(index, beside if index == 0 else None)
+        out, part_bias = y[:, rows], None if bias is None else bias[rows]
+        if choice.gemm == "triton":
+            matmul.matmul_forward(
+                x, slab, _DENSE, slab.shape[0], part_bias, lora_b[rows] if rank else None, xa if rank else None, scaling, out
+            )
+        elif rank:
+            if index == 0:
+                low_rank.y_epilogue(y, xa, lora_b, scaling, bias, accumulate=False, config=passes)
+            _multiply(x, slab.t(), out, accumulate=True)
+        elif bias is not None:
+            torch.addmm(part_bias.to(x.dtype), x, slab.t(), out=out)
+        else:
+            _multiply(x, slab.t(), out, accumulate=False)
+    return y, xa
+
+
+@torch.no_grad()
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    quant: tuple,
+    k: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    xa: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As the reference."""
+    dy, weight = dy.contiguous(), weight.contiguous()
+    x, lora_a, lora_b = (None if t is None else t.contiguous() for t in (x, lora_a, lora_b))
+    (m, n), rank = dy.shape, 0 if lora_a is None else lora_a.shape[0]
+    need_x, need_bias, need_a, need_b = needs
+    if m == 0 or n == 0:
+        return (
+            dy.new_zeros((m, k)) if need_x else None,
+            dy.new_zeros(n, dtype=torch.float32) if need_bias else None,
+            torch.zeros_like(lora_a) if need_a else None,
+            torch.zeros_like(lora_b) if need_b else None,
+        )
+    choice = choose(dy, quant, n, k, forward=False)
+    passes = _low_rank_config(dy, lora_b, n, k, rank, slab=choice.regime == "slab")
+    first, partials = None, low_rank.DyPartials(None, None, None)
+    if (rank and (need_x or need_a or need_b)) or need_bias:
+        first, partials = low_rank.dy_calls(dy, xa, lora_b, scaling, needs, passes, arch=_arch(dy))
+    dx, d_a = dy.new_empty((m, k)) if need_x else None, None
+    if choice.regime == "slab" and need_x:
+        d_a = _slab_backward(dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes, first, partials, dx, need_a)
+    else:
+        if first is not None:
+            run(first)
+        dyb = low_rank.summed(partials.dyb, passes)
+        if need_x:
+            matmul.matmul_dx(dy, weight, quant, k, lora_a if rank else None, dyb, dropout_p, seed, dx)
+        if need_a:
+            d_a = low_rank.x_pass(x, dyb, lora_a, dropout_p, seed, config=passes)
+    adapters = lora_b.dtype if rank else torch.float32
+    d_a, d_b, d_bias = low_rank.reduce_partials(d_a, partials.d_lora_b, partials.d_bias, adapters)
+    return dx, d_bias, d_a, d_b
+
+
+def _slab_backward(dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes, first, partials, dx, need_a) -> Tensor | None:
+    """Fills dx; partial sums of dA where needed."""
+    rank, d_a, dyb = 0 if lora_a is None else lora_a.shape[0], None, None
+    slabs = _Slabs(dy, weight, quant, (dy.shape[1], dx.shape[1]), choice, by_rows=False)
+    for index, cols in enumerate(slabs.parts):
+        slab, out = slabs.slab(index, first if index == 0 else None), dx[:, cols]
+        if index == 0 and rank:
+            dyb = low_rank.summed(partials.dyb, passes)
+        if choice.gemm == "triton":
+            adapter = lora_a[:, cols] if rank else None
+            matmul.matmul_dx(dy, slab, _DENSE, slab.shape[1], adapter, dyb, dropout_p, seed, out, first_col=cols.start)
+            continue
+        if index == 0 and rank:
+            d_a = low_rank.x_pass(x, dyb, lora_a, dropout_p, seed, dx=dx, need_a=need_a, accumulate=False, config=passes)
+        _multiply(dy, slab, out, accumulate=rank > 0)
+    if choice.gemm == "triton" and need_a:
+        d_a = low_rank.x_pass(x, dyb, lora_a, dropout_p, seed, config=passes)
+    return d_a
+
+
+def explain(x: Tensor, m: int, n: int, k: int, r: int) -> str:
+    """The launches of forward and backward for x of m rows and a nested NF4 weight [n, k], and why these."""
+    from . import plan
+
+    rows = x.new_empty((m, 1))
+    quant = (x, None, x, x, x, x, 64, 256)
+    shape = plan.Shape(m, n, k, r, itemsize=x.element_size())
+    out = []
+    for name, launches, direction in (("forward", plan.forward_plan, True), ("backward", plan.backward_plan, False)):
+        choice = choose(rows, quant, n, k, forward=direction)
+        listed = ", ".join(launch.name for launch in launches(shape, choice))
+        out.append(f"{name} {choice.regime}{' with ' + choice.gemm if choice.gemm else ''} ({choice.why}): {listed}")
+    return "; ".join(out)

@@ -1,0 +1,373 @@
+"""The low-rank passes over x, y, dy and dx on a GPU: thin kernels over `triton_low_rank_bodies`, and their launchers.
+
+The `..._call` functions give a launch as data: its arguments also serve whoever merges two bodies into one launch. All tensors but y are
+contiguous; M, N and K are at least 1. Partial sums are fp32 with the chunk as first axis.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...backends import gpu_arch
+from ..specialization import Specialization
+from ..triton_launch import UNSPECIALIZED, Call, run, specialization
+from .low_rank_config import LowRankConfig, choose_low_rank, dot_mode
+from .triton_low_rank_bodies import _d_lora_a_body, _dy_pair_body, _dy_pass_body, _epilogue_body, _project_body, _reduce_body
+
+__all__ = [
+    "DyPartials",
+    "config_for",
+    "dy_calls",
+    "dy_pass",
+    "dyb_backward",
+    "project_call",
+    "reduce_calls",
+    "reduce_partials",
+    "specializations",
+    "summed",
+    "x_call",
+    "x_pass",
+    "xa_forward",
+    "y_call",
+    "y_epilogue",
+]
+
+_INTERPRETED_ARCH, _INTERPRETED_SMS = 89, 128
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _project_kernel(
+    x_ptr, adapter_ptr, out_ptr, seed_ptr, threshold, scale, M, C, split_cols,
+    R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BY_RANK: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    args = (x_ptr, adapter_ptr, out_ptr, seed_ptr, threshold, scale, M, C, split_cols)
+    _project_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_C, BY_RANK, MODE)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _dy_pass_kernel(
+    dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows,
+    R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    args = (dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
+    _dy_pass_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _dy_pair_kernel(
+    dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows, R: tl.constexpr, R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DYB_BLOCK_M: tl.constexpr, DYB_BLOCK_N: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    args = (dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
+    _dy_pair_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, DYB_BLOCK_M, DYB_BLOCK_N, MODE)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _x_pass_kernel(
+    x_ptr, dyb_ptr, lora_a_ptr, d_lora_a_ptr, dx_ptr, seed_ptr, threshold, first_programs, M, K, chunk_rows,
+    CHUNKS: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    DX_BLOCK_M: tl.constexpr, DX_BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATE: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """The first programs do dA, the others dx += drop(dyb A), or dx = ... without ACCUMULATE."""
+    pid = tl.program_id(0)
+    if d_lora_a_ptr is not None and pid < first_programs:
+        args = (x_ptr, dyb_ptr, d_lora_a_ptr, seed_ptr, threshold, M, K, chunk_rows)
+        _d_lora_a_body(pid, *args, CHUNKS, R, R_PAD, BLOCK_M, BLOCK_K, MODE)
+    if dx_ptr is not None and pid >= first_programs:
+        args = (dx_ptr, dyb_ptr, lora_a_ptr, None, seed_ptr, threshold, 1.0, M, K, K)
+        _epilogue_body(pid - first_programs, *args, CHUNKS, R, R_PAD, DX_BLOCK_M, DX_BLOCK_K, BLOCK_R, True, ACCUMULATE, MODE)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _y_epilogue_kernel(
+    y_ptr, xa_ptr, lora_b_ptr, bias_ptr, scaling, M, N, y_stride,
+    R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATE: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    args = (y_ptr, xa_ptr, lora_b_ptr, bias_ptr, None, 0, scaling, M, N, y_stride)
+    _epilogue_body(tl.program_id(0), *args, 1, R, R_PAD, BLOCK_M, BLOCK_N, BLOCK_R, False, ACCUMULATE, MODE)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _reduce_kernel(
+    partials0_ptr, out0_ptr, chunks0, numel0, partials1_ptr, out1_ptr, chunks1, numel1, partials2_ptr, out2_ptr, chunks2, numel2,
+    BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Up to three sums side by side, by ranges of program ids."""
+    pid = tl.program_id(0)
+    first, second = tl.cdiv(numel0, BLOCK), tl.cdiv(numel1, BLOCK)
+    if pid < first:
+        _reduce_body(pid, partials0_ptr, out0_ptr, chunks0, numel0, BLOCK, BLOCK_CHUNKS)
+    if partials1_ptr is not None and (pid >= first) & (pid < first + second):
+        _reduce_body(pid - first, partials1_ptr, out1_ptr, chunks1, numel1, BLOCK, BLOCK_CHUNKS)
+    if partials2_ptr is not None and pid >= first + second:
+        _reduce_body(pid - first - second, partials2_ptr, out2_ptr, chunks2, numel2, BLOCK, BLOCK_CHUNKS)
+
+
+@dataclass(frozen=True)
+class DyPartials:
+    """What one pass over dy left: dyb fp32 [chunks, M, R]; d_lora_b [chunks, N, R] and d_bias fp32 [chunks, N], in their final dtype where
+    there is one chunk, else fp32. None where nobody needs it."""
+
+    dyb: Tensor | None
+    d_lora_b: Tensor | None
+    d_bias: Tensor | None
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _arch(x: Tensor) -> int:
+    return gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
+
+
+def _mode(x: Tensor, adapter: Tensor | None, arch: int) -> str:
+    x_dtype, other = (str(t.dtype).removeprefix("torch.") for t in (x, x if adapter is None else adapter))
+    return dot_mode(x_dtype, other, arch)
+
+
+def config_for(x: Tensor, adapter: Tensor | None, m: int, n: int, k: int, r: int, *, arch: int | None = None) -> LowRankConfig:
+    """The device's configuration; `arch` in place of the device's own."""
+    sms = _multiprocessors(x.device.index) if x.is_cuda else _INTERPRETED_SMS
+    arch = arch or _arch(x)
+    return choose_low_rank(m, n, k, r, mode=_mode(x, adapter, arch), sms=sms, arch=arch)
+
+
+def _pad(r: int) -> int:
+    return max(16, triton.next_power_of_2(r))
+
+
+def _threshold(dropout_p: float, seed: Tensor | None) -> int:
+    return 0 if seed is None else round(dropout_p * 65536)
+
+
+def project_call(
+    x: Tensor, adapter: Tensor, scale: float, dropout_p: float, seed: Tensor | None, config: LowRankConfig, *, by_rank: bool, arch: int
+) -> tuple[Call, Tensor]:
+    """scale * drop(x) @ adapter -> fp32 [splits, M, R]; the adapter is lora_a [R, C] by rank, else lora_b [C, R]."""
+    (m, c), r, tile = x.shape, adapter.shape[0 if by_rank else 1], config.xa
+    split_cols = triton.cdiv(triton.cdiv(c, config.xa_splits), tile.cols) * tile.cols
+    splits = triton.cdiv(c, split_cols)
+    out = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
+    arguments = {"x_ptr": x, "adapter_ptr": adapter, "out_ptr": out, "seed_ptr": seed, "threshold": _threshold(dropout_p, seed)}
+    arguments |= {"scale": float(scale), "M": m, "C": c, "split_cols": split_cols, "R": r, "R_PAD": _pad(r)}
+    arguments |= {"BLOCK_M": tile.rows, "BLOCK_C": tile.cols, "BY_RANK": by_rank, "MODE": _mode(x, adapter, arch)}
+    return Call(_project_kernel, splits * triton.cdiv(m, tile.rows), arguments, tile.num_warps, tile.num_stages), out
+
+
+def _whole(partials: Tensor) -> Tensor:
+    """The sum over chunks, one launch where there are several."""
+    for call in (reduced := reduce_calls([(partials, torch.float32)]))[0]:
+        run(call)
+    return reduced[1][0]
+
+
+def xa_forward(
+    x: Tensor, lora_a: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None, *, config: LowRankConfig | None = None
+) -> Tensor:
+    """x [M, K], lora_a [R, K] -> xa = drop(x) A^T, fp32 [M, R]; two launches where the contraction is split (few rows), else one."""
+    config = config or config_for(x, lora_a, x.shape[0], x.shape[1], x.shape[1], lora_a.shape[0])
+    call, xa = project_call(x, lora_a, 1.0, dropout_p, seed, config, by_rank=True, arch=_arch(x))
+    run(call)
+    return _whole(xa)
+
+
+def dyb_backward(dy: Tensor, lora_b: Tensor, scaling: float, *, config: LowRankConfig | None = None) -> Tensor:
+    """dy [M, N], lora_b [N, R] -> dyb = s dy B, fp32 [M, R], for who needs no dB."""
+    config = config or config_for(dy, lora_b, dy.shape[0], dy.shape[1], dy.shape[1], lora_b.shape[1])
+    call, dyb = project_call(dy, lora_b, scaling, 0.0, None, config, by_rank=False, arch=_arch(dy))
+    run(call)
+    return _whole(dyb)
+
+
+def dy_calls(
+    dy: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, needs: Sequence[bool], config: LowRankConfig, *, arch: int
+) -> tuple[Call, DyPartials]:
+    """The one launch over dy, `needs` as the op's: (dx, d_bias, dA, dB); at least one of dyb, d_bias, dB must be needed."""
+    (m, n), tile, new = dy.shape, config.dy, functools.partial(torch.empty, device=dy.device)
+    r, chunks = (0 if lora_b is None else lora_b.shape[1]), triton.cdiv(m, config.dy_rows)
+    need_dyb, need_b = r > 0 and (needs[0] or needs[2]), r > 0 and needs[3]
+    if need_dyb and not need_b and not needs[1]:
+        call, dyb = project_call(dy, lora_b, scaling, 0.0, None, config, by_rank=False, arch=arch)
+        return call, DyPartials(dyb, None, None)
+    columns = triton.cdiv(n, tile.cols)
+    d_lora_b = new((chunks, n, r), dtype=lora_b.dtype if chunks == 1 else torch.float32) if need_b else None
+    d_bias = new((chunks, n), dtype=torch.float32) if needs[1] else None
+    dyb = new((columns if config.fused else 1, m, r), dtype=torch.float32) if need_dyb else None
+    arguments = {"dy_ptr": dy, "xa_ptr": xa if need_b else None, "lora_b_ptr": lora_b if need_dyb else None, "dyb_ptr": dyb}
+    arguments |= {"d_lora_b_ptr": d_lora_b, "d_bias_ptr": d_bias, "scaling": float(scaling), "M": m, "N": n, "chunk_rows": config.dy_rows}
+    arguments |= {"R": max(r, 1), "R_PAD": _pad(max(r, 1)), "BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "MODE": _mode(dy, lora_b, arch)}
+    partials = DyPartials(dyb, d_lora_b, d_bias)
+    if config.fused or dyb is None:
+        return Call(_dy_pass_kernel, chunks * columns, arguments, tile.num_warps, tile.num_stages), partials
+    rows = min(config.xa.rows, config.dy_rows)
+    arguments |= {"DYB_BLOCK_M": rows, "DYB_BLOCK_N": config.xa.cols}
+    programs = chunks * (config.dy_rows // rows + columns)
+    return Call(_dy_pair_kernel, programs, arguments, tile.num_warps, tile.num_stages), partials
+
+
+def dy_pass(
+    dy: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, needs: Sequence[bool], *, config: LowRankConfig | None = None
+) -> DyPartials:
+    """dy [M, N], xa fp32 [M, R] -> dyb = s dy B, partial sums of dB = s dy^T xa and d_bias; one launch, and one that adds the dyb of the
+    column chunks where the configuration says so."""
+    config = config or config_for(dy, lora_b, *dy.shape, dy.shape[1], 1 if lora_b is None else lora_b.shape[1])
+    call, partials = dy_calls(dy, xa, lora_b, scaling, needs, config, arch=_arch(dy))
+    run(call)
+    return DyPartials(summed(partials.dyb, config), partials.d_lora_b, partials.d_bias)
+
+
+def summed(dyb: Tensor | None, config: LowRankConfig) -> Tensor | None:
+    """dyb [chunks, M, R], added up to one chunk by a launch of its own: of a split contraction, or where the configuration says so."""
+    apart = dyb is not None and dyb.shape[0] > 1 and (config.sum_dyb or not config.fused or config.xa_splits > 1)
+    return _whole(dyb)[None] if apart else dyb
+
+
+def x_call(
+    x: Tensor | None, dyb: Tensor, lora_a: Tensor, dropout_p: float, seed: Tensor | None, dx: Tensor | None, need_a: bool,
+    config: LowRankConfig, *, arch: int, accumulate: bool = True,
+) -> tuple[Call, Tensor | None]:  # fmt: skip
+    """The one launch for dA, dx, or both."""
+    (chunks, m, r), k, tile, dx_tile = dyb.shape, lora_a.shape[1], config.x, config.epilogue
+    wide, row_chunks = (x if need_a else dx), triton.cdiv(m, config.x_rows)
+    first = row_chunks * triton.cdiv(k, tile.cols) if need_a else 0
+    others = triton.cdiv(m, dx_tile.rows) * triton.cdiv(k, dx_tile.cols) if dx is not None else 0
+    dtype = lora_a.dtype if row_chunks == 1 else torch.float32
+    d_lora_a = torch.empty((row_chunks, r, k), dtype=dtype, device=dyb.device) if need_a else None
+    arguments = {"x_ptr": x if need_a else None, "dyb_ptr": dyb, "lora_a_ptr": lora_a if dx is not None else None}
+    arguments |= {"d_lora_a_ptr": d_lora_a, "dx_ptr": dx, "seed_ptr": seed, "threshold": _threshold(dropout_p, seed)}
+    arguments |= {"first_programs": first, "M": m, "K": k, "chunk_rows": config.x_rows, "CHUNKS": chunks, "R": r, "R_PAD": _pad(r)}
+    arguments |= {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "DX_BLOCK_M": dx_tile.rows, "DX_BLOCK_K": dx_tile.cols}
+    arguments |= {"BLOCK_R": min(config.ranks, _pad(r)), "ACCUMULATE": accumulate, "MODE": _mode(wide, lora_a, arch)}
+    launch = tile if need_a else dx_tile
+    return Call(_x_pass_kernel, first + others, arguments, launch.num_warps, launch.num_stages), d_lora_a
+
+
+def x_pass(
+    x: Tensor | None,
+    dyb: Tensor,
+    lora_a: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    dx: Tensor | None = None,
+    need_a: bool = True,
+    accumulate: bool = True,
+    config: LowRankConfig | None = None,
+) -> Tensor | None:
+    """dyb fp32 [chunks, M, R] -> partial sums [row chunks, R, K] of dA = dyb^T drop(x) where needed (in lora_a's dtype where there is one
+    chunk, else fp32); where dx [M, K] is given also, in place, dx += drop(dyb A), or dx = that without `accumulate`. One launch; x is read
+    for dA alone."""
+    wide = x if need_a else dx
+    config = config or config_for(wide, lora_a, dyb.shape[1], lora_a.shape[1], lora_a.shape[1], dyb.shape[2])
+    call, d_lora_a = x_call(x, dyb, lora_a, dropout_p, seed, dx, need_a, config, arch=_arch(dyb), accumulate=accumulate)
+    run(call)
+    return d_lora_a
+
+
+def y_call(
+    y: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, config: LowRankConfig, *, arch: int,
+    accumulate: bool = True,
+) -> Call:  # fmt: skip
+    """The one launch over y."""
+    (m, n), r, tile = y.shape, (1 if lora_b is None else lora_b.shape[1]), config.epilogue
+    arguments = {"y_ptr": y, "xa_ptr": xa if lora_b is not None else None, "lora_b_ptr": lora_b, "bias_ptr": bias}
+    arguments |= {"scaling": float(scaling), "M": m, "N": n, "y_stride": y.stride(0), "R": r, "R_PAD": _pad(r)}
+    arguments |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_R": min(config.ranks, _pad(r))}
+    arguments |= {"ACCUMULATE": accumulate, "MODE": _mode(y, lora_b, arch)}
+    programs = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.cols)
+    return Call(_y_epilogue_kernel, programs, arguments, tile.num_warps, tile.num_stages)
+
+
+def y_epilogue(
+    y: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, *, accumulate: bool = True,
+    config: LowRankConfig | None = None,
+) -> None:  # fmt: skip
+    """y [M, N] += s xa B^T + bias in place, or y = without `accumulate`; columns contiguous, rows any stride; one launch."""
+    config = config or config_for(y, lora_b, *y.shape, y.shape[1], 1 if lora_b is None else lora_b.shape[1])
+    run(y_call(y, xa, lora_b, scaling, bias, config, arch=_arch(y), accumulate=accumulate))
+
+
+def reduce_calls(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[list[Call], list[Tensor | None]]:
+    """Up to three (partials [chunks, ...], dtype of the sum) -> at most one launch, and the sums; what has one chunk is taken as it is."""
+    outs: list[Tensor | None] = []
+    arguments: dict[str, Any] = {}
+    slot = programs = 0
+    block, block_chunks = 256, 8
+    for partials, dtype in sums:
+        if partials is None or partials.shape[0] == 1:
+            outs.append(None if partials is None else partials[0].to(dtype))
+            continue
+        outs.append(out := torch.empty(partials.shape[1:], dtype=dtype, device=partials.device))
+        names = (f"partials{slot}_ptr", f"out{slot}_ptr", f"chunks{slot}", f"numel{slot}")
+        arguments |= zip(names, (partials, out, partials.shape[0], out.numel()), strict=True)
+        programs, slot = programs + triton.cdiv(out.numel(), block), slot + 1
+    if not slot:
+        return [], outs
+    for empty in range(slot, 3):
+        arguments |= {f"partials{empty}_ptr": None, f"out{empty}_ptr": None, f"chunks{empty}": 0, f"numel{empty}": 0}
+    arguments |= {"BLOCK": block, "BLOCK_CHUNKS": block_chunks}
+    return [Call(_reduce_kernel, programs, arguments, num_warps=4, num_stages=1)], outs
+
+
+def reduce_partials(
+    d_lora_a: Tensor | None, d_lora_b: Tensor | None, d_bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Partials of `x_pass` and `dy_pass` -> dA [R, K], dB [N, R] in `dtype`, the adapters', d_bias fp32 [N]; at most one launch."""
+    calls, (a, b, bias) = reduce_calls([(d_lora_a, dtype), (d_lora_b, dtype), (d_bias, torch.float32)])
+    for call in calls:
+        run(call)
+    return a, b, bias
+
+
+_FLOATS = (torch.bfloat16, torch.float32)
+_VARIANTS = (  # activations, adapters, rank
+    (torch.bfloat16, torch.bfloat16, 16),
+    (torch.bfloat16, torch.float32, 16),
+    (torch.float16, torch.float16, 16),
+    (torch.float16, torch.float32, 16),
+    (torch.float32, torch.float32, 16),
+    *itertools.product((torch.bfloat16,), _FLOATS, (32, 64, 256)),
+    *itertools.product((torch.float16,), (torch.float16,), (64, 256)),
+    *itertools.product((torch.float32,), (torch.float32,), (64, 256)),
+)
+
+
+def specializations(arch: int) -> Iterable[Specialization]:
+    """The variants of a 4096 x 4096 linear with dropout and bias, the largest tiles at M = 8192. See `Specialization`."""
+    variants = [v for v in _VARIANTS if arch >= 80 or torch.bfloat16 not in v]
+    m, n, k = 8192, 4096, 4096
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    for x_dtype, dtype, r in variants:
+        new = functools.partial(torch.empty, device="meta")
+        x, bias, xa = new((m, k), dtype=x_dtype), new(n, dtype=x_dtype), new((m, r), dtype=torch.float32)
+        a, b = new((r, k), dtype=dtype), new((n, r), dtype=dtype)
+        mode = _mode(x, a, arch)
+        config = choose_low_rank(m, n, k, r, mode=mode, arch=arch)
+        tag = f"{str(x_dtype)[6:]}-{mode}-r{r}"
+        promises = {"expects_mma": arch >= 80}  # Triton has no tensor cores on sm_75
+        yield specialization(f"xa-{tag}", project_call(x, a, 1.0, 0.1, seed, config, by_rank=True, arch=arch)[0], **promises)
+        yield specialization(f"dyb-{tag}", project_call(x, b, 0.7, 0.0, None, config, by_rank=False, arch=arch)[0], **promises)
+        call, partials = dy_calls(x, xa, b, 0.7, (True, False, True, True), config, arch=arch)
+        yield specialization(f"dy-{tag}", call, **promises)
+        if config.fused:
+            beside = dy_calls(x, xa, b, 0.7, (True, False, True, True), replace(config, fused=False), arch=arch)[0]
+            yield specialization(f"dy-beside-{tag}", beside, **promises)
+        yield specialization(f"dy-bias-{tag}", dy_calls(x, xa, b, 0.7, (False, True, False, True), config, arch=arch)[0], **promises)
+        dyb = partials.dyb[:1] if config.sum_dyb else partials.dyb
+        call, d_lora_a = x_call(x, dyb, a, 0.1, seed, x, True, config, arch=arch)
+        yield specialization(f"x-dx-{tag}", call, **promises)
+        yield specialization(f"x-{tag}", x_call(x, dyb, a, 0.1, seed, None, True, config, arch=arch)[0], **promises)
+        yield specialization(f"y-{tag}", y_call(x, xa, b, 0.7, bias, config, arch=arch), **promises)
+        yield specialization(f"sums-{tag}", reduce_calls([(d_lora_a, dtype), (partials.d_lora_b, dtype)])[0][0])

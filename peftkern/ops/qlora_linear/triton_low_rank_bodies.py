@@ -1,0 +1,325 @@
+"""The low-rank passes' kernels as device functions that take their program id, so that a launch can hold two of them side by side.
+
+Operands of a product are a wide tile (x or dy, in the activations' dtype) and a narrow one (adapters, xa, dyb). MODE says how they meet:
+    "native"  both in the wide tile's 16-bit dtype: the narrow one is rounded to it in registers, as plain PyTorch rounds it in memory;
+    "split"   wide bf16, narrow fp32 as a sum of three bf16 terms, 24 bits: exact products on 16-bit tensor cores, no fp32 tile;
+    otherwise both in fp32, MODE being tl.dot's input_precision.
+Sums are fp32. R_PAD is R rounded up to a power of two of at least 16; what is padded is loaded as zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..triton_numerics import _cast, _dot, _float
+from ..triton_philox import _dropout_keep, _dropout_key, _keep_factor
+
+__all__ = ["_d_lora_a_body", "_dy_pair_body", "_dy_pass_body", "_epilogue_body", "_project_body", "_reduce_body"]
+
+
+@triton.jit
+def _terms(narrow, wide, MODE: tl.constexpr):
+    """The narrow operand, prepared for products with tiles like `wide`."""
+    narrow = _float(narrow)
+    if MODE == "native":
+        return (_cast(narrow, wide.dtype),)
+    elif MODE == "split":
+        high = _cast(narrow, tl.bfloat16)
+        rest = narrow - _float(high)
+        middle = _cast(rest, tl.bfloat16)
+        return high, middle, _cast(rest - _float(middle), tl.bfloat16)
+    else:
+        return (narrow,)
+
+
+@triton.jit
+def _dot_right(wide, terms, acc, MODE: tl.constexpr):
+    """acc + wide @ narrow, smallest terms first."""
+    if MODE == "native":
+        return _dot(wide, terms[0], acc)
+    elif MODE == "split":
+        acc = _dot(wide, terms[2], acc)
+        acc = _dot(wide, terms[1], acc)
+        return _dot(wide, terms[0], acc)
+    else:
+        return _dot(_float(wide), terms[0], acc, MODE)
+
+
+@triton.jit
+def _dot_left(terms, wide, acc, MODE: tl.constexpr):
+    """acc + narrow @ wide, smallest terms first."""
+    if MODE == "native":
+        return _dot(terms[0], wide, acc)
+    elif MODE == "split":
+        acc = _dot(terms[2], wide, acc)
+        acc = _dot(terms[1], wide, acc)
+        return _dot(terms[0], wide, acc)
+    else:
+        return _dot(terms[0], _float(wide), acc, MODE)
+
+
+@triton.jit
+def _dot_narrow(left, right, acc, DTYPE: tl.constexpr, MODE: tl.constexpr):
+    """acc + left @ right of two narrow operands; DTYPE is the activations'."""
+    if MODE == "native":
+        return _dot(_cast(_float(left), DTYPE), _cast(_float(right), DTYPE), acc)
+    else:
+        PRECISION: tl.constexpr = "tf32x3" if MODE == "split" else MODE
+        return _dot(_float(left), _float(right), acc, PRECISION)
+
+
+@triton.jit
+def _adapter_tile(adapter_ptr, cols, ranks, C, R: tl.constexpr, BY_RANK: tl.constexpr):
+    """[cols, ranks] of an adapter: lora_a [R, C] where BY_RANK, else lora_b [C, R]."""
+    mask = (cols < C)[:, None] & (ranks < R)[None, :]
+    if BY_RANK:
+        return tl.load(adapter_ptr + ranks.to(tl.int64)[None, :] * C + cols[:, None], mask=mask, other=0.0)
+    else:
+        return tl.load(adapter_ptr + cols.to(tl.int64)[:, None] * R + ranks[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _sum_of_chunks(partials_ptr, rows, ranks, M, CHUNKS: tl.constexpr, R: tl.constexpr):
+    """fp32 [rows, ranks] of [CHUNKS, M, R], summed in order. Unrolled: Triton pipelines only loops that hold no other."""
+    mask = (rows < M)[:, None] & (ranks < R)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+    total = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
+    for chunk in tl.static_range(1, CHUNKS):
+        total += tl.load(partials_ptr + tl.cast(M, tl.int64) * (chunk * R) + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _project_body(
+    pid,
+    x_ptr,  # [M, C]: x, or dy
+    adapter_ptr,  # BY_RANK: lora_a [R, C]; else lora_b [C, R]
+    out_ptr,  # fp32 [splits, M, R]
+    seed_ptr,  # int64 [1], or None: no dropout
+    threshold,
+    scale,  # of the result: 1 for xa, s for dyb
+    M,
+    C,
+    split_cols,  # columns that one program contracts, a multiple of BLOCK_C
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BY_RANK: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """out = scale * drop(x) @ adapter, one program a block of rows and a split of the contraction: x is read once."""
+    row_blocks = tl.cdiv(M, BLOCK_M)
+    row0, split = (pid % row_blocks) * BLOCK_M, pid // row_blocks
+    rows, ranks = row0 + tl.arange(0, BLOCK_M), tl.arange(0, R_PAD)
+    row_ptr = x_ptr + rows.to(tl.int64)[:, None] * C
+    if seed_ptr is not None:
+        key_low, key_high = _dropout_key(seed_ptr)
+        scale = scale * _keep_factor(threshold)
+    acc = tl.zeros([BLOCK_M, R_PAD], tl.float32)
+    for col0 in range(split * split_cols, tl.minimum(C, (split + 1) * split_cols), BLOCK_C):
+        cols = col0 + tl.arange(0, BLOCK_C)
+        x = tl.load(row_ptr + cols[None, :], mask=(rows < M)[:, None] & (cols < C)[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
+        adapter = _adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, R_PAD]
+        if seed_ptr is not None:
+            x = tl.where(_dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C), x, 0.0)
+        acc = _dot_right(x, _terms(adapter, x, MODE), acc, MODE)
+    out = out_ptr + (tl.cast(split, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
+    tl.store(out, acc * scale, mask=(rows < M)[:, None] & (ranks < R)[None, :])
+
+
+@triton.jit
+def _dy_pass_body(
+    pid,
+    dy_ptr,  # [M, N]
+    xa_ptr,  # fp32 [M, R]
+    lora_b_ptr,  # [N, R]
+    dyb_ptr,  # fp32 [column chunks, M, R], or None
+    d_lora_b_ptr,  # [row chunks, N, R], or None
+    d_bias_ptr,  # [row chunks, N], or None
+    scaling,
+    M,
+    N,
+    chunk_rows,  # rows that one program walks, a multiple of BLOCK_M
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """A program owns chunk_rows x BLOCK_N of dy, read once: its share of dyb, and what it adds to dB and d_bias, held in registers.
+
+    Beside dy's bytes (2 an element) the partial sums, written and read, move 8 R / (2 BLOCK_N) for dyb and 8 R / (2 chunk_rows) for dB:
+    with R = 16 and 512 of each, an eighth of dy each, where a second pass over dy would move all of it.
+    """
+    column_chunks = tl.cdiv(N, BLOCK_N)
+    column_chunk, row_chunk = pid % column_chunks, pid // column_chunks
+    cols, ranks = column_chunk * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, R_PAD)
+    adapter_mask = (cols < N)[:, None] & (ranks < R)[None, :]
+    if dyb_ptr is not None:
+        lora_b = tl.load(lora_b_ptr + cols.to(tl.int64)[:, None] * R + ranks[None, :], mask=adapter_mask, other=0.0)
+        b_terms = _terms(lora_b, tl.zeros([1], dy_ptr.dtype.element_ty), MODE)  # [BLOCK_N, R_PAD] each
+    d_lora_b = tl.zeros([BLOCK_N, R_PAD], tl.float32)
+    d_bias = tl.zeros([BLOCK_N], tl.float32)
+    first = row_chunk * chunk_rows
+    for row0 in range(first, tl.minimum(M, first + chunk_rows), BLOCK_M):
+        rows = row0 + tl.arange(0, BLOCK_M)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        dy = tl.load(dy_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], mask=mask)  # [BLOCK_M, BLOCK_N]
+        # Masked here and not by the load: of a tile that is only multiplied, also transposed, Triton does not pipeline the load.
+        dy = tl.where(mask, dy, 0.0)
+        rank_mask = (rows < M)[:, None] & (ranks < R)[None, :]
+        if d_lora_b_ptr is not None:
+            xa = tl.load(xa_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0)  # [BLOCK_M, R_PAD]
+            d_lora_b = _dot_right(tl.trans(dy), _terms(xa, dy, MODE), d_lora_b, MODE)
+        if dyb_ptr is not None:
+            dyb = _dot_right(dy, b_terms, tl.zeros([BLOCK_M, R_PAD], tl.float32), MODE) * scaling
+            out = dyb_ptr + (tl.cast(column_chunk, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
+            tl.store(out, dyb, mask=rank_mask)
+        if d_bias_ptr is not None:
+            d_bias += tl.sum(_float(dy), axis=0)
+    row_of_out = tl.cast(row_chunk, tl.int64) * N + cols
+    if d_lora_b_ptr is not None:
+        out = d_lora_b_ptr + row_of_out[:, None] * R + ranks[None, :]
+        tl.store(out, _cast(d_lora_b * scaling, d_lora_b_ptr.dtype.element_ty), mask=adapter_mask)
+    if d_bias_ptr is not None:
+        tl.store(d_bias_ptr + row_of_out, d_bias, mask=cols < N)
+
+
+@triton.jit
+def _dy_pair_body(
+    pid,
+    dy_ptr,  # as in `_dy_pass_body`, but one chunk of dyb
+    xa_ptr,
+    lora_b_ptr,
+    dyb_ptr,
+    d_lora_b_ptr,
+    d_bias_ptr,
+    scaling,
+    M,
+    N,
+    chunk_rows,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DYB_BLOCK_M: tl.constexpr,
+    DYB_BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Per chunk of rows first its programs for dyb, then those for dB and d_bias: neighbours in time read the same rows."""
+    row_programs = chunk_rows // DYB_BLOCK_M
+    per_chunk = row_programs + tl.cdiv(N, BLOCK_N)
+    chunk, inner = pid // per_chunk, pid % per_chunk
+    if inner < row_programs:
+        block = chunk * row_programs + inner
+        if block * DYB_BLOCK_M < M:
+            args = (dy_ptr, lora_b_ptr, dyb_ptr, None, 0, scaling, M, N, N)
+            _project_body(block, *args, R, R_PAD, DYB_BLOCK_M, DYB_BLOCK_N, False, MODE)
+    else:
+        args = (dy_ptr, xa_ptr, lora_b_ptr, None, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
+        _dy_pass_body(chunk * tl.cdiv(N, BLOCK_N) + inner - row_programs, *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE)
+
+
+@triton.jit
+def _d_lora_a_body(
+    pid,
+    x_ptr,  # [M, K]
+    dyb_ptr,  # fp32 [CHUNKS, M, R]
+    d_lora_a_ptr,  # [row chunks, R, K]
+    seed_ptr,  # int64 [1], or None: no dropout
+    threshold,
+    M,
+    K,
+    chunk_rows,  # rows that one program walks, a multiple of BLOCK_M
+    CHUNKS: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """A program owns chunk_rows x BLOCK_K of x, read once, and holds what it adds to dA = dyb^T drop(x) in registers."""
+    column_chunks = tl.cdiv(K, BLOCK_K)
+    column_chunk, row_chunk = pid % column_chunks, pid // column_chunks
+    col0, first = column_chunk * BLOCK_K, row_chunk * chunk_rows
+    cols, ranks = col0 + tl.arange(0, BLOCK_K), tl.arange(0, R_PAD)
+    factor = 1.0
+    if seed_ptr is not None:
+        key_low, key_high = _dropout_key(seed_ptr)
+        factor = _keep_factor(threshold)
+    d_lora_a = tl.zeros([R_PAD, BLOCK_K], tl.float32)
+    for row0 in range(first, tl.minimum(M, first + chunk_rows), BLOCK_M):
+        rows = row0 + tl.arange(0, BLOCK_M)
+        mask = (rows < M)[:, None] & (cols < K)[None, :]
+        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        if seed_ptr is not None:
+            x = tl.where(_dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_K), x, 0.0)
+        dyb = _sum_of_chunks(dyb_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, R_PAD]
+        d_lora_a = _dot_left(_terms(tl.trans(dyb), x, MODE), x, d_lora_a, MODE)
+    out = d_lora_a_ptr + (tl.cast(row_chunk, tl.int64) * R + ranks)[:, None] * K + cols[None, :]
+    tl.store(out, _cast(d_lora_a * factor, d_lora_a_ptr.dtype.element_ty), mask=(ranks < R)[:, None] & (cols < K)[None, :])
+
+
+@triton.jit
+def _epilogue_body(
+    pid,
+    y_ptr,  # [M, C], rows y_stride apart: y or dx; without ACCUMULATE it is written, not added to
+    left_ptr,  # fp32 [CHUNKS, M, R]: xa, or dyb
+    adapter_ptr,  # BY_RANK: lora_a [R, C]; else lora_b [C, R]; None: bias alone
+    bias_ptr,  # [C], or None
+    seed_ptr,  # int64 [1], or None: no dropout
+    threshold,
+    scale,
+    M,
+    C,
+    y_stride,
+    CHUNKS: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BY_RANK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """y += drop(scale * left @ adapter) + bias, a tile a program."""
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    column_blocks = tl.cdiv(C, BLOCK_C)
+    row0, col0 = (pid // column_blocks) * BLOCK_M, (pid % column_blocks) * BLOCK_C
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_C)
+    mask = (rows < M)[:, None] & (cols < C)[None, :]
+    y_tile = y_ptr + rows.to(tl.int64)[:, None] * y_stride + cols[None, :]
+    y = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    if ACCUMULATE:
+        y = _float(tl.load(y_tile, mask=mask, other=0.0))
+    if adapter_ptr is not None:
+        acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        for rank0 in range(0, R_PAD, BLOCK_R):
+            ranks = rank0 + tl.arange(0, BLOCK_R)
+            left = _sum_of_chunks(left_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, BLOCK_R]
+            adapter = _adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, BLOCK_R]
+            acc = _dot_narrow(left, tl.trans(adapter), acc, DTYPE, MODE)
+        if seed_ptr is not None:
+            key_low, key_high = _dropout_key(seed_ptr)
+            keep = _dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C)
+            acc = tl.where(keep, acc * _keep_factor(threshold), 0.0)
+        y += acc * scale
+    if bias_ptr is not None:
+        y += _float(tl.load(bias_ptr + cols, mask=cols < C, other=0.0))[None, :]
+    tl.store(y_tile, _cast(y, DTYPE), mask=mask)
+
+
+@triton.jit
+def _reduce_body(pid, partials_ptr, out_ptr, chunks, numel, BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
+    """out [numel] = the sum of partials fp32 [chunks, numel] over the chunks, BLOCK_CHUNKS at a time, always in the same order."""
+    index = tl.cast(pid, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, chunks, BLOCK_CHUNKS):
+        chunk = first + tl.arange(0, BLOCK_CHUNKS)
+        mask = (chunk < chunks)[:, None] & (index < numel)[None, :]
+        partials = tl.load(partials_ptr + chunk.to(tl.int64)[:, None] * numel + index[None, :], mask=mask, other=0.0)
+        total += tl.sum(partials, axis=0)  # [BLOCK_CHUNKS, BLOCK] -> [BLOCK]
+    tl.store(out_ptr + index, _cast(total, out_ptr.dtype.element_ty), mask=index < numel)

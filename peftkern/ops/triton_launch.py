@@ -1,0 +1,62 @@
+"""A Triton launch as data: made by `run`, compiled without a GPU by way of `specialization`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .specialization import Specialization
+
+__all__ = ["UNSPECIALIZED", "Call", "run", "specialization"]
+
+# Integers whose value must not make a variant of its own: such kernels have @triton.jit(do_not_specialize=UNSPECIALIZED).
+UNSPECIALIZED = ("M", "threshold", "first_programs", "chunks0", "chunks1", "chunks2")
+
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch of `programs` programs in one dimension, with every argument of the kernel by name."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def run(call: Call) -> None:
+    """Launches on the current stream of the tensors' device."""
+    device = next(v.device for v in call.arguments.values() if isinstance(v, Tensor))
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    if device.type != "cuda":
+        call.kernel[(call.programs,)](**call.arguments, **options)
+        return
+    with torch.cuda.device(device):
+        call.kernel[(call.programs,)](**call.arguments, **options)
+
+
+def specialization(name: str, call: Call, **promises: Any) -> Specialization:
+    """What Triton compiles for the call, its tensors (of any device, also "meta") taken as aligned to 16 bytes."""
+    signature, constexprs, divisible = {}, {}, []
+    parameters = inspect.signature(call.kernel.fn).parameters  # the interpreter's kernels have no other description
+    for key, value in call.arguments.items():
+        constant = "constexpr" in str(parameters[key].annotation) or value is None
+        if constant or (type(value) is int and value == 1 and key not in UNSPECIALIZED):
+            constexprs[key] = value
+        elif isinstance(value, Tensor):
+            signature[key] = _POINTERS[value.dtype]
+            divisible.append(key)
+        elif isinstance(value, float):
+            signature[key] = "fp32"
+        else:
+            signature[key] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and key not in UNSPECIALIZED:
+                divisible.append(key)
+    stages = {"num_warps": call.num_warps, "num_stages": call.num_stages, "divisible_by_16": tuple(divisible)}
+    return Specialization(name, call.kernel, signature, constexprs, **stages, **promises)

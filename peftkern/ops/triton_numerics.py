@@ -1,0 +1,41 @@
+"""Conversions and products that mean the same compiled and in Triton's interpreter.
+
+The interpreter (3.6 and 3.9) cuts fp32 to bf16 instead of rounding, and multiplies the bit patterns of bf16 operands as integers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["INTERPRETED", "_cast", "_dot", "_float"]
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _float(value):
+    """fp32 of a float of any dtype, exactly."""
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        wide = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = value.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def _cast(value, DTYPE: tl.constexpr):
+    """fp32 -> DTYPE, to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        result = tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(DTYPE)
+    return result
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr = tl.constexpr("ieee")):  # noqa: B008
+    """acc + a @ b in fp32; PRECISION is tl.dot's, for fp32 operands."""
+    return tl.dot(_float(a), _float(b), acc) if INTERPRETED else tl.dot(a, b, acc, input_precision=PRECISION)

@@ -1,0 +1,171 @@
+"""The whole QLoRA linear as a GPU runs it: every regime against fp64, and its launches against the plan that counts them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftkern import NF4Weight, use_backend
+from peftkern.functional import qlora_linear
+from peftkern.ops.qlora_linear import config, plan, tuned
+from peftkern.ops.qlora_linear.config import GPU_TABLE, Choice
+from peftkern.ops.qlora_linear.reference import dropout_scale
+
+from ..ops.bounds import assert_as_accurate
+
+FUSED = replace(GPU_TABLE[89], gemv_max_m=0, fused_max_m=1 << 30)
+SLAB = {gemm: replace(FUSED, fused_max_m=0, gemm=gemm) for gemm in ("cublas", "triton")}
+ROWS = {
+    "fused": FUSED,
+    **SLAB,
+    "cublas, slices": replace(SLAB["cublas"], slab_bytes=1 << 15),
+    "triton, slices": replace(SLAB["triton"], slab_bytes=1 << 15),
+}
+NAMES = ("y", "dx", "d_lora_a", "d_lora_b", "d_bias")
+
+
+def _case(device: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dense: bool):
+    weight = torch.randn(n, k) * 0.05
+    weight = weight.to(dtype) if dense else NF4Weight.from_dense(weight)
+    x, dy, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n).to(dtype)
+    a, b = (torch.randn(r, k) / k**0.5).to(lora_dtype), (torch.randn(n, r) * 0.1).to(lora_dtype)
+    return weight.to(device), *(t.to(device) for t in (x, a, b, bias, dy))
+
+
+def _ours(weight, x, a, b, bias, dy, dropout_p, seed, row) -> dict[str, torch.Tensor]:
+    x, a, b, bias = (t.clone().requires_grad_() for t in (x, a, b, bias))
+    with use_backend("triton"), tuned.use_row(row):
+        y = qlora_linear(x, weight, bias, a, b, scaling=0.7, dropout_p=dropout_p, seed=seed)
+        y.backward(dy)
+    return dict(zip(NAMES, (y.detach(), x.grad, a.grad, b.grad, bias.grad), strict=True))
+
+
+def _plain(dense, x, a, b, bias, dy, keep, dtype, low) -> dict[str, torch.Tensor]:
+    w = dense.to(dtype)
+    x, bias = (t.detach().to(dtype, copy=True).requires_grad_() for t in (x, bias))
+    a, b = (t.detach().to(low, copy=True).requires_grad_() for t in (a, b))
+    dropped = x.to(low) if keep is None else x.to(low) * keep.to(low)
+    y = torch.nn.functional.linear(x, w, bias) + (0.7 * (dropped @ a.t() @ b.t())).to(dtype)
+    y.backward(dy.to(dtype))
+    return dict(zip(NAMES, (y.detach(), x.grad, a.grad, b.grad, bias.grad), strict=True))
+
+
+def _check(device, row, m=70, n=200, k=256, r=5, dtype=torch.bfloat16, lora_dtype=None, dropout_p=0.0, dense=False) -> None:
+    lora_dtype = lora_dtype or dtype
+    case = _case(device, m, n, k, r, dtype, lora_dtype, dense)
+    weight, x = case[:2]
+    seed = torch.tensor([1234567890123], device=device) if dropout_p else None
+    keep = dropout_scale(m, k, dropout_p, seed) if dropout_p else None
+    with use_backend("reference"):
+        values = weight if dense else weight.dequantize(torch.float32)
+    ours = _ours(*case, dropout_p, seed, row)
+    plain = _plain(values, *case[1:], keep, dtype, lora_dtype)
+    exact = _plain(values.double(), *case[1:], keep, torch.float64, torch.float64)
+    for name in NAMES:
+        assert ours[name].dtype == plain[name].dtype, name
+        assert_as_accurate(name, ours[name], plain[name], exact[name])
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_every_regime(device: str, row: config.GPUConfig, dropout_p: float) -> None:
+    _check(device, row, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("row", SLAB.values(), ids=SLAB)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.float16},
+        {"dtype": torch.float32},
+        {"lora_dtype": torch.float32},
+        {"r": 64},
+        {"m": 1, "n": 33},
+        {"dense": True, "dropout_p": 0.5},
+    ],
+    ids=str,
+)
+def test_slabs(device: str, row: config.GPUConfig, options: dict) -> None:
+    _check(device, row, **options)
+
+
+def test_blocks_that_straddle_rows(device: str) -> None:
+    _check(device, SLAB["cublas"], n=40, k=100, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_two_runs_give_the_same_bits(device: str, row: config.GPUConfig) -> None:
+    case, seed = _case(device, 40, 96, 128, 4, torch.bfloat16, torch.bfloat16, False), torch.tensor([7], device=device)
+    first, second = (_ours(*case, 0.1, seed, row) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+class _Products(TorchDispatchMode):
+    """Names vendor products as they are called."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.names.append("mm")
+        return func(*args, **(kwargs or {}))
+
+
+_LAUNCHES = {
+    "_slab_project_kernel": "slab+xa", "_slab_dy_pass_kernel": "slab+dy_pass", "_slab_dy_pair_kernel": "slab+dy_pass",
+    "_dequantize_kernel": "slab", "_project_kernel": "xa", "_dy_pass_kernel": "dy_pass", "_dy_pair_kernel": "dy_pass",
+    "_matmul_kernel": "matmul", "_y_epilogue_kernel": "y_epilogue", "_x_pass_kernel": "x_pass", "_reduce_kernel": "reduce",
+}  # fmt: skip
+
+
+@pytest.fixture
+def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every launch of the test, by the plan's names."""
+    if device != "cpu":
+        pytest.skip("the interpreter counts launches here; on a device benchmarks.gpu --part launches does")
+    from triton.runtime.interpreter import GridExecutor
+
+    names: list[str] = []
+    call = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        names.append(_LAUNCHES[self.fn.__name__])
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    return names
+
+
+@pytest.mark.parametrize("row", [name for name in ROWS if name != "fused"])
+@pytest.mark.parametrize("dense", [False, True], ids=["nf4", "dense"])
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "bare"])
+def test_launches_are_the_plans(launches: list[str], row: str, dense: bool, adapter: bool) -> None:
+    from peftkern.ops.qlora_linear import gpu
+
+    m, n, k, r = 600, 192, 256, 4
+    weight, x, a, b, _, dy = _case("cpu", m, n, k, r, torch.float16, torch.float16, dense)
+    w = weight
+    quant = (
+        (None,) * 6 + (64, 256) if dense else (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, 64, 256)
+    )
+    data, (a, b) = (w if dense else w.packed), (a, b) if adapter else (None, None)
+    with tuned.use_row(ROWS[row]), _Products(launches):
+        y, xa = gpu.forward(x, data, quant, n, None, a, b, 0.7, 0.0, None)
+        gpu.backward(dy, x, data, quant, k, a, b, xa, 0.7, 0.0, None, (True, False, adapter, adapter))
+    shape = plan.Shape(m, n, k, r if adapter else 0, dense=dense)
+    choice = Choice("slab", "", ROWS[row].gemm, ROWS[row].slab_bytes)
+    assert launches == [launch.name for launch in (*plan.forward_plan(shape, choice), *plan.backward_plan(shape, choice))]
+
+
+@pytest.mark.parametrize("arch", GPU_TABLE)
+@pytest.mark.parametrize("m", [64, 512, 2048, 8192])
+@pytest.mark.parametrize("n", [1024, 4096, 14336])
+def test_at_most_seven_launches(arch: int, m: int, n: int) -> None:
+    shape = plan.Shape(m, n, 4096, 16, dropout=True)
+    choices = [config.choose_gpu(arch=arch, dtype="bfloat16", m=m, forward=forward, cuda=True, mma=True) for forward in (True, False)]
+    assert len(plan.forward_plan(shape, choices[0])) + len(plan.backward_plan(shape, choices[1])) <= 7
