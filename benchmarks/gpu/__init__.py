@@ -1,0 +1,1 @@
+"""GPU measurements: `python -m benchmarks.gpu --list`."""
