@@ -3,7 +3,7 @@ where nvcc is found, the CUDA kernels as a module of their own.
 
 PEFTKERN_CUDA        0: no CUDA kernels; 1: a missing or failing nvcc is an error; unset: they are built where that succeeds
 PEFTKERN_CUDA_ARCHS  compute capabilities, such as "86;89"; "all": every supported one;
-                     unset: those of this machine's GPUs, else 7.5 and 8.0, whose PTX newer ones compile when they load it
+                     unset: those of this machine's GPUs, else 8.0, whose PTX newer ones compile when they load it
 """
 
 import os
@@ -35,8 +35,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
 
 ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
-# Where no GPU is seen: machine code of 8.0 serves 8.x, and its PTX all that came later. Seven architectures take four times as long.
-UNSEEN = ["75", "80"]
+# Where no GPU is seen: machine code of 8.0 serves 8.x, and its PTX all that came later. Seven architectures take five times as long.
+UNSEEN = ["80"]
 NO_NVCC = "nvcc was not found: set CUDA_HOME to a CUDA toolkit (12 or later), put nvcc on PATH, or run: pip install nvidia-cuda-nvcc"
 
 

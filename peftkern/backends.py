@@ -71,6 +71,8 @@ def _cuda() -> tuple[bool, str]:
         return False, reason
     if not torch.cuda.is_available():
         return False, f"{reason}, but there is no CUDA device"
+    if not native_cuda.serves(gpu_arch(), native_cuda.native_cuda().architectures):
+        return False, f"{reason}, not for this sm_{gpu_arch()}; run: PEFTKERN_CUDA_ARCHS={gpu_arch()} pip install -e . --no-deps"
     if not _triton()[0]:
         return False, f"{reason}, but the linear's low-rank passes need Triton: {_triton()[1]}"
     return _new_enough(reason)

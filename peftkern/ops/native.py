@@ -27,7 +27,7 @@ def dtype_of(tensor: Tensor | None) -> int:
     try:
         return DTYPES[tensor.dtype]
     except KeyError:
-        raise TypeError(f"got {tensor.dtype}, the CPU kernels take float32, bfloat16 or float16") from None
+        raise TypeError(f"got {tensor.dtype}, the native kernels take float32, bfloat16 or float16") from None
 
 
 def weight_view(weight: Tensor, quant: tuple, n: int, k: int) -> object:

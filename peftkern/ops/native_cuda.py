@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .native import address, dtype_of
 
-__all__ = ["available", "native_cuda", "stream_of", "weight_view"]
+__all__ = ["available", "native_cuda", "serves", "stream_of", "weight_view"]
 
 ABI_VERSION = 1  # of csrc/include/peftkern_cuda.h
 
@@ -37,6 +37,12 @@ def available() -> tuple[bool, str]:
         have = f"supports CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is missing"
         return False, f"{reason}, built with CUDA {runtime // 1000}.{runtime % 1000 // 10}, but the driver {have}"
     return True, reason
+
+
+def serves(arch: int, built: str) -> bool:
+    """Whether code built for `built` ("80;86") runs on sm_<arch>: machine code within its major version, the newest's PTX from there on."""
+    known = [int(a.rstrip("af")) for a in built.split(";")]
+    return arch >= known[-1] or any(a // 10 == arch // 10 and a <= arch for a in known)
 
 
 def native_cuda() -> ModuleType:

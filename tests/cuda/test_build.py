@@ -138,7 +138,7 @@ def test_without_a_known_gpu_what_serves_all(build: Build, gpus: tuple) -> None:
     if gpus:
         build.gpus(*gpus)
     assert build.run().returncode == 0
-    assert build.architectures() == ["sm_75", "sm_80", "compute_80"]
+    assert build.architectures() == ["sm_80", "compute_80"]
 
 
 def test_all_architectures_that_nvcc_supports(build: Build) -> None:

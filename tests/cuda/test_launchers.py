@@ -125,3 +125,17 @@ def test_a_missing_module_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delattr("peftkern._C_cuda", raising=False)
     module, reason = native_cuda._load.__wrapped__()
     assert module is None and "PEFTKERN_CUDA=1 pip install" in reason
+
+
+@pytest.mark.parametrize(
+    ("built", "runs_on", "not_on"),
+    [
+        ("80", (80, 86, 89, 90, 120), (75,)),
+        ("75;80", (75, 80, 89, 100), (70,)),
+        ("86;90", (86, 89, 90, 120), (75, 80)),
+        ("90", (90, 100), (89,)),
+    ],
+)
+def test_which_gpus_a_build_serves(built: str, runs_on: tuple[int, ...], not_on: tuple[int, ...]) -> None:
+    assert all(native_cuda.serves(arch, built) for arch in runs_on)
+    assert not any(native_cuda.serves(arch, built) for arch in not_on)

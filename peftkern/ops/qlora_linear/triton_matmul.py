@@ -78,9 +78,9 @@ def default_config(
 ) -> MatmulConfig:
     """For out [m, j] over c contraction steps, meant to fill `programs` multiprocessors; ragged: codes come one by one. Not measured."""
     if ragged:  # a byte and an absmax for each code: small tiles, and no asynchronous copies
-        config = MatmulConfig(16 if m <= 16 else 32, 32, 32, num_stages=1)
+        config = MatmulConfig(16 if m <= 16 else 32, 64, 32, num_stages=1)
     elif dtype == torch.float32 or arch < 80:  # no tensor cores: Triton has none on sm_75, nor for fp32 products without TF32
-        config = MatmulConfig(16 if m <= 16 else 32, 64, 32, num_stages=2)
+        config = MatmulConfig(16 if m <= 16 else 32, 64, 32, num_warps=8, num_stages=2)
     elif m <= 64:
         config = MatmulConfig(max(16, triton.next_power_of_2(m)), 64, 64, num_stages=4)
     elif dense and arch // 10 in (9, 10):
@@ -96,7 +96,7 @@ def _low_mode(x: Tensor, adapter: Tensor | None, arch: int) -> str:
     """How xa or dyb meets an adapter in a product; see the bodies."""
     if adapter is not None and adapter.dtype == x.dtype != torch.float32 and (arch == 0 or arch >= 80 or x.dtype == torch.float16):
         return "split"
-    return "ieee" if arch < 80 or x.dtype == torch.float32 else "tf32x3"
+    return "ieee" if arch < 80 or x.dtype == torch.float32 else "bf16x3"
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def _multiprocessors(index: int | None) -> int:
 
 
 def _block_r(rank: int, low: str) -> int:
-    """Ranks at a time: few in fp32, whose three TF32 products of 64 do not fit the registers."""
+    """Ranks at a time: few of fp32, which is multiplied in three products whose terms do not fit the registers."""
     return max(16, min(64, triton.next_power_of_2(rank))) if low == "split" else 16
 
 
