@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import linecache
@@ -66,6 +67,9 @@ def start() -> None:
     """Runs first in a worker: pytest's own process has the interpreter on, which would replace every kernel."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.pop("TRITON_DISABLE_LINE_INFO", None)
+    # Triton's cache knows a kernel by its text, the cubin's line information by its path too: a cache of this checkout's own.
+    checkout = hashlib.sha1(os.path.realpath(__file__).encode()).hexdigest()[:8]
+    os.environ["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / f"peftkern-{checkout}")
 
 
 def _attributes(kernel: Any, divisible: Iterable[str]) -> dict[tuple[int, ...], list[list[Any]]]:
