@@ -21,19 +21,28 @@ _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*f
 
 @dataclass(frozen=True)
 class Call:
-    """One launch of `programs` programs in one dimension, with every argument of the kernel by name."""
+    """One launch of `programs` programs in one dimension, with every argument of the kernel by name.
+
+    max_registers: a thread may have; left to itself ptxas may spill a few for the sake of one more block an SM.
+    """
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What goes into the launch beside warps and stages."""
+        return {} if self.max_registers is None else {"maxnreg": self.max_registers}
 
 
 def run(call: Call) -> None:
     """Launches on the current stream of the tensors' device."""
     device = next(v.device for v in call.arguments.values() if isinstance(v, Tensor))
-    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **call.options}
     if device.type != "cuda":
         call.kernel[(call.programs,)](**call.arguments, **options)
         return
@@ -59,4 +68,4 @@ def specialization(name: str, call: Call, **promises: Any) -> Specialization:
             if value % 16 == 0 and key not in UNSPECIALIZED:
                 divisible.append(key)
     stages = {"num_warps": call.num_warps, "num_stages": call.num_stages, "divisible_by_16": tuple(divisible)}
-    return Specialization(name, call.kernel, signature, constexprs, **stages, **promises)
+    return Specialization(name, call.kernel, signature, constexprs, **stages, options=call.options, **promises)

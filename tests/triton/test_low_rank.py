@@ -17,8 +17,9 @@ pytest.importorskip("triton")
 from peftkern.ops.qlora_linear import triton_low_rank as low_rank  # noqa: E402
 
 SCALING = 0.7
+# The interpreter sums a tile's products one after the other: 32 of them are a chain as short as the house's kernels keep it.
 SMALL = LowRankConfig(
-    xa=Tile(32, 64, 4, 2), xa_splits=2, dy=Tile(32, 64, 4, 2), dy_rows=32, fused=True, sum_dyb=False, x=Tile(16, 64, 4, 2), x_rows=32,
+    xa=Tile(32, 32, 4, 2), xa_splits=2, dy=Tile(32, 64, 4, 2), dy_rows=32, fused=True, sum_dyb=False, x=Tile(16, 64, 4, 2), x_rows=32,
     epilogue=Tile(32, 64, 4, 1), ranks=64,
 )  # fmt: skip
 # (M, N, K, R): one row, every rank class, nothing a multiple of a tile, several blocks of rows and columns.
@@ -104,7 +105,8 @@ PAIRS = [
 
 @pytest.mark.parametrize("shape, dtypes", PAIRS)
 def test_every_output(device: str, shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    _check(shape, dtypes, 0.0, SMALL, device, draws=8 if shape[0] == 1 else 1)
+    few = shape[0] * shape[3] < 100  # the errors of a handful of numbers are noise
+    _check(shape, dtypes, 0.0, SMALL, device, draws=8 if few else 1)
 
 
 @pytest.mark.slow

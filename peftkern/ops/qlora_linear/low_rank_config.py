@@ -96,12 +96,11 @@ def _tiles(pad: int, mode: str, arch: int) -> tuple[Tile, Tile, Tile]:
     if mode in ("native", "split"):
         native = mode == "native"
         if pad <= 32:
-            # With eight warps ptxas spills a little on sm_120, for the sake of a third block an SM.
-            warps, stages = (4, 2) if arch >= 120 else (8, 3 if nearest(arch).shared_per_block > 128 * 1024 else 2)
-            dy = Tile(32, 256 if native or pad == 16 else 128, warps, 2)
-            return Tile(64, 128 if native and pad == 16 else 64, 4, 3), dy, Tile(32, 256, warps, stages)
+            stages = 3 if nearest(arch).shared_per_block > 128 * 1024 else 2
+            dy = Tile(32, 256 if native or pad == 16 else 128, 8, 2)
+            return Tile(64, 128 if native and pad == 16 else 64, 4, 3), dy, Tile(32, 256, 8, stages)
         if pad == 64:
-            return Tile(64, 64, 4, 3), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)
+            return Tile(64, 64, 8, 3), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)
         return Tile(32, 64 if native else 32, 8, 2), Tile(32 if native else 16, 64, 8, 2), Tile(32, 64, 8, 2)
     if pad <= 64:
         return Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...backends import gpu_arch
 from ..specialization import Specialization
 from ..triton_launch import UNSPECIALIZED, Call, run, specialization
-from .low_rank_config import LowRankConfig, choose_low_rank, dot_mode
+from .low_rank_config import LowRankConfig, Tile, choose_low_rank, dot_mode
 from .triton_low_rank_bodies import _d_lora_a_body, _dy_pair_body, _dy_pass_body, _epilogue_body, _project_body, _reduce_body
 
 __all__ = [
@@ -144,6 +144,12 @@ def config_for(x: Tensor, adapter: Tensor | None, m: int, n: int, k: int, r: int
     return choose_low_rank(m, n, k, r, mode=_mode(x, adapter, arch), sms=sms, arch=arch)
 
 
+def _launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, arch: int) -> Call:
+    # Without a limit ptxas spills a few registers of some variants on sm_100 and sm_120 (counted in the cubins); 65536 are an SM's.
+    registers = min(255, 65536 // (32 * tile.num_warps)) if arch >= 100 else None
+    return Call(kernel, programs, arguments, tile.num_warps, tile.num_stages, registers)
+
+
 def _pad(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
@@ -163,7 +169,7 @@ def project_call(
     arguments = {"x_ptr": x, "adapter_ptr": adapter, "out_ptr": out, "seed_ptr": seed, "threshold": _threshold(dropout_p, seed)}
     arguments |= {"scale": float(scale), "M": m, "C": c, "split_cols": split_cols, "R": r, "R_PAD": _pad(r)}
     arguments |= {"BLOCK_M": tile.rows, "BLOCK_C": tile.cols, "BY_RANK": by_rank, "MODE": _mode(x, adapter, arch)}
-    return Call(_project_kernel, splits * triton.cdiv(m, tile.rows), arguments, tile.num_warps, tile.num_stages), out
+    return _launch(_project_kernel, splits * triton.cdiv(m, tile.rows), arguments, tile, arch), out
 
 
 def _whole(partials: Tensor) -> Tensor:
@@ -210,11 +216,11 @@ def dy_calls(
     arguments |= {"R": max(r, 1), "R_PAD": _pad(max(r, 1)), "BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "MODE": _mode(dy, lora_b, arch)}
     partials = DyPartials(dyb, d_lora_b, d_bias)
     if config.fused or dyb is None:
-        return Call(_dy_pass_kernel, chunks * columns, arguments, tile.num_warps, tile.num_stages), partials
+        return _launch(_dy_pass_kernel, chunks * columns, arguments, tile, arch), partials
     rows = min(config.xa.rows, config.dy_rows)
     arguments |= {"DYB_BLOCK_M": rows, "DYB_BLOCK_N": config.xa.cols}
     programs = chunks * (config.dy_rows // rows + columns)
-    return Call(_dy_pair_kernel, programs, arguments, tile.num_warps, tile.num_stages), partials
+    return _launch(_dy_pair_kernel, programs, arguments, tile, arch), partials
 
 
 def dy_pass(
@@ -250,8 +256,7 @@ def x_call(
     arguments |= {"first_programs": first, "M": m, "K": k, "chunk_rows": config.x_rows, "CHUNKS": chunks, "R": r, "R_PAD": _pad(r)}
     arguments |= {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "DX_BLOCK_M": dx_tile.rows, "DX_BLOCK_K": dx_tile.cols}
     arguments |= {"BLOCK_R": min(config.ranks, _pad(r)), "ACCUMULATE": accumulate, "MODE": _mode(wide, lora_a, arch)}
-    launch = tile if need_a else dx_tile
-    return Call(_x_pass_kernel, first + others, arguments, launch.num_warps, launch.num_stages), d_lora_a
+    return _launch(_x_pass_kernel, first + others, arguments, tile if need_a else dx_tile, arch), d_lora_a
 
 
 def x_pass(
@@ -287,7 +292,7 @@ def y_call(
     arguments |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_R": min(config.ranks, _pad(r))}
     arguments |= {"ACCUMULATE": accumulate, "MODE": _mode(y, lora_b, arch)}
     programs = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.cols)
-    return Call(_y_epilogue_kernel, programs, arguments, tile.num_warps, tile.num_stages)
+    return _launch(_y_epilogue_kernel, programs, arguments, tile, arch)
 
 
 def y_epilogue(
@@ -356,18 +361,23 @@ def specializations(arch: int) -> Iterable[Specialization]:
         mode = _mode(x, a, arch)
         config = choose_low_rank(m, n, k, r, mode=mode, arch=arch)
         tag = f"{str(x_dtype)[6:]}-{mode}-r{r}"
-        promises = {"expects_mma": arch >= 80}  # Triton has no tensor cores on sm_75
-        yield specialization(f"xa-{tag}", project_call(x, a, 1.0, 0.1, seed, config, by_rank=True, arch=arch)[0], **promises)
-        yield specialization(f"dyb-{tag}", project_call(x, b, 0.7, 0.0, None, config, by_rank=False, arch=arch)[0], **promises)
+        # Triton has no tensor cores on sm_75; tiles of larger ranks are too small for 16 bytes a thread.
+        promise = functools.partial(_promising, arch >= 80, arch >= 80 and r <= 64)
+        yield promise(f"xa-{tag}", project_call(x, a, 1.0, 0.1, seed, config, by_rank=True, arch=arch)[0], "row_ptr")
+        yield promise(f"dyb-{tag}", project_call(x, b, 0.7, 0.0, None, config, by_rank=False, arch=arch)[0], "row_ptr")
         call, partials = dy_calls(x, xa, b, 0.7, (True, False, True, True), config, arch=arch)
-        yield specialization(f"dy-{tag}", call, **promises)
+        yield promise(f"dy-{tag}", call, "dy_ptr")
         if config.fused:
             beside = dy_calls(x, xa, b, 0.7, (True, False, True, True), replace(config, fused=False), arch=arch)[0]
-            yield specialization(f"dy-beside-{tag}", beside, **promises)
-        yield specialization(f"dy-bias-{tag}", dy_calls(x, xa, b, 0.7, (False, True, False, True), config, arch=arch)[0], **promises)
+            yield promise(f"dy-beside-{tag}", beside, "dy_ptr", "row_ptr")
+        yield promise(f"dy-bias-{tag}", dy_calls(x, xa, b, 0.7, (False, True, False, True), config, arch=arch)[0], "dy_ptr")
         dyb = partials.dyb[:1] if config.sum_dyb else partials.dyb
         call, d_lora_a = x_call(x, dyb, a, 0.1, seed, x, True, config, arch=arch)
-        yield specialization(f"x-dx-{tag}", call, **promises)
-        yield specialization(f"x-{tag}", x_call(x, dyb, a, 0.1, seed, None, True, config, arch=arch)[0], **promises)
-        yield specialization(f"y-{tag}", y_call(x, xa, b, 0.7, bias, config, arch=arch), **promises)
+        yield promise(f"x-dx-{tag}", call, "x_ptr", "y_tile")
+        yield promise(f"x-{tag}", x_call(x, dyb, a, 0.1, seed, None, True, config, arch=arch)[0], "x_ptr")
+        yield promise(f"y-{tag}", y_call(x, xa, b, 0.7, bias, config, arch=arch), "y_tile")
         yield specialization(f"sums-{tag}", reduce_calls([(d_lora_a, dtype), (partials.d_lora_b, dtype)])[0][0])
+
+
+def _promising(mma: bool, wide: bool, name: str, call: Call, *pointers: str) -> Specialization:
+    return specialization(name, call, expects_mma=mma, wide_loads=pointers if wide else ())

@@ -114,7 +114,7 @@ def slab_call(
     arguments: dict[str, Any] = dict(arguments)
     arguments["slab_ptr"], arguments["slab_stride"] = arguments.pop("out_ptr"), arguments.pop("out_stride")
     merged = arguments | beside.arguments | {"first_programs": beside.programs}
-    return Call(_MERGED[beside.kernel], beside.programs + programs, merged, beside.num_warps, beside.num_stages)
+    return replace(beside, kernel=_MERGED[beside.kernel], programs=beside.programs + programs, arguments=merged)
 
 
 def specializations(arch: int) -> Iterable[Specialization]:
