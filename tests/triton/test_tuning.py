@@ -1,0 +1,45 @@
+"""`peftkern tune` measures what it says: every variant it compares runs, and takes the regime it is named after."""
+
+from __future__ import annotations
+
+import torch
+
+from peftkern import tuning, use_backend
+from peftkern.ops.qlora_linear import gpu
+from peftkern.ops.qlora_linear.config import GPU_TABLE
+
+
+def test_every_variant_runs_in_its_own_regime(device: str, monkeypatch) -> None:
+    taken: list[tuple[str, str, int]] = []
+    choose = gpu.choose
+
+    def recorded(x, quant, n, k, *, forward):
+        choice = choose(x, quant, n, k, forward=forward)
+        taken.append((choice.regime, choice.gemm, choice.slab_bytes))
+        return choice
+
+    def timer(functions):
+        """The order of the variants as their times, after one run of each."""
+        for name, f in functions.items():
+            taken.clear()
+            f()
+            torch.cuda.synchronize() if device == "cuda" else None
+            regimes = {regime for regime, _, _ in taken}
+            assert len(taken) == 2 and regimes == {name if name in ("fused", "slab") else "slab"}
+            if name in ("cublas", "triton"):
+                assert all(gemm == name for _, gemm, _ in taken)
+            if name.isdigit():
+                assert all(size == int(name) << 20 for _, _, size in taken)
+        return {name: float(i + 1) for i, name in enumerate(functions)}
+
+    monkeypatch.setattr(gpu, "choose", recorded)
+    rows: list[str] = []
+    with use_backend("triton"):
+        timings = tuning.measure(device, timer, square=(64, 64), up=(96, 64), sizes=((1,), (16, 32), 40), print_row=rows.append)
+    assert sorted(timings) == sorted(
+        ["medium/16/fused", "medium/16/slab", "medium/32/fused", "medium/32/slab", "gemm/40/cublas", "gemm/40/triton"]
+        + [f"slab/40/{mib}" for mib in tuning.SLAB_MIB]
+    )
+    assert len(rows) == 4
+    row = tuning.derive(timings, GPU_TABLE[89])
+    assert (row.fused_max_m, row.gemm, row.slab_bytes) == (32, "cublas", tuning.SLAB_MIB[0] << 20)
