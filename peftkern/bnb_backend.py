@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import backends, functional, nf4
 from .nf4 import NF4Weight
@@ -37,14 +37,14 @@ _ARGUMENTS = {
 class _Hook:
     """What is registered now: the library handle that undoes it, and bitsandbytes' own kernels."""
 
-    library: torch.library.Library | None = None
+    registration: library.Library | None = None
     stock: dict[str, Any] = {}
     reason = "bitsandbytes has not been imported, or peftkern is not installed (its entry point is missing)"
 
 
 def register() -> bool:
     """Override bitsandbytes' 4-bit CPU ops; whether they are ours now. Never raises: `state()` tells the reason."""
-    if _Hook.library is not None:
+    if _Hook.registration is not None:
         return True
     try:
         _Hook.reason = _obstacle() or _override()
@@ -52,22 +52,22 @@ def register() -> bool:
         unregister()
         _Hook.reason = f"registration failed: {type(error).__name__}: {error}"
         _log.warning("peftkern: bitsandbytes keeps its own CPU kernels, %s", _Hook.reason)
-    return _Hook.library is not None
+    return _Hook.registration is not None
 
 
 def unregister() -> bool:
     """Give bitsandbytes its own CPU kernels back; whether ours were registered."""
-    library, _Hook.library, _Hook.stock = _Hook.library, None, {}
-    if library is None:
+    registration, _Hook.registration, _Hook.stock = _Hook.registration, None, {}
+    if registration is None:
         return False
-    library._destroy()
+    registration._destroy()
     _Hook.reason = "unregistered by the caller"
     return True
 
 
 def state() -> tuple[bool, str]:
     """Whether bitsandbytes' CPU ops are ours, and which, or why not."""
-    return _Hook.library is not None, _Hook.reason
+    return _Hook.registration is not None, _Hook.reason
 
 
 def _obstacle() -> str | None:
@@ -81,12 +81,12 @@ def _obstacle() -> str | None:
 
 def _override() -> str:
     names = [name for name, expected in _ARGUMENTS.items() if _arguments(name) == expected]
-    _Hook.stock = {name: torch.library.get_kernel(f"bitsandbytes::{name}", "CPU") for name in names}
-    _Hook.library = torch.library.Library("bitsandbytes", "IMPL")
+    _Hook.stock = {name: library.get_kernel(f"bitsandbytes::{name}", "CPU") for name in names}
+    _Hook.registration = library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning)  # torch warns of every override
         for name in names:
-            _Hook.library.impl(name, _KERNELS[name], "CPU", allow_override=True)
+            _Hook.registration.impl(name, _KERNELS[name], "CPU", allow_override=True)
     left = sorted(_ARGUMENTS.keys() - set(names))
     return f"overrides {', '.join(names)}" + (f"; left as they are, unknown arguments: {', '.join(left)}" if left else "")
 

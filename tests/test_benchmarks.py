@@ -14,7 +14,6 @@ import pytest
 from benchmarks import harness, report
 from benchmarks.harness import OURS, Provider, Row, Spec, measure, measure_spec, write_csv
 from benchmarks.machine import Load
-from peftkern import backends
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,14 +145,12 @@ def test_report_writes_table_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.skipif(not backends.available("cpu")[0], reason="the native extension is not built")
 @pytest.mark.parametrize("name", ["dequantize", "memory"])
 def test_smoke(tmp_path: Path, name: str) -> None:
     _smoke(tmp_path, name)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not backends.available("cpu")[0], reason="the native extension is not built")
 @pytest.mark.parametrize("name", ["quantize", "gemv", "qlora_linear", "switching", "step"])
 def test_smoke_of_the_longer_ones(tmp_path: Path, name: str) -> None:
     if name == "step":

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from . import sass
 from .worker import LOADS, Facts
 
-__all__ = ["SOURCES", "archs", "compile_source", "find"]
+__all__ = ["MISSING", "SOURCES", "archs", "compile_source", "find"]
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = tuple(sorted(path.name for path in (CSRC / "cuda").glob("*.cu")))
+MISSING = "setup.py finds no nvcc (CUDA_HOME, PATH, the usual folder, the package nvidia-cuda-nvcc) and builds no CUDA kernels"
 FLAGS = ("-O3", "-std=c++17", "--threads=1", "-Xcompiler=-fPIC")  # as setup.py has them
 
 
 def find() -> str | None:
-    """CUDA_HOME's nvcc, else PATH's, else the usual place's."""
-    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    inside = [home / "bin" / "nvcc" for home in (*homes, Path("/usr/local/cuda"))]
-    candidates = [*inside[: len(homes)], Path(shutil.which("nvcc") or "nvcc is missing"), inside[-1]]
-    return next((str(path) for path in candidates if path.is_file()), None)
+    """The one that setup.py takes here: where it builds the CUDA kernels, they are tested."""
+    probe = "import runpy, setuptools; setuptools.setup = lambda **_: None; print(runpy.run_path('setup.py')['find_nvcc']() or '')"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=CSRC.parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip() or None
 
 
 def archs(nvcc: str) -> set[int]:

@@ -12,7 +12,7 @@ from .checks import unfit
 from .harness import ARCHS
 
 NVCC = nvcc.find()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
+pytestmark = pytest.mark.skipif(NVCC is None, reason=nvcc.MISSING)
 QUICK_ARCHS = (86,)  # the whole of csrc/cuda, about half a minute an architecture on one core
 
 

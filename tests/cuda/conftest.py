@@ -11,8 +11,8 @@ import pytest
 
 from peftkern.ops import native_cuda
 
+from .device_library import CudaLibrary
 from .emulated import EMULATION, KERNELS, compile_emulated, declare, load_emulated, load_emulated_module
-from .library import CudaLibrary
 
 ORDERS = (0, 1, 2)  # ascending, descending, shuffled: what a missing barrier changes
 

@@ -18,8 +18,8 @@ from peftkern.ops.qlora_linear.reference import dropout_scale
 
 from ..native.compiled import CSRC, DTYPES, c_lora, c_weight, i64, pointer
 from ..ops.bounds import assert_as_accurate
+from .device_library import CudaLibrary
 from .emulated import compile_emulated, load_emulated
-from .library import CudaLibrary
 
 __all__ = ["FLOATS", "Case", "assert_accurate", "exact", "linear", "load_probes", "make_case", "plain", "random_weight", "run_xa"]
 

@@ -15,6 +15,8 @@ import pytest
 
 from peftkern.ops.native_cuda import native_cuda
 
+from ..cubins.nvcc import MISSING
+from ..cubins.nvcc import find as find_nvcc
 from ..native.compiled import CSRC
 
 ROOT = CSRC.parent
@@ -163,12 +165,6 @@ def test_wrong_variables_are_named(build: Build, variables: dict) -> None:
     assert done.returncode != 0 and name in done.stderr and value in done.stderr
 
 
-def _nvcc() -> str:
-    """The nvcc that setup.py would take here."""
-    probe = "import runpy, setuptools; setuptools.setup = lambda **_: None; print(runpy.run_path('setup.py')['find_nvcc']() or '')"
-    return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def _cuobjdump() -> str | None:
     import triton
 
@@ -178,9 +174,7 @@ def _cuobjdump() -> str | None:
 
 def _real_build(folder: Path, archs: str) -> Path:
     """The CUDA module, really compiled; of the CPU module only notes are taken, as its own tests build it."""
-    nvcc = _nvcc()
-    if not nvcc:
-        pytest.skip("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda, or pip install nvidia-cuda-nvcc)")
+    nvcc = find_nvcc() or pytest.skip(MISSING)
     build = Build(folder)
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
     pass_on = f'case "$*" in *_cuda*) exec {compiler} "$@";; esac'
@@ -245,7 +239,7 @@ def test_the_nested_absmax_is_not_fused(module: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_machine_code_for_every_architecture(tmp_path: Path) -> None:
-    known = subprocess.run([_nvcc() or pytest.skip("no nvcc"), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = subprocess.run([find_nvcc() or pytest.skip(MISSING), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     archs = ";".join(a for a in ("75", "80", "86", "89", "90", "100", "120") if f"compute_{a}\n" in known)
     _assert_contains(_real_build(tmp_path, archs), archs)
 
@@ -254,8 +248,8 @@ def test_machine_code_for_every_architecture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("required", ["0", "1"])
 def test_a_wheel_holds_the_modules(tmp_path: Path, required: str) -> None:
     """Through pip, as a user installs it: without the CUDA kernels, and with them."""
-    if required == "1" and not _nvcc():
-        pytest.skip("nvcc was not found")
+    if required == "1" and not find_nvcc():
+        pytest.skip(MISSING)
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info", "out", "__pycache__"))
     env = {**os.environ, "PEFTKERN_CUDA": required, "PEFTKERN_CUDA_ARCHS": "86"}

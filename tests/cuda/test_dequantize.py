@@ -14,7 +14,7 @@ from peftkern.nf4 import code_tensor, dynamic_map
 from peftkern.ops.dequantize import reference
 
 from ..native.compiled import DTYPES, c_weight, i64, pointer
-from .library import CudaLibrary
+from .device_library import CudaLibrary
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [("nf4", True), ("nf4", False), ("fp4", True)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .library import CudaLibrary
+from .device_library import CudaLibrary
 from .linear import FLOATS, Case, assert_accurate, exact, linear, load_probes, make_case, random_weight, run_xa
 
 GEMV = "pk_gemv_4bit_cuda"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ..native.compiled import DTYPES, i64
-from .library import CudaLibrary
+from .device_library import CudaLibrary
 from .linear import Case, assert_accurate, exact, linear, load_probes, make_case, random_weight, run_xa
 
 MMA = "pk_mma_4bit_cuda"

@@ -11,7 +11,7 @@ from peftkern.nf4 import BLOCKSIZES, code_tensor, dynamic_map
 from peftkern.ops.quantize import reference
 
 from ..native.compiled import i64, pointer
-from .library import CudaLibrary
+from .device_library import CudaLibrary
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -106,7 +106,6 @@ def test_scratch_of_the_largest_layer_stays_within_8_mb(plans: list) -> None:
         assert 4 * p["total"] <= 8 << 20, (a, 4 * p["total"])
 
 
-@pytest.mark.skipif(not backends.available("cpu")[0], reason="the native extension is not built")
 def test_the_library_asks_for_the_same(isa: str) -> None:
     lib = load(Path(backends.native().__file__))
     size = lib.pk_qlora_linear_scratch_bytes(i64(512), i64(14336), i64(4096), i64(16), 2)
