@@ -1,6 +1,6 @@
 // What one ISA's translation unit offers to the dispatcher.
 #pragma once
-#include "../include/peftkern.h"
+#include "group.h"
 
 namespace pk {
 
@@ -12,10 +12,8 @@ struct Kernels {
   void (*dequantize)(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out, int dtype, int threads);
   void (*gemv)(const pk_weight& w, const pk_lora& lora, const void* x, int dtype, int64_t m, const void* bias, int bias_dtype, void* y, float* xa,
                float* scratch, int threads);
-  void (*forward)(const pk_weight* w, const pk_lora& lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias, int bias_dtype,
-                  void* y, float* xa, float* scratch, int threads);
-  void (*backward)(const pk_weight* w, const pk_lora& lora, const void* dy, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const float* xa,
-                   float* dyb, void* dx, void* d_a, void* d_b, float* d_bias, float* scratch, int threads);
+  void (*forward)(const Group& group, const void* x, int dtype, int64_t m, float* scratch, int threads);
+  void (*backward)(const Group& group, const void* x, int dtype, int64_t m, void* dx, float* scratch, int threads);
   void (*dropout_mask)(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
 };
 
