@@ -65,6 +65,21 @@ def _leaves(x: Tensor, members: list[Member], dtype=None, low=None) -> tuple[Ten
     return leaf(x, dtype), copies
 
 
+def to(x: Tensor, members: list[Member], dys: list[Tensor], device: str) -> tuple[Tensor, list[Member], list[Tensor]]:
+    """All of it on a device."""
+    move = lambda t: None if t is None else t.to(device)  # noqa: E731
+    moved = [
+        replace(
+            m,
+            weight=move(m.weight),
+            bias=move(m.bias),
+            adapters=[replace(a, lora_a=move(a.lora_a), lora_b=move(a.lora_b), seed=move(a.seed)) for a in m.adapters],
+        )
+        for m in members
+    ]
+    return move(x), moved, [move(dy) for dy in dys]
+
+
 def _named(x: Tensor, members: list[Member], outputs) -> dict[str, Tensor]:
     found = {"dx": x.grad} | {f"y{i}": y.detach() for i, y in enumerate(outputs)}
     for i, member in enumerate(members):
