@@ -12,7 +12,7 @@ __all__ = ["LIBRARY", "backend"]
 
 LIBRARY = torch.library.Library("peftkern", "DEF")
 # On a GPU the linear is a plan over Triton, CUDA and cuBLAS launches: one file composes them.
-_FILES = {("qlora_linear", "triton"): "gpu", ("qlora_linear", "cuda"): "gpu"}
+_FILES = {("qlora_linear", "triton"): "gpu", ("qlora_linear", "cuda"): "gpu", ("lora_add", "cuda"): "triton"}
 
 
 @functools.cache
