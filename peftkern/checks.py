@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .nf4 import NF4Weight
 
-__all__ = ["FLOATS", "activation", "adapter", "dropout", "vector", "weight_shape"]
+__all__ = ["FLOATS", "activation", "adapter", "dropout", "seed", "vector", "weight_shape"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,6 +18,14 @@ def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
         raise ValueError(f"dropout_p: got {p}, expected a probability from 0 to 1")
     if p and seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
         raise ValueError(f"seed: got {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 [1] on {device}")
+
+
+def seed(x: Tensor, p: float, given: Tensor | None) -> Tensor | None:
+    """The given one, else one drawn from torch's generator; None without dropout."""
+    dropout(p, given, x.device)
+    if p == 0.0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device) if given is None else given
 
 
 def weight_shape(weight: NF4Weight | Tensor) -> tuple[tuple[int, int], torch.device]:

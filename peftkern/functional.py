@@ -9,10 +9,11 @@ from . import checks, nf4
 from .group import Adapter, Member, qlora_group
 from .nf4 import NF4Weight
 from .ops import dequantize as _dequantize
+from .ops import lora_add as _lora_add
 from .ops import qlora_linear as _qlora_linear
 from .ops import quantize as _quantize
 
-__all__ = ["Adapter", "Member", "dequantize_4bit", "linear_4bit", "qlora_group", "qlora_linear", "quantize_4bit"]
+__all__ = ["Adapter", "Member", "dequantize_4bit", "linear_4bit", "lora_add", "qlora_group", "qlora_linear", "quantize_4bit"]
 
 
 def quantize_4bit(
@@ -119,9 +120,48 @@ def qlora_linear(
     checks.vector("bias", bias, n, device)
     checks.adapter(lora_a, lora_b, n, k, device)
     checks.dropout(dropout_p, seed, x.device)
-    if dropout_p == 0.0 or lora_a is None:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seed = checks.seed(x, 0.0 if lora_a is None else dropout_p, seed)
     y = _qlora_linear.qlora_linear(x.reshape(-1, k), weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
     return y.reshape(*x.shape[:-1], n)
+
+
+def lora_add(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The trainable low-rank branch alone, on top of any base layer's output: y + scaling * drop(x) A^T B^T + bias.
+
+    Args:
+        y: [..., N], what the base layer gave for x; its gradient is the result's. Not written.
+        x: [..., K], of y's dtype: fp32, bf16 or fp16.
+        lora_a, lora_b, scaling, dropout_p, seed: as in `qlora_linear`.
+        bias: [N] or None, already scaled; may require grad.
+    Returns: [..., N] in y's dtype. Saved for backward: x, A, B, xa = drop(x) A^T [M, R], the seed.
+    Raises: TypeError, ValueError naming the argument, what was got and what was expected.
+    Source: LoRA (Hu et al., 2021), section 4.1.
+
+    >>> base = torch.nn.Linear(64, 96)
+    >>> x, a, b = torch.randn(2, 5, 64), torch.randn(8, 64, requires_grad=True), torch.zeros(96, 8, requires_grad=True)
+    >>> lora_add(base(x), x, a, b, scaling=2.0).shape
+    torch.Size([2, 5, 96])
+    """
+    if lora_a is None or lora_b is None:
+        raise ValueError(f"{'lora_a' if lora_a is None else 'lora_b'}: is missing; both are needed")
+    if y.dtype != x.dtype:
+        raise TypeError(f"y: got {y.dtype}, x is {x.dtype}; both must have one dtype")
+    if y.dim() == 0 or y.shape[:-1] != x.shape[:-1] or y.device != x.device:
+        raise ValueError(f"y: got {tuple(y.shape)} on {y.device}, expected {(*x.shape[:-1], 'N')} on {x.device}, as the base layer gave it")
+    n, k = y.shape[-1], lora_a.shape[-1]
+    checks.activation(x, (n, k), lora_a.device)
+    checks.vector("bias", bias, n, x.device)
+    checks.adapter(lora_a, lora_b, n, k, x.device)
+    seed = checks.seed(x, dropout_p, seed)
+    out = _lora_add.lora_add(y.reshape(-1, n), x.reshape(-1, k), lora_a, lora_b, bias, float(scaling), float(dropout_p), seed)
+    return out.reshape(y.shape)

@@ -14,7 +14,7 @@ __all__ = ["LIBRARY", "accumulation", "autocast_off", "backend"]
 
 LIBRARY = torch.library.Library("peftkern", "DEF")
 # On a GPU the linear is a plan over Triton, CUDA and cuBLAS launches: one file composes them.
-_FILES = {(op, name): "gpu" for op in ("qlora_linear", "qlora_group") for name in ("cuda", "triton")}
+_FILES = {(op, name): "gpu" for op in ("qlora_linear", "qlora_group") for name in ("cuda", "triton")} | {("lora_add", "cuda"): "triton"}
 
 
 @functools.cache

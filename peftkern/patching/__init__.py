@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import backends
 from .detect import Candidate, candidates
-from .forwards import LinearForward, LoraForward, install, remove
+from .forwards import install, remove
 from .report import PatchReport, Row
 from .weights import WeightCache
 
@@ -43,7 +43,7 @@ def patch(model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None =
         if id(module) not in kept:
             remove(module)
     _install(found)
-    fused = {f"{item.row.name}.base_layer" for item in found if item.row.kind == "lora" and item.row.reason is None}
+    fused = {f"{item.row.name}.base_layer" for item in found if item.row.got == "qlora_linear"}
     rows = tuple(item.row for item in found if item.row.name not in fused)
     return PatchReport(rows, _kernels(found))
 
@@ -60,7 +60,7 @@ def _install(found: list[Candidate]) -> None:
             continue
         base = item.module.base_layer if item.row.kind == "lora" else item.module
         cache = caches.setdefault(id(base), WeightCache())
-        install(item.module, LoraForward if item.row.kind == "lora" else LinearForward, cache)
+        install(item.module, item.forward, cache)
 
 
 def _patterns(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def _patterns(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
 
 
 def _kernels(found: list[Candidate]) -> str:
-    weight = next(item.module.weight for item in found if item.row.reason is None)
+    weight = next(tensor for item in found if item.row.reason is None for tensor in item.module.parameters())
     return backends.available(backends.select(weight))[1]
 
 

@@ -167,6 +167,9 @@ def find(module: nn.Module) -> tuple[str, Forward] | None:
 def install(module: nn.Module, kind: type[Forward], cache: WeightCache) -> Forward:
     """Put a forward of `kind` on the instance; one that is there already stays."""
     held = find(module)
+    if held is not None and type(held[1]) is not kind:
+        remove(module)
+        held = None
     if held is not None:
         held[1].cache = cache
         return held[1]

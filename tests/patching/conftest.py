@@ -16,14 +16,20 @@ def stock_bitsandbytes():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts what runs: "lora" for the fused LoRA linear, "linear" for the bare one. `calls.dtype` is what the last one computed in."""
+    """Counts what runs: "lora" for the fused LoRA linear, "linear" for the bare one, "add" for a branch onto a stock base's output.
+    `calls.dtype` is what the last linear computed in."""
     counter: Counter[str] = Counter()
-    original = functional.qlora_linear
+    original, original_add = functional.qlora_linear, functional.lora_add
 
     def counted(x, weight, bias=None, lora_a=None, lora_b=None, **options):
         counter["linear" if lora_a is None else "lora"] += 1
         counter.dtype = x.dtype
         return original(x, weight, bias, lora_a, lora_b, **options)
 
+    def counted_add(*args, **options):
+        counter["add"] += 1
+        return original_add(*args, **options)
+
     monkeypatch.setattr(functional, "qlora_linear", counted)
+    monkeypatch.setattr(functional, "lora_add", counted_add)
     return counter

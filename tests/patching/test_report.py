@@ -68,8 +68,8 @@ def test_nothing_to_patch_names_the_fix():
 
 
 def test_all_falling_back_raises_with_the_reasons():
-    model = zoo(["embed", "transposed"])
-    with pytest.raises(ValueError, match="none of its 2 LoRA layers.*Embedding.forward.*Conv1D"):
+    model = zoo(["embed", "conv"])
+    with pytest.raises(ValueError, match="none of its 2 LoRA layers.*Embedding.forward.*_ConvNd.forward"):
         peftkern.patch(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -79,9 +79,10 @@ def test_unsupported_layers_fall_back_by_name_and_compute_as_before():
     ids = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(0))
     before = model(ids)
     report = peftkern.patch(model)
-    assert [item.name.rpartition(".")[2] for item in report.fused] == ["plain"]
+    assert {item.name.rpartition(".")[2]: item.got for item in report.fused} == {"plain": "qlora_linear", "transposed": "lora_add"}
+    assert "Conv1D" in row(report, "transposed").note
     reasons = {item.name.rpartition(".")[2]: item.reason for item in report.fallbacks}
-    assert "Embedding.forward" in reasons["embed"] and "Conv1D" in reasons["transposed"] and "_ConvNd.forward" in reasons["conv"]
+    assert "Embedding.forward" in reasons["embed"] and "_ConvNd.forward" in reasons["conv"]
     assert "rank 257" in reasons["wide"] and "up to 256" in reasons["wide"]
     assert all(reason in report.summary for reason in reasons.values())
     torch.testing.assert_close(model(ids), before)
@@ -108,29 +109,26 @@ def test_dora_falls_back_until_a_vanilla_adapter_is_active(four_bit, calls):
     assert calls["lora"] == 2
 
 
-def test_8bit_base_falls_back():
-    model = models.llama(four_bit=False)
-    for layer in model.model.layers:
-        old = layer.self_attn.q_proj
-        layer.self_attn.q_proj = models.bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
-    model.is_loaded_in_8bit = True
-    report = peftkern.patch(models.lora(model, target_modules=["q_proj", "k_proj"]))
-    assert "Linear8bitLt.forward" in row(report, "0.self_attn.q_proj").reason
-    assert report.counts == {"stock": 2, "qlora_linear": 2}
-
-
-def test_foreign_and_unready_weights_fall_back():
+def test_bases_without_a_fused_form_get_the_branch_added_and_say_why(calls):
     model = models.lora(models.llama(), target_modules=["q_proj", "k_proj"])
     layers = list(models.lora_layers(model).values())
     fresh = models.bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")  # never moved, so not quantized
     layers[0].base_layer = fresh
-    layers[1].base_layer.forward = lambda x: x
+    layers[1].base_layer.forward = lambda x: x[..., :32]
     layers[2].base_layer.register_forward_hook(lambda *_: None)
     layers[3].base_layer = nn.Linear(64, 32, bias=False)
     report = peftkern.patch(model)
-    reasons = [item.reason for item in report.rows if item.kind == "lora"]
-    assert "has no quant_state" in reasons[0] and "replaced on the instance" in reasons[1] and "hook is registered" in reasons[2]
-    assert reasons[3] == "its base weight is trainable"
+    rows = [item for item in report.rows if item.kind == "lora"]
+    assert {item.got for item in rows} == {"lora_add"} and all(item.reason is None for item in rows)
+    notes = [item.note for item in rows]
+    assert "has no quant_state" in notes[0] and "replaced on the instance" in notes[1] and "hook is registered" in notes[2]
+    assert notes[3] == "on its stock base: its base weight is trainable"
+    stock_bases = {item.name: item.reason for item in report.rows if item.kind == "linear" and item.got == "stock"}
+    assert len(stock_bases) == 3 and all(name.endswith("base_layer") for name in stock_bases)  # the 4-bit ones are looked at as such
+    fresh.to("cpu")
+    calls.clear()
+    model(input_ids=models.IDS)
+    assert calls["add"] == 4
 
 
 def test_a_foreign_forward_on_the_class_falls_back():

@@ -1,0 +1,86 @@
+"""LoRA layers whose base has no fused form: the base runs as it is, the low-rank branches are added onto its output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .forwards import Adapter, Forward, _autocast_off, _low_rank, _served, active_adapters
+from .weights import FLOATS, autocast_dtype
+
+__all__ = ["FORWARDS", "LoraAddForward", "reason_against"]
+
+# PEFT's forwards that compute base_layer(x) plus the active adapters; True: under CUDA autocast the branch is added uncast.
+FORWARDS = {
+    ("peft.tuners.lora.layer", "Linear.forward"): False,
+    ("peft.tuners.lora.bnb", "Linear4bit.forward"): True,
+    ("peft.tuners.lora.bnb", "Linear8bitLt.forward"): True,
+    ("peft.tuners.lora.gptq", "GPTQLoraLinear.forward"): False,
+    ("peft.tuners.lora.awq", "AwqLoraLinear.forward"): True,
+    ("peft.tuners.lora.aqlm", "AqlmLoraLinear.forward"): True,
+}
+
+
+def reason_against(layer: nn.Module) -> str | None:
+    """Why the branch cannot be added onto this layer's base; None where it can."""
+    tensors = [*layer.base_layer.parameters(recurse=False), *layer.base_layer.buffers(recurse=False)]
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        return "its weight is on the meta device; load it first"
+    if any(hasattr(tensor, "placements") for tensor in tensors):
+        return "its weight is sharded"
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "its weight is torch.float64, expected float32, bfloat16 or float16"
+    return None
+
+
+class LoraAddForward(Forward):
+    """A PEFT LoRA layer over any base that maps [..., K] to [..., N]; hooks on the base fire, a trainable base gets its gradient."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.module
+        if args or kwargs or layer.disable_adapters or layer.merged or x.dtype not in FLOATS or not _served(x):
+            return self.stock(x, *args, **kwargs)
+        adapters = active_adapters(layer)
+        if isinstance(adapters, str) or not all(_fits(item, x) for item in adapters):
+            return self.stock(x)
+        y = layer.base_layer(x)
+        # Elsewhere autocast would cast x for both products; a base that changes the dtype by itself leaves the branch to PEFT's.
+        if y.dtype not in FLOATS or (y.dtype != x.dtype and autocast_dtype(x) is None):
+            return _plain(y, x, adapters)
+        result = _result_dtype(layer, y.dtype)
+        with _autocast_off(x):
+            wide = x.to(y.dtype)
+            for item in adapters:
+                y = _added(y, wide, item)
+        return y.to(result)
+
+
+def _fits(adapter: Adapter, x: Tensor) -> bool:
+    weight = adapter.a.weight
+    return weight.device == x.device and weight.dtype in FLOATS and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+
+
+def _plain(y: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:
+    result = y.dtype
+    for item in adapters:
+        y = y + _low_rank(x, item)
+    return y.to(result)
+
+
+def _added(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+    bias = None if adapter.b.bias is None else adapter.scaling * adapter.b.bias
+    options = dict(scaling=adapter.scaling, dropout_p=adapter.dropout_p)
+    return functional.lora_add(y, x, adapter.a.weight, adapter.b.weight, bias, **options)
+
+
+def _result_dtype(layer: nn.Module, base: torch.dtype) -> torch.dtype:
+    """What PEFT's forward returns on a base that returns `base`."""
+    forward = type(layer).forward
+    if not FORWARDS.get((forward.__module__, forward.__qualname__)) or not torch.is_autocast_enabled():
+        return base
+    return torch.promote_types(base, torch.get_autocast_dtype("cuda"))
