@@ -76,4 +76,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout_mask", [](int64_t m_, int64_t k, uint32_t threshold, Address seed, Address mask) {
     check(pk_dropout_mask_cpu(m_, k, threshold, *at<uint64_t>(seed), at<float>(mask), 0));
   }, nogil());
+  m.def("glu_fwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address h) {
+    const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
+    check(pk_glu_fwd_cpu(&operands, dtype, m_, n, activation, at<void>(h), 0));
+  }, nogil());
+  m.def("glu_bwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address dy, Address d_gate,
+                      int64_t ld_d_gate, Address d_up, int64_t ld_d_up, Address h) {
+    const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
+    const pk_glu_grad grads{at<void>(d_gate), at<void>(d_up), ld_d_gate, ld_d_up};
+    check(pk_glu_bwd_cpu(&operands, &grads, dtype, m_, n, activation, at<void>(dy), at<void>(h), 0));
+  }, nogil());
 }

@@ -202,4 +202,22 @@ int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed,
   return PK_OK;
 }
 
+static int glu(const pk_glu* a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h, int threads) {
+  if (!a) return PK_ERR_NULL;
+  if (m < 0 || n < 0 || activation < PK_SILU || activation > PK_GELU_TANH) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (m == 0 || n == 0) return PK_OK;
+  if (!a->gate || !a->up || (d ? !d->d_gate || !d->d_up || !dy : !h)) return PK_ERR_NULL;
+  if (m > 1 && (a->ld_gate < n || a->ld_up < n || (d && (d->ld_d_gate < n || d->ld_d_up < n)))) return PK_ERR_SHAPE;
+  current->glu(*a, d, dtype, m, n, activation, dy, h, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_glu_fwd_cpu(const pk_glu* operands, int dtype, int64_t m, int64_t n, int activation, void* h, int threads) {
+  return glu(operands, nullptr, dtype, m, n, activation, nullptr, h, threads);
+}
+int pk_glu_bwd_cpu(const pk_glu* operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h,
+                   int threads) {
+  return grads ? glu(operands, grads, dtype, m, n, activation, dy, h, threads) : PK_ERR_NULL;
+}
+
 }  // extern "C"

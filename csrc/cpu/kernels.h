@@ -17,6 +17,7 @@ struct Kernels {
   void (*backward)(const pk_weight* w, const pk_lora& lora, const void* dy, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const float* xa,
                    float* dyb, void* dx, void* d_a, void* d_b, float* d_bias, float* scratch, int threads);
   void (*dropout_mask)(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
+  void (*glu)(const pk_glu& operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h, int threads);
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

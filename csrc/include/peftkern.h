@@ -106,6 +106,27 @@ PK_API int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, i
 /* The dropout mask times 1/(1-p), fp32 [m, k]: element (i, j) is the (j % 8)-th 16-bit half of Philox4x32-10 at counter (j/8, i, 0, 0). */
 PK_API int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
 
+typedef enum { PK_SILU = 0, PK_GELU = 1 /* exact */, PK_GELU_TANH = 2 } pk_activation;
+
+/* The operands of a gated linear unit, [m, n]; ld_*: elements from a row to the next, so that the two may be halves of one matrix. */
+typedef struct {
+  const void* gate;
+  const void* up;
+  int64_t ld_gate, ld_up;
+} pk_glu;
+
+typedef struct {
+  void* d_gate;
+  void* d_up;
+  int64_t ld_d_gate, ld_d_up;
+} pk_glu_grad;
+
+/* h [m, n] = act(gate) * up, all of `dtype`, fp32 inside, rounded once. */
+PK_API int pk_glu_fwd_cpu(const pk_glu* operands, int dtype, int64_t m, int64_t n, int activation, void* h, int threads);
+/* dy [m, n] -> d_gate = dy * up * act'(gate), d_up = dy * act(gate); h is computed again where it is not NULL. */
+PK_API int pk_glu_bwd_cpu(const pk_glu* operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy,
+                          void* h, int threads);
+
 #ifdef __cplusplus
 }
 #endif
