@@ -86,4 +86,15 @@ PYBIND11_MODULE(_C, m) {
     const pk_glu_grad grads{at<void>(d_gate), at<void>(d_up), ld_d_gate, ld_d_up};
     check(pk_glu_bwd_cpu(&operands, &grads, dtype, m_, n, activation, at<void>(dy), at<void>(h), 0));
   }, nogil());
+  py::class_<pk_rms_norm>(m, "RmsNorm")
+      .def(py::init([](Address x, Address weight, int64_t m_, int64_t n, int64_t ld_x, int dtype, int weight_dtype, int y_dtype, int cast, float eps, float offset) {
+        return pk_rms_norm{at<void>(x), at<void>(weight), m_, n, ld_x, dtype, weight_dtype, y_dtype, cast, eps, offset};
+      }));
+  m.def("rms_norm_scratch_bytes", [](int64_t m_, int64_t n, bool with_d_weight) { return pk_rms_norm_scratch_bytes(m_, n, with_d_weight); });
+  m.def("rms_norm_fwd", [](const pk_rms_norm& norm, Address y, Address rstd, Address scratch, int64_t bytes) {
+    check(pk_rms_norm_fwd_cpu(&norm, at<void>(y), at<float>(rstd), at<void>(scratch), bytes, 0));
+  }, nogil());
+  m.def("rms_norm_bwd", [](const pk_rms_norm& norm, Address dy, Address rstd, Address dx, Address d_weight, Address scratch, int64_t bytes) {
+    check(pk_rms_norm_bwd_cpu(&norm, at<void>(dy), at<float>(rstd), at<void>(dx), at<float>(d_weight), at<void>(scratch), bytes, 0));
+  }, nogil());
 }

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .ops import glu as _glu
+from .ops import rms_norm as _rms_norm
 
-__all__ = ["glu"]
+__all__ = ["glu", "rms_norm"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,3 +47,36 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
             f"up: got {up.dtype} {tuple(up.shape)} on {up.device}, expected gate's {gate.dtype} {tuple(gate.shape)} on {gate.device}"
         )
     return _glu.glu(gate, up, activation)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, offset: float = 0.0, cast: str = "llama") -> Tensor:
+    """RMSNorm over the last dimension: x^ = x / sqrt(mean(x^2) + eps) in fp32, then the weight.
+
+    cast="llama": weight * T(x^), x^ rounded to x's dtype T before it meets the weight, as transformers' LlamaRMSNorm has it; y is of the
+    promoted dtype. cast="gemma": T(x^ * (offset + weight)), all of it in fp32.
+
+    Args:
+        x: [..., N], fp32, bf16 or fp16. Rows are read where they lie if the last dimension is contiguous.
+        weight: [N], fp32, bf16 or fp16; may require grad, which comes in its dtype, summed in a fixed order.
+        eps: added to the mean of squares.
+        offset: added to the weight; 1.0 in Gemma. Only with cast="gemma".
+        cast: "llama" or "gemma".
+    Returns: [..., N], contiguous. Saved for backward: x, the weight, and 1 / sqrt(...) in fp32 [M].
+    Raises: TypeError, ValueError naming the argument, what was got and what was expected.
+    Source: Root Mean Square Layer Normalization (Zhang and Sennrich, 2019), section 4.
+
+    >>> rms_norm(torch.randn(2, 5, 64), torch.zeros(64), offset=1.0, cast="gemma").shape
+    torch.Size([2, 5, 64])
+    """
+    _check_float("x", x)
+    _check_float("weight", weight)
+    if cast not in _rms_norm.CASTS:
+        raise ValueError(f"cast: got {cast!r}, expected one of {_rms_norm.CASTS}")
+    if offset != 0.0 and cast != "gemma":
+        raise ValueError(f'offset: got {offset} with cast={cast!r}, expected 0.0; only cast="gemma" has one')
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., N] with N of at least 1")
+    if tuple(weight.shape) != (x.shape[-1],) or weight.device != x.device:
+        got = f"{tuple(weight.shape)} on {weight.device}"
+        raise ValueError(f"weight: got {got}, expected [{x.shape[-1]}] on {x.device}")
+    return _rms_norm.rms_norm(x, weight, float(eps), float(offset), cast)

@@ -220,4 +220,30 @@ int pk_glu_bwd_cpu(const pk_glu* operands, const pk_glu_grad* grads, int dtype, 
   return grads ? glu(operands, grads, dtype, m, n, activation, dy, h, threads) : PK_ERR_NULL;
 }
 
+int64_t pk_rms_norm_scratch_bytes(int64_t m, int64_t n, int with_d_weight) {
+  return n * (1 + (with_d_weight ? pk::norm_tasks(m) : 0)) * (int64_t)sizeof(float);
+}
+static int check_norm(const pk_rms_norm* a) {
+  if (!a) return PK_ERR_NULL;
+  if (a->m < 0 || a->n < 1 || (a->m > 1 && a->ld_x < a->n) || (a->cast != PK_CAST_LLAMA && a->cast != PK_CAST_GEMMA)) return PK_ERR_SHAPE;
+  if (bad_dtype(a->dtype) || bad_dtype(a->weight_dtype) || (a->y_dtype != a->dtype && a->y_dtype != PK_F32)) return PK_ERR_DTYPE;
+  return PK_OK;
+}
+int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return PK_OK;
+  if (!norm->x || !norm->weight || !y || !rstd || !scratch) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
+  current->rms_norm(*norm, y, rstd, (float*)scratch, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
+  if (!norm->x || !norm->weight || !dy || !rstd || !scratch) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
+  current->rms_norm_grad(*norm, dy, rstd, dx, d_weight, (float*)scratch, threads_or_default(threads));
+  return PK_OK;
+}
+
 }  // extern "C"

@@ -27,21 +27,6 @@ static inline __attribute__((always_inline)) void activate(vf g, vf& value, vf& 
   }
 }
 
-template <typename T>
-static inline __attribute__((always_inline)) vf load_some(const T* p, int64_t count) {
-  if (count >= VW) return loadx(p);
-  T part[VW] = {};
-  memcpy(part, p, (size_t)count * sizeof(T));
-  return loadx(part);
-}
-template <typename T>
-static inline __attribute__((always_inline)) void store_some(T* p, vf v, int64_t count) {
-  if (count >= VW) return storex(p, v);
-  T part[VW];
-  storex(part, v);
-  memcpy(p, part, (size_t)count * sizeof(T));
-}
-
 constexpr int64_t GLU_COLUMNS = 2048;      // of a task. Not measured.
 constexpr int64_t GLU_PARALLEL = 1 << 14;  // elements from which a parallel region pays. Not measured.
 

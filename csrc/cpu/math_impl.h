@@ -8,6 +8,22 @@ namespace PK_NS {
 static inline __attribute__((always_inline)) vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 static inline __attribute__((always_inline)) vf absolute(vf v) { return (vf)((vu)v & 0x7fffffff); }
 
+// The first `count` of a vector; what is missing is 0.
+template <typename T>
+static inline __attribute__((always_inline)) vf load_some(const T* p, int64_t count) {
+  if (count >= VW) return loadx(p);
+  T part[VW] = {};
+  memcpy(part, p, (size_t)count * sizeof(T));
+  return loadx(part);
+}
+template <typename T>
+static inline __attribute__((always_inline)) void store_some(T* p, vf v, int64_t count) {
+  if (count >= VW) return storex(p, v);
+  T part[VW];
+  storex(part, v);
+  memcpy(p, part, (size_t)count * sizeof(T));
+}
+
 // e^(x + low) for x <= 0 and -0.06 <= low <= 0: at most 2 ulp, 0 below -104, NaN stays. `low` is what did not fit into x.
 static inline __attribute__((always_inline)) vf exp_negative(vf x, vf low) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits

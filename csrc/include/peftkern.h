@@ -127,6 +127,27 @@ PK_API int pk_glu_fwd_cpu(const pk_glu* operands, int dtype, int64_t m, int64_t 
 PK_API int pk_glu_bwd_cpu(const pk_glu* operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy,
                           void* h, int threads);
 
+/* How a normalized row meets the weight. PK_CAST_LLAMA: weight * T(x^), x^ rounded to x's dtype T first, y of the promoted dtype.
+ * PK_CAST_GEMMA: T(x^ * (offset + weight)), all in fp32. */
+typedef enum { PK_CAST_LLAMA = 0, PK_CAST_GEMMA = 1 } pk_cast;
+
+typedef struct {
+  const void* x;      /* [m, n] of `dtype`, rows ld_x apart */
+  const void* weight; /* [n] of `weight_dtype` */
+  int64_t m, n, ld_x;
+  int32_t dtype, weight_dtype;
+  int32_t y_dtype; /* of y and dy: `dtype`, or PK_F32 */
+  int32_t cast;
+  float eps, offset; /* offset: of PK_CAST_GEMMA */
+} pk_rms_norm;
+
+PK_API int64_t pk_rms_norm_scratch_bytes(int64_t m, int64_t n, int with_d_weight);
+/* y [m, n] = norm(x) with the weight; rstd fp32 [m] = 1 / sqrt(mean(x^2) + eps). */
+PK_API int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scratch, int64_t scratch_bytes, int threads);
+/* dy [m, n] -> dx [m, n] of `dtype`, d_weight fp32 [n]; either may be NULL. */
+PK_API int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight, void* scratch,
+                               int64_t scratch_bytes, int threads);
+
 #ifdef __cplusplus
 }
 #endif
