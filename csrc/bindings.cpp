@@ -97,4 +97,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm_bwd", [](const pk_rms_norm& norm, Address dy, Address rstd, Address dx, Address d_weight, Address scratch, int64_t bytes) {
     check(pk_rms_norm_bwd_cpu(&norm, at<void>(dy), at<float>(rstd), at<void>(dx), at<float>(d_weight), at<void>(scratch), bytes, 0));
   }, nogil());
+  py::class_<pk_rope_heads>(m, "RopeHeads")
+      .def(py::init([](Address x, Address y, int64_t heads, int64_t x_batch, int64_t x_head, int64_t x_seq, int64_t y_batch, int64_t y_head, int64_t y_seq) {
+        return pk_rope_heads{at<void>(x), at<void>(y), heads, x_batch, x_head, x_seq, y_batch, y_head, y_seq};
+      }));
+  m.def("rope", [](const pk_rope_heads& q, const pk_rope_heads& k, int dtype, int64_t batch, int64_t seq, int64_t dim, Address cos, Address sin,
+                   int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse) {
+    check(pk_rope_cpu(&q, &k, dtype, batch, seq, dim, at<void>(cos), at<void>(sin), angle_dtype, angle_batch, rotary, inverse, 0));
+  }, nogil());
 }

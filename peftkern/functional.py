@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from . import nf4
-from .blocks import glu, rms_norm
+from .blocks import glu, rms_norm, rope
 from .nf4 import NF4Weight
 from .ops import dequantize as _dequantize
 from .ops import qlora_linear as _qlora_linear
 from .ops import quantize as _quantize
 
-__all__ = ["dequantize_4bit", "linear_4bit", "qlora_linear", "quantize_4bit", "glu", "rms_norm"]
+__all__ = ["dequantize_4bit", "linear_4bit", "qlora_linear", "quantize_4bit", "glu", "rms_norm", "rope"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -246,4 +246,16 @@ int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rs
   return PK_OK;
 }
 
+int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos, const void* sin,
+                int angle_dtype, int64_t angle_batch, int64_t rotary, int inverse, int threads) {
+  if (!q || !k) return PK_ERR_NULL;
+  if (batch < 0 || seq < 0 || dim < 0 || rotary < 0 || rotary > dim || rotary % 2 || q->heads < 0 || k->heads < 0) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype) || bad_dtype(angle_dtype)) return PK_ERR_DTYPE;
+  if (batch == 0 || seq == 0 || dim == 0) return PK_OK;
+  if ((q->heads && (!q->x || !q->y)) || (k->heads && (!k->x || !k->y)) || (rotary && (!cos || !sin))) return PK_ERR_NULL;
+  const pk_rope_heads both[2] = {*q, *k};
+  current->rope(both, dtype, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse, threads_or_default(threads));
+  return PK_OK;
+}
+
 }  // extern "C"

@@ -20,6 +20,8 @@ struct Kernels {
   void (*glu)(const pk_glu& operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h, int threads);
   void (*rms_norm)(const pk_rms_norm& norm, void* y, float* rstd, float* scratch, int threads);
   void (*rms_norm_grad)(const pk_rms_norm& norm, const void* dy, const float* rstd, void* dx, float* d_weight, float* scratch, int threads);
+  void (*rope)(const pk_rope_heads* qk, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos, const void* sin, int angle_dtype,
+               int64_t angle_batch, int64_t rotary, int inverse, int threads);
 };
 
 // Rows of a task of the normalization's backward: a function of m alone, so that the order of sums does not depend on the threads.

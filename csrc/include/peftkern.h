@@ -148,6 +148,21 @@ PK_API int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, vo
 PK_API int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight, void* scratch,
                                int64_t scratch_bytes, int threads);
 
+/* Heads [batch, heads, seq, dim] before and after a rotation, in elements from one index to the next; the last dimension is contiguous. */
+typedef struct {
+  const void* x;
+  void* y;
+  int64_t heads;
+  int64_t x_batch, x_head, x_seq;
+  int64_t y_batch, y_head, y_seq;
+} pk_rope_heads;
+
+/* Rotary position embedding in the rotate_half convention of q and k together (k->heads may be 0), of `dtype`, with cos and sin
+ * [batch or 1, seq, rotary] of `angle_dtype`, contiguous but for angle_batch (0: one for all); rotary <= dim, even; the rest is copied.
+ * inverse != 0: the transposed map, which is its gradient. */
+PK_API int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos,
+                       const void* sin, int angle_dtype, int64_t angle_batch, int64_t rotary, int inverse, int threads);
+
 #ifdef __cplusplus
 }
 #endif
