@@ -109,4 +109,33 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout_mask", [](int64_t m_, int64_t k, uint32_t threshold, Address seed, Address mask) {
     check(pk_dropout_mask_cpu(m_, k, threshold, *at<uint64_t>(seed), at<float>(mask), 0));
   }, nogil());
+  m.def("glu_fwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address h) {
+    const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
+    check(pk_glu_fwd_cpu(&operands, dtype, m_, n, activation, at<void>(h), 0));
+  }, nogil());
+  m.def("glu_bwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address dy, Address d_gate,
+                      int64_t ld_d_gate, Address d_up, int64_t ld_d_up, Address h) {
+    const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
+    const pk_glu_grad grads{at<void>(d_gate), at<void>(d_up), ld_d_gate, ld_d_up};
+    check(pk_glu_bwd_cpu(&operands, &grads, dtype, m_, n, activation, at<void>(dy), at<void>(h), 0));
+  }, nogil());
+  py::class_<pk_rms_norm>(m, "RmsNorm")
+      .def(py::init([](Address x, Address weight, int64_t m_, int64_t n, int64_t ld_x, int dtype, int weight_dtype, int y_dtype, int cast, float eps, float offset) {
+        return pk_rms_norm{at<void>(x), at<void>(weight), m_, n, ld_x, dtype, weight_dtype, y_dtype, cast, eps, offset};
+      }));
+  m.def("rms_norm_scratch_bytes", [](int64_t m_, int64_t n, bool with_d_weight) { return pk_rms_norm_scratch_bytes(m_, n, with_d_weight); });
+  m.def("rms_norm_fwd", [](const pk_rms_norm& norm, Address y, Address rstd, Address scratch, int64_t bytes) {
+    check(pk_rms_norm_fwd_cpu(&norm, at<void>(y), at<float>(rstd), at<void>(scratch), bytes, 0));
+  }, nogil());
+  m.def("rms_norm_bwd", [](const pk_rms_norm& norm, Address dy, Address rstd, Address dx, Address d_weight, Address scratch, int64_t bytes) {
+    check(pk_rms_norm_bwd_cpu(&norm, at<void>(dy), at<float>(rstd), at<void>(dx), at<float>(d_weight), at<void>(scratch), bytes, 0));
+  }, nogil());
+  py::class_<pk_rope_heads>(m, "RopeHeads")
+      .def(py::init([](Address x, Address y, int64_t heads, int64_t x_batch, int64_t x_head, int64_t x_seq, int64_t y_batch, int64_t y_head, int64_t y_seq) {
+        return pk_rope_heads{at<void>(x), at<void>(y), heads, x_batch, x_head, x_seq, y_batch, y_head, y_seq};
+      }));
+  m.def("rope", [](const pk_rope_heads& q, const pk_rope_heads& k, int dtype, int64_t batch, int64_t seq, int64_t dim, Address cos, Address sin,
+                   int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse) {
+    check(pk_rope_cpu(&q, &k, dtype, batch, seq, dim, at<void>(cos), at<void>(sin), angle_dtype, angle_batch, rotary, inverse, 0));
+  }, nogil());
 }

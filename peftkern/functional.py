@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, nf4
+from .blocks import glu, rms_norm, rope
 from .group import Adapter, Member, qlora_group
 from .nf4 import NF4Weight
 from .ops import dequantize as _dequantize
@@ -13,7 +14,19 @@ from .ops import lora_add as _lora_add
 from .ops import qlora_linear as _qlora_linear
 from .ops import quantize as _quantize
 
-__all__ = ["Adapter", "Member", "dequantize_4bit", "linear_4bit", "lora_add", "qlora_group", "qlora_linear", "quantize_4bit"]
+__all__ = [
+    "Adapter",
+    "Member",
+    "dequantize_4bit",
+    "glu",
+    "linear_4bit",
+    "lora_add",
+    "qlora_group",
+    "qlora_linear",
+    "quantize_4bit",
+    "rms_norm",
+    "rope",
+]
 
 
 def quantize_4bit(

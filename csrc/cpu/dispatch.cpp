@@ -284,4 +284,60 @@ int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed,
   return PK_OK;
 }
 
+static int glu(const pk_glu* a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h, int threads) {
+  if (!a) return PK_ERR_NULL;
+  if (m < 0 || n < 0 || activation < PK_SILU || activation > PK_GELU_TANH) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (m == 0 || n == 0) return PK_OK;
+  if (!a->gate || !a->up || (d ? !d->d_gate || !d->d_up || !dy : !h)) return PK_ERR_NULL;
+  if (m > 1 && (a->ld_gate < n || a->ld_up < n || (d && (d->ld_d_gate < n || d->ld_d_up < n)))) return PK_ERR_SHAPE;
+  current->glu(*a, d, dtype, m, n, activation, dy, h, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_glu_fwd_cpu(const pk_glu* operands, int dtype, int64_t m, int64_t n, int activation, void* h, int threads) {
+  return glu(operands, nullptr, dtype, m, n, activation, nullptr, h, threads);
+}
+int pk_glu_bwd_cpu(const pk_glu* operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h,
+                   int threads) {
+  return grads ? glu(operands, grads, dtype, m, n, activation, dy, h, threads) : PK_ERR_NULL;
+}
+
+int64_t pk_rms_norm_scratch_bytes(int64_t m, int64_t n, int with_d_weight) {
+  return n * (1 + (with_d_weight ? pk::norm_tasks(m) : 0)) * (int64_t)sizeof(float);
+}
+static int check_norm(const pk_rms_norm* a) {
+  if (!a) return PK_ERR_NULL;
+  if (a->m < 0 || a->n < 1 || (a->m > 1 && a->ld_x < a->n) || (a->cast != PK_CAST_LLAMA && a->cast != PK_CAST_GEMMA)) return PK_ERR_SHAPE;
+  if (bad_dtype(a->dtype) || bad_dtype(a->weight_dtype) || (a->y_dtype != a->dtype && a->y_dtype != PK_F32)) return PK_ERR_DTYPE;
+  return PK_OK;
+}
+int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return PK_OK;
+  if (!norm->x || !norm->weight || !y || !rstd || !scratch) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
+  current->rms_norm(*norm, y, rstd, (float*)scratch, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
+  if (!norm->x || !norm->weight || !dy || !rstd || !scratch) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
+  current->rms_norm_grad(*norm, dy, rstd, dx, d_weight, (float*)scratch, threads_or_default(threads));
+  return PK_OK;
+}
+
+int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos, const void* sin,
+                int angle_dtype, int64_t angle_batch, int64_t rotary, int inverse, int threads) {
+  if (!q || !k) return PK_ERR_NULL;
+  if (batch < 0 || seq < 0 || dim < 0 || rotary < 0 || rotary > dim || rotary % 2 || q->heads < 0 || k->heads < 0) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype) || bad_dtype(angle_dtype)) return PK_ERR_DTYPE;
+  if (batch == 0 || seq == 0 || dim == 0) return PK_OK;
+  if ((q->heads && (!q->x || !q->y)) || (k->heads && (!k->x || !k->y)) || (rotary && (!cos || !sin))) return PK_ERR_NULL;
+  const pk_rope_heads both[2] = {*q, *k};
+  current->rope(both, dtype, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse, threads_or_default(threads));
+  return PK_OK;
+}
+
 }  // extern "C"

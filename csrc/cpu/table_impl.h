@@ -1,8 +1,11 @@
 // The ISA's entry points, by dtype, gathered into its row of the dispatcher's table.
 #pragma once
+#include "glu_impl.h"
 #include "gradients_impl.h"
 #include "kernels.h"
+#include "norm_impl.h"
 #include "quantize_impl.h"
+#include "rope_impl.h"
 
 namespace PK_NS {
 
@@ -77,4 +80,5 @@ static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed
 }  // namespace PK_NS
 
 #define PK_KERNELS(isa_name) \
-  {isa_name, PK_NS::LANES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask}
+  {isa_name, PK_NS::LANES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask, \
+   PK_NS::glu, PK_NS::rms_norm, PK_NS::rms_norm_grad, PK_NS::rope}
