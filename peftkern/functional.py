@@ -8,6 +8,7 @@ from torch import Tensor
 from . import checks, nf4
 from .blocks import glu, rms_norm, rope
 from .group import Adapter, Member, qlora_group
+from .mlp import gated_mlp
 from .nf4 import NF4Weight
 from .ops import dequantize as _dequantize
 from .ops import lora_add as _lora_add
@@ -18,6 +19,7 @@ __all__ = [
     "Adapter",
     "Member",
     "dequantize_4bit",
+    "gated_mlp",
     "glu",
     "linear_4bit",
     "lora_add",

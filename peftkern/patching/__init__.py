@@ -13,6 +13,7 @@ from .detect import Candidate, candidates
 from .forwards import install, remove
 from .groups import form_groups
 from .mixed import mixed_adapters
+from .mlp import install_mlps
 from .report import PatchReport, Row
 from .weights import WeightCache
 
@@ -47,6 +48,7 @@ def patch(model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None =
             remove(module)
     _install(found)
     groups = form_groups(model)
+    mlps = install_mlps(model)
     fused = {f"{item.row.name}.base_layer" for item in found if item.row.got == "qlora_linear"}
     rows = tuple(_grouped(item.row, groups) for item in found if item.row.name not in fused)
     return PatchReport(rows, _kernels(found))
