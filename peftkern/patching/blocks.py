@@ -223,7 +223,7 @@ def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, partial: bool) -> boo
 class RopeForward(Forward):
     """An attention module's own forward, whose code sees our function under the name `apply_rotary_pos_emb`; `cache` holds its RopeMode.
 
-    Made again after pickling and copying, and when the defining module's function is not the one it was made for.
+    Made again by copying and unpickling, and when the class has another forward than the one it was made of. torch.compile traces into it.
     """
 
     __slots__ = ("_function", "_names", "_stock_rotary")
@@ -234,13 +234,11 @@ class RopeForward(Forward):
 
     def __setstate__(self, state: tuple[nn.Module, Callable[..., Any] | None, RopeMode]) -> None:
         super().__setstate__(state)
-        self._function = None  # the module may not be there yet: it is what is being copied
+        self._build()  # of the module, which is being copied or loaded itself, the class alone is needed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._refresh()
-        if self._function is None:
-            return self.stock(*args, **kwargs)
         return self._function(self.module, *args, **kwargs)
 
     def _build(self) -> None:
@@ -255,7 +253,7 @@ class RopeForward(Forward):
     def _refresh(self) -> None:
         """What others have put into the module's globals since then is seen; a rotary function of theirs is used."""
         forward = type(self.module).forward
-        if self._function is None or self._function.__code__ is not forward.__code__:
+        if self._function.__code__ is not forward.__code__:
             self._build()
         scope = self._function.__globals__
         ours, source = scope[_ROTARY], forward.__globals__
