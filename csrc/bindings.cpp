@@ -30,6 +30,16 @@ struct Lora : pk_lora {
       : pk_lora{at<void>(a), at<void>(b), r, dtype, scaling, threshold, seed ? *at<uint64_t>(seed) : 0} {}
 };
 
+struct Member : pk_member {
+  Member(const Weight& weight, Address bias, int bias_dtype, Address y, Address dy, Address d_bias)
+      : pk_member{weight, at<void>(bias), bias_dtype, at<void>(y), at<void>(dy), at<float>(d_bias)} {}
+};
+
+struct Adapter : pk_adapter {
+  Adapter(const Lora& lora, int64_t member, int64_t row_begin, int64_t row_end, Address xa, Address dyb, Address d_lora_a, Address d_lora_b)
+      : pk_adapter{lora, member, row_begin, row_end, at<float>(xa), at<float>(dyb), at<void>(d_lora_a), at<void>(d_lora_b)} {}
+};
+
 PYBIND11_MODULE(_C, m) {
   using nogil = py::call_guard<py::gil_scoped_release>;
   m.attr("abi_version") = pk_abi_version();
@@ -73,7 +83,59 @@ PYBIND11_MODULE(_C, m) {
     check(pk_lora_bwd_cpu(&lora, at<void>(dy), at<void>(x), dtype, m_, n, k, at<float>(xa), at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b),
                           at<float>(d_bias), at<void>(scratch), bytes, 0));
   }, nogil());
+  py::class_<Member>(m, "Member").def(py::init<const Weight&, Address, int, Address, Address, Address>());
+  py::class_<Adapter>(m, "Adapter").def(py::init<const Lora&, int64_t, int64_t, int64_t, Address, Address, Address, Address>());
+  using Members = std::vector<pk_member>;
+  using Adapters = std::vector<pk_adapter>;
+  const auto members_of = [](const std::vector<Member>& list) { return Members(list.begin(), list.end()); };
+  const auto adapters_of = [](const std::vector<Adapter>& list) { return Adapters(list.begin(), list.end()); };
+  m.def("group_scratch_bytes", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, int64_t m_) {
+    const Members list = members_of(members);
+    const Adapters low = adapters_of(adapters);
+    return pk_qlora_group_scratch_bytes(list.data(), list.size(), low.data(), low.size(), m_, 0);
+  });
+  m.def("qlora_group_fwd", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype, int64_t m_, Address scratch,
+                               int64_t bytes) {
+    const Members list = members_of(members);
+    const Adapters low = adapters_of(adapters);
+    check(pk_qlora_group_fwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_, at<void>(scratch), bytes, 0));
+  }, nogil());
+  m.def("qlora_group_bwd", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype, int64_t m_, Address dx,
+                               Address scratch, int64_t bytes) {
+    const Members list = members_of(members);
+    const Adapters low = adapters_of(adapters);
+    check(pk_qlora_group_bwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_, at<void>(dx), at<void>(scratch), bytes, 0));
+  }, nogil());
   m.def("dropout_mask", [](int64_t m_, int64_t k, uint32_t threshold, Address seed, Address mask) {
     check(pk_dropout_mask_cpu(m_, k, threshold, *at<uint64_t>(seed), at<float>(mask), 0));
+  }, nogil());
+  m.def("glu_fwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address h) {
+    const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
+    check(pk_glu_fwd_cpu(&operands, dtype, m_, n, activation, at<void>(h), 0));
+  }, nogil());
+  m.def("glu_bwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address dy, Address d_gate,
+                      int64_t ld_d_gate, Address d_up, int64_t ld_d_up, Address h) {
+    const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
+    const pk_glu_grad grads{at<void>(d_gate), at<void>(d_up), ld_d_gate, ld_d_up};
+    check(pk_glu_bwd_cpu(&operands, &grads, dtype, m_, n, activation, at<void>(dy), at<void>(h), 0));
+  }, nogil());
+  py::class_<pk_rms_norm>(m, "RmsNorm")
+      .def(py::init([](Address x, Address weight, int64_t m_, int64_t n, int64_t ld_x, int dtype, int weight_dtype, int y_dtype, int cast, float eps, float offset) {
+        return pk_rms_norm{at<void>(x), at<void>(weight), m_, n, ld_x, dtype, weight_dtype, y_dtype, cast, eps, offset};
+      }));
+  m.def("rms_norm_scratch_bytes", [](int64_t m_, int64_t n, bool with_d_weight) { return pk_rms_norm_scratch_bytes(m_, n, with_d_weight); });
+  m.def("rms_norm_fwd", [](const pk_rms_norm& norm, Address y, Address rstd, Address scratch, int64_t bytes) {
+    check(pk_rms_norm_fwd_cpu(&norm, at<void>(y), at<float>(rstd), at<void>(scratch), bytes, 0));
+  }, nogil());
+  m.def("rms_norm_bwd", [](const pk_rms_norm& norm, Address dy, Address rstd, Address dx, Address d_weight, Address scratch, int64_t bytes) {
+    check(pk_rms_norm_bwd_cpu(&norm, at<void>(dy), at<float>(rstd), at<void>(dx), at<float>(d_weight), at<void>(scratch), bytes, 0));
+  }, nogil());
+  py::class_<pk_rope_heads>(m, "RopeHeads")
+      .def(py::init([](Address x, Address y, int64_t heads, int64_t x_batch, int64_t x_head, int64_t x_seq, int64_t y_batch, int64_t y_head, int64_t y_seq) {
+        return pk_rope_heads{at<void>(x), at<void>(y), heads, x_batch, x_head, x_seq, y_batch, y_head, y_seq};
+      }));
+  m.def("rope", [](const pk_rope_heads& q, const pk_rope_heads& k, int dtype, int64_t batch, int64_t seq, int64_t dim, Address cos, Address sin,
+                   int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse) {
+    check(pk_rope_cpu(&q, &k, dtype, batch, seq, dim, at<void>(cos), at<void>(sin), angle_dtype, angle_batch, rotary, inverse, 0));
   }, nogil());
 }

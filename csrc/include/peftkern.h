@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 1
+#define PEFTKERN_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
@@ -103,8 +103,97 @@ PK_API int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, i
                            float* dyb, void* dx, void* d_lora_a, void* d_lora_b, float* d_bias, void* scratch, int64_t scratch_bytes,
                            int threads);
 
+/* Linears that share their input x [m, k] (q, k, v; gate, up; one linear with several adapters; a batch of mixed adapters): one read of x, one
+ * dx. The single linear's functions above are a group of one. */
+
+/* A member: y = x W^T + its adapters + bias. weight.data == NULL (in all members or in none): no base product, y and dx are added to. */
+typedef struct {
+  pk_weight weight;
+  const void* bias; /* [n] of bias_dtype, or NULL */
+  int32_t bias_dtype;
+  void* y;        /* forward: [m, n] */
+  const void* dy; /* backward: [m, n] */
+  float* d_bias;  /* backward: [n], or NULL */
+} pk_member;
+
+/* An adapter of member number `member`, applied to rows [row_begin, row_end) of x alone. Those of one member that share rows add up. */
+typedef struct {
+  pk_lora lora; /* row 0 of its dropout mask is row_begin of x */
+  int64_t member, row_begin, row_end;
+  float* xa;        /* [row_end - row_begin, r] = drop(x) A^T: written forward, read for d_lora_b */
+  float* dyb;       /* [row_end - row_begin, r]: workspace backward, wanted where d_lora_a is */
+  void* d_lora_a;   /* backward: of lora.dtype, or NULL */
+  void* d_lora_b;
+} pk_adapter;
+
+/* Bytes of scratch that either direction needs. */
+PK_API int64_t pk_qlora_group_scratch_bytes(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, int64_t m,
+                                            int threads);
+PK_API int pk_qlora_group_fwd_cpu(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, const void* x,
+                                  int dtype, int64_t m, void* scratch, int64_t scratch_bytes, int threads);
+/* dx [m, k] = sum over members of dy W + drop(dyb A), or NULL; x may be NULL where no d_lora_a is wanted. */
+PK_API int pk_qlora_group_bwd_cpu(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, const void* x,
+                                  int dtype, int64_t m, void* dx, void* scratch, int64_t scratch_bytes, int threads);
+
 /* The dropout mask times 1/(1-p), fp32 [m, k]: element (i, j) is the (j % 8)-th 16-bit half of Philox4x32-10 at counter (j/8, i, 0, 0). */
 PK_API int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
+
+typedef enum { PK_SILU = 0, PK_GELU = 1 /* exact */, PK_GELU_TANH = 2 } pk_activation;
+
+/* The operands of a gated linear unit, [m, n]; ld_*: elements from a row to the next, so that the two may be halves of one matrix. */
+typedef struct {
+  const void* gate;
+  const void* up;
+  int64_t ld_gate, ld_up;
+} pk_glu;
+
+typedef struct {
+  void* d_gate;
+  void* d_up;
+  int64_t ld_d_gate, ld_d_up;
+} pk_glu_grad;
+
+/* h [m, n] = act(gate) * up, all of `dtype`, fp32 inside, rounded once. */
+PK_API int pk_glu_fwd_cpu(const pk_glu* operands, int dtype, int64_t m, int64_t n, int activation, void* h, int threads);
+/* dy [m, n] -> d_gate = dy * up * act'(gate), d_up = dy * act(gate); h is computed again where it is not NULL. */
+PK_API int pk_glu_bwd_cpu(const pk_glu* operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy,
+                          void* h, int threads);
+
+/* How a normalized row meets the weight. PK_CAST_LLAMA: weight * T(x^), x^ rounded to x's dtype T first, y of the promoted dtype.
+ * PK_CAST_GEMMA: T(x^ * (offset + weight)), all in fp32. */
+typedef enum { PK_CAST_LLAMA = 0, PK_CAST_GEMMA = 1 } pk_cast;
+
+typedef struct {
+  const void* x;      /* [m, n] of `dtype`, rows ld_x apart */
+  const void* weight; /* [n] of `weight_dtype` */
+  int64_t m, n, ld_x;
+  int32_t dtype, weight_dtype;
+  int32_t y_dtype; /* of y and dy: `dtype`, or PK_F32 */
+  int32_t cast;
+  float eps, offset; /* offset: of PK_CAST_GEMMA */
+} pk_rms_norm;
+
+PK_API int64_t pk_rms_norm_scratch_bytes(int64_t m, int64_t n, int with_d_weight);
+/* y [m, n] = norm(x) with the weight; rstd fp32 [m] = 1 / sqrt(mean(x^2) + eps). */
+PK_API int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scratch, int64_t scratch_bytes, int threads);
+/* dy [m, n] -> dx [m, n] of `dtype`, d_weight fp32 [n]; either may be NULL. */
+PK_API int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight, void* scratch,
+                               int64_t scratch_bytes, int threads);
+
+/* Heads [batch, heads, seq, dim] before and after a rotation, in elements from one index to the next; the last dimension is contiguous. */
+typedef struct {
+  const void* x;
+  void* y;
+  int64_t heads;
+  int64_t x_batch, x_head, x_seq;
+  int64_t y_batch, y_head, y_seq;
+} pk_rope_heads;
+
+/* Rotary position embedding in the rotate_half convention of q and k together (k->heads may be 0), of `dtype`, with cos and sin
+ * [batch or 1, seq, rotary] of `angle_dtype`, contiguous but for angle_batch (0: one for all); rotary <= dim, even; the rest is copied.
+ * inverse != 0: the transposed map, which is its gradient. */
+PK_API int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos,
+                       const void* sin, int angle_dtype, int64_t angle_batch, int64_t rotary, int inverse, int threads);
 
 #ifdef __cplusplus
 }

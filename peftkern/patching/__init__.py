@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
 from .. import backends
 from .detect import Candidate, candidates
 from .forwards import install, remove
+from .groups import form_groups
+from .mixed import mixed_adapters
 from .report import PatchReport, Row
 from .weights import WeightCache
 
-__all__ = ["PatchReport", "Row", "patch", "unpatch"]
+__all__ = ["PatchReport", "Row", "mixed_adapters", "patch", "unpatch"]
 
 
 def patch(model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None = None) -> PatchReport:
@@ -43,9 +46,18 @@ def patch(model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None =
         if id(module) not in kept:
             remove(module)
     _install(found)
+    groups = form_groups(model)
     fused = {f"{item.row.name}.base_layer" for item in found if item.row.got == "qlora_linear"}
-    rows = tuple(item.row for item in found if item.row.name not in fused)
+    rows = tuple(_grouped(item.row, groups) for item in found if item.row.name not in fused)
     return PatchReport(rows, _kernels(found))
+
+
+def _grouped(row: Row, groups: dict[str, str]) -> Row:
+    """With the note which siblings it is computed with."""
+    if row.reason is not None or row.name not in groups:
+        return row
+    note = f"one call for {groups[row.name]}"
+    return replace(row, note=f"{row.note}; {note}" if row.note else note)
 
 
 def unpatch(model: nn.Module) -> int:

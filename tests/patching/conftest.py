@@ -17,7 +17,7 @@ def stock_bitsandbytes():
 @pytest.fixture
 def calls(monkeypatch):
     """Counts what runs: "lora" for the fused LoRA linear, "linear" for the bare one, "add" for a branch onto a stock base's output.
-    `calls.dtype` is what the last linear computed in."""
+    `calls.dtype` is what the last linear computed in, `calls.groups` counts the groups."""
     counter: Counter[str] = Counter()
     original, original_add = functional.qlora_linear, functional.lora_add
 
@@ -31,5 +31,15 @@ def calls(monkeypatch):
         return original_add(*args, **options)
 
     monkeypatch.setattr(functional, "qlora_linear", counted)
+    original_group = functional.qlora_group
+    counter.groups = 0
+
+    def counted_group(x, members):
+        counter.groups += 1
+        counter.update("lora" if member.adapters else "linear" for member in members)
+        counter.dtype = x.dtype
+        return original_group(x, members)
+
+    monkeypatch.setattr(functional, "qlora_group", counted_group)
     monkeypatch.setattr(functional, "lora_add", counted_add)
     return counter

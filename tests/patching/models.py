@@ -90,8 +90,8 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def first(model: nn.Module) -> nn.Module:
-    """The LoRA layer of the first q_proj."""
-    return next(module for name, module in lora_layers(model).items() if name.endswith("layers.0.self_attn.q_proj"))
+    """The LoRA layer of the first o_proj, which belongs to no group."""
+    return next(module for name, module in lora_layers(model).items() if name.endswith("layers.0.self_attn.o_proj"))
 
 
 def run(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:

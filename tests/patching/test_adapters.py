@@ -119,7 +119,7 @@ def test_merge_and_unload(four_bit, calls):
 
 
 @BOTH
-def test_mixed_batch_goes_to_stock(four_bit, calls):
+def test_mixed_batch_in_evaluation_as_peft_passes_it(four_bit, calls):
     stock, patched = pair(four_bit)
     for model in (stock, patched):
         torch.manual_seed(3)
@@ -128,7 +128,12 @@ def test_mixed_batch_goes_to_stock(four_bit, calls):
         model.eval()
     calls.clear()
     check(stock, patched, adapter_names=["second", "__base__"])
-    assert calls["lora"] == 0
+    assert calls["lora"] == 14
+    calls.clear()
+    check(stock, patched, adapter_names=["__base__", "__base__"])
+    assert calls["linear"] == 14 and not calls["lora"]
+    with pytest.raises(ValueError, match="adapter_names"):
+        patched(input_ids=models.IDS, adapter_names=["second"])
 
 
 @BOTH

@@ -132,7 +132,7 @@ def test_bases_without_a_fused_form_get_the_branch_added_and_say_why(calls):
 
 
 def test_a_foreign_forward_on_the_class_falls_back():
-    model = models.lora(models.llama(), target_modules=["q_proj"])
+    model = models.lora(models.llama(), target_modules=["o_proj"])
 
     class Theirs(type(models.first(model))):
         def forward(self, x):
@@ -141,7 +141,7 @@ def test_a_foreign_forward_on_the_class_falls_back():
     models.first(model).__class__ = Theirs
     report = peftkern.patch(model)
     assert "Theirs.forward" in report.fallbacks[0].reason
-    assert row(report, "1.self_attn.q_proj").got == "qlora_linear"
+    assert row(report, "1.self_attn.o_proj").got == "qlora_linear"
 
 
 def test_a_meta_model_is_refused():

@@ -1,0 +1,74 @@
+"""Gated linear units: h = act(gate) * up, one op per direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...backends import select
+from .. import LIBRARY, backend
+
+__all__ = ["ACTIVATIONS", "glu"]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of the C ABI's pk_activation
+
+LIBRARY.define("glu_fwd(Tensor gate, Tensor up, str activation) -> Tensor")
+LIBRARY.define("glu_bwd(Tensor dy, Tensor gate, Tensor up, str activation, bool with_h) -> (Tensor d_gate, Tensor d_up, Tensor h)")
+LIBRARY.define("glu_bwd_out(Tensor dy, Tensor gate, Tensor up, str activation, Tensor(a!) d_gate, Tensor(b!) d_up, Tensor(c!)? h) -> ()")
+
+
+@torch.library.impl(LIBRARY, "glu_fwd", "CompositeExplicitAutograd")
+def _fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return backend("glu", select(gate)).forward(gate, up, activation)
+
+
+@torch.library.impl(LIBRARY, "glu_bwd", "CompositeExplicitAutograd")
+def _bwd(dy: Tensor, gate: Tensor, up: Tensor, activation: str, with_h: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `glu_bwd_out` into new contiguous tensors; h is empty where it is not wanted."""
+    d_gate, d_up, h = _outputs(gate, with_h)
+    _bwd_out(dy, gate, up, activation, d_gate, d_up, h if with_h else None)
+    return d_gate, d_up, h
+
+
+@torch.library.impl(LIBRARY, "glu_bwd_out", "CompositeExplicitAutograd")
+def _bwd_out(dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None) -> None:
+    backend("glu", select(dy)).backward(dy, gate, up, activation, d_gate, d_up, h)
+
+
+def _outputs(gate: Tensor, with_h: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape if with_h else (0,))
+
+
+@torch.library.register_fake("peftkern::glu_fwd", lib=LIBRARY)
+def _(gate, up, activation):
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("peftkern::glu_bwd", lib=LIBRARY)
+def _(dy, gate, up, activation, with_h):
+    return _outputs(gate, with_h)
+
+
+@torch.library.register_fake("peftkern::glu_bwd_out", lib=LIBRARY)
+def _(dy, gate, up, activation, d_gate, d_up, h):
+    return None
+
+
+class _GLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return torch.ops.peftkern.glu_fwd(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        d_gate, d_up, _ = torch.ops.peftkern.glu_bwd(dy, *ctx.saved_tensors, ctx.activation, False)
+        return d_gate if ctx.needs_input_grad[0] else None, d_up if ctx.needs_input_grad[1] else None, None
+
+
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """gate, up [..., I] -> [..., I]; `functional.glu` has checked the arguments."""
+    return _GLU.apply(gate, up, activation)

@@ -1,0 +1,34 @@
+"""RMSNorm in plain PyTorch: the definition, in the words of transformers' LlamaRMSNorm and Gemma2RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["backward", "forward"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
+    """x [..., N], weight [N] -> y [..., N], rstd [M]."""
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normal = wide * rstd
+    y = weight * normal.to(x.dtype) if cast == "llama" else (normal * (offset + _wide(weight))).to(x.dtype)
+    return y.contiguous(), rstd.reshape(-1)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """With g = dy * weight (offset added) and x^ = x * rstd: dx = rstd (g - x^ mean(g x^)), d_weight = sum over rows of dy * x^."""
+    rstd = rstd.reshape(*x.shape[:-1], 1)
+    normal, dy = _wide(x) * rstd, _wide(dy)
+    g = dy * (offset + _wide(weight))
+    dx = (rstd * (g - normal * (g * normal).mean(-1, keepdim=True))).to(x.dtype).contiguous()
+    met = _wide(normal.to(x.dtype)) if cast == "llama" else normal
+    d_weight = (dy * met).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return dx if needs[0] else None, d_weight if needs[1] else None

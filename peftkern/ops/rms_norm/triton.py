@@ -1,0 +1,231 @@
+"""RMSNorm in one launch forward and one for dx; a trainable weight's gradient takes two more, in a fixed order of sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rows import rows_of
+from ..specialization import Specialization
+from ..triton_launch import UNSPECIALIZED, Call, run, specialization
+from ..triton_numerics import _cast, _float
+from . import CASTS, result_dtype
+
+__all__ = ["backward", "backward_call", "d_weight_call", "forward", "forward_call", "specializations"]
+
+# A program holds whole rows of up to MAX_BLOCK elements in registers, and reads longer ones twice, in pieces. Not measured.
+MAX_BLOCK, PIECE, VALUES = 8192, 4096, 1024
+COLUMNS, ROWS = 128, 32  # tile of d_weight
+MAX_CHUNKS = 256  # partial sums of d_weight
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _rms_norm_fwd_kernel(
+    x_ptr,  # [M, n], rows ld_x apart
+    weight_ptr,  # [n]
+    y_ptr,  # [M, n]
+    rstd_ptr,  # fp32 [M]
+    eps,
+    offset,
+    M,
+    n,
+    ld_x,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # a row is one block
+    LLAMA: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    inside = (row < M)[:, None]
+    from_ptr = x_ptr + row.to(tl.int64)[:, None] * ld_x  # [ROWS, 1]
+    to_ptr = y_ptr + row.to(tl.int64)[:, None] * n
+    cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    x = _float(tl.load(from_ptr + cols, mask=inside & (cols < n), other=0.0))  # [ROWS, BLOCK]
+    squares = x * x
+    if not WHOLE:
+        for start in range(BLOCK, n, BLOCK):
+            more = _float(tl.load(from_ptr + start + cols, mask=inside & (start + cols < n), other=0.0))
+            squares += more * more
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) / n + eps))  # [ROWS]
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
+    if WHOLE:
+        _scale(x, rstd, weight_ptr, to_ptr, cols, inside, offset, n, x_ptr.dtype.element_ty, LLAMA)
+    else:
+        for start in range(0, n, BLOCK):
+            x = _float(tl.load(from_ptr + start + cols, mask=inside & (start + cols < n), other=0.0))
+            _scale(x, rstd, weight_ptr, to_ptr, start + cols, inside, offset, n, x_ptr.dtype.element_ty, LLAMA)
+
+
+@triton.jit
+def _scale(x, rstd, weight_ptr, to_ptr, cols, inside, offset, n, DTYPE: tl.constexpr, LLAMA: tl.constexpr):
+    normal = x * rstd[:, None]
+    weight = _float(tl.load(weight_ptr + cols, mask=cols < n, other=0.0))  # [1, BLOCK]
+    y = _float(_cast(normal, DTYPE)) * weight if LLAMA else normal * (offset + weight)
+    tl.store(to_ptr + cols, _cast(y, to_ptr.dtype.element_ty), mask=inside & (cols < n))
+
+
+@triton.jit
+def _terms(dy_ptr, x_ptr, weight_ptr, cols, inside, offset, n):
+    """g = dy * weight (offset added) and x."""
+    dy = _float(tl.load(dy_ptr + cols, mask=inside & (cols < n), other=0.0))
+    x = _float(tl.load(x_ptr + cols, mask=inside & (cols < n), other=0.0))
+    weight = _float(tl.load(weight_ptr + cols, mask=cols < n, other=0.0))
+    return dy * (offset + weight), x
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _rms_norm_bwd_kernel(
+    dy_ptr,  # [M, n]
+    x_ptr,  # [M, n], rows ld_x apart
+    weight_ptr,  # [n]
+    rstd_ptr,  # fp32 [M]
+    dx_ptr,  # [M, n]
+    offset,
+    M,
+    n,
+    ld_x,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """dx = g rstd - x rstd^2 mean(g x^), with g = dy * weight and x^ = x * rstd."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    inside = (row < M)[:, None]
+    wide = row.to(tl.int64)[:, None]
+    dy_row, x_row, dx_row = dy_ptr + wide * n, x_ptr + wide * ld_x, dx_ptr + wide * n  # [ROWS, 1]
+    rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None]  # [ROWS, 1]
+    cols = tl.arange(0, BLOCK)[None, :]
+    g, x = _terms(dy_row, x_row, weight_ptr, cols, inside, offset, n)
+    products = g * (x * rstd)
+    if not WHOLE:
+        for start in range(BLOCK, n, BLOCK):
+            more_g, more_x = _terms(dy_row, x_row, weight_ptr, start + cols, inside, offset, n)
+            products += more_g * (more_x * rstd)
+    share = rstd * rstd * (tl.sum(products, axis=1) / n)[:, None]
+    if WHOLE:
+        tl.store(dx_row + cols, _cast(g * rstd - x * share, dx_ptr.dtype.element_ty), mask=inside & (cols < n))
+    else:
+        for start in range(0, n, BLOCK):
+            g, x = _terms(dy_row, x_row, weight_ptr, start + cols, inside, offset, n)
+            dx = g * rstd - x * share
+            tl.store(dx_row + start + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (start + cols < n))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _rms_norm_d_weight_kernel(
+    dy_ptr,  # [M, n]
+    x_ptr,  # [M, n], rows ld_x apart
+    rstd_ptr,  # fp32 [M]
+    partial_ptr,  # fp32 [chunks, n]
+    M,
+    n,
+    ld_x,
+    strips,
+    chunk_rows,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LLAMA: tl.constexpr,
+):
+    """One chunk of rows, one strip of columns: the sum of dy * x^, as x^ met the weight."""
+    chunk = tl.program_id(0) // strips
+    cols = ((tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS))[None, :]  # [1, COLUMNS]
+    first = chunk * chunk_rows
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(first, tl.minimum(first + chunk_rows, M), ROWS):
+        row = start + tl.arange(0, ROWS)  # [ROWS]
+        inside = ((row < M) & (row < first + chunk_rows))[:, None] & (cols < n)
+        wide = row.to(tl.int64)[:, None]
+        dy = _float(tl.load(dy_ptr + wide * n + cols, mask=inside, other=0.0))  # [ROWS, COLUMNS]
+        x = _float(tl.load(x_ptr + wide * ld_x + cols, mask=inside, other=0.0))
+        normal = x * tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None]
+        total += dy * (_float(_cast(normal, x_ptr.dtype.element_ty)) if LLAMA else normal)
+    tl.store(partial_ptr + chunk.to(tl.int64) * n + cols, tl.sum(total, axis=0)[None, :], mask=cols < n)
+
+
+def _blocking(m: int, n: int) -> tuple[int, int, dict[str, object]]:
+    """Programs, warps and tile sizes."""
+    whole = n <= MAX_BLOCK
+    block = triton.next_power_of_2(n) if whole else PIECE
+    rows = max(1, VALUES // block)
+    warps = 4 if block <= 2048 else 8
+    return -(-m // rows), warps, {"ROWS": rows, "BLOCK": block, "WHOLE": whole}
+
+
+def forward_call(x: Tensor, weight: Tensor, y: Tensor, rstd: Tensor, eps: float, offset: float, cast: str) -> Call:
+    """x [M, n] with contiguous rows -> y [M, n], rstd fp32 [M]."""
+    m, n = x.shape
+    programs, warps, tile = _blocking(m, n)
+    arguments = {"x_ptr": x, "weight_ptr": weight, "y_ptr": y, "rstd_ptr": rstd, "eps": float(eps), "offset": float(offset)}
+    arguments |= {"M": m, "n": n, "ld_x": x.stride(0), **tile, "LLAMA": cast == "llama"}
+    return Call(_rms_norm_fwd_kernel, programs, arguments, warps, 1)
+
+
+def backward_call(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, offset: float) -> Call:
+    """dy [M, n] contiguous, x [M, n] with contiguous rows -> dx [M, n]."""
+    m, n = x.shape
+    programs, warps, tile = _blocking(m, n)
+    arguments = {"dy_ptr": dy, "x_ptr": x, "weight_ptr": weight, "rstd_ptr": rstd, "dx_ptr": dx, "offset": float(offset)}
+    return Call(_rms_norm_bwd_kernel, programs, arguments | {"M": m, "n": n, "ld_x": x.stride(0), **tile}, warps, 1)
+
+
+def _chunk_rows(m: int) -> int:
+    """A function of M alone, whole tiles."""
+    return -(-max(1, -(-m // MAX_CHUNKS)) // ROWS) * ROWS
+
+
+def d_weight_call(dy: Tensor, x: Tensor, rstd: Tensor, partial: Tensor, cast: str) -> Call:
+    """As above -> partial sums fp32 [chunks, n]."""
+    (m, n), strips = x.shape, -(-x.shape[1] // COLUMNS)
+    arguments = {"dy_ptr": dy, "x_ptr": x, "rstd_ptr": rstd, "partial_ptr": partial, "M": m, "n": n, "ld_x": x.stride(0), "strips": strips}
+    arguments |= {"chunk_rows": _chunk_rows(m), "ROWS": ROWS, "COLUMNS": COLUMNS, "LLAMA": cast == "llama"}
+    return Call(_rms_norm_d_weight_kernel, strips * partial.shape[0], arguments, 4, 1)
+
+
+def forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    rows, weight = rows_of(x), weight.contiguous()
+    y = torch.empty(x.shape, dtype=result_dtype(x, weight, cast), device=x.device)
+    rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    if y.numel():
+        run(forward_call(rows, weight, y, rstd, eps, offset, cast))
+    return y, rstd
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """As the reference."""
+    dy, rows, weight = dy.contiguous(), rows_of(x), weight.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    if not rows.numel():
+        return dx, torch.zeros_like(weight) if needs[1] else None
+    if dx is not None:
+        run(backward_call(dy, rows, weight, rstd, dx, offset))
+    if not needs[1]:
+        return dx, None
+    m, n = rows.shape
+    partial = torch.empty(-(-m // _chunk_rows(m)), n, dtype=torch.float32, device=x.device)
+    run(d_weight_call(dy, rows, rstd, partial, cast))
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+def specializations(arch: int) -> Iterator[Specialization]:
+    """Every kernel, dtype and order of casting; heads (many rows a program), hidden sizes, and rows longer than a block."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32) if arch < 80 else (torch.bfloat16, torch.float16, torch.float32)
+    shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    for dtype in dtypes:
+        for n in (4096, 128, 576, 16384):
+            x = torch.empty(64, n, dtype=dtype, device="meta")
+            weight, rstd = torch.empty(n, dtype=dtype, device="meta"), torch.empty(64, device="meta")
+            name = f"rms-norm-{shorts[dtype]}-{n}"
+            for cast in CASTS:
+                yield specialization(f"{name}-fwd-{cast}", forward_call(x, weight, x, rstd, 1e-6, 1.0, cast), wide_loads=("from_ptr",))
+            yield specialization(f"{name}-bwd", backward_call(x, x, weight, rstd, x, 0.0))
+            for cast in CASTS:
+                yield specialization(f"{name}-d-weight-{cast}", d_weight_call(x, x, rstd, torch.empty(2, n, device="meta"), cast))
+        mixed = forward_call(x, rstd.new_empty(x.shape[1]), x.float(), rstd, 1e-6, 0.0, "llama")
+        yield specialization(f"rms-norm-{shorts[dtype]}-fp32-weight", mixed)
