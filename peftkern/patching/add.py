@@ -13,15 +13,17 @@ from .weights import FLOATS, autocast_dtype
 
 __all__ = ["FORWARDS", "LoraAddForward", "reason_against"]
 
-# PEFT's forwards that compute base_layer(x) plus the active adapters; True: under CUDA autocast the branch is added uncast.
+# PEFT's forwards that compute base_layer(x) plus the active adapters.
 FORWARDS = {
-    ("peft.tuners.lora.layer", "Linear.forward"): False,
-    ("peft.tuners.lora.bnb", "Linear4bit.forward"): True,
-    ("peft.tuners.lora.bnb", "Linear8bitLt.forward"): True,
-    ("peft.tuners.lora.gptq", "GPTQLoraLinear.forward"): False,
-    ("peft.tuners.lora.awq", "AwqLoraLinear.forward"): True,
-    ("peft.tuners.lora.aqlm", "AqlmLoraLinear.forward"): True,
+    ("peft.tuners.lora.layer", "Linear.forward"),
+    ("peft.tuners.lora.bnb", "Linear4bit.forward"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt.forward"),
+    ("peft.tuners.lora.gptq", "GPTQLoraLinear.forward"),
+    ("peft.tuners.lora.awq", "AwqLoraLinear.forward"),
+    ("peft.tuners.lora.aqlm", "AqlmLoraLinear.forward"),
 }
+# Of these, the ones that cast what they return back to the base's dtype under CUDA autocast too.
+_CASTING = ("GPTQLoraLinear", "Linear")
 
 
 def reason_against(layer: nn.Module) -> str | None:
@@ -80,7 +82,6 @@ def _added(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
 
 def _result_dtype(layer: nn.Module, base: torch.dtype) -> torch.dtype:
     """What PEFT's forward returns on a base that returns `base`."""
-    forward = type(layer).forward
-    if not FORWARDS.get((forward.__module__, forward.__qualname__)) or not torch.is_autocast_enabled():
+    if not torch.is_autocast_enabled() or any(kind.__name__ in _CASTING for kind in type(layer).__mro__):
         return base
     return torch.promote_types(base, torch.get_autocast_dtype("cuda"))

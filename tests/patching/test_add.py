@@ -203,3 +203,21 @@ def test_an_8bit_model_trains(calls):
         curve.append(models.run(model)["loss"].item())
         optimizer.step()
     assert calls["add"] == 14 * 8 and curve[-1] < 0.9 * curve[0]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_cuda_autocast_promotes_the_output_as_stock_does(kind, calls):
+    """Some of PEFT's layers ask for CUDA's switch and then add the branch uncast; both switches on act on CPU tensors as on CUDA."""
+    layer, x, before = layer_of(kind), input_of(torch.float16), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            stock = layer(x)
+            peftkern.patch(layer)
+            patched = layer(x)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+    assert calls["add"] == 1 and stock.dtype == patched.dtype
+    torch.testing.assert_close(patched, stock, rtol=2e-2, atol=2e-2)
