@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from .. import functional
 from .forwards import Forward, _autocast_off, _PlannedForward, _served, find, has_hooks, install
-from .weights import WeightCache
 
 __all__ = ["GatedMLPForward", "install_mlps"]
 
@@ -20,16 +19,9 @@ _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x,
 
 
 class GatedMLPForward(Forward):
-    """gate_proj, up_proj, act_fn and down_proj as one call; the single linears where one of them cannot take part."""
+    """gate_proj, up_proj, act_fn and down_proj as one call; the single linears where one of them cannot take part. `cache`: the activation."""
 
-    __slots__ = ("activation",)
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        return super().__getstate__(), self.activation
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        super().__setstate__(state[0])
-        self.activation = state[1]
+    __slots__ = ()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plans = None if args or kwargs or not _served(x) else self._plans(x)
@@ -37,7 +29,7 @@ class GatedMLPForward(Forward):
             return self.stock(x, *args, **kwargs)
         gate, up, down = plans
         with _autocast_off(x):
-            return down.cast(functional.gated_mlp(x.to(gate.compute), gate.member, up.member, down.member, activation=self.activation))
+            return down.cast(functional.gated_mlp(x.to(gate.compute), gate.member, up.member, down.member, activation=self.cache))
 
     def _plans(self, x: Tensor) -> tuple | None:
         layers = [getattr(self.module, child) for child in _CHILDREN]
@@ -52,18 +44,18 @@ class GatedMLPForward(Forward):
         return (gate, up, down) if down is not None and down.compute == gate.compute else None
 
 
-def install_mlps(model: nn.Module) -> dict[str, str | None]:
-    """Patch every module with these three children whose forward is a gated MLP; by name, None or why not."""
-    found: dict[str, str | None] = {}
+def install_mlps(model: nn.Module) -> list[tuple[str, str | None]]:
+    """Patch every module with these three children whose forward is a gated MLP; its name, and None or why not."""
+    found = []
     for name, module in model.named_modules():
         layers = [getattr(module, child, None) for child in _CHILDREN]
         held = [find(layer) if isinstance(layer, nn.Module) else None for layer in layers]
         if not all(item and isinstance(item[1], _PlannedForward) for item in held):
             continue
         activation = _activation(module)
-        found[name] = None if activation else "its forward is not down(act(gate(x)) * up(x)) of a known activation"
         if activation:
-            install(module, GatedMLPForward, WeightCache()).activation = activation
+            install(module, GatedMLPForward, activation)
+        found.append((name, None if activation else "its forward is not down(act(gate(x)) * up(x)) of a known activation"))
     return found
 
 
