@@ -76,4 +76,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout_mask", [](int64_t m_, int64_t k, uint32_t threshold, Address seed, Address mask) {
     check(pk_dropout_mask_cpu(m_, k, threshold, *at<uint64_t>(seed), at<float>(mask), 0));
   }, nogil());
+  m.def("cross_entropy", [](Address logits, int dtype, int64_t m_, int64_t n, int64_t width, Address bias, Address labels, Address row_scale, float softcap,
+                            float label_smoothing, float z_loss, Address loss, bool gradient) {
+    check(pk_cross_entropy_cpu(at<void>(logits), dtype, m_, n, width, at<float>(bias), at<int64_t>(labels), at<float>(row_scale), softcap, label_smoothing,
+                               z_loss, at<float>(loss), gradient, 0));
+  }, nogil());
 }

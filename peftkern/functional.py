@@ -11,7 +11,7 @@ from .ops import dequantize as _dequantize
 from .ops import qlora_linear as _qlora_linear
 from .ops import quantize as _quantize
 
-__all__ = ["dequantize_4bit", "linear_4bit", "qlora_linear", "quantize_4bit"]
+__all__ = ["dequantize_4bit", "linear_4bit", "linear_cross_entropy", "qlora_linear", "quantize_4bit"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -181,3 +181,6 @@ def _check_adapter(lora_a: Tensor | None, lora_b: Tensor | None, n: int, k: int,
         raise ValueError(f"lora_b: got shape {tuple(lora_b.shape)}, expected [{n}, {r}]")
     if lora_a.dtype != lora_b.dtype:
         raise ValueError(f"lora_b: got {lora_b.dtype}, lora_a is {lora_a.dtype}; both must have one dtype")
+
+
+from .functional_loss import linear_cross_entropy  # noqa: E402  (it takes the checks above)

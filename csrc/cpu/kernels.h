@@ -17,6 +17,8 @@ struct Kernels {
   void (*backward)(const pk_weight* w, const pk_lora& lora, const void* dy, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const float* xa,
                    float* dyb, void* dx, void* d_a, void* d_b, float* d_bias, float* scratch, int threads);
   void (*dropout_mask)(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
+  void (*cross_entropy)(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
+                        const float* row_scale, float softcap, float smoothing, float z_loss, float* loss, int backward, int threads);
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

@@ -106,6 +106,14 @@ PK_API int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, i
 /* The dropout mask times 1/(1-p), fp32 [m, k]: element (i, j) is the (j % 8)-th 16-bit half of Philox4x32-10 at counter (j/8, i, 0, 0). */
 PK_API int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
 
+/* Cross-entropy of m rows of n logits, u, of `dtype`, which lie in slices of `width` columns one behind the other, each [m, width], the last
+ * one narrower (width >= n: simply [m, n]). l = u + bias [n], or softcap * tanh((u + bias) / softcap) where softcap > 0;
+ * loss fp32 [m] = lse - (1 - label_smoothing) l[label] - label_smoothing mean(l) + z_loss lse^2, with 0 <= labels [m] < n.
+ * gradient != 0: u becomes row_scale [m] * d loss / d u. bias, row_scale fp32, may be NULL. */
+PK_API int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
+                                const float* row_scale, float softcap, float label_smoothing, float z_loss, float* loss, int gradient,
+                                int threads);
+
 #ifdef __cplusplus
 }
 #endif
