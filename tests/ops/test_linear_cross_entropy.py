@@ -53,7 +53,9 @@ def named(loss, x, bias, a, b, weight) -> dict[str, Tensor]:
     return {"loss": loss.detach().reshape(-1)} | {name: t.grad for name, t in values.items() if t is not None}
 
 
-def plain(case, dtype: torch.dtype | None, *, train_weight=False, d_loss=None, z_loss=0.0, softcap=None, reduction="mean", items=None, **options):
+def plain(
+    case, dtype: torch.dtype | None, *, train_weight=False, d_loss=None, z_loss=0.0, softcap=None, reduction="mean", items=None, **options
+):
     """What stock models compute: logits in `dtype` (None: x's), then fp32 (fp64 stays)."""
     x, weight, labels, bias, a, b = case
     dtype = dtype or x.dtype
@@ -82,7 +84,10 @@ def check(cases: list, *, items=None, **options) -> None:
     10 to 40 times its root mean square), so that two draws of the worst one compare noise. Losses by element too.
     """
     named_items = {} if items is None else {"num_items_in_batch": items}
-    runs = [(ours(*c, **options, **named_items), plain(c, None, items=items, **options), plain(c, torch.float64, items=items, **options)) for c in cases]
+    runs = [
+        (ours(*c, **options, **named_items), plain(c, None, items=items, **options), plain(c, torch.float64, items=items, **options))
+        for c in cases
+    ]
     for name in runs[0][2]:
         got, yardstick, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
         assert got.dtype == yardstick.dtype, name
@@ -91,7 +96,9 @@ def check(cases: list, *, items=None, **options) -> None:
             continue
         assert got.shape == exact.shape and torch.isfinite(got).all(), name
         error, allowed = relative_norm(got, exact), FACTOR * relative_norm(yardstick, exact)
-        assert error <= max(allowed, torch.finfo(got.dtype).eps), f"{name}: relative error {error:.3e}, plain PyTorch's allows {allowed:.3e}"
+        assert error <= max(allowed, torch.finfo(got.dtype).eps), (
+            f"{name}: relative error {error:.3e}, plain PyTorch's allows {allowed:.3e}"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -40,9 +40,7 @@ def _(x, weight, *args):
     wide = _accumulation(x)
     shapes = (x.shape, (n,), () if lora_a is None else lora_a.shape, () if lora_b is None else lora_b.shape, (n, x.shape[1]))
     dtypes = (x.dtype, wide, wide, wide, wide)
-    grads = (
-        x.new_empty(shape, dtype=dtype) if need else x.new_empty(0) for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    )
+    grads = (x.new_empty(shape, dtype=dtype) if need else x.new_empty(0) for shape, dtype, need in zip(shapes, dtypes, needs, strict=True))
     return x.new_empty(x.shape[0], dtype=wide), *grads
 
 

@@ -33,7 +33,8 @@ class Grads(NamedTuple):
         k, rank = x.shape[1], 0 if lora_a is None else lora_a.shape[0]
         shapes = ((n,), (rank, k), (n, rank), (n, k))
         return cls(
-            torch.zeros_like(x) if needs[0] else None, *(torch.zeros(s) if need else None for s, need in zip(shapes, needs[1:], strict=True))
+            torch.zeros_like(x) if needs[0] else None,
+            *(torch.zeros(s) if need else None for s, need in zip(shapes, needs[1:], strict=True)),
         )
 
 
