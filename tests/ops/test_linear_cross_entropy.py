@@ -26,7 +26,7 @@ SHAPES = [(1, 97, 64, 4), (5, 1, 32, 2), (17, 63, 100, 3), (33, 1030, 65, 0), (7
 
 
 def make(m: int, v: int, k: int, r: int, dtype: torch.dtype, *, bias: bool = True, ignored: float = 0.3, four_bit=None, weight_dtype=None):
-    """x, weight, labels (some ignored, one at least not), bias, A, B. Logits of a few units: of saturated rows the worst error says little."""
+    """x, weight, labels (some ignored, one at least not), bias, A, B."""
     x, weight = torch.randn(m, k).to(dtype), torch.randn(v, k) / k**0.5
     weight = NF4Weight.from_dense(weight, **four_bit) if four_bit is not None else weight.to(weight_dtype or dtype)
     labels = torch.randint(0, v, (m,))
@@ -84,10 +84,10 @@ def check(cases: list, *, items=None, **options) -> None:
     10 to 40 times its root mean square), so that two draws of the worst one compare noise. Losses by element too.
     """
     named_items = {} if items is None else {"num_items_in_batch": items}
-    runs = [
-        (ours(*c, **options, **named_items), plain(c, None, items=items, **options), plain(c, torch.float64, items=items, **options))
-        for c in cases
-    ]
+    runs = []
+    for case in cases:
+        plainly, exactly = (plain(case, dtype, items=items, **options) for dtype in (None, torch.float64))
+        runs.append((ours(*case, **options, **named_items), plainly, exactly))
     for name in runs[0][2]:
         got, yardstick, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
         assert got.dtype == yardstick.dtype, name

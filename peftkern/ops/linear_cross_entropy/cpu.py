@@ -1,4 +1,4 @@
-"""The CPU's linear + cross-entropy: blocks of rows, whose logits fill a reused scratch, become their own gradient there and are multiplied on."""
+"""The CPU's linear + cross-entropy: a block of rows' logits fill a reused scratch and become their own gradient there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .heads import EngineHead, Grads, Head, VendorHead, served_by_vendor
 
 __all__ = ["block_rows", "linear_cross_entropy"]
 
-# Logits at a time. 128 rows of 49,152 in fp32, 24 MiB, did best of the sizes tried on Zen 3 (32 MB of last-level cache); elsewhere not measured.
+# Logits at a time: 128 rows of 49,152 in fp32, which stay in 32 MB of last-level cache (Zen 3; other sizes and CPUs: not measured).
 _LOGITS_BYTES = 24 << 20
 _MIN_ROWS, _MAX_ROWS = 16, 512
 

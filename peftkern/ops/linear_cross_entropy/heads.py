@@ -13,8 +13,8 @@ from ..qlora_linear import config
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]
 
-# Columns of the vocabulary a product of the engine: the packed gradient of 128 rows of them fits its 5 MB, so that the weight is decoded once
-# a block of rows.
+# Columns of the vocabulary in a product of the engine: the packed gradient of 128 rows of them fits its 5 MB, so that the weight is decoded
+# once for a block of rows.
 _WIDTH = 8192
 _Part = slice | Tensor
 
@@ -52,7 +52,7 @@ class Head(Protocol):
 
 
 def served_by_vendor(x: Tensor, weight: Tensor, quant: tuple, n: int, rows: int, trained: bool) -> bool:
-    """A dense weight of x's dtype, where the vendor is fast; the gradient of a trained 16-bit weight is summed in fp32, by the engine's head."""
+    """A dense weight of x's dtype, where the vendor is fast. The gradient of a trained 16-bit weight is summed in fp32: the engine's."""
     if quant[0] is not None or weight.dtype != x.dtype or (trained and x.dtype != torch.float32):
         return False
     found = config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=rows, n=n, k=x.shape[1], dense=True)
