@@ -29,8 +29,9 @@ static inline vf exponential(vf x) {
   return select(x < set1(-87.33654f), vf{}, select(x == x, scaled, x));
 }
 
-// tanh, within 2 ulp: a polynomial below 0.625 (coefficients: Cephes, tanhf), 1 - 2e / (1 + e) with e = exp(-2|x|) above.
-static inline vf hyperbolic_tangent(vf x) {
+// tanh, within 2 ulp: a polynomial below 0.625 (coefficients: Cephes, tanhf), 1 - 2e / (1 + e) with e = exp(-2|x|) above; and its slope
+// 1 - tanh^2, above as 4e / (1 + e)^2, which keeps its digits where tanh has become 1.
+static inline vf hyperbolic_tangent(vf x, vf* slope) {
   const vf z = x * x, size = (vf)((vi)x & 0x7fffffff);
   vf p = set1(-5.70498872745e-3f);
   p = fma(p, z, set1(2.06390887954e-2f));
@@ -38,7 +39,8 @@ static inline vf hyperbolic_tangent(vf x) {
   p = fma(p, z, set1(1.33314422036e-1f));
   p = fma(p, z, set1(-3.33332819422e-1f));
   const vf near = fma(p * z, x, x), e = exponential(set1(-2.0f) * size);
-  const vf far = set1(1.0f) - set1(2.0f) * e / (set1(1.0f) + e);
+  const vf q = set1(2.0f) / (set1(1.0f) + e), far = set1(1.0f) - q * e;
+  *slope = select(size < set1(0.625f), set1(1.0f) - near * near, q * q * e);
   return select(size < set1(0.625f), near, (vf)((vi)far | ((vi)x & (int32_t)0x80000000)));
 }
 
@@ -49,15 +51,19 @@ static inline float exponential1(float x) {
 }
 
 // The logits u + bias, or softcap * tanh((u + bias) / softcap), of columns [0, count) as fp32; up to a whole vector padded with -inf.
+// slope, where softcap > 0: d logit / d u.
 template <typename T>
-static inline __attribute__((always_inline)) void load_logits(const T* u, const float* bias, int64_t count, float softcap, float* out) {
+static inline __attribute__((always_inline)) void load_logits(const T* u, const float* bias, int64_t count, float softcap, float* out, float* slope) {
   int64_t j = 0;
   for (; j + VW <= count; j += VW) store(out + j, bias ? loadx(u + j) + load(bias + j) : loadx(u + j));
   for (; j < count; j++) out[j] = to_float(u[j]) + (bias ? bias[j] : 0.0f);
   for (; j % VW; j++) out[j] = -INFINITY;
   if (softcap == 0.0f) return;
-  const vf cap = set1(softcap), inverse = set1(1.0f / softcap);
-  for (j = 0; j < count; j += VW) store(out + j, cap * hyperbolic_tangent(load(out + j) * inverse));
+  for (j = 0; j < count; j += VW) {
+    vf s;
+    store(out + j, set1(softcap) * hyperbolic_tangent(load(out + j) / set1(softcap), &s));
+    store(slope + j, s);
+  }
   for (j = count; j % VW; j++) out[j] = -INFINITY;
 }
 
@@ -117,26 +123,21 @@ static inline __attribute__((always_inline)) void for_chunks(const Row& r, T* fi
   }
 }
 
-// d loss / d u = scale * (weight * exp(l - top) - target) * (1 - (l / softcap)^2); target is smoothing / n, and 1 - smoothing more at the label.
-static inline vf gradient(vf l, vf top, vf weight, vf target, vf scale, float softcap) {
-  vf g = scale * fma(weight, exponential(l - top), -target);
-  if (softcap == 0.0f) return g;
-  const vf t = l * set1(1.0f / softcap);
-  return g * (set1(1.0f) - t * t);
+// d loss / d l = scale * (weight * exp(l - top) - target); target is smoothing / n, and 1 - smoothing more at the label.
+static inline vf gradient(const float* l, vf top, vf weight, vf target, vf scale, const float* slope) {
+  const vf g = scale * fma(weight, exponential(load(l) - top), -target);
+  return slope ? g * load(slope) : g;
 }
 
 template <typename T>
 static void cross_entropy_row(const Row& r, T* first, int64_t index, float row_scale, bool backward, float* loss) {
-  alignas(64) float v[CHUNK];
+  alignas(64) float v[CHUNK], slope[CHUNK];
   Softmax s{-INFINITY, 0.0, 0.0};
   float at_label = 0;
-  T* label_place = first;
   for_chunks(r, first, index, [&](T* u, int64_t from, int64_t count) {
-    load_logits(u, r.bias ? r.bias + from : nullptr, count, r.softcap, v);
+    load_logits(u, r.bias ? r.bias + from : nullptr, count, r.softcap, v, slope);
     add_chunk(v, count, r.smoothing != 0.0f, s);
-    if (r.label < from || r.label >= from + count) return;
-    at_label = v[r.label - from];
-    label_place = u + (r.label - from);
+    if (r.label >= from && r.label < from + count) at_label = v[r.label - from];
   });
   const double lse = log(s.sum) + s.top, kept = 1.0 - r.smoothing;
   double value = lse - kept * at_label + r.z_loss * lse * lse;
@@ -144,19 +145,20 @@ static void cross_entropy_row(const Row& r, T* first, int64_t index, float row_s
   *loss = (float)value;
   if (!backward) return;
   const vf top = set1(s.top), weight = set1((float)((1.0 + 2.0 * r.z_loss * lse) / s.sum)), scale = set1(row_scale);
-  const float even = (float)(r.smoothing / (double)r.n);
+  const float even = (float)(r.smoothing / (double)r.n), at = (float)(kept + even);
+  const float* slopes = r.softcap != 0.0f ? slope : nullptr;
   for_chunks(r, first, index, [&](T* u, int64_t from, int64_t count) {
-    load_logits(u, r.bias ? r.bias + from : nullptr, count, r.softcap, v);
+    load_logits(u, r.bias ? r.bias + from : nullptr, count, r.softcap, v, slope);
+    float lanes[VW];
     int64_t j = 0;
-    for (; j + VW <= count; j += VW) storex(u + j, gradient(load(v + j), top, weight, set1(even), scale, r.softcap));
-    if (j == count) return;
-    float tail[VW];
-    store(tail, gradient(load(v + j), top, weight, set1(even), scale, r.softcap));
-    for (int l = 0; j < count; j++, l++) from_float(tail[l], u + j);
+    for (; j + VW <= count; j += VW) storex(u + j, gradient(v + j, top, weight, set1(even), scale, slopes ? slopes + j : nullptr));
+    if (j < count) store(lanes, gradient(v + j, top, weight, set1(even), scale, slopes ? slopes + j : nullptr));
+    for (int l = 0; j < count; j++, l++) from_float(lanes[l], u + j);
+    if (r.label < from || r.label >= from + count) return;
+    const int64_t here = r.label - from, vector = here / VW * VW;
+    store(lanes, gradient(v + vector, top, weight, set1(at), scale, slopes ? slopes + vector : nullptr));
+    from_float(lanes[here - vector], u + here);
   });
-  float lanes[VW];
-  store(lanes, gradient(set1(at_label), top, weight, set1((float)(kept + even)), scale, r.softcap));
-  from_float(lanes[0], label_place);
 }
 
 template <typename T>
