@@ -79,6 +79,16 @@ def _direct(device: str, logits: torch.Tensor, labels: torch.Tensor, options=(-1
     return loss.cpu(), out.cpu()
 
 
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+def test_saturated_caps_keep_the_digits_of_their_slope(device: str, scale: float) -> None:
+    u, labels = torch.randn(100, 70) * scale, torch.randint(0, 70, (100,))
+    _, d_u = _direct(device, u, labels, (-100, 0.0, 0.0, 7.0))
+    plainly, exactly = u.clone().requires_grad_(), u.double().requires_grad_()
+    for leaf_ in (plainly, exactly):
+        torch.nn.functional.cross_entropy(7.0 * torch.tanh(leaf_ / 7.0), labels, reduction="sum").backward()
+    assert relative_norm(d_u, exactly.grad) <= FACTOR * relative_norm(plainly.grad, exactly.grad)
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
 def test_infinities_nan_and_first_blocks_without_a_finite_logit(device: str) -> None:
     logits = torch.randn(6, 9000)

@@ -29,24 +29,31 @@ _BLOCK, _WARPS = 4096, 8  # of a program; not measured
 
 @triton.jit
 def _tanh(x):
-    """A polynomial below 0.625 (coefficients: Cephes, tanhf), 1 - 2e / (1 + e) with e = exp(-2|x|) above."""
+    """tanh and its slope: a polynomial below 0.625 (coefficients: Cephes, tanhf), 1 - 2e / (1 + e) with e = exp(-2|x|) above; there the
+    slope is 4e / (1 + e)^2, which keeps its digits where tanh has become 1.
+    """
     z, size = x * x, tl.abs(x)
     p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    near = p * z * x + x
     e = tl.exp(-2.0 * size)
-    far = 1.0 - 2.0 * e / (1.0 + e)
-    return tl.where(size < 0.625, p * z * x + x, tl.where(x < 0, -far, far))
+    q = 2.0 / (1.0 + e)
+    far = 1.0 - q * e
+    value = tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
+    return value, tl.where(size < 0.625, 1.0 - near * near, q * q * e)
 
 
 @triton.jit
 def _logits(row_ptr, bias_ptr, columns, V, softcap, SOFTCAP: tl.constexpr):
-    """fp32 [BLOCK] of a row; -inf behind its end."""
+    """fp32 [BLOCK] of a row, -inf behind its end; and d logit / d u, 1 without a softcap."""
     inside = columns < V
     value = _float(tl.load(row_ptr + columns, mask=inside, other=0.0))
     if bias_ptr is not None:
         value += _float(tl.load(bias_ptr + columns, mask=inside, other=0.0))
+    slope = 1.0
     if SOFTCAP:
-        value = softcap * _tanh(value / softcap)
-    return tl.where(inside, value, -float("inf"))
+        capped, slope = _tanh(value / softcap)
+        value = softcap * capped
+    return tl.where(inside, value, -float("inf")), slope
 
 
 @triton.jit
@@ -75,7 +82,7 @@ def _cross_entropy_kernel(
     if valid:
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            value = _logits(logits_row_ptr, bias_ptr, columns, V, softcap, SOFTCAP)
+            value, _ = _logits(logits_row_ptr, bias_ptr, columns, V, softcap, SOFTCAP)
             higher = tl.maximum(top, tl.max(value, axis=0))
             base = tl.where(higher == -float("inf"), 0.0, higher)  # no finite logit yet
             total = total * tl.exp(top - base) + tl.sum(tl.exp(value - base), axis=0)
@@ -96,12 +103,9 @@ def _cross_entropy_kernel(
             weight, even = (1.0 + 2.0 * z_loss * lse) / total, label_smoothing / V
             for start in range(0, V, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
-                value = _logits(logits_row_ptr, bias_ptr, columns, V, softcap, SOFTCAP)
+                value, slope = _logits(logits_row_ptr, bias_ptr, columns, V, softcap, SOFTCAP)
                 target = tl.where(columns == label, 1.0 - label_smoothing + even, even)
-                d_u = scale * (weight * tl.exp(value - top) - target)
-                if SOFTCAP:
-                    t = value / softcap
-                    d_u *= 1.0 - t * t
+                d_u = scale * (weight * tl.exp(value - top) - target) * slope
                 tl.store(logits_row_ptr + columns, _cast(d_u, logits_ptr.dtype.element_ty), mask=columns < V)
     else:
         tl.store(loss_ptr + row, 0.0)
