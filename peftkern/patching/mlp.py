@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
+from .detect import excluded
 from .forwards import Forward, _autocast_off, _PlannedForward, _served, find, has_hooks, install
 
 __all__ = ["GatedMLPForward", "install_mlps"]
@@ -19,7 +20,7 @@ _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x,
 
 
 class GatedMLPForward(Forward):
-    """gate_proj, up_proj, act_fn and down_proj as one call; the single linears where one of them cannot take part. `cache`: the activation."""
+    """gate_proj, up_proj, act_fn and down_proj as one call; stock where one of them cannot take part. `cache`: the activation."""
 
     __slots__ = ()
 
@@ -44,13 +45,13 @@ class GatedMLPForward(Forward):
         return (gate, up, down) if down is not None and down.compute == gate.compute else None
 
 
-def install_mlps(model: nn.Module) -> list[tuple[str, str | None]]:
+def install_mlps(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, str | None]]:
     """Patch every module with these three children whose forward is a gated MLP; its name, and None or why not."""
     found = []
     for name, module in model.named_modules():
         layers = [getattr(module, child, None) for child in _CHILDREN]
         held = [find(layer) if isinstance(layer, nn.Module) else None for layer in layers]
-        if not all(item and isinstance(item[1], _PlannedForward) for item in held):
+        if not all(item and isinstance(item[1], _PlannedForward) for item in held) or excluded(name, exclude):
             continue
         activation = _activation(module)
         if activation:
