@@ -138,4 +138,9 @@ PYBIND11_MODULE(_C, m) {
                    int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse) {
     check(pk_rope_cpu(&q, &k, dtype, batch, seq, dim, at<void>(cos), at<void>(sin), angle_dtype, angle_batch, rotary, inverse, 0));
   }, nogil());
+  m.def("cross_entropy", [](Address logits, int dtype, int64_t m_, int64_t n, int64_t width, Address bias, Address labels, Address row_scale, float softcap,
+                            float label_smoothing, float z_loss, Address loss, bool gradient) {
+    check(pk_cross_entropy_cpu(at<void>(logits), dtype, m_, n, width, at<float>(bias), at<int64_t>(labels), at<float>(row_scale), softcap, label_smoothing,
+                               z_loss, at<float>(loss), gradient, 0));
+  }, nogil());
 }

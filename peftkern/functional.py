@@ -8,6 +8,8 @@ from torch import Tensor
 from . import checks, nf4
 from .blocks import glu, rms_norm, rope
 from .group import Adapter, Member, qlora_group
+from .losses import linear_cross_entropy
+from .mlp import gated_mlp
 from .nf4 import NF4Weight
 from .ops import dequantize as _dequantize
 from .ops import lora_add as _lora_add
@@ -18,8 +20,10 @@ __all__ = [
     "Adapter",
     "Member",
     "dequantize_4bit",
+    "gated_mlp",
     "glu",
     "linear_4bit",
+    "linear_cross_entropy",
     "lora_add",
     "qlora_group",
     "qlora_linear",

@@ -12,7 +12,7 @@ from . import checks
 from .nf4 import NF4Weight
 from .ops import qlora_group as _op
 
-__all__ = ["Adapter", "Member", "qlora_group"]
+__all__ = ["Adapter", "Member", "prepare", "qlora_group"]
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,21 @@ def qlora_group(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
     """
     if not members:
         raise ValueError("members: is empty, expected at least one Member")
-    shapes = [_check_member(x, i, member) for i, member in enumerate(members)]
-    k = shapes[0][1]
-    flat = x.reshape(-1, k)
+    flat, spec, trainable = prepare(x, members, [f"members[{i}]" for i in range(len(members))])
+    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in _op.qlora_group(flat, spec, trainable))
+
+
+def prepare(x: Tensor, members: Sequence[Member], names: Sequence[str]) -> tuple[Tensor, _op.Spec, tuple[Tensor | None, ...]]:
+    """Checks all; x flattened, the op's description of the members, and the tensors that autograd sees: biases, A's, B's."""
+    shapes = [_check_member(x, name, member) for name, member in zip(names, members, strict=True)]
+    flat = x.reshape(-1, shapes[0][1])
     pairs = [(i, adapter) for i, member in enumerate(members) for adapter in member.adapters]
     rows = [_rows(adapter, flat.shape[0]) for _, adapter in pairs]
+    quants = [_quant(m.weight) for m in members]
     spec = _op.Spec(
         tuple(m.weight.packed if isinstance(m.weight, NF4Weight) else m.weight for m in members),
-        tuple(part for m in members for part in _quant(m.weight)[:6]),
-        tuple(size for m in members for size in _quant(m.weight)[6:]),
+        tuple(part for quant in quants for part in quant[:6]),
+        tuple(size for quant in quants for size in quant[6:]),
         tuple(n for n, _ in shapes),
         tuple(i for i, _ in pairs),
         tuple(bound for span in rows for bound in span),
@@ -77,18 +83,17 @@ def qlora_group(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
         tuple(float(a.dropout_p) for _, a in pairs),
         _seeds([a for _, a in pairs], x.device),
     )
-    biases, lora_a, lora_b = tuple(m.bias for m in members), tuple(a.lora_a for _, a in pairs), tuple(a.lora_b for _, a in pairs)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in _op.qlora_group(flat, spec, biases, lora_a, lora_b))
+    return flat, spec, (*(m.bias for m in members), *(a.lora_a for _, a in pairs), *(a.lora_b for _, a in pairs))
 
 
-def _check_member(x: Tensor, i: int, member: Member) -> tuple[int, int]:
-    where = f"members[{i}]"
+def _check_member(x: Tensor, name: str, member: Member) -> tuple[int, int]:
+    where = name
     try:
         shape, device = checks.weight_shape(member.weight)
         checks.activation(x, shape, device)
         checks.vector("bias", member.bias, shape[0], device)
         for j, adapter in enumerate(member.adapters):
-            where = f"members[{i}].adapters[{j}]"
+            where = f"{name}.adapters[{j}]"
             checks.adapter(adapter.lora_a, adapter.lora_b, *shape, device)
             checks.dropout(adapter.dropout_p, adapter.seed, x.device)
             _rows(adapter, x.numel() // shape[1])

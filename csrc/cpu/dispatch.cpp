@@ -340,4 +340,17 @@ int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64
   return PK_OK;
 }
 
+int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
+                         const float* row_scale, float softcap, float label_smoothing, float z_loss, float* loss, int gradient, int threads) {
+  if (m < 0 || n < 1 || width < 1) return PK_ERR_SHAPE;
+  if (m == 0) return PK_OK;
+  if (!logits || !labels || !loss) return PK_ERR_NULL;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  for (int64_t i = 0; i < m; i++)
+    if (labels[i] < 0 || labels[i] >= n) return PK_ERR_SHAPE;
+  current->cross_entropy(logits, dtype, m, n, width < n ? width : n, bias, labels, row_scale, softcap, label_smoothing, z_loss, loss, gradient,
+                         threads_or_default(threads));
+  return PK_OK;
+}
+
 }  // extern "C"

@@ -20,6 +20,8 @@ struct Kernels {
   void (*rms_norm_grad)(const pk_rms_norm& norm, const void* dy, const float* rstd, void* dx, float* d_weight, float* scratch, int threads);
   void (*rope)(const pk_rope_heads* qk, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos, const void* sin, int angle_dtype,
                int64_t angle_batch, int64_t rotary, int inverse, int threads);
+  void (*cross_entropy)(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
+                        const float* row_scale, float softcap, float smoothing, float z_loss, float* loss, int backward, int threads);
 };
 
 // Rows of a task of the normalization's backward: a function of m alone, so that the order of sums does not depend on the threads.

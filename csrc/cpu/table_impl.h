@@ -1,5 +1,6 @@
 // The ISA's entry points, by dtype, gathered into its row of the dispatcher's table.
 #pragma once
+#include "cross_entropy_impl.h"
 #include "glu_impl.h"
 #include "gradients_impl.h"
 #include "kernels.h"
@@ -81,4 +82,4 @@ static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed
 
 #define PK_KERNELS(isa_name) \
   {isa_name, PK_NS::LANES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask, \
-   PK_NS::glu, PK_NS::rms_norm, PK_NS::rms_norm_grad, PK_NS::rope}
+   PK_NS::glu, PK_NS::rms_norm, PK_NS::rms_norm_grad, PK_NS::rope, PK_NS::cross_entropy}

@@ -195,6 +195,14 @@ typedef struct {
 PK_API int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos,
                        const void* sin, int angle_dtype, int64_t angle_batch, int64_t rotary, int inverse, int threads);
 
+/* Cross-entropy of m rows of n logits, u, of `dtype`, which lie in slices of `width` columns one behind the other, each [m, width], the last
+ * one narrower (width >= n: simply [m, n]). l = u + bias [n], or softcap * tanh((u + bias) / softcap) where softcap > 0;
+ * loss fp32 [m] = lse - (1 - label_smoothing) l[label] - label_smoothing mean(l) + z_loss lse^2, with 0 <= labels [m] < n.
+ * gradient != 0: u becomes row_scale [m] * d loss / d u. bias, row_scale fp32, may be NULL. */
+PK_API int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
+                                const float* row_scale, float softcap, float label_smoothing, float z_loss, float* loss, int gradient,
+                                int threads);
+
 #ifdef __cplusplus
 }
 #endif

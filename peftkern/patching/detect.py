@@ -13,7 +13,7 @@ from .forwards import Forward, LinearForward, LoraForward, active_adapters, find
 from .report import Row
 from .weights import FLOATS, is_4bit, repacked, unpack
 
-__all__ = ["Candidate", "candidates", "is_lora"]
+__all__ = ["Candidate", "candidates", "excluded", "is_lora"]
 
 _PEFT_FORWARDS = {("peft.tuners.lora.layer", "Linear.forward"), ("peft.tuners.lora.bnb", "Linear4bit.forward")}
 
@@ -68,7 +68,7 @@ def _wants_dense(module: nn.Module, dense: bool | None) -> bool:
 
 def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:
     base = layer.base_layer
-    static = _excluded(name, exclude) or _forward_reason(layer)
+    static = excluded(name, exclude) or _forward_reason(layer)
     against_fusion = None if static else _fusion_reason(layer)
     note = "" if static or against_fusion else _prepare(base)
     against_fusion = against_fusion or (None if static else _weight_reason(base))
@@ -95,7 +95,7 @@ def _addition_reason(layer: nn.Module) -> str | None:
 
 
 def _linear(name: str, module: nn.Module, exclude: tuple[str, ...]) -> Candidate:
-    reason = _excluded(name, exclude) or _base_reason(module)
+    reason = excluded(name, exclude) or _base_reason(module)
     note = "" if reason else _prepare(module)
     reason = reason or _weight_reason(module)
     row = _row(name, "linear", module, "linear_4bit" if is_4bit(module) else "linear", reason, note)
@@ -117,7 +117,8 @@ def _describe(base: nn.Module) -> str:
     return f"{getattr(base.weight, 'quant_type', '4-bit')}{nested}"
 
 
-def _excluded(name: str, exclude: tuple[str, ...]) -> str | None:
+def excluded(name: str, exclude: tuple[str, ...]) -> str | None:
+    """Which of the caller's patterns leaves a module as it is."""
     return next((f"excluded by {pattern!r}" for pattern in exclude if f".{pattern}." in f".{name}."), None)
 
 

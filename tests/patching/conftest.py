@@ -17,7 +17,8 @@ def stock_bitsandbytes():
 @pytest.fixture
 def calls(monkeypatch):
     """Counts what runs: "lora" for the fused LoRA linear, "linear" for the bare one, "add" for a branch onto a stock base's output.
-    `calls.dtype` is what the last linear computed in, `calls.groups` counts the groups."""
+    `calls.dtype` is what the last linear computed in, `calls.groups` and
+    `calls.mlps` count those."""
     counter: Counter[str] = Counter()
     original, original_add = functional.qlora_linear, functional.lora_add
 
@@ -41,5 +42,14 @@ def calls(monkeypatch):
         return original_group(x, members)
 
     monkeypatch.setattr(functional, "qlora_group", counted_group)
+    original_mlp = functional.gated_mlp
+    counter.mlps = 0
+
+    def counted_mlp(x, *members, **options):
+        counter.mlps += 1
+        counter.update("lora" if member.adapters else "linear" for member in members)
+        return original_mlp(x, *members, **options)
+
+    monkeypatch.setattr(functional, "gated_mlp", counted_mlp)
     monkeypatch.setattr(functional, "lora_add", counted_add)
     return counter

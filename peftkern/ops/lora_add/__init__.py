@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, backend
+from .. import LIBRARY, accumulation, autocast_off, backend
 
 __all__ = ["lora_add"]
 
@@ -23,21 +21,15 @@ LIBRARY.define(
 )
 
 
-def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
-    """The caller has chosen the dtypes; what a backend multiplies in fp32 must not become bf16."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
 @torch.library.impl(LIBRARY, "lora_add_fwd", "CompositeExplicitAutograd")
 def _fwd(y, x, *args):
-    with _autocast_off(x):
+    with autocast_off(x):
         return backend("lora_add", select(x)).forward(y, x, *args)
 
 
 @torch.library.impl(LIBRARY, "lora_add_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, *args):
-    with _autocast_off(dy):
+    with autocast_off(dy):
         grads = backend("lora_add", select(dy)).backward(dy, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
@@ -45,22 +37,18 @@ def _bwd(dy, *args):
 @torch.library.register_fake("peftkern::lora_add_fwd", lib=LIBRARY)
 def _(y, x, lora_a, *args):
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    return out, x.new_empty((x.shape[0], lora_a.shape[0]), dtype=_accumulation(x))
+    return out, x.new_empty((x.shape[0], lora_a.shape[0]), dtype=accumulation(x))
 
 
 @torch.library.register_fake("peftkern::lora_add_bwd", lib=LIBRARY)
 def _(dy, x, lora_a, lora_b, xa, scaling, dropout_p, seed, needs):
     like = (
         lambda: dy.new_empty((dy.shape[0], lora_a.shape[1])),
-        lambda: dy.new_empty(dy.shape[1], dtype=_accumulation(dy)),
+        lambda: dy.new_empty(dy.shape[1], dtype=accumulation(dy)),
         lambda: torch.empty_like(lora_a, memory_format=torch.contiguous_format),
         lambda: torch.empty_like(lora_b, memory_format=torch.contiguous_format),
     )
     return tuple(make() if need else dy.new_empty(0) for make, need in zip(like, needs, strict=True))
-
-
-def _accumulation(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class _LoRAAdd(torch.autograd.Function):

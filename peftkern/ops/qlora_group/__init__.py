@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from ...backends import select
 from .. import LIBRARY, accumulation, autocast_off, backend
 
-__all__ = ["Spec", "qlora_group"]
+__all__ = ["Spec", "gradients", "kept", "qlora_group", "run", "wants_x"]
 
 # Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters (lora_a and all after it).
 _WEIGHTS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes"
@@ -82,47 +82,68 @@ def split_needs(needs: list[bool], members: int, adapters: int) -> tuple[bool, l
     return needs[0], list(needs[1:a]), list(needs[a : a + adapters]), list(needs[a + adapters :])
 
 
+def split(spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[tuple, tuple, tuple]:
+    """biases, lora_a, lora_b, which autograd sees in this order."""
+    count, adapters = len(spec.weights), len(spec.members)
+    return trainable[:count], trainable[count : count + adapters], trainable[count + adapters :]
+
+
+def run(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """x [M, K] -> [y_i [M, N_i]], [xa]."""
+    return torch.ops.peftkern.qlora_group_fwd(x, *spec[:4], *split(spec, trainable), *spec[4:])
+
+
+def kept(spec: Spec, trainable: tuple[Tensor | None, ...], xa: list[Tensor]) -> tuple[list[Tensor | None], tuple]:
+    """What `gradients` needs besides x: tensors to save, and the rest. An xa is wanted by its dB alone."""
+    biases, lora_a, lora_b = split(spec, trainable)
+    wanted = [t if b.requires_grad else None for t, b in zip(xa, lora_b, strict=True)]
+    dtypes = tuple(None if bias is None else bias.dtype for bias in biases)
+    static = spec.blocksizes, spec.members, spec.rows, spec.scalings, spec.dropout_ps, dtypes
+    return [*spec.weights, *spec.quants, *lora_a, *lora_b, *spec.seeds, *wanted], static
+
+
+def wants_x(spec: Spec, trainable: tuple[Tensor | None, ...]) -> bool:
+    """Whether a dA will read x."""
+    return any(a.requires_grad for a in split(spec, trainable)[1])
+
+
+def gradients(
+    static: tuple, saved: list[Tensor | None], dy: list[Tensor | None], x: Tensor | None, shape: tuple[int, int], needs: list[bool]
+) -> list[Tensor | None]:
+    """dx, the biases', the A's and the B's gradients; None where `needs`, in this order, does not ask or a member's dy is None."""
+    blocksizes, members, rows, scalings, dropout_ps, dtypes = static
+    if not any(needs) or all(g is None for g in dy):
+        return [None] * len(needs)
+    count, adapters, at, parts = len(dy), len(members), 0, []
+    for size in (count, 6 * count, adapters, adapters, adapters, adapters):
+        parts.append(saved[at : at + size])
+        at += size
+    weights, quants, lora_a, lora_b, seeds, xa = parts
+    dy = [None if g is None else g.contiguous() for g in dy]
+    options = lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs
+    dx, d_bias, d_a, d_b = torch.ops.peftkern.qlora_group_bwd(dy, x, weights, quants, blocksizes, *shape, *options)
+    d_bias = [g if dtype is None else g.to(dtype) for g, dtype in zip(d_bias, dtypes, strict=True)]
+    live = [True] + [g is not None for g in dy] + [dy[member] is not None for member in members] * 2
+    return [g if need and used else None for g, need, used in zip((dx, *d_bias, *d_a, *d_b), needs, live, strict=True)]
+
+
 class _QLoRAGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, x, *trainable):
-        count, adapters = len(spec.weights), len(spec.members)
-        biases, lora_a, lora_b = trainable[:count], trainable[count : count + adapters], trainable[count + adapters :]
-        y, xa = torch.ops.peftkern.qlora_group_fwd(x, *spec[:4], biases, lora_a, lora_b, *spec[4:])
+        y, xa = run(spec, x, trainable)
         ctx.set_materialize_grads(False)
-        # x is wanted by a dA alone, an xa by its dB alone: what no gradient needs is not kept.
-        kept_x = x if any(a.requires_grad for a in lora_a) else None
-        kept_xa = [t if b.requires_grad else None for t, b in zip(xa, lora_b, strict=True)]
-        ctx.save_for_backward(kept_x, *spec.weights, *spec.quants, *lora_a, *lora_b, *spec.seeds, *kept_xa)
-        ctx.static = spec.blocksizes, spec.members, spec.rows, spec.scalings, spec.dropout_ps, tuple(x.shape)
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        tensors, ctx.static = kept(spec, trainable, xa)
+        ctx.save_for_backward(x if wants_x(spec, trainable) else None, *tensors)
+        ctx.shape = tuple(x.shape)
         return tuple(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dy):
-        needs = list(ctx.needs_input_grad[1:])
-        if not any(needs) or all(g is None for g in dy):
-            return (None,) * len(ctx.needs_input_grad)
-        blocksizes, members, rows, scalings, dropout_ps, (m, k) = ctx.static
-        count, adapters = len(blocksizes) // 2, len(members)
         x, *saved = ctx.saved_tensors
-        at = 0
-        parts = []
-        for size in (count, 6 * count, adapters, adapters, adapters, adapters):
-            parts.append(saved[at : at + size])
-            at += size
-        weights, quants, lora_a, lora_b, seeds, xa = parts
-        dy = [None if g is None else g.contiguous() for g in dy]
-        options = lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs
-        dx, d_bias, d_a, d_b = torch.ops.peftkern.qlora_group_bwd(dy, x, weights, quants, blocksizes, m, k, *options)
-        d_bias = [g if dtype is None else g.to(dtype) for g, dtype in zip(d_bias, ctx.bias_dtypes, strict=True)]
-        live = [True] + [g is not None for g in dy] + [dy[member] is not None for member in members] * 2
-        grads = (dx, *d_bias, *d_a, *d_b)
-        return (None, *(g if need and used else None for g, need, used in zip(grads, needs, live, strict=True)))
+        return (None, *gradients(ctx.static, saved, list(dy), x, ctx.shape, list(ctx.needs_input_grad[1:])))
 
 
-def qlora_group(
-    x: Tensor, spec: Spec, biases: tuple[Tensor | None, ...], lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """x [M, K] -> y_i [M, N_i]; `functional.qlora_group` has checked the arguments."""
-    return _QLoRAGroup.apply(spec, x.contiguous(), *biases, *lora_a, *lora_b)
+    return _QLoRAGroup.apply(spec, x.contiguous(), *trainable)
