@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .forwards import Adapter, Forward, _autocast_off, _low_rank, _served, active_adapters
+from . import mixed
+from .forwards import Adapter, Forward, _adapter, _autocast_off, _low_rank, _served, active_adapters
 from .weights import FLOATS, autocast_dtype
 
 __all__ = ["FORWARDS", "LoraAddForward", "reason_against"]
@@ -45,21 +48,33 @@ class LoraAddForward(Forward):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.module
-        if args or kwargs or layer.disable_adapters or layer.merged or x.dtype not in FLOATS or not _served(x):
-            return self.stock(x, *args, **kwargs)
-        adapters = active_adapters(layer)
-        if isinstance(adapters, str) or not all(_fits(item, x) for item in adapters):
-            return self.stock(x)
+        names = kwargs.pop("adapter_names", mixed.current(layer))
+        parts = None if args or kwargs or x.dtype not in FLOATS or not _served(x) else _parts(layer, x, names)
+        if parts is None:
+            return self.stock(x, *args, **kwargs | ({} if names is None else {"adapter_names": names}))
         y = layer.base_layer(x)
         # Elsewhere autocast would cast x for both products; a base that changes the dtype by itself leaves the branch to PEFT's.
         if y.dtype not in FLOATS or (y.dtype != x.dtype and autocast_dtype(x) is None):
-            return _plain(y, x, adapters)
-        result = _result_dtype(layer, y.dtype)
+            return _sum(y, x, parts, _plain).to(y.dtype)
         with _autocast_off(x):
-            wide = x.to(y.dtype)
-            for item in adapters:
-                y = _added(y, wide, item)
-        return y.to(result)
+            return _sum(y, x.to(y.dtype), parts, _added).to(_result_dtype(layer, y.dtype))
+
+
+Part = tuple[tuple[int, int] | None, list[Adapter]]  # rows of the flattened x, None for all; the adapters that are added there
+
+
+def _parts(layer: nn.Module, x: Tensor, names: list[str] | None) -> list[Part] | None:
+    """What is added where; None where only the stock forward can."""
+    if layer.disable_adapters or layer.merged or (names is not None and len(names) != len(x)):
+        return None
+    if names is None:
+        found = active_adapters(layer)
+        parts = None if isinstance(found, str) else [(None, found)]
+    else:
+        chosen = [(rows, name) for name, rows in mixed.stretches(names, x)]
+        parts = [(rows, [_adapter(layer, name)] if name in layer.lora_A else []) for rows, name in chosen]
+    fits = parts is not None and all(isinstance(item, Adapter) and _fits(item, x) for _, adapters in parts for item in adapters)
+    return parts if fits else None
 
 
 def _fits(adapter: Adapter, x: Tensor) -> bool:
@@ -67,11 +82,21 @@ def _fits(adapter: Adapter, x: Tensor) -> bool:
     return weight.device == x.device and weight.dtype in FLOATS and x.dim() > 0 and x.shape[-1] == weight.shape[1]
 
 
-def _plain(y: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:
-    result = y.dtype
-    for item in adapters:
-        y = y + _low_rank(x, item)
-    return y.to(result)
+def _sum(y: Tensor, x: Tensor, parts: list[Part], add: Callable[[Tensor, Tensor, Adapter], Tensor]) -> Tensor:
+    if not parts:  # a batch of no samples
+        return y
+    if parts[0][0] is None:
+        return functools.reduce(lambda total, item: add(total, x, item), parts[0][1], y)
+    flat_y, flat_x = y.flatten(0, -2), x.flatten(0, -2)
+    pieces = []
+    for (start, stop), adapters in parts:
+        piece, rows = flat_y[start:stop], flat_x[start:stop]
+        pieces.append(functools.reduce(lambda total, item, rows=rows: add(total, rows, item), adapters, piece))
+    return torch.cat(pieces).reshape(y.shape)
+
+
+def _plain(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+    return y + _low_rank(x, adapter)
 
 
 def _added(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:

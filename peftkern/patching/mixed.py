@@ -49,9 +49,11 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     Raises: ValueError where a name is no adapter of the model, the model is not patched, or (at the call) the batch's size differs.
     Source: Punica (Chen et al., 2023) for the segments; PEFT allows `adapter_names` in evaluation only.
     """
+    from .add import LoraAddForward
     from .forwards import LoraForward, find
 
-    layers = [module for module in model.modules() if (held := find(module)) is not None and isinstance(held[1], LoraForward)]
+    ours = (LoraForward, LoraAddForward)
+    layers = [module for module in model.modules() if (held := find(module)) is not None and isinstance(held[1], ours)]
     if not layers:
         raise ValueError(f"model: no LoRA layer of {type(model).__name__} is patched; call peftkern.patch(model) first")
     known = {name for layer in layers for name in layer.lora_A} | {BASE}

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
+from peftkern.patching.mixed import mixed_adapters
 
 from . import models
 
@@ -221,3 +222,30 @@ def test_cuda_autocast_promotes_the_output_as_stock_does(kind, calls):
         torch.set_autocast_dtype("cuda", before)
     assert calls["add"] == 1 and stock.dtype == patched.dtype
     torch.testing.assert_close(patched, stock, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "8bit"])
+def test_each_sample_runs_through_its_adapter(kind, calls):
+    """PEFT's `adapter_names` in one call, and `mixed_adapters` around it, training included."""
+    layer, x, names = layer_of(kind, lora_bias=True), input_of(torch.float32), ["second", "__base__", "default"]
+    layer.update_layer("second", 3, lora_alpha=6, config=models.config(fan_in_fan_out=kind == "conv1d"))
+    models.randomize(layer)
+    nn.init.normal_(layer.lora_B["default"].bias)
+    for part in (layer.lora_A, layer.lora_B):
+        part.requires_grad_(True)
+    stock = copy.deepcopy(layer.eval())
+    peftkern.patch(layer)
+    with torch.set_grad_enabled(kind == "conv1d"):  # stock writes into the 8-bit base's output, which has no gradient then
+        expected = stock(x, adapter_names=names)
+    torch.testing.assert_close(layer(x, adapter_names=names), expected, rtol=1e-4, atol=1e-4)
+    with mixed_adapters(layer, names):
+        y = layer(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert calls["add"] == 4
+    y.sum().backward()
+    assert len(models.grads(layer)) == 5  # A and B of both, the bias of one
+    if kind == "conv1d":
+        expected.sum().backward()
+        torch.testing.assert_close(models.grads(layer), models.grads(stock), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        layer(x, adapter_names=names[:2])
