@@ -56,7 +56,7 @@ def patch(
     groups = form_groups(model)
     extra = _install_blocks(model, patterns) if blocks else []
     extra += _install_loss(model, patterns) if fused_loss else []
-    fused = {f"{item.row.name}.base_layer" for item in found if item.row.got == "qlora_linear"}
+    fused = {f"{item.row.name}.base_layer" for item in found if item.row.got in ("qlora_linear", "dora_linear")}
     rows = tuple(_grouped(item.row, groups) for item in found if item.row.name not in fused)
     return PatchReport((*rows, *extra), _kernels(found))
 

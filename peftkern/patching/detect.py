@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from . import add
+from .dora import active_dora
 from .forwards import Forward, LinearForward, LoraForward, active_adapters, find, has_hooks
 from .report import Row
 from .weights import FLOATS, is_4bit, repacked, unpack
@@ -77,6 +78,8 @@ def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:
     adapters = () if static else active_adapters(layer)
     reason = static or (adapters if isinstance(adapters, str) else None)
     got, forward = ("lora_add", add.LoraAddForward) if against_fusion else ("qlora_linear", LoraForward)
+    if reason and not static and not against_fusion and not isinstance(active_dora(layer), str):
+        got, reason = "dora_linear", None
     row = _row(name, "lora", base, got, reason, note, adapters=tuple(a for a in layer.active_adapters if a in layer.lora_A))
     return Candidate(layer, row, static is None, forward)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, functional
-from . import mixed
+from . import dora, mixed
 from .weights import Operands, WeightCache, autocast_dtype
 
 __all__ = ["Forward", "LinearForward", "LoraForward", "Plan", "find", "install", "remove"]
@@ -121,12 +121,26 @@ class LoraForward(_PlannedForward):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names, layer = kwargs.pop("adapter_names", None), self.module
         if names is None:
-            return super().__call__(x, *args, **kwargs)
+            y = self._dora(x) if layer.lora_variant and not (args or kwargs) else None
+            return super().__call__(x, *args, **kwargs) if y is None else y
         if args or kwargs or layer.disable_adapters or len(names) != len(x) or not set(names) <= {*layer.lora_A, mixed.BASE}:
             return self.stock(x, *args, adapter_names=names, **kwargs)
         with mixed.names(layer, names):
             plan = self.plan(x) if _served(x) else None
         return self.stock(x, adapter_names=names) if plan is None else self.run(x, plan)
+
+    def _dora(self, x: Tensor) -> Tensor | None:
+        """With DoRA; None where it does not serve."""
+        layer = self.module
+        if layer.merged or layer.disable_adapters or not _served(x) or mixed.current(layer) is not None or has_hooks(layer.base_layer):
+            return None
+        adapter = dora.active_dora(layer)
+        base = None if isinstance(adapter, str) else self.cache.operands(layer.base_layer, x)
+        if base is None or adapter.a.weight.device != x.device:
+            return None
+        with _autocast_off(x):
+            y = dora.run(x.to(base.compute), base, adapter, self.cache)
+        return y.to(base.result).to(_result_dtype(layer, base))
 
     def plan(self, x: Tensor) -> Plan | None:
         layer = self.module

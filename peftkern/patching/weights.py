@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dora import row_squares
 from ..nf4 import NF4Weight
 
 __all__ = ["FLOATS", "Operands", "WeightCache", "autocast_dtype", "is_4bit", "repacked", "unpack"]
@@ -61,10 +62,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 class WeightCache:
     """Reads a base layer's weight; keeps the last 4-bit view. Shared by a LoRA layer and its base, dropped by pickle and deepcopy."""
 
-    __slots__ = ("_view",)
+    __slots__ = ("_view", "_squares")
 
     def __init__(self) -> None:
         self._view: NF4Weight | None = None
+        self._squares: tuple[Any, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
         return WeightCache, ()
@@ -96,6 +98,15 @@ class WeightCache:
         if self._view is None or not _shows(self._view, weight, state):
             self._view = _view(base) if _plain(weight, state) else None
         return self._view
+
+    def squares(self, weight: NF4Weight | Tensor) -> Tensor:
+        """||W||^2 of each row, for DoRA's norm; kept as long as the weight stays what it is."""
+        if torch.compiler.is_compiling():
+            return row_squares(weight)
+        key = (weight.data_ptr(), weight.dtype, weight._version) if isinstance(weight, Tensor) else id(weight)
+        if self._squares is None or self._squares[0] != key or (not isinstance(weight, Tensor) and weight is not self._view):
+            self._squares = key, row_squares(weight)
+        return self._squares[1]
 
 
 def _plain(weight: Tensor, state: Any) -> bool:

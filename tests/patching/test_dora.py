@@ -1,0 +1,121 @@
+"""PEFT's DoRA, patched: as accurate as stock against fp64, where it is served and where it is not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import peftkern
+from peftkern.patching.forwards import find
+
+from . import models
+from .test_values import compare
+
+
+def make(dtype=torch.float32, *, four_bit=True, seed=0, bias=False, **options):
+    model = models.lora(models.llama(dtype, four_bit=four_bit, seed=seed, bias=bias), use_dora=True, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return model
+
+
+@pytest.fixture
+def counted(monkeypatch, calls):
+    """A DoRA layer counts as a LoRA layer."""
+    original = peftkern.functional.dora_linear
+
+    def count(*args, **options):
+        calls["lora"] += 1
+        return original(*args, **options)
+
+    monkeypatch.setattr(peftkern.functional, "dora_linear", count)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+def test_as_accurate_as_stock(four_bit, dtype, bias, counted):
+    compare(lambda seed: make(dtype, four_bit=four_bit, seed=seed, bias=bias), dtype, counted)
+
+
+def test_dropout_takes_torchs_draws(counted):
+    """One mask for the base product and the branch, as PEFT has it: with the same seed the same numbers."""
+    model = make(lora_dropout=0.4).train()
+    torch.manual_seed(5)
+    stock = models.run(model)
+    assert peftkern.patch(model).counts["dora_linear"] == 14
+    torch.manual_seed(5)
+    patched = models.run(model)
+    for name, value in stock.items():
+        torch.testing.assert_close(patched[name], value, rtol=1e-3, atol=2e-5 * value.abs().max().item(), msg=name)
+    assert counted["lora"] == 14
+
+
+def test_the_norm_follows_the_adapter_and_the_weight():
+    model = make().eval()
+    peftkern.patch(model)
+    before = model(input_ids=models.IDS).logits
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(3)
+    twin = copy.deepcopy(model)
+    peftkern.unpatch(twin)
+    assert not torch.allclose(before, model(input_ids=models.IDS).logits, atol=1e-3)
+    torch.testing.assert_close(model(input_ids=models.IDS).logits, twin(input_ids=models.IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_weights_squares_are_kept_and_renewed():
+    model = make(four_bit=False).eval()
+    peftkern.patch(model)
+    layer = models.first(model)
+    x = torch.randn(2, 64)
+    layer(x)
+    cache = find(layer)[1].cache
+    kept = cache._squares[1]
+    layer(x)
+    assert cache._squares[1] is kept
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2)
+    patched = layer(x)
+    assert cache._squares[1] is not kept
+    peftkern.unpatch(layer)
+    torch.testing.assert_close(patched, layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_disabled_merged_and_beside_another_adapter():
+    model = make(four_bit=False).eval()
+    model.add_adapter("plain", models.config())
+    models.randomize(model)
+    twin = copy.deepcopy(model)
+    peftkern.patch(model)
+
+    def same():
+        torch.testing.assert_close(model(input_ids=models.IDS).logits, twin(input_ids=models.IDS).logits, rtol=1e-4, atol=1e-4)
+
+    same()
+    with model.disable_adapter(), twin.disable_adapter():
+        same()
+    for names in ("plain", ["default", "plain"]):
+        model.base_model.set_adapter(names), twin.base_model.set_adapter(names)
+        same()
+    model.base_model.set_adapter("default"), twin.base_model.set_adapter("default")
+    model.merge_adapter(), twin.merge_adapter()
+    same()
+    model.unmerge_adapter(), twin.unmerge_adapter()
+    same()
+
+
+def test_compiles_into_one_graph():
+    model = make(four_bit=False)
+    peftkern.patch(model)
+    eager = models.run(model)
+    compiled = models.run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    compiled = {name.removeprefix("_orig_mod."): value for name, value in compiled.items()}
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
