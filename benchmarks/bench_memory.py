@@ -22,8 +22,7 @@ def scratch_bytes(m: int, n: int, k: int, regime: str) -> int:
     native = backends.native().scratch_bytes(m, n, k, R)
     if regime != "vendor":
         return native
-    slices = (launcher._slices(n, k)[0].stop * k, launcher._slices(k, n)[0].stop * n)
-    return native + 2 * max(slices)
+    return native + max(launcher.slices(*sizes, torch.bfloat16)[1].nbytes for sizes in ((n, k), (k, n)))
 
 
 def saved_bytes(m: int, n: int, k: int) -> tuple[int, int]:

@@ -53,6 +53,7 @@ TARGETS = (
     Target("step", 1.4, over=("peft+bitsandbytes",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
     Target("step", 1.0, over=("peft dense",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
     Target("switching", 1.0, under=("alone",)),
+    Target("linear_cross_entropy", 1.15, under=("GEMMs alone",), shapes=("49152x576",), m=(512,)),
 )
 KEY = ("device", "isa", "threads", "kernel", "mode", "dtype", "shape", "M")
 

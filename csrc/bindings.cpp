@@ -30,6 +30,16 @@ struct Lora : pk_lora {
       : pk_lora{at<void>(a), at<void>(b), r, dtype, scaling, threshold, seed ? *at<uint64_t>(seed) : 0} {}
 };
 
+struct Member : pk_member {
+  Member(const Weight& weight, Address bias, int bias_dtype, Address y, Address dy, Address d_bias)
+      : pk_member{weight, at<void>(bias), bias_dtype, at<void>(y), at<void>(dy), at<float>(d_bias)} {}
+};
+
+struct Adapter : pk_adapter {
+  Adapter(const Lora& lora, int64_t member, int64_t row_begin, int64_t row_end, Address xa, Address dyb, Address d_lora_a, Address d_lora_b)
+      : pk_adapter{lora, member, row_begin, row_end, at<float>(xa), at<float>(dyb), at<void>(d_lora_a), at<void>(d_lora_b)} {}
+};
+
 PYBIND11_MODULE(_C, m) {
   using nogil = py::call_guard<py::gil_scoped_release>;
   m.attr("abi_version") = pk_abi_version();
@@ -73,6 +83,29 @@ PYBIND11_MODULE(_C, m) {
     check(pk_lora_bwd_cpu(&lora, at<void>(dy), at<void>(x), dtype, m_, n, k, at<float>(xa), at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b),
                           at<float>(d_bias), at<void>(scratch), bytes, 0));
   }, nogil());
+  py::class_<Member>(m, "Member").def(py::init<const Weight&, Address, int, Address, Address, Address>());
+  py::class_<Adapter>(m, "Adapter").def(py::init<const Lora&, int64_t, int64_t, int64_t, Address, Address, Address, Address>());
+  using Members = std::vector<pk_member>;
+  using Adapters = std::vector<pk_adapter>;
+  const auto members_of = [](const std::vector<Member>& list) { return Members(list.begin(), list.end()); };
+  const auto adapters_of = [](const std::vector<Adapter>& list) { return Adapters(list.begin(), list.end()); };
+  m.def("group_scratch_bytes", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, int64_t m_) {
+    const Members list = members_of(members);
+    const Adapters low = adapters_of(adapters);
+    return pk_qlora_group_scratch_bytes(list.data(), list.size(), low.data(), low.size(), m_, 0);
+  });
+  m.def("qlora_group_fwd", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype, int64_t m_, Address scratch,
+                               int64_t bytes) {
+    const Members list = members_of(members);
+    const Adapters low = adapters_of(adapters);
+    check(pk_qlora_group_fwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_, at<void>(scratch), bytes, 0));
+  }, nogil());
+  m.def("qlora_group_bwd", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype, int64_t m_, Address dx,
+                               Address scratch, int64_t bytes) {
+    const Members list = members_of(members);
+    const Adapters low = adapters_of(adapters);
+    check(pk_qlora_group_bwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_, at<void>(dx), at<void>(scratch), bytes, 0));
+  }, nogil());
   m.def("dropout_mask", [](int64_t m_, int64_t k, uint32_t threshold, Address seed, Address mask) {
     check(pk_dropout_mask_cpu(m_, k, threshold, *at<uint64_t>(seed), at<float>(mask), 0));
   }, nogil());
@@ -104,5 +137,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope", [](const pk_rope_heads& q, const pk_rope_heads& k, int dtype, int64_t batch, int64_t seq, int64_t dim, Address cos, Address sin,
                    int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse) {
     check(pk_rope_cpu(&q, &k, dtype, batch, seq, dim, at<void>(cos), at<void>(sin), angle_dtype, angle_batch, rotary, inverse, 0));
+  }, nogil());
+  m.def("cross_entropy", [](Address logits, int dtype, int64_t m_, int64_t n, int64_t width, Address bias, Address labels, Address row_scale, float softcap,
+                            float label_smoothing, float z_loss, Address loss, bool gradient) {
+    check(pk_cross_entropy_cpu(at<void>(logits), dtype, m_, n, width, at<float>(bias), at<int64_t>(labels), at<float>(row_scale), softcap, label_smoothing,
+                               z_loss, at<float>(loss), gradient, 0));
   }, nogil());
 }

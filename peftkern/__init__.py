@@ -3,7 +3,18 @@
 from . import backends, functional
 from .backends import explain, use_backend
 from .nf4 import NF4Weight
-from .patching import PatchReport, patch, unpatch
+from .patching import PatchReport, mixed_adapters, patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["NF4Weight", "PatchReport", "__version__", "backends", "explain", "functional", "patch", "unpatch", "use_backend"]
+__all__ = [
+    "NF4Weight",
+    "PatchReport",
+    "__version__",
+    "backends",
+    "explain",
+    "functional",
+    "mixed_adapters",
+    "patch",
+    "unpatch",
+    "use_backend",
+]

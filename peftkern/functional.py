@@ -5,16 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import nf4
+from . import checks, nf4
 from .blocks import glu, rms_norm, rope
+from .group import Adapter, Member, qlora_group
+from .losses import linear_cross_entropy
+from .mlp import gated_mlp
 from .nf4 import NF4Weight
 from .ops import dequantize as _dequantize
+from .ops import lora_add as _lora_add
 from .ops import qlora_linear as _qlora_linear
 from .ops import quantize as _quantize
 
-__all__ = ["dequantize_4bit", "linear_4bit", "qlora_linear", "quantize_4bit", "glu", "rms_norm", "rope"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = [
+    "Adapter",
+    "Member",
+    "dequantize_4bit",
+    "gated_mlp",
+    "glu",
+    "linear_4bit",
+    "linear_cross_entropy",
+    "lora_add",
+    "qlora_group",
+    "qlora_linear",
+    "quantize_4bit",
+    "rms_norm",
+    "rope",
+]
 
 
 def quantize_4bit(
@@ -38,7 +54,7 @@ def quantize_4bit(
     >>> w.dequantize().shape
     torch.Size([128, 64])
     """
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in checks.FLOATS:
         raise TypeError(f"weight: got {weight.dtype}, expected float32, bfloat16 or float16")
     if blocksize not in nf4.BLOCKSIZES:
         raise ValueError(f"blocksize: got {blocksize}, expected one of {nf4.BLOCKSIZES}")
@@ -67,7 +83,7 @@ def dequantize_4bit(weight: NF4Weight, *, dtype: torch.dtype | None = None, out:
     Returns: Tensor in `weight.shape`; `out` where it is given.
     """
     dtype = dtype or (weight.dtype if out is None else out.dtype)
-    if dtype not in _FLOATS:
+    if dtype not in checks.FLOATS:
         raise TypeError(f"dtype: got {dtype}, expected float32, bfloat16 or float16")
     if out is not None:
         got = (tuple(out.shape), out.dtype, out.device)
@@ -115,70 +131,54 @@ def qlora_linear(
     >>> qlora_linear(torch.randn(2, 5, 64), w, lora_a=a, lora_b=b, scaling=2.0).shape
     torch.Size([2, 5, 96])
     """
-    shape, device = _weight_shape(weight)
-    _check_activation(x, shape, device)
+    shape, device = checks.weight_shape(weight)
+    checks.activation(x, shape, device)
     n, k = shape
-    _check_vector("bias", bias, n, device)
-    _check_adapter(lora_a, lora_b, n, k, device)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p}, expected a probability from 0 to 1")
-    if dropout_p == 0.0 or lora_a is None:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    elif seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
-        raise ValueError(f"seed: got {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 [1] on {x.device}")
+    checks.vector("bias", bias, n, device)
+    checks.adapter(lora_a, lora_b, n, k, device)
+    checks.dropout(dropout_p, seed, x.device)
+    seed = checks.seed(x, 0.0 if lora_a is None else dropout_p, seed)
     y = _qlora_linear.qlora_linear(x.reshape(-1, k), weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
     return y.reshape(*x.shape[:-1], n)
 
 
-def _weight_shape(weight: NF4Weight | Tensor) -> tuple[tuple[int, int], torch.device]:
-    shape = tuple(weight.shape)
-    if len(shape) != 2:
-        raise ValueError(f"weight: got shape {shape}, expected [out_features, in_features]")
-    if isinstance(weight, Tensor):
-        if weight.dtype not in _FLOATS:
-            raise TypeError(
-                f"weight: got a {weight.dtype} tensor, expected float32, bfloat16, float16 or an NF4Weight (NF4Weight.from_bnb)"
-            )
-        if weight.requires_grad:
-            raise ValueError(
-                "weight: requires grad, but the base weight is frozen here; call weight.requires_grad_(False) or use torch's linear"
-            )
-    return shape, weight.device
+def lora_add(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The trainable low-rank branch alone, on top of any base layer's output: y + scaling * drop(x) A^T B^T + bias.
 
+    Args:
+        y: [..., N], what the base layer gave for x; its gradient is the result's. Not written.
+        x: [..., K], of y's dtype: fp32, bf16 or fp16.
+        lora_a, lora_b, scaling, dropout_p, seed: as in `qlora_linear`.
+        bias: [N] or None, already scaled; may require grad.
+    Returns: [..., N] in y's dtype. Saved for backward: x, A, B, xa = drop(x) A^T [M, R], the seed.
+    Raises: TypeError, ValueError naming the argument, what was got and what was expected.
+    Source: LoRA (Hu et al., 2021), section 4.1.
 
-def _check_activation(x: Tensor, shape: tuple[int, int], device: torch.device) -> None:
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16")
-    if x.dim() == 0 or x.shape[-1] != shape[1]:
-        hint = "; the weight looks transposed, quantize it as [out_features, in_features]" if x.dim() and x.shape[-1] == shape[0] else ""
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {shape[1]}] for a weight {shape}{hint}")
-    if x.device != device:
-        raise ValueError(f"x: is on {x.device}, the weight is on {device}; move one of them")
-
-
-def _check_vector(name: str, value: Tensor | None, n: int, device: torch.device) -> None:
-    if value is None:
-        return
-    if value.dtype not in _FLOATS or tuple(value.shape) != (n,) or value.device != device:
-        raise ValueError(f"{name}: got {value.dtype} {tuple(value.shape)} on {value.device}, expected a float tensor [{n}] on {device}")
-
-
-def _check_adapter(lora_a: Tensor | None, lora_b: Tensor | None, n: int, k: int, device: torch.device) -> None:
-    if lora_a is None and lora_b is None:
-        return
+    >>> base = torch.nn.Linear(64, 96)
+    >>> x, a, b = torch.randn(2, 5, 64), torch.randn(8, 64, requires_grad=True), torch.zeros(96, 8, requires_grad=True)
+    >>> lora_add(base(x), x, a, b, scaling=2.0).shape
+    torch.Size([2, 5, 96])
+    """
     if lora_a is None or lora_b is None:
-        raise ValueError(f"{'lora_a' if lora_a is None else 'lora_b'}: is missing; give both or none")
-    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if value.dtype not in _FLOATS:
-            raise TypeError(f"{name}: got {value.dtype}, expected float32, bfloat16 or float16")
-        if value.device != device:
-            raise ValueError(f"{name}: is on {value.device}, the weight is on {device}; move one of them")
-    r = lora_a.shape[0] if lora_a.dim() == 2 else -1
-    if tuple(lora_a.shape) != (r, k) or not 1 <= r <= 256:
-        raise ValueError(f"lora_a: got shape {tuple(lora_a.shape)}, expected [r, {k}] with r from 1 to 256")
-    if tuple(lora_b.shape) != (n, r):
-        raise ValueError(f"lora_b: got shape {tuple(lora_b.shape)}, expected [{n}, {r}]")
-    if lora_a.dtype != lora_b.dtype:
-        raise ValueError(f"lora_b: got {lora_b.dtype}, lora_a is {lora_a.dtype}; both must have one dtype")
+        raise ValueError(f"{'lora_a' if lora_a is None else 'lora_b'}: is missing; both are needed")
+    if y.dtype != x.dtype:
+        raise TypeError(f"y: got {y.dtype}, x is {x.dtype}; both must have one dtype")
+    if y.dim() == 0 or y.shape[:-1] != x.shape[:-1] or y.device != x.device:
+        raise ValueError(f"y: got {tuple(y.shape)} on {y.device}, expected {(*x.shape[:-1], 'N')} on {x.device}, as the base layer gave it")
+    n, k = y.shape[-1], lora_a.shape[-1]
+    checks.activation(x, (n, k), lora_a.device)
+    checks.vector("bias", bias, n, x.device)
+    checks.adapter(lora_a, lora_b, n, k, x.device)
+    seed = checks.seed(x, dropout_p, seed)
+    out = _lora_add.lora_add(y.reshape(-1, n), x.reshape(-1, k), lora_a, lora_b, bias, float(scaling), float(dropout_p), seed)
+    return out.reshape(y.shape)

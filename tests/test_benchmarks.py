@@ -145,7 +145,7 @@ def test_report_writes_table_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("name", ["dequantize", "memory"])
+@pytest.mark.parametrize("name", ["dequantize", "memory", "linear_cross_entropy"])
 def test_smoke(tmp_path: Path, name: str) -> None:
     _smoke(tmp_path, name)
 

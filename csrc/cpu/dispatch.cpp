@@ -6,7 +6,6 @@
 #include <string.h>
 
 #include "kernels.h"
-#include "plan.h"
 
 namespace {
 
@@ -74,17 +73,84 @@ int check_lora(const pk_lora* l) {
 
 int64_t gemv_floats(int64_t m, int64_t n, int64_t k, int64_t r) { return 2 * m * k + r * (k + n) + n; }
 
-int64_t plan_floats(int64_t m, int64_t outputs, int64_t contraction, int64_t n, int64_t k, int64_t r, int threads) {
-  return pk::make_plan(m, outputs, contraction, n, k, r, current->lanes, threads).total;
+int64_t group_scratch_bytes(const pk::Group& g, int64_t m, int threads) {
+  const int64_t forward = g.forward_plan(m, current->lanes, threads).total;
+  // A backward pass without dx runs on the plan without base products.
+  const int64_t with_dx = g.backward_plan(m, true, current->lanes, threads).total, without = g.backward_plan(m, false, current->lanes, threads).total;
+  return pk::largest(forward, pk::largest(with_dx, without)) * (int64_t)sizeof(float);
 }
-int64_t lora_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
-  return pk::largest(plan_floats(m, n, 0, n, k, r, threads), plan_floats(m, k, 0, n, k, r, threads)) * (int64_t)sizeof(float);
+
+// One linear as a group of one; without a base product where w is null.
+struct Single {
+  pk_member member{};
+  pk_adapter adapter{};
+  Single(const pk_weight* w, const pk_lora& lora, int64_t m, int64_t n, int64_t k) {
+    if (w) member.weight = *w;
+    member.weight.n = n, member.weight.k = k;
+    adapter.lora = lora;
+    adapter.row_end = m;
+  }
+  pk::Group group() const { return {&member, 1, &adapter, adapter.lora.r ? 1 : 0}; }
+};
+
+int64_t single_scratch_bytes(bool base, int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
+  static const char some = 0;
+  pk_weight w{};
+  w.data = &some;
+  pk_lora lora{};
+  lora.r = r;
+  const int64_t gemv = base && m <= 64 ? gemv_floats(m, n, k, r) * (int64_t)sizeof(float) : 0;
+  return pk::largest(gemv, group_scratch_bytes(Single(base ? &w : nullptr, lora, m, n, k).group(), m, threads));
 }
-int64_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
-  const int64_t gemv = m <= 64 ? gemv_floats(m, n, k, r) : 0;
-  const int64_t gemm = pk::largest(plan_floats(m, n, k, n, k, r, threads), plan_floats(m, k, n, n, k, r, threads));
-  // A backward pass without dx runs on the plan without a base product.
-  return pk::largest(pk::largest(gemv, gemm) * (int64_t)sizeof(float), lora_scratch_bytes(m, n, k, r, threads));
+
+int check_group(const pk::Group& g, int64_t m) {
+  if (!g.members || (g.adapter_count && !g.adapters)) return PK_ERR_NULL;
+  if (g.count < 1 || g.adapter_count < 0 || m < 0) return PK_ERR_SHAPE;
+  for (int64_t i = 0; i < g.count; i++) {
+    const pk_member& member = g.members[i];
+    if (member.weight.k != g.k() || (member.weight.data != nullptr) != g.base() || member.weight.n < 0 || g.k() < 1) return PK_ERR_SHAPE;
+    if (g.base())
+      if (int bad = check_weight(&member.weight)) return bad;
+    if (member.bias && bad_dtype(member.bias_dtype)) return PK_ERR_DTYPE;
+  }
+  for (int64_t i = 0; i < g.adapter_count; i++) {
+    const pk_adapter& a = g.adapters[i];
+    if (int bad = check_lora(&a.lora)) return bad;
+    if (a.member < 0 || a.member >= g.count || a.row_begin < 0 || a.row_end < a.row_begin || a.row_end > m) return PK_ERR_SHAPE;
+  }
+  return PK_OK;
+}
+
+int group_forward(const pk::Group& g, const void* x, int dtype, int64_t m, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_group(g, m)) return bad;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (m == 0 || g.n() == 0) return PK_OK;
+  if (!x || !scratch) return PK_ERR_NULL;
+  for (int64_t i = 0; i < g.count; i++)
+    if (!g.members[i].y) return PK_ERR_NULL;
+  for (int64_t i = 0; i < g.adapter_count; i++)
+    if (g.adapters[i].lora.r && !g.adapters[i].xa && g.adapters[i].row_begin < g.adapters[i].row_end) return PK_ERR_NULL;
+  if (bytes < group_scratch_bytes(g, m, threads)) return PK_ERR_SCRATCH;
+  current->forward(g, x, dtype, m, (float*)scratch, threads);
+  return PK_OK;
+}
+
+int group_backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_group(g, m)) return bad;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (m < 1 || g.n() < 1) return PK_ERR_SHAPE;
+  if (!scratch) return PK_ERR_NULL;
+  for (int64_t i = 0; i < g.count; i++)
+    if (!g.members[i].dy) return PK_ERR_NULL;
+  for (int64_t i = 0; i < g.adapter_count; i++) {
+    const pk_adapter& a = g.adapters[i];
+    const bool rows = a.row_begin < a.row_end;
+    if ((a.d_lora_a || a.d_lora_b) && !a.lora.r) return PK_ERR_NULL;
+    if ((a.d_lora_a && rows && (!x || !a.dyb)) || (a.d_lora_b && rows && !a.xa)) return PK_ERR_NULL;
+  }
+  if (bytes < group_scratch_bytes(g, m, threads)) return PK_ERR_SCRATCH;
+  current->backward(g, x, dtype, m, dx, (float*)scratch, threads);
+  return PK_OK;
 }
 
 }  // namespace
@@ -139,24 +205,42 @@ int pk_dequantize_4bit_cpu(const pk_weight* w, int64_t row, int64_t rows, int64_
 }
 
 int64_t pk_qlora_linear_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
-  return scratch_bytes(m, n, k, r, threads_or_default(threads));
+  return single_scratch_bytes(true, m, n, k, r, threads_or_default(threads));
 }
 
 int64_t pk_lora_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
-  return lora_scratch_bytes(m, n, k, r, threads_or_default(threads));
+  return single_scratch_bytes(false, m, n, k, r, threads_or_default(threads));
+}
+
+int64_t pk_qlora_group_scratch_bytes(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, int64_t m, int threads) {
+  const pk::Group g{members, count, adapters, adapter_count};
+  return check_group(g, m) == PK_OK ? group_scratch_bytes(g, m, threads_or_default(threads)) : 0;
+}
+
+int pk_qlora_group_fwd_cpu(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, const void* x, int dtype, int64_t m,
+                           void* scratch, int64_t bytes, int threads) {
+  return group_forward({members, count, adapters, adapter_count}, x, dtype, m, scratch, bytes, threads_or_default(threads));
+}
+
+int pk_qlora_group_bwd_cpu(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, const void* x, int dtype, int64_t m,
+                           void* dx, void* scratch, int64_t bytes, int threads) {
+  return group_backward({members, count, adapters, adapter_count}, x, dtype, m, dx, scratch, bytes, threads_or_default(threads));
 }
 
 static int lora_forward(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias,
                         int bias_dtype, void* y, float* xa, int gemv, void* scratch, int64_t bytes, int threads) {
-  if (int bad = check_lora(lora)) return bad;
+  if (!lora) return PK_ERR_NULL;
   if (m < 0 || n < 0 || k < 1 || (gemv && m > 64)) return PK_ERR_SHAPE;
+  threads = threads_or_default(threads);
+  Single one(w, *lora, m, n, k);
+  one.member.bias = bias, one.member.bias_dtype = bias_dtype, one.member.y = y, one.adapter.xa = xa;
+  if (!gemv) return group_forward(one.group(), x, dtype, m, scratch, bytes, threads);
+  if (int bad = check_group(one.group(), m)) return bad;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m == 0 || n == 0) return PK_OK;
   if (!x || !y || !scratch || (lora->r && !xa)) return PK_ERR_NULL;
-  if (bad_dtype(dtype) || (bias && bad_dtype(bias_dtype))) return PK_ERR_DTYPE;
-  threads = threads_or_default(threads);
-  if (bytes < (w ? scratch_bytes : lora_scratch_bytes)(m, n, k, lora->r, threads)) return PK_ERR_SCRATCH;
-  if (gemv) current->gemv(*w, *lora, x, dtype, m, bias, bias_dtype, y, xa, (float*)scratch, threads);
-  else current->forward(w, *lora, x, dtype, m, n, k, bias, bias_dtype, y, xa, (float*)scratch, threads);
+  if (bytes < gemv_floats(m, n, k, lora->r) * (int64_t)sizeof(float)) return PK_ERR_SCRATCH;
+  current->gemv(*w, *lora, x, dtype, m, bias, bias_dtype, y, xa, (float*)scratch, threads);
   return PK_OK;
 }
 
@@ -174,14 +258,12 @@ int pk_lora_fwd_cpu(const pk_lora* lora, const void* x, int dtype, int64_t m, in
 static int lora_backward(const pk_weight* w, const pk_lora* lora, const void* dy, const void* x, int dtype, int64_t m, int64_t n, int64_t k,
                          const float* xa, float* dyb, void* dx, void* d_a, void* d_b, float* d_bias, void* scratch, int64_t bytes, int threads) {
   if (int bad = check_lora(lora)) return bad;
+  if (((d_a || d_b) && !lora->r) || (lora->r && (dx || d_a) && !dyb)) return PK_ERR_NULL;
   if (m < 1 || n < 1 || k < 1) return PK_ERR_SHAPE;
-  const bool low_rank = lora->r > 0;
-  if (!dy || !scratch || (d_a && !x) || (d_b && !xa) || ((d_a || d_b) && !low_rank) || (low_rank && (dx || d_a) && !dyb)) return PK_ERR_NULL;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
-  threads = threads_or_default(threads);
-  if (bytes < (w ? scratch_bytes : lora_scratch_bytes)(m, n, k, lora->r, threads)) return PK_ERR_SCRATCH;
-  current->backward(w, *lora, dy, x, dtype, m, n, k, xa, dyb, dx, d_a, d_b, d_bias, (float*)scratch, threads);
-  return PK_OK;
+  Single one(w, *lora, m, n, k);
+  one.member.dy = dy, one.member.d_bias = d_bias;
+  one.adapter.xa = const_cast<float*>(xa), one.adapter.dyb = dyb, one.adapter.d_lora_a = d_a, one.adapter.d_lora_b = d_b;
+  return group_backward(one.group(), x, dtype, m, dx, scratch, bytes, threads_or_default(threads));
 }
 
 int pk_qlora_linear_bwd_cpu(const pk_weight* w, const pk_lora* lora, const void* dy, const void* x, int dtype, int64_t m, const float* xa, float* dyb,
@@ -255,6 +337,19 @@ int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64
   if ((q->heads && (!q->x || !q->y)) || (k->heads && (!k->x || !k->y)) || (rotary && (!cos || !sin))) return PK_ERR_NULL;
   const pk_rope_heads both[2] = {*q, *k};
   current->rope(both, dtype, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse, threads_or_default(threads));
+  return PK_OK;
+}
+
+int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
+                         const float* row_scale, float softcap, float label_smoothing, float z_loss, float* loss, int gradient, int threads) {
+  if (m < 0 || n < 1 || width < 1) return PK_ERR_SHAPE;
+  if (m == 0) return PK_OK;
+  if (!logits || !labels || !loss) return PK_ERR_NULL;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  for (int64_t i = 0; i < m; i++)
+    if (labels[i] < 0 || labels[i] >= n) return PK_ERR_SHAPE;
+  current->cross_entropy(logits, dtype, m, n, width < n ? width : n, bias, labels, row_scale, softcap, label_smoothing, z_loss, loss, gradient,
+                         threads_or_default(threads));
   return PK_OK;
 }
 

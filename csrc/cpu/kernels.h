@@ -1,6 +1,6 @@
 // What one ISA's translation unit offers to the dispatcher.
 #pragma once
-#include "../include/peftkern.h"
+#include "group.h"
 
 namespace pk {
 
@@ -12,16 +12,16 @@ struct Kernels {
   void (*dequantize)(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out, int dtype, int threads);
   void (*gemv)(const pk_weight& w, const pk_lora& lora, const void* x, int dtype, int64_t m, const void* bias, int bias_dtype, void* y, float* xa,
                float* scratch, int threads);
-  void (*forward)(const pk_weight* w, const pk_lora& lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias, int bias_dtype,
-                  void* y, float* xa, float* scratch, int threads);
-  void (*backward)(const pk_weight* w, const pk_lora& lora, const void* dy, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const float* xa,
-                   float* dyb, void* dx, void* d_a, void* d_b, float* d_bias, float* scratch, int threads);
+  void (*forward)(const Group& group, const void* x, int dtype, int64_t m, float* scratch, int threads);
+  void (*backward)(const Group& group, const void* x, int dtype, int64_t m, void* dx, float* scratch, int threads);
   void (*dropout_mask)(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
   void (*glu)(const pk_glu& operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h, int threads);
   void (*rms_norm)(const pk_rms_norm& norm, void* y, float* rstd, float* scratch, int threads);
   void (*rms_norm_grad)(const pk_rms_norm& norm, const void* dy, const float* rstd, void* dx, float* d_weight, float* scratch, int threads);
   void (*rope)(const pk_rope_heads* qk, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos, const void* sin, int angle_dtype,
                int64_t angle_batch, int64_t rotary, int inverse, int threads);
+  void (*cross_entropy)(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
+                        const float* row_scale, float softcap, float smoothing, float z_loss, float* loss, int backward, int threads);
 };
 
 // Rows of a task of the normalization's backward: a function of m alone, so that the order of sums does not depend on the threads.

@@ -23,30 +23,35 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 static inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// outputs: rows of the product (n forward, k backward); contraction: the other one, or 0 where there is no base product.
-static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, int64_t n, int64_t k, int64_t r, int64_t lanes, int threads) {
+// What a call holds in scratch besides the activations: the low-rank branches' rows together, their adapters and biases in fp32.
+struct Operands { int64_t r, lora_a, lora_b, bias; };
+
+// outputs: rows of the product (all n forward, k backward); contraction: the other one, or 0 where there is no base product.
+// `unit`: what a task's rows are a multiple of: 48 backward (whole tiles of 6 and 12, whole vectors, whole nibble words), 12 forward, where
+// rows are only ever broadcast (whole tiles).
+static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, const Operands& held, int64_t unit, int64_t lanes, int threads) {
   Plan p{};
   p.contraction = contraction;
   int64_t limit = contraction ? PACK_FLOATS / contraction / lanes * lanes : MAX_ROWS_BLOCK;
   limit = limit < lanes ? lanes : limit > MAX_ROWS_BLOCK ? MAX_ROWS_BLOCK : limit;
   const int64_t rows = m < 1 ? 1 : m;
   p.mc = round_up(ceil_div(rows, ceil_div(rows, limit)), lanes);
-  // Equal tasks, a whole number of them for each thread, in multiples of 48 (whole tiles of 6 and 12, whole vectors, whole nibble words).
+  // Equal tasks, a whole number of them for each thread.
   const int64_t rounds = ceil_div(outputs, threads * MAX_BLOCK);
-  p.block = round_up(ceil_div(outputs, threads * rounds), 48);
+  p.block = round_up(ceil_div(outputs, threads * rounds), unit);
   if (p.block > MAX_BLOCK) p.block = MAX_BLOCK;
   p.decoded_size = round_up(largest(p.block * LD_FWD, KC * (p.block + PAD)), ALIGN);
   p.c_size = round_up(p.block * p.mc, ALIGN);
-  const int64_t tmp = largest(2 * KC * lanes, 3 * p.block * lanes);
-  const int64_t gradient = r * STRIP_PANELS * lanes + KC * lanes + KC * STRIP_PANELS * lanes;
+  const int64_t tmp = 3 * largest(KC, p.block) * lanes;
+  const int64_t gradient = held.r * STRIP_PANELS * lanes + KC * lanes + KC * STRIP_PANELS * lanes;
   p.own_size = round_up(largest(p.decoded_size + p.c_size + tmp, gradient), ALIGN);
   int64_t at = 0;
   auto take = [&at](int64_t size) { int64_t here = at; at += round_up(size, ALIGN); return here; };
   p.pack_at = take(p.mc * contraction);
-  p.low_rank_at = take(p.mc * r);
-  p.lora_a_at = take(r * k);
-  p.lora_b_at = take(r * n);
-  p.bias_at = take(n);
+  p.low_rank_at = take(p.mc * held.r);
+  p.lora_a_at = take(held.lora_a);
+  p.lora_b_at = take(held.lora_b);
+  p.bias_at = take(held.bias);
   p.own_at = take(p.own_size * threads);
   p.total = at;
   return p;

@@ -1,9 +1,10 @@
 // The ISA's entry points, by dtype, gathered into its row of the dispatcher's table.
 #pragma once
+#include "cross_entropy_impl.h"
 #include "glu_impl.h"
+#include "gradients_impl.h"
 #include "kernels.h"
 #include "norm_impl.h"
-#include "qlora_impl.h"
 #include "quantize_impl.h"
 #include "rope_impl.h"
 
@@ -57,22 +58,18 @@ static void gemv(const pk_weight& w, const pk_lora& l, const void* x, int dtype,
   else gemv_as(w, l, (const f16*)x, m, bias, bias_dtype, (f16*)y, xa, scratch, threads);
 }
 
-static void forward(const pk_weight* w, const pk_lora& l, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const void* bias, int bias_dtype,
-                    void* y, float* xa, float* scratch, int threads) {
-  const pk::Plan p = pk::make_plan(m, n, w ? k : 0, n, k, l.r, LANES, threads);
-  if (dtype == PK_F32) forward_gemm(p, w, l, (const float*)x, m, n, k, bias, bias_dtype, (float*)y, xa, scratch, threads);
-  else if (dtype == PK_BF16) forward_gemm(p, w, l, (const bf16*)x, m, n, k, bias, bias_dtype, (bf16*)y, xa, scratch, threads);
-  else forward_gemm(p, w, l, (const f16*)x, m, n, k, bias, bias_dtype, (f16*)y, xa, scratch, threads);
+static void forward(const pk::Group& g, const void* x, int dtype, int64_t m, float* scratch, int threads) {
+  const pk::Plan p = g.forward_plan(m, LANES, threads);
+  if (dtype == PK_F32) forward_gemm(p, g, (const float*)x, m, scratch, threads);
+  else if (dtype == PK_BF16) forward_gemm(p, g, (const bf16*)x, m, scratch, threads);
+  else forward_gemm(p, g, (const f16*)x, m, scratch, threads);
 }
 
-static void backward(const pk_weight* w, const pk_lora& l, const void* dy, const void* x, int dtype, int64_t m, int64_t n, int64_t k, const float* xa,
-                     float* dyb, void* dx, void* d_a, void* d_b, float* d_bias, float* scratch, int threads) {
-  const pk::Plan p = pk::make_plan(m, k, w && dx ? n : 0, n, k, l.r, LANES, threads);
-  if (dtype == PK_F32)
-    backward_all(p, w, l, (const float*)dy, (const float*)x, m, n, k, xa, dyb, (float*)dx, d_a, d_b, d_bias, scratch, threads);
-  else if (dtype == PK_BF16)
-    backward_all(p, w, l, (const bf16*)dy, (const bf16*)x, m, n, k, xa, dyb, (bf16*)dx, d_a, d_b, d_bias, scratch, threads);
-  else backward_all(p, w, l, (const f16*)dy, (const f16*)x, m, n, k, xa, dyb, (f16*)dx, d_a, d_b, d_bias, scratch, threads);
+static void backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, float* scratch, int threads) {
+  const pk::Plan p = g.backward_plan(m, dx != nullptr, LANES, threads);
+  if (dtype == PK_F32) backward_all(p, g, (const float*)x, m, (float*)dx, scratch, threads);
+  else if (dtype == PK_BF16) backward_all(p, g, (const bf16*)x, m, (bf16*)dx, scratch, threads);
+  else backward_all(p, g, (const f16*)x, m, (f16*)dx, scratch, threads);
 }
 
 static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads) {
@@ -85,4 +82,4 @@ static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed
 
 #define PK_KERNELS(isa_name) \
   {isa_name, PK_NS::LANES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask, \
-   PK_NS::glu, PK_NS::rms_norm, PK_NS::rms_norm_grad, PK_NS::rope}
+   PK_NS::glu, PK_NS::rms_norm, PK_NS::rms_norm_grad, PK_NS::rope, PK_NS::cross_entropy}

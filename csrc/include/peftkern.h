@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 1
+#define PEFTKERN_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
@@ -103,6 +103,38 @@ PK_API int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, i
                            float* dyb, void* dx, void* d_lora_a, void* d_lora_b, float* d_bias, void* scratch, int64_t scratch_bytes,
                            int threads);
 
+/* Linears that share their input x [m, k] (q, k, v; gate, up; one linear with several adapters; a batch of mixed adapters): one read of x, one
+ * dx. The single linear's functions above are a group of one. */
+
+/* A member: y = x W^T + its adapters + bias. weight.data == NULL (in all members or in none): no base product, y and dx are added to. */
+typedef struct {
+  pk_weight weight;
+  const void* bias; /* [n] of bias_dtype, or NULL */
+  int32_t bias_dtype;
+  void* y;        /* forward: [m, n] */
+  const void* dy; /* backward: [m, n] */
+  float* d_bias;  /* backward: [n], or NULL */
+} pk_member;
+
+/* An adapter of member number `member`, applied to rows [row_begin, row_end) of x alone. Those of one member that share rows add up. */
+typedef struct {
+  pk_lora lora; /* row 0 of its dropout mask is row_begin of x */
+  int64_t member, row_begin, row_end;
+  float* xa;        /* [row_end - row_begin, r] = drop(x) A^T: written forward, read for d_lora_b */
+  float* dyb;       /* [row_end - row_begin, r]: workspace backward, wanted where d_lora_a is */
+  void* d_lora_a;   /* backward: of lora.dtype, or NULL */
+  void* d_lora_b;
+} pk_adapter;
+
+/* Bytes of scratch that either direction needs. */
+PK_API int64_t pk_qlora_group_scratch_bytes(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, int64_t m,
+                                            int threads);
+PK_API int pk_qlora_group_fwd_cpu(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, const void* x,
+                                  int dtype, int64_t m, void* scratch, int64_t scratch_bytes, int threads);
+/* dx [m, k] = sum over members of dy W + drop(dyb A), or NULL; x may be NULL where no d_lora_a is wanted. */
+PK_API int pk_qlora_group_bwd_cpu(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, const void* x,
+                                  int dtype, int64_t m, void* dx, void* scratch, int64_t scratch_bytes, int threads);
+
 /* The dropout mask times 1/(1-p), fp32 [m, k]: element (i, j) is the (j % 8)-th 16-bit half of Philox4x32-10 at counter (j/8, i, 0, 0). */
 PK_API int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
 
@@ -162,6 +194,14 @@ typedef struct {
  * inverse != 0: the transposed map, which is its gradient. */
 PK_API int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos,
                        const void* sin, int angle_dtype, int64_t angle_batch, int64_t rotary, int inverse, int threads);
+
+/* Cross-entropy of m rows of n logits, u, of `dtype`, which lie in slices of `width` columns one behind the other, each [m, width], the last
+ * one narrower (width >= n: simply [m, n]). l = u + bias [n], or softcap * tanh((u + bias) / softcap) where softcap > 0;
+ * loss fp32 [m] = lse - (1 - label_smoothing) l[label] - label_smoothing mean(l) + z_loss lse^2, with 0 <= labels [m] < n.
+ * gradient != 0: u becomes row_scale [m] * d loss / d u. bias, row_scale fp32, may be NULL. */
+PK_API int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
+                                const float* row_scale, float softcap, float label_smoothing, float z_loss, float* loss, int gradient,
+                                int threads);
 
 #ifdef __cplusplus
 }

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-__all__ = ["LIBRARY", "backend"]
+__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend"]
 
 LIBRARY = torch.library.Library("peftkern", "DEF")
 # On a GPU the linear is a plan over Triton, CUDA and cuBLAS launches: one file composes them.
-_FILES = {("qlora_linear", "triton"): "gpu", ("qlora_linear", "cuda"): "gpu"}
+_FILES = {(op, name): "gpu" for op in ("qlora_linear", "qlora_group") for name in ("cuda", "triton")} | {("lora_add", "cuda"): "triton"}
 
 
 @functools.cache
 def backend(op: str, name: str) -> ModuleType:
     """The module with an op's launchers for a backend; imported at its first use, as Triton is not there on every machine."""
     return importlib.import_module(f"{__name__}.{op}.{_FILES.get((op, name), name)}")
+
+
+def accumulation(x: Tensor) -> torch.dtype:
+    """What sums over x are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    """The caller has chosen the dtypes; what a backend multiplies in fp32 must not become bf16."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

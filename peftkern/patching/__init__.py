@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
 from .. import backends
-from .detect import Candidate, candidates
-from .forwards import LinearForward, LoraForward, install, remove
+from .blocks import install_blocks, norm_candidates, rope_candidates
+from .detect import Candidate, candidates, excluded
+from .forwards import install, remove
+from .groups import form_groups
+from .loss import install_loss, loss_candidate
+from .mixed import mixed_adapters
+from .mlp import install_mlps
 from .report import PatchReport, Row
 from .weights import WeightCache
 
-__all__ = ["PatchReport", "Row", "patch", "unpatch"]
+__all__ = ["PatchReport", "Row", "mixed_adapters", "patch", "unpatch"]
 
 
-def patch(model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None = None) -> PatchReport:
-    """Let the LoRA layers and frozen 4-bit linears of a model run peftkern's fused functions.
+def patch(
+    model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None = None, blocks: bool = True, fused_loss: bool = False
+) -> PatchReport:
+    """Let the LoRA layers and frozen 4-bit linears of a model, and the blocks around them, run peftkern's fused functions.
 
     Replaces `forward` on module instances, nothing else: classes, parameters, `state_dict`, saving and loading stay as they are, and
     `unpatch` restores every forward exactly. Patching twice is patching once; call it again after adding modules.
@@ -27,6 +35,8 @@ def patch(model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None =
         exclude: module names, or whole dotted parts of them ("lm_head", "layers.0"), to leave as they are.
         dense: also patch frozen dense nn.Linear outside LoRA layers (a tied lm_head, say). Default: where it pays, on CPUs whose bf16 or
             fp16 matrix products torch computes by naive loops.
+        blocks: also patch gated MLPs, RMSNorm and rotary embeddings, each recognized by what it computes on a small probe.
+        fused_loss: a causal LM that is given labels in training computes its loss without the logits, and returns none.
     Returns: PatchReport, naming every module looked at, what it got, and why others fall back.
     Raises: ValueError where nothing could be patched, or an entry of `exclude` names no module.
 
@@ -43,9 +53,39 @@ def patch(model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None =
         if id(module) not in kept:
             remove(module)
     _install(found)
-    fused = {f"{item.row.name}.base_layer" for item in found if item.row.kind == "lora" and item.row.reason is None}
-    rows = tuple(item.row for item in found if item.row.name not in fused)
-    return PatchReport(rows, _kernels(found))
+    groups = form_groups(model)
+    extra = _install_blocks(model, patterns) if blocks else []
+    extra += _install_loss(model, patterns) if fused_loss else []
+    fused = {f"{item.row.name}.base_layer" for item in found if item.row.got == "qlora_linear"}
+    rows = tuple(_grouped(item.row, groups) for item in found if item.row.name not in fused)
+    return PatchReport((*rows, *extra), _kernels(found))
+
+
+def _install_blocks(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
+    """Gated MLPs, norms and rotary embeddings; a row for each module looked at."""
+    found = [item for item in (*norm_candidates(model), *rope_candidates(model)) if excluded(item.name, exclude) is None]
+    install_blocks(found)
+    kinds = {"rms_norm": "norm", "rope": "attention"}
+    rows = [Row(item.name, kinds[item.got], "", "stock" if item.reason else item.got, None, (), item.reason) for item in found]
+    return [Row(name, "mlp", "", "stock" if why else "gated_mlp", None, (), why) for name, why in install_mlps(model, exclude)] + rows
+
+
+def _install_loss(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
+    found = loss_candidate(model, exclude)
+    if found is None:
+        raise ValueError(
+            f"fused_loss: {type(model).__name__} holds no causal language model of transformers; call peftkern.patch without it"
+        )
+    install_loss(found)
+    return [found.row]
+
+
+def _grouped(row: Row, groups: dict[str, str]) -> Row:
+    """With the note which siblings it is computed with."""
+    if row.reason is not None or row.name not in groups:
+        return row
+    note = f"one call for {groups[row.name]}"
+    return replace(row, note=f"{row.note}; {note}" if row.note else note)
 
 
 def unpatch(model: nn.Module) -> int:
@@ -60,7 +100,7 @@ def _install(found: list[Candidate]) -> None:
             continue
         base = item.module.base_layer if item.row.kind == "lora" else item.module
         cache = caches.setdefault(id(base), WeightCache())
-        install(item.module, LoraForward if item.row.kind == "lora" else LinearForward, cache)
+        install(item.module, item.forward, cache)
 
 
 def _patterns(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
@@ -75,7 +115,7 @@ def _patterns(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
 
 
 def _kernels(found: list[Candidate]) -> str:
-    weight = next(item.module.weight for item in found if item.row.reason is None)
+    weight = next(tensor for item in found if item.row.reason is None for tensor in item.module.parameters())
     return backends.available(backends.select(weight))[1]
 
 

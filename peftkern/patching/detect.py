@@ -8,21 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from .forwards import active_adapters, find, has_hooks
+from . import add
+from .forwards import Forward, LinearForward, LoraForward, active_adapters, find, has_hooks
 from .report import Row
 from .weights import FLOATS, is_4bit, repacked, unpack
 
-__all__ = ["Candidate", "candidates", "is_lora"]
+__all__ = ["Candidate", "candidates", "excluded", "is_lora"]
 
 _PEFT_FORWARDS = {("peft.tuners.lora.layer", "Linear.forward"), ("peft.tuners.lora.bnb", "Linear4bit.forward")}
 
 
 class Candidate(NamedTuple):
-    """A module that was looked at; `static` tells whether nothing but the choice of adapters stands against the fused path."""
+    """A module that was looked at; `static`: nothing but the choice of adapters stands against `forward`, the fused path."""
 
     module: nn.Module
     row: Row
     static: bool
+    forward: type[Forward] = LinearForward
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -66,17 +68,34 @@ def _wants_dense(module: nn.Module, dense: bool | None) -> bool:
 
 def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:
     base = layer.base_layer
-    static = _excluded(name, exclude) or _forward_reason(layer) or _base_reason(base)
-    note = "" if static else _prepare(base)
-    static = static or _weight_reason(base)
+    static = excluded(name, exclude) or _forward_reason(layer)
+    against_fusion = None if static else _fusion_reason(layer)
+    note = "" if static or against_fusion else _prepare(base)
+    against_fusion = against_fusion or (None if static else _weight_reason(base))
+    if against_fusion:  # the branch may still be added onto what the base gives
+        static, note = _addition_reason(layer), f"on its stock base: {against_fusion}"
     adapters = () if static else active_adapters(layer)
     reason = static or (adapters if isinstance(adapters, str) else None)
-    row = _row(name, "lora", base, "qlora_linear", reason, note, adapters=tuple(a for a in layer.active_adapters if a in layer.lora_A))
-    return Candidate(layer, row, static is None)
+    got, forward = ("lora_add", add.LoraAddForward) if against_fusion else ("qlora_linear", LoraForward)
+    row = _row(name, "lora", base, got, reason, note, adapters=tuple(a for a in layer.active_adapters if a in layer.lora_A))
+    return Candidate(layer, row, static is None, forward)
+
+
+def _fusion_reason(layer: nn.Module) -> str | None:
+    forward = type(layer).forward
+    if (forward.__module__, forward.__qualname__) not in _PEFT_FORWARDS:
+        return f"base layer is {type(layer.base_layer).__module__}.{type(layer.base_layer).__name__}, which has no fused form"
+    return _base_reason(layer.base_layer)
+
+
+def _addition_reason(layer: nn.Module) -> str | None:
+    """Why not even the low-rank branch is ours."""
+    found = add.reason_against(layer)
+    return found or _device_reason(next(layer.lora_A.parameters(), torch.empty(0)))
 
 
 def _linear(name: str, module: nn.Module, exclude: tuple[str, ...]) -> Candidate:
-    reason = _excluded(name, exclude) or _base_reason(module)
+    reason = excluded(name, exclude) or _base_reason(module)
     note = "" if reason else _prepare(module)
     reason = reason or _weight_reason(module)
     row = _row(name, "linear", module, "linear_4bit" if is_4bit(module) else "linear", reason, note)
@@ -98,7 +117,8 @@ def _describe(base: nn.Module) -> str:
     return f"{getattr(base.weight, 'quant_type', '4-bit')}{nested}"
 
 
-def _excluded(name: str, exclude: tuple[str, ...]) -> str | None:
+def excluded(name: str, exclude: tuple[str, ...]) -> str | None:
+    """Which of the caller's patterns leaves a module as it is."""
     return next((f"excluded by {pattern!r}" for pattern in exclude if f".{pattern}." in f".{name}."), None)
 
 
@@ -106,7 +126,7 @@ def _forward_reason(layer: nn.Module) -> str | None:
     """The class's forward must be one whose meaning is known: PEFT's own, inherited or not."""
     forward = type(layer).forward
     origin = (forward.__module__, forward.__qualname__)
-    if origin not in _PEFT_FORWARDS:
+    if origin not in add.FORWARDS:
         return f"{type(layer).__name__}.forward is {'.'.join(origin)}, which has no fused form"
     return _replaced(layer)
 

@@ -11,26 +11,42 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, functional
+from . import mixed
 from .weights import Operands, WeightCache, autocast_dtype
 
-__all__ = ["Forward", "LinearForward", "LoraForward", "find", "install", "remove"]
+__all__ = ["Forward", "LinearForward", "LoraForward", "Plan", "find", "install", "remove"]
 
 _SLOTS = ("forward", "_old_forward")  # accelerate's hooks call `_old_forward`; ours goes inside them
 
 
-class Forward:
-    """A callable bound to its module by a plain attribute: deepcopy and pickle of the module carry it along, correctly rebound."""
+class Plan(NamedTuple):
+    """What a call of one layer computes: a member of a group, the dtype to compute in, the dtypes the base and the layer return."""
 
-    __slots__ = ("module", "previous", "cache")
+    member: functional.Member
+    compute: torch.dtype
+    base_result: torch.dtype
+    result: torch.dtype
+
+    def cast(self, y: Tensor) -> Tensor:
+        return y.to(self.base_result).to(self.result)
+
+
+class Forward:
+    """A callable bound to its module by a plain attribute: deepcopy and pickle of the module carry it along, correctly rebound.
+
+    group: the linears on the same input that it belongs to, or None.
+    """
+
+    __slots__ = ("module", "previous", "cache", "group")
 
     def __init__(self, module: nn.Module, previous: Callable[..., Tensor] | None, cache: WeightCache) -> None:
-        self.module, self.previous, self.cache = module, previous, cache
+        self.module, self.previous, self.cache, self.group = module, previous, cache, None
 
-    def __getstate__(self) -> tuple[nn.Module, Callable[..., Tensor] | None, WeightCache]:
-        return self.module, self.previous, self.cache
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.module, self.previous, self.cache, self.group
 
-    def __setstate__(self, state: tuple[nn.Module, Callable[..., Tensor] | None, WeightCache]) -> None:
-        self.module, self.previous, self.cache = state
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.module, self.previous, self.cache, self.group = state
 
     def stock(self, *args: Any, **kwargs: Any) -> Tensor:
         """The forward the module had before."""
@@ -39,17 +55,52 @@ class Forward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-class LinearForward(Forward):
+class _PlannedForward(Forward):
+    """A linear that is computed as a plan says, alone or with its group."""
+
+    __slots__ = ()
+
+    def plan(self, x: Tensor) -> Plan | None:
+        """What to compute for x; None where only the stock forward can."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, plan: Plan) -> Tensor:
+        """The plan alone."""
+        with _autocast_off(x):
+            return plan.cast(_compute(x.to(plan.compute), plan.member))
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not _served(x):
+            return self.stock(x, *args, **kwargs)
+        part = None if self.group is None else self.group.fetch(self, x)
+        if part is not None:
+            return part
+        plan = self.plan(x)
+        if plan is None:
+            return self.stock(x)
+        return self.run(x, plan) if self.group is None else self.group.run(self, x, plan)
+
+
+def _compute(x: Tensor, member: functional.Member) -> Tensor:
+    adapters = member.adapters
+    if not adapters:
+        return functional.linear_4bit(x, member.weight, member.bias)
+    if len(adapters) > 1 or adapters[0].rows is not None:
+        return functional.qlora_group(x, [member])[0]
+    (a,) = adapters
+    return functional.qlora_linear(x, member.weight, member.bias, a.lora_a, a.lora_b, scaling=a.scaling, dropout_p=a.dropout_p)
+
+
+class LinearForward(_PlannedForward):
     """A bare frozen linear, 4-bit or dense."""
 
     __slots__ = ()
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found = None if args or kwargs or not _served(x) else self.cache.operands(self.module, x)
+    def plan(self, x: Tensor) -> Plan | None:
+        found = self.cache.operands(self.module, x)
         if found is None:
-            return self.stock(x, *args, **kwargs)
-        with _autocast_off(x):
-            return functional.linear_4bit(x.to(found.compute), found.weight, found.bias).to(found.result)
+            return None
+        return Plan(functional.Member(found.weight, found.bias), found.compute, found.result, found.result)
 
 
 class Adapter(NamedTuple):
@@ -62,24 +113,65 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-class LoraForward(Forward):
+class LoraForward(_PlannedForward):
     """A PEFT LoRA layer over a frozen linear, 4-bit or dense."""
 
     __slots__ = ()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names, layer = kwargs.pop("adapter_names", None), self.module
+        if names is None:
+            return super().__call__(x, *args, **kwargs)
+        if args or kwargs or layer.disable_adapters or len(names) != len(x) or not set(names) <= {*layer.lora_A, mixed.BASE}:
+            return self.stock(x, *args, adapter_names=names, **kwargs)
+        with mixed.names(layer, names):
+            plan = self.plan(x) if _served(x) else None
+        return self.stock(x, adapter_names=names) if plan is None else self.run(x, plan)
+
+    def plan(self, x: Tensor) -> Plan | None:
         layer = self.module
-        if args or kwargs or layer.disable_adapters or layer.merged or not _served(x) or has_hooks(layer.base_layer):
-            return self.stock(x, *args, **kwargs)
-        adapters = active_adapters(layer)
-        found = self.cache.operands(layer.base_layer, x) if isinstance(adapters, list) else None
-        if found is None or any(item.a.weight.device != x.device for item in adapters):
-            return self.stock(x)
-        with _autocast_off(x):
-            y = _fused(x, found, adapters[0])
-        for item in adapters[1:]:
-            y = y + _low_rank(x, item).to(y.dtype)
-        return y.to(_result_dtype(layer, found))
+        names = mixed.current(layer)
+        if layer.merged or has_hooks(layer.base_layer) or (layer.disable_adapters and names is None):
+            return None
+        found = self.cache.operands(layer.base_layer, x)
+        adapters = None if found is None else _mixed(layer, x, names) if names is not None else _active(layer)
+        if adapters is None or any(a.lora_a.device != x.device for a in adapters):
+            return None
+        bias = _bias(layer, found, [] if names is not None else layer.active_adapters)
+        return Plan(functional.Member(found.weight, bias, adapters), found.compute, found.result, _result_dtype(layer, found))
+
+
+def _active(layer: nn.Module) -> list[functional.Adapter] | None:
+    adapters = active_adapters(layer)
+    return None if isinstance(adapters, str) else [_operand(item, None) for item in adapters]
+
+
+def _mixed(layer: nn.Module, x: Tensor, names: list[str]) -> list[functional.Adapter] | None:
+    """One adapter a stretch of samples; None where one has no fused form, or a bias, which only its samples would get."""
+    found = []
+    for name, rows in mixed.stretches(names, x):
+        if name == mixed.BASE or name not in layer.lora_A:
+            continue
+        adapter = _adapter(layer, name)
+        if isinstance(adapter, str) or adapter.b.bias is not None:
+            return None
+        found.append(_operand(adapter, rows))
+    return found
+
+
+def _operand(item: Adapter, rows: tuple[int, int] | None) -> functional.Adapter:
+    return functional.Adapter(item.a.weight, item.b.weight, item.scaling, item.dropout_p, None, rows)
+
+
+def _bias(layer: nn.Module, base: Operands, names: list[str]) -> Tensor | None:
+    """The base's bias and the active adapters' lora_bias together."""
+    bias = base.bias
+    for name in names:
+        own = layer.lora_B[name].bias if name in layer.lora_B else None
+        if own is not None:
+            scaled = layer.scaling[name] * own
+            bias = scaled if bias is None else bias + scaled
+    return bias
 
 
 def active_adapters(layer: nn.Module) -> list[Adapter] | str:
@@ -110,22 +202,6 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | str:
         return f"lora_A {a.weight.dtype} of rank {a.weight.shape[0]}, lora_B {b.weight.dtype}: expected one dtype and a rank up to 256"
     dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     return Adapter(a, b, dropout, dropout_p, layer.scaling[name])
-
-
-def _fused(x: Tensor, base: Operands, adapter: Adapter) -> Tensor:
-    bias = base.bias
-    if adapter.b.bias is not None:
-        scaled = adapter.scaling * adapter.b.bias
-        bias = scaled if bias is None else bias + scaled
-    return functional.qlora_linear(
-        x.to(base.compute),
-        base.weight,
-        bias,
-        adapter.a.weight,
-        adapter.b.weight,
-        scaling=adapter.scaling,
-        dropout_p=adapter.dropout_p,
-    ).to(base.result)
 
 
 def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:
@@ -167,8 +243,11 @@ def find(module: nn.Module) -> tuple[str, Forward] | None:
 def install(module: nn.Module, kind: type[Forward], cache: WeightCache) -> Forward:
     """Put a forward of `kind` on the instance; one that is there already stays."""
     held = find(module)
+    if held is not None and type(held[1]) is not kind:
+        remove(module)
+        held = None
     if held is not None:
-        held[1].cache = cache
+        held[1].cache, held[1].group = cache, None
         return held[1]
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward = kind(module, module.__dict__.get(slot), cache)
@@ -182,6 +261,8 @@ def remove(module: nn.Module) -> bool:
     if held is None:
         return False
     slot, forward = held
+    if forward.group is not None:
+        forward.group.dissolved = f"{type(module).__name__} was unpatched"
     if forward.previous is not None:
         setattr(module, slot, forward.previous)
     elif slot == "forward":

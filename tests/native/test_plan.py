@@ -18,7 +18,7 @@ PROGRAM = """
 int main(void) {
   long m, outputs, contraction, n, k, r, lanes, threads;
   while (scanf("%ld %ld %ld %ld %ld %ld %ld %ld", &m, &outputs, &contraction, &n, &k, &r, &lanes, &threads) == 8) {
-    pk::Plan p = pk::make_plan(m, outputs, contraction, n, k, r, lanes, (int)threads);
+    pk::Plan p = pk::make_plan(m, outputs, contraction, {r, r * k, r * n, n}, 48, lanes, (int)threads);
     const long fields[] = {p.mc, p.block, p.pack_at, p.low_rank_at, p.lora_a_at, p.lora_b_at, p.bias_at, p.own_at, p.decoded_size, p.c_size,
                            p.own_size, p.total};
     for (long field : fields) printf("%ld ", field);

@@ -16,14 +16,40 @@ def stock_bitsandbytes():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts what runs: "lora" for the fused LoRA linear, "linear" for the bare one. `calls.dtype` is what the last one computed in."""
+    """Counts what runs: "lora" for the fused LoRA linear, "linear" for the bare one, "add" for a branch onto a stock base's output.
+    `calls.dtype` is what the last linear computed in, `calls.groups` and
+    `calls.mlps` count those."""
     counter: Counter[str] = Counter()
-    original = functional.qlora_linear
+    original, original_add = functional.qlora_linear, functional.lora_add
 
     def counted(x, weight, bias=None, lora_a=None, lora_b=None, **options):
         counter["linear" if lora_a is None else "lora"] += 1
         counter.dtype = x.dtype
         return original(x, weight, bias, lora_a, lora_b, **options)
 
+    def counted_add(*args, **options):
+        counter["add"] += 1
+        return original_add(*args, **options)
+
     monkeypatch.setattr(functional, "qlora_linear", counted)
+    original_group = functional.qlora_group
+    counter.groups = 0
+
+    def counted_group(x, members):
+        counter.groups += 1
+        counter.update("lora" if member.adapters else "linear" for member in members)
+        counter.dtype = x.dtype
+        return original_group(x, members)
+
+    monkeypatch.setattr(functional, "qlora_group", counted_group)
+    original_mlp = functional.gated_mlp
+    counter.mlps = 0
+
+    def counted_mlp(x, *members, **options):
+        counter.mlps += 1
+        counter.update("lora" if member.adapters else "linear" for member in members)
+        return original_mlp(x, *members, **options)
+
+    monkeypatch.setattr(functional, "gated_mlp", counted_mlp)
+    monkeypatch.setattr(functional, "lora_add", counted_add)
     return counter

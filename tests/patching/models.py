@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import peftkern
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -89,9 +92,14 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
 
 
+def linears(report: peftkern.PatchReport) -> dict[str, int]:
+    """What the linears and LoRA layers got, without the blocks around them."""
+    return dict(Counter(row.got for row in report.rows if row.kind in ("lora", "linear")))
+
+
 def first(model: nn.Module) -> nn.Module:
-    """The LoRA layer of the first q_proj."""
-    return next(module for name, module in lora_layers(model).items() if name.endswith("layers.0.self_attn.q_proj"))
+    """The LoRA layer of the first o_proj, which belongs to no group."""
+    return next(module for name, module in lora_layers(model).items() if name.endswith("layers.0.self_attn.o_proj"))
 
 
 def run(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:

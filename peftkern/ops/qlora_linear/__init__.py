@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
 from ...nf4 import NF4Weight
-from .. import LIBRARY, backend
+from .. import LIBRARY, accumulation, autocast_off, backend
 
 __all__ = ["qlora_linear"]
 
@@ -27,23 +25,17 @@ LIBRARY.define(
 )
 
 
-def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
-    """The caller has chosen the dtypes; what a backend multiplies in fp32 must not become bf16."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
 @torch.library.impl(LIBRARY, "qlora_linear_fwd", "CompositeExplicitAutograd")
 def _fwd(x, weight, *args):
     quant, rest = args[:8], args[8:]
-    with _autocast_off(x):
+    with autocast_off(x):
         return backend("qlora_linear", select(x)).forward(x, weight, quant, *rest)
 
 
 @torch.library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, weight, *args):
     quant, rest = args[:8], args[8:]
-    with _autocast_off(dy):
+    with autocast_off(dy):
         grads = backend("qlora_linear", select(dy)).backward(dy, x, weight, quant, *rest)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
@@ -52,7 +44,7 @@ def _bwd(dy, x, weight, *args):
 def _(x, weight, *args):
     n, lora_a = args[8], args[10]
     rank = 0 if lora_a is None else lora_a.shape[0]
-    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], rank), dtype=_accumulation(x))
+    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], rank), dtype=accumulation(x))
 
 
 @torch.library.register_fake("peftkern::qlora_linear_bwd", lib=LIBRARY)
@@ -60,15 +52,11 @@ def _(dy, x, weight, *args):
     k, lora_a, lora_b, needs = args[8], args[9], args[10], args[-1]
     like = (
         lambda: dy.new_empty((dy.shape[0], k)),
-        lambda: dy.new_empty(dy.shape[1], dtype=_accumulation(dy)),
+        lambda: dy.new_empty(dy.shape[1], dtype=accumulation(dy)),
         lambda: torch.empty_like(lora_a, memory_format=torch.contiguous_format),
         lambda: torch.empty_like(lora_b, memory_format=torch.contiguous_format),
     )
     return tuple(make() if need else dy.new_empty(0) for make, need in zip(like, needs, strict=True))
-
-
-def _accumulation(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class _QLoRALinear(torch.autograd.Function):

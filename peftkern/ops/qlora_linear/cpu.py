@@ -8,20 +8,21 @@ from torch import Tensor
 from ..native import address, dtype_of, native, scratch, weight_view
 from . import config
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "decode_slice", "forward", "lora_view", "slices", "vendor_backward", "vendor_forward"]
 
 
 def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int) -> config.Choice:
     return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=m, n=n, k=k, dense=quant[0] is None)
 
 
-def _lora(lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None) -> object:
+def lora_view(lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None) -> object:
+    """The C descriptor of a low-rank branch; it holds addresses only."""
     rank = 0 if lora_a is None else lora_a.shape[0]
     threshold = 0 if seed is None else round(dropout_p * 65536)
     return native().Lora(address(lora_a), address(lora_b), rank, dtype_of(lora_a), scaling, threshold, address(seed))
 
 
-def _decode_slice(quant: tuple, view: object, rows: slice, cols: slice, out: Tensor) -> Tensor:
+def decode_slice(quant: tuple, view: object, rows: slice, cols: slice, out: Tensor) -> Tensor:
     """W[rows, cols], decoded into `out`."""
     height, width = rows.stop - rows.start, cols.stop - cols.start
     part = out[: height * width].view(height, width)
@@ -46,13 +47,13 @@ def forward(
     lora_a, lora_b, bias = (None if t is None else t.contiguous() for t in (lora_a, lora_b, bias))
     (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
     y, xa = torch.empty((m, n), dtype=x.dtype), torch.empty((m, rank), dtype=torch.float32)
-    lora, view, choice = _lora(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k), _choose(x, quant, m, n, k)
+    lora, view, choice = lora_view(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k), _choose(x, quant, m, n, k)
     if choice.regime != "vendor":
         size = native().scratch_bytes(m, n, k, rank)
         args = (view, lora, address(x), dtype_of(x), m, address(bias), dtype_of(bias), address(y), address(xa), choice.regime == "gemv")
         native().qlora_linear_fwd(*args, address(buffer := scratch(size)), buffer.numel())
         return y, xa
-    _vendor_forward(x, weight, quant, view, y)
+    vendor_forward(x, weight, quant, view, y)
     if rank or bias is not None:
         size = native().lora_scratch_bytes(m, n, k, rank)
         args = (lora, address(x), dtype_of(x), m, n, k, address(bias), dtype_of(bias), address(y), address(xa))
@@ -60,7 +61,7 @@ def forward(
     return y, xa
 
 
-def _slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
+def slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
     """Slices of `total` rows (or columns) of `width` elements, the configured number or what 5 MB hold, and a reused buffer for one."""
     step = min(total, config.TABLE[native().isa()].slice_rows, (5 << 20) // (width * dtype.itemsize) // 32 * 32)
     step = max(step, min(total, 32))
@@ -68,26 +69,26 @@ def _slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Te
     return [slice(start, min(start + step, total)) for start in range(0, total, step)], buffer.view(dtype)
 
 
-def _vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor) -> None:
+def vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor) -> None:
     """y = x W^T; of a 4-bit weight a slice of rows at a time: disjoint columns of y."""
     if quant[0] is None:
         torch.mm(x, weight.to(x.dtype).t(), out=y)
         return
     n, k = y.shape[1], x.shape[1]
-    slices, out = _slices(n, k, x.dtype)
-    for rows in slices:
-        y[:, rows] = x @ _decode_slice(quant, view, rows, slice(0, k), out).t()
+    parts, out = slices(n, k, x.dtype)
+    for rows in parts:
+        y[:, rows] = x @ decode_slice(quant, view, rows, slice(0, k), out).t()
 
 
-def _vendor_backward(dy: Tensor, weight: Tensor, quant: tuple, view: object, dx: Tensor) -> None:
+def vendor_backward(dy: Tensor, weight: Tensor, quant: tuple, view: object, dx: Tensor) -> None:
     """dx = dy W; of a 4-bit weight a slice of columns at a time: disjoint columns of dx, so that no partial sum is rounded."""
     if quant[0] is None:
         torch.mm(dy, weight.to(dy.dtype), out=dx)
         return
     n, k = dy.shape[1], dx.shape[1]
-    slices, out = _slices(k, n, dy.dtype)
-    for cols in slices:
-        dx[:, cols] = dy @ _decode_slice(quant, view, slice(0, n), cols, out)
+    parts, out = slices(k, n, dy.dtype)
+    for cols in parts:
+        dx[:, cols] = dy @ decode_slice(quant, view, slice(0, n), cols, out)
 
 
 def backward(
@@ -115,7 +116,7 @@ def backward(
     d_b = make(lora_b.shape, dtype=lora_b.dtype) if needs[3] else None
     if m == 0 or n == 0:
         return dx, d_bias, d_a, d_b
-    lora, view = _lora(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k)
+    lora, view = lora_view(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k)
     dyb = torch.empty((m, rank), dtype=torch.float32)
     vendor = _choose(dy, quant, m, n, k).regime == "vendor"
     buffer = scratch((native().lora_scratch_bytes if vendor else native().scratch_bytes)(m, n, k, rank))
@@ -124,7 +125,7 @@ def backward(
         native().qlora_linear_bwd(view, lora, address(dy), address(x), dtype_of(dy), m, *tail)
         return dx, d_bias, d_a, d_b
     if needs[0]:
-        _vendor_backward(dy, weight, quant, view, dx)
+        vendor_backward(dy, weight, quant, view, dx)
     if any(needs[1:]) or rank:
         native().lora_bwd(lora, address(dy), address(x), dtype_of(dy), m, n, k, *tail)
     return dx, d_bias, d_a, d_b

@@ -46,7 +46,7 @@ def dropout_scale(m: int, k: int, dropout_p: float, seed: Tensor) -> Tensor:
     row = torch.arange(m, device=seed.device)[:, None].expand_as(column)
     zero = torch.zeros_like(column)
     words = torch.stack(philox_4x32([column, row, zero, zero], seed.reshape(())), dim=-1)
-    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(m, -1)[:, :k]
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :k]
     return (halves >= threshold).float() * (65536.0 / (65536 - threshold))
 
 

@@ -1,0 +1,139 @@
+// The adapters' and biases' gradients, and the whole backward pass of a group.
+#pragma once
+#include "qlora_impl.h"
+
+namespace PK_NS {
+
+constexpr int64_t STRIP = pk::STRIP_PANELS * LANES;
+
+// What strips of columns of one matrix yield: of x the d_lora_a of all adapters, of a member's dy the d_lora_b of its own.
+template <typename T>
+struct Source {
+  const T* data;
+  int64_t cols, member;  // member ALL: x
+  bool takes(const pk_adapter& a) const { return member == ALL ? a.d_lora_a != nullptr : a.member == member && a.d_lora_b; }
+  const float* low(const pk_adapter& a) const { return member == ALL ? a.dyb : a.xa; }
+  bool drops(const pk_adapter& a) const { return member == ALL && a.lora.dropout_threshold; }
+};
+
+// out = scale * c [r][STRIP], a strip of `width` columns from c0 on: as [r, cols], or as [cols, r] where `transposed`.
+template <typename G>
+static void store_gradient(float* c, int64_t r, int64_t c0, int64_t width, int64_t cols, float scale, bool transposed, G* out) {
+  if (!transposed) return store_rows(c, STRIP, r, width, scale, out + c0, cols);
+  for (int64_t i = 0; i < r * STRIP; i++) c[i] *= scale;
+  for (int64_t q = 0; q < width; q += LANES) store_transposed(c + q, STRIP, r, smaller(LANES, width - q), nullptr, out + (c0 + q) * r, r, false);
+}
+
+template <typename T>
+static void store_gradients(const pk::Group& g, const Source<T>& src, float* c, int64_t c0, int64_t width) {
+  const bool b = src.member != ALL;
+  for (int64_t i = 0; i < g.adapter_count; i++) {
+    const pk_adapter& a = g.adapters[i];
+    if (!src.takes(a)) continue;
+    const float scale = b ? a.lora.scaling : 1.0f;
+    void* out = b ? a.d_lora_b : a.d_lora_a;
+    if (a.lora.dtype == PK_F32) store_gradient(c, a.lora.r, c0, width, src.cols, scale, b, (float*)out);
+    else if (a.lora.dtype == PK_BF16) store_gradient(c, a.lora.r, c0, width, src.cols, scale, b, (bf16*)out);
+    else store_gradient(c, a.lora.r, c0, width, src.cols, scale, b, (f16*)out);
+    c += a.lora.r * STRIP;
+  }
+}
+
+// c of every adapter that takes part += low^T (rows [m0, m0 + count) of the strip), dropped or not as `drops` says; `rows` [count][ld] holds them.
+template <typename T, typename V>
+static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapter* only, const V* rows, int64_t ld, int64_t m0, int64_t count,
+                       int64_t width, float* buffer, float* c) {
+  for (int64_t q = 0; q < width; q += LANES) {
+    pack_rows(rows + q, ld, count, width - q, buffer);
+    float* at = c;
+    for (int64_t i = 0; i < g.adapter_count; i++) {
+      const pk_adapter& a = g.adapters[i];
+      if (!src.takes(a)) continue;
+      const pk::Lanes span = pk::lanes_of(a, m0, count);
+      const int64_t r = a.lora.r;
+      if (span.from < span.to && (only ? only == &a : !src.drops(a)))
+        multiply({src.low(a) + (m0 + span.from - a.row_begin) * r, 1, r}, r, buffer + span.from * LANES, span.to - span.from, at + q, STRIP, LOW_RANK_CHAIN);
+      at += r * STRIP;
+    }
+  }
+}
+
+// One strip of columns of one source.
+template <typename T>
+static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, int64_t c0) {
+  const pk::Group& g = s.group;
+  const int64_t width = smaller(STRIP, src.cols - c0);
+  float *c = s.own(), *buffer = c + s.r * STRIP, *masked = buffer + pk::KC * LANES;
+  clear(c, s.r * STRIP);
+  bool plain = false;
+  for (int64_t i = 0; i < g.adapter_count; i++) plain |= src.takes(g.adapters[i]) && !src.drops(g.adapters[i]);
+  for (int64_t m0 = 0; m0 < m; m0 += pk::KC) {
+    const int64_t count = smaller(pk::KC, m - m0);
+    const T* rows = src.data + m0 * src.cols + c0;
+    if (plain) accumulate(g, src, nullptr, rows, src.cols, m0, count, width, buffer, c);
+    for (int64_t i = 0; i < g.adapter_count; i++) {
+      const pk_adapter& a = g.adapters[i];
+      const pk::Lanes span = pk::lanes_of(a, m0, count);
+      if (!src.takes(a) || !src.drops(a) || span.from >= span.to) continue;
+      apply_dropout(make_dropout(a.lora.dropout_threshold, a.lora.seed), rows, src.cols, m0 - a.row_begin, c0, count, width, masked, STRIP);
+      accumulate(g, src, &a, (const float*)masked, STRIP, m0, count, width, buffer, c);
+    }
+  }
+  store_gradients(g, src, c, c0, width);
+}
+
+// d_lora_a and d_lora_b of all adapters, by strips of columns of x and of every dy.
+template <typename T>
+static void adapter_gradients(const Scratch& s, const T* x, int64_t m, int threads) {
+  const pk::Group& g = s.group;
+  const auto strips = [](int64_t cols) { return (cols + STRIP - 1) / STRIP; };
+  const int64_t of_x = g.wants(&pk_adapter::d_lora_a) ? strips(g.k()) : 0;
+  int64_t total = of_x;
+  for (int64_t i = 0; g.wants(&pk_adapter::d_lora_b) && i < g.count; i++) total += strips(g.members[i].weight.n);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t task = 0; task < total; task++) {
+    int64_t strip = task - of_x, member = 0;
+    if (strip < 0) {
+      gradient_strip(s, Source<T>{x, g.k(), ALL}, m, task * STRIP);
+      continue;
+    }
+    for (; strip >= strips(g.members[member].weight.n); member++) strip -= strips(g.members[member].weight.n);
+    gradient_strip(s, Source<T>{(const T*)g.members[member].dy, g.members[member].weight.n, member}, m, strip * STRIP);
+  }
+}
+
+template <typename T>
+static void column_sums(const T* dy, int64_t m, int64_t n, float* out, int threads) {
+  const int64_t strips = (n + LANES - 1) / LANES;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t strip = 0; strip < strips; strip++) {
+    const int64_t from = strip * LANES, width = smaller(LANES, n - from);
+    // Three levels of short chains (8 rows, 16 of those, all of those): one chain over thousands of rows would lose digits.
+    constexpr int64_t CHAIN = 8, MIDDLE = 128;
+    float total[LANES] = {}, middle[LANES] = {};
+    for (int64_t i0 = 0; i0 < m; i0 += CHAIN) {
+      const int64_t end = smaller(i0 + CHAIN, m);
+      float part[LANES] = {};
+      for (int64_t i = i0; i < end; i++)
+        for (int64_t j = 0; j < width; j++) part[j] += to_float(dy[i * n + from + j]);
+      const bool last = end % MIDDLE == 0 || end == m;
+      for (int64_t j = 0; j < width; j++) {
+        middle[j] += part[j];
+        if (!last) continue;
+        total[j] += middle[j];
+        middle[j] = 0;
+      }
+    }
+    memcpy(out + from, total, (size_t)width * 4);
+  }
+}
+
+template <typename T>
+static void backward_all(const pk::Plan& plan, const pk::Group& g, const T* x, int64_t m, T* dx, float* scratch, int threads) {
+  if (dx || g.wants(&pk_adapter::d_lora_a)) backward_dx(plan, g, m, dx, scratch, threads);
+  adapter_gradients(Scratch{plan, g, scratch, g.operands().r}, x, m, threads);
+  for (int64_t i = 0; i < g.count; i++)
+    if (g.members[i].d_bias) column_sums((const T*)g.members[i].dy, m, g.members[i].weight.n, g.members[i].d_bias, threads);
+}
+
+}  // namespace PK_NS

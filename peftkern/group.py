@@ -1,0 +1,126 @@
+"""Linears on one input as one op, and what describes them: `Adapter` is a low-rank branch, `Member` a frozen linear with its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .nf4 import NF4Weight
+from .ops import qlora_group as _op
+
+__all__ = ["Adapter", "Member", "prepare", "qlora_group"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank branch: scaling * drop(x) A^T B^T on rows [begin, end) of the flattened x.
+
+    lora_a: [R, K]; lora_b: [N, R]; one dtype, fp32, bf16 or fp16, R from 1 to 256. rows: None for all of them; disjoint ranges of several
+    adapters make a batch of mixed adapters, equal ones add up. dropout_p, seed as in `qlora_linear`; row 0 of the mask is `rows[0]`.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A frozen linear of a group. weight: NF4Weight of shape [N, K] or dense [N, K]; bias: [N] or None, may require grad."""
+
+    weight: NF4Weight | Tensor
+    bias: Tensor | None = None
+    adapters: Sequence[Adapter] = ()
+
+
+def qlora_group(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
+    """Frozen linears that share their input, each with its low-rank branches: y_i = x W_i^T + bias_i + sum of their adapters.
+
+    One read of x for all products and adapters, one dx, no partial sum of it rounded. For q, k, v; for gate and up; for one linear with
+    several active adapters; for a batch whose rows belong to different adapters.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        members: one or more; their weights share K and x's device.
+    Returns: a tuple of y_i [..., N_i] in x's dtype. Saved for backward: x, the packed weights, A, B, xa = drop(x) A^T of each adapter.
+    Raises: TypeError, ValueError naming the member, the argument, what was got and what was expected.
+    Source: LoRA (Hu et al., 2021), section 4.1; batches of mixed adapters: Punica (Chen et al., 2023), here for training too.
+
+    >>> from peftkern.functional import quantize_4bit
+    >>> q, k = quantize_4bit(torch.randn(64, 32)), quantize_4bit(torch.randn(16, 32))
+    >>> a, b = torch.randn(4, 32, requires_grad=True), torch.zeros(64, 4, requires_grad=True)
+    >>> [tuple(y.shape) for y in qlora_group(torch.randn(2, 5, 32), [Member(q, adapters=[Adapter(a, b)]), Member(k)])]
+    [(2, 5, 64), (2, 5, 16)]
+    """
+    if not members:
+        raise ValueError("members: is empty, expected at least one Member")
+    flat, spec, trainable = prepare(x, members, [f"members[{i}]" for i in range(len(members))])
+    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in _op.qlora_group(flat, spec, trainable))
+
+
+def prepare(x: Tensor, members: Sequence[Member], names: Sequence[str]) -> tuple[Tensor, _op.Spec, tuple[Tensor | None, ...]]:
+    """Checks all; x flattened, the op's description of the members, and the tensors that autograd sees: biases, A's, B's."""
+    shapes = [_check_member(x, name, member) for name, member in zip(names, members, strict=True)]
+    flat = x.reshape(-1, shapes[0][1])
+    pairs = [(i, adapter) for i, member in enumerate(members) for adapter in member.adapters]
+    rows = [_rows(adapter, flat.shape[0]) for _, adapter in pairs]
+    quants = [_quant(m.weight) for m in members]
+    spec = _op.Spec(
+        tuple(m.weight.packed if isinstance(m.weight, NF4Weight) else m.weight for m in members),
+        tuple(part for quant in quants for part in quant[:6]),
+        tuple(size for quant in quants for size in quant[6:]),
+        tuple(n for n, _ in shapes),
+        tuple(i for i, _ in pairs),
+        tuple(bound for span in rows for bound in span),
+        tuple(float(a.scaling) for _, a in pairs),
+        tuple(float(a.dropout_p) for _, a in pairs),
+        _seeds([a for _, a in pairs], x.device),
+    )
+    return flat, spec, (*(m.bias for m in members), *(a.lora_a for _, a in pairs), *(a.lora_b for _, a in pairs))
+
+
+def _check_member(x: Tensor, name: str, member: Member) -> tuple[int, int]:
+    where = name
+    try:
+        shape, device = checks.weight_shape(member.weight)
+        checks.activation(x, shape, device)
+        checks.vector("bias", member.bias, shape[0], device)
+        for j, adapter in enumerate(member.adapters):
+            where = f"{name}.adapters[{j}]"
+            checks.adapter(adapter.lora_a, adapter.lora_b, *shape, device)
+            checks.dropout(adapter.dropout_p, adapter.seed, x.device)
+            _rows(adapter, x.numel() // shape[1])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}.{error}") from None
+    return shape
+
+
+def _rows(adapter: Adapter, m: int) -> tuple[int, int]:
+    if adapter.rows is None:
+        return 0, m
+    begin, end = adapter.rows
+    if not 0 <= begin <= end <= m:
+        raise ValueError(f"rows: got {adapter.rows}, expected 0 <= begin <= end <= {m}, the rows of the flattened x")
+    return begin, end
+
+
+def _quant(weight: NF4Weight | Tensor) -> tuple:
+    if isinstance(weight, Tensor):
+        return (None,) * 6 + (64, 256)
+    w = weight
+    return w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize
+
+
+def _seeds(adapters: list[Adapter], device: torch.device) -> tuple[Tensor | None, ...]:
+    """The given ones; the missing ones drawn from torch's generator in one launch."""
+    missing = [j for j, a in enumerate(adapters) if a.dropout_p and a.seed is None]
+    drawn = torch.randint(0, 2**63 - 1, (len(missing),), dtype=torch.int64, device=device).split(1) if missing else ()
+    new = dict(zip(missing, drawn, strict=True))
+    return tuple(new.get(j, a.seed) if a.dropout_p else None for j, a in enumerate(adapters))

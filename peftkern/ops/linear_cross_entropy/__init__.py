@@ -1,0 +1,145 @@
+"""Linear + cross-entropy without the logits: one op that gives each row's loss and, a block of rows at a time, the gradients already."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...backends import select
+from ...nf4 import NF4Weight
+from .. import LIBRARY, accumulation, autocast_off, backend
+from ..qlora_linear import _QUANT
+
+__all__ = ["linear_cross_entropy"]
+
+LIBRARY.define(
+    f"linear_cross_entropy(Tensor x, Tensor weight, {_QUANT}, SymInt n, Tensor labels, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
+    "float scaling, int ignore_index, float label_smoothing, float z_loss, float? softcap, Tensor? row_scale, bool[5] needs) "
+    "-> (Tensor loss, Tensor dx, Tensor d_bias, Tensor d_lora_a, Tensor d_lora_b, Tensor d_weight)"
+)
+
+
+@torch.library.impl(LIBRARY, "linear_cross_entropy", "CompositeExplicitAutograd")
+def _run(x, weight, *args):
+    quant, rest = args[:8], args[8:]
+    with torch.no_grad(), autocast_off(x):
+        out = backend("linear_cross_entropy", _backend(x)).linear_cross_entropy(x, weight, quant, *rest)
+    return tuple(x.new_empty(0) if t is None else t for t in out)
+
+
+def _backend(x: Tensor) -> str:
+    """The CUDA kernels have no part in this op: on a GPU it is Triton's."""
+    name = select(x)
+    return "triton" if name == "cuda" else name
+
+
+@torch.library.register_fake("peftkern::linear_cross_entropy", lib=LIBRARY)
+def _(x, weight, *args):
+    n, lora_a, lora_b, needs = args[8], args[11], args[12], args[-1]
+    wide = accumulation(x)
+    shapes = (x.shape, (n,), () if lora_a is None else lora_a.shape, () if lora_b is None else lora_b.shape, (n, x.shape[1]))
+    dtypes = (x.dtype, wide, wide, wide, wide)
+    grads = (x.new_empty(shape, dtype=dtype) if need else x.new_empty(0) for shape, dtype, need in zip(shapes, dtypes, needs, strict=True))
+    return x.new_empty(x.shape[0], dtype=wide), *grads
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the rows' losses over `divisor`, or with `by_row` each row's. Gradients are made in forward, while a block's logits are
+    there, and scaled in backward: of the sum all of them, by row that of x. Those of the parameters mix the rows, so that by row they
+    are made in backward, in a second pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, labels, scaling, options, divisor, by_row, needs):
+        now = [need and (not by_row or not any(needs[1:])) for need in needs]
+        loss, *grads = torch.ops.peftkern.linear_cross_entropy(
+            x, weight, *quant, n, labels, bias, lora_a, lora_b, scaling, *options, None, now
+        )
+        grads = [g if need else None for g, need in zip(grads, now, strict=True)]
+        ctx.later = any(needs) and not any(now)
+        code, *absmax, blocksize, nested_blocksize = quant
+        inputs = (x, weight, code, *absmax, labels, bias, lora_a, lora_b) if ctx.later else (None,) * 12
+        count = None if by_row else (labels != options[0]).sum()
+        ctx.save_for_backward(*grads, count, divisor, *inputs)
+        ctx.rest = (blocksize, nested_blocksize, n, scaling, options, by_row)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, lora_a, lora_b, weight)]
+        if by_row:
+            return loss
+        # In fp64, where the device has it: a mean of a thousand fp32 losses then errs by its last rounding alone.
+        total = loss.sum(dtype=loss.dtype if loss.device.type == "mps" else torch.float64)
+        return (total if divisor is None else total / divisor).to(loss.dtype)
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        # The loss is not linear in its inputs: a second derivative is missing even where d_loss is a constant.
+        return _backward(ctx, d_loss.detach().requires_grad_() if torch.is_grad_enabled() else d_loss)
+
+
+@once_differentiable
+def _backward(ctx, d_loss):
+    *grads, count, divisor = ctx.saved_tensors[:7]
+    if ctx.later:
+        grads, factor = _gradients(ctx, d_loss), None
+    elif ctx.rest[-1]:
+        factor = d_loss[:, None]
+    else:  # without a label nothing has a gradient, also where the divisor is zero
+        factor = torch.where(count > 0, d_loss if divisor is None else d_loss / divisor, 0).reshape(1)
+    scaled = [_scaled(g, factor, dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)]
+    return (*scaled, *(None,) * 8)
+
+
+def _scaled(grad: Tensor | None, factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`factor` [1] or [M, 1]. Without a dimension it would be rounded to the dtype of a 16-bit gradient first."""
+    return None if grad is None else (grad if factor is None else grad * factor).to(dtype)
+
+
+def _gradients(ctx, row_scale: Tensor) -> list[Tensor | None]:
+    """By row, with parameters to train: everything once more, each row's part weighted."""
+    x, weight, *quant, labels, bias, lora_a, lora_b = ctx.saved_tensors[7:]
+    blocksize, nested_blocksize, n, scaling, options, _ = ctx.rest
+    needs = list(ctx.needs_input_grad[:5])
+    _, *grads = torch.ops.peftkern.linear_cross_entropy(
+        x,
+        weight,
+        *quant,
+        blocksize,
+        nested_blocksize,
+        n,
+        labels,
+        bias,
+        lora_a,
+        lora_b,
+        scaling,
+        *options,
+        row_scale.contiguous(),
+        needs,
+    )
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: NF4Weight | Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    options: tuple[int, float, float, float | None],
+    divisor: Tensor | None,
+    by_row: bool,
+) -> Tensor:
+    """x [M, K] -> the loss; `functional.linear_cross_entropy` has checked the arguments. options: ignore_index, label_smoothing, z_loss,
+    softcap.
+    """
+    if isinstance(weight, NF4Weight):
+        w = weight
+        quant = (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
+        data, n = w.packed, w.shape[0]
+    else:
+        quant, data, n = (None,) * 6 + (64, 256), weight, weight.shape[0]
+    grad = torch.is_grad_enabled()
+    needs = [grad and t is not None and t.requires_grad for t in (x, bias, lora_a, lora_b, data)]
+    args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, labels.contiguous())
+    return _LinearCrossEntropy.apply(*args, scaling, options, divisor, by_row, needs)

@@ -1,0 +1,77 @@
+"""The CPU's linear + cross-entropy: a block of rows' logits fill a reused scratch and become their own gradient there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..native import address, dtype_of, native, scratch
+from .heads import EngineHead, Grads, Head, VendorHead, served_by_vendor
+
+__all__ = ["block_rows", "linear_cross_entropy"]
+
+# Logits at a time: 128 rows of 49,152 in fp32, which stay in 32 MB of last-level cache (Zen 3; other sizes and CPUs: not measured).
+_LOGITS_BYTES = 24 << 20
+_MIN_ROWS, _MAX_ROWS = 16, 512
+
+
+def block_rows(n: int, itemsize: int) -> int:
+    """Rows whose logits are there at a time: whole panels of 16, what 24 MiB hold, 16 at least and 512 at most."""
+    return min(max(_LOGITS_BYTES // (n * itemsize) // 16 * 16, _MIN_ROWS), _MAX_ROWS)
+
+
+def _logits_buffer(size: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # kept for later calls, which may be in training
+        return scratch(size * dtype.itemsize, "logits")[: size * dtype.itemsize].view(dtype)
+
+
+def _labelled(labels: Tensor, ignore_index: int, n: int) -> Tensor | None:
+    """The rows that have a label, None where all have one."""
+    kept = labels != ignore_index
+    rows = None if bool(kept.all()) else kept.nonzero().view(-1)
+    used = labels if rows is None else labels[rows]
+    if used.numel() and not (int(used.min()) >= 0 and int(used.max()) < n):
+        raise IndexError(f"labels: from {int(used.min())} to {int(used.max())}, expected 0 to {n - 1}, or ignore_index {ignore_index}")
+    return rows
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    quant: tuple,
+    n: int,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    row_scale: Tensor | None,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """As the reference."""
+    x, weight, rows = x.contiguous(), weight.contiguous(), _labelled(labels, ignore_index, n)
+    count = len(x) if rows is None else len(rows)
+    size = block_rows(n, 4)
+    vendor = served_by_vendor(x, weight, quant, n, min(count, size), needs[4])
+    head: Head = (VendorHead if vendor else EngineHead)(x, weight, quant, n, lora_a, lora_b, scaling)
+    loss, grads = torch.zeros(len(x)), Grads.of(x, n, lora_a, needs)
+    buffer = _logits_buffer(min(size, count) * n, head.dtype)
+    options = (softcap or 0.0, label_smoothing, z_loss)
+    added = None if bias is None else bias.float().contiguous()
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count)) if rows is None else rows[start : start + size]
+        block, targets = x[part].to(head.dtype), labels[part].contiguous()
+        scale = None if row_scale is None else row_scale[part].float().contiguous()
+        logits, result = buffer[: len(block) * n], torch.empty(len(block))
+        head.logits(block, logits)
+        shape = (len(block), n, head.width)
+        pointers = (address(added), address(targets), address(scale))
+        native().cross_entropy(address(logits), dtype_of(logits), *shape, *pointers, *options, address(result), any(needs))
+        loss[part] = result
+        if any(needs):
+            head.gradients(block, logits, part, grads)
+    return loss, *grads

@@ -1,0 +1,81 @@
+"""The low-rank branch alone, added onto the output of any base layer: for bases whose product is another library's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...backends import select
+from .. import LIBRARY, accumulation, autocast_off, backend
+
+__all__ = ["lora_add"]
+
+LIBRARY.define(
+    "lora_add_fwd(Tensor y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling, float dropout_p, Tensor? seed) "
+    "-> (Tensor out, Tensor xa)"
+)
+LIBRARY.define(
+    "lora_add_bwd(Tensor dy, Tensor? x, Tensor lora_a, Tensor lora_b, Tensor? xa, float scaling, float dropout_p, Tensor? seed, "
+    "bool[4] needs) -> (Tensor dx, Tensor d_bias, Tensor d_lora_a, Tensor d_lora_b)"
+)
+
+
+@torch.library.impl(LIBRARY, "lora_add_fwd", "CompositeExplicitAutograd")
+def _fwd(y, x, *args):
+    with autocast_off(x):
+        return backend("lora_add", select(x)).forward(y, x, *args)
+
+
+@torch.library.impl(LIBRARY, "lora_add_bwd", "CompositeExplicitAutograd")
+def _bwd(dy, *args):
+    with autocast_off(dy):
+        grads = backend("lora_add", select(dy)).backward(dy, *args)
+    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+
+
+@torch.library.register_fake("peftkern::lora_add_fwd", lib=LIBRARY)
+def _(y, x, lora_a, *args):
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return out, x.new_empty((x.shape[0], lora_a.shape[0]), dtype=accumulation(x))
+
+
+@torch.library.register_fake("peftkern::lora_add_bwd", lib=LIBRARY)
+def _(dy, x, lora_a, lora_b, xa, scaling, dropout_p, seed, needs):
+    like = (
+        lambda: dy.new_empty((dy.shape[0], lora_a.shape[1])),
+        lambda: dy.new_empty(dy.shape[1], dtype=accumulation(dy)),
+        lambda: torch.empty_like(lora_a, memory_format=torch.contiguous_format),
+        lambda: torch.empty_like(lora_b, memory_format=torch.contiguous_format),
+    )
+    return tuple(make() if need else dy.new_empty(0) for make, need in zip(like, needs, strict=True))
+
+
+class _LoRAAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, bias, lora_a, lora_b, scaling, dropout_p, seed):
+        out, xa = torch.ops.peftkern.lora_add_fwd(y, x, lora_a, lora_b, bias, scaling, dropout_p, seed)
+        # x is wanted by dA alone, xa by dB alone: what no gradient needs is not kept.
+        kept = (x if lora_a.requires_grad else None, lora_a, lora_b, xa if lora_b.requires_grad else None, seed)
+        ctx.save_for_backward(*kept)
+        ctx.scaling, ctx.dropout_p, ctx.bias_dtype = scaling, dropout_p, None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, lora_a, lora_b, xa, seed = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[1:5])
+        if not any(needs):
+            return (dy, *(None,) * 7)
+        args = (lora_a, lora_b, xa, ctx.scaling, ctx.dropout_p, seed, needs)
+        dx, d_bias, d_a, d_b = torch.ops.peftkern.lora_add_bwd(dy.contiguous(), x, *args)
+        grads = (dx, d_bias.to(ctx.bias_dtype) if needs[1] else None, d_a, d_b)
+        return (dy, *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 3)
+
+
+def lora_add(
+    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """y [M, N], x [M, K] -> [M, N]; `functional.lora_add` has checked the arguments."""
+    return _LoRAAdd.apply(y.contiguous(), x.contiguous(), bias, lora_a, lora_b, scaling, dropout_p, seed)

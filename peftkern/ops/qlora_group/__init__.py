@@ -1,0 +1,149 @@
+"""Frozen linears on one input with their low-rank branches (q, k, v; several adapters; a batch of mixed ones), one op per direction."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...backends import select
+from .. import LIBRARY, accumulation, autocast_off, backend
+
+__all__ = ["Spec", "gradients", "kept", "qlora_group", "run", "wants_x"]
+
+# Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters (lora_a and all after it).
+_WEIGHTS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes"
+_ADAPTERS = "Tensor[] lora_a, Tensor[] lora_b, int[] members, SymInt[] rows, float[] scalings, float[] dropout_ps, Tensor?[] seeds"
+LIBRARY.define(f"qlora_group_fwd(Tensor x, {_WEIGHTS}, SymInt[] n, Tensor?[] biases, {_ADAPTERS}) -> (Tensor[] y, Tensor[] xa)")
+LIBRARY.define(
+    f"qlora_group_bwd(Tensor?[] dy, Tensor? x, {_WEIGHTS}, SymInt m, SymInt k, {_ADAPTERS}, Tensor?[] xa, bool[] needs) -> "
+    "(Tensor dx, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] d_lora_b)"
+)
+
+
+class Spec(NamedTuple):
+    """What a group is made of, but its trainable tensors; lists as in the schema. rows: begin and end of each adapter's rows of x."""
+
+    weights: tuple[Tensor, ...]
+    quants: tuple[Tensor | None, ...]
+    blocksizes: tuple[int, ...]
+    n: tuple[int, ...]
+    members: tuple[int, ...]
+    rows: tuple[int, ...]
+    scalings: tuple[float, ...]
+    dropout_ps: tuple[float, ...]
+    seeds: tuple[Tensor | None, ...]
+
+
+@torch.library.impl(LIBRARY, "qlora_group_fwd", "CompositeExplicitAutograd")
+def _fwd(x, *args):
+    with autocast_off(x):
+        y, xa = backend("qlora_group", select(x)).forward(x, *args)
+    return list(y), list(xa)
+
+
+@torch.library.impl(LIBRARY, "qlora_group_bwd", "CompositeExplicitAutograd")
+def _bwd(dy, x, *args):
+    first = next(g for g in dy if g is not None)
+    with autocast_off(first):
+        dx, *lists = backend("qlora_group", select(first)).backward(dy, x, *args)
+    empty = first.new_empty
+    return empty(0) if dx is None else dx, *([empty(0) if g is None else g for g in grads] for grads in lists)
+
+
+@torch.library.register_fake("peftkern::qlora_group_fwd", lib=LIBRARY)
+def _(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds):
+    heights = [end - begin for begin, end in zip(rows[::2], rows[1::2], strict=True)]
+    xa = [x.new_empty((height, a.shape[0]), dtype=accumulation(x)) for height, a in zip(heights, lora_a, strict=True)]
+    return [x.new_empty((x.shape[0], size)) for size in n], xa
+
+
+@torch.library.register_fake("peftkern::qlora_group_bwd", lib=LIBRARY)
+def _(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
+    first = next(g for g in dy if g is not None)
+    need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(lora_a))
+    empty, used = first.new_empty, [dy[member] is not None for member in members]
+
+    def like(low, wanted):
+        make = [need and use for need, use in zip(wanted, used, strict=True)]
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) if m else empty(0) for t, m in zip(low, make, strict=True)]
+
+    bias = [
+        empty(g.shape[1], dtype=accumulation(first)) if g is not None and need else empty(0) for g, need in zip(dy, need_bias, strict=True)
+    ]
+    return empty((m, k)) if need_x else empty(0), bias, like(lora_a, need_a), like(lora_b, need_b)
+
+
+def split_needs(needs: list[bool], members: int, adapters: int) -> tuple[bool, list[bool], list[bool], list[bool]]:
+    """dx; the biases of members; the A and the B of adapters."""
+    a = 1 + members
+    return needs[0], list(needs[1:a]), list(needs[a : a + adapters]), list(needs[a + adapters :])
+
+
+def split(spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[tuple, tuple, tuple]:
+    """biases, lora_a, lora_b, which autograd sees in this order."""
+    count, adapters = len(spec.weights), len(spec.members)
+    return trainable[:count], trainable[count : count + adapters], trainable[count + adapters :]
+
+
+def run(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """x [M, K] -> [y_i [M, N_i]], [xa]."""
+    return torch.ops.peftkern.qlora_group_fwd(x, *spec[:4], *split(spec, trainable), *spec[4:])
+
+
+def kept(spec: Spec, trainable: tuple[Tensor | None, ...], xa: list[Tensor]) -> tuple[list[Tensor | None], tuple]:
+    """What `gradients` needs besides x: tensors to save, and the rest. An xa is wanted by its dB alone."""
+    biases, lora_a, lora_b = split(spec, trainable)
+    wanted = [t if b.requires_grad else None for t, b in zip(xa, lora_b, strict=True)]
+    dtypes = tuple(None if bias is None else bias.dtype for bias in biases)
+    static = spec.blocksizes, spec.members, spec.rows, spec.scalings, spec.dropout_ps, dtypes
+    return [*spec.weights, *spec.quants, *lora_a, *lora_b, *spec.seeds, *wanted], static
+
+
+def wants_x(spec: Spec, trainable: tuple[Tensor | None, ...]) -> bool:
+    """Whether a dA will read x."""
+    return any(a.requires_grad for a in split(spec, trainable)[1])
+
+
+def gradients(
+    static: tuple, saved: list[Tensor | None], dy: list[Tensor | None], x: Tensor | None, shape: tuple[int, int], needs: list[bool]
+) -> list[Tensor | None]:
+    """dx, the biases', the A's and the B's gradients; None where `needs`, in this order, does not ask or a member's dy is None."""
+    blocksizes, members, rows, scalings, dropout_ps, dtypes = static
+    if not any(needs) or all(g is None for g in dy):
+        return [None] * len(needs)
+    count, adapters, at, parts = len(dy), len(members), 0, []
+    for size in (count, 6 * count, adapters, adapters, adapters, adapters):
+        parts.append(saved[at : at + size])
+        at += size
+    weights, quants, lora_a, lora_b, seeds, xa = parts
+    dy = [None if g is None else g.contiguous() for g in dy]
+    options = lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs
+    dx, d_bias, d_a, d_b = torch.ops.peftkern.qlora_group_bwd(dy, x, weights, quants, blocksizes, *shape, *options)
+    d_bias = [g if dtype is None else g.to(dtype) for g, dtype in zip(d_bias, dtypes, strict=True)]
+    live = [True] + [g is not None for g in dy] + [dy[member] is not None for member in members] * 2
+    return [g if need and used else None for g, need, used in zip((dx, *d_bias, *d_a, *d_b), needs, live, strict=True)]
+
+
+class _QLoRAGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, x, *trainable):
+        y, xa = run(spec, x, trainable)
+        ctx.set_materialize_grads(False)
+        tensors, ctx.static = kept(spec, trainable, xa)
+        ctx.save_for_backward(x if wants_x(spec, trainable) else None, *tensors)
+        ctx.shape = tuple(x.shape)
+        return tuple(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dy):
+        x, *saved = ctx.saved_tensors
+        return (None, *gradients(ctx.static, saved, list(dy), x, ctx.shape, list(ctx.needs_input_grad[1:])))
+
+
+def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """x [M, K] -> y_i [M, N_i]; `functional.qlora_group` has checked the arguments."""
+    return _QLoRAGroup.apply(spec, x.contiguous(), *trainable)
