@@ -271,7 +271,8 @@ def _global_names(code: types.CodeType) -> frozenset[str]:
 
 
 def _scope(forward: types.FunctionType) -> dict[str, Any]:
-    """A copy of its globals. Without `__name__`, by which torch.compile would look names up in the module in place of this scope."""
+    """A copy of its globals. Without `__name__`: by it torch.compile (2.13) names the module as the source of what it reads here,
+    and its guards would watch the module's rotary function in place of ours."""
     scope = dict(forward.__globals__)
     scope.pop("__name__", None)
     return scope
