@@ -12,7 +12,7 @@ from . import report
 
 __all__ = ["BENCHMARKS", "main"]
 
-BENCHMARKS = ("dequantize", "quantize", "gemv", "qlora_linear", "switching", "memory", "step", "linear_cross_entropy")
+BENCHMARKS = ("dequantize", "quantize", "gemv", "qlora_linear", "switching", "memory", "step", "linear_cross_entropy", "blocks")
 
 
 def main(arguments: list[str] | None = None) -> int:

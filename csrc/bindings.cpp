@@ -143,4 +143,10 @@ PYBIND11_MODULE(_C, m) {
     check(pk_cross_entropy_cpu(at<void>(logits), dtype, m_, n, width, at<float>(bias), at<int64_t>(labels), at<float>(row_scale), softcap, label_smoothing,
                                z_loss, at<float>(loss), gradient, 0));
   }, nogil());
+  m.def("scale_columns_fwd", [](Address u, int dtype, int64_t m_, int64_t n, Address scale, Address bias, Address y) {
+    check(pk_scale_columns_fwd_cpu(at<void>(u), dtype, m_, n, at<float>(scale), at<float>(bias), at<void>(y), 0));
+  }, nogil());
+  m.def("scale_columns_bwd", [](Address dy, Address u, int dtype, int64_t m_, int64_t n, Address scale, Address du, Address d_scale, Address d_bias) {
+    check(pk_scale_columns_bwd_cpu(at<void>(dy), at<void>(u), dtype, m_, n, at<float>(scale), at<void>(du), at<float>(d_scale), at<float>(d_bias), 0));
+  }, nogil());
 }

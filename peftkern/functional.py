@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import checks, nf4
 from .blocks import glu, rms_norm, rope
+from .dora import dora_linear, dora_norm, row_squares
 from .group import Adapter, Member, qlora_group
 from .losses import linear_cross_entropy
 from .mlp import gated_mlp
@@ -20,6 +21,8 @@ __all__ = [
     "Adapter",
     "Member",
     "dequantize_4bit",
+    "dora_linear",
+    "dora_norm",
     "gated_mlp",
     "glu",
     "linear_4bit",
@@ -29,6 +32,7 @@ __all__ = [
     "qlora_linear",
     "quantize_4bit",
     "rms_norm",
+    "row_squares",
     "rope",
 ]
 

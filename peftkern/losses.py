@@ -38,7 +38,7 @@ def linear_cross_entropy(
     a parameter that requires grad, that pass is made again in backward. Nothing of it is done where no gradient is wanted.
 
     Sums, softmax and loss are fp32. The logits of 16-bit x are rounded to its dtype where a vendor's 16-bit product makes them (GPUs,
-    AVX-512), as in stock models; elsewhere they stay fp32. Scratch: a block's logits, 24 MiB or 16 rows on a CPU, 128 MiB or 16 rows
+    AVX-512), as in stock models; elsewhere they stay fp32. Scratch: a block's logits, 48 MiB or 16 rows on a CPU, 128 MiB or 16 rows
     on a GPU, whichever is more, whatever M is. On a CPU rows without a label cost nothing; on a GPU they are multiplied along, as
     leaving them out would make the host wait.
 

@@ -151,7 +151,7 @@ def test_smoke(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quantize", "gemv", "qlora_linear", "switching", "step"])
+@pytest.mark.parametrize("name", ["quantize", "gemv", "qlora_linear", "switching", "step", "blocks"])
 def test_smoke_of_the_longer_ones(tmp_path: Path, name: str) -> None:
     if name == "step":
         for package in ("transformers", "peft", "bitsandbytes"):

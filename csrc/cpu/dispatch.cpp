@@ -353,4 +353,25 @@ int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t 
   return PK_OK;
 }
 
+static int check_scale(const void* u, int dtype, int64_t m, int64_t n, const float* scale) {
+  if (m < 0 || n < 0) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  return m && n && (!u || !scale) ? PK_ERR_NULL : PK_OK;
+}
+int pk_scale_columns_fwd_cpu(const void* u, int dtype, int64_t m, int64_t n, const float* scale, const float* bias, void* y, int threads) {
+  if (int bad = check_scale(u, dtype, m, n, scale)) return bad;
+  if (m == 0 || n == 0) return PK_OK;
+  if (!y) return PK_ERR_NULL;
+  current->scale_columns(u, dtype, m, n, scale, bias, y, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_scale_columns_bwd_cpu(const void* dy, const void* u, int dtype, int64_t m, int64_t n, const float* scale, void* du, float* d_scale,
+                             float* d_bias, int threads) {
+  if (int bad = check_scale(u, dtype, m, n, scale)) return bad;
+  if (n == 0) return PK_OK;
+  if (m && !dy) return PK_ERR_NULL;
+  current->scale_columns_grad(dy, u, dtype, m, n, scale, du, d_scale, d_bias, threads_or_default(threads));
+  return PK_OK;
+}
+
 }  // extern "C"

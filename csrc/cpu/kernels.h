@@ -22,6 +22,9 @@ struct Kernels {
                int64_t angle_batch, int64_t rotary, int inverse, int threads);
   void (*cross_entropy)(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
                         const float* row_scale, float softcap, float smoothing, float z_loss, float* loss, int backward, int threads);
+  void (*scale_columns)(const void* u, int dtype, int64_t m, int64_t n, const float* scale, const float* bias, void* y, int threads);
+  void (*scale_columns_grad)(const void* dy, const void* u, int dtype, int64_t m, int64_t n, const float* scale, void* du, float* d_scale,
+                             float* d_bias, int threads);
 };
 
 // Rows of a task of the normalization's backward: a function of m alone, so that the order of sums does not depend on the threads.

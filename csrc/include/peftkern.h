@@ -203,6 +203,12 @@ PK_API int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, i
                                 const float* row_scale, float softcap, float label_smoothing, float z_loss, float* loss, int gradient,
                                 int threads);
 
+/* y [m, n] = u * scale [n] + bias [n] (NULL: none), u and y of `dtype`, the rest fp32: DoRA's magnitude over norm. */
+PK_API int pk_scale_columns_fwd_cpu(const void* u, int dtype, int64_t m, int64_t n, const float* scale, const float* bias, void* y, int threads);
+/* dy [m, n] -> du = dy * scale, d_scale [n] = sum over rows of dy * u, d_bias [n] = sum of dy; any of the three may be NULL. */
+PK_API int pk_scale_columns_bwd_cpu(const void* dy, const void* u, int dtype, int64_t m, int64_t n, const float* scale, void* du, float* d_scale,
+                                    float* d_bias, int threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor
 __all__ = ["LIBRARY", "accumulation", "autocast_off", "backend"]
 
 LIBRARY = torch.library.Library("peftkern", "DEF")
-# On a GPU the linear is a plan over Triton, CUDA and cuBLAS launches: one file composes them.
-_FILES = {(op, name): "gpu" for op in ("qlora_linear", "qlora_group") for name in ("cuda", "triton")} | {("lora_add", "cuda"): "triton"}
 
 
 @functools.cache
 def backend(op: str, name: str) -> ModuleType:
     """The module with an op's launchers for a backend; imported at its first use, as Triton is not there on every machine."""
-    return importlib.import_module(f"{__name__}.{op}.{_FILES.get((op, name), name)}")
+    folder = f"{__name__}.{op}"
+    if name in ("cuda", "triton"):
+        # Some ops are a plan over Triton, CUDA and cuBLAS launches, composed in one file; others have Triton kernels alone.
+        name = next(file for file in ("gpu", name, "triton") if importlib.util.find_spec(f"{folder}.{file}"))
+    return importlib.import_module(f"{folder}.{name}")
 
 
 def accumulation(x: Tensor) -> torch.dtype:

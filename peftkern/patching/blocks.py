@@ -19,6 +19,7 @@ from .weights import FLOATS
 __all__ = ["Block", "NormForward", "NormMode", "RopeForward", "RopeMode", "install_blocks", "norm_candidates", "rope_candidates"]
 
 _ROTARY = "apply_rotary_pos_emb"
+_ON_CPU = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are when a model is patched
 
 
 class NormMode(NamedTuple):
@@ -114,9 +115,9 @@ _PROBES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (to
 
 def _matching(module: nn.Module, eps: float, dtype: torch.dtype, weight_dtype: torch.dtype) -> list[tuple[str, float]]:
     """The modes whose reference gives, on random rows of several sizes and a random weight, the bits of the class's own forward."""
-    size, generator = module.weight.shape[0], torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, size, generator=generator) * torch.tensor([1.0, 30.0, eps**0.5, 0.01])[:, None]  # eps must matter in one
-    weight = torch.randn(size, generator=generator).to(weight_dtype)
+    size, options = module.weight.shape[0], dict(generator=torch.Generator().manual_seed(0), **_ON_CPU)
+    x = torch.randn(2, 4, size, **options) * torch.tensor([1.0, 30.0, eps**0.5, 0.01], **_ON_CPU)[:, None]  # eps must matter in one
+    weight = torch.randn(size, **options).to(weight_dtype)
     probe = type(module).__new__(type(module))
     probe.__dict__.update(module.__dict__, _parameters={"weight": nn.Parameter(weight, requires_grad=False)})
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -184,9 +185,9 @@ def _rope_mode(module: nn.Module) -> RopeMode | str:
 def _rotates_halves(function: Callable[..., Any], rotary: int) -> bool:
     """Whether it gives, in fp32 and bf16, what ours is defined as, for angles whose halves differ."""
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
-        generator = torch.Generator().manual_seed(0)
-        q, k = (torch.randn(2, heads, 5, 16, generator=generator).to(dtype) for heads in (3, 1))
-        cos, sin = (torch.randn(2, 5, rotary, generator=generator).to(dtype) for _ in range(2))
+        options = dict(generator=torch.Generator().manual_seed(0), **_ON_CPU)
+        q, k = (torch.randn(2, heads, 5, 16, **options).to(dtype) for heads in (3, 1))
+        cos, sin = (torch.randn(2, 5, rotary, **options).to(dtype) for _ in range(2))
         with torch.no_grad():
             theirs, ours = function(q, k, cos, sin), (torch.empty_like(q), torch.empty_like(k))
             rope_reference.rope(q, k, cos, sin, False, *ours)

@@ -70,9 +70,14 @@ class _PlannedForward(Forward):
             return plan.cast(_compute(x.to(plan.compute), plan.member))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan = None if args or kwargs or not _served(x) else self.plan(x)
-        if plan is None:
+        if args or kwargs or not _served(x):
             return self.stock(x, *args, **kwargs)
+        part = None if self.group is None else self.group.fetch(self, x)
+        if part is not None:
+            return part
+        plan = self.plan(x)
+        if plan is None:
+            return self.stock(x)
         return self.run(x, plan) if self.group is None else self.group.run(self, x, plan)
 
 

@@ -60,23 +60,29 @@ class Group:
         self.forwards, self.dissolved = state
         self.unclaimed, self.stash = 0, None
 
+    def fetch(self, forward: _PlannedForward, x: Tensor) -> Tensor | None:
+        """The part that a sibling's call with the same x has computed for `forward`; None where there is none."""
+        stash = self.stash
+        index = self._index(forward)
+        if stash is None or not stash.serves(index, x):
+            return None
+        part = stash.parts.pop(index)
+        self.stash = stash if stash.parts else None
+        self.unclaimed = 0
+        return part
+
     def run(self, forward: _PlannedForward, x: Tensor, plan: Plan) -> Tensor:
-        """The part of `forward`: from the stash, or by computing the group, or alone."""
-        if self.dissolved is not None:
-            return forward.run(x, plan)
-        index = next(i for i, member in enumerate(self.forwards) if member is forward)
-        stash, self.stash = self.stash, None
-        if stash is not None and stash.serves(index, x):
-            part = stash.parts.pop(index)
-            self.stash = stash if stash.parts else None
-            self.unclaimed = 0
-            return part
-        if stash is not None and self._give_up(index, stash, x):
+        """The part of `forward`, computed with its siblings', which are kept for them; alone where the group has dissolved."""
+        index, stash, self.stash = self._index(forward), self.stash, None
+        if self.dissolved is not None or (stash is not None and self._give_up(index, stash, x)):
             return forward.run(x, plan)
         parts = self._compute(index, x, plan)
         if len(parts) > 1:
             self.stash = _Stash(x, {i: part for i, part in parts.items() if i != index})
         return parts[index]
+
+    def _index(self, forward: _PlannedForward) -> int:
+        return next(i for i, member in enumerate(self.forwards) if member is forward)
 
     def _give_up(self, index: int, stash: _Stash, x: Tensor) -> bool:
         """Nobody fetched these parts. One sibling with another tensor, or three such calls running, are no accident (an exception

@@ -185,6 +185,8 @@ def _operands(parts: _Parts | str, hidden: Tensor, cache: WeightCache) -> _Opera
     if isinstance(parts, str) or hidden.dtype not in FLOATS or not _served(hidden):
         return None
     base, adapter = parts
+    if not (type(base) is nn.Linear and type(base.weight) is nn.Parameter) and not is_4bit(base):
+        return None  # another module took the head's place since the model was patched
     if adapter is not None and adapter.a.weight.device != hidden.device:
         return None
     if is_4bit(base):

@@ -16,8 +16,14 @@ from torch import Tensor
 
 from peftkern import NF4Weight
 from peftkern.nf4 import code_tensor, dynamic_map
+from peftkern.ops.glu import ACTIVATIONS
+from peftkern.ops.rms_norm import CASTS
 
+from ..ops import test_glu
+from ..ops import test_rms_norm as test_rms_norm_op
+from ..ops import test_rope as test_rope_op
 from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
+from . import compiled_blocks
 from .compiled import DTYPES, c_lora, c_weight, i64, link_shared, load, pointer
 from .emulation import HEADER, MISSING, emulated_extension, emulated_objects
 
@@ -312,6 +318,48 @@ def test_two_threads(lib: ctypes.CDLL) -> None:
         together = case.run(lib, level, gemv=False)
         for name in alone:
             assert torch.equal(alone[name], together[name]), f"{level} {name}"
+
+
+def _draws(case, ours, plainly, count: int = 20) -> None:
+    """Each result of `count` draws together, within the contract's bound; `ours` runs on the emulated level."""
+    runs = [(ours(*args), plainly(*args), plainly(*(t.double() for t in args))) for args in (case() for _ in range(count))]
+    for name in runs[0][0]:
+        assert_as_accurate(name, *(torch.cat([run[i][name].flatten() for run in runs]) for i in range(3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_linear_units(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """A row shorter than a vector, and one with a tail; the rest of tests/ops runs nightly."""
+    _level(lib, "avx512")
+    for number, name in enumerate(ACTIVATIONS):
+        for m, n in ((3, 5), (2, 77)):
+            case = lambda m=m, n=n: [(2 * torch.randn(m, n)).to(dtype) for _ in range(3)]  # noqa: E731
+            ours = lambda g, u, dy, number=number: compiled_blocks.glu(lib, g, u, dy, number)  # noqa: E731
+            _draws(case, ours, lambda g, u, dy, name=name: test_glu._run(lambda g, u: test_glu.ACTS[name](g) * u, g, u, dy))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
+    _level(lib, "avx512")
+    for cast, offset in test_rms_norm_op.MODES:
+        number = CASTS.index(cast)
+        for shape in ((5, 13), (33, 150)):
+            case = lambda shape=shape: test_rms_norm_op.case(shape, dtype, dtype)  # noqa: E731
+            ours = lambda x, w, dy, o=offset, c=number: compiled_blocks.rms_norm(lib, x, w, dy, 1e-5, o, c)  # noqa: E731
+            _draws(case, ours, lambda x, w, dy, o=offset, c=cast: test_rms_norm_op.run(test_rms_norm_op.stock, x, w, dy, o, c))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
+    _level(lib, "avx512")
+
+    def ours(q, k, cos, sin, dq, dk):
+        q, k = q.contiguous(), k.contiguous()
+        names = (("q", "k"), (q, k), False), (("dq", "dk"), (dq, dk), True)
+        return {name: out for keys, x, inv in names for name, out in zip(keys, compiled_blocks.rope(lib, *x, cos, sin, inv), strict=True)}
+
+    for shape in ((1, 3, 1, 4, 22, 22), (2, 2, 2, 3, 96, 72)):
+        _draws(lambda shape=shape: test_rope_op.case(shape, dtype), ours, lambda *a: test_rope_op.run(test_rope_op.stock, *a), 5)
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def check(cases: list, *, items=None, **options) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_every_gradient(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    draws = max(2, min(64, 256 // shape[0]))
+    draws = max(16, min(64, 256 // shape[0]))
     check([make(*shape, dtype) for _ in range(draws)], train_weight=True)
     check([make(*shape, dtype, bias=False) for _ in range(draws)])
 
@@ -121,8 +121,8 @@ def test_options(isa: str, options: dict, reduction: str) -> None:
 @pytest.mark.parametrize("k", [64, 100])
 def test_4bit_weight(isa: str, quant: dict, k: int) -> None:
     """Slices of the vocabulary begin with a block: here several of them."""
-    check([make(20, 500, k, 4, torch.float32, four_bit=quant) for _ in range(3)])
-    check([make(20, 500, k, 0, torch.bfloat16, four_bit=quant) for _ in range(3)])
+    check([make(20, 500, k, 4, torch.float32, four_bit=quant) for _ in range(12)])
+    check([make(20, 500, k, 0, torch.bfloat16, four_bit=quant) for _ in range(12)])
 
 
 def test_slices_of_the_vocabulary(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,11 +131,11 @@ def test_slices_of_the_vocabulary(isa: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cpu, "_MAX_ROWS", 16)
     for four_bit in (None, {}, {"nested": False}):
         head = {"four_bit": four_bit} if four_bit is not None else {"weight_dtype": torch.bfloat16}
-        cases = [make(40, 1250, 128, 4, torch.float32, **head) for _ in range(2)]
+        cases = [make(40, 1250, 128, 4, torch.float32, **head) for _ in range(8)]
         check(cases)
     monkeypatch.setattr(heads, "served_by_vendor", lambda *_: False)
     monkeypatch.setattr(cpu, "served_by_vendor", lambda *_: False)
-    check([make(40, 1250, 128, 4, torch.float32) for _ in range(2)], train_weight=True, softcap=4.0, label_smoothing=0.1)
+    check([make(40, 1250, 128, 4, torch.float32) for _ in range(8)], train_weight=True, softcap=4.0, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,7 +148,7 @@ def test_both_heads_serve_the_same_call(isa: str, dtype: torch.dtype, monkeypatc
 
 def test_num_items_in_batch_as_a_number_and_as_a_tensor(isa: str) -> None:
     case = make(19, 130, 48, 0, torch.float32)
-    check([case], items=53)
+    check([case, *(make(19, 130, 48, 0, torch.float32) for _ in range(15))], items=53)
     number, tensor = ours(*case, num_items_in_batch=53), ours(*case, num_items_in_batch=torch.tensor(53))
     assert all(torch.equal(number[name], tensor[name]) for name in number)
 
@@ -201,9 +201,9 @@ def test_without_any_label_the_loss_is_torchs_and_the_gradients_are_zero(isa: st
 
 
 def test_another_ignore_index(isa: str) -> None:
-    case = make(40, 20, 16, 2, torch.float32, ignored=0.0)
-    assert (case[2] == 19).any()
-    check([case], ignore_index=19)
+    cases = [make(40, 20, 16, 2, torch.float32, ignored=0.0) for _ in range(16)]
+    assert all((case[2] == 19).any() for case in cases)
+    check(cases, ignore_index=19)
 
 
 def test_no_rows() -> None:

@@ -124,13 +124,13 @@ def test_no_tensor_of_rows_times_vocabulary(head: str) -> None:
 @pytest.mark.parametrize("v", [1, 5, 1000, 32_000, 49_152, 152_064, 256_000, 2_000_000])
 def test_bound_of_the_block(v: int) -> None:
     rows = cpu.block_rows(v, 4)
-    assert rows % 16 == 0 and 16 <= rows <= 512 and (rows == 16 or rows * v * 4 <= 24 << 20)
+    assert rows % 16 == 0 and 16 <= rows <= 512 and (rows == 16 or rows * v * 4 <= 48 << 20)
 
 
 _PEAK = """
 import resource, torch
 from peftkern.functional import linear_cross_entropy
-m, v, k = 3000, 40000, 64
+m, v, k = 6000, 40000, 64
 x, w, labels = torch.randn(m, k, requires_grad=True), torch.randn(v, k), torch.randint(0, v, (m,))
 linear_cross_entropy(x[:4], w, labels[:4]).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -140,10 +140,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def test_peak_memory_of_the_process() -> None:
-    """The logits are 480 MB here; the block, the gradient and all else take less than a tenth of that."""
+    """The logits are 960 MB here; the block, the gradient and all else take less than a tenth of that."""
     run = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 0.1 * 3000 * 40000 * 4
+    assert int(run.stdout) < 0.1 * 6000 * 40000 * 4
 
 
 def test_kept_for_backward() -> None:
@@ -153,6 +153,23 @@ def test_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         linear_cross_entropy(x.requires_grad_(), weight, labels)
     assert sum(t.numel() * t.element_size() for t in saved) <= x.numel() * 2 + 16
+
+
+@pytest.mark.parametrize("m", [40, 0])
+def test_every_output_is_written(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that torch hands out uninitialized is NaN here."""
+    monkeypatch.setattr(cpu, "_MAX_ROWS", 16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        x, weight, labels, bias, a, b = make(max(m, 1), 70, 16, 2, torch.float32)
+        for ignored in (False, True):
+            labels[:] = -100 if ignored else labels
+            case = (x[:m], weight, labels[:m], bias, a, b)
+            got = _grads(case, linear_cross_entropy, reduction="sum")
+            assert all(t.isfinite().all() for t in got.values())
+            assert got["d_weight"].any() == bool(m and not ignored)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_nothing_is_computed_for_gradients_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import peftkern
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -87,6 +90,11 @@ def randomize(model: nn.Module) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
+
+
+def linears(report: peftkern.PatchReport) -> dict[str, int]:
+    """What the linears and LoRA layers got, without the blocks around them."""
+    return dict(Counter(row.got for row in report.rows if row.kind in ("lora", "linear")))
 
 
 def first(model: nn.Module) -> nn.Module:

@@ -297,6 +297,17 @@ def test_layer_norms_are_not_listed() -> None:
     assert not norm_candidates(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
 
 
+def test_probing_does_not_depend_on_the_defaults_of_torch() -> None:
+    model = build("llama")
+    expected = candidates(model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert candidates(model) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_probing_leaves_the_module_as_it_was() -> None:
     model = build("gemma2")
     before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}

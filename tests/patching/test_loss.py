@@ -362,3 +362,49 @@ def test_training_goes_as_with_the_stock_loss(calls: list) -> None:
         curves.append(torch.tensor(curve))
     assert len(calls) == 10 and curves[0][-1] < curves[0][0] * 0.9
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_replaced_after_patching_goes_to_the_stock_forward(calls: list) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = make(tie_word_embeddings=False)
+    stock = copy.deepcopy(model)
+    fuse(model)
+    for m in (model, stock):
+        head = Doubled(64, 96, bias=False)
+        head.weight = m.lm_head.weight
+        m.lm_head = head
+    got, expected = run(model), run(stock)
+    assert not calls and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_trainable_tokens_of_a_tied_head_go_to_the_stock_forward(calls: list) -> None:
+    model = lora(make(tie_word_embeddings=True), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})
+    found = loss_candidate(model)
+    assert not found.static and "head: base layer is peft" in found.row.reason
+    before = run(model)
+    assert not install_loss(found) and torch.equal(run(model)["loss"], before["loss"]) and not calls
+
+
+@pytest.mark.parametrize("head", ["4-bit", "adapter on 4-bit", "adapter on dense"])
+def test_beside_patch(head: str, calls: list) -> None:
+    """The layers patched too, and the head among them: the fused loss goes round its forward and agrees with it."""
+    import peftkern
+
+    from . import models
+
+    model = models.llama()
+    if "4-bit" in head:
+        model.lm_head = models.linear_4bit(model.lm_head, torch.float32)
+    targets = ["q_proj", "lm_head"] if "adapter" in head else ["q_proj"]
+    model = models.lora(model, target_modules=targets).train()
+    peftkern.patch(model)
+    patched = run(model)
+    fused = run(fuse(model))
+    assert len(calls) == 1 and ("lora_a" in calls[0]) == ("adapter" in head) and fused.keys() == patched.keys()
+    for name, value in fused.items():
+        torch.testing.assert_close(value, patched[name], rtol=1e-4, atol=1e-6)
+    peftkern.unpatch(model)
+    assert "logits" in model(input_ids=IDS, labels=LABELS)

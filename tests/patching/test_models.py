@@ -2,7 +2,6 @@
 
 import copy
 import io
-from collections import Counter
 
 import pytest
 import torch
@@ -25,11 +24,6 @@ def pooled(rows):
         for name, error in row.items():
             squares.setdefault(name.partition("/")[2], []).append(error**2)
     return {name: (sum(values) / len(values)) ** 0.5 for name, values in squares.items()}
-
-
-def lora_counts(report):
-    """What the LoRA layers got; norms and other blocks have tests of their own."""
-    return Counter(row.got for row in report.rows if row.kind == "lora")
 
 
 def check_report(report, model, case, four_bit):
@@ -107,7 +101,7 @@ def test_embeddings_and_saved_modules_are_left_alone():
     model = zoo.build("llama", **options)
     before = zoo.train(copy.deepcopy(model))
     report = peftkern.patch(model)
-    assert lora_counts(report) == {"qlora_linear": 2, "stock": 1}
+    assert models.linears(report) == {"qlora_linear": 2, "stock": 1}
     assert "embed_tokens" in [row.name.rpartition(".")[2] for row in report.fallbacks] and "Embedding.forward" in report.summary
     after = zoo.train(model)
     assert any("lm_head.modules_to_save" in key for key in after)
@@ -117,7 +111,7 @@ def test_embeddings_and_saved_modules_are_left_alone():
 def test_trainable_tokens_are_left_alone():
     model = zoo.build("llama", target_modules=["q_proj"], trainable_token_indices=[3, 5])
     before = zoo.train(copy.deepcopy(model))
-    assert lora_counts(peftkern.patch(model)) == {"qlora_linear": 2}
+    assert models.linears(peftkern.patch(model)) == {"qlora_linear": 2}
     after = zoo.train(model)
     assert any("trainable_tokens_delta" in key for key in after)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)

@@ -33,6 +33,9 @@ def zoo(targets, **options):
     return model
 
 
+BLOCKS = {"gated_mlp": 2, "rms_norm": 5, "rope": 2}  # of two Llama layers
+
+
 def row(report, name):
     return next(item for item in report.rows if item.name.endswith(name))
 
@@ -40,13 +43,16 @@ def row(report, name):
 def test_every_lora_layer_has_a_row():
     model = models.lora(models.llama())
     report = peftkern.patch(model)
-    assert [item.name for item in report.rows] == list(models.lora_layers(model))
-    assert report.counts == {"qlora_linear": 14} and len(report.fused) == 14 and report.fallbacks == ()
+    linears, blocks = report.rows[:14], report.rows[14:]
+    assert [item.name for item in linears] == list(models.lora_layers(model))
+    assert report.counts == {"qlora_linear": 14, **BLOCKS} and report.fused == report.rows and report.fallbacks == ()
     first = report.rows[0]
     assert (first.kind, first.base, first.shape, first.adapters) == ("lora", "nf4, nested", (64, 64), ("default",))
+    assert first.note == "one call for q_proj, k_proj, v_proj"
+    assert [(item.kind, item.name.rpartition(".")[2]) for item in blocks[:3]] == [("mlp", "mlp")] * 2 + [("norm", "input_layernorm")]
     table = str(report).splitlines()
-    assert len(table) == 1 + 14 + 1 and "down_proj" in table[-2]
-    assert table[-1].startswith("peftkern: 14 of 14 modules patched (14 qlora_linear)")
+    assert len(table) == 1 + 23 + 1 and "down_proj" in table[14] and "gated_mlp" in table[15]
+    assert table[-1].startswith("peftkern: 23 of 23 modules patched (14 qlora_linear, 2 gated_mlp, 5 rms_norm, 2 rope)")
     with pytest.raises(AttributeError):
         report.rows = ()
 
@@ -59,7 +65,7 @@ def test_patching_twice_is_patching_once(calls):
     assert models.first(model).forward is forward
     model(input_ids=models.IDS)
     assert calls == {"lora": 14}
-    assert peftkern.unpatch(model) == 28 and peftkern.unpatch(model) == 0
+    assert peftkern.unpatch(model) == 28 + 9 and peftkern.unpatch(model) == 0
 
 
 def test_nothing_to_patch_names_the_fix():
@@ -155,7 +161,7 @@ def test_exclude_by_name_or_part(calls):
     model = models.lora(models.llama())
     peftkern.patch(model)
     report = peftkern.patch(model, exclude=["layers.0", "down_proj"])
-    assert report.counts["qlora_linear"] == 6
+    assert models.linears(report)["qlora_linear"] == 6
     assert {item.reason for item in report.fallbacks} == {"excluded by 'layers.0'", "excluded by 'down_proj'"}
     model(input_ids=models.IDS)
     assert calls == {"lora": 6}
@@ -172,7 +178,7 @@ def test_bare_4bit_linears_without_peft(calls):
     x = models.IDS
     before = model(input_ids=x).logits
     report = peftkern.patch(model)
-    assert report.counts == {"linear_4bit": 14}
+    assert models.linears(report) == {"linear_4bit": 14}
     torch.testing.assert_close(model(input_ids=x).logits, before, rtol=1e-4, atol=1e-5)
     assert calls == {"linear": 14}
 
@@ -183,7 +189,7 @@ def test_a_model_that_transformers_loads_in_4_bit(tmp_path, calls):
     model = models.transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     model = models.lora(model)
     before = models.run(model)
-    assert peftkern.patch(model).counts == {"qlora_linear": 14}
+    assert models.linears(peftkern.patch(model)) == {"qlora_linear": 14}
     torch.testing.assert_close(models.run(model), before, rtol=1e-3, atol=1e-5)
     assert calls["lora"] == 14
 
@@ -194,7 +200,7 @@ def test_a_quant_state_lost_by_sharding_is_found_on_the_module(calls):
     for layer in models.lora_layers(model).values():
         assert layer.base_layer.quant_state is not None
         layer.base_layer.weight.quant_state = None
-    assert peftkern.patch(model).counts == {"qlora_linear": 14}
+    assert models.linears(peftkern.patch(model)) == {"qlora_linear": 14}
     torch.testing.assert_close(models.run(model), before, rtol=1e-3, atol=1e-5)
     assert calls["lora"] == 14
 
@@ -218,7 +224,7 @@ def test_other_tuners_on_4bit_bases(kind, calls):
         return {"loss": loss.detach()} | models.grads(model)
 
     before = step()
-    assert peftkern.patch(model).counts == {"linear_4bit": 14} | ({"stock": 2} if kind == "adalora" else {})
+    assert models.linears(peftkern.patch(model)) == {"linear_4bit": 14} | ({"stock": 2} if kind == "adalora" else {})
     torch.testing.assert_close(step(), before, rtol=1e-4, atol=1e-6)
     assert calls["linear"] == 14 and len(before) > 1
 
@@ -229,7 +235,7 @@ def test_dense_patches_a_tied_head_that_stays_tied(calls):
     model.lm_head.weight = model.model.embed_tokens.weight
     model.requires_grad_(False)
     before = model(input_ids=models.IDS).logits
-    assert peftkern.patch(model, dense=True).counts == {"linear": 15}
+    assert models.linears(peftkern.patch(model, dense=True)) == {"linear": 15}
     torch.testing.assert_close(model(input_ids=models.IDS).logits, before, rtol=1e-4, atol=1e-5)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
@@ -251,3 +257,16 @@ def test_dense_is_automatic_where_torch_has_no_fast_product(monkeypatch):
     for supported, expected in ((False, ["0"]), (True, [])):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
         assert [item.row.name for item in detect.candidates(slow, (), None)] == expected
+
+
+def test_blocks_can_be_left_alone():
+    model = models.lora(models.llama())
+    assert peftkern.patch(model, blocks=False).counts == {"qlora_linear": 14}
+    assert peftkern.patch(model).counts == {"qlora_linear": 14, **BLOCKS}
+    assert peftkern.patch(model, exclude=["layers.0", "norm"]).counts == {
+        "qlora_linear": 7,
+        "stock": 14,
+        "gated_mlp": 1,
+        "rms_norm": 2,
+        "rope": 1,
+    }

@@ -13,14 +13,14 @@ from ..qlora_linear import config
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]
 
-# Columns of the vocabulary in a product of the engine: the packed gradient of 128 rows of them fits its 5 MB, so that the weight is decoded
+# Columns of the vocabulary in a product of the engine: the packed gradient of 256 rows of them fits its 5 MB, so that the weight is decoded
 # once for a block of rows.
-_WIDTH = 8192
+_WIDTH = 4096
 _Part = slice | Tensor
 
 
 class Grads(NamedTuple):
-    """What is wanted: dx [M, K] in x's dtype, the parameters' in fp32; rows without a label stay zero."""
+    """What is wanted: dx [M, K] in x's dtype, the parameters' in fp32. Rows without a label stay zero; d_weight the first block fills."""
 
     dx: Tensor | None
     d_bias: Tensor | None
@@ -29,13 +29,11 @@ class Grads(NamedTuple):
     d_weight: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, n: int, lora_a: Tensor | None, needs: tuple[bool, ...]) -> Grads:
+    def of(cls, x: Tensor, n: int, lora_a: Tensor | None, needs: tuple[bool, ...], filled: bool) -> Grads:
         k, rank = x.shape[1], 0 if lora_a is None else lora_a.shape[0]
-        shapes = ((n,), (rank, k), (n, rank), (n, k))
-        return cls(
-            torch.zeros_like(x) if needs[0] else None,
-            *(torch.zeros(s) if need else None for s, need in zip(shapes, needs[1:], strict=True)),
-        )
+        small = (torch.zeros(s) if need else None for s, need in zip(((n,), (rank, k), (n, rank)), needs[1:4], strict=True))
+        d_weight = (torch.empty if filled else torch.zeros)(n, k) if needs[4] else None
+        return cls(torch.zeros_like(x) if needs[0] else None, *small, d_weight)
 
 
 class Head(Protocol):
@@ -47,8 +45,8 @@ class Head(Protocol):
     def logits(self, x: Tensor, out: Tensor) -> None:
         """Fills `out` [rows * n] for x [rows, K] of `dtype`; without the bias."""
 
-    def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads) -> None:
-        """Writes dx[part], adds to the others."""
+    def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads, first: bool) -> None:
+        """Writes dx[part], adds to the others; `first`: d_weight holds nothing yet."""
 
 
 def served_by_vendor(x: Tensor, weight: Tensor, quant: tuple, n: int, rows: int, trained: bool) -> bool:
@@ -77,7 +75,7 @@ class VendorHead:
             self.xa = x @ self.a.t()
             out.addmm_(self.xa, self.b.t(), alpha=self.scaling)
 
-    def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads) -> None:
+    def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads, first: bool) -> None:
         d_logits = d_logits.view(-1, self.n)
         dyb = d_logits @ self.b if self.a is not None and (grads.dx is not None or grads.d_lora_a is not None) else None  # unscaled
         if grads.dx is not None:
@@ -90,7 +88,7 @@ class VendorHead:
         if grads.d_lora_b is not None:
             grads.d_lora_b.add_(d_logits.t() @ self.xa, alpha=self.scaling)
         if grads.d_weight is not None:
-            grads.d_weight.addmm_(d_logits.t(), x)
+            grads.d_weight.addmm_(d_logits.t(), x, beta=0 if first else 1)
 
 
 class EngineHead:
@@ -122,14 +120,14 @@ class EngineHead:
             args = (address(x), 0, len(x), 0, 0, address(y), address(self.xa), False, address(buffer), buffer.numel())
             native().qlora_linear_fwd(view, lora, *args)
 
-    def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads) -> None:
+    def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads, first: bool) -> None:
         dx = None if grads.dx is None else torch.zeros(x.shape)
         for index in range(len(self.slices)):
-            self._gradients_of_slice(index, x, d_logits, dx, grads)
+            self._gradients_of_slice(index, x, d_logits, dx, grads, first)
         if dx is not None:
             grads.dx[part] = dx.to(grads.dx.dtype)
 
-    def _gradients_of_slice(self, index: int, x: Tensor, d_logits: Tensor, dx: Tensor | None, grads: Grads) -> None:
+    def _gradients_of_slice(self, index: int, x: Tensor, d_logits: Tensor, dx: Tensor | None, grads: Grads, first: bool) -> None:
         cols, rows = self.slices[index], len(x)
         size, dy = cols.stop - cols.start, d_logits[rows * cols.start : rows * cols.stop]
         shapes = ((rows, self.k), (self.rank, self.k), (size, self.rank), (size,))
@@ -144,7 +142,7 @@ class EngineHead:
             if target is not None:
                 target.add_(value)
         if grads.d_weight is not None:
-            grads.d_weight[cols].addmm_(dy.view(rows, size).t(), x)
+            grads.d_weight[cols].addmm_(dy.view(rows, size).t(), x, beta=0 if first else 1)
 
 
 def _aligned_width(quant: tuple, k: int) -> int:

@@ -18,7 +18,7 @@ from . import CASTS, result_dtype
 __all__ = ["backward", "backward_call", "d_weight_call", "forward", "forward_call", "specializations"]
 
 # A program holds whole rows of up to MAX_BLOCK elements in registers, and reads longer ones twice, in pieces. Not measured.
-MAX_BLOCK, PIECE, VALUES = 8192, 4096, 1024
+MAX_BLOCK, PIECE, VALUES = 8192, 2048, 1024
 COLUMNS, ROWS = 128, 32  # tile of d_weight
 MAX_CHUNKS = 256  # partial sums of d_weight
 
@@ -151,7 +151,7 @@ def _blocking(m: int, n: int) -> tuple[int, int, dict[str, object]]:
     whole = n <= MAX_BLOCK
     block = triton.next_power_of_2(n) if whole else PIECE
     rows = max(1, VALUES // block)
-    warps = 4 if block <= 2048 else 8
+    warps = 4 if block <= 1024 else min(16, block // 512)  # 16 elements a thread
     return -(-m // rows), warps, {"ROWS": rows, "BLOCK": block, "WHOLE": whole}
 
 
@@ -218,7 +218,7 @@ def specializations(arch: int) -> Iterator[Specialization]:
     dtypes = (torch.float16, torch.bfloat16, torch.float32) if arch < 80 else (torch.bfloat16, torch.float16, torch.float32)
     shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     for dtype in dtypes:
-        for n in (4096, 128, 576, 16384):
+        for n in (4096, 128, 576, 8192, 16384):
             x = torch.empty(64, n, dtype=dtype, device="meta")
             weight, rstd = torch.empty(n, dtype=dtype, device="meta"), torch.empty(64, device="meta")
             name = f"rms-norm-{shorts[dtype]}-{n}"

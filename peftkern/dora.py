@@ -1,0 +1,81 @@
+"""DoRA without a dense product: the norm of the updated weight's rows in closed form, and the linear it scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .group import Member, qlora_group
+from .nf4 import NF4Weight
+from .ops.scale_columns import scale_columns
+
+__all__ = ["dora_linear", "dora_norm", "row_squares"]
+
+_SLICE = 1 << 22  # weights squared at a time: 16 MB of fp32
+
+
+@torch.no_grad()
+def row_squares(weight: NF4Weight | Tensor) -> Tensor:
+    """||W||^2 of each row, fp32 [N]: a constant of a frozen weight, for `dora_norm`. A 4-bit weight is decoded once."""
+    dense = weight if isinstance(weight, Tensor) else weight.dequantize(torch.float32)
+    rows = max(1, _SLICE // max(1, dense.shape[1]))
+    return torch.cat([part.float().square().sum(1) for part in dense.split(rows)])
+
+
+@torch.no_grad()
+def dora_norm(weight: NF4Weight | Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, squares: Tensor | None = None) -> Tensor:
+    """||W + s B A|| of each row, fp32 [N], without B A: sqrt(||W||^2 + 2 s rowsum((W A^T) o B) + s^2 rowsum((B A A^T) o B)).
+
+    Args:
+        weight: NF4Weight or dense [N, K]; lora_a: [R, K]; lora_b: [N, R].
+        squares: `row_squares(weight)`, kept by a caller who needs the norm again.
+    Source: DoRA (Liu et al., 2024), section 4.3 for the norm as a constant; the closed form is ||W + s B A||^2 multiplied out.
+    """
+    shape, device = checks.weight_shape(weight)
+    checks.adapter(lora_a, lora_b, *shape, device)
+    squares = row_squares(weight) if squares is None else squares
+    a, b = lora_a.float(), lora_b.float()
+    operand = lora_a.to(weight.dtype) if isinstance(weight, Tensor) else a
+    cross = qlora_group(operand, [Member(weight)])[0].float().t()  # W A^T [N, R]: R rows of activations
+    total = squares + 2 * scaling * (cross * b).sum(1) + scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
+    return total.clamp_min(0).sqrt()
+
+
+def dora_linear(x: Tensor, member: Member, magnitude: Tensor, squares: Tensor | None = None, dropped: Tensor | None = None) -> Tensor:
+    """A frozen linear with a DoRA adapter: y = (magnitude / ||W + s B A||) (x W^T + s x A^T B^T) + bias, the norm taken as a constant.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        member: the weight, its bias and exactly one adapter, without dropout of its own.
+        magnitude: [N], trainable.
+        squares: `row_squares(member.weight)`.
+        dropped: dropout(x), [..., K]: PEFT's DoRA drops the input of the base product too, so that
+            y = x W^T + bias + (g - 1) dropped W^T + g s dropped A^T B^T, computed as (x - dropped) W^T + g (dropped W^T + ...) + bias: the
+            base product runs twice, as there.
+    Returns: [..., N] in x's dtype.
+    Raises: TypeError, ValueError naming the argument, what was got and what was expected.
+    Source: DoRA (Liu et al., 2024), equation 5 and section 4.3.
+
+    >>> from peftkern.functional import Adapter
+    >>> adapter = Adapter(torch.randn(4, 32, requires_grad=True), torch.zeros(48, 4, requires_grad=True))
+    >>> weight = torch.randn(48, 32)
+    >>> y = dora_linear(torch.randn(2, 32), Member(weight, adapters=[adapter]), weight.norm(dim=1).requires_grad_())
+    >>> y.shape
+    torch.Size([2, 48])
+    """
+    if len(member.adapters) != 1 or member.adapters[0].dropout_p:
+        raise ValueError(f"member: got {len(member.adapters)} adapters, expected one, without dropout_p (pass `dropped`)")
+    (adapter,) = member.adapters
+    n = member.weight.shape[0]
+    checks.vector("magnitude", magnitude, n, x.device)
+    norm = dora_norm(member.weight, adapter.lora_a, adapter.lora_b, adapter.scaling, squares)
+    scale, bare = magnitude.float() / norm, Member(member.weight, None, member.adapters)
+    if dropped is None:
+        (u,) = qlora_group(x, [bare])
+        return scale_columns(u.reshape(-1, n), scale, member.bias).reshape(u.shape)
+    m = x.numel() // x.shape[-1]
+    both = torch.cat([(x - dropped).reshape(m, -1), dropped.reshape(m, -1)])
+    second = type(adapter)(adapter.lora_a, adapter.lora_b, adapter.scaling, rows=(m, 2 * m))
+    rest, u = qlora_group(both, [Member(member.weight, None, [second])])[0].split(m)
+    return (rest + scale_columns(u, scale, member.bias)).reshape(*x.shape[:-1], n)
