@@ -130,9 +130,11 @@ def _shows(view: NF4Weight, weight: Tensor, state: Any) -> bool:
 
 
 def _operands_dense(base: nn.Module, x: Tensor) -> Operands | None:
-    weight = base._parameters.get("weight")
-    if type(weight) is not nn.Parameter or weight.requires_grad:
+    weight = base.weight  # a plain tensor where FSDP shows views of its flat parameter
+    if type(weight) not in (nn.Parameter, Tensor) or (weight.requires_grad and torch.is_grad_enabled()):
         return None
+    if weight.requires_grad:  # views of a flat parameter that holds trainable ones too
+        weight = weight.detach()
     wanted = autocast_dtype(x)
     dtype = wanted or x.dtype
     if weight.dtype != dtype:

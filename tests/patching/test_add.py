@@ -249,3 +249,21 @@ def test_each_sample_runs_through_its_adapter(kind, calls):
         torch.testing.assert_close(models.grads(layer), models.grads(stock), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         layer(x, adapter_names=names[:2])
+
+
+def test_a_view_of_a_trainable_flat_parameter_is_fused_where_no_gradient_is_recorded(calls):
+    """FSDP shows frozen weights as views of a parameter that trains as a whole; without grad they are weights like any other."""
+    layer, x = Linear(nn.Linear(64, 48), "default", config=models.config(), r=4, lora_alpha=8), input_of(torch.float32)
+    layer.base_layer.requires_grad_(False)
+    models.randomize(layer)
+    expected = layer(x)
+    peftkern.patch(layer)
+    weight = layer.base_layer.weight
+    del layer.base_layer.weight
+    layer.base_layer.weight = nn.Parameter(torch.cat([weight.flatten(), torch.zeros(5)]))[: weight.numel()].view(weight.shape)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    assert calls == {"lora": 1}
+    y = layer(x)
+    assert calls == {"lora": 1} and y.requires_grad
+    torch.testing.assert_close(y, expected)

@@ -40,7 +40,9 @@ def check_report(report, model, case, four_bit):
 def test_training_follows_stock(name, four_bit, dtype, calls):
     """The error of each tensor against fp64, over seeds and steps: at most 1.5 times stock's, plus a small part of a rounding."""
     stock, patched, case = [], [], zoo.CASES[name]
-    for seed in SEEDS:
+    # A router's adapter has 16 numbers in its gradient: more seeds, or noise is compared (1.9 over 4 of them, 1.07 over 16).
+    seeds = range(16) if case.experts else SEEDS
+    for seed in seeds:
         model = zoo.build(name, four_bit=four_bit, seed=seed, dtype=dtype)
         exact = zoo.train_exactly(model)
         stock.append(models.errors(zoo.train(copy.deepcopy(model)), exact))
@@ -48,7 +50,7 @@ def test_training_follows_stock(name, four_bit, dtype, calls):
         patched.append(models.errors(zoo.train(model), exact))
     fused = {"qlora_linear": "lora", "lora_add": "add"}["qlora_linear" if four_bit else case.dense]
     # Two steps; what a dissolving group computed in vain, k and v; a bf16 head may be patched too.
-    assert calls[fused] == (case.fused * 2 + case.split * 2) * len(SEEDS)
+    assert calls[fused] == (case.fused * 2 + case.split * 2) * len(seeds)
     ours, theirs = pooled(patched), pooled(stock)
     assert {"output", "losses"} < ours.keys() and len(ours) >= 2 + 2 * case.fused
     for tensor, error in ours.items():
@@ -99,8 +101,8 @@ def test_embeddings_and_saved_modules_are_left_alone():
     model = zoo.build("llama", **options)
     before = zoo.train(copy.deepcopy(model))
     report = peftkern.patch(model)
-    assert report.counts == {"qlora_linear": 2, "stock": 1}
-    assert [row.name.rpartition(".")[2] for row in report.fallbacks] == ["embed_tokens"] and "Embedding.forward" in report.summary
+    assert models.linears(report) == {"qlora_linear": 2, "stock": 1}
+    assert "embed_tokens" in [row.name.rpartition(".")[2] for row in report.fallbacks] and "Embedding.forward" in report.summary
     after = zoo.train(model)
     assert any("lm_head.modules_to_save" in key for key in after)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
@@ -109,7 +111,7 @@ def test_embeddings_and_saved_modules_are_left_alone():
 def test_trainable_tokens_are_left_alone():
     model = zoo.build("llama", target_modules=["q_proj"], trainable_token_indices=[3, 5])
     before = zoo.train(copy.deepcopy(model))
-    assert peftkern.patch(model).counts == {"qlora_linear": 2}
+    assert models.linears(peftkern.patch(model)) == {"qlora_linear": 2}
     after = zoo.train(model)
     assert any("trainable_tokens_delta" in key for key in after)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
