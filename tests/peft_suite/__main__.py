@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     with tempfile.TemporaryDirectory(prefix="peft-suite-") as folder:
         source = Path(options.source).resolve() if options.source else _download(Path(folder))
+        (source / "tests" / "__init__.py").touch()  # the distribution leaves it out; the tests import each other relatively
         extra = Path(folder) / "site"
         _install_missing(extra)
         environment = _environment(extra)
@@ -93,7 +94,6 @@ def _download(folder: Path) -> Path:
     with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     source = next(path for path in folder.glob("peft-*") if path.is_dir())
-    (source / "tests" / "__init__.py").touch()  # the distribution leaves it out; the tests import each other relatively
     return source
 
 
