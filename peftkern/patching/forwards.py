@@ -129,6 +129,11 @@ class LoraForward(_PlannedForward):
             plan = self.plan(x) if _served(x) else None
         return self.stock(x, adapter_names=names) if plan is None else self.run(x, plan)
 
+    def stock(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward the module had before, which mixes the same adapters."""
+        names = mixed.current(self.module)
+        return super().stock(*args, **kwargs) if names is None else super().stock(*args, **{"adapter_names": names} | kwargs)
+
     def _dora(self, x: Tensor) -> Tensor | None:
         """With DoRA; None where it does not serve."""
         layer = self.module
@@ -145,7 +150,7 @@ class LoraForward(_PlannedForward):
     def plan(self, x: Tensor) -> Plan | None:
         layer = self.module
         names = mixed.current(layer)
-        if layer.merged or has_hooks(layer.base_layer) or (layer.disable_adapters and names is None):
+        if layer.merged or layer.disable_adapters or has_hooks(layer.base_layer):
             return None
         found = self.cache.operands(layer.base_layer, x)
         adapters = None if found is None else _mixed(layer, x, names) if names is not None else _active(layer)

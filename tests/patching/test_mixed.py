@@ -117,3 +117,21 @@ def test_errors():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="reentrant"), peftkern.mixed_adapters(model, ["default"] * 4):
         pass
+
+
+def test_layers_without_a_fused_form_mix_too(calls):
+    """A hook on the base, another variant of LoRA: PEFT's own forward runs, with the names."""
+    model = adapted(four_bit=False).eval()
+    names = ["second", "default", "third", "__base__"]
+    expected = model(input_ids=IDS, adapter_names=names).logits
+    peftkern.patch(model)
+    handles = [layer.base_layer.register_forward_hook(lambda *_: None) for layer in models.lora_layers(model).values()]
+    with peftkern.mixed_adapters(model, names):
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    with peftkern.mixed_adapters(model, names), model.disable_adapter():
+        disabled = model(input_ids=IDS).logits
+    peftkern.unpatch(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(disabled, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
