@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import sys
 from collections import defaultdict
@@ -54,6 +55,11 @@ TARGETS = (
     Target("step", 1.0, over=("peft dense",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
     Target("switching", 1.0, under=("alone",)),
     Target("linear_cross_entropy", 1.15, under=("GEMMs alone",), shapes=("49152x576",), m=(512,)),
+    *(Target(f"options {what}", 1.03, under=("without dropout",), m=(512,)) for what in ("layer", "linear")),
+    *(Target(f"options {what}", 1.10, under=("LoRA",), m=(512,)) for what in ("layer", "linear")),
+    *(Target(f"options {what}", 1.08, under=("1 adapter",), m=(512,)) for what in ("layer", "linear")),
+    Target("generate", 1.5, over=("peft+bitsandbytes",), shapes=("SmolLM2-135M",)),
+    Target("generate", 1.0, over=DENSE, shapes=("SmolLM2-135M",)),
 )
 KEY = ("device", "isa", "threads", "kernel", "mode", "dtype", "shape", "M")
 
@@ -134,7 +140,7 @@ def plot(lines: Sequence[Line], out: Path) -> bool:
     bars = [x for x in lines if x["provider"] != OURS and x["unit"] in ("ms", "tokens/s") and float(x["ratio"]) > 0]
     names = [" ".join(x[k] for k in ("kernel", "shape", "M", "dtype", "mode", "isa")) for x in bars]
     providers = sorted({x["provider"] for x in bars})
-    colours = dict(zip(providers, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(providers, itertools.cycle(plt.get_cmap("tab20").colors), strict=False))
     figure, axis = plt.subplots(figsize=(11, 1.5 + 0.17 * len(bars)))
     axis.barh(range(len(bars)), [float(x["ratio"]) - 1 for x in bars], left=1, color=[colours[x["provider"]] for x in bars])
     axis.set_yticks(range(len(bars)), names, fontsize=5)

@@ -12,7 +12,19 @@ from . import report
 
 __all__ = ["BENCHMARKS", "main"]
 
-BENCHMARKS = ("dequantize", "quantize", "gemv", "qlora_linear", "switching", "memory", "step", "linear_cross_entropy", "blocks")
+BENCHMARKS = (
+    "dequantize",
+    "quantize",
+    "gemv",
+    "qlora_linear",
+    "switching",
+    "memory",
+    "step",
+    "linear_cross_entropy",
+    "blocks",
+    "options",
+    "generate",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -151,9 +151,9 @@ def test_smoke(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quantize", "gemv", "qlora_linear", "switching", "step", "blocks"])
+@pytest.mark.parametrize("name", ["quantize", "gemv", "qlora_linear", "switching", "step", "blocks", "options", "generate"])
 def test_smoke_of_the_longer_ones(tmp_path: Path, name: str) -> None:
-    if name == "step":
+    if name in ("step", "generate"):
         for package in ("transformers", "peft", "bitsandbytes"):
             pytest.importorskip(package)
     _smoke(tmp_path, name)
