@@ -10,7 +10,7 @@ from .blocks import glu, rms_norm, rope
 from .dora import dora_linear, dora_norm, row_squares
 from .group import Adapter, Member, qlora_group
 from .losses import linear_cross_entropy
-from .mlp import gated_mlp
+from .mlp import gated_mlp, gated_mlp_packed
 from .nf4 import NF4Weight
 from .ops import dequantize as _dequantize
 from .ops import lora_add as _lora_add
@@ -24,6 +24,7 @@ __all__ = [
     "dora_linear",
     "dora_norm",
     "gated_mlp",
+    "gated_mlp_packed",
     "glu",
     "linear_4bit",
     "linear_cross_entropy",

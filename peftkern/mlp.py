@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -10,36 +12,59 @@ from .group import Member, prepare
 from .ops import glu as _glu
 from .ops import qlora_group as group
 
-__all__ = ["gated_mlp"]
+__all__ = ["gated_mlp", "gated_mlp_packed"]
 
 
 class _GatedMLP(torch.autograd.Function):
+    """inner: two members, gate and up, or one whose output's halves they are; gate_first: which half is the gate."""
+
     @staticmethod
-    def forward(ctx, inner, outer, activation, count, x, *trainable):
+    def forward(ctx, inner, outer, activation, gate_first, x, *trainable):
+        count = len(inner.weights) + 2 * len(inner.members)
         first, second = trainable[:count], trainable[count:]
-        (gate, up), xa = group.run(inner, x, first)
-        h = torch.ops.peftkern.glu_fwd(gate, up, activation)
+        hidden, xa = group.run(inner, x, first)
+        h = torch.ops.peftkern.glu_fwd(*_halves(hidden, gate_first), activation)
         (y,), ha = group.run(outer, h, second)
         inner_kept, ctx.inner = group.kept(inner, first, xa)
         outer_kept, ctx.outer = group.kept(outer, second, ha)
-        ctx.save_for_backward(x if group.wants_x(inner, first) else None, gate, up, *inner_kept, *outer_kept)
-        ctx.wants_h, ctx.sizes = group.wants_x(outer, second), (count, len(inner_kept), tuple(x.shape))
-        ctx.activation = activation
+        ctx.save_for_backward(x if group.wants_x(inner, first) else None, *hidden, *inner_kept, *outer_kept)
+        ctx.wants_h, ctx.sizes = group.wants_x(outer, second), (count, len(hidden), len(inner_kept), tuple(x.shape))
+        ctx.activation, ctx.gate_first = activation, gate_first
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gate, up, *saved = ctx.saved_tensors
-        (count, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[4:])
+        (count, outputs, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[4:])
+        x, *saved = ctx.saved_tensors
+        hidden, saved = saved[:outputs], saved[outputs:]
+        gate, up = _halves(hidden, ctx.gate_first)
         inner_needs, outer_needs = needs[: 1 + count], [any(needs[: 1 + count]), *needs[1 + count :]]
         h = torch.ops.peftkern.glu_fwd(gate, up, ctx.activation) if ctx.wants_h else None
         d_h, *outer = group.gradients(ctx.outer, saved[cut:], [dy], h, tuple(gate.shape), outer_needs)
         inner = [None] * len(inner_needs)
         if d_h is not None:
-            d_gate, d_up, _ = torch.ops.peftkern.glu_bwd(d_h, gate, up, ctx.activation, False)
-            inner = group.gradients(ctx.inner, saved[:cut], [d_gate, d_up], x, shape, inner_needs)
+            d_hidden = _hidden_gradients(d_h, hidden, ctx.activation, ctx.gate_first)
+            inner = group.gradients(ctx.inner, saved[:cut], d_hidden, x, shape, inner_needs)
         return (None, None, None, None, *inner, *outer)
+
+
+def _halves(hidden: Sequence[Tensor], gate_first: bool) -> Sequence[Tensor]:
+    """gate, up [M, I] of the inner linears' outputs: two, or one [M, 2I], read in place."""
+    if len(hidden) == 2:
+        return hidden
+    first, second = hidden[0].chunk(2, dim=1)
+    return (first, second) if gate_first else (second, first)
+
+
+def _hidden_gradients(d_h: Tensor, hidden: Sequence[Tensor], activation: str, gate_first: bool) -> list[Tensor]:
+    """The gradients of the inner linears' outputs; of one output in one tensor, whose halves are written in place."""
+    gate, up = _halves(hidden, gate_first)
+    if len(hidden) == 2:
+        return list(torch.ops.peftkern.glu_bwd(d_h, gate, up, activation, False)[:2])
+    packed = torch.empty_like(hidden[0])
+    torch.ops.peftkern.glu_bwd_out(d_h, gate, up, activation, *_halves([packed], gate_first), None)
+    return [packed]
 
 
 def gated_mlp(x: Tensor, gate: Member, up: Member, down: Member, *, activation: str = "silu") -> Tensor:
@@ -60,12 +85,40 @@ def gated_mlp(x: Tensor, gate: Member, up: Member, down: Member, *, activation: 
     >>> gated_mlp(torch.randn(2, 5, 32), gate, up, down).shape
     torch.Size([2, 5, 32])
     """
-    if activation not in _glu.ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, expected one of {_glu.ACTIVATIONS}")
     if gate.weight.shape != up.weight.shape:
         raise ValueError(f"up: got a weight {tuple(up.weight.shape)}, gate's is {tuple(gate.weight.shape)}; both must be [I, K]")
-    flat, inner, first = prepare(x, (gate, up), ("gate", "up"))
-    like_h = flat.new_empty((1, 1)).expand(flat.shape[0], gate.weight.shape[0])  # its shape and dtype, to check `down` against
+    return _run(x, {"gate": gate, "up": up}, down, gate.weight.shape[0], activation, True)
+
+
+def gated_mlp_packed(x: Tensor, gate_up: Member, down: Member, *, activation: str = "silu", gate_first: bool = True) -> Tensor:
+    """A gated MLP whose gate and up are the halves of one linear: y = down(act(gate) * up), (gate, up) = chunk(gate_up(x), 2).
+
+    As `gated_mlp`; the halves are read, and their gradients written, in place.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        gate_up: a member of shape [2I, K]; its adapters span both halves. down: a member of shape [N, I]. See `qlora_group`.
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU).
+        gate_first: whether the first I outputs are the gate (Phi-3), or the last.
+    Returns: [..., N] in x's dtype. Saved for backward: x, gate_up(x) [M, 2I], the packed weights, the adapters and their xa.
+    Raises: TypeError, ValueError naming the member, the argument, what was got and what was expected.
+    Source: GLU Variants Improve Transformer (Shazeer, 2020), section 2; one projection for both, Phi-3 Technical Report (2024).
+
+    >>> gate_up, down = Member(torch.randn(96, 32)), Member(torch.randn(32, 48))
+    >>> gated_mlp_packed(torch.randn(2, 5, 32), gate_up, down).shape
+    torch.Size([2, 5, 32])
+    """
+    rows = gate_up.weight.shape[0]
+    if rows % 2:
+        raise ValueError(f"gate_up: got a weight {tuple(gate_up.weight.shape)}, expected [2I, K], an even number of rows")
+    return _run(x, {"gate_up": gate_up}, down, rows // 2, activation, gate_first)
+
+
+def _run(x: Tensor, inner: dict[str, Member], down: Member, width: int, activation: str, gate_first: bool) -> Tensor:
+    if activation not in _glu.ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, expected one of {_glu.ACTIVATIONS}")
+    flat, spec, first = prepare(x, tuple(inner.values()), tuple(inner))
+    like_h = flat.new_empty((1, 1)).expand(flat.shape[0], width)  # its shape and dtype, to check `down` against
     _, outer, second = prepare(like_h, (down,), ("down",))
-    y = _GatedMLP.apply(inner, outer, activation, len(first), flat.contiguous(), *first, *second)
+    y = _GatedMLP.apply(spec, outer, activation, gate_first, flat.contiguous(), *first, *second)
     return y.reshape(*x.shape[:-1], y.shape[1])

@@ -67,7 +67,7 @@ def _install_blocks(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
     install_blocks(found)
     kinds = {"rms_norm": "norm", "rope": "attention"}
     rows = [Row(item.name, kinds[item.got], "", "stock" if item.reason else item.got, None, (), item.reason) for item in found]
-    return [Row(name, "mlp", "", "stock" if why else "gated_mlp", None, (), why) for name, why in install_mlps(model, exclude)] + rows
+    return [Row(name, "mlp", "", got, None, (), why) for name, got, why in install_mlps(model, exclude)] + rows
 
 
 def _install_loss(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:

@@ -13,73 +13,106 @@ from .. import functional
 from .detect import excluded
 from .forwards import Forward, _autocast_off, _PlannedForward, _served, find, has_hooks, install
 
-__all__ = ["GatedMLPForward", "install_mlps"]
+__all__ = ["GatedMLPForward", "PackedMLPForward", "install_mlps"]
 
-_CHILDREN = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+_WIDTH = 5  # of the probe's gate and up; it has 4 inputs and outputs
 
 
 class GatedMLPForward(Forward):
-    """gate_proj, up_proj, act_fn and down_proj as one call; stock where one of them cannot take part. `cache`: the activation."""
+    """gate_proj, up_proj, act_fn and down_proj as one call; stock where one of them cannot take part. `cache`: what the probe found."""
 
     __slots__ = ()
+    children = ("gate_proj", "up_proj", "down_proj")
+    function = "gated_mlp"
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plans = None if args or kwargs or not _served(x) else self._plans(x)
         if plans is None:
             return self.stock(x, *args, **kwargs)
-        gate, up, down = plans
         with _autocast_off(x):
-            return down.cast(functional.gated_mlp(x.to(gate.compute), gate.member, up.member, down.member, activation=self.cache))
+            members = [plan.member for plan in plans]
+            return plans[-1].cast(getattr(functional, self.function)(x.to(plans[0].compute), *members, **self.cache))
 
-    def _plans(self, x: Tensor) -> tuple | None:
-        layers = [getattr(self.module, child) for child in _CHILDREN]
+    def _plans(self, x: Tensor) -> list | None:
+        layers = [getattr(self.module, child) for child in self.children]
         held = [find(layer) for layer in layers]
         if any(has_hooks(layer) for layer in layers) or not all(item and isinstance(item[1], _PlannedForward) for item in held):
             return None
-        gate, up = (item[1].plan(x) for item in held[:2])
-        if gate is None or up is None or gate.compute != up.compute or not (gate.result == up.result == gate.compute):
+        inner = [item[1].plan(x) for item in held[:-1]]
+        if any(plan is None or plan.compute != inner[0].compute or plan.result != plan.compute for plan in inner):
             return None
-        rows = x.new_empty((1,)).to(gate.compute).expand(*x.shape[:-1], layers[0].out_features)
-        down = held[2][1].plan(rows)
-        return (gate, up, down) if down is not None and down.compute == gate.compute else None
+        compute = inner[0].compute
+        down = held[-1][1].plan(x.new_empty((1,)).to(compute).expand(*x.shape[:-1], layers[-1].in_features))
+        return [*inner, down] if down is not None and down.compute == compute else None
+
+    @staticmethod
+    def products(gate: Tensor, up: Tensor) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The weights of the inner children of a probe, in every order they may have, with the options that say so."""
+        return [({}, [gate, up])]
 
 
-def install_mlps(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, str | None]]:
-    """Patch every module with these three children whose forward is a gated MLP; its name, and None or why not."""
+class PackedMLPForward(GatedMLPForward):
+    """gate_up_proj, whose output's halves are gate and up, and down_proj."""
+
+    __slots__ = ()
+    children = ("gate_up_proj", "down_proj")
+    function = "gated_mlp_packed"
+
+    @staticmethod
+    def products(gate: Tensor, up: Tensor) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        return [({"gate_first": True}, [torch.cat([gate, up])]), ({"gate_first": False}, [torch.cat([up, gate])])]
+
+
+def install_mlps(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, str, str | None]]:
+    """Patch every module with the children of a known layout whose forward is a gated MLP; its name, what it runs, and None or why not."""
     found = []
     for name, module in model.named_modules():
-        layers = [getattr(module, child, None) for child in _CHILDREN]
-        held = [find(layer) if isinstance(layer, nn.Module) else None for layer in layers]
-        if not all(item and isinstance(item[1], _PlannedForward) for item in held) or excluded(name, exclude):
+        kind = next((kind for kind in (GatedMLPForward, PackedMLPForward) if _held(module, kind)), None)
+        if kind is None or excluded(name, exclude):
             continue
-        activation = _activation(module)
-        if activation:
-            install(module, GatedMLPForward, activation)
-        found.append((name, None if activation else "its forward is not down(act(gate(x)) * up(x)) of a known activation"))
+        options = _probe(module, kind)
+        if options is not None:
+            install(module, kind, options)
+        why = "its forward is not down(act(gate(x)) * up(x)) of a known activation" if options is None else None
+        found.append((name, kind.function if options is not None else "stock", why))
     return found
 
 
-def _activation(module: nn.Module) -> str | None:
-    """The activation with which the class's forward computes a gated MLP of three small random linears, in fp64; None where none does."""
+def _held(module: nn.Module, kind: type[GatedMLPForward]) -> bool:
+    layers = [getattr(module, child, None) for child in kind.children]
+    held = [find(layer) if isinstance(layer, nn.Module) else None for layer in layers]
+    return all(item and isinstance(item[1], _PlannedForward) for item in held)
+
+
+def _probe(module: nn.Module, kind: type[GatedMLPForward]) -> dict[str, Any] | None:
+    """The options with which the class's forward is `kind`'s function, on small random linears in fp64; None where it is not."""
     if has_hooks(module) or ("forward" in module.__dict__ and find(module) is None):
         return None
     generator = torch.Generator().manual_seed(0)
-    gate, up, down = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 4), (5, 4), (4, 5)))
-    x = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    x, gate, up, down = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (_WIDTH, 4), (_WIDTH, 4), (4, _WIDTH))
+    )
+    for options, weights in kind.products(gate, up):
+        got = _forward(module, dict(zip(kind.children, (*weights, down), strict=True)), x)
+        for name, act in _ACTIVATIONS.items():
+            expected = (act(x @ gate.t()) * (x @ up.t())) @ down.t()
+            if got is not None and got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-12, atol=1e-12):
+                return {"activation": name, **options}
+    return None
+
+
+def _forward(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor | None:
+    """What the class's forward gives with these weights in place of its linears; None where it gives no tensor."""
     stub = types.SimpleNamespace(**{name: value for name, value in vars(module).items() if not name.startswith("_")})
-    for name, weight in zip(_CHILDREN, (gate, up, down), strict=True):
+    for name, weight in weights.items():
         setattr(stub, name, lambda value, weight=weight: value @ weight.t())
     for name, child in module.named_children():
-        if name not in _CHILDREN:
+        if name not in weights:
             setattr(stub, name, child)
     try:
         with torch.no_grad():
             got = type(module).forward(stub, x)
     except Exception:  # whatever the forward wants that the stub has not: it is no plain gated MLP
         return None
-    for name, act in _ACTIVATIONS.items():
-        expected = (act(x @ gate.t()) * (x @ up.t())) @ down.t()
-        if isinstance(got, Tensor) and got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-12, atol=1e-12):
-            return name
-    return None
+    return got if isinstance(got, Tensor) else None

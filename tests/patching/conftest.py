@@ -42,14 +42,17 @@ def calls(monkeypatch):
         return original_group(x, members)
 
     monkeypatch.setattr(functional, "qlora_group", counted_group)
-    original_mlp = functional.gated_mlp
     counter.mlps = 0
 
-    def counted_mlp(x, *members, **options):
-        counter.mlps += 1
-        counter.update("lora" if member.adapters else "linear" for member in members)
-        return original_mlp(x, *members, **options)
+    def count_mlp(original_mlp):
+        def counted_mlp(x, *members, **options):
+            counter.mlps += 1
+            counter.update("lora" if member.adapters else "linear" for member in members)
+            return original_mlp(x, *members, **options)
 
-    monkeypatch.setattr(functional, "gated_mlp", counted_mlp)
+        return counted_mlp
+
+    for name in ("gated_mlp", "gated_mlp_packed"):
+        monkeypatch.setattr(functional, name, count_mlp(getattr(functional, name)))
     monkeypatch.setattr(functional, "lora_add", counted_add)
     return counter
