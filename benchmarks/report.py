@@ -50,8 +50,8 @@ TARGETS = (
     Target("qlora_linear", 1.05, under=DENSE, dtype="bfloat16", shapes=SQUARE, m=(2048,)),
     Target("qlora_linear", 1.04, under=DENSE, dtype="bfloat16", shapes=WIDE, m=(512,)),
     Target("qlora_linear", 1.20, under=DENSE, dtype="bfloat16", shapes=("1536x576",), m=(512,)),
-    Target("step", 1.4, over=("peft+bitsandbytes",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
-    Target("step", 1.0, over=("peft dense",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
+    Target("step", 2.2, over=("peft+bitsandbytes",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
+    Target("step", 1.6, over=("peft dense",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
     Target("switching", 1.0, under=("alone",)),
     Target("linear_cross_entropy", 1.15, under=("GEMMs alone",), shapes=("49152x576",), m=(512,)),
 )
