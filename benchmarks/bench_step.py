@@ -1,5 +1,5 @@
 """A whole QLoRA training step of a SmolLM2-135M-shaped Llama (random weights), LoRA on every linear: stock PEFT on bitsandbytes, the same
-patched by peftkern (without logits; and as by default, with them), and PEFT LoRA on the dense base. Tokens a second, and the peak memory of a
+patched by peftkern (without logits; by default with them), and PEFT LoRA on the dense base. Tokens a second, and the peak memory of a
 step in a process of its own."""
 
 from __future__ import annotations
