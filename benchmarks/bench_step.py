@@ -1,5 +1,6 @@
 """A whole QLoRA training step of a SmolLM2-135M-shaped Llama (random weights), LoRA on every linear: stock PEFT on bitsandbytes, the same
-patched by peftkern, and PEFT LoRA on the dense base. Tokens a second, and the peak memory of a step in a process of its own."""
+patched by peftkern (without logits; by default with them), and PEFT LoRA on the dense base. Tokens a second, and the peak memory of a
+step in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .machine import Load, describe, peak_mb, reset_peak
 
 __all__ = ["PROVIDERS", "Step", "build_model", "rows"]
 
-PROVIDERS = (OURS, "peft+bitsandbytes", "peft dense")
+LOGITS = "peftkern, with logits"
+PROVIDERS = (OURS, LOGITS, "peft+bitsandbytes", "peft dense")
 R = 16
 
 
@@ -44,10 +46,10 @@ def build_model(provider: str, dtype: torch.dtype, small: bool) -> nn.Module:
     torch.manual_seed(1)
     config = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=targets, init_lora_weights=False)
     model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    if provider == OURS:
+    if provider in (OURS, LOGITS):
         import peftkern
 
-        report = peftkern.patch(model)
+        report = peftkern.patch(model, fused_loss=provider == OURS)
         if report.counts.get("qlora_linear", 0) != 7 * size["num_hidden_layers"]:
             raise RuntimeError(f"patched {report.counts}, expected every LoRA layer:\n{report}")
     return model
@@ -118,7 +120,7 @@ def rows(dtype_name: str, small: bool, rounds: int, cap_s: float, isa: str | Non
     dtype = peers.DTYPES[dtype_name]
     steps = {name: Step(name, dtype, small) for name in PROVIDERS}
     stock = steps["peft+bitsandbytes"]
-    providers = [Provider(name, step, _check(stock if name == OURS else None, dtype)) for name, step in steps.items()]
+    providers = [Provider(name, step, _check(stock if name in (OURS, LOGITS) else None, dtype)) for name, step in steps.items()]
     load = Load()
     timings = measure(providers, rounds=rounds, cap_s=cap_s)
     words, head, found = load.words(), describe(), []

@@ -16,9 +16,9 @@ PROGRAM = """
 #include <stdio.h>
 #include "cpu/plan.h"
 int main(void) {
-  long m, outputs, contraction, n, k, r, lanes, threads;
-  while (scanf("%ld %ld %ld %ld %ld %ld %ld %ld", &m, &outputs, &contraction, &n, &k, &r, &lanes, &threads) == 8) {
-    pk::Plan p = pk::make_plan(m, outputs, contraction, {r, r * k, r * n, n}, 48, lanes, (int)threads);
+  long m, outputs, contraction, n, k, r, unit, lanes, threads;
+  while (scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld", &m, &outputs, &contraction, &n, &k, &r, &unit, &lanes, &threads) == 9) {
+    pk::Plan p = pk::make_plan(m, outputs, contraction, {r, r * k, r * n, n}, unit, lanes, (int)threads);
     const long fields[] = {p.mc, p.block, p.pack_at, p.low_rank_at, p.lora_a_at, p.lora_b_at, p.bias_at, p.own_at, p.decoded_size, p.c_size,
                            p.own_size, p.total};
     for (long field : fields) printf("%ld ", field);
@@ -63,17 +63,17 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, dict]]:
     assert built.returncode == 0 and not built.stderr, built.stderr
     arguments = []
     for (m, n, k, r), lanes, threads in itertools.product(SIZES, LANES, THREADS):
-        for outputs, contraction in ((n, k), (k, n), (n, 0), (k, 0)):
-            arguments.append(dict(m=m, outputs=outputs, contraction=contraction, n=n, k=k, r=r, lanes=lanes, threads=threads))
+        for outputs, contraction, unit in ((n, k, 12), (k, n, 48), (n, 0, 12), (k, 0, 48)):
+            arguments.append(dict(m=m, outputs=outputs, contraction=contraction, n=n, k=k, r=r, unit=unit, lanes=lanes, threads=threads))
     lines = "\n".join(" ".join(map(str, a.values())) for a in arguments)
     printed = subprocess.run([folder / "plan"], input=lines, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     return [(a, dict(zip(FIELDS, map(int, line.split()), strict=True))) for a, line in zip(arguments, printed, strict=True)]
 
 
 def test_blocks_are_whole_tiles_and_vectors(plans: list) -> None:
-    """Every tile height (6, 12) and vector width (4, 8, 16) divides 48; passes are whole panels."""
+    """Every tile height (6, 12) divides 12, every vector width (4, 8, 16) too 48, which backward takes; passes are whole panels."""
     for a, p in plans:
-        assert p["block"] % 48 == 0 and 0 < p["block"] <= 192, a
+        assert p["block"] % a["unit"] == 0 and 0 < p["block"] <= 192, a
         assert p["mc"] % a["lanes"] == 0 and 0 < p["mc"] <= max(512, a["lanes"]), a
 
 

@@ -95,22 +95,25 @@ def test_unsupported_layers_fall_back_by_name_and_compute_as_before():
 
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-def test_dora_falls_back_until_a_vanilla_adapter_is_active(four_bit, calls):
-    model = models.lora(models.llama(four_bit=four_bit), use_dora=True, target_modules=["q_proj"])
+def test_dora_alone_is_fused_and_beside_another_adapter_falls_back(four_bit, calls):
+    model = models.lora(models.llama(four_bit=four_bit), use_dora=True, target_modules=["o_proj"])
+    report = peftkern.patch(model)
+    assert row(report, "0.self_attn.o_proj").got == "dora_linear" and models.linears(report)["dora_linear"] == 2
+    model.add_adapter("vanilla", models.config(target_modules=["o_proj"]))
+    model.base_model.set_adapter(["default", "vanilla"])
     before = models.run(model)
     if four_bit:
         report = peftkern.patch(model)
-        assert row(report, "0.self_attn.q_proj").reason == "adapter 'default': DoraLinearVariant is not vanilla LoRA"
-        assert row(report, "0.self_attn.q_proj.base_layer").got == "linear_4bit"
+        assert row(report, "0.self_attn.o_proj").reason == "adapter 'default': DoraLinearVariant is not vanilla LoRA"
+        assert row(report, "0.self_attn.o_proj.base_layer").got == "linear_4bit"
     else:
         with pytest.raises(ValueError, match="2 x adapter 'default': DoraLinearVariant"):
             peftkern.patch(model)
+    calls.clear()
     torch.testing.assert_close(models.run(model), before, rtol=1e-4, atol=1e-5)
     assert calls["lora"] == 0
-    model.add_adapter("vanilla", models.config(target_modules=["q_proj"]))
     model.set_adapter("vanilla")
-    report = peftkern.patch(model)
-    assert row(report, "0.self_attn.q_proj").got == "qlora_linear"
+    assert row(peftkern.patch(model), "0.self_attn.o_proj").got == "qlora_linear"
     model(input_ids=models.IDS)
     assert calls["lora"] == 2
 

@@ -146,4 +146,6 @@ class _QLoRAGroup(torch.autograd.Function):
 
 def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """x [M, K] -> y_i [M, N_i]; `functional.qlora_group` has checked the arguments."""
+    if not torch.is_grad_enabled():
+        return tuple(run(spec, x.contiguous(), trainable)[0])
     return _QLoRAGroup.apply(spec, x.contiguous(), *trainable)

@@ -115,5 +115,7 @@ def qlora_linear(
         data, n = w.packed, w.shape[0]
     else:
         quant, data, n = (None,) * 6 + (64, 256), weight, weight.shape[0]
+    if not torch.is_grad_enabled():
+        return torch.ops.peftkern.qlora_linear_fwd(x.contiguous(), data, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
     args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, scaling, dropout_p, seed)
     return _QLoRALinear.apply(*args)
