@@ -120,5 +120,10 @@ def _run(x: Tensor, inner: dict[str, Member], down: Member, width: int, activati
     flat, spec, first = prepare(x, tuple(inner.values()), tuple(inner))
     like_h = flat.new_empty((1, 1)).expand(flat.shape[0], width)  # its shape and dtype, to check `down` against
     _, outer, second = prepare(like_h, (down,), ("down",))
-    y = _GatedMLP.apply(spec, outer, activation, gate_first, flat.contiguous(), *first, *second)
+    flat = flat.contiguous()
+    if torch.is_grad_enabled():
+        y = _GatedMLP.apply(spec, outer, activation, gate_first, flat, *first, *second)
+    else:
+        hidden, _ = group.run(spec, flat, first)
+        (y,), _ = group.run(outer, torch.ops.peftkern.glu_fwd(*_halves(hidden, gate_first), activation), second)
     return y.reshape(*x.shape[:-1], y.shape[1])
