@@ -82,7 +82,7 @@ def _install_loss(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
 
 def _grouped(row: Row, groups: dict[str, str]) -> Row:
     """With the note which siblings it is computed with."""
-    if row.reason is not None or row.name not in groups:
+    if row.reason is not None or row.name not in groups or row.got == "dora_linear":
         return row
     note = f"one call for {groups[row.name]}"
     return replace(row, note=f"{row.note}; {note}" if row.note else note)

@@ -36,7 +36,13 @@ def check_report(report, model, case, four_bit):
     assert all("ParamWrapper" in row.reason and row.got == "stock" for row in rows.values() if row.reason is not None)
 
 
-@pytest.mark.parametrize("name, four_bit, dtype", KINDS, ids=lambda value: {True: "nf4", False: "dense"}.get(value, str(value)))
+def _kind(name: str, four_bit: bool, dtype: torch.dtype):
+    """The experts' 16 seeds take 20 s on a dense base; by default they run on the 4-bit one alone."""
+    slow = pytest.mark.slow if zoo.CASES[name].experts and not four_bit else ()
+    return pytest.param(name, four_bit, dtype, marks=slow, id=f"{name}-{'nf4' if four_bit else 'dense'}-{dtype}")
+
+
+@pytest.mark.parametrize("name, four_bit, dtype", [_kind(*kind) for kind in KINDS])
 def test_training_follows_stock(name, four_bit, dtype, calls):
     """The error of each tensor against fp64, over seeds and steps: at most 1.5 times stock's, plus a small part of a rounding."""
     stock, patched, case = [], [], zoo.CASES[name]
