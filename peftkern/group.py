@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .nf4 import NF4Weight
+from .nf4 import NF4Weight, operands
 from .ops import qlora_group as _op
 
 __all__ = ["Adapter", "Member", "prepare", "qlora_group"]
@@ -71,11 +71,11 @@ def prepare(x: Tensor, members: Sequence[Member], names: Sequence[str]) -> tuple
     flat = x.reshape(-1, shapes[0][1])
     pairs = [(i, adapter) for i, member in enumerate(members) for adapter in member.adapters]
     rows = [_rows(adapter, flat.shape[0]) for _, adapter in pairs]
-    quants = [_quant(m.weight) for m in members]
+    weights = [operands(m.weight) for m in members]
     spec = _op.Spec(
-        tuple(m.weight.packed if isinstance(m.weight, NF4Weight) else m.weight for m in members),
-        tuple(part for quant in quants for part in quant[:6]),
-        tuple(size for quant in quants for size in quant[6:]),
+        tuple(data for data, _ in weights),
+        tuple(part for _, quant in weights for part in quant[:6]),
+        tuple(size for _, quant in weights for size in quant[6:]),
         tuple(n for n, _ in shapes),
         tuple(i for i, _ in pairs),
         tuple(bound for span in rows for bound in span),
@@ -109,13 +109,6 @@ def _rows(adapter: Adapter, m: int) -> tuple[int, int]:
     if not 0 <= begin <= end <= m:
         raise ValueError(f"rows: got {adapter.rows}, expected 0 <= begin <= end <= {m}, the rows of the flattened x")
     return begin, end
-
-
-def _quant(weight: NF4Weight | Tensor) -> tuple:
-    if isinstance(weight, Tensor):
-        return (None,) * 6 + (64, 256)
-    w = weight
-    return w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize
 
 
 def _seeds(adapters: list[Adapter], device: torch.device) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCKSIZES", "CODES", "NF4Weight", "code_tensor", "dynamic_map"]
+__all__ = ["BLOCKSIZES", "CODES", "NF4Weight", "code_tensor", "dynamic_map", "operands"]
 
 # Source of the values: QLoRA (Dettmers et al., 2023), appendix E, as bitsandbytes stores them.
 NF4_CODE = (
@@ -207,6 +207,14 @@ def _read_meta(blob: Tensor, key: str) -> dict[str, Any]:
             f"state_dict: {key!r} lacks {sorted(missing)} or has an unknown dtype {meta.get('dtype')!r}, expected {sorted(_DTYPES)}"
         )
     return meta
+
+
+def operands(weight: NF4Weight | Tensor) -> tuple[Tensor, tuple]:
+    """A weight as the ops take it: its bytes, and what their schemas call code ... nested_blocksize; of a dense weight itself and None."""
+    if isinstance(weight, Tensor):
+        return weight, (None,) * 6 + (64, 256)
+    w = weight
+    return w.packed, (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
 
 
 def _check(w: NF4Weight) -> None:

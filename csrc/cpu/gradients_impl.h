@@ -1,5 +1,6 @@
 // The adapters' and biases' gradients, and the whole backward pass of a group.
 #pragma once
+#include "column_sum.h"
 #include "qlora_impl.h"
 
 namespace PK_NS {
@@ -108,23 +109,12 @@ static void column_sums(const T* dy, int64_t m, int64_t n, float* out, int threa
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t strip = 0; strip < strips; strip++) {
     const int64_t from = strip * LANES, width = smaller(LANES, n - from);
-    // Three levels of short chains (8 rows, 16 of those, all of those): one chain over thousands of rows would lose digits.
-    constexpr int64_t CHAIN = 8, MIDDLE = 128;
-    float total[LANES] = {}, middle[LANES] = {};
-    for (int64_t i0 = 0; i0 < m; i0 += CHAIN) {
-      const int64_t end = smaller(i0 + CHAIN, m);
-      float part[LANES] = {};
-      for (int64_t i = i0; i < end; i++)
-        for (int64_t j = 0; j < width; j++) part[j] += to_float(dy[i * n + from + j]);
-      const bool last = end % MIDDLE == 0 || end == m;
-      for (int64_t j = 0; j < width; j++) {
-        middle[j] += part[j];
-        if (!last) continue;
-        total[j] += middle[j];
-        middle[j] = 0;
-      }
+    ColumnSum sum;
+    for (int64_t i = 0; i < m; i++) {
+      for (int64_t j = 0; j < width; j++) sum.part[j] += to_float(dy[i * n + from + j]);
+      sum.close(i + 1, m, width);
     }
-    memcpy(out + from, total, (size_t)width * 4);
+    memcpy(out + from, sum.total, (size_t)width * 4);
   }
 }
 

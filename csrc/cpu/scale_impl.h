@@ -1,6 +1,6 @@
 // y = u * scale + bias by columns (DoRA's magnitudes), and its gradients in one read of dy and u.
 #pragma once
-#include "simd.h"
+#include "column_sum.h"
 
 namespace PK_NS {
 
@@ -15,23 +15,6 @@ static void scale_columns_as(const T* u, int64_t m, int64_t n, const float* scal
     for (; j < n; j++) from_float(to_float(in[j]) * scale[j] + (bias ? bias[j] : 0.0f), out + j);
   }
 }
-
-// Sums over rows in three levels of short chains, as in column_sums.
-struct ColumnSum {
-  static constexpr int64_t CHAIN = 8, MIDDLE = 128;
-  float total[LANES] = {}, middle[LANES] = {}, part[LANES] = {};
-  void close(int64_t end, int64_t m, int64_t width) {
-    if (end % CHAIN && end != m) return;
-    const bool last = end % MIDDLE == 0 || end == m;
-    for (int64_t j = 0; j < width; j++) {
-      middle[j] += part[j];
-      part[j] = 0;
-      if (!last) continue;
-      total[j] += middle[j];
-      middle[j] = 0;
-    }
-  }
-};
 
 template <typename T>
 static void scale_columns_grad_as(const T* dy, const T* u, int64_t m, int64_t n, const float* scale, T* du, float* d_scale, float* d_bias, int threads) {

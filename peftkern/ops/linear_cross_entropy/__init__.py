@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from ...nf4 import NF4Weight
+from ...nf4 import NF4Weight, operands
 from .. import LIBRARY, accumulation, autocast_off, backend
 from ..qlora_linear import _QUANT
 
@@ -133,12 +133,7 @@ def linear_cross_entropy(
     """x [M, K] -> the loss; `functional.linear_cross_entropy` has checked the arguments. options: ignore_index, label_smoothing, z_loss,
     softcap.
     """
-    if isinstance(weight, NF4Weight):
-        w = weight
-        quant = (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
-        data, n = w.packed, w.shape[0]
-    else:
-        quant, data, n = (None,) * 6 + (64, 256), weight, weight.shape[0]
+    (data, quant), n = operands(weight), weight.shape[0]
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (x, bias, lora_a, lora_b, data)]
     args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, labels.contiguous())

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from ...nf4 import NF4Weight
+from ...nf4 import NF4Weight, operands
 from .. import LIBRARY, accumulation, autocast_off, backend
 
 __all__ = ["qlora_linear"]
@@ -109,12 +109,7 @@ def qlora_linear(
     seed: Tensor | None,
 ) -> Tensor:
     """x [M, K] -> y [M, N]; `functional.qlora_linear` has checked the arguments."""
-    if isinstance(weight, NF4Weight):
-        w = weight
-        quant = (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
-        data, n = w.packed, w.shape[0]
-    else:
-        quant, data, n = (None,) * 6 + (64, 256), weight, weight.shape[0]
+    (data, quant), n = operands(weight), weight.shape[0]
     if not torch.is_grad_enabled():
         return torch.ops.peftkern.qlora_linear_fwd(x.contiguous(), data, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
     args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, scaling, dropout_p, seed)
