@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from peftkern.ops.qlora_group.plan import decoder_layer_plan
 from peftkern.ops.qlora_linear import config, plan
 from peftkern.ops.qlora_linear.plan import Launch, Shape
 from peftkern.ops.targets import CARDS, Card
@@ -24,7 +25,7 @@ from peftkern.ops.targets import CARDS, Card
 from .pages import put
 from .shapes import LARGE
 
-__all__ = ["PEERS", "Assumptions", "Peer", "Row", "frozen", "main", "ours", "peer", "rows", "seconds", "table"]
+__all__ = ["PEERS", "Assumptions", "Peer", "Row", "frozen", "layers", "main", "ours", "peer", "rows", "seconds", "table"]
 
 LABEL = "derived, not measured"
 
@@ -175,6 +176,26 @@ def table(found: Sequence[Row], a: Assumptions) -> str:
     return "\n".join(out)
 
 
+def layers(cards: Sequence[Card], ms: Sequence[int], r: int, a: Assumptions, *, dropout: bool = False) -> str:
+    """Markdown: the launches of a patched decoder layer of an 8B Llama and their time, with the table's slab buffer and with twice that."""
+    out = [f"One decoder layer of an 8B Llama, forward + backward, sequences of 2048, r = {r}: launches and ms, **{LABEL}**.", ""]
+    out += [f"| card, GEMM, buffer | launches | {' | '.join(f'M = {m}' for m in ms)} |", "|---" * (len(ms) + 2) + "|"]
+    for card in cards:
+        for times in (1, 2):
+            plans, gemms = [], set()
+            for m in ms:
+                choices = [
+                    config.choose_gpu(arch=card.sm, dtype="bfloat16", m=m, forward=way, cuda=True, mma=True) for way in (True, False)
+                ]
+                choices = [replace(choice, slab_bytes=times * choice.slab_bytes) for choice in choices]
+                plans.append(decoder_layer_plan(Shape(m, 1, 1, r, dropout=dropout), *choices))
+                gemms.add(choices[1].gemm)
+            cells = [f"{1e3 * seconds(launches, card, a, triton='triton' in gemms):.1f}" for launches in plans]
+            counts = "/".join(dict.fromkeys(str(len(launches)) for launches in plans))
+            out.append(f"| {card.name}, {'/'.join(sorted(gemms))}, {choices[1].slab_bytes >> 20} MiB | {counts} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
 def _shape(words: str) -> tuple[int, int]:
     n, k = words.lower().split("x")
     return int(n), int(k)
@@ -200,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         put(args.write, "roofline", table(found, assumed))
     else:
         print(table(found, assumed))
+        print("\n" + layers([CARDS[name] for name in args.card], args.m, args.r, assumed, dropout=args.dropout))
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(vars(found[0])))

@@ -130,3 +130,10 @@ def test_cards_are_consistent() -> None:
         # Tensor cores are clocked a little lower at some boost figures.
         a_clock = card.half / card.fp32 * 2 * lanes
         assert any(0.87 * 2**power < a_clock < 1.01 * 2**power for power in (9, 10, 11, 12, 13)), card.name
+
+
+def test_a_decoder_layer_of_every_card_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert roofline.main(["--card", "RTX 4090", "H200", "--m", "8192", "--shape", "4096x4096"]) == 0
+    printed = capsys.readouterr().out
+    assert "| RTX 4090, triton, 128 MiB | 47 |" in printed and "| RTX 4090, triton, 256 MiB | 43 |" in printed
+    assert "| H200, cublas, 128 MiB | 55 |" in printed and "| H200, cublas, 256 MiB | 53 |" in printed

@@ -35,11 +35,13 @@ class Specialization:
 
     name: unique in its module; letters, digits and dashes.
     kernel: the `@triton.jit` function.
-    signature: type of each argument that is passed at run time ("*bf16", "*fp16", "*fp32", "*u8", "*i64", "i32", "i64", "fp32").
+    signature: type of each argument that is passed at run time ("*bf16", "*fp16", "*fp32", "*u8", "*i64", "i32", "i64", "fp32"); of a tuple
+        a tuple of its members' types, where None or 1 stands for a member that Triton makes a constant.
     constexprs: every other argument: the tl.constexpr ones, and None for a pointer that is not given (Triton makes those constants, as it
         does with an integer that equals 1). Each argument of the kernel is in exactly one of the two; the order does not matter.
-    divisible_by_16: arguments that Triton finds divisible by 16 at the launch: pointers that are aligned to 16 bytes (all of torch's own
-        tensors, not every slice of one) and integers such as K that are a multiple of 16. Without it no load is 16 bytes wide.
+    divisible_by_16: arguments, or (argument, index) of a tuple, that Triton finds divisible by 16 at the launch: pointers that are aligned
+        to 16 bytes (all of torch's own tensors, not every slice of one) and integers such as K that are a multiple of 16. Without it no
+        load is 16 bytes wide.
     options: what else goes into the launch (`enable_fp_fusion`, `maxnreg`, ...).
     expects_mma: the kernel has a product that must run on tensor cores. Triton uses none on sm_75 (3.6 and 3.9 lower tl.dot to FFMA there):
         say `arch >= 80`.
@@ -50,11 +52,11 @@ class Specialization:
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
-    divisible_by_16: tuple[str, ...] = ()
+    divisible_by_16: tuple[Any, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     expects_mma: bool = False
     wide_loads: tuple[str, ...] = ()

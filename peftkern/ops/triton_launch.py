@@ -21,7 +21,8 @@ _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*f
 
 @dataclass(frozen=True)
 class Call:
-    """One launch of `programs` programs in one dimension, with every argument of the kernel by name.
+    """One launch of `programs` programs in one dimension, with every argument of the kernel by name; a tuple is an argument for several
+    members of a group, indexed by constants in the kernel.
 
     max_registers: a thread may have; left to itself ptxas may spill a few for the sake of one more block an SM.
     """
@@ -41,13 +42,23 @@ class Call:
 
 def run(call: Call) -> None:
     """Launches on the current stream of the tensors' device."""
-    device = next(v.device for v in call.arguments.values() if isinstance(v, Tensor))
+    flat = (part for v in call.arguments.values() for part in (v if isinstance(v, tuple) else (v,)))
+    device = next(part.device for part in flat if isinstance(part, Tensor))
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **call.options}
     if device.type != "cuda":
         call.kernel[(call.programs,)](**call.arguments, **options)
         return
     with torch.cuda.device(device):
         call.kernel[(call.programs,)](**call.arguments, **options)
+
+
+def _type(part: Any) -> Any:
+    """Of a tuple's member: its type at run time, or the constant itself."""
+    if isinstance(part, Tensor):
+        return _POINTERS[part.dtype]
+    if isinstance(part, float):
+        return "fp32"
+    return part if part is None or part == 1 else "i32" if abs(part) < 2**31 else "i64"
 
 
 def specialization(name: str, call: Call, **promises: Any) -> Specialization:
@@ -58,6 +69,9 @@ def specialization(name: str, call: Call, **promises: Any) -> Specialization:
         constant = "constexpr" in str(parameters[key].annotation) or value is None
         if constant or (type(value) is int and value == 1 and key not in UNSPECIALIZED):
             constexprs[key] = value
+        elif isinstance(value, tuple):
+            signature[key] = tuple(_type(part) for part in value)
+            divisible += [(key, i) for i, part in enumerate(value) if isinstance(part, Tensor) or (type(part) is int and part % 16 == 0)]
         elif isinstance(value, Tensor):
             signature[key] = _POINTERS[value.dtype]
             divisible.append(key)

@@ -72,11 +72,22 @@ def start() -> None:
     os.environ["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / f"peftkern-{checkout}")
 
 
-def _attributes(kernel: Any, divisible: Iterable[str]) -> dict[tuple[int, ...], list[list[Any]]]:
-    return {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+def _path(kernel: Any, name: Any) -> tuple[int, ...]:
+    """Of an argument, or of (argument, index) in a tuple."""
+    return (kernel.arg_names.index(name),) if isinstance(name, str) else (kernel.arg_names.index(name[0]), name[1])
 
 
-def _signature(spec: Any) -> dict[str, str]:
+def _attributes(kernel: Any, divisible: Iterable[Any]) -> dict[tuple[int, ...], list[list[Any]]]:
+    return {_path(kernel, name): [["tt.divisibility", 16]] for name in divisible}
+
+
+def _constants(spec: Any) -> dict[Any, Any]:
+    """By name, those inside tuples by path."""
+    inside = ((name, i, part) for name, parts in spec.signature.items() if isinstance(parts, tuple) for i, part in enumerate(parts))
+    return dict(spec.constexprs) | {_path(spec.kernel, (name, i)): part for name, i, part in inside if not isinstance(part, str)}
+
+
+def _signature(spec: Any) -> dict[str, Any]:
     names = spec.kernel.arg_names
     given, constant = set(spec.signature), set(spec.constexprs)
     if given & constant or given | constant != set(names):
@@ -84,9 +95,11 @@ def _signature(spec: Any) -> dict[str, str]:
         raise ValueError(
             f"{spec.name}: in signature and constexprs {sorted(both)}, in neither {sorted(missing)}, unknown {sorted(unknown)}"
         )
-    if stray := set(spec.divisible_by_16) - given:
+    if stray := {name if isinstance(name, str) else name[0] for name in spec.divisible_by_16} - given:
         raise ValueError(f"{spec.name}: divisible_by_16 names {sorted(stray)}, which signature does not have")
-    return {name: spec.signature.get(name, "constexpr") for name in names}
+    found = {name: spec.signature.get(name, "constexpr") for name in names}
+    of = lambda parts: tuple(part if isinstance(part, str) else "constexpr" for part in parts)  # noqa: E731
+    return {name: of(kind) if isinstance(kind, tuple) else kind for name, kind in found.items()}
 
 
 def _compile(spec: Any, arch: int) -> Any:
@@ -94,7 +107,7 @@ def _compile(spec: Any, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(spec.kernel, _signature(spec), dict(spec.constexprs), _attributes(spec.kernel, spec.divisible_by_16))
+    source = ASTSource(spec.kernel, _signature(spec), _constants(spec), _attributes(spec.kernel, spec.divisible_by_16))
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

@@ -1,4 +1,5 @@
-"""A group on a GPU: each member by the single linear's plan with the adapter that sees all rows, further ones in passes of their own."""
+"""A group on a GPU: few launches for all members where `merged.py` serves it; else each member by the single linear's plan with the
+adapter that sees all rows, further ones in passes of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from ..qlora_linear import gpu as single
 from ..qlora_linear import triton_low_rank as low_rank
-from . import split_needs
+from . import merged, split_needs
 
 __all__ = ["backward", "forward"]
 
@@ -31,6 +32,11 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
     """As the reference."""
     x, rows = x.contiguous(), _spans(rows)
     lora_a, lora_b = [t.contiguous() for t in lora_a], [t.contiguous() for t in lora_b]
+    each = [_quant(quants, blocksizes, i) for i in range(len(weights))]
+    options = scalings, dropout_ps, seeds
+    group = merged.group_of(x, x.shape[1], weights, each, n, lora_a, lora_b, members, rows, *options, forward=True)
+    if group is not None:
+        return merged.forward(group, x, [None if bias is None else bias.contiguous() for bias in biases])
     y, xa = [], [x.new_empty((end - begin, a.shape[0]), dtype=torch.float32) for (begin, end), a in zip(rows, lora_a, strict=True)]
     primaries = _primaries(len(weights), x.shape[0], members, rows)
     for i, j in enumerate(primaries):
@@ -49,11 +55,16 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
 
 @torch.no_grad()
 def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
-    """As the reference; dx is rounded once a member, as autograd's own sum over them is."""
+    """As the reference; dx is rounded at most once a member and once for the adapters, as autograd's own sum over them is."""
     rows = _spans(rows)
     need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(members))
     lora_a, lora_b = [t.contiguous() for t in lora_a], [t.contiguous() for t in lora_b]
     dy, x = [None if g is None else g.contiguous() for g in dy], None if x is None else x.contiguous()
+    each, widths = [_quant(quants, blocksizes, i) for i in range(len(weights))], [0 if g is None else g.shape[1] for g in dy]
+    first, options = next(g for g in dy if g is not None), (scalings, dropout_ps, seeds)
+    group = merged.group_of(first, k, weights, each, widths, lora_a, lora_b, members, rows, *options, forward=False)
+    if group is not None:
+        return merged.backward(group, dy, x, xa, (need_x, need_bias, need_a, need_b))
     dx, d_bias, d_a, d_b = None, [None] * len(weights), [None] * len(members), [None] * len(members)
     primaries = _primaries(len(weights), m, members, rows)
     for i, j in enumerate(primaries):

@@ -1,0 +1,249 @@
+"""A group's merged launches on a GPU: against fp64, and against the plan that counts them; and the count of a whole decoder layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftkern import use_backend
+from peftkern.group import prepare
+from peftkern.ops.qlora_group import gpu, plan, split
+from peftkern.ops.qlora_linear import plan as single_plan
+from peftkern.ops.qlora_linear import tuned
+from peftkern.ops.qlora_linear.config import Choice
+from peftkern.ops.qlora_linear.plan import Shape
+
+from ..ops import test_qlora_group as group
+from ..ops.bounds import assert_as_accurate
+from .test_gpu_plan import _LAUNCHES as _SINGLE
+from .test_gpu_plan import SLAB
+
+QKV = [(96, [(8, None, 0.0)]), (33, [(4, None, 0.0)]), (32, [(1, None, 0.0)])]
+DROPOUT = [(96, [(8, None, 0.25)]), (40, [(8, None, 0.0)]), (32, [(4, None, 0.5)])]
+PARTLY = [(64, []), (90, [(4, None, 0.1)]), (16, [])]
+BARE = [(64, []), (40, [])]
+LAYOUTS = {"qkv": QKV, "dropout": DROPOUT, "partly": PARTLY, "bare": BARE}
+K = 192
+# The interpreter takes seconds for each: fp16 and some of the others in the nightly run.
+QUICK = {("qkv", torch.float32), ("dropout", torch.bfloat16), ("partly", torch.float32), ("bare", torch.bfloat16)}
+PAIRS = [
+    pytest.param(layout, dtype, id=f"{layout}-{str(dtype)[6:]}", marks=() if (layout, dtype) in QUICK else pytest.mark.slow)
+    for layout in LAYOUTS
+    for dtype in (torch.bfloat16, torch.float32, torch.float16)
+]
+# A buffer for the first member of 96 rows of 16 bits, and for two of the others: batches, but no member that would need slices.
+BATCHES = 96 * K * 2
+_GROUP = {
+    "_group_y_kernel": "y_epilogue", "_group_x_kernel": "x_pass",
+    "_group_reduce_kernel": "reduce", "_group_y_matmul_kernel": "matmul", "_group_dx_matmul_kernel": "matmul",
+}  # fmt: skip
+
+
+def _check(
+    device: str, gemm: str, layout, dtype: torch.dtype, *, m: int = 40, slab_bytes: int = 1 << 27, draws: int = 1, **options
+) -> None:
+    low, runs = options.get("lora_dtype") or dtype, []
+    for _ in range(draws):
+        x, members = group._case(layout, m, K, dtype, **options)
+        dys = [torch.randn(m, n).to(dtype) for n, _ in layout]
+        exact, plain = group._plain(x, members, dys, torch.float64, torch.float64), group._plain(x, members, dys, dtype, low)
+        moved = group.to(x, members, dys, device)
+        with use_backend("triton"), tuned.use_row(replace(SLAB[gemm], slab_bytes=slab_bytes)):
+            runs.append((group._ours(*moved), plain, exact))
+            again = group._ours(*moved)
+        assert all(torch.equal(value, again[name]) for name, value in runs[-1][0].items()), "two runs give the same bits"
+    for name in runs[0][0]:
+        ours, plain, exact = (torch.cat([run[i][name].cpu().flatten() for run in runs]) for i in range(3))
+        assert ours.dtype == plain.dtype, name
+        assert_as_accurate(name, ours, plain, exact)
+
+
+@pytest.fixture
+def merged_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The composition would hide a plan that is not taken; what a launcher allocates holds NaN."""
+
+    def composed(*args, **kwargs):
+        raise AssertionError("composed of single linears")
+
+    monkeypatch.setattr(gpu.single, "forward", composed)
+    monkeypatch.setattr(gpu.single, "backward", composed)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: _poisoned(empty(*args, **kwargs)))
+
+
+def _poisoned(t: torch.Tensor) -> torch.Tensor:
+    return t.fill_(torch.nan) if t.is_floating_point() else t
+
+
+@pytest.mark.usefixtures("merged_only")
+@pytest.mark.parametrize("gemm", SLAB)
+@pytest.mark.parametrize("layout, dtype", PAIRS)
+def test_merged_launches_are_as_accurate_as_plain_pytorch(device: str, gemm: str, layout: str, dtype: torch.dtype) -> None:
+    _check(device, gemm, LAYOUTS[layout], dtype)
+
+
+@pytest.mark.usefixtures("merged_only")
+@pytest.mark.parametrize("gemm", SLAB)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False},
+        {"lora_dtype": torch.float32},
+        {"dense": (1,)},
+        {"dense": (0, 1, 2)},
+        {"m": 1, "draws": 8},
+        {"slab_bytes": BATCHES},
+        {"slab_bytes": BATCHES, "dense": (1,), "bias": False},
+    ],
+    ids=str,
+)
+def test_every_option(device: str, gemm: str, options: dict) -> None:
+    _check(device, gemm, DROPOUT, torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("gemm", SLAB)
+def test_a_member_whose_slab_does_not_fit_is_composed(device: str, gemm: str) -> None:
+    _check(device, gemm, [(300, [(4, None, 0.1)]), (64, [(2, None, 0.0)])], torch.bfloat16, slab_bytes=1 << 16)
+
+
+@pytest.mark.usefixtures("merged_only")
+@pytest.mark.parametrize("gemm", SLAB)
+def test_a_member_nobody_uses_gets_no_gradient(device: str, gemm: str) -> None:
+    x, members = group._case(DROPOUT, 40, K, torch.float32)
+    x, members, _ = group.to(x, members, [], device)
+    results = []
+    for chosen in (members, [members[0], members[2]]):
+        leaf, copies = group._leaves(x, chosen)
+        with use_backend("triton"), tuned.use_row(SLAB[gemm]):
+            outputs = group.qlora_group(leaf, copies)
+            (outputs[0].sum() + 2 * outputs[-1].sum()).backward()
+        results.append((leaf.grad, copies))
+    assert results[0][1][1].adapters[0].lora_a.grad is None and results[0][1][1].bias.grad is None
+    torch.testing.assert_close(results[0][0], results[1][0])
+
+
+@pytest.mark.usefixtures("merged_only")
+@pytest.mark.parametrize("gemm", SLAB)
+@pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b"])
+def test_what_needs_no_gradient_changes_no_other(device: str, gemm: str, frozen: str) -> None:
+    x, members = group._case(DROPOUT, 40, K, torch.float32)
+    dys = [torch.randn(40, n) for n, _ in DROPOUT]
+    x, members, dys = group.to(x, members, dys, device)
+    leaf, copies = group._leaves(x, members)
+    for part in [leaf] if frozen == "x" else [getattr(member.adapters[0], frozen) for member in copies]:
+        part.requires_grad_(False)
+    with use_backend("triton"), tuned.use_row(SLAB[gemm]):
+        whole = group._ours(x, members, dys)
+        outputs = group.qlora_group(leaf, copies)
+        torch.autograd.backward(outputs, dys)
+    for name, value in group._named(leaf, copies, outputs).items():
+        missing = {"x": "dx", "lora_a": "d_lora_a", "lora_b": "d_lora_b"}[frozen]
+        assert value is None if name.startswith(missing) else torch.equal(value, whole[name]), name
+
+
+class _Products(TorchDispatchMode):
+    """Names vendor products, and sums of two dx, as they are called."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        packets = {aten.mm: "mm", aten.addmm: "mm", aten.addmm_: "mm", aten.add_: "add"}
+        if func.overloadpacket in packets:
+            self.names.append(packets[func.overloadpacket])
+        return func(*args, **(kwargs or {}))
+
+
+def _name(kernel: str, arguments: dict) -> str:
+    """The plan's name of a launch; the group's kernels may decode, pass over an activation, or both."""
+    passes = {"_group_project_kernel": ("xa", "ADAPTERS"), "_group_dy_kernel": ("dy_pass", "MEMBERS")}
+    if kernel not in passes:
+        return {**_SINGLE, **_GROUP}[kernel]
+    name, count = passes[kernel]
+    return "+".join(["slab"] * (arguments["WEIGHTS"] > 0) + [name] * (arguments[count] > 0))
+
+
+@pytest.fixture
+def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every launch of the test, by the plan's names."""
+    if device != "cpu":
+        pytest.skip("the interpreter counts launches here")
+    from triton.runtime.interpreter import GridExecutor
+
+    names: list[str] = []
+    call = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        names.append(_name(self.fn.__name__, kwargs))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    return names
+
+
+def _run(x: torch.Tensor, members: list, dys: list[torch.Tensor]) -> None:
+    """Both directions for every gradient, below the op: a dispatch mode does not see what an op calls."""
+    x, spec, trainable = prepare(x, members, [str(i) for i in range(len(members))])
+    biases, a, b = split(spec, trainable)
+    y, xa = gpu.forward(x, *spec[:4], biases, a, b, *spec[4:])
+    needs = [True, *(bias is not None for bias in biases), *[True] * (len(a) + len(b))]
+    gpu.backward(dys, x, *spec[:3], *x.shape, a, b, *spec[4:], xa, needs)
+
+
+@pytest.mark.parametrize("gemm", SLAB)
+@pytest.mark.parametrize("slab_bytes", [1 << 27, BATCHES, 1 << 14], ids=["one slab", "batches", "composed"])
+@pytest.mark.parametrize("layout", ["qkv", "partly", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bare", "dense"))])
+def test_launches_are_the_plans(launches: list[str], gemm: str, slab_bytes: int, layout: str) -> None:
+    m, dense = 300, (0, 1, 2) if layout == "dense" else ()
+    layout = [(n, [(r, None, 0.0) for r, _, _ in low]) for n, low in LAYOUTS.get(layout, QKV)]
+    x, members = group._case(layout, m, K, torch.float16, bias=False, dense=dense)
+    dys = [torch.randn(m, n).half() for n, _ in layout]
+    with use_backend("triton"), tuned.use_row(replace(SLAB[gemm], slab_bytes=slab_bytes)), _Products(launches):
+        _run(x, members, dys)
+    shapes = [Shape(m, n, K, low[0][0] if low else 0, dense=i in dense, nested=i % 2 == 0) for i, (n, low) in enumerate(layout)]
+    choice = Choice("slab", "", gemm, slab_bytes)
+    assert plan.merges(shapes, choice) == (slab_bytes > 1 << 14 or bool(dense))
+    assert launches == [one.name for one in (*plan.group_forward_plan(shapes, choice), *plan.group_backward_plan(shapes, choice))]
+
+
+def _layer(gemm: str, slab_bytes: int, layer: plan.Layer = plan.LLAMA_8B) -> list[plan.Launch]:
+    choice = Choice("slab", "", gemm, slab_bytes)
+    return plan.decoder_layer_plan(Shape(8192, 1, 1, 16, dropout=True), choice, choice, layer)
+
+
+MIB = 1 << 20
+TARGET = 40
+# Counted on the plan, which the tests above hold to what runs. 128 MiB is the table's buffer, which gate and up do not share.
+COUNTS = {("cublas", 128 * MIB): 55, ("cublas", 256 * MIB): 53, ("triton", 128 * MIB): 47, ("triton", 256 * MIB): 43}
+
+
+@pytest.mark.parametrize("gemm, slab_bytes", COUNTS)
+def test_the_launches_of_a_decoder_layer(gemm: str, slab_bytes: int) -> None:
+    assert len(_layer(gemm, slab_bytes)) == COUNTS[gemm, slab_bytes]
+
+
+def test_what_keeps_a_decoder_layer_above_the_target() -> None:
+    """Linears alone are far below it; what is not a linear takes 19 launches: attention 6, norms 4, additions 4, the product 3, RoPE 2."""
+    launches = _layer("triton", 256 * MIB)
+    linear = [one for one in launches if one.name in ("slab+xa", "slab+dy_pass", "matmul", "x_pass", "reduce")]
+    rest = Counter(one.name.removeprefix("d_") for one in launches if one not in linear)
+    assert len(linear) == 24 and rest.total() == 19 and len(launches) == TARGET + 3
+    assert (rest["rms_norm"], rest["add"], rest["glu"], rest["rope"]) == (4, 4, 3, 2)
+    attention = rest.total() - 13
+    assert attention == 6 and len(_layer("triton", 256 * MIB, replace(plan.LLAMA_8B, kv_heads=32))) == 41
+
+
+@pytest.mark.parametrize("gemm", SLAB)
+def test_merging_saves_launches_and_bytes_for_the_same_products(gemm: str) -> None:
+    for ns in ((4096, 1024, 1024), (14336, 14336)):
+        shapes, choice = [Shape(8192, n, 4096, 16, bias=True) for n in ns], Choice("slab", "", gemm, 256 * MIB)
+        ours = plan.group_forward_plan(shapes, choice) + plan.group_backward_plan(shapes, choice)
+        theirs = [one for s in shapes for one in single_plan.forward_plan(s, choice) + single_plan.backward_plan(s, choice)]
+        assert len(ours) < len(theirs) and sum(one.flops for one in ours) == sum(one.flops for one in theirs)
+        assert sum(one.reads + one.writes for one in ours) < sum(one.reads + one.writes for one in theirs)
