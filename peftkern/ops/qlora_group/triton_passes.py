@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -321,7 +321,9 @@ def x_call(
     arguments |= {"thresholds": tuple(_threshold(low.dropout_p, low.seed) for low in lows), "M": m, "K": k, "chunk_rows": config.x_rows}
     arguments |= {"ADAPTERS": len(lows), **_ranks(lows), "BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "DX_BLOCK_M": dx_tile.rows}
     arguments |= {"DX_BLOCK_K": dx_tile.cols, "BLOCK_R": min(config.ranks, arguments["R_PAD"]), "MODE": _mode(wide, lows[0].a, arch)}
-    return _launch(_group_x_kernel, first + others, arguments, tile if any(need_a) else dx_tile, arch), d_lora_a
+    call = _launch(_group_x_kernel, first + others, arguments, tile if any(need_a) else dx_tile, arch)
+    # On sm_80 ptxas keeps to 128 registers and spills 24 bytes of them (counted in the cubins): the limit is the block's share of an SM's.
+    return replace(call, max_registers=call.max_registers or min(255, 65536 // (32 * call.num_warps))), d_lora_a
 
 
 def reduce_call(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[Call | None, list[Tensor | None]]:
