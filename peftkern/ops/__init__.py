@@ -9,11 +9,11 @@ import importlib.util
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 __all__ = ["LIBRARY", "accumulation", "autocast_off", "backend"]
 
-LIBRARY = torch.library.Library("peftkern", "DEF")
+LIBRARY = library.Library("peftkern", "DEF")
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import library
 from torch.nn.functional import linear
 
 from peftkern import NF4Weight, use_backend
@@ -47,8 +48,8 @@ def test_scaled_columns_by_the_reference_and_in_fp64() -> None:
         assert torch.autograd.gradcheck(scale_columns, (u, scale, bias))
     ops = torch.ops.peftkern
     u, scale, bias = u.detach().float(), scale.detach().float(), bias.detach().float()
-    torch.library.opcheck(ops.scale_columns_fwd.default, (u, scale, bias))
-    torch.library.opcheck(ops.scale_columns_bwd.default, (u, u, scale, [True, True, False]))
+    library.opcheck(ops.scale_columns_fwd.default, (u, scale, bias))
+    library.opcheck(ops.scale_columns_bwd.default, (u, u, scale, [True, True, False]))
 
 
 def test_no_rows_and_the_same_bits() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from peftkern import use_backend
@@ -194,11 +194,11 @@ def test_opcheck(backend: str) -> None:
     dy, outs = torch.randn(5, 20), [torch.empty(5, 20) for _ in range(3)]
     with use_backend(backend):
         for activation in ACTIVATIONS:
-            torch.library.opcheck(OPS.glu_fwd.default, (gate, up, activation))
-            torch.library.opcheck(OPS.glu_bwd.default, (dy, gate, up, activation, True))
-            torch.library.opcheck(OPS.glu_bwd.default, (dy, gate, up, activation, False))
-        torch.library.opcheck(OPS.glu_bwd_out.default, (dy, gate, up, "silu", *outs))
-        torch.library.opcheck(OPS.glu_bwd_out.default, (dy, gate, up, "silu", *outs[:2], None))
+            library.opcheck(OPS.glu_fwd.default, (gate, up, activation))
+            library.opcheck(OPS.glu_bwd.default, (dy, gate, up, activation, True))
+            library.opcheck(OPS.glu_bwd.default, (dy, gate, up, activation, False))
+        library.opcheck(OPS.glu_bwd_out.default, (dy, gate, up, "silu", *outs))
+        library.opcheck(OPS.glu_bwd_out.default, (dy, gate, up, "silu", *outs[:2], None))
 
 
 def test_compile_fullgraph_forward_and_backward() -> None:

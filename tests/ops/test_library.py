@@ -1,4 +1,4 @@
-"""The ops as torch.library sees them: schemas, fakes, autograd, compile; and what the public functions refuse."""
+"""The ops as torch sees them: schemas, fakes, autograd, compile; and what the public functions refuse."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch import library
 
 import peftkern
 from peftkern import NF4Weight, functional, use_backend
@@ -23,15 +24,15 @@ def test_opcheck(backend: str, nested: bool) -> None:
     x, dy, a, b = torch.randn(5, 64), torch.randn(5, 20), torch.randn(3, 64), torch.randn(20, 3)
     ops, seed = torch.ops.peftkern, torch.tensor([3])
     with use_backend(backend):
-        torch.library.opcheck(ops.quantize_4bit.default, (x, 64, w.code))
-        torch.library.opcheck(ops.quantize_absmax.default, (torch.randn(300), functional.nf4.dynamic_map(), 256))
-        torch.library.opcheck(ops.dequantize_4bit.default, (w.packed, *_quant(w)[:6], [20, 64], 64, 256, torch.bfloat16))
-        torch.library.opcheck(ops.dequantize_4bit_out.default, (w.packed, *_quant(w), torch.empty(20, 64)))
-        torch.library.opcheck(ops.qlora_linear_fwd.default, (x, w.packed, *_quant(w), 20, torch.randn(20), a, b, 0.5, 0.1, seed))
-        torch.library.opcheck(ops.qlora_linear_fwd.default, (x, w.packed, *_quant(w), 20, None, None, None, 1.0, 0.0, None))
+        library.opcheck(ops.quantize_4bit.default, (x, 64, w.code))
+        library.opcheck(ops.quantize_absmax.default, (torch.randn(300), functional.nf4.dynamic_map(), 256))
+        library.opcheck(ops.dequantize_4bit.default, (w.packed, *_quant(w)[:6], [20, 64], 64, 256, torch.bfloat16))
+        library.opcheck(ops.dequantize_4bit_out.default, (w.packed, *_quant(w), torch.empty(20, 64)))
+        library.opcheck(ops.qlora_linear_fwd.default, (x, w.packed, *_quant(w), 20, torch.randn(20), a, b, 0.5, 0.1, seed))
+        library.opcheck(ops.qlora_linear_fwd.default, (x, w.packed, *_quant(w), 20, None, None, None, 1.0, 0.0, None))
         xa = torch.randn(5, 3)
         for needs in ([True] * 4, [True, False, False, False], [False, True, True, True]):
-            torch.library.opcheck(ops.qlora_linear_bwd.default, (dy, x, w.packed, *_quant(w), 64, a, b, xa, 0.5, 0.1, seed, needs))
+            library.opcheck(ops.qlora_linear_bwd.default, (dy, x, w.packed, *_quant(w), 64, a, b, xa, 0.5, 0.1, seed, needs))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +35,7 @@ def _arguments(four_bit: dict | None = None, needs=(True,) * 5) -> tuple:
 def test_opcheck(name: str) -> None:
     with use_backend(name):
         for args in (_arguments(), _arguments({}, (True, True, True, True, False)), _arguments(needs=(False,) * 5)):
-            torch.library.opcheck(torch.ops.peftkern.linear_cross_entropy.default, args)
+            library.opcheck(torch.ops.peftkern.linear_cross_entropy.default, args)
 
 
 def _grads(case, function, **options) -> dict[str, Tensor]:

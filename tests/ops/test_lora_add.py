@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from peftkern import functional, use_backend
 from peftkern.functional import lora_add
@@ -146,10 +147,10 @@ def test_opcheck(backend: str) -> None:
     y, x, a, b, bias, dy = case(5, 20, 64, 3, torch.float32, torch.float32)
     ops, seed, xa = torch.ops.peftkern, torch.tensor([3]), torch.randn(5, 3)
     with use_backend(backend):
-        torch.library.opcheck(ops.lora_add_fwd.default, (y, x, a, b, bias, 0.5, 0.1, seed))
-        torch.library.opcheck(ops.lora_add_fwd.default, (y, x, a, b, None, 0.5, 0.0, None))
+        library.opcheck(ops.lora_add_fwd.default, (y, x, a, b, bias, 0.5, 0.1, seed))
+        library.opcheck(ops.lora_add_fwd.default, (y, x, a, b, None, 0.5, 0.0, None))
         for needs in ([True] * 4, [True, False, False, False], [False, True, True, True]):
-            torch.library.opcheck(ops.lora_add_bwd.default, (dy, x, a, b, xa, 0.5, 0.1, seed, needs))
+            library.opcheck(ops.lora_add_bwd.default, (dy, x, a, b, xa, 0.5, 0.1, seed, needs))
 
 
 def test_compile_fullgraph_forward_and_backward() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -254,7 +254,7 @@ def test_the_ops_pass_opcheck(backend: str) -> None:
     assert [str(func) for func, _ in record.calls] == ["peftkern.qlora_group_fwd.default", "peftkern.qlora_group_bwd.default"]
     with use_backend(backend):
         for func, args in record.calls:
-            torch.library.opcheck(func, args)
+            library.opcheck(func, args)
 
 
 def test_double_backward_raises() -> None:

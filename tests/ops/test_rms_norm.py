@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from peftkern import use_backend
 from peftkern.functional import rms_norm
@@ -174,10 +174,10 @@ def test_opcheck(backend: str) -> None:
     x, weight, dy = torch.randn(3, 5, 20).bfloat16(), torch.rand(20), torch.randn(3, 5, 20)
     with use_backend(backend):
         for cast, offset in MODES:
-            torch.library.opcheck(OPS.rms_norm_fwd.default, (x, weight, 1e-6, offset, cast))
+            library.opcheck(OPS.rms_norm_fwd.default, (x, weight, 1e-6, offset, cast))
             for needs in ([True, True], [True, False], [False, True]):
                 d = dy if cast == "llama" else dy.bfloat16()
-                torch.library.opcheck(OPS.rms_norm_bwd.default, (d, x, weight, torch.rand(15), offset, cast, needs))
+                library.opcheck(OPS.rms_norm_bwd.default, (d, x, weight, torch.rand(15), offset, cast, needs))
 
 
 def test_compile_fullgraph_forward_and_backward() -> None:

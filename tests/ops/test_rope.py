@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from peftkern import use_backend
 from peftkern.functional import rope
@@ -154,8 +154,8 @@ def test_only_what_needs_a_gradient_gets_one_and_second_derivatives_raise() -> N
 def test_opcheck(backend: str) -> None:
     q, k, cos, sin, dq, dk = case(SHAPES[2], torch.float32, angle_batch=2)
     with use_backend(backend):
-        torch.library.opcheck(OPS.rope.default, (q, k, cos, sin, False, [True, False]))
-        torch.library.opcheck(OPS.rope.default, (dq, dk, cos, sin, True, [False, True]))
+        library.opcheck(OPS.rope.default, (q, k, cos, sin, False, [True, False]))
+        library.opcheck(OPS.rope.default, (dq, dk, cos, sin, True, [False, True]))
 
 
 def test_compile_fullgraph_forward_and_backward() -> None:

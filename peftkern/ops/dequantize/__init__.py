@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ...backends import select
 from ...nf4 import NF4Weight
@@ -23,22 +23,22 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "dequantize_4bit", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "dequantize_4bit", "CompositeExplicitAutograd")
 def _impl(packed: Tensor, *args: object) -> Tensor:
     return backend("dequantize", select(packed)).dequantize_4bit(packed, *args)
 
 
-@torch.library.register_fake("peftkern::dequantize_4bit", lib=LIBRARY)
+@library.register_fake("peftkern::dequantize_4bit", lib=LIBRARY)
 def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, shape, blocksize, nested_blocksize, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.impl(LIBRARY, "dequantize_4bit_out", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "dequantize_4bit_out", "CompositeExplicitAutograd")
 def _impl_out(packed: Tensor, *args: object) -> None:
     backend("dequantize", select(packed)).dequantize_4bit_out(packed, *args)
 
 
-@torch.library.register_fake("peftkern::dequantize_4bit_out", lib=LIBRARY)
+@library.register_fake("peftkern::dequantize_4bit_out", lib=LIBRARY)
 def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize, out):
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
@@ -18,12 +18,12 @@ LIBRARY.define("glu_bwd(Tensor dy, Tensor gate, Tensor up, str activation, bool 
 LIBRARY.define("glu_bwd_out(Tensor dy, Tensor gate, Tensor up, str activation, Tensor(a!) d_gate, Tensor(b!) d_up, Tensor(c!)? h) -> ()")
 
 
-@torch.library.impl(LIBRARY, "glu_fwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "glu_fwd", "CompositeExplicitAutograd")
 def _fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return backend("glu", select(gate)).forward(gate, up, activation)
 
 
-@torch.library.impl(LIBRARY, "glu_bwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "glu_bwd", "CompositeExplicitAutograd")
 def _bwd(dy: Tensor, gate: Tensor, up: Tensor, activation: str, with_h: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The same as `glu_bwd_out` into new contiguous tensors; h is empty where it is not wanted."""
     d_gate, d_up, h = _outputs(gate, with_h)
@@ -31,7 +31,7 @@ def _bwd(dy: Tensor, gate: Tensor, up: Tensor, activation: str, with_h: bool) ->
     return d_gate, d_up, h
 
 
-@torch.library.impl(LIBRARY, "glu_bwd_out", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "glu_bwd_out", "CompositeExplicitAutograd")
 def _bwd_out(dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None) -> None:
     backend("glu", select(dy)).backward(dy, gate, up, activation, d_gate, d_up, h)
 
@@ -40,17 +40,17 @@ def _outputs(gate: Tensor, with_h: bool) -> tuple[Tensor, Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape if with_h else (0,))
 
 
-@torch.library.register_fake("peftkern::glu_fwd", lib=LIBRARY)
+@library.register_fake("peftkern::glu_fwd", lib=LIBRARY)
 def _(gate, up, activation):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("peftkern::glu_bwd", lib=LIBRARY)
+@library.register_fake("peftkern::glu_bwd", lib=LIBRARY)
 def _(dy, gate, up, activation, with_h):
     return _outputs(gate, with_h)
 
 
-@torch.library.register_fake("peftkern::glu_bwd_out", lib=LIBRARY)
+@library.register_fake("peftkern::glu_bwd_out", lib=LIBRARY)
 def _(dy, gate, up, activation, d_gate, d_up, h):
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
@@ -20,7 +20,7 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "linear_cross_entropy", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "linear_cross_entropy", "CompositeExplicitAutograd")
 def _run(x, weight, *args):
     quant, rest = args[:8], args[8:]
     with torch.no_grad(), autocast_off(x):
@@ -34,7 +34,7 @@ def _backend(x: Tensor) -> str:
     return "triton" if name == "cuda" else name
 
 
-@torch.library.register_fake("peftkern::linear_cross_entropy", lib=LIBRARY)
+@library.register_fake("peftkern::linear_cross_entropy", lib=LIBRARY)
 def _(x, weight, *args):
     n, lora_a, lora_b, needs = args[8], args[11], args[12], args[-1]
     wide = accumulation(x)

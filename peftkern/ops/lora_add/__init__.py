@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
@@ -21,26 +21,26 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "lora_add_fwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "lora_add_fwd", "CompositeExplicitAutograd")
 def _fwd(y, x, *args):
     with autocast_off(x):
         return backend("lora_add", select(x)).forward(y, x, *args)
 
 
-@torch.library.impl(LIBRARY, "lora_add_bwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "lora_add_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, *args):
     with autocast_off(dy):
         grads = backend("lora_add", select(dy)).backward(dy, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
-@torch.library.register_fake("peftkern::lora_add_fwd", lib=LIBRARY)
+@library.register_fake("peftkern::lora_add_fwd", lib=LIBRARY)
 def _(y, x, lora_a, *args):
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     return out, x.new_empty((x.shape[0], lora_a.shape[0]), dtype=accumulation(x))
 
 
-@torch.library.register_fake("peftkern::lora_add_bwd", lib=LIBRARY)
+@library.register_fake("peftkern::lora_add_bwd", lib=LIBRARY)
 def _(dy, x, lora_a, lora_b, xa, scaling, dropout_p, seed, needs):
     like = (
         lambda: dy.new_empty((dy.shape[0], lora_a.shape[1])),

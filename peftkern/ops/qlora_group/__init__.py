@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
@@ -37,14 +37,14 @@ class Spec(NamedTuple):
     seeds: tuple[Tensor | None, ...]
 
 
-@torch.library.impl(LIBRARY, "qlora_group_fwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "qlora_group_fwd", "CompositeExplicitAutograd")
 def _fwd(x, *args):
     with autocast_off(x):
         y, xa = backend("qlora_group", select(x)).forward(x, *args)
     return list(y), list(xa)
 
 
-@torch.library.impl(LIBRARY, "qlora_group_bwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "qlora_group_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, *args):
     first = next(g for g in dy if g is not None)
     with autocast_off(first):
@@ -53,14 +53,14 @@ def _bwd(dy, x, *args):
     return empty(0) if dx is None else dx, *([empty(0) if g is None else g for g in grads] for grads in lists)
 
 
-@torch.library.register_fake("peftkern::qlora_group_fwd", lib=LIBRARY)
+@library.register_fake("peftkern::qlora_group_fwd", lib=LIBRARY)
 def _(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds):
     heights = [end - begin for begin, end in zip(rows[::2], rows[1::2], strict=True)]
     xa = [x.new_empty((height, a.shape[0]), dtype=accumulation(x)) for height, a in zip(heights, lora_a, strict=True)]
     return [x.new_empty((x.shape[0], size)) for size in n], xa
 
 
-@torch.library.register_fake("peftkern::qlora_group_bwd", lib=LIBRARY)
+@library.register_fake("peftkern::qlora_group_bwd", lib=LIBRARY)
 def _(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
     first = next(g for g in dy if g is not None)
     need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(lora_a))

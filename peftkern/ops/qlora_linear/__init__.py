@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
@@ -25,14 +25,14 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "qlora_linear_fwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "qlora_linear_fwd", "CompositeExplicitAutograd")
 def _fwd(x, weight, *args):
     quant, rest = args[:8], args[8:]
     with autocast_off(x):
         return backend("qlora_linear", select(x)).forward(x, weight, quant, *rest)
 
 
-@torch.library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, weight, *args):
     quant, rest = args[:8], args[8:]
     with autocast_off(dy):
@@ -40,14 +40,14 @@ def _bwd(dy, x, weight, *args):
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
-@torch.library.register_fake("peftkern::qlora_linear_fwd", lib=LIBRARY)
+@library.register_fake("peftkern::qlora_linear_fwd", lib=LIBRARY)
 def _(x, weight, *args):
     n, lora_a = args[8], args[10]
     rank = 0 if lora_a is None else lora_a.shape[0]
     return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], rank), dtype=accumulation(x))
 
 
-@torch.library.register_fake("peftkern::qlora_linear_bwd", lib=LIBRARY)
+@library.register_fake("peftkern::qlora_linear_bwd", lib=LIBRARY)
 def _(dy, x, weight, *args):
     k, lora_a, lora_b, needs = args[8], args[9], args[10], args[-1]
     like = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
@@ -24,24 +24,24 @@ def result_dtype(x: Tensor, weight: Tensor, cast: str) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype) if cast == "llama" else x.dtype
 
 
-@torch.library.impl(LIBRARY, "rms_norm_fwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "rms_norm_fwd", "CompositeExplicitAutograd")
 def _fwd(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
     return backend("rms_norm", select(x)).forward(x, weight, eps, offset, cast)
 
 
-@torch.library.impl(LIBRARY, "rms_norm_bwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "rms_norm_bwd", "CompositeExplicitAutograd")
 def _bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     grads = backend("rms_norm", select(x)).backward(dy, x, weight, rstd, offset, cast, needs)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
-@torch.library.register_fake("peftkern::rms_norm_fwd", lib=LIBRARY)
+@library.register_fake("peftkern::rms_norm_fwd", lib=LIBRARY)
 def _(x, weight, eps, offset, cast):
     rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return x.new_empty(x.shape, dtype=result_dtype(x, weight, cast)), rstd
 
 
-@torch.library.register_fake("peftkern::rms_norm_bwd", lib=LIBRARY)
+@library.register_fake("peftkern::rms_norm_bwd", lib=LIBRARY)
 def _(dy, x, weight, rstd, offset, cast, needs):
     return x.new_empty(x.shape) if needs[0] else dy.new_empty(0), weight.new_empty(weight.shape) if needs[1] else dy.new_empty(0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
@@ -26,14 +26,14 @@ def empty_heads(x: Tensor, by_seq: bool) -> Tensor:
     return x.new_empty(b, s, h, d).transpose(1, 2) if by_seq else x.new_empty(b, h, s, d)
 
 
-@torch.library.impl(LIBRARY, "rope", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "rope", "CompositeExplicitAutograd")
 def _impl(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, seq_first: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     outs = empty_heads(q, seq_first[0]), empty_heads(k, seq_first[1])
     backend("rope", select(q)).rope(q, k, cos, sin, inverse, *outs)
     return outs
 
 
-@torch.library.register_fake("peftkern::rope", lib=LIBRARY)
+@library.register_fake("peftkern::rope", lib=LIBRARY)
 def _(q, k, cos, sin, inverse, seq_first):
     return empty_heads(q, seq_first[0]), empty_heads(k, seq_first[1])
 

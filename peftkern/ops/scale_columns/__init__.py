@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
@@ -15,23 +15,23 @@ LIBRARY.define("scale_columns_fwd(Tensor u, Tensor scale, Tensor? bias) -> Tenso
 LIBRARY.define("scale_columns_bwd(Tensor dy, Tensor u, Tensor scale, bool[3] needs) -> (Tensor du, Tensor d_scale, Tensor d_bias)")
 
 
-@torch.library.impl(LIBRARY, "scale_columns_fwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "scale_columns_fwd", "CompositeExplicitAutograd")
 def _fwd(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return backend("scale_columns", select(u)).forward(u, scale, bias)
 
 
-@torch.library.impl(LIBRARY, "scale_columns_bwd", "CompositeExplicitAutograd")
+@library.impl(LIBRARY, "scale_columns_bwd", "CompositeExplicitAutograd")
 def _bwd(dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     grads = backend("scale_columns", select(dy)).backward(dy, u, scale, needs)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
-@torch.library.register_fake("peftkern::scale_columns_fwd", lib=LIBRARY)
+@library.register_fake("peftkern::scale_columns_fwd", lib=LIBRARY)
 def _(u, scale, bias):
     return u.new_empty(u.shape)
 
 
-@torch.library.register_fake("peftkern::scale_columns_bwd", lib=LIBRARY)
+@library.register_fake("peftkern::scale_columns_bwd", lib=LIBRARY)
 def _(dy, u, scale, needs):
     sums = [dy.new_empty(u.shape[1] if need else 0, dtype=accumulation(u) if need else dy.dtype) for need in needs[1:]]
     return (u.new_empty(u.shape) if needs[0] else dy.new_empty(0), *sums)
