@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, backends
 
+from ..ops.bounds import assert_as_accurate
 from .compiled import CSRC, CLora, CWeight, c_lora, c_weight, i64, load, pointer
 
 OK, NULL, SHAPE, DTYPE, BLOCKSIZE, SCRATCH = range(6)
@@ -137,10 +138,17 @@ def test_without_base_products_results_are_added_to(call: Call) -> None:
         call.y[i].fill_(1.0)
     call.dx.fill_(2.0)
     assert call.forward(members) == OK and call.backward(members) == OK
-    for i, bias in enumerate((call.bias, 0.0)):
-        torch.testing.assert_close(call.y[i], 1.0 + bias + 0.5 * call.x @ call.a[i].t() @ call.b[i].t(), rtol=1e-4, atol=1e-3)
-    expected = 2.0 + sum(0.5 * call.dy[i] @ call.b[i] @ call.a[i] for i in range(2))
-    torch.testing.assert_close(call.dx, expected, rtol=1e-4, atol=1e-3)
+    plain, exact = (_branches_alone(call, dtype) for dtype in (torch.float32, torch.float64))
+    for name, ours, one, other in zip(("y0", "y1", "dx"), (*call.y, call.dx), plain, exact, strict=True):
+        assert_as_accurate(name, ours, one, other)
+
+
+def _branches_alone(call: Call, dtype: torch.dtype) -> list[Tensor]:
+    """y_0, y_1 and dx by plain PyTorch, added to ones and to twos."""
+    x, bias, *rest = (t.to(dtype) for t in (call.x, call.bias, *call.a, *call.b, *call.dy))
+    a, b, dy = rest[:2], rest[2:4], rest[4:]
+    y = [1.0 + 0.5 * (x @ a[i].t() @ b[i].t()) for i in range(2)]
+    return [y[0] + bias, y[1], 2.0 + sum(0.5 * dy[i] @ b[i] @ a[i] for i in range(2))]
 
 
 @pytest.mark.parametrize("entry", ["forward", "backward"])
