@@ -83,7 +83,8 @@ def _poisoned(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("gemm", SLAB)
 @pytest.mark.parametrize("layout, dtype", PAIRS)
 def test_merged_launches_are_as_accurate_as_plain_pytorch(device: str, gemm: str, layout: str, dtype: torch.dtype) -> None:
-    _check(device, gemm, LAYOUTS[layout], dtype)
+    # In fp32 the 33 sums of a d_bias are all rounding: 1.4 times plain PyTorch's error over 12 draws, of one draw alone it is noise.
+    _check(device, gemm, LAYOUTS[layout], dtype, draws=4 if dtype is torch.float32 else 1)
 
 
 @pytest.mark.usefixtures("merged_only")
