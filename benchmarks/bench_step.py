@@ -1,10 +1,12 @@
 """A whole QLoRA training step of a SmolLM2-135M-shaped Llama (random weights), LoRA on every linear: stock PEFT on bitsandbytes, the same
 patched by peftkern (without logits; by default with them), and PEFT LoRA on the dense base. Tokens a second, and the peak memory of a
-step in a process of its own."""
+step in a process of its own: of all the process, and above what it held when the model was loaded (activations, gradients, the
+optimizer's state, buffers of libraries)."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 from .harness import OURS, Provider, Row, force_isa, measure, parser, write_csv
-from .machine import Load, describe, peak_mb, reset_peak
+from .machine import Load, describe, peak_mb, reset_peak, resident_mb
 
 __all__ = ["PROVIDERS", "Step", "build_model", "rows"]
 
@@ -99,21 +101,23 @@ def _check(stock: Callable[[], dict] | None, dtype: torch.dtype) -> Callable[[di
     return check
 
 
-def _peak(provider: str, dtype: str, small: bool, isa: str | None) -> float:
-    """MB above the loaded model at the peak of a step, in a process that holds this provider alone."""
+def _peak(provider: str, dtype: str, small: bool, isa: str | None) -> tuple[float, float]:
+    """MB at the peak of a step, and of these above the loaded model, in a process that holds this provider alone."""
     command = [sys.executable, "-m", "benchmarks.bench_step", "--peak", provider, "--dtype", dtype, *(["--small"] if small else [])]
     done = subprocess.run(command + (["--isa", isa] if isa else []), capture_output=True, text=True, timeout=900, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    peak, loaded = json.loads(done.stdout.splitlines()[-1])
+    return peak, peak - loaded
 
 
 def _print_peak(provider: str, dtype: torch.dtype, small: bool) -> None:
     step = Step(provider, dtype, small)
+    loaded = resident_mb()
     step()
     if not reset_peak():
-        print("nan")
+        print(json.dumps([math.nan, math.nan]))
         return
     step()
-    print(json.dumps(peak_mb()))
+    print(json.dumps([peak_mb(), loaded]))
 
 
 def rows(dtype_name: str, small: bool, rounds: int, cap_s: float, isa: str | None) -> list[Row]:
@@ -132,10 +136,9 @@ def rows(dtype_name: str, small: bool, rounds: int, cap_s: float, isa: str | Non
         what = ("step", name, "all linears, r 16", dtype_name, "small" if small else "SmolLM2-135M", tokens)
         note = "one step only, over the time cap" if timings[name].once else ""
         found.append(Row(*head, *what, cuts[1], cuts[4], cuts[7], ratio, "tokens/s", words, note=note))
-        peak = _peak(name, dtype_name, small, isa)
-        found.append(
-            Row(*head, "step", name, "peak memory", *what[3:], peak, peak, peak, float("nan"), "MB", words, note="resident, whole process")
-        )
+        notes = ("peak memory", "resident, whole process"), ("peak memory above the model", "resident, above the loaded model")
+        for (mode, note), mb in zip(notes, _peak(name, dtype_name, small, isa), strict=True):
+            found.append(Row(*head, "step", name, mode, *what[3:], mb, mb, mb, float("nan"), "MB", words, note=note))
     return found
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import gc
 import importlib.metadata
 import os
 import platform
 import time
 from pathlib import Path
 
-__all__ = ["BUSY_CORES", "Load", "describe", "device", "peak_mb", "reset_peak", "versions"]
+__all__ = ["BUSY_CORES", "Load", "describe", "device", "peak_mb", "reset_peak", "resident_mb", "versions"]
 
 BUSY_CORES = 0.1  # more of other processes' CPU than this spoils a measurement on two cores (spinning barriers wait in steps of 8 ms)
 _PACKAGES = ("torch", "bitsandbytes", "peft", "transformers")
@@ -93,13 +96,27 @@ def reset_peak() -> bool:
     return True
 
 
+def _status_mb(field: str) -> float | None:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return None
+
+
 def peak_mb() -> float:
     """Peak resident size in MB since `reset_peak` (or the start)."""
     import resource
 
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    found = _status_mb("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 if found is None else found
+
+
+def resident_mb() -> float:
+    """Resident size in MB now, after what is free has been given back to the system; nan where that cannot be told."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+    found = _status_mb("VmRSS")
+    return float("nan") if found is None else found

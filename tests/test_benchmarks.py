@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, report
+from benchmarks import bench_curves, harness, report
 from benchmarks.harness import OURS, Provider, Row, Spec, measure, measure_spec, write_csv
 from benchmarks.machine import Load
 
@@ -169,3 +169,30 @@ def _smoke(tmp_path: Path, name: str) -> None:
         lines = list(csv.DictReader(file))
     assert {line["provider"] for line in lines} >= {OURS} and {line["isa"] for line in lines} == {"baseline"}
     assert all(float(line["p20"]) <= float(line["p50"]) <= float(line["p80"]) for line in lines)
+
+
+def _curves(shift: float) -> dict[tuple[str, int], list[float]]:
+    """Two seeds, 0.2 apart; the patched ones `shift` above stock in the second half."""
+    stock = {("stock", seed): [4.0 - 0.1 * step + 0.2 * seed for step in range(8)] for seed in (0, 1)}
+    ours = {("peftkern", seed): [v + (shift if i >= 4 else 0.0) for i, v in enumerate(stock["stock", seed])] for seed in (0, 1)}
+    return stock | ours
+
+
+def test_curves_within_the_noise_of_seeds_pass() -> None:
+    found = bench_curves.windows(_curves(0.1), 4)
+    assert [(w.first, w.last) for w in found] == [(1, 4), (5, 8)]
+    assert found[1].difference == pytest.approx(0.1) and found[1].noise == pytest.approx(0.2 / 2**0.5)
+    assert bench_curves.judge(found) == []
+
+
+@pytest.mark.parametrize("shift", [0.2, -0.2, float("nan")])
+def test_curves_outside_of_it_fail(shift: float) -> None:
+    (message,) = bench_curves.judge(bench_curves.windows(_curves(shift), 4))
+    assert message.startswith("steps 5-8")
+
+
+def test_curves_that_do_not_match_are_refused() -> None:
+    losses = _curves(0.0)
+    losses["stock", 1].pop()
+    with pytest.raises(ValueError, match="one length"):
+        bench_curves.windows(losses, 4)
