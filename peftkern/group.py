@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from . import checks
 from .nf4 import NF4Weight, operands
 from .ops import qlora_group as _op
 
-__all__ = ["Adapter", "Member", "prepare", "qlora_group"]
+__all__ = ["Adapter", "Member", "few_rows", "prepare", "qlora_group"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,16 @@ def qlora_group(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
         raise ValueError("members: is empty, expected at least one Member")
     flat, spec, trainable = prepare(x, members, [f"members[{i}]" for i in range(len(members))])
     return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in _op.qlora_group(flat, spec, trainable))
+
+
+def few_rows(x: Tensor, members: Sequence[Member]) -> Callable[[Tensor], list[Tensor]] | None:
+    """`qlora_group` for repeated calls with tensors of x's shape and dtype, on the CPU, few rows, no gradients: everything is checked and
+    described now. None where the kernel for few rows does not serve. The members' tensors are held; they must stay where they are.
+    """
+    if any(len(m.adapters) > 1 or any(a.dropout_p or a.rows is not None for a in m.adapters) for m in members):
+        return None
+    flat, spec, trainable = prepare(x, members, [f"members[{i}]" for i in range(len(members))])
+    return _op.few_rows(flat, spec, trainable)
 
 
 def prepare(x: Tensor, members: Sequence[Member], names: Sequence[str]) -> tuple[Tensor, _op.Spec, tuple[Tensor | None, ...]]:

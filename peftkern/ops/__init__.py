@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, library
 
-__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend"]
+__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "unobserved"]
 
 LIBRARY = library.Library("peftkern", "DEF")
 
@@ -24,6 +24,21 @@ def backend(op: str, name: str) -> ModuleType:
         # Some ops are a plan over Triton, CUDA and cuBLAS launches, composed in one file; others have Triton kernels alone.
         name = next(file for file in ("gpu", name, "triton") if importlib.util.find_spec(f"{folder}.{file}"))
     return importlib.import_module(f"{folder}.{name}")
+
+
+def unobserved(x: Tensor) -> bool:
+    """Whether an op on x may be run without torch's dispatcher, which costs more than one row's arithmetic: no gradient is wanted, and
+    nobody traces, transforms, intercepts or profiles what is computed."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and (x.is_cpu or x.is_cuda)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def accumulation(x: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import backends, functional
 from . import dora, mixed
+from .decode import Ready, address_of, has_hooks
 from .weights import Operands, WeightCache, autocast_dtype
 
 __all__ = ["Forward", "LinearForward", "LoraForward", "Plan", "find", "install", "remove"]
@@ -34,19 +35,20 @@ class Plan(NamedTuple):
 class Forward:
     """A callable bound to its module by a plain attribute: deepcopy and pickle of the module carry it along, correctly rebound.
 
-    group: the linears on the same input that it belongs to, or None.
+    group: the linears on the same input that it belongs to, or None. ready: what generation prepared, made at its first call.
     """
 
-    __slots__ = ("module", "previous", "cache", "group")
+    __slots__ = ("module", "previous", "cache", "group", "ready")
 
     def __init__(self, module: nn.Module, previous: Callable[..., Tensor] | None, cache: WeightCache) -> None:
-        self.module, self.previous, self.cache, self.group = module, previous, cache, None
+        self.module, self.previous, self.cache, self.group, self.ready = module, previous, cache, None, None
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.module, self.previous, self.cache, self.group
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.module, self.previous, self.cache, self.group = state
+        self.ready = None
 
     def stock(self, *args: Any, **kwargs: Any) -> Tensor:
         """The forward the module had before."""
@@ -64,6 +66,10 @@ class _PlannedForward(Forward):
         """What to compute for x; None where only the stock forward can."""
         raise NotImplementedError
 
+    def signature(self) -> tuple | None:
+        """Something that stays equal as long as `plan` gives the same; None where that cannot be told cheaply."""
+        raise NotImplementedError
+
     def run(self, x: Tensor, plan: Plan) -> Tensor:
         """The plan alone."""
         with _autocast_off(x):
@@ -73,12 +79,23 @@ class _PlannedForward(Forward):
         if args or kwargs or not _served(x):
             return self.stock(x, *args, **kwargs)
         part = None if self.group is None else self.group.fetch(self, x)
+        if part is None and not torch.is_grad_enabled():
+            part = self._few_rows(x)
         if part is not None:
             return part
         plan = self.plan(x)
         if plan is None:
             return self.stock(x)
         return self.run(x, plan) if self.group is None else self.group.run(self, x, plan)
+
+    def _few_rows(self, x: Tensor) -> Tensor | None:
+        """With what an earlier call prepared; None where it does not serve."""
+        if self.group is not None and self.group.dissolved is None:
+            return self.group.few_rows(self, x)
+        if self.ready is None:
+            self.ready = Ready([self])
+        parts = self.ready(x)
+        return None if parts is None else parts[0]
 
 
 def _compute(x: Tensor, member: functional.Member) -> Tensor:
@@ -101,6 +118,9 @@ class LinearForward(_PlannedForward):
         if found is None:
             return None
         return Plan(functional.Member(found.weight, found.bias), found.compute, found.result, found.result)
+
+    def signature(self) -> tuple | None:
+        return self.cache.signature(self.module)
 
 
 class Adapter(NamedTuple):
@@ -158,6 +178,28 @@ class LoraForward(_PlannedForward):
             return None
         bias = _bias(layer, found, [] if names is not None else layer.active_adapters)
         return Plan(functional.Member(found.weight, bias, adapters), found.compute, found.result, _result_dtype(layer, found))
+
+    def signature(self) -> tuple | None:
+        layer, parts = self.module, self.module._modules
+        base = parts["base_layer"]
+        if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or has_hooks(base):
+            return None
+        found = [self.cache.signature(base)]
+        for name in layer.active_adapters:
+            if name in parts["lora_A"]._modules:
+                found.append(None if name in layer.lora_variant else _adapter_signature(layer, name))
+        return None if None in found else tuple(found)
+
+
+def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
+    """Of an adapter without dropout or a bias, which is scaled anew at every call."""
+    a, b, dropout = (layer._modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    if has_hooks(a) or has_hooks(b) or has_hooks(dropout) or (dropout.training and type(dropout) is not nn.Identity):
+        return None
+    if b._parameters.get("bias") is not None:
+        return None
+    weights = (address_of(module._parameters.get("weight")) for module in (a, b))
+    return (a, b, dropout, a._parameters.get("bias") is None, layer.scaling[name], *weights)
 
 
 def _active(layer: nn.Module) -> list[functional.Adapter] | None:
@@ -233,11 +275,6 @@ def _result_dtype(layer: nn.Module, base: Operands) -> torch.dtype:
     if hasattr(layer, "is_target_conv_1d_layer") or not torch.is_autocast_enabled():
         return base.result
     return torch.promote_types(base.result, torch.get_autocast_dtype("cuda"))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches or changes what this module sees: then it must really be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _served(x: Tensor) -> bool:

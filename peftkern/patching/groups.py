@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .decode import Ready
 from .forwards import Plan, _autocast_off, _PlannedForward, find
 
 __all__ = ["NAMES", "Group", "form_groups"]
@@ -48,17 +49,17 @@ def _version(x: Tensor) -> int:
 class Group:
     """Patched siblings. `dissolved`: why its members run alone, None while they do not."""
 
-    __slots__ = ("forwards", "dissolved", "unclaimed", "stash")
+    __slots__ = ("forwards", "dissolved", "unclaimed", "stash", "ready")
 
     def __init__(self, forwards: list[_PlannedForward]) -> None:
-        self.forwards, self.dissolved, self.unclaimed, self.stash = forwards, None, 0, None
+        self.__setstate__((forwards, None))
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.forwards, self.dissolved
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.forwards, self.dissolved = state
-        self.unclaimed, self.stash = 0, None
+        self.unclaimed, self.stash, self.ready = 0, None, Ready(self.forwards)
 
     def fetch(self, forward: _PlannedForward, x: Tensor) -> Tensor | None:
         """The part that a sibling's call with the same x has computed for `forward`; None where there is none."""
@@ -76,7 +77,15 @@ class Group:
         index, stash, self.stash = self._index(forward), self.stash, None
         if self.dissolved is not None or (stash is not None and self._give_up(index, stash, x)):
             return forward.run(x, plan)
-        parts = self._compute(index, x, plan)
+        return self._keep(index, x, self._compute(index, x, plan))
+
+    def few_rows(self, forward: _PlannedForward, x: Tensor) -> Tensor | None:
+        """As `run`, with what an earlier call of few rows prepared; None where that does not serve."""
+        parts = self.ready(x) if self.stash is None else None
+        return None if parts is None else self._keep(self._index(forward), x, dict(enumerate(parts)))
+
+    def _keep(self, index: int, x: Tensor, parts: dict[int, Tensor]) -> Tensor:
+        """One's own part; the others are kept for the siblings."""
         if len(parts) > 1:
             self.stash = _Stash(x, {i: part for i, part in parts.items() if i != index})
         return parts[index]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..dora import row_squares
 from ..nf4 import NF4Weight
+from .decode import address_of
 
 __all__ = ["FLOATS", "Operands", "WeightCache", "autocast_dtype", "is_4bit", "repacked", "unpack"]
 
@@ -98,6 +99,13 @@ class WeightCache:
         if self._view is None or not _shows(self._view, weight, state):
             self._view = _view(base) if _plain(weight, state) else None
         return self._view
+
+    def signature(self, base: nn.Module) -> tuple | None:
+        """Equal as long as `operands` gives the same for one dtype of x, outside autocast; the caller holds what was given."""
+        if not is_4bit(base):
+            return address_of(base._parameters.get("weight")), address_of(base._parameters.get("bias"))
+        view = self.view(base)
+        return None if view is None else (id(view), base.compute_type_is_set, base.compute_dtype, address_of(base._parameters.get("bias")))
 
     def squares(self, weight: NF4Weight | Tensor) -> Tensor:
         """||W||^2 of each row, for DoRA's norm; kept as long as the weight stays what it is."""

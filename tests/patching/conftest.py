@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from peftkern import bnb_backend, functional
+from peftkern import bnb_backend, functional, group
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,19 @@ def calls(monkeypatch):
         return original_group(x, members)
 
     monkeypatch.setattr(functional, "qlora_group", counted_group)
+    original_few_rows = group.few_rows
+
+    def counted_few_rows(x, members):
+        call = original_few_rows(x, members)
+
+        def counted_call(x):
+            counter.update("lora" if member.adapters else "linear" for member in members)
+            counter.dtype = x.dtype
+            return call(x)
+
+        return None if call is None else counted_call
+
+    monkeypatch.setattr(group, "few_rows", counted_few_rows)
     counter.mlps = 0
 
     def count_mlp(original_mlp):

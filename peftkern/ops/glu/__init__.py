@@ -7,7 +7,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, backend
+from .. import LIBRARY, backend, unobserved
 
 __all__ = ["ACTIVATIONS", "glu"]
 
@@ -72,5 +72,5 @@ class _GLU(torch.autograd.Function):
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """gate, up [..., I] -> [..., I]; `functional.glu` has checked the arguments."""
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
-        return torch.ops.peftkern.glu_fwd(gate, up, activation)
+        return (_fwd if unobserved(gate) else torch.ops.peftkern.glu_fwd)(gate, up, activation)
     return _GLU.apply(gate, up, activation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, accumulation, autocast_off, backend
+from .. import LIBRARY, accumulation, autocast_off, backend, unobserved
 
-__all__ = ["Spec", "gradients", "kept", "qlora_group", "run", "wants_x"]
+__all__ = ["Spec", "few_rows", "gradients", "kept", "qlora_group", "run", "wants_x"]
 
 # Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters (lora_a and all after it).
 _WEIGHTS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes"
@@ -90,7 +91,15 @@ def split(spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[tuple, tupl
 
 def run(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """x [M, K] -> [y_i [M, N_i]], [xa]."""
-    return torch.ops.peftkern.qlora_group_fwd(x, *spec[:4], *split(spec, trainable), *spec[4:])
+    forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_group_fwd
+    return forward(x, *spec[:4], *split(spec, trainable), *spec[4:])
+
+
+def few_rows(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> Callable[[Tensor], list[Tensor]] | None:
+    """The CPU's kernel for few rows, ready for x's [M, K] and dtype; None where it is not the choice for them."""
+    from . import cpu
+
+    return cpu.few_rows(x, spec, *split(spec, trainable))
 
 
 def kept(spec: Spec, trainable: tuple[Tensor | None, ...], xa: list[Tensor]) -> tuple[list[Tensor | None], tuple]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, native, scratch, weight_view
+from ..native import DTYPES, address, dtype_of, native, scratch, weight_view
 from ..qlora_linear import config
 from ..qlora_linear import cpu as single
-from . import split_needs
+from . import Spec, split_needs
 
-__all__ = ["backward", "forward"]
+__all__ = ["FewRows", "backward", "few_rows", "forward"]
 
 
 def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -85,6 +87,42 @@ def _gemv_forward(group: _Group, x: Tensor, y, xa, biases) -> set[int]:
         native().qlora_linear_fwd(*head, address(buffer := scratch(size)), buffer.numel())
         done |= set() if j is None else {j}
     return done
+
+
+def few_rows(x: Tensor, spec: Spec, biases, lora_a, lora_b) -> FewRows | None:
+    """As `_gemv_forward`, for calls to come; at most one adapter a member, on all rows. None where the GEMV is not the choice, or
+    would read a copy, which later writes to the original do not reach."""
+    tensors = (*spec.weights, *biases, *lora_a, *lora_b)
+    if None in spec.quants[::6] or any(t is not None and not t.is_contiguous() for t in tensors):
+        return None
+    group = _Group(*x.shape, spec.n, spec.weights, spec.quants, spec.blocksizes, lora_a, lora_b, *spec[4:])
+    return FewRows(group, x.dtype, biases) if group.choice(x).regime == "gemv" else None
+
+
+class FewRows:
+    """The GEMV of each member with its adapter, everything but x described beforehand. Threads may share it."""
+
+    def __init__(self, group: _Group, dtype: torch.dtype, biases: Sequence[Tensor | None]) -> None:
+        self.held = group, biases
+        self.m, self.parts, self.size, rank = group.m, [], 0, 0
+        for i, (view, n, bias) in enumerate(zip(group.views, group.n, biases, strict=True)):
+            j = next((j for j, member in enumerate(group.members) if member == i), None)
+            lora = single.lora_view(None, None, 1.0, 0.0, None) if j is None else group.loras[j]
+            rank = max(rank, 0 if j is None else group.lora_a[j].shape[0])
+            self.size = max(self.size, native().scratch_bytes(group.m, n, group.k, rank))
+            self.parts.append((n, (view, lora), (address(bias), dtype_of(bias))))
+        self.dtype, self.xa = DTYPES[dtype], -(-4 * group.m * rank // 64) * 64  # what follows stays aligned
+        self.run = native().qlora_linear_fwd
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., K] of the shape and dtype it was made for -> y_i [..., N_i]."""
+        x, buffer, lead, results = x.contiguous(), scratch(self.xa + self.size), x.shape[:-1], []
+        low, at = buffer.data_ptr(), x.data_ptr()
+        for n, what, bias in self.parts:
+            y = x.new_empty((*lead, n))
+            self.run(*what, at, self.dtype, self.m, *bias, y.data_ptr(), low, True, low + self.xa, self.size)
+            results.append(y)
+        return results
 
 
 def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):

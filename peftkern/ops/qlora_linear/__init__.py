@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from ...backends import select
 from ...nf4 import NF4Weight, operands
-from .. import LIBRARY, accumulation, autocast_off, backend
+from .. import LIBRARY, accumulation, autocast_off, backend, unobserved
 
 __all__ = ["qlora_linear"]
 
@@ -111,6 +111,7 @@ def qlora_linear(
     """x [M, K] -> y [M, N]; `functional.qlora_linear` has checked the arguments."""
     (data, quant), n = operands(weight), weight.shape[0]
     if not torch.is_grad_enabled():
-        return torch.ops.peftkern.qlora_linear_fwd(x.contiguous(), data, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+        forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
+        return forward(x.contiguous(), data, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
     args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, scaling, dropout_p, seed)
     return _QLoRALinear.apply(*args)

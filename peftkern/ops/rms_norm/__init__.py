@@ -7,7 +7,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, backend
+from .. import LIBRARY, backend, unobserved
 
 __all__ = ["CASTS", "result_dtype", "rms_norm"]
 
@@ -65,5 +65,5 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> Tensor:
     """x [..., N], weight [N] -> [..., N]; `functional.rms_norm` has checked the arguments."""
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
-        return torch.ops.peftkern.rms_norm_fwd(x, weight, eps, offset, cast)[0]
+        return (_fwd if unobserved(x) else torch.ops.peftkern.rms_norm_fwd)(x, weight, eps, offset, cast)[0]
     return _RMSNorm.apply(x, weight, eps, offset, cast)

@@ -7,7 +7,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, backend
+from .. import LIBRARY, backend, unobserved
 
 __all__ = ["empty_heads", "rope", "seq_first"]
 
@@ -56,5 +56,5 @@ class _RoPE(torch.autograd.Function):
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q [B, Hq, S, D], k [B, Hk, S, D], cos, sin [B or 1, S, Dr]; `functional.rope` has checked the arguments."""
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
-        return tuple(torch.ops.peftkern.rope(q, k, cos, sin, False, [seq_first(q), seq_first(k)]))
+        return tuple((_impl if unobserved(q) else torch.ops.peftkern.rope)(q, k, cos, sin, False, [seq_first(q), seq_first(k)]))
     return _RoPE.apply(q, k, cos, sin)

@@ -1,0 +1,70 @@
+"""Generation: linears on a few rows without gradients, where reading a model's attributes and checking arguments costs more than the
+arithmetic. What a call needs is prepared once and used again as long as nothing that it was made of has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, group
+from ..ops import unobserved
+
+__all__ = ["Ready", "address_of", "has_hooks"]
+
+_MOST_ROWS = 64  # the kernel for few rows takes no more; the table of ops/qlora_linear/config.py says where it is used
+
+
+class _Linear(Protocol):
+    """A patched linear: `signature` is the same as long as `plan` gives the same, None where that cannot be told cheaply."""
+
+    def plan(self, x: Tensor) -> Any: ...
+
+    def signature(self) -> tuple | None: ...
+
+
+class Ready:
+    """Linears on one input, ready for another call of few rows on the CPU."""
+
+    __slots__ = ("linears", "signature", "call")
+
+    def __init__(self, linears: Sequence[_Linear]) -> None:
+        self.linears, self.signature, self.call = linears, None, None
+
+    def __call__(self, x: Tensor) -> list[Tensor] | None:
+        """Each linear's result; None where the call has to be computed as any other."""
+        if not _serves(x):
+            return None
+        signature: list[Any] = [x.dtype, x.numel()]
+        for linear in self.linears:
+            part = linear.signature()
+            if part is None:
+                return None
+            signature.append(part)
+        if signature != self.signature:
+            self.call, self.signature = self._prepare(x), signature
+        return None if self.call is None else self.call(x)
+
+    def _prepare(self, x: Tensor) -> Any:
+        plans = [linear.plan(x) for linear in self.linears]
+        if any(plan is None or not plan.compute == plan.base_result == plan.result == x.dtype for plan in plans):
+            return None
+        return group.few_rows(x, [plan.member for plan in plans])
+
+
+def _serves(x: Tensor) -> bool:
+    if not x.is_cpu or x.dim() == 0 or x.numel() > _MOST_ROWS * x.shape[-1] or not unobserved(x):
+        return False
+    return not torch.is_autocast_enabled("cpu") and backends.select(x) == "cpu"
+
+
+def address_of(tensor: Tensor | None) -> tuple | None:
+    """Where a tensor lies and how. While someone holds its memory nothing else has that address."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches or changes what this module sees: then it must really be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
