@@ -1,4 +1,6 @@
-"""A decoder layer's small ops, forward and backward: SwiGLU and GEGLU, RMSNorm and rotary embeddings, against PyTorch's own."""
+"""A decoder layer's small ops, forward and backward: SwiGLU and GEGLU, RMSNorm and rotary embeddings, against PyTorch's own.
+
+LayerNorm is left to PyTorch, whose kernel is fused: its row beside our RMSNorm of the same size says whether there is something to gain."""
 
 from __future__ import annotations
 
@@ -20,21 +22,30 @@ EPS = 1e-5
 
 
 class _Op(NamedTuple):
-    """inputs: those with a gradient first; every function takes all of them, and returns a tensor or a tuple of them."""
+    """inputs: those with a gradient first; every function takes all of them, and returns a tensor or a tuple of them. beside: other functions
+    that move as many bytes, for orientation; their values are their own."""
 
     inputs: list[Tensor]
     trained: int
     ours: Callable
     stock: Callable
     others: dict[str, Callable]
+    beside: dict[str, Callable] = {}
 
 
 def specs(small: bool) -> list[Spec]:
     """n: the width (of a head for rope), k: 1, or the heads of q and k together; m: tokens."""
     m = 64 if small else 512
-    shapes = [("swiglu", 1536, 1), ("geglu", 1536, 1), ("geglu tanh", 1536, 1), ("rms norm", 576, 1), ("rope", 64, 12)]
+    shapes = [
+        ("swiglu", 1536, 1),
+        ("geglu", 1536, 1),
+        ("geglu tanh", 1536, 1),
+        ("rms norm", 576, 1),
+        ("layer norm", 768, 1),
+        ("rope", 64, 12),
+    ]
     if not small:
-        shapes += [("swiglu", 14336, 1), ("rms norm", 4096, 1), ("rope", 128, 40)]
+        shapes += [("swiglu", 14336, 1), ("rms norm", 4096, 1), ("layer norm", 4096, 1), ("rope", 128, 40)]
     return [Spec(name, mode, d, n, k, m) for name, n, k in shapes for d in ("bfloat16", "float32") for mode in ("forward", "backward")]
 
 
@@ -53,6 +64,17 @@ def _rms_norm(spec: Spec, dtype: torch.dtype) -> _Op:
     inputs = [torch.randn(spec.m, spec.n).to(dtype), (torch.rand(spec.n) + 0.5).to(dtype)]
     others = {"F.rms_norm": lambda x, w: F.rms_norm(x, (spec.n,), w, EPS)}
     return _Op(inputs, 1, lambda x, w: functional.rms_norm(x, w, eps=EPS), stock, others)
+
+
+def _layer_norm(spec: Spec, dtype: torch.dtype) -> _Op:
+    def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide - wide.mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight + bias).to(x.dtype)
+
+    inputs = [torch.randn(spec.m, spec.n).to(dtype), (torch.rand(spec.n) + 0.5).to(dtype), torch.randn(spec.n).to(dtype)]
+    beside = {"our rms_norm": lambda x, w, b: functional.rms_norm(x, w, eps=EPS)}
+    return _Op(inputs, 1, lambda x, w, b: F.layer_norm(x, (spec.n,), w, b, EPS), stock, {}, beside)
 
 
 def _rope(spec: Spec, dtype: torch.dtype) -> _Op:
@@ -94,14 +116,14 @@ def _moved(spec: Spec, op: _Op, dtype: torch.dtype) -> int:
     """Every operand read once, every result written once. The gradient of a rotation reads dy in place of q and k."""
     width = spec.m * spec.n * spec.k * dtype.itemsize
     small = sum(x.nbytes for x in op.inputs[op.trained :])
-    tensors = {"rope": (2, 2), "rms norm": (2, 3)}.get(spec.kernel, (3, 5))[spec.mode == "backward"]
+    tensors = {"rope": (2, 2), "rms norm": (2, 3), "layer norm": (2, 3)}.get(spec.kernel, (3, 5))[spec.mode == "backward"]
     return tensors * width + small
 
 
 def build(spec: Spec) -> list[Provider]:
     torch.manual_seed(0)
     dtype, backward = DTYPES[spec.dtype], spec.mode == "backward"
-    op = {"rms norm": _rms_norm, "rope": _rope}.get(spec.kernel, _glu)(spec, dtype)
+    op = {"rms norm": _rms_norm, "layer norm": _layer_norm, "rope": _rope}.get(spec.kernel, _glu)(spec, dtype)
     exact = _outputs(op.stock, op, [x.double() for x in op.inputs], backward)()
     stock = _outputs(op.stock, op, op.inputs, backward)
     moved = _moved(spec, op, dtype)
@@ -109,6 +131,8 @@ def build(spec: Spec) -> list[Provider]:
     providers.append(Provider("PyTorch, op by op", stock, close(exact, dtype), moved))
     for name, call in op.others.items():
         providers.append(Provider(name, _outputs(call, op, op.inputs, backward), close(exact, dtype), moved))
+    for name, call in op.beside.items():
+        providers.append(Provider(name, _outputs(call, op, op.inputs, backward), lambda _: None, moved))
     return providers
 
 
