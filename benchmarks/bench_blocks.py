@@ -22,8 +22,9 @@ EPS = 1e-5
 
 
 class _Op(NamedTuple):
-    """inputs: those with a gradient first; every function takes all of them, and returns a tensor or a tuple of them. beside: other functions
-    that move as many bytes, for orientation; their values are their own."""
+    """inputs: those with a gradient first; every function takes all of them, and returns a tensor or a tuple of them.
+    beside: other functions that move as many bytes, for orientation; their values are their own.
+    """
 
     inputs: list[Tensor]
     trained: int
