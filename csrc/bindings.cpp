@@ -149,4 +149,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_columns_bwd", [](Address dy, Address u, int dtype, int64_t m_, int64_t n, Address scale, Address du, Address d_scale, Address d_bias) {
     check(pk_scale_columns_bwd_cpu(at<void>(dy), at<void>(u), dtype, m_, n, at<float>(scale), at<void>(du), at<float>(d_scale), at<float>(d_bias), 0));
   }, nogil());
+  m.def("advise_huge_pages", [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
 }

@@ -4,6 +4,9 @@
 #endif
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "kernels.h"
 
@@ -371,6 +374,16 @@ int pk_scale_columns_bwd_cpu(const void* dy, const void* u, int dtype, int64_t m
   if (n == 0) return PK_OK;
   if (m && !dy) return PK_ERR_NULL;
   current->scale_columns_grad(dy, u, dtype, m, n, scale, du, d_scale, d_bias, threads_or_default(threads));
+  return PK_OK;
+}
+
+int pk_advise_huge_pages(void* data, int64_t bytes) {
+  if (bytes < 0) return PK_ERR_SHAPE;
+  if (bytes && !data) return PK_ERR_NULL;
+#if defined(__linux__)
+  const uintptr_t page = 2 << 20, begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + (uintptr_t)bytes) / page * page;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
   return PK_OK;
 }
 

@@ -209,6 +209,10 @@ PK_API int pk_scale_columns_fwd_cpu(const void* u, int dtype, int64_t m, int64_t
 PK_API int pk_scale_columns_bwd_cpu(const void* dy, const void* u, int dtype, int64_t m, int64_t n, const float* scale, void* du, float* d_scale,
                                     float* d_bias, int threads);
 
+/* Asks the system for huge pages behind a buffer that nothing has written to yet; a hint, PK_OK also where the system has none. For buffers
+ * mapped by themselves (from 32 MiB on, glibc's malloc does so): the wish ends with the mapping. */
+PK_API int pk_advise_huge_pages(void* data, int64_t bytes);
+
 #ifdef __cplusplus
 }
 #endif

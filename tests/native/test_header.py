@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from peftkern import NF4Weight, backends
+from peftkern.ops.native import on_huge_pages
 
 from .compiled import COMMON, CSRC, CXX, CLora, CWeight, c_lora, c_weight, i64, load, pointer
 
@@ -179,6 +180,28 @@ def test_scratch_one_byte_short_is_refused(call: Call) -> None:
     size = call.lib.pk_qlora_linear_scratch_bytes(i64(M), i64(N), i64(K), i64(R), 1)
     assert (call.forward(size=size - 1), call.backward(size=size - 1)) == (SCRATCH, SCRATCH)
     assert (call.forward(size=size), call.backward(size=size)) == (OK, OK)
+
+
+def test_advice_on_huge_pages_is_a_hint(lib: ctypes.CDLL) -> None:
+    """Any buffer may be named, also one that holds no whole huge page; what it holds stays."""
+    small = torch.arange(1000)
+    assert lib.pk_advise_huge_pages(pointer(small), i64(small.nbytes)) == OK and torch.equal(small, torch.arange(1000))
+    assert lib.pk_advise_huge_pages(None, i64(0)) == OK
+    assert lib.pk_advise_huge_pages(None, i64(1 << 22)) == NULL
+    assert lib.pk_advise_huge_pages(pointer(small), i64(-1)) == SHAPE
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this system has no huge pages")
+def test_a_large_fresh_tensor_is_on_huge_pages() -> None:
+    for size, asked in ((64 << 20, True), (1 << 20, False)):
+        tensor = on_huge_pages(torch.empty(size, dtype=torch.uint8))
+        middle, flags = tensor.data_ptr() + size // 2, []
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                here = int(bounds[1], 16) <= middle < int(bounds[2], 16)
+            elif here and line.startswith("VmFlags:"):
+                flags += line.split()
+        assert ("hg" in flags) == asked, flags
 
 
 def test_levels(lib: ctypes.CDLL) -> None:

@@ -64,18 +64,56 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_nothing(reentrant: bool) -> None:
+def test_checkpointing_changes_nothing(reentrant: bool, reduction: str) -> None:
     case = make(12, 40, 16, 2, torch.float32)
 
-    def checkpointed(x, weight, labels, *, bias, lora_a, lora_b):
+    def checkpointed(x, weight, labels, *, bias, lora_a, lora_b, **options):
         def run(*t):
-            return linear_cross_entropy(t[0], t[1], labels, bias=t[2], lora_a=t[3], lora_b=t[4])
+            return linear_cross_entropy(t[0], t[1], labels, bias=t[2], lora_a=t[3], lora_b=t[4], **options)
 
         return checkpoint(run, x, weight, bias, lora_a, lora_b, use_reentrant=reentrant)
 
-    got, expected = _grads(case, checkpointed), _grads(case, linear_cross_entropy)
+    got, expected = (_grads(case, function, reduction=reduction) for function in (checkpointed, linear_cross_entropy))
     assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_the_last_backward_hands_out_what_forward_made() -> None:
+    """No second tensor of the weight's size: the gradient kept since forward is scaled where it lies."""
+    x, weight, labels, *_ = make(12, 40, 16, 0, torch.float32)
+    weight, kept = leaf(weight), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        loss = linear_cross_entropy(x, weight, labels)
+    loss.backward()
+    assert weight.grad.data_ptr() in kept
+
+
+def test_backward_again_sees_nothing_of_what_was_done_to_the_first_gradients() -> None:
+    case = make(12, 40, 16, 2, torch.float32)
+    expected = _grads(case, linear_cross_entropy)
+    x, weight, labels, bias, a, b = case
+    leaves = [leaf(t) for t in (x, weight, bias, a, b)]
+    loss = linear_cross_entropy(leaves[0], leaves[1], labels, bias=leaves[2], lora_a=leaves[3], lora_b=leaves[4])
+    for retain in (True, True, False):
+        loss.backward(retain_graph=retain)
+        got = named(loss, leaves[0], leaves[2], leaves[3], leaves[4], leaves[1])
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+        for t in leaves:
+            t.grad.fill_(torch.nan)
+            t.grad = None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_batched_gradients_of_the_loss() -> None:
+    x, weight, labels, *_ = make(12, 40, 16, 0, torch.float32)
+    x, weight = leaf(x), leaf(weight)
+    expected = torch.autograd.grad(linear_cross_entropy(x, weight, labels), (x, weight))
+    loss = linear_cross_entropy(x, weight, labels)
+    got = torch.autograd.grad(loss, (x, weight), torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    for batch, single in zip(got, expected, strict=True):
+        assert torch.equal(batch[0], single) and torch.allclose(batch[1], 2 * single)
 
 
 def test_training_after_inference_mode() -> None:

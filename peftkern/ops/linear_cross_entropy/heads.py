@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..native import address, native, scratch, weight_view
+from ..native import address, native, on_huge_pages, scratch, weight_view
 from ..qlora_linear import config
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]
@@ -32,7 +32,7 @@ class Grads(NamedTuple):
     def of(cls, x: Tensor, n: int, lora_a: Tensor | None, needs: tuple[bool, ...], filled: bool) -> Grads:
         k, rank = x.shape[1], 0 if lora_a is None else lora_a.shape[0]
         small = (torch.zeros(s) if need else None for s, need in zip(((n,), (rank, k), (n, rank)), needs[1:4], strict=True))
-        d_weight = (torch.empty if filled else torch.zeros)(n, k) if needs[4] else None
+        d_weight = None if not needs[4] else on_huge_pages(torch.empty(n, k)) if filled else torch.zeros(n, k)
         return cls(torch.zeros_like(x) if needs[0] else None, *small, d_weight)
 
 
