@@ -124,8 +124,8 @@ def _rms_norm_bwd_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = (row < M)[:, None]
     wide = row.to(tl.int64)[:, None]
-    at = wide * n
-    dy_row, x_row, dx_row = dy_ptr + at, x_ptr + wide * ld_x, dx_ptr + at  # [ROWS, 1]
+    dy_row, x_row, dx_row = dy_ptr + wide * n, x_ptr + wide * ld_x, dx_ptr + wide * n  # [ROWS, 1]
+    ds_row = None if ds_ptr is None else ds_ptr + wide * n
     rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]
     g, x = _terms(dy_row, x_row, weight_ptr, cols, inside, offset, n)
@@ -136,19 +136,17 @@ def _rms_norm_bwd_kernel(
             products += more_g * (more_x * rstd)
     share = rstd * rstd * (tl.sum(products, axis=1) / n)[:, None]
     if WHOLE:
-        _store_dx(g * rstd - x * share, ds_ptr, dx_row, at, cols, inside, n)
+        dx = g * rstd - x * share
+        if ds_ptr is not None:
+            dx += _float(tl.load(ds_row + cols, mask=inside & (cols < n), other=0.0))
+        tl.store(dx_row + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (cols < n))
     else:
         for start in range(0, n, BLOCK):
             g, x = _terms(dy_row, x_row, weight_ptr, start + cols, inside, offset, n)
-            _store_dx(g * rstd - x * share, ds_ptr, dx_row, at, start + cols, inside, n)
-
-
-@triton.jit
-def _store_dx(dx, ds_ptr, dx_row, at, cols, inside, n):
-    mask = inside & (cols < n)
-    if ds_ptr is not None:
-        dx += _float(tl.load(ds_ptr + at + cols, mask=mask, other=0.0))
-    tl.store(dx_row + cols, _cast(dx, dx_row.dtype.element_ty), mask=mask)
+            dx = g * rstd - x * share
+            if ds_ptr is not None:
+                dx += _float(tl.load(ds_row + start + cols, mask=inside & (start + cols < n), other=0.0))
+            tl.store(dx_row + start + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (start + cols < n))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
