@@ -150,4 +150,11 @@ PYBIND11_MODULE(_C, m) {
     check(pk_scale_columns_bwd_cpu(at<void>(dy), at<void>(u), dtype, m_, n, at<float>(scale), at<void>(du), at<float>(d_scale), at<float>(d_bias), 0));
   }, nogil());
   m.def("advise_huge_pages", [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
+  m.def("add_rms_norm_fwd", [](const pk_rms_norm& norm, Address residual, Address sum, Address y, Address rstd, Address scratch, int64_t bytes) {
+    check(pk_add_rms_norm_fwd_cpu(&norm, at<void>(residual), at<void>(sum), at<void>(y), at<float>(rstd), at<void>(scratch), bytes, 0));
+  }, nogil());
+  m.def("add_rms_norm_bwd", [](const pk_rms_norm& norm, Address dy, Address ds, Address rstd, Address d_sum, Address d_weight, Address scratch,
+                               int64_t bytes) {
+    check(pk_add_rms_norm_bwd_cpu(&norm, at<void>(dy), at<void>(ds), at<float>(rstd), at<void>(d_sum), at<float>(d_weight), at<void>(scratch), bytes, 0));
+  }, nogil());
 }

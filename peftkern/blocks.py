@@ -9,7 +9,7 @@ from .ops import glu as _glu
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
 
-__all__ = ["glu", "rms_norm", "rope"]
+__all__ = ["add_rms_norm", "glu", "rms_norm", "rope"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,6 +69,40 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, offset: float = 0.
     >>> rms_norm(torch.randn(2, 5, 64), torch.zeros(64), offset=1.0, cast="gemma").shape
     torch.Size([2, 5, 64])
     """
+    _check_norm(x, weight, offset, cast)
+    return _rms_norm.rms_norm(x, weight, float(eps), float(offset), cast)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float = 1e-6, offset: float = 0.0, cast: str = "llama"
+) -> tuple[Tensor, Tensor]:
+    """A residual stream's addition and the RMSNorm behind it: s = residual + x, rounded to the dtype as torch does; y = rms_norm(s).
+
+    In backward the gradient that the stream brings for s is added where the norm's is still in fp32, and rounded once: what autograd
+    does with two roundings and a pass more. It is the gradient of x and of residual both.
+
+    Args:
+        x: [..., N], fp32, bf16 or fp16: what a block adds to the stream.
+        residual: of x's shape, dtype and device: the stream. None: x is the stream itself (a layer's first norm), and s is x; what is
+            gained is the backward pass.
+        weight, eps, offset, cast: as in `rms_norm`.
+    Returns: y [..., N], contiguous, of `rms_norm`'s dtype, and s [..., N] of x's. Either may be left unused. Saved for backward: s, the
+        weight, and 1 / sqrt(...) in fp32 [M].
+    Raises: TypeError, ValueError naming the argument, what was got and what was expected.
+    Source: Root Mean Square Layer Normalization (Zhang and Sennrich, 2019), section 4; pre-norm residuals, Xiong et al., 2020, section 3.
+
+    >>> y, s = add_rms_norm(torch.ones(2, 5, 64), torch.ones(2, 5, 64), torch.ones(64))
+    >>> s.unique().tolist(), y.shape
+    ([2.0], torch.Size([2, 5, 64]))
+    """
+    _check_norm(x, weight, offset, cast)
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        got = f"{residual.dtype} {tuple(residual.shape)} on {residual.device}"
+        raise ValueError(f"residual: got {got}, expected x's {x.dtype} {tuple(x.shape)} on {x.device}")
+    return _rms_norm.add_rms_norm(x, residual, weight, float(eps), float(offset), cast)
+
+
+def _check_norm(x: Tensor, weight: Tensor, offset: float, cast: str) -> None:
     _check_float("x", x)
     _check_float("weight", weight)
     if cast not in _rms_norm.CASTS:
@@ -80,7 +114,6 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, offset: float = 0.
     if tuple(weight.shape) != (x.shape[-1],) or weight.device != x.device:
         got = f"{tuple(weight.shape)} on {weight.device}"
         raise ValueError(f"weight: got {got}, expected [{x.shape[-1]}] on {x.device}")
-    return _rms_norm.rms_norm(x, weight, float(eps), float(offset), cast)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

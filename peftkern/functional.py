@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, nf4
-from .blocks import glu, rms_norm, rope
+from .blocks import add_rms_norm, glu, rms_norm, rope
 from .dora import dora_linear, dora_norm, row_squares
 from .group import Adapter, Member, qlora_group
 from .losses import linear_cross_entropy
@@ -20,6 +20,7 @@ from .ops import quantize as _quantize
 __all__ = [
     "Adapter",
     "Member",
+    "add_rms_norm",
     "dequantize_4bit",
     "dora_linear",
     "dora_norm",

@@ -319,7 +319,7 @@ int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scr
   if (norm->m == 0) return PK_OK;
   if (!norm->x || !norm->weight || !y || !rstd || !scratch) return PK_ERR_NULL;
   if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
-  current->rms_norm(*norm, y, rstd, (float*)scratch, threads_or_default(threads));
+  current->rms_norm(*norm, nullptr, nullptr, y, rstd, (float*)scratch, threads_or_default(threads));
   return PK_OK;
 }
 int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight, void* scratch, int64_t bytes, int threads) {
@@ -327,7 +327,7 @@ int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rs
   if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
   if (!norm->x || !norm->weight || !dy || !rstd || !scratch) return PK_ERR_NULL;
   if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
-  current->rms_norm_grad(*norm, dy, rstd, dx, d_weight, (float*)scratch, threads_or_default(threads));
+  current->rms_norm_grad(*norm, dy, nullptr, rstd, dx, d_weight, (float*)scratch, threads_or_default(threads));
   return PK_OK;
 }
 
@@ -384,6 +384,24 @@ int pk_advise_huge_pages(void* data, int64_t bytes) {
   const uintptr_t page = 2 << 20, begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + (uintptr_t)bytes) / page * page;
   if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 #endif
+  return PK_OK;
+}
+
+int pk_add_rms_norm_fwd_cpu(const pk_rms_norm* norm, const void* residual, void* s, void* y, float* rstd, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return PK_OK;
+  if (!norm->x || !norm->weight || !residual || !s || !y || !rstd || !scratch) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
+  current->rms_norm(*norm, residual, s, y, rstd, (float*)scratch, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void* ds, const float* rstd, void* d_sum, float* d_weight, void* scratch,
+                            int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
+  if (!norm->x || !norm->weight || !dy || !ds || !d_sum || !rstd || !scratch) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
+  current->rms_norm_grad(*norm, dy, ds, rstd, d_sum, d_weight, (float*)scratch, threads_or_default(threads));
   return PK_OK;
 }
 

@@ -16,8 +16,9 @@ struct Kernels {
   void (*backward)(const Group& group, const void* x, int dtype, int64_t m, void* dx, float* scratch, int threads);
   void (*dropout_mask)(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads);
   void (*glu)(const pk_glu& operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h, int threads);
-  void (*rms_norm)(const pk_rms_norm& norm, void* y, float* rstd, float* scratch, int threads);
-  void (*rms_norm_grad)(const pk_rms_norm& norm, const void* dy, const float* rstd, void* dx, float* d_weight, float* scratch, int threads);
+  void (*rms_norm)(const pk_rms_norm& norm, const void* residual, void* s, void* y, float* rstd, float* scratch, int threads);
+  void (*rms_norm_grad)(const pk_rms_norm& norm, const void* dy, const void* ds, const float* rstd, void* dx, float* d_weight, float* scratch,
+                        int threads);
   void (*rope)(const pk_rope_heads* qk, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos, const void* sin, int angle_dtype,
                int64_t angle_batch, int64_t rotary, int inverse, int threads);
   void (*cross_entropy)(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,

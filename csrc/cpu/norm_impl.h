@@ -1,4 +1,5 @@
-// RMSNorm and its backward, a row at a time: the second look at a row finds it in the cache. fp32 inside.
+// RMSNorm and its backward, a row at a time: the second look at a row finds it in the cache. fp32 inside. With a residual stream: the sum is
+// formed row by row before its norm, and the stream's gradient is added where the norm's is in registers.
 #pragma once
 #include "kernels.h"
 #include "math_impl.h"
@@ -53,13 +54,23 @@ static const float* norm_weight(const pk_rms_norm& a, float* out) {
   return out;
 }
 
+// s = x + residual, rounded once.
+template <typename T>
+static void add_row(const T* x, const T* residual, int64_t n, T* s) {
+  for (int64_t i = 0; i < n; i += VW) store_some(s + i, load_some(x + i, n - i) + load_some(residual + i, n - i), n - i);
+}
+
 template <bool LLAMA, typename T, typename Y>
-static void rms_norm_of(const pk_rms_norm& a, const T* x, Y* y, float* rstd, float* scratch, int threads) {
+static void rms_norm_of(const pk_rms_norm& a, const T* x, const T* residual, T* s, Y* y, float* rstd, float* scratch, int threads) {
   const float* w = norm_weight(a, scratch);
   const int64_t n = a.n;
 #pragma omp parallel for schedule(static) num_threads(threads) if (a.m * n >= NORM_PARALLEL)
   for (int64_t row = 0; row < a.m; row++) {
     const T* from = x + row * a.ld_x;
+    if (s) {
+      add_row(from, residual + row * n, n, s + row * n);
+      from = s + row * n;
+    }
     rstd[row] = reciprocal_root(sum_of_squares(from, n) / (float)n + a.eps);
     const vf r = set1(rstd[row]);
     for (int64_t i = 0; i < n; i += VW) {
@@ -69,9 +80,9 @@ static void rms_norm_of(const pk_rms_norm& a, const T* x, Y* y, float* rstd, flo
   }
 }
 
-// With g = dy * w and x^ = x * rstd: dx = rstd (g - x^ mean(g x^)); d_weight sums dy * x^ (as it met the weight) over the task's rows.
+// With g = dy * w and x^ = x * rstd: dx = rstd (g - x^ mean(g x^)) + ds; d_weight sums dy * x^ (as it met the weight) over the task's rows.
 template <bool LLAMA, typename T, typename Y>
-static void rms_norm_grad_row(const T* x, const Y* dy, const float* w, int64_t n, float rstd, T* dx, float* d_weight) {
+static void rms_norm_grad_row(const T* x, const Y* dy, const T* ds, const float* w, int64_t n, float rstd, T* dx, float* d_weight) {
   const vf r = set1(rstd);
   vf s[2] = {};
   for (int64_t i = 0; i < n; i += VW) {
@@ -86,12 +97,14 @@ static void rms_norm_grad_row(const T* x, const Y* dy, const float* w, int64_t n
   const vf share = set1((float)(-(double)rstd * rstd * (sum(s[0] + s[1]) / (double)n)));
   for (int64_t i = 0; i < n; i += VW) {
     const int64_t count = n - i;
-    store_some(dx + i, fma(load_some(x + i, count), share, load_some(dy + i, count) * load_some(w + i, count) * r), count);
+    const vf d = fma(load_some(x + i, count), share, load_some(dy + i, count) * load_some(w + i, count) * r);
+    store_some(dx + i, ds ? d + load_some(ds + i, count) : d, count);
   }
 }
 
 template <bool LLAMA, typename T, typename Y>
-static void rms_norm_grad_of(const pk_rms_norm& a, const T* x, const Y* dy, const float* rstd, T* dx, float* d_weight, float* scratch, int threads) {
+static void rms_norm_grad_of(const pk_rms_norm& a, const T* x, const Y* dy, const T* ds, const float* rstd, T* dx, float* d_weight, float* scratch,
+                             int threads) {
   const float* w = norm_weight(a, scratch);
   const int64_t n = a.n, rows = pk::norm_rows(a.m), tasks = pk::norm_tasks(a.m);
   float* partial = scratch + n;
@@ -100,7 +113,7 @@ static void rms_norm_grad_of(const pk_rms_norm& a, const T* x, const Y* dy, cons
     float* own = d_weight ? partial + task * n : nullptr;
     if (own) clear(own, n);
     for (int64_t row = task * rows; row < smaller(a.m, (task + 1) * rows); row++)
-      rms_norm_grad_row<LLAMA>(x + row * a.ld_x, dy + row * n, w, n, rstd[row], dx ? dx + row * n : nullptr, own);
+      rms_norm_grad_row<LLAMA>(x + row * a.ld_x, dy + row * n, ds ? ds + row * n : nullptr, w, n, rstd[row], dx ? dx + row * n : nullptr, own);
   }
   if (!d_weight) return;
   memcpy(d_weight, partial, (size_t)n * sizeof(float));
@@ -109,30 +122,32 @@ static void rms_norm_grad_of(const pk_rms_norm& a, const T* x, const Y* dy, cons
 }
 
 template <typename T, typename Y>
-static void rms_norm_as(const pk_rms_norm& a, Y* y, float* rstd, float* scratch, int threads) {
-  if (a.cast == PK_CAST_LLAMA) rms_norm_of<true>(a, (const T*)a.x, y, rstd, scratch, threads);
-  else rms_norm_of<false>(a, (const T*)a.x, y, rstd, scratch, threads);
+static void rms_norm_as(const pk_rms_norm& a, const void* residual, void* s, Y* y, float* rstd, float* scratch, int threads) {
+  if (a.cast == PK_CAST_LLAMA) rms_norm_of<true>(a, (const T*)a.x, (const T*)residual, (T*)s, y, rstd, scratch, threads);
+  else rms_norm_of<false>(a, (const T*)a.x, (const T*)residual, (T*)s, y, rstd, scratch, threads);
 }
 template <typename T, typename Y>
-static void rms_norm_grad_as(const pk_rms_norm& a, const Y* dy, const float* rstd, void* dx, float* d_weight, float* scratch, int threads) {
-  if (a.cast == PK_CAST_LLAMA) rms_norm_grad_of<true>(a, (const T*)a.x, dy, rstd, (T*)dx, d_weight, scratch, threads);
-  else rms_norm_grad_of<false>(a, (const T*)a.x, dy, rstd, (T*)dx, d_weight, scratch, threads);
+static void rms_norm_grad_as(const pk_rms_norm& a, const Y* dy, const void* ds, const float* rstd, void* dx, float* d_weight, float* scratch,
+                             int threads) {
+  if (a.cast == PK_CAST_LLAMA) rms_norm_grad_of<true>(a, (const T*)a.x, dy, (const T*)ds, rstd, (T*)dx, d_weight, scratch, threads);
+  else rms_norm_grad_of<false>(a, (const T*)a.x, dy, (const T*)ds, rstd, (T*)dx, d_weight, scratch, threads);
 }
 
-static void rms_norm(const pk_rms_norm& a, void* y, float* rstd, float* scratch, int threads) {
-  if (a.dtype == PK_F32) rms_norm_as<float>(a, (float*)y, rstd, scratch, threads);
-  else if (a.dtype == PK_BF16 && a.y_dtype == PK_F32) rms_norm_as<bf16>(a, (float*)y, rstd, scratch, threads);
-  else if (a.dtype == PK_BF16) rms_norm_as<bf16>(a, (bf16*)y, rstd, scratch, threads);
-  else if (a.y_dtype == PK_F32) rms_norm_as<f16>(a, (float*)y, rstd, scratch, threads);
-  else rms_norm_as<f16>(a, (f16*)y, rstd, scratch, threads);
+static void rms_norm(const pk_rms_norm& a, const void* residual, void* s, void* y, float* rstd, float* scratch, int threads) {
+  if (a.dtype == PK_F32) rms_norm_as<float>(a, residual, s, (float*)y, rstd, scratch, threads);
+  else if (a.dtype == PK_BF16 && a.y_dtype == PK_F32) rms_norm_as<bf16>(a, residual, s, (float*)y, rstd, scratch, threads);
+  else if (a.dtype == PK_BF16) rms_norm_as<bf16>(a, residual, s, (bf16*)y, rstd, scratch, threads);
+  else if (a.y_dtype == PK_F32) rms_norm_as<f16>(a, residual, s, (float*)y, rstd, scratch, threads);
+  else rms_norm_as<f16>(a, residual, s, (f16*)y, rstd, scratch, threads);
 }
 
-static void rms_norm_grad(const pk_rms_norm& a, const void* dy, const float* rstd, void* dx, float* d_weight, float* scratch, int threads) {
-  if (a.dtype == PK_F32) rms_norm_grad_as<float>(a, (const float*)dy, rstd, dx, d_weight, scratch, threads);
-  else if (a.dtype == PK_BF16 && a.y_dtype == PK_F32) rms_norm_grad_as<bf16>(a, (const float*)dy, rstd, dx, d_weight, scratch, threads);
-  else if (a.dtype == PK_BF16) rms_norm_grad_as<bf16>(a, (const bf16*)dy, rstd, dx, d_weight, scratch, threads);
-  else if (a.y_dtype == PK_F32) rms_norm_grad_as<f16>(a, (const float*)dy, rstd, dx, d_weight, scratch, threads);
-  else rms_norm_grad_as<f16>(a, (const f16*)dy, rstd, dx, d_weight, scratch, threads);
+static void rms_norm_grad(const pk_rms_norm& a, const void* dy, const void* ds, const float* rstd, void* dx, float* d_weight, float* scratch,
+                          int threads) {
+  if (a.dtype == PK_F32) rms_norm_grad_as<float>(a, (const float*)dy, ds, rstd, dx, d_weight, scratch, threads);
+  else if (a.dtype == PK_BF16 && a.y_dtype == PK_F32) rms_norm_grad_as<bf16>(a, (const float*)dy, ds, rstd, dx, d_weight, scratch, threads);
+  else if (a.dtype == PK_BF16) rms_norm_grad_as<bf16>(a, (const bf16*)dy, ds, rstd, dx, d_weight, scratch, threads);
+  else if (a.y_dtype == PK_F32) rms_norm_grad_as<f16>(a, (const float*)dy, ds, rstd, dx, d_weight, scratch, threads);
+  else rms_norm_grad_as<f16>(a, (const f16*)dy, ds, rstd, dx, d_weight, scratch, threads);
 }
 
 }  // namespace PK_NS

@@ -213,6 +213,15 @@ PK_API int pk_scale_columns_bwd_cpu(const void* dy, const void* u, int dtype, in
  * mapped by themselves (from 32 MiB on, glibc's malloc does so): the wish ends with the mapping. */
 PK_API int pk_advise_huge_pages(void* data, int64_t bytes);
 
+/* RMSNorm of a sum, which is kept: s [m, n] = x + residual, rounded to `dtype`; y = norm(s) with the weight; rstd of s. residual and s lie
+ * contiguous, of `dtype`. Scratch as pk_rms_norm_scratch_bytes says. */
+PK_API int pk_add_rms_norm_fwd_cpu(const pk_rms_norm* norm, const void* residual, void* s, void* y, float* rstd, void* scratch,
+                                   int64_t scratch_bytes, int threads);
+/* norm->x is s. dy [m, n] and ds [m, n] of `dtype`, the gradients of y and of s -> d_sum [m, n] = the norm's gradient + ds, rounded once,
+ * which is x's and residual's; d_weight fp32 [n], or NULL. */
+PK_API int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void* ds, const float* rstd, void* d_sum, float* d_weight,
+                                   void* scratch, int64_t scratch_bytes, int threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -13,6 +13,7 @@ from .blocks import install_blocks, norm_candidates, rope_candidates
 from .detect import Candidate, candidates, excluded
 from .forwards import install, remove
 from .groups import form_groups
+from .layers import install_layers
 from .loss import install_loss, loss_candidate
 from .mixed import mixed_adapters
 from .mlp import install_mlps
@@ -35,7 +36,8 @@ def patch(
         exclude: module names, or whole dotted parts of them ("lm_head", "layers.0"), to leave as they are.
         dense: also patch frozen dense nn.Linear outside LoRA layers (a tied lm_head, say). Default: where it pays, on CPUs whose bf16 or
             fp16 matrix products torch computes by naive loops.
-        blocks: also patch gated MLPs, RMSNorm and rotary embeddings, each recognized by what it computes on a small probe.
+        blocks: also patch gated MLPs, RMSNorm, rotary embeddings, and the residual additions of pre-norm decoder layers, each recognized
+            by what it computes on a small probe.
         fused_loss: a causal LM that is given labels in training computes its loss without the logits, and returns none.
     Returns: PatchReport, naming every module looked at, what it got, and why others fall back.
     Raises: ValueError where nothing could be patched, or an entry of `exclude` names no module.
@@ -62,12 +64,13 @@ def patch(
 
 
 def _install_blocks(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
-    """Gated MLPs, norms and rotary embeddings; a row for each module looked at."""
+    """Gated MLPs, norms, rotary embeddings and the layers around them; a row for each module looked at."""
     found = [item for item in (*norm_candidates(model), *rope_candidates(model)) if excluded(item.name, exclude) is None]
     install_blocks(found)
     kinds = {"rms_norm": "norm", "rope": "attention"}
     rows = [Row(item.name, kinds[item.got], "", "stock" if item.reason else item.got, None, (), item.reason) for item in found]
-    return [Row(name, "mlp", "", got, None, (), why) for name, got, why in install_mlps(model, exclude)] + rows
+    mlps = [Row(name, "mlp", "", got, None, (), why) for name, got, why in install_mlps(model, exclude)]
+    return mlps + rows + [Row(name, "layer", "", got, None, (), why) for name, got, why in install_layers(model, exclude)]
 
 
 def _install_loss(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:

@@ -139,6 +139,16 @@ class NormForward(Forward):
             return self.stock(x, *args, **kwargs)
         return functional.rms_norm(x, weight, eps=getattr(module, mode.eps_name), offset=mode.offset, cast=mode.cast)
 
+    def joined(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """norm(s) and s = residual + x, x itself without a residual: in one launch where the operands are alike."""
+        if residual is not None and (x.dtype, x.shape, x.device) != (residual.dtype, residual.shape, residual.device):
+            x, residual = residual + x, None
+        weight, mode = self.module._parameters.get("weight"), self.cache
+        if type(weight) is not nn.Parameter or not self._serves(x, weight):
+            s = x if residual is None else residual + x
+            return self(s), s
+        return functional.add_rms_norm(x, residual, weight, eps=getattr(self.module, mode.eps_name), offset=mode.offset, cast=mode.cast)
+
     def _serves(self, x: Tensor, weight: Tensor) -> bool:
         if x.dtype not in FLOATS or weight.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
             return False

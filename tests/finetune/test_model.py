@@ -70,7 +70,7 @@ def test_linears_are_four_bit_and_the_rest_is_not(tiny_model: str) -> None:
 
 def test_patched_model_takes_peftkerns_path(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     load_model(tiny_model, FinetuneConfig(model=tiny_model).resolved())
-    assert "23 of 23 modules patched (14 qlora_linear" in capsys.readouterr().err
+    assert "25 of 25 modules patched (14 qlora_linear" in capsys.readouterr().err
 
 
 def test_dtype_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,26 @@ def rms_norm(lib: ctypes.CDLL, x: Tensor, weight: Tensor, dy: Tensor, eps: float
     return {"y": y[0], "dx": dx[0], "d_weight": d_weight[0].to(weight.dtype)}
 
 
+def add_rms_norm(
+    lib: ctypes.CDLL, x: Tensor, residual: Tensor, weight: Tensor, dy: Tensor, ds: Tensor, eps: float, offset: float, cast: int
+) -> dict[str, Tensor]:
+    """Forward and backward of a stream over [m, n]; y of dy's dtype."""
+    (m, n), lib.pk_rms_norm_scratch_bytes.restype = x.shape, ctypes.c_int64
+    kinds = (((m, n), dy.dtype), ((m, n), x.dtype), ((m,), torch.float32), ((m, n), x.dtype), ((n,), torch.float32))
+    outs = [guarded(shape, dtype) for shape, dtype in kinds]
+    y, s, rstd, d_sum, d_weight = (out for out, _ in outs)
+    of = lambda t: CRmsNorm(  # noqa: E731
+        pointer(t), pointer(weight), m, n, t.stride(0), DTYPES[x.dtype], DTYPES[weight.dtype], DTYPES[dy.dtype], cast, eps, offset
+    )
+    size = lib.pk_rms_norm_scratch_bytes(i64(m), i64(n), 1)
+    scratch, guard = guarded((size // 4,), torch.float32)
+    tail, norm, of_s = (pointer(scratch), i64(size), 1), of(x), of(s)
+    assert lib.pk_add_rms_norm_fwd_cpu(ctypes.byref(norm), *map(pointer, (residual, s, y, rstd)), *tail) == 0
+    assert lib.pk_add_rms_norm_bwd_cpu(ctypes.byref(of_s), *map(pointer, (dy, ds, rstd, d_sum, d_weight)), *tail) == 0
+    assert (guard == -777.0).all() and all((g == -777.0).all() for _, g in outs)
+    return {"y": y, "s": s, "dx": d_sum, "d_residual": d_sum, "d_weight": d_weight.to(weight.dtype)}
+
+
 def rope(lib: ctypes.CDLL, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> list[Tensor]:
     """q, k [B, H, S, D] contiguous, cos and sin [B or 1, S, Dr]."""
     outs = [guarded(x.shape, x.dtype) for x in (q, k)]

@@ -19,6 +19,7 @@ from peftkern.nf4 import code_tensor, dynamic_map
 from peftkern.ops.glu import ACTIVATIONS
 from peftkern.ops.rms_norm import CASTS
 
+from ..ops import test_add_rms_norm as test_add_rms_norm_op
 from ..ops import test_glu
 from ..ops import test_rms_norm as test_rms_norm_op
 from ..ops import test_rope as test_rope_op
@@ -347,6 +348,18 @@ def test_rms_norm(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
             case = lambda shape=shape: test_rms_norm_op.case(shape, dtype, dtype)  # noqa: E731
             ours = lambda x, w, dy, o=offset, c=number: compiled_blocks.rms_norm(lib, x, w, dy, 1e-5, o, c)  # noqa: E731
             _draws(case, ours, lambda x, w, dy, o=offset, c=cast: test_rms_norm_op.run(test_rms_norm_op.stock, x, w, dy, o, c))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_rms_norm(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
+    _level(lib, "avx512")
+    op = test_add_rms_norm_op
+    for cast, offset in test_rms_norm_op.MODES:
+        number = CASTS.index(cast)
+        for shape in ((5, 13), (33, 150)):
+            case = lambda shape=shape: op.case(shape, dtype, dtype)  # noqa: E731
+            ours = lambda x, r, w, dy, ds, o=offset, c=number: compiled_blocks.add_rms_norm(lib, x, r, w, dy, ds, 1e-5, o, c)  # noqa: E731
+            _draws(case, ours, lambda *args, o=offset, c=cast: op.run(op.stock, *args, o, c))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -59,21 +59,23 @@ def test_glu_refuses(lib: ctypes.CDLL) -> None:
     assert lib.pk_glu_bwd_cpu(ctypes.byref(CGlu(AT, AT, N, N)), None, 0, i64(M), i64(N), 0, AT, AT, 1) == NULL
 
 
+_NORM = {
+    "x": AT,
+    "weight": AT,
+    "m": M,
+    "n": N,
+    "ld_x": N,
+    "dtype": 0,
+    "weight_dtype": 0,
+    "y_dtype": 0,
+    "cast": 0,
+    "eps": 1e-6,
+    "offset": 0.0,
+}
+
+
 def _norm(lib: ctypes.CDLL, backward: bool, *, out=AT, rstd=AT, scratch=AT, size=4096, d_weight=None, **fields) -> int:
-    good = {
-        "x": AT,
-        "weight": AT,
-        "m": M,
-        "n": N,
-        "ld_x": N,
-        "dtype": 0,
-        "weight_dtype": 0,
-        "y_dtype": 0,
-        "cast": 0,
-        "eps": 1e-6,
-        "offset": 0.0,
-    }
-    norm = ctypes.byref(CRmsNorm(**(good | fields)))
+    norm = ctypes.byref(CRmsNorm(**(_NORM | fields)))
     if backward:
         return lib.pk_rms_norm_bwd_cpu(norm, out, rstd, AT, d_weight, scratch, i64(size), 1)
     return lib.pk_rms_norm_fwd_cpu(norm, out, rstd, scratch, i64(size), 1)
@@ -89,6 +91,30 @@ def test_rms_norm_refuses(lib: ctypes.CDLL, backward: bool) -> None:
     assert _norm(lib, backward, size=4 * N - 1) == SCRATCH
     if backward:
         assert _norm(lib, backward, d_weight=AT, size=4 * N) == SCRATCH and _norm(lib, backward, d_weight=AT, size=8 * N) == OK
+
+
+def _add_norm(
+    lib: ctypes.CDLL, backward: bool, *, first=AT, second=AT, third=AT, rstd=AT, scratch=AT, size=4096, d_weight=None, **fields
+) -> int:
+    """first, second, third: residual, s, y forward; dy, ds, d_sum backward."""
+    norm = ctypes.byref(CRmsNorm(**(_NORM | fields)))
+    if backward:
+        return lib.pk_add_rms_norm_bwd_cpu(norm, first, second, rstd, third, d_weight, scratch, i64(size), 1)
+    return lib.pk_add_rms_norm_fwd_cpu(norm, first, second, third, rstd, scratch, i64(size), 1)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_add_rms_norm_refuses(lib: ctypes.CDLL, backward: bool) -> None:
+    assert [_add_norm(lib, backward), _add_norm(lib, backward, m=0), _add_norm(lib, backward, dtype=1, y_dtype=1)] == [OK] * 3
+    names = ("x", "weight", "first", "second", "third", "rstd", "scratch")
+    assert [_add_norm(lib, backward, **{name: None}) for name in names] == [NULL] * 7
+    bad = ({"m": -1}, {"n": 0}, {"ld_x": N - 1}, {"cast": 2}, {"cast": -1})
+    assert [_add_norm(lib, backward, **change) for change in bad] == [SHAPE] * 5
+    assert [_add_norm(lib, backward, **{name: 3}) for name in ("dtype", "weight_dtype", "y_dtype")] == [DTYPE] * 3
+    assert _add_norm(lib, backward, size=4 * N - 1) == SCRATCH
+    if backward:
+        assert _add_norm(lib, True, d_weight=AT, size=4 * N) == SCRATCH and _add_norm(lib, True, d_weight=AT, size=8 * N) == OK
+        assert _add_norm(lib, True, d_weight=AT, m=0) == SHAPE
 
 
 def _rope(lib: ctypes.CDLL, *, k=None, dtype=0, batch=1, seq=2, dim=8, cos=AT, sin=AT, angle_dtype=0, rotary=8, **fields) -> int:

@@ -114,7 +114,7 @@ def test_merge_and_unload(four_bit, calls):
     calls.clear()
     check(stock, patched)
     assert calls == ({"linear": 14} if four_bit else {})
-    assert peftkern.unpatch(patched) == (14 if four_bit else 0) + 9
+    assert peftkern.unpatch(patched) == (14 if four_bit else 0) + 11
     assert torch.equal(logits(patched), logits(stock))
 
 

@@ -67,7 +67,7 @@ def follow(make: Make, dtype: torch.dtype, counts: dict[str, int], optimize: Opt
         assert rms(patched, name) <= bound, f"{name}: {rms(patched, name):.2e} > {bound:.2e}, stock {rms(stock, name):.2e}"
 
 
-FUSED = {"qlora_linear": 14, "gated_mlp": 2, "rms_norm": 5, "rope": 2}  # of two Llama layers, every linear adapted
+FUSED = {"qlora_linear": 14, "gated_mlp": 2, "rms_norm": 5, "rope": 2, "add_rms_norm": 2}  # of two Llama layers, every linear adapted
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -190,4 +190,4 @@ def test_8bit_bases_get_the_branch_added(start: str, dtype: torch.dtype) -> None
         models.randomize(model)
         return model.train()
 
-    follow(make, dtype, {"lora_add": 14, "rms_norm": 5, "rope": 2}, exact_form=exact_8bit)
+    follow(make, dtype, {"lora_add": 14, "rms_norm": 5, "rope": 2, "add_rms_norm": 2}, exact_form=exact_8bit)

@@ -33,7 +33,7 @@ def zoo(targets, **options):
     return model
 
 
-BLOCKS = {"gated_mlp": 2, "rms_norm": 5, "rope": 2}  # of two Llama layers
+BLOCKS = {"gated_mlp": 2, "rms_norm": 5, "rope": 2, "add_rms_norm": 2}  # of two Llama layers
 
 
 def row(report, name):
@@ -51,8 +51,8 @@ def test_every_lora_layer_has_a_row():
     assert first.note == "one call for q_proj, k_proj, v_proj"
     assert [(item.kind, item.name.rpartition(".")[2]) for item in blocks[:3]] == [("mlp", "mlp")] * 2 + [("norm", "input_layernorm")]
     table = str(report).splitlines()
-    assert len(table) == 1 + 23 + 1 and "down_proj" in table[14] and "gated_mlp" in table[15]
-    assert table[-1].startswith("peftkern: 23 of 23 modules patched (14 qlora_linear, 2 gated_mlp, 5 rms_norm, 2 rope)")
+    assert len(table) == 1 + 25 + 1 and "down_proj" in table[14] and "gated_mlp" in table[15]
+    assert table[-1].startswith("peftkern: 25 of 25 modules patched (14 qlora_linear, 2 gated_mlp, 5 rms_norm, 2 rope, 2 add_rms_norm)")
     with pytest.raises(AttributeError):
         report.rows = ()
 
@@ -65,7 +65,7 @@ def test_patching_twice_is_patching_once(calls):
     assert models.first(model).forward is forward
     model(input_ids=models.IDS)
     assert calls == {"lora": 14}
-    assert peftkern.unpatch(model) == 28 + 9 and peftkern.unpatch(model) == 0
+    assert peftkern.unpatch(model) == 28 + 11 and peftkern.unpatch(model) == 0
 
 
 def test_nothing_to_patch_names_the_fix():
@@ -272,4 +272,5 @@ def test_blocks_can_be_left_alone():
         "gated_mlp": 1,
         "rms_norm": 2,
         "rope": 1,
+        "add_rms_norm": 1,
     }

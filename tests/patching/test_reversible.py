@@ -110,7 +110,7 @@ def test_accelerate_hooks_keep_running(order, calls):
     patched = models.run(model)
     assert hook.seen == 1 and calls["lora"] == 14
     torch.testing.assert_close(patched, before, rtol=1e-4, atol=1e-5)
-    assert peftkern.unpatch(model) == 28 + 9
+    assert peftkern.unpatch(model) == 28 + 11
     same(models.run(model), before)
     assert hook.seen == 2
     remove_hook_from_module(layer)

@@ -1,4 +1,4 @@
-"""RMSNorm with the two orders of casting that models use, one op per direction."""
+"""RMSNorm with the two orders of casting that models use, one op per direction; alone, or of the next sum of a residual stream."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from torch.autograd.function import once_differentiable
 from ...backends import select
 from .. import LIBRARY, backend, unobserved
 
-__all__ = ["CASTS", "result_dtype", "rms_norm"]
+__all__ = ["CASTS", "add_rms_norm", "result_dtype", "rms_norm"]
 
 CASTS = ("llama", "gemma")  # in the order of the C ABI's pk_cast
 
 LIBRARY.define("rms_norm_fwd(Tensor x, Tensor weight, float eps, float offset, str cast) -> (Tensor y, Tensor rstd)")
 LIBRARY.define(
     "rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, str cast, bool[2] needs) -> (Tensor dx, Tensor d_weight)"
+)
+LIBRARY.define(
+    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps, float offset, str cast) -> (Tensor y, Tensor s, Tensor rstd)"
+)
+LIBRARY.define(
+    "add_rms_norm_bwd(Tensor dy, Tensor ds, Tensor s, Tensor weight, Tensor rstd, float offset, str cast, bool with_d_weight)"
+    " -> (Tensor d_sum, Tensor d_weight)"
 )
 
 
@@ -35,6 +42,19 @@ def _bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cas
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
+@library.impl(LIBRARY, "add_rms_norm_fwd", "CompositeExplicitAutograd")
+def _add_fwd(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor, Tensor]:
+    return backend("rms_norm", select(x)).add_forward(x, residual, weight, eps, offset, cast)
+
+
+@library.impl(LIBRARY, "add_rms_norm_bwd", "CompositeExplicitAutograd")
+def _add_bwd(
+    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, with_d_weight: bool
+) -> tuple[Tensor, Tensor]:
+    d_sum, d_weight = backend("rms_norm", select(s)).add_backward(dy, ds, s, weight, rstd, offset, cast, with_d_weight)
+    return d_sum, dy.new_empty(0) if d_weight is None else d_weight
+
+
 @library.register_fake("peftkern::rms_norm_fwd", lib=LIBRARY)
 def _(x, weight, eps, offset, cast):
     rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -44,6 +64,17 @@ def _(x, weight, eps, offset, cast):
 @library.register_fake("peftkern::rms_norm_bwd", lib=LIBRARY)
 def _(dy, x, weight, rstd, offset, cast, needs):
     return x.new_empty(x.shape) if needs[0] else dy.new_empty(0), weight.new_empty(weight.shape) if needs[1] else dy.new_empty(0)
+
+
+@library.register_fake("peftkern::add_rms_norm_fwd", lib=LIBRARY)
+def _(x, residual, weight, eps, offset, cast):
+    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(x.shape, dtype=result_dtype(x, weight, cast)), x.new_empty(x.shape), rstd
+
+
+@library.register_fake("peftkern::add_rms_norm_bwd", lib=LIBRARY)
+def _(dy, ds, s, weight, rstd, offset, cast, with_d_weight):
+    return s.new_empty(s.shape), weight.new_empty(weight.shape) if with_d_weight else dy.new_empty(0)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -67,3 +98,45 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) ->
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
         return (_fwd if unobserved(x) else torch.ops.peftkern.rms_norm_fwd)(x, weight, eps, offset, cast)[0]
     return _RMSNorm.apply(x, weight, eps, offset, cast)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    """y and the stream s = x + residual (x itself without a residual), whose gradients meet in one launch."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, offset, cast):
+        ctx.set_materialize_grads(False)
+        if residual is None:
+            s, (y, rstd) = x, torch.ops.peftkern.rms_norm_fwd(x, weight, eps, offset, cast)
+        else:
+            y, s, rstd = torch.ops.peftkern.add_rms_norm_fwd(x, residual, weight, eps, offset, cast)
+        ctx.save_for_backward(s, weight, rstd)
+        ctx.offset, ctx.cast = offset, cast
+        return y, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds):
+        need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
+        d_sum, d_weight = _sum_gradients(dy, ds, *ctx.saved_tensors, ctx.offset, ctx.cast, need_x or need_residual, need_weight)
+        return d_sum if need_x else None, d_sum if need_residual else None, d_weight, None, None, None
+
+
+def _sum_gradients(dy, ds, s, weight, rstd, offset, cast, need_sum: bool, need_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the sum and of the weight. An output that nobody used has none: the other's is all there is."""
+    if dy is None:
+        return ds, None
+    if ds is None or not need_sum:
+        d_sum, d_weight = torch.ops.peftkern.rms_norm_bwd(dy, s, weight, rstd, offset, cast, [need_sum, need_weight])
+    else:
+        d_sum, d_weight = torch.ops.peftkern.add_rms_norm_bwd(dy, ds, s, weight, rstd, offset, cast, need_weight)
+    return d_sum if need_sum else None, d_weight if need_weight else None
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
+    """x, residual [..., N], weight [N] -> y, s [..., N]; `functional.add_rms_norm` has checked the arguments."""
+    if torch.is_grad_enabled():
+        return _AddRMSNorm.apply(x, residual, weight, eps, offset, cast)
+    if residual is None:
+        return torch.ops.peftkern.rms_norm_fwd(x, weight, eps, offset, cast)[0], x
+    return torch.ops.peftkern.add_rms_norm_fwd(x, residual, weight, eps, offset, cast)[:2]

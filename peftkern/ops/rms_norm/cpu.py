@@ -9,7 +9,7 @@ from ..native import DTYPES, address, dtype_of, native, scratch
 from ..rows import rows_of
 from . import CASTS, result_dtype
 
-__all__ = ["backward", "forward"]
+__all__ = ["add_backward", "add_forward", "backward", "forward"]
 
 
 def _norm(rows: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> object:
@@ -40,3 +40,29 @@ def backward(
     norm = _norm(rows, weight, 0.0, offset, cast)
     native().rms_norm_bwd(norm, address(dy), address(rstd), address(dx), address(d_weight), address(buffer), buffer.numel())
     return dx, None if d_weight is None else d_weight.to(weight.dtype)
+
+
+def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference."""
+    rows, residual, weight = rows_of(x), residual.contiguous(), weight.contiguous()
+    y, s = torch.empty(x.shape, dtype=result_dtype(x, weight, cast)), torch.empty(x.shape, dtype=x.dtype)
+    rstd = torch.empty(rows.shape[0], dtype=torch.float32)
+    buffer = scratch(native().rms_norm_scratch_bytes(*rows.shape, False))
+    outs = (address(s), address(y), address(rstd))
+    native().add_rms_norm_fwd(_norm(rows, weight, eps, offset, cast), address(residual), *outs, address(buffer), buffer.numel())
+    return y, s, rstd
+
+
+def add_backward(
+    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, with_d_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As the reference."""
+    dy, ds, rows, weight, rstd = dy.contiguous(), ds.contiguous(), rows_of(s), weight.contiguous(), rstd.contiguous()
+    d_sum = torch.empty(s.shape, dtype=s.dtype)
+    if rows.shape[0] == 0:
+        return d_sum, torch.zeros_like(weight) if with_d_weight else None
+    d_weight = torch.empty(weight.shape, dtype=torch.float32) if with_d_weight else None
+    buffer = scratch(native().rms_norm_scratch_bytes(*rows.shape, with_d_weight))
+    addresses = map(address, (dy, ds, rstd, d_sum, d_weight, buffer))
+    native().add_rms_norm_bwd(_norm(rows, weight, 0.0, offset, cast), *addresses, buffer.numel())
+    return d_sum, None if d_weight is None else d_weight.to(weight.dtype)

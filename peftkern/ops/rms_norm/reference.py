@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "forward"]
+__all__ = ["add_backward", "add_forward", "backward", "forward"]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -32,3 +32,20 @@ def backward(
     met = _wide(normal.to(x.dtype)) if cast == "llama" else normal
     d_weight = (dy * met).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     return dx if needs[0] else None, d_weight if needs[1] else None
+
+
+def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A decoder layer's next two steps: s = residual + x, y = norm(s) -> y, s [..., N], rstd [M]."""
+    s = (residual + x).contiguous()
+    y, rstd = forward(s, weight, eps, offset, cast)
+    return y, s, rstd
+
+
+def add_backward(
+    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, with_d_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """s goes two ways, into the norm and on: d_sum = the norm's gradient + ds, rounded once; it is x's and residual's."""
+    wide = s if s.dtype == torch.float64 else s.float()
+    normal_grad, _ = backward(dy, wide, weight, rstd, offset, cast, (True, False))  # not rounded to s's dtype
+    d_weight = backward(dy, s, weight, rstd, offset, cast, (False, True))[1] if with_d_weight else None
+    return (normal_grad + ds).to(s.dtype).contiguous(), d_weight

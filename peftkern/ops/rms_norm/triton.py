@@ -1,4 +1,7 @@
-"""RMSNorm in one launch forward and one for dx; a trainable weight's gradient takes two more, in a fixed order of sums."""
+"""RMSNorm in one launch forward and one for dx; a trainable weight's gradient takes two more, in a fixed order of sums.
+
+A residual stream's addition before the norm, and in backward of the stream's gradient, are in the same launches.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,16 @@ from ..triton_launch import UNSPECIALIZED, Call, run, specialization
 from ..triton_numerics import _cast, _float
 from . import CASTS, result_dtype
 
-__all__ = ["backward", "backward_call", "d_weight_call", "forward", "forward_call", "specializations"]
+__all__ = [
+    "add_backward",
+    "add_forward",
+    "backward",
+    "backward_call",
+    "d_weight_call",
+    "forward",
+    "forward_call",
+    "specializations",
+]
 
 # A program holds whole rows of up to MAX_BLOCK elements in registers, and reads longer ones twice, in pieces. Not measured.
 MAX_BLOCK, PIECE, VALUES = 8192, 2048, 1024
@@ -26,7 +38,9 @@ MAX_CHUNKS = 256  # partial sums of d_weight
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _rms_norm_fwd_kernel(
     x_ptr,  # [M, n], rows ld_x apart
+    residual_ptr,  # [M, n], or None: the norm of x alone
     weight_ptr,  # [n]
+    s_ptr,  # [M, n] = x + residual, or None
     y_ptr,  # [M, n]
     rstd_ptr,  # fp32 [M]
     eps,
@@ -41,14 +55,14 @@ def _rms_norm_fwd_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = (row < M)[:, None]
-    from_ptr = x_ptr + row.to(tl.int64)[:, None] * ld_x  # [ROWS, 1]
-    to_ptr = y_ptr + row.to(tl.int64)[:, None] * n
+    at = row.to(tl.int64)[:, None] * n  # [ROWS, 1]
+    from_ptr, to_ptr = x_ptr + row.to(tl.int64)[:, None] * ld_x, y_ptr + at  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    x = _float(tl.load(from_ptr + cols, mask=inside & (cols < n), other=0.0))  # [ROWS, BLOCK]
+    x = _summed(from_ptr, residual_ptr, s_ptr, at, cols, inside, n)  # [ROWS, BLOCK]
     squares = x * x
     if not WHOLE:
         for start in range(BLOCK, n, BLOCK):
-            more = _float(tl.load(from_ptr + start + cols, mask=inside & (start + cols < n), other=0.0))
+            more = _summed(from_ptr, residual_ptr, s_ptr, at, start + cols, inside, n)
             squares += more * more
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) / n + eps))  # [ROWS]
     tl.store(rstd_ptr + row, rstd, mask=row < M)
@@ -56,8 +70,21 @@ def _rms_norm_fwd_kernel(
         _scale(x, rstd, weight_ptr, to_ptr, cols, inside, offset, n, x_ptr.dtype.element_ty, LLAMA)
     else:
         for start in range(0, n, BLOCK):
-            x = _float(tl.load(from_ptr + start + cols, mask=inside & (start + cols < n), other=0.0))
+            x = _summed(from_ptr, residual_ptr, None, at, start + cols, inside, n)  # formed again: another thread may have stored it
             _scale(x, rstd, weight_ptr, to_ptr, start + cols, inside, offset, n, x_ptr.dtype.element_ty, LLAMA)
+
+
+@triton.jit
+def _summed(from_ptr, residual_ptr, s_ptr, at, cols, inside, n):
+    """x, or x + residual as rounded to their dtype, which is stored where s_ptr is; fp32."""
+    mask = inside & (cols < n)
+    x = _float(tl.load(from_ptr + cols, mask=mask, other=0.0))
+    if residual_ptr is not None:
+        s = _cast(x + _float(tl.load(residual_ptr + at + cols, mask=mask, other=0.0)), residual_ptr.dtype.element_ty)
+        if s_ptr is not None:
+            tl.store(s_ptr + at + cols, s, mask=mask)
+        x = _float(s)
+    return x
 
 
 @triton.jit
@@ -80,6 +107,7 @@ def _terms(dy_ptr, x_ptr, weight_ptr, cols, inside, offset, n):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _rms_norm_bwd_kernel(
     dy_ptr,  # [M, n]
+    ds_ptr,  # [M, n], or None: what else x gets
     x_ptr,  # [M, n], rows ld_x apart
     weight_ptr,  # [n]
     rstd_ptr,  # fp32 [M]
@@ -92,11 +120,12 @@ def _rms_norm_bwd_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """dx = g rstd - x rstd^2 mean(g x^), with g = dy * weight and x^ = x * rstd."""
+    """dx = g rstd - x rstd^2 mean(g x^) + ds, with g = dy * weight and x^ = x * rstd."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = (row < M)[:, None]
     wide = row.to(tl.int64)[:, None]
     dy_row, x_row, dx_row = dy_ptr + wide * n, x_ptr + wide * ld_x, dx_ptr + wide * n  # [ROWS, 1]
+    ds_row = None if ds_ptr is None else ds_ptr + wide * n
     rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]
     g, x = _terms(dy_row, x_row, weight_ptr, cols, inside, offset, n)
@@ -107,11 +136,16 @@ def _rms_norm_bwd_kernel(
             products += more_g * (more_x * rstd)
     share = rstd * rstd * (tl.sum(products, axis=1) / n)[:, None]
     if WHOLE:
-        tl.store(dx_row + cols, _cast(g * rstd - x * share, dx_ptr.dtype.element_ty), mask=inside & (cols < n))
+        dx = g * rstd - x * share
+        if ds_ptr is not None:
+            dx += _float(tl.load(ds_row + cols, mask=inside & (cols < n), other=0.0))
+        tl.store(dx_row + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (cols < n))
     else:
         for start in range(0, n, BLOCK):
             g, x = _terms(dy_row, x_row, weight_ptr, start + cols, inside, offset, n)
             dx = g * rstd - x * share
+            if ds_ptr is not None:
+                dx += _float(tl.load(ds_row + start + cols, mask=inside & (start + cols < n), other=0.0))
             tl.store(dx_row + start + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (start + cols < n))
 
 
@@ -155,20 +189,30 @@ def _blocking(m: int, n: int) -> tuple[int, int, dict[str, object]]:
     return -(-m // rows), warps, {"ROWS": rows, "BLOCK": block, "WHOLE": whole}
 
 
-def forward_call(x: Tensor, weight: Tensor, y: Tensor, rstd: Tensor, eps: float, offset: float, cast: str) -> Call:
-    """x [M, n] with contiguous rows -> y [M, n], rstd fp32 [M]."""
+def forward_call(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    eps: float,
+    offset: float,
+    cast: str,
+    residual: Tensor | None = None,
+    s: Tensor | None = None,
+) -> Call:
+    """x [M, n] with contiguous rows -> y [M, n], rstd fp32 [M]; with residual [M, n] of x + residual, which s [M, n] gets."""
     m, n = x.shape
     programs, warps, tile = _blocking(m, n)
-    arguments = {"x_ptr": x, "weight_ptr": weight, "y_ptr": y, "rstd_ptr": rstd, "eps": float(eps), "offset": float(offset)}
-    arguments |= {"M": m, "n": n, "ld_x": x.stride(0), **tile, "LLAMA": cast == "llama"}
+    arguments = {"x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "s_ptr": s, "y_ptr": y, "rstd_ptr": rstd}
+    arguments |= {"eps": float(eps), "offset": float(offset), "M": m, "n": n, "ld_x": x.stride(0), **tile, "LLAMA": cast == "llama"}
     return Call(_rms_norm_fwd_kernel, programs, arguments, warps, 1)
 
 
-def backward_call(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, offset: float) -> Call:
-    """dy [M, n] contiguous, x [M, n] with contiguous rows -> dx [M, n]."""
+def backward_call(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, offset: float, ds: Tensor | None = None) -> Call:
+    """dy [M, n] contiguous, x [M, n] with contiguous rows -> dx [M, n], to which ds [M, n] is added."""
     m, n = x.shape
     programs, warps, tile = _blocking(m, n)
-    arguments = {"dy_ptr": dy, "x_ptr": x, "weight_ptr": weight, "rstd_ptr": rstd, "dx_ptr": dx, "offset": float(offset)}
+    arguments = {"dy_ptr": dy, "ds_ptr": ds, "x_ptr": x, "weight_ptr": weight, "rstd_ptr": rstd, "dx_ptr": dx, "offset": float(offset)}
     return Call(_rms_norm_bwd_kernel, programs, arguments | {"M": m, "n": n, "ld_x": x.stride(0), **tile}, warps, 1)
 
 
@@ -195,22 +239,46 @@ def forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> 
     return y, rstd
 
 
+def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference."""
+    rows, residual, weight = rows_of(x), residual.contiguous(), weight.contiguous()
+    y = torch.empty(x.shape, dtype=result_dtype(x, weight, cast), device=x.device)
+    s = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    if rows.numel():
+        run(forward_call(rows, weight, y, rstd, eps, offset, cast, residual, s))
+    return y, s, rstd
+
+
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """As the reference."""
     dy, rows, weight = dy.contiguous(), rows_of(x), weight.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    if not rows.numel():
-        return dx, torch.zeros_like(weight) if needs[1] else None
-    if dx is not None:
+    if dx is not None and rows.numel():
         run(backward_call(dy, rows, weight, rstd, dx, offset))
-    if not needs[1]:
-        return dx, None
+    return dx, _d_weight(dy, rows, weight, rstd, cast) if needs[1] else None
+
+
+def add_backward(
+    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, with_d_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As the reference."""
+    dy, ds, rows, weight = dy.contiguous(), ds.contiguous(), rows_of(s), weight.contiguous()
+    d_sum = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    if rows.numel():
+        run(backward_call(dy, rows, weight, rstd, d_sum, offset, ds))
+    return d_sum, _d_weight(dy, rows, weight, rstd, cast) if with_d_weight else None
+
+
+def _d_weight(dy: Tensor, rows: Tensor, weight: Tensor, rstd: Tensor, cast: str) -> Tensor:
     m, n = rows.shape
-    partial = torch.empty(-(-m // _chunk_rows(m)), n, dtype=torch.float32, device=x.device)
+    if m == 0:
+        return torch.zeros_like(weight)
+    partial = torch.empty(-(-m // _chunk_rows(m)), n, dtype=torch.float32, device=rows.device)
     run(d_weight_call(dy, rows, rstd, partial, cast))
-    return dx, partial.sum(0).to(weight.dtype)
+    return partial.sum(0).to(weight.dtype)
 
 
 def specializations(arch: int) -> Iterator[Specialization]:
@@ -223,8 +291,11 @@ def specializations(arch: int) -> Iterator[Specialization]:
             weight, rstd = torch.empty(n, dtype=dtype, device="meta"), torch.empty(64, device="meta")
             name = f"rms-norm-{shorts[dtype]}-{n}"
             for cast in CASTS:
-                yield specialization(f"{name}-fwd-{cast}", forward_call(x, weight, x, rstd, 1e-6, 1.0, cast), wide_loads=("from_ptr",))
+                arguments = x, weight, x, rstd, 1e-6, 1.0, cast
+                yield specialization(f"{name}-fwd-{cast}", forward_call(*arguments), wide_loads=("from_ptr",))
+                yield specialization(f"{name}-add-fwd-{cast}", forward_call(*arguments, x, x), wide_loads=("from_ptr", "residual_ptr"))
             yield specialization(f"{name}-bwd", backward_call(x, x, weight, rstd, x, 0.0))
+            yield specialization(f"{name}-add-bwd", backward_call(x, x, weight, rstd, x, 0.0, x))
             for cast in CASTS:
                 yield specialization(f"{name}-d-weight-{cast}", d_weight_call(x, x, rstd, torch.empty(2, n, device="meta"), cast))
         mixed = forward_call(x, rstd.new_empty(x.shape[1]), x.float(), rstd, 1e-6, 0.0, "llama")

@@ -1,0 +1,297 @@
+"""Decoder layers of the usual pre-norm form: the residual additions run inside the norms' kernels, in both directions.
+
+A layer is recognized by what its class's forward does with stand-ins for its children. Only straight-line code that names nothing but its
+children is looked at: what it does once, it always does.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import _ON_CPU, NormForward, _eps_name, _replaced
+from .detect import excluded
+from .forwards import Forward, find, has_hooks, install
+
+__all__ = ["Half", "LayerForward", "LayerMode", "install_layers", "joined", "layer_mode"]
+
+
+class Half(NamedTuple):
+    """One of a layer's two steps: s + after(block(norm(s))).
+
+    hidden: the keyword by which the block gets the norm's output, None: its first argument; keywords: the block's, each with the layer's
+    parameter that it passes on; rest: whether the layer's further keyword arguments go to the block too; parts: the block returns a
+    tuple, of which the first counts; after: what the block's output runs through (dropout).
+    """
+
+    norm: str
+    block: str
+    hidden: str | None
+    keywords: tuple[tuple[str, str], ...]
+    rest: bool
+    parts: bool
+    after: tuple[str, ...]
+
+
+class LayerMode(NamedTuple):
+    """What a layer's forward does. as_tuple: it returns a tuple of one."""
+
+    first: Half
+    second: Half
+    as_tuple: bool
+
+
+# ---- running
+
+
+class LayerForward(Forward):
+    """A decoder layer; `cache` holds its LayerMode. What its class's forward is wrapped in (gradient checkpointing) is kept around ours.
+
+    Made again by copying and unpickling, and when the class's forward is wrapped otherwise; stock where that is another function.
+    """
+
+    __slots__ = ("_function", "_inner", "_seen")
+
+    def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, cache: LayerMode) -> None:
+        super().__init__(module, previous, cache)
+        self._inner = inspect.unwrap(type(module).forward)
+        self._build()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        super().__setstate__(state)
+        self._inner = inspect.unwrap(type(self.module).forward)
+        self._build()  # of the module, which is being copied or loaded itself, the class alone is needed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and type(self.module).forward is not self._seen:
+            self._build()
+        if self._function is None:
+            return self.stock(*args, **kwargs)
+        return self._function(self.module, *args, **kwargs)
+
+    def _build(self) -> None:
+        self._seen = type(self.module).forward
+        same = inspect.unwrap(self._seen) is self._inner
+        self._function = _rewrapped(self._seen, _forward(self._inner, self.cache)) if same else None
+
+
+def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
+    """The layer's forward with the additions inside the norms; `stock` answers what it cannot be called with."""
+    parameters = list(inspect.signature(stock).parameters.values())[1:]
+    names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    required, takes_rest = len(names) - len(defaults), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        rest = {name: value for name, value in kwargs.items() if name not in names}
+        twice = any(name in kwargs for name in names[: len(args)])
+        if len(args) > len(names) or twice or (rest and not takes_rest) or any(name not in given for name in names[:required]):
+            return stock(module, *args, **kwargs)  # which says what is wrong with the call
+        added, stream = _step(module, mode.first, given[names[0]], None, given, rest)
+        added, stream = _step(module, mode.second, added, stream, given, rest)
+        stream = stream + added
+        return (stream,) if mode.as_tuple else stream
+
+    return forward
+
+
+def _step(
+    module: nn.Module, half: Half, x: Tensor, residual: Tensor | None, given: dict[str, Any], rest: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """What the half's block adds to the stream, and the stream that it adds it to: residual + x, or x alone."""
+    y, stream = joined(getattr(module, half.norm), x, residual)
+    keywords = {name: given[source] for name, source in half.keywords}
+    if half.rest:
+        keywords.update(rest)
+    block = getattr(module, half.block)
+    out = block(y, **keywords) if half.hidden is None else block(**{half.hidden: y}, **keywords)
+    out = out[0] if half.parts else out
+    for name in half.after:
+        out = getattr(module, name)(out)
+    return out, stream
+
+
+def joined(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """norm(s) and s = residual + x. A norm that is watched by hooks is called, and so is one whose forward is not ours."""
+    held = find(norm)
+    if held is not None and held[0] == "forward" and type(held[1]) is NormForward and not has_hooks(norm):
+        return held[1].joined(x, residual)
+    s = x if residual is None else residual + x
+    return norm(s), s
+
+
+def _rewrapped(function: types.FunctionType, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """`inner` in the wrappers that `function` has: their own code, with another function in the cell that holds the wrapped one."""
+    wrapped = function.__dict__.get("__wrapped__")
+    if wrapped is None:
+        return inner
+    cells = tuple(types.CellType(_rewrapped(wrapped, inner)) if _holds(cell, wrapped) else cell for cell in function.__closure__ or ())
+    new = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    new.__kwdefaults__ = function.__kwdefaults__
+    return new
+
+
+def _holds(cell: types.CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # empty
+        return False
+
+
+# ---- recognizing
+
+
+def install_layers(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, str, str | None]]:
+    """Patch every layer of the pre-norm form whose norms run ours; name, what it runs, and None or why not, of each one looked at: elements
+    of a ModuleList with a norm and two blocks of their own, whatever they are, and others that are recognized."""
+    listed = {id(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module.children()}
+    found = []
+    for name, module in model.named_modules():
+        if not _is_layer(module) or excluded(name, exclude):
+            continue
+        mode = layer_mode(module)
+        if isinstance(mode, LayerMode):
+            install(module, LayerForward, mode)
+            found.append((name, "add_rms_norm", None))
+        elif id(module) in listed:
+            found.append((name, "stock", mode))
+    return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    norms = [child for child in module.children() if _eps_name(child) is not None and isinstance(getattr(child, "weight", None), Tensor)]
+    return bool(norms) and sum(bool(child._modules) for child in module.children()) >= 2
+
+
+def layer_mode(module: nn.Module) -> LayerMode | str:
+    """What the class's forward does, or why ours cannot take its place."""
+    replaced, kind = _replaced(module), type(module).__name__
+    if replaced:
+        return replaced
+    if not any(_ours(child) for child in module.children()):
+        return "its norms do not run rms_norm"
+    forward = type(module).forward
+    inner = inspect.unwrap(forward)
+    if not isinstance(inner, types.FunctionType) or not _transparent(forward):
+        return f"{kind}.forward is wrapped by a decorator that cannot be looked into"
+    if not _straight(inner, module):
+        return f"{kind}.forward does more than call its children and add"
+    for parts in (True, False):
+        modes = [_probe(inner, module, dtype, parts) for dtype in (torch.float32, torch.bfloat16)]
+        if modes[0] is not None and modes[0] == modes[1]:
+            return modes[0]
+    return f"{kind}.forward is not h + attention(norm(h)), then h + mlp(norm(h))"
+
+
+def _ours(norm: nn.Module | None) -> bool:
+    held = find(norm) if norm is not None else None
+    return held is not None and type(held[1]) is NormForward
+
+
+def _transparent(function: Any) -> bool:
+    """Whether each of its wrappers is a plain function that holds the wrapped one in a cell."""
+    while isinstance(function, types.FunctionType) and "__wrapped__" in function.__dict__:
+        wrapped = function.__dict__["__wrapped__"]
+        if not any(_holds(cell, wrapped) for cell in function.__closure__ or ()):
+            return False
+        function = wrapped
+    return isinstance(function, types.FunctionType)
+
+
+def _straight(function: types.FunctionType, module: nn.Module) -> bool:
+    """Code without branches, whose only names are the module's children: it cannot but do the same at every call."""
+    code, parameters = function.__code__, inspect.signature(function).parameters.values()
+    plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_KEYWORD) for p in parameters)
+    branches = any(step.opcode in dis.hasjrel or step.opcode in dis.hasjabs for step in dis.get_instructions(code))
+    return plain and not branches and not code.co_freevars and set(code.co_names) <= module._modules.keys()
+
+
+class _Called(NamedTuple):
+    """A call of a stand-in."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Tensor
+
+
+def _probe(function: types.FunctionType, module: nn.Module, dtype: torch.dtype, parts: bool) -> LayerMode | None:
+    """The mode that explains, bit for bit, what the function does to random rows with stand-ins for the children; None where none does.
+
+    The second call, the attention's, gives a tuple where `parts` says so. Every other argument of the layer is an object of its own.
+    """
+    names, rest = _parameters(function)
+    given = {name: object() for name in names[1:] + rest}
+    x, children, trace = _random(dtype, 0), module._modules, []
+
+    def stand_in(name: str) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            value = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            out = value * _random(dtype, 1 + 2 * len(trace)) + _random(dtype, 2 + 2 * len(trace))
+            trace.append(_Called(name, args, kwargs, out))
+            return (out, None) if parts and len(trace) == 2 else out
+
+        return called
+
+    stub = types.SimpleNamespace(**{name: stand_in(name) for name in children})
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            result = function(stub, x, **given)
+            return _explained(result, x, trace, given, rest, parts, {name for name in children if _ours(children[name])})
+    except Exception:  # it wants what the stand-ins have not: no layer of this form
+        return None
+
+
+def _parameters(function: types.FunctionType) -> tuple[list[str], list[str]]:
+    """The names of its parameters without self, and one more name for further keyword arguments where it takes them."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return names, ["peftkern_probe"] if any(p.kind is p.VAR_KEYWORD for p in parameters) else []
+
+
+def _random(dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(seed), **_ON_CPU).to(dtype)
+
+
+def _explained(
+    result: Any, x: Tensor, trace: list[_Called], given: dict[str, Any], rest: list[str], parts: bool, norms: set[str]
+) -> LayerMode | None:
+    as_tuple = isinstance(result, tuple) and len(result) == 1
+    result = result[0] if as_tuple else result
+    second = next((i for i, call in enumerate(trace) if i and call.name in norms), 0)
+    halves, stream = [], x
+    for index, calls in enumerate((trace[:second], trace[second:])):
+        half = _half(calls, given, rest, parts and index == 0, norms)
+        if half is None or not torch.equal(calls[0].args[0], stream) or (index == 0 and calls[0].args[0] is not x):
+            return None
+        halves.append(half)
+        stream = calls[0].args[0] + calls[-1].out
+    used = [call.name for call in trace]
+    if len(set(used)) < len(used) or not isinstance(result, Tensor) or result.dtype != x.dtype or not torch.equal(result, stream):
+        return None
+    return LayerMode(*halves, as_tuple)
+
+
+def _half(calls: list[_Called], given: dict[str, Any], rest: list[str], parts: bool, norms: set[str]) -> Half | None:
+    """The calls of a norm, of a block on what it gave, and of modules one on the other's output."""
+    if len(calls) < 2 or calls[0].name not in norms or len(calls[0].args) != 1 or calls[0].kwargs:
+        return None
+    norm, block, *after = calls
+    hidden = next((name for name, value in block.kwargs.items() if value is norm.out), None)
+    positional = (norm.out,) if hidden is None else ()
+    if len(block.args) != len(positional) or any(a is not b for a, b in zip(block.args, positional, strict=True)):
+        return None
+    sources = {id(value): name for name, value in given.items()}
+    keywords = {name: sources.get(id(value)) for name, value in block.kwargs.items() if name != hidden}
+    passes = bool(rest) and keywords.pop(rest[0], None) == rest[0]
+    chain = zip(calls[1:], after, strict=False)
+    if None in keywords.values() or any(len(call.args) != 1 or call.kwargs or call.args[0] is not was.out for was, call in chain):
+        return None
+    return Half(norm.name, block.name, hidden, tuple(keywords.items()), passes, parts, tuple(call.name for call in after))
