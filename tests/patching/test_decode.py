@@ -296,7 +296,7 @@ def test_who_intercepts_or_profiles_sees_the_ops():
     expected = outputs(model)
     with _Seen() as seen:
         assert same(outputs(model), expected)
-    ops = ("qlora_group_fwd", "qlora_linear_fwd", "glu_fwd", "rms_norm_fwd", "rope")
+    ops = ("qlora_group_fwd", "qlora_linear_fwd", "glu_fwd", "rms_norm_fwd", "add_rms_norm_fwd", "rope")
     for name in ops:
         assert any(found.startswith(f"peftkern.{name}") for found in seen.names), name
     with torch.profiler.profile() as profile:

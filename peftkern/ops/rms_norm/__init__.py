@@ -138,5 +138,5 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     if torch.is_grad_enabled():
         return _AddRMSNorm.apply(x, residual, weight, eps, offset, cast)
     if residual is None:
-        return torch.ops.peftkern.rms_norm_fwd(x, weight, eps, offset, cast)[0], x
-    return torch.ops.peftkern.add_rms_norm_fwd(x, residual, weight, eps, offset, cast)[:2]
+        return rms_norm(x, weight, eps, offset, cast), x
+    return (_add_fwd if unobserved(x) else torch.ops.peftkern.add_rms_norm_fwd)(x, residual, weight, eps, offset, cast)[:2]
