@@ -102,6 +102,7 @@ int64_t single_scratch_bytes(bool base, int64_t m, int64_t n, int64_t k, int64_t
   w.data = &some;
   pk_lora lora{};
   lora.r = r;
+  lora.dropout_threshold = r != 0;  // room for a mask
   const int64_t gemv = base && m <= 64 ? gemv_floats(m, n, k, r) * (int64_t)sizeof(float) : 0;
   return pk::largest(gemv, group_scratch_bytes(Single(base ? &w : nullptr, lora, m, n, k).group(), m, threads));
 }
@@ -124,7 +125,13 @@ int check_group(const pk::Group& g, int64_t m) {
   return PK_OK;
 }
 
-int group_forward(const pk::Group& g, const void* x, int dtype, int64_t m, void* scratch, int64_t bytes, int threads) {
+// single: one linear, whose caller was told a scratch by its sizes alone.
+int64_t needed_bytes(const pk::Group& g, int64_t m, int threads, bool single) {
+  const int64_t r = g.adapter_count ? g.adapters[0].lora.r : 0;
+  return single ? single_scratch_bytes(g.base(), m, g.n(), g.k(), r, threads) : group_scratch_bytes(g, m, threads);
+}
+
+int group_forward(const pk::Group& g, const void* x, int dtype, int64_t m, void* scratch, int64_t bytes, int threads, bool single = false) {
   if (int bad = check_group(g, m)) return bad;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m == 0 || g.n() == 0) return PK_OK;
@@ -133,12 +140,12 @@ int group_forward(const pk::Group& g, const void* x, int dtype, int64_t m, void*
     if (!g.members[i].y) return PK_ERR_NULL;
   for (int64_t i = 0; i < g.adapter_count; i++)
     if (g.adapters[i].lora.r && !g.adapters[i].xa && g.adapters[i].row_begin < g.adapters[i].row_end) return PK_ERR_NULL;
-  if (bytes < group_scratch_bytes(g, m, threads)) return PK_ERR_SCRATCH;
+  if (bytes < needed_bytes(g, m, threads, single)) return PK_ERR_SCRATCH;
   current->forward(g, x, dtype, m, (float*)scratch, threads);
   return PK_OK;
 }
 
-int group_backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, void* scratch, int64_t bytes, int threads) {
+int group_backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, void* scratch, int64_t bytes, int threads, bool single = false) {
   if (int bad = check_group(g, m)) return bad;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m < 1 || g.n() < 1) return PK_ERR_SHAPE;
@@ -151,7 +158,7 @@ int group_backward(const pk::Group& g, const void* x, int dtype, int64_t m, void
     if ((a.d_lora_a || a.d_lora_b) && !a.lora.r) return PK_ERR_NULL;
     if ((a.d_lora_a && rows && (!x || !a.dyb)) || (a.d_lora_b && rows && !a.xa)) return PK_ERR_NULL;
   }
-  if (bytes < group_scratch_bytes(g, m, threads)) return PK_ERR_SCRATCH;
+  if (bytes < needed_bytes(g, m, threads, single)) return PK_ERR_SCRATCH;
   current->backward(g, x, dtype, m, dx, (float*)scratch, threads);
   return PK_OK;
 }
@@ -237,7 +244,7 @@ static int lora_forward(const pk_weight* w, const pk_lora* lora, const void* x, 
   threads = threads_or_default(threads);
   Single one(w, *lora, m, n, k);
   one.member.bias = bias, one.member.bias_dtype = bias_dtype, one.member.y = y, one.adapter.xa = xa;
-  if (!gemv) return group_forward(one.group(), x, dtype, m, scratch, bytes, threads);
+  if (!gemv) return group_forward(one.group(), x, dtype, m, scratch, bytes, threads, true);
   if (int bad = check_group(one.group(), m)) return bad;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m == 0 || n == 0) return PK_OK;
@@ -266,7 +273,7 @@ static int lora_backward(const pk_weight* w, const pk_lora* lora, const void* dy
   Single one(w, *lora, m, n, k);
   one.member.dy = dy, one.member.d_bias = d_bias;
   one.adapter.xa = const_cast<float*>(xa), one.adapter.dyb = dyb, one.adapter.d_lora_a = d_a, one.adapter.d_lora_b = d_b;
-  return group_backward(one.group(), x, dtype, m, dx, scratch, bytes, threads_or_default(threads));
+  return group_backward(one.group(), x, dtype, m, dx, scratch, bytes, threads_or_default(threads), true);
 }
 
 int pk_qlora_linear_bwd_cpu(const pk_weight* w, const pk_lora* lora, const void* dy, const void* x, int dtype, int64_t m, const float* xa, float* dyb,

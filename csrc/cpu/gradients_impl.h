@@ -40,12 +40,22 @@ static void store_gradients(const pk::Group& g, const Source<T>& src, float* c, 
   }
 }
 
-// c of every adapter that takes part += low^T (rows [m0, m0 + count) of the strip), dropped or not as `drops` says; `rows` [count][ld] holds them.
-template <typename T, typename V>
-static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapter* only, const V* rows, int64_t ld, int64_t m0, int64_t count,
+// The mask of the rows [m0, m0 + count) of a strip, as bits: from the first row that the adapter applies to.
+struct Mask {
+  const uint8_t* bits;
+  int64_t ld;
+  float scale;
+};
+
+// c of the adapters without dropout, or of `only` with its mask, += low^T (rows [m0, m0 + count) of the strip).
+template <typename T>
+static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapter* only, const Mask& mask, const T* rows, int64_t m0, int64_t count,
                        int64_t width, float* buffer, float* c) {
+  const pk::Lanes masked = only ? pk::lanes_of(*only, m0, count) : pk::Lanes{};
   for (int64_t q = 0; q < width; q += LANES) {
-    pack_rows(rows + q, ld, count, width - q, buffer);
+    if (!only) pack_rows(rows + q, src.cols, count, width - q, buffer);
+    else pack_masked_rows(mask.bits + q / 8, mask.ld, mask.scale, rows + masked.from * src.cols + q, src.cols, masked.to - masked.from, width - q,
+                          buffer + masked.from * LANES);
     float* at = c;
     for (int64_t i = 0; i < g.adapter_count; i++) {
       const pk_adapter& a = g.adapters[i];
@@ -64,20 +74,25 @@ template <typename T>
 static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, int64_t c0) {
   const pk::Group& g = s.group;
   const int64_t width = smaller(STRIP, src.cols - c0);
-  float *c = s.own(), *buffer = c + s.r * STRIP, *masked = buffer + pk::KC * LANES;
+  float *c = s.own(), *buffer = c + s.r * STRIP;
   clear(c, s.r * STRIP);
   bool plain = false;
   for (int64_t i = 0; i < g.adapter_count; i++) plain |= src.takes(g.adapters[i]) && !src.drops(g.adapters[i]);
   for (int64_t m0 = 0; m0 < m; m0 += pk::KC) {
     const int64_t count = smaller(pk::KC, m - m0);
     const T* rows = src.data + m0 * src.cols + c0;
-    if (plain) accumulate(g, src, nullptr, rows, src.cols, m0, count, width, buffer, c);
-    for (int64_t i = 0; i < g.adapter_count; i++) {
+    if (plain) accumulate(g, src, nullptr, Mask{}, rows, m0, count, width, buffer, c);
+    pk::Cursor cursor;
+    for (int64_t i = 0; i < g.adapter_count; cursor.pass(g, g.adapters[i++])) {
       const pk_adapter& a = g.adapters[i];
       const pk::Lanes span = pk::lanes_of(a, m0, count);
       if (!src.takes(a) || !src.drops(a) || span.from >= span.to) continue;
-      apply_dropout(make_dropout(a.lora.dropout_threshold, a.lora.seed), rows, src.cols, m0 - a.row_begin, c0, count, width, masked, STRIP);
-      accumulate(g, src, &a, (const float*)masked, STRIP, m0, count, width, buffer, c);
+      const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
+      const int64_t first = m0 + span.from - a.row_begin;
+      uint8_t bits[pk::KC * STRIP / 8];
+      const uint8_t* drawn = s.mask(cursor, first, c0);
+      if (!drawn) draw_bits(d, first, c0, span.to - span.from, width, bits, STRIP / 8);
+      accumulate(g, src, &a, Mask{drawn ? drawn : bits, drawn ? s.plan.mask_ld : STRIP / 8, d.scale}, rows, m0, count, width, buffer, c);
     }
   }
   store_gradients(g, src, c, c0, width);

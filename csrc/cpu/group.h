@@ -33,16 +33,25 @@ struct Group {
     }
     return held;
   }
+  // Where dx and some dA are wanted, backward needs each mask twice.
+  Operands backward_operands(bool dx) const {
+    Operands held = operands();
+    for (int64_t i = 0; dx && i < adapter_count; i++) held.dropped_rows += masked_rows(adapters[i]);
+    return held;
+  }
+  static int64_t masked_rows(const pk_adapter& a) { return a.lora.dropout_threshold && a.row_end > a.row_begin ? a.row_end - a.row_begin : 0; }
   Plan forward_plan(int64_t m, int64_t lanes, int threads) const { return make_plan(m, n(), base() ? k() : 0, operands(), 12, lanes, threads); }
   Plan backward_plan(int64_t m, bool dx, int64_t lanes, int threads) const {
-    return make_plan(m, k(), base() && dx ? n() : 0, operands(), 48, lanes, threads);
+    return make_plan(m, k(), base() && dx ? n() : 0, backward_operands(dx), 48, lanes, threads);
   }
 };
 
-// Where an adapter's rows, A and B begin among those of all; moved on by `pass`.
+// Where an adapter's rows, A, B and mask begin among those of all; moved on by `pass`.
 struct Cursor {
-  int64_t r = 0, lora_a = 0, lora_b = 0;
-  void pass(const Group& g, const pk_adapter& a) { r += a.lora.r, lora_a += a.lora.r * g.k(), lora_b += a.lora.r * g.n_of(a); }
+  int64_t r = 0, lora_a = 0, lora_b = 0, masked = 0;
+  void pass(const Group& g, const pk_adapter& a) {
+    r += a.lora.r, lora_a += a.lora.r * g.k(), lora_b += a.lora.r * g.n_of(a), masked += Group::masked_rows(a);
+  }
 };
 
 // The lanes [from, to) of a panel of `count` rows from `row` on that an adapter applies to; empty where from >= to.

@@ -11,12 +11,14 @@ constexpr int64_t MAX_BLOCK = 192;          // output rows a task: its decoded p
 constexpr int64_t PACK_FLOATS = 5 << 18;    // 5 MB of packed activations at most, where that allows one panel
 constexpr int64_t MAX_ROWS_BLOCK = 512;     // rows of x a pass, so that a task's accumulators fit the second-level cache
 constexpr int64_t STRIP_PANELS = 4;
+constexpr int64_t MASK_BYTES = 5 << 18;     // dropout masks kept as bits from dx to dA, a call; what needs more is drawn twice
 constexpr int64_t MAX_LANES = 32, ALIGN = 16;
 
 struct Plan {
-  int64_t contraction, mc, block;                                        // mc: rows of x a pass; block: output rows a task
+  int64_t contraction, mc, ldc, block;                                   // mc: rows of x a pass, ldc apart in a task's sums; block: output rows a task
   int64_t pack_at, low_rank_at, lora_a_at, lora_b_at, bias_at, own_at;   // offsets in floats
   int64_t decoded_size, c_size, own_size, total;
+  int64_t mask_at, mask_ld;                                              // bits of the dropped adapters' rows, mask_ld bytes each; 0: none
 };
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -24,7 +26,8 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 static inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // What a call holds in scratch besides the activations: the low-rank branches' rows together, their adapters and biases in fp32.
-struct Operands { int64_t r, lora_a, lora_b, bias; };
+// dropped_rows: of the adapters whose masks are kept from one use to the next.
+struct Operands { int64_t r, lora_a, lora_b, bias, dropped_rows = 0; };
 
 // outputs: rows of the product (all n forward, k backward); contraction: the other one, or 0 where there is no base product.
 // `unit`: what a task's rows are a multiple of: 48 backward (whole tiles of 6 and 12, whole vectors, whole nibble words), 12 forward, where
@@ -36,14 +39,15 @@ static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, co
   limit = limit < lanes ? lanes : limit > MAX_ROWS_BLOCK ? MAX_ROWS_BLOCK : limit;
   const int64_t rows = m < 1 ? 1 : m;
   p.mc = round_up(ceil_div(rows, ceil_div(rows, limit)), lanes);
+  p.ldc = p.mc + PAD;
   // Equal tasks, a whole number of them for each thread.
   const int64_t rounds = ceil_div(outputs, threads * MAX_BLOCK);
   p.block = round_up(ceil_div(outputs, threads * rounds), unit);
   if (p.block > MAX_BLOCK) p.block = MAX_BLOCK;
   p.decoded_size = round_up(largest(p.block * LD_FWD, KC * (p.block + PAD)), ALIGN);
-  p.c_size = round_up(p.block * p.mc, ALIGN);
-  const int64_t tmp = 3 * largest(KC, p.block) * lanes;
-  const int64_t gradient = held.r * STRIP_PANELS * lanes + KC * lanes + KC * STRIP_PANELS * lanes;
+  p.c_size = round_up(p.block * p.ldc, ALIGN);
+  const int64_t tmp = 2 * KC * lanes;
+  const int64_t gradient = held.r * STRIP_PANELS * lanes + KC * lanes;
   p.own_size = round_up(largest(p.decoded_size + p.c_size + tmp, gradient), ALIGN);
   int64_t at = 0;
   auto take = [&at](int64_t size) { int64_t here = at; at += round_up(size, ALIGN); return here; };
@@ -53,6 +57,9 @@ static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, co
   p.lora_b_at = take(held.lora_b);
   p.bias_at = take(held.bias);
   p.own_at = take(p.own_size * threads);
+  const int64_t mask_ld = round_up(outputs, 64) / 8;
+  p.mask_ld = held.dropped_rows && held.dropped_rows * mask_ld <= MASK_BYTES ? mask_ld : 0;
+  p.mask_at = take(held.dropped_rows * p.mask_ld / 4);
   p.total = at;
   return p;
 }

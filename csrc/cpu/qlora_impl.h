@@ -46,6 +46,10 @@ struct Scratch {
   const float* lora_b(const pk_adapter& a, const pk::Cursor& at) const {
     return a.lora.dtype == PK_F32 ? (const float*)a.lora.lora_b : base + plan.lora_b_at + at.lora_b;
   }
+  // The bits of an adapter's mask from column `col` on, rows plan.mask_ld bytes apart; null where the plan keeps none.
+  uint8_t* mask(const pk::Cursor& at, int64_t row, int64_t col) const {
+    return plan.mask_ld ? (uint8_t*)(base + plan.mask_at) + (at.masked + row) * plan.mask_ld + col / 8 : nullptr;
+  }
   const float* bias(int64_t member, int64_t n_before) const {
     const pk_member& m = group.members[member];
     return !m.bias || m.bias_dtype == PK_F32 ? (const float*)m.bias : base + plan.bias_at + n_before;
@@ -90,16 +94,17 @@ static void pack_and_project(const Scratch& s, bool forward, int64_t member, con
     for (int64_t i = 0; i < g.adapter_count; cursor.pass(g, g.adapters[i++])) {
       const pk_adapter& a = g.adapters[i];
       const int64_t r = a.lora.r;
-      if (!takes_part(a, member, pk::lanes_of(a, row, rows))) continue;
+      const pk::Lanes lanes = pk::lanes_of(a, row, rows);
+      if (!takes_part(a, member, lanes)) continue;
       float *low = s.low_rank(panel, cursor.r), *operand = chunk;
       if (from == 0) clear(low, r * LANES);
+      if (!have) pack_transposed(at, cols, rows, count, chunk);
+      have = true;
       if (forward && a.lora.dropout_threshold) {
-        float* masked = tmp + 2 * pk::KC * LANES;
-        apply_dropout(make_dropout(a.lora.dropout_threshold, a.lora.seed), at, cols, row - a.row_begin, from, rows, count, masked, pk::KC);
-        pack_transposed(masked, pk::KC, rows, count, operand = tmp);
-      } else if (!have) {
-        pack_transposed(at, cols, rows, count, chunk);
-        have = true;
+        uint8_t bits[LANES * pk::KC / 8];
+        const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
+        draw_bits(d, row + lanes.from - a.row_begin, from, lanes.to - lanes.from, count, bits, pk::KC / 8);
+        mask_panel<false>(bits, pk::KC / 8, lanes.from, lanes.to, d.scale, count, chunk, operand = tmp, LANES);
       }
       if (forward) multiply({s.lora_a(a, cursor) + from, cols, 1}, r, operand, count, low, LANES, LOW_RANK_CHAIN);
       else multiply({s.lora_b(a, cursor) + from * r, 1, r}, r, operand, count, low, LANES, LOW_RANK_CHAIN);
@@ -136,7 +141,7 @@ static void for_each_part(const pk::Group& g, int64_t from, int64_t size, F part
 
 static inline Table table_of(const pk_weight& w) { return w.code ? make_table(w.code) : Table{}; }
 
-// c [size][mc] of a task's rows += scaling * B xa^T of every adapter whose rows the panel holds.
+// c [size][ldc] of a task's rows += scaling * B xa^T of every adapter whose rows the panel holds.
 static void add_low_rank(const Scratch& s, int64_t member, int64_t n0, int64_t size, int64_t row, int64_t rows, int64_t panel, float* c) {
   const pk::Group& g = s.group;
   pk::Cursor cursor;
@@ -144,7 +149,7 @@ static void add_low_rank(const Scratch& s, int64_t member, int64_t n0, int64_t s
     const pk_adapter& a = g.adapters[i];
     const int64_t r = a.lora.r;
     if (!takes_part(a, member, pk::lanes_of(a, row, rows))) continue;
-    multiply({s.lora_b(a, cursor) + n0 * r, r, 1}, size, s.low_rank(panel, cursor.r), r, c, s.plan.mc, LOW_RANK_CHAIN);
+    multiply({s.lora_b(a, cursor) + n0 * r, r, 1}, size, s.low_rank(panel, cursor.r), r, c, s.plan.ldc, LOW_RANK_CHAIN);
   }
 }
 
@@ -166,54 +171,54 @@ static void forward_gemm(const pk::Plan& plan, const pk::Group& g, const T* x, i
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t from_row = block * plan.block, size = smaller(plan.block, n - from_row);
       float *c = s.own_c(), *decoded = s.own_decoded();
-      clear(c, size * plan.mc);
+      clear(c, size * plan.ldc);
       for (int64_t from = 0; base && from < k; from += pk::KC) {
         const int64_t count = smaller(pk::KC, k - from);
         for_each_part(g, from_row, size, [&](int64_t i, int64_t n0, int64_t part, int64_t, int64_t offset) {
           const pk_weight& w = g.members[i].weight;
           decode_pieces(w, table_of(w), n0, part, from, count, decoded + offset * pk::LD_FWD, pk::LD_FWD);
         });
-        for (int64_t p = 0; p < panels; p++) multiply({decoded, pk::LD_FWD, 1}, size, s.pack(p) + from * LANES, count, c + p * LANES, plan.mc);
+        for (int64_t p = 0; p < panels; p++) multiply({decoded, pk::LD_FWD, 1}, size, s.pack(p) + from * LANES, count, c + p * LANES, plan.ldc);
       }
       for_each_part(g, from_row, size, [&](int64_t i, int64_t n0, int64_t part, int64_t before, int64_t offset) {
         const int64_t width = g.members[i].weight.n;
         const float* bias = s.bias(i, before);
         for (int64_t p = 0; p < panels; p++) {
           const int64_t row = m0 + p * LANES, count = smaller(LANES, m - row);
-          float* at = c + offset * plan.mc + p * LANES;
+          float* at = c + offset * plan.ldc + p * LANES;
           add_low_rank(s, i, n0, part, row, count, p, at);
-          store_transposed(at, plan.mc, part, count, bias ? bias + n0 : nullptr, (T*)g.members[i].y + row * width + n0, width, !base);
+          store_transposed(at, plan.ldc, part, count, bias ? bias + n0 : nullptr, (T*)g.members[i].y + row * width + n0, width, !base);
         }
       });
     }
   }
 }
 
-// c [size][ldc] of one panel += A^T dyb^T of the adapters without dropout; `dropped` [lanes][size] = the sum of the others', masked. Returns
-// whether there is such a sum. tmp: 2 * size * LANES floats.
-static bool add_low_rank_dx(const Scratch& s, int64_t k0, int64_t size, int64_t row, int64_t rows, int64_t panel, float* c, float* dropped, float* tmp) {
+// c [size][ldc] of one panel += drop(dyb A)^T of every adapter; what is drawn for it stays in scratch for d_lora_a. columns: [size][LANES].
+static void add_low_rank_dx(const Scratch& s, int64_t k0, int64_t size, int64_t row, int64_t rows, int64_t panel, float* c, float* columns) {
   const pk::Group& g = s.group;
   const int64_t k = g.k();
-  bool any = false;
   pk::Cursor cursor;
   for (int64_t i = 0; i < g.adapter_count; cursor.pass(g, g.adapters[i++])) {
     const pk_adapter& a = g.adapters[i];
-    if (!takes_part(a, ALL, pk::lanes_of(a, row, rows))) continue;
+    const pk::Lanes lanes = pk::lanes_of(a, row, rows);
+    if (!takes_part(a, ALL, lanes)) continue;
     const Rows at = {s.lora_a(a, cursor) + k0, 1, k};
     const float* low = s.low_rank(panel, cursor.r);
     if (!a.lora.dropout_threshold) {
-      multiply(at, size, low, a.lora.r, c, s.plan.mc, LOW_RANK_CHAIN);
+      multiply(at, size, low, a.lora.r, c, s.plan.ldc, LOW_RANK_CHAIN);
       continue;
     }
-    float *columns = tmp, *plain = tmp + LANES * size, *masked = any ? columns : dropped;
     clear(columns, size * LANES);
     multiply(at, size, low, a.lora.r, columns, LANES, LOW_RANK_CHAIN);
-    store_transposed(columns, LANES, size, rows, nullptr, plain, size, false);
-    apply_dropout(make_dropout(a.lora.dropout_threshold, a.lora.seed), plain, size, row - a.row_begin, k0, rows, size, masked, size);
-    for (int64_t j = 0; any && j < rows * size; j++) dropped[j] += masked[j];
-    any = true;
+    constexpr int64_t LD = pk::MAX_BLOCK / 8;
+    uint8_t bits[LANES * LD];
+    const int64_t first = row + lanes.from - a.row_begin, count = lanes.to - lanes.from;
+    const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
+    draw_bits(d, first, k0, count, size, bits, LD);
+    for (int64_t l = 0; s.plan.mask_ld && l < count; l++) memcpy(s.mask(cursor, first + l, k0), bits + l * LD, (size_t)(size + 7) / 8);
+    mask_panel<true>(bits, LD, lanes.from, lanes.to, d.scale, size, columns, c, s.plan.ldc);
   }
-  return any;
 }
 
 // dyb = scaling * dy B and, where dx is wanted, dx = sum of dy_i W_i + drop(dyb A); without base products dx is added to.
@@ -236,7 +241,7 @@ static void backward_dx(const pk::Plan& plan, const pk::Group& g, int64_t m, T* 
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t k0 = block * plan.block, size = smaller(plan.block, k - k0), ld = plan.block + pk::PAD;
       float *c = s.own_c(), *decoded = s.own_decoded(), *tmp = s.own_tmp();
-      clear(c, size * plan.mc);
+      clear(c, size * plan.ldc);
       for (int64_t i = 0, before = 0; base && i < g.count; before += g.members[i++].weight.n) {
         const pk_weight& w = g.members[i].weight;
         const Table table = table_of(w);
@@ -244,19 +249,14 @@ static void backward_dx(const pk::Plan& plan, const pk::Group& g, int64_t m, T* 
           const int64_t count = smaller(pk::KC, w.n - from);
           decode_pieces(w, table, from, count, k0, size, decoded, ld);
           for (int64_t p = 0; p < panels; p++)
-            multiply({decoded, 1, ld}, size, s.pack(p) + (before + from) * LANES, count, c + p * LANES, plan.mc);
+            multiply({decoded, 1, ld}, size, s.pack(p) + (before + from) * LANES, count, c + p * LANES, plan.ldc);
         }
       }
       for (int64_t p = 0; p < panels; p++) {
         const int64_t row = m0 + p * LANES, lanes = smaller(LANES, m - row);
         T* out = dx + row * k + k0;
-        if (!add_low_rank_dx(s, k0, size, row, lanes, p, c + p * LANES, tmp, tmp + size * LANES)) {
-          store_transposed(c + p * LANES, plan.mc, size, lanes, nullptr, out, k, !g.base());
-          continue;
-        }
-        store_transposed(c + p * LANES, plan.mc, size, lanes, nullptr, tmp, size, true);
-        for (int64_t l = 0; l < lanes; l++)
-          for (int64_t j = 0; j < size; j++) from_float(tmp[l * size + j] + (g.base() ? 0.0f : to_float(out[l * k + j])), &out[l * k + j]);
+        add_low_rank_dx(s, k0, size, row, lanes, p, c + p * LANES, tmp);
+        store_transposed(c + p * LANES, plan.ldc, size, lanes, nullptr, out, k, !g.base());
       }
     }
   }

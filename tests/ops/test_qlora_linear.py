@@ -84,6 +84,20 @@ def test_dropout(isa: str, shape: tuple[int, int, int, int], dropout_p: float) -
     _check(*shape, torch.float32, dropout_p=dropout_p, draws=3)
 
 
+@pytest.mark.parametrize(("m", "k"), [(600, 100), (2650, 4096)])
+def test_backward_draws_the_mask_of_forward_with_and_without_room_to_keep_it(isa: str, m: int, k: int) -> None:
+    """dx draws a mask and keeps its bits for dA, up to 1.25 MiB of them, 10.5 million elements; above, and without dx, dA draws again."""
+    _check(m, 8, k, 2, torch.float32, dropout_p=0.25, draws=1)
+    x, w, seed = torch.randn(m, k), NF4Weight.from_dense(torch.randn(8, k)), torch.tensor([77])
+    a, b, dy = torch.randn(2, k, requires_grad=True), torch.randn(8, 2), torch.randn(m, 8)
+
+    def d_lora_a(x: torch.Tensor) -> torch.Tensor:
+        y = qlora_linear(x, w, None, a, b, scaling=0.5, dropout_p=0.25, seed=seed)
+        return torch.autograd.grad(y, [t for t in (a, x) if t.requires_grad], dy)[0]
+
+    assert torch.equal(d_lora_a(x), d_lora_a(x.clone().requires_grad_()))
+
+
 @pytest.mark.parametrize(
     "quant",
     [{"nested": False}, {"quant_type": "fp4"}, {"blocksize": 32}, {"blocksize": 4096}, {"blocksize": 128, "nested": False}],
