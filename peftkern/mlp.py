@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from .group import Member, prepare
 from .ops import glu as _glu
+from .ops import qlora_glu
 from .ops import qlora_group as group
+from .ops.qlora_glu import halves
 
 __all__ = ["gated_mlp", "gated_mlp_packed"]
 
@@ -23,7 +25,7 @@ class _GatedMLP(torch.autograd.Function):
         count = len(inner.weights) + 2 * len(inner.members)
         first, second = trainable[:count], trainable[count:]
         hidden, xa = group.run(inner, x, first)
-        h = torch.ops.peftkern.glu_fwd(*_halves(hidden, gate_first), activation)
+        h = torch.ops.peftkern.glu_fwd(*halves(hidden, gate_first), activation)
         (y,), ha = group.run(outer, h, second)
         inner_kept, ctx.inner = group.kept(inner, first, xa)
         outer_kept, ctx.outer = group.kept(outer, second, ha)
@@ -38,32 +40,29 @@ class _GatedMLP(torch.autograd.Function):
         (count, outputs, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[4:])
         x, *saved = ctx.saved_tensors
         hidden, saved = saved[:outputs], saved[outputs:]
-        gate, up = _halves(hidden, ctx.gate_first)
+        gate, up = halves(hidden, ctx.gate_first)
         inner_needs, outer_needs = needs[: 1 + count], [any(needs[: 1 + count]), *needs[1 + count :]]
-        h = torch.ops.peftkern.glu_fwd(gate, up, ctx.activation) if ctx.wants_h else None
-        d_h, *outer = group.gradients(ctx.outer, saved[cut:], [dy], h, tuple(gate.shape), outer_needs)
-        inner = [None] * len(inner_needs)
-        if d_h is not None:
-            d_hidden = _hidden_gradients(d_h, hidden, ctx.activation, ctx.gate_first)
+        inner, d_hidden = [None] * len(inner_needs), None
+        if ctx.wants_h and outer_needs[0]:
+            options = hidden, ctx.gate_first, ctx.activation
+            d_hidden, outer = qlora_glu.gradients(ctx.outer, saved[cut:], dy, *options, outer_needs)
+        else:
+            h = torch.ops.peftkern.glu_fwd(gate, up, ctx.activation) if ctx.wants_h else None
+            d_h, *outer = group.gradients(ctx.outer, saved[cut:], [dy], h, tuple(gate.shape), outer_needs)
+            if d_h is not None:
+                d_hidden = _hidden_gradients(d_h, hidden, ctx.activation, ctx.gate_first)
+        if d_hidden is not None:
             inner = group.gradients(ctx.inner, saved[:cut], d_hidden, x, shape, inner_needs)
         return (None, None, None, None, *inner, *outer)
 
 
-def _halves(hidden: Sequence[Tensor], gate_first: bool) -> Sequence[Tensor]:
-    """gate, up [M, I] of the inner linears' outputs: two, or one [M, 2I], read in place."""
-    if len(hidden) == 2:
-        return hidden
-    first, second = hidden[0].chunk(2, dim=1)
-    return (first, second) if gate_first else (second, first)
-
-
 def _hidden_gradients(d_h: Tensor, hidden: Sequence[Tensor], activation: str, gate_first: bool) -> list[Tensor]:
     """The gradients of the inner linears' outputs; of one output in one tensor, whose halves are written in place."""
-    gate, up = _halves(hidden, gate_first)
+    gate, up = halves(hidden, gate_first)
     if len(hidden) == 2:
         return list(torch.ops.peftkern.glu_bwd(d_h, gate, up, activation, False)[:2])
     packed = torch.empty_like(hidden[0])
-    torch.ops.peftkern.glu_bwd_out(d_h, gate, up, activation, *_halves([packed], gate_first), None)
+    torch.ops.peftkern.glu_bwd_out(d_h, gate, up, activation, *halves([packed], gate_first), None)
     return [packed]
 
 
@@ -125,5 +124,5 @@ def _run(x: Tensor, inner: dict[str, Member], down: Member, width: int, activati
         y = _GatedMLP.apply(spec, outer, activation, gate_first, flat, *first, *second)
     else:
         hidden, _ = group.run(spec, flat, first)
-        (y,), _ = group.run(outer, torch.ops.peftkern.glu_fwd(*_halves(hidden, gate_first), activation), second)
+        (y,), _ = group.run(outer, torch.ops.peftkern.glu_fwd(*halves(hidden, gate_first), activation), second)
     return y.reshape(*x.shape[:-1], y.shape[1])

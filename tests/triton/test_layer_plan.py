@@ -21,7 +21,7 @@ from .test_gpu_plan import SLAB
 MIB = 1 << 20
 TARGET = 40
 # 128 MiB is the table's buffer, which gate and up do not share.
-COUNTS = {("cublas", 128 * MIB): 52, ("cublas", 256 * MIB): 50, ("triton", 128 * MIB): 44, ("triton", 256 * MIB): 40}
+COUNTS = {("cublas", 128 * MIB): 52, ("cublas", 256 * MIB): 50, ("triton", 128 * MIB): 43, ("triton", 256 * MIB): 39}
 
 
 def _layer(gemm: str, slab_bytes: int, layer: plan.Layer = plan.LLAMA_8B) -> list[plan.Launch]:
@@ -34,14 +34,14 @@ def test_the_launches_of_a_decoder_layer(gemm: str, slab_bytes: int) -> None:
     assert len(_layer(gemm, slab_bytes)) == COUNTS[gemm, slab_bytes]
 
 
-def test_what_a_decoder_layer_at_the_target_consists_of() -> None:
-    """Linears 24; what is not a linear 16: attention 6, norms with the stream's additions 4, the product 3, RoPE 2, the last addition."""
+def test_what_a_decoder_layer_below_the_target_consists_of() -> None:
+    """Linears 24; what is not a linear 15: attention 6, norms with the stream's additions 4, the product 2, RoPE 2, the last addition."""
     launches = _layer("triton", 256 * MIB)
     linear = [one for one in launches if one.name in ("slab+xa", "slab+dy_pass", "matmul", "x_pass", "reduce")]
     rest = Counter(one.name.removeprefix("d_") for one in launches if one not in linear)
-    assert len(linear) == 24 and rest.total() == 16 and len(launches) == TARGET
-    assert (rest["rms_norm"], rest["add_rms_norm"], rest["add"], rest["glu"], rest["rope"]) == (1, 3, 1, 3, 2)
-    assert rest.total() - 10 == 6 and len(_layer("triton", 256 * MIB, replace(plan.LLAMA_8B, kv_heads=32))) == TARGET - 2
+    assert len(linear) == 24 and rest.total() == 15 and len(launches) == TARGET - 1
+    assert (rest["rms_norm"], rest["add_rms_norm"], rest["add"], rest["glu"], rest["rope"]) == (1, 3, 1, 2, 2)
+    assert rest.total() - 9 == 6 and len(_layer("triton", 256 * MIB, replace(plan.LLAMA_8B, kv_heads=32))) == TARGET - 3
 
 
 _BLOCKS = {"_glu_fwd_kernel": "glu", "_glu_bwd_kernel": "d_glu", "_rope_kernel": "rope"}
