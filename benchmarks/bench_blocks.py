@@ -1,4 +1,4 @@
-"""A decoder layer's small ops, forward and backward: SwiGLU and GEGLU, RMSNorm and rotary embeddings, against PyTorch's own.
+"""A decoder layer's small ops, forward and backward: SwiGLU and GEGLU, RMSNorm, the same of a residual sum, RoPE, against PyTorch's own.
 
 LayerNorm is left to PyTorch, whose kernel is fused: its row beside our RMSNorm of the same size says whether there is something to gain."""
 
@@ -43,10 +43,11 @@ def specs(small: bool) -> list[Spec]:
         ("geglu tanh", 1536, 1),
         ("rms norm", 576, 1),
         ("layer norm", 768, 1),
+        ("add rms norm", 576, 1),
         ("rope", 64, 12),
     ]
     if not small:
-        shapes += [("swiglu", 14336, 1), ("rms norm", 4096, 1), ("layer norm", 4096, 1), ("rope", 128, 40)]
+        shapes += [("swiglu", 14336, 1), ("rms norm", 4096, 1), ("layer norm", 4096, 1), ("add rms norm", 4096, 1), ("rope", 128, 40)]
     return [Spec(name, mode, d, n, k, m) for name, n, k in shapes for d in ("bfloat16", "float32") for mode in ("forward", "backward")]
 
 
@@ -57,14 +58,28 @@ def _glu(spec: Spec, dtype: torch.dtype) -> _Op:
     return _Op(inputs, 2, lambda g, u: functional.glu(g, u, activation=activation), lambda g, u: act(g) * u, {})
 
 
-def _rms_norm(spec: Spec, dtype: torch.dtype) -> _Op:
-    def stock(x: Tensor, weight: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+def _stock_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
+
+def _rms_norm(spec: Spec, dtype: torch.dtype) -> _Op:
     inputs = [torch.randn(spec.m, spec.n).to(dtype), (torch.rand(spec.n) + 0.5).to(dtype)]
     others = {"F.rms_norm": lambda x, w: F.rms_norm(x, (spec.n,), w, EPS)}
-    return _Op(inputs, 1, lambda x, w: functional.rms_norm(x, w, eps=EPS), stock, others)
+    return _Op(inputs, 1, lambda x, w: functional.rms_norm(x, w, eps=EPS), _stock_norm, others)
+
+
+def _add_rms_norm(spec: Spec, dtype: torch.dtype) -> _Op:
+    def apart(norm: Callable) -> Callable:
+        def both(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            s = residual + x
+            return norm(s, weight), s
+
+        return both
+
+    inputs = [*torch.randn(2, spec.m, spec.n).to(dtype), (torch.rand(spec.n) + 0.5).to(dtype)]
+    others = {"addition, our rms_norm": apart(lambda s, w: functional.rms_norm(s, w, eps=EPS))}
+    return _Op(inputs, 2, lambda x, r, w: functional.add_rms_norm(x, r, w, eps=EPS), apart(_stock_norm), others)
 
 
 def _layer_norm(spec: Spec, dtype: torch.dtype) -> _Op:
@@ -117,14 +132,16 @@ def _moved(spec: Spec, op: _Op, dtype: torch.dtype) -> int:
     """Every operand read once, every result written once. The gradient of a rotation reads dy in place of q and k."""
     width = spec.m * spec.n * spec.k * dtype.itemsize
     small = sum(x.nbytes for x in op.inputs[op.trained :])
-    tensors = {"rope": (2, 2), "rms norm": (2, 3), "layer norm": (2, 3)}.get(spec.kernel, (3, 5))[spec.mode == "backward"]
+    known = {"rope": (2, 2), "rms norm": (2, 3), "layer norm": (2, 3), "add rms norm": (4, 4)}
+    tensors = known.get(spec.kernel, (3, 5))[spec.mode == "backward"]
     return tensors * width + small
 
 
 def build(spec: Spec) -> list[Provider]:
     torch.manual_seed(0)
     dtype, backward = DTYPES[spec.dtype], spec.mode == "backward"
-    op = {"rms norm": _rms_norm, "layer norm": _layer_norm, "rope": _rope}.get(spec.kernel, _glu)(spec, dtype)
+    known = {"rms norm": _rms_norm, "layer norm": _layer_norm, "add rms norm": _add_rms_norm, "rope": _rope}
+    op = known.get(spec.kernel, _glu)(spec, dtype)
     exact = _outputs(op.stock, op, [x.double() for x in op.inputs], backward)()
     stock = _outputs(op.stock, op, op.inputs, backward)
     moved = _moved(spec, op, dtype)

@@ -177,22 +177,22 @@ def table(found: Sequence[Row], a: Assumptions) -> str:
 
 
 def layers(cards: Sequence[Card], ms: Sequence[int], r: int, a: Assumptions, *, dropout: bool = False) -> str:
-    """Markdown: the launches of a patched decoder layer of an 8B Llama and their time, with the table's slab buffer and with twice that."""
+    """Markdown: the launches of a patched decoder layer of an 8B Llama and their time, with slab buffers of 128 and 256 MiB."""
     out = [f"One decoder layer of an 8B Llama, forward + backward, sequences of 2048, r = {r}: launches and ms, **{LABEL}**.", ""]
     out += [f"| card, GEMM, buffer | launches | {' | '.join(f'M = {m}' for m in ms)} |", "|---" * (len(ms) + 2) + "|"]
     for card in cards:
-        for times in (1, 2):
+        for mib in (128, 256):
             plans, gemms = [], set()
             for m in ms:
                 choices = [
                     config.choose_gpu(arch=card.sm, dtype="bfloat16", m=m, forward=way, cuda=True, mma=True) for way in (True, False)
                 ]
-                choices = [replace(choice, slab_bytes=times * choice.slab_bytes) for choice in choices]
+                choices = [replace(choice, slab_bytes=mib << 20) for choice in choices]
                 plans.append(decoder_layer_plan(Shape(m, 1, 1, r, dropout=dropout), *choices))
                 gemms.add(choices[1].gemm)
             cells = [f"{1e3 * seconds(launches, card, a, triton='triton' in gemms):.1f}" for launches in plans]
             counts = "/".join(dict.fromkeys(str(len(launches)) for launches in plans))
-            out.append(f"| {card.name}, {'/'.join(sorted(gemms))}, {choices[1].slab_bytes >> 20} MiB | {counts} | {' | '.join(cells)} |")
+            out.append(f"| {card.name}, {'/'.join(sorted(gemms))}, {mib} MiB | {counts} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 

@@ -10,9 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from .group import Member, prepare
 from .ops import glu as _glu
+from .ops import qlora_glu
 from .ops import qlora_group as group
+from .ops.qlora_glu import halves
 
-__all__ = ["gated_mlp", "gated_mlp_packed", "halves"]
+__all__ = ["gated_mlp", "gated_mlp_packed"]
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -40,21 +42,18 @@ class _GatedMLP(torch.autograd.Function):
         hidden, saved = saved[:outputs], saved[outputs:]
         gate, up = halves(hidden, ctx.gate_first)
         inner_needs, outer_needs = needs[: 1 + count], [any(needs[: 1 + count]), *needs[1 + count :]]
-        h = torch.ops.peftkern.glu_fwd(gate, up, ctx.activation) if ctx.wants_h else None
-        d_h, *outer = group.gradients(ctx.outer, saved[cut:], [dy], h, tuple(gate.shape), outer_needs)
-        inner = [None] * len(inner_needs)
-        if d_h is not None:
-            d_hidden = _hidden_gradients(d_h, hidden, ctx.activation, ctx.gate_first)
+        inner, d_hidden = [None] * len(inner_needs), None
+        if ctx.wants_h and outer_needs[0]:
+            options = hidden, ctx.gate_first, ctx.activation
+            d_hidden, outer = qlora_glu.gradients(ctx.outer, saved[cut:], dy, *options, outer_needs)
+        else:
+            h = torch.ops.peftkern.glu_fwd(gate, up, ctx.activation) if ctx.wants_h else None
+            d_h, *outer = group.gradients(ctx.outer, saved[cut:], [dy], h, tuple(gate.shape), outer_needs)
+            if d_h is not None:
+                d_hidden = _hidden_gradients(d_h, hidden, ctx.activation, ctx.gate_first)
+        if d_hidden is not None:
             inner = group.gradients(ctx.inner, saved[:cut], d_hidden, x, shape, inner_needs)
         return (None, None, None, None, *inner, *outer)
-
-
-def halves(hidden: Sequence[Tensor], gate_first: bool) -> Sequence[Tensor]:
-    """gate, up [..., I] of the inner linears' outputs: two, or one [..., 2I], read in place."""
-    if len(hidden) == 2:
-        return hidden
-    first, second = hidden[0].chunk(2, dim=-1)
-    return (first, second) if gate_first else (second, first)
 
 
 def _hidden_gradients(d_h: Tensor, hidden: Sequence[Tensor], activation: str, gate_first: bool) -> list[Tensor]:

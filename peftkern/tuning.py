@@ -115,6 +115,15 @@ def _step(device: str, shape: tuple[int, int], m: int, backward: bool) -> Callab
     return step
 
 
+def _slab_bytes(ms: dict[str, float], table: int) -> int:
+    """The fastest of the buffers measured on one linear. Where the largest of them was, the table's stays if it is larger still: it may hold
+    the weights of a group."""
+    if not ms:
+        return table
+    best = int(min(ms, key=ms.__getitem__))
+    return max(best << 20, table if best == max(map(int, ms)) else 0)
+
+
 def derive(timings: Mapping[str, float], row: GPUConfig) -> GPUConfig:
     """The measured limits; what was not measured stays the table's."""
 
@@ -139,6 +148,6 @@ def derive(timings: Mapping[str, float], row: GPUConfig) -> GPUConfig:
         mma_min_m=limit("decode", "gemv", "mma", row.mma_min_m - 1) + 1,
         fused_max_m=limit("medium", "fused", "slab", row.fused_max_m),
         gemm=min(gemm, key=gemm.__getitem__) if gemm else row.gemm,
-        slab_bytes=int(min(slab, key=slab.__getitem__)) << 20 if slab else row.slab_bytes,
+        slab_bytes=_slab_bytes(slab, row.slab_bytes),
         measured=f"measured on this card: {', '.join(dict.fromkeys(key.split('/')[0] for key in timings))}" if timings else row.measured,
     )

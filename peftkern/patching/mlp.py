@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..mlp import halves
+from ..ops.qlora_glu import halves
 from .decode import Ready
 from .detect import excluded
 from .forwards import Forward, _autocast_off, _PlannedForward, _served, find, has_hooks, install

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import Adapter, Member, gated_mlp, gated_mlp_packed
@@ -305,6 +307,24 @@ def test_compiles_into_one_graph(layout: str, backend: str) -> None:
     y.backward(dy)
     for name, value in named(x, members, y).items():
         assert torch.equal(value, eager[name]), name
+
+
+class _Recorded(TorchDispatchMode):
+    """The arguments of one op's call."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.peftkern.qlora_glu_bwd.default:
+            self.args = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, args)
+        return func(*args, **(kwargs or {}))
+
+
+@EITHER
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_opcheck_of_the_second_half(layout: str, backend: str) -> None:
+    x, members = case(layout, 5, torch.float32, dropout=0.1, bias=True)
+    with use_backend(backend), _Recorded() as recorded:
+        ours(x, members, torch.randn(5, N))
+        library.opcheck(torch.ops.peftkern.qlora_glu_bwd.default, recorded.args)
 
 
 def test_errors_name_the_member_and_the_argument() -> None:

@@ -43,3 +43,10 @@ def test_every_variant_runs_in_its_own_regime(device: str, monkeypatch) -> None:
     assert len(rows) == 4
     row = tuning.derive(timings, GPU_TABLE[89])
     assert (row.fused_max_m, row.gemm, row.slab_bytes) == (32, "cublas", tuning.SLAB_MIB[0] << 20)
+
+
+def test_a_buffer_for_groups_survives_if_the_largest_measured_was_fastest() -> None:
+    table = GPU_TABLE[89].slab_bytes
+    falling, rising = ({f"slab/40/{mib}": sign * float(mib) for mib in tuning.SLAB_MIB} for sign in (-1, 1))
+    assert tuning.derive(falling, GPU_TABLE[89]).slab_bytes == table > max(tuning.SLAB_MIB) << 20
+    assert tuning.derive(rising, GPU_TABLE[89]).slab_bytes == min(tuning.SLAB_MIB) << 20

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ...backends import select
 from .. import LIBRARY, accumulation, autocast_off, backend, unobserved
 
-__all__ = ["Spec", "few_rows", "gradients", "kept", "qlora_group", "run", "wants_x"]
+__all__ = ["Spec", "arguments", "asked", "few_rows", "gradients", "kept", "qlora_group", "run", "wants_x"]
 
 # Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters (lora_a and all after it).
 _WEIGHTS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes"
@@ -120,20 +120,30 @@ def gradients(
     static: tuple, saved: list[Tensor | None], dy: list[Tensor | None], x: Tensor | None, shape: tuple[int, int], needs: list[bool]
 ) -> list[Tensor | None]:
     """dx, the biases', the A's and the B's gradients; None where `needs`, in this order, does not ask or a member's dy is None."""
-    blocksizes, members, rows, scalings, dropout_ps, dtypes = static
     if not any(needs) or all(g is None for g in dy):
         return [None] * len(needs)
-    count, adapters, at, parts = len(dy), len(members), 0, []
+    dy = [None if g is None else g.contiguous() for g in dy]
+    found = torch.ops.peftkern.qlora_group_bwd(dy, x, *arguments(static, saved, shape, needs))
+    return asked(static, [g is not None for g in dy], needs, *found)
+
+
+def arguments(static: tuple, saved: list[Tensor | None], shape: tuple[int, int], needs: list[bool]) -> tuple:
+    """Of a backward op, behind the gradients and the inputs: what `kept` has kept, and what is wanted."""
+    blocksizes, members, rows, scalings, dropout_ps, dtypes = static
+    count, adapters, at, parts = len(dtypes), len(members), 0, []
     for size in (count, 6 * count, adapters, adapters, adapters, adapters):
         parts.append(saved[at : at + size])
         at += size
     weights, quants, lora_a, lora_b, seeds, xa = parts
-    dy = [None if g is None else g.contiguous() for g in dy]
-    options = lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs
-    dx, d_bias, d_a, d_b = torch.ops.peftkern.qlora_group_bwd(dy, x, weights, quants, blocksizes, *shape, *options)
+    return weights, quants, blocksizes, *shape, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs
+
+
+def asked(static: tuple, used: list[bool], needs: list[bool], dx: Tensor, d_bias, d_a, d_b) -> list[Tensor | None]:
+    """A backward op's results in one list, in their dtypes; None where `needs` does not ask or a member's dy is None."""
+    members, dtypes = static[1], static[-1]
     d_bias = [g if dtype is None else g.to(dtype) for g, dtype in zip(d_bias, dtypes, strict=True)]
-    live = [True] + [g is not None for g in dy] + [dy[member] is not None for member in members] * 2
-    return [g if need and used else None for g, need, used in zip((dx, *d_bias, *d_a, *d_b), needs, live, strict=True)]
+    live = [True, *used, *[used[member] for member in members] * 2]
+    return [g if need and exists else None for g, need, exists in zip((dx, *d_bias, *d_a, *d_b), needs, live, strict=True)]
 
 
 class _QLoRAGroup(torch.autograd.Function):

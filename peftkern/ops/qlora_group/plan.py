@@ -157,9 +157,10 @@ def decoder_layer_plan(shape: Shape, forward: Choice, backward: Choice, layer: L
     """Every launch of one patched decoder layer, forward then backward; `shape` gives m and the options, its n and k are not used.
 
     q/k/v and gate/up are groups, o and down single linears. Norms (whose weights are frozen), RoPE and the gated product are ours, a launch
-    a direction, but for the backward of the MLP, which forms its product again. The two residual additions are torch's, and so are
-    the two in backward, where a branch's gradient meets the stream's. Attention is torch's SDPA by FlashAttention 2, causal: one launch;
-    backward three (rows of dO * O, the gradients, dq to 16 bits), and with fewer kv heads than heads the sums of dk and of dv.
+    a direction; the backward of the MLP forms its product again, beside cuBLAS in a launch of its own. The residual addition before the
+    second norm and the two in backward, where a branch's gradient meets the stream's, are inside the norms; the last one is torch's.
+    Attention is torch's SDPA by FlashAttention 2, causal: one launch; backward three (rows of dO * O, the gradients, dq to 16 bits), and
+    with fewer kv heads than heads the sums of dk and of dv (read in its source).
     """
     h, i, kv = layer.hidden, layer.intermediate, layer.kv_heads * layer.dim
     q = layer.heads * layer.dim
@@ -168,16 +169,26 @@ def decoder_layer_plan(shape: Shape, forward: Choice, backward: Choice, layer: L
     stream, angles = of(h, h).x, 2 * 4 * seq * layer.dim
     heads, hidden = of(q + kv, h).y, of(i, h).y
     one = lambda name, reads, writes: Launch(name, reads * stream, writes * stream)  # noqa: E731
-    norm, add = one("rms_norm", 1, 1), one("add", 2, 1)
+    norm, add_norm, d_norm, add = one("rms_norm", 1, 1), one("add_rms_norm", 2, 2), one("d_add_rms_norm", 3, 1), one("add", 2, 1)
     rope = Launch("rope", heads + angles, heads)
     glu, d_glu = Launch("glu", 2 * hidden, hidden), Launch("d_glu", 3 * hidden, 2 * hidden)
     attention = _attention(shape, layer, seq)
-    first = [norm, *group_forward_plan(qkv, forward), rope, attention[0], *single.forward_plan(o, forward), add]
-    second = [norm, *group_forward_plan(gate_up, forward), glu, *single.forward_plan(down, forward), add]
-    d_norm = one("d_rms_norm", 2, 1)
-    back = [glu, *single.backward_plan(down, backward), d_glu, *group_backward_plan(gate_up, backward), d_norm, add]
-    back += [*single.backward_plan(o, backward), *attention[1:], rope, *group_backward_plan(qkv, backward), d_norm, add]
+    first = [norm, *group_forward_plan(qkv, forward), rope, attention[0], *single.forward_plan(o, forward)]
+    second = [add_norm, *group_forward_plan(gate_up, forward), glu, *single.forward_plan(down, forward), add]
+    back = [*_down_backward(down, backward, glu, d_glu), *group_backward_plan(gate_up, backward), d_norm]
+    back += [*single.backward_plan(o, backward), *attention[1:], rope, *group_backward_plan(qkv, backward), d_norm]
     return [*first, *second, *back]
+
+
+def _down_backward(s: Shape, choice: Choice, glu: Launch, d_glu: Launch) -> list[Launch]:
+    """The MLP's last linear and its input's gradients. dA reads that input again: it is formed with its gradient, where dx comes first."""
+    launches = single.backward_plan(s, choice)
+    if not s.r:
+        return [*launches, d_glu]
+    at = next(i for i, one in enumerate(launches) if one.name == "x_pass")
+    if choice.gemm == "cublas":  # whose plan begins dx there
+        return [*launches[:at], glu, *launches[at:], d_glu]
+    return [*launches[:at], replace(d_glu, writes=d_glu.writes + glu.writes), *launches[at:]]
 
 
 def _attention(s: Shape, layer: Layer, seq: int) -> list[Launch]:

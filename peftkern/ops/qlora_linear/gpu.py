@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .config import Choice
 from .low_rank_config import LowRankConfig
 from .triton_slab import slab_call
 
-__all__ = ["backward", "choose", "explain", "forward"]
+__all__ = ["LateInput", "backward", "choose", "explain", "forward"]
 
 _INTERPRETED_ARCH, _INTERPRETED_L2 = 89, 72 << 20  # the interpreter follows a 4090's plan
 _DENSE = (None,) * 6 + (64, 256)
@@ -152,10 +153,20 @@ def _slab_forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p,
     return y, xa
 
 
+class LateInput(Protocol):
+    """An x that was not kept: formed when it is asked for, which is once and for dA alone."""
+
+    def before(self) -> Tensor:
+        """Before dx is there."""
+
+    def after(self, dx: Tensor) -> Tensor:
+        """Once dx is; it may take dx's memory."""
+
+
 @torch.no_grad()
 def backward(
     dy: Tensor,
-    x: Tensor | None,
+    x: Tensor | LateInput | None,
     weight: Tensor,
     quant: tuple,
     k: int,
@@ -169,7 +180,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
     dy, weight = dy.contiguous(), weight.contiguous()
-    x, lora_a, lora_b = (None if t is None else t.contiguous() for t in (x, lora_a, lora_b))
+    x, lora_a, lora_b = (t.contiguous() if isinstance(t, Tensor) else t for t in (x, lora_a, lora_b))
     (m, n), rank = dy.shape, 0 if lora_a is None else lora_a.shape[0]
     need_x, need_bias, need_a, need_b = needs
     if m == 0 or n == 0:
@@ -194,7 +205,7 @@ def backward(
         if need_x:
             matmul.matmul_dx(dy, weight, quant, k, lora_a if rank else None, dyb, dropout_p, seed, dx)
         if need_a:
-            d_a = low_rank.x_pass(x, dyb, lora_a, dropout_p, seed, config=passes)
+            d_a = low_rank.x_pass(_formed(x, dx), dyb, lora_a, dropout_p, seed, config=passes)
     adapters = lora_b.dtype if rank else torch.float32
     d_a, d_b, d_bias = low_rank.reduce_partials(d_a, partials.d_lora_b, partials.d_bias, adapters)
     return dx, d_bias, d_a, d_b
@@ -213,11 +224,16 @@ def _slab_backward(dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes
             matmul.matmul_dx(dy, slab, _DENSE, slab.shape[1], adapter, dyb, dropout_p, seed, out, first_col=cols.start)
             continue
         if index == 0 and rank:
+            x = _formed(x, None) if need_a else None
             d_a = low_rank.x_pass(x, dyb, lora_a, dropout_p, seed, dx=dx, need_a=need_a, accumulate=False, config=passes)
         _multiply(dy, slab, out, accumulate=rank > 0)
     if choice.gemm == "triton" and need_a:
-        d_a = low_rank.x_pass(x, dyb, lora_a, dropout_p, seed, config=passes)
+        d_a = low_rank.x_pass(_formed(x, dx), dyb, lora_a, dropout_p, seed, config=passes)
     return d_a
+
+
+def _formed(x: Tensor | LateInput, dx: Tensor | None) -> Tensor:
+    return x if isinstance(x, Tensor) else x.before() if dx is None else x.after(dx)
 
 
 def explain(x: Tensor, m: int, n: int, k: int, r: int) -> str:
