@@ -116,7 +116,7 @@ def _step(device: str, shape: tuple[int, int], m: int, backward: bool) -> Callab
 
 
 def _slab_bytes(ms: dict[str, float], table: int) -> int:
-    """The fastest of the buffers measured on one linear. Where the largest of them was, the table's stays if it is larger still: it may hold
+    """The fastest of the buffers measured on one linear. Where that is the largest of them, the table's stays if larger still: it may hold
     the weights of a group."""
     if not ms:
         return table
