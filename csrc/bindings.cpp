@@ -31,8 +31,8 @@ struct Lora : pk_lora {
 };
 
 struct Member : pk_member {
-  Member(const Weight& weight, Address bias, int bias_dtype, Address y, Address dy, Address d_bias)
-      : pk_member{weight, at<void>(bias), bias_dtype, at<void>(y), at<void>(dy), at<float>(d_bias)} {}
+  Member(const Weight& weight, Address bias, int bias_dtype, Address y, Address dy, Address d_bias, Address scale, Address u)
+      : pk_member{weight, at<void>(bias), bias_dtype, at<void>(y), at<void>(dy), at<float>(d_bias), at<float>(scale), at<void>(u)} {}
 };
 
 struct Adapter : pk_adapter {
@@ -83,7 +83,9 @@ PYBIND11_MODULE(_C, m) {
     check(pk_lora_bwd_cpu(&lora, at<void>(dy), at<void>(x), dtype, m_, n, k, at<float>(xa), at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b),
                           at<float>(d_bias), at<void>(scratch), bytes, 0));
   }, nogil());
-  py::class_<Member>(m, "Member").def(py::init<const Weight&, Address, int, Address, Address, Address>());
+  py::class_<Member>(m, "Member")
+      .def(py::init<const Weight&, Address, int, Address, Address, Address, Address, Address>(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+           py::arg(), py::arg() = 0, py::arg() = 0);
   py::class_<Adapter>(m, "Adapter").def(py::init<const Lora&, int64_t, int64_t, int64_t, Address, Address, Address, Address>());
   using Members = std::vector<pk_member>;
   using Adapters = std::vector<pk_adapter>;
@@ -156,5 +158,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_rms_norm_bwd", [](const pk_rms_norm& norm, Address dy, Address ds, Address rstd, Address d_sum, Address d_weight, Address scratch,
                                int64_t bytes) {
     check(pk_add_rms_norm_bwd_cpu(&norm, at<void>(dy), at<void>(ds), at<float>(rstd), at<void>(d_sum), at<float>(d_weight), at<void>(scratch), bytes, 0));
+  }, nogil());
+  m.def("dora_norm", [](Address cross, Address gram, Address lora_b, int dtype, int64_t n, int64_t r, float scaling, Address squares, Address magnitude,
+                        Address norm, Address scale) {
+    check(pk_dora_norm_cpu(at<float>(cross), at<float>(gram), at<void>(lora_b), dtype, n, r, scaling, at<float>(squares), at<float>(magnitude),
+                           at<float>(norm), at<float>(scale), 0));
   }, nogil());
 }

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "available", "explain", "gpu_arch", "native", "select", "use_backend", "use_cuda_kernels"]
+__all__ = ["BACKENDS", "available", "explain", "forced", "gpu_arch", "native", "select", "use_backend", "use_cuda_kernels"]
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MIN_ARCH = 75  # Turing: the oldest with tensor cores that Triton still compiles for
@@ -112,6 +112,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def forced() -> str | None:
+    """The backend of the `use_backend` block this runs in."""
+    return _forced
 
 
 def select(x: Tensor) -> str:

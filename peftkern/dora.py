@@ -8,6 +8,7 @@ from torch import Tensor
 from . import checks
 from .group import Member, qlora_group
 from .nf4 import NF4Weight
+from .ops import dora_linear as _op
 from .ops.scale_columns import scale_columns
 
 __all__ = ["dora_linear", "dora_norm", "row_squares"]
@@ -69,6 +70,14 @@ def dora_linear(x: Tensor, member: Member, magnitude: Tensor, squares: Tensor | 
     (adapter,) = member.adapters
     n = member.weight.shape[0]
     checks.vector("magnitude", magnitude, n, x.device)
+    squares = row_squares(member.weight) if squares is None else squares
+    if dropped is None and adapter.rows is None and _op.served(x):
+        shape = checks.weight_shape(member.weight)[0]
+        checks.activation(x, shape, member.weight.device)
+        checks.vector("bias", member.bias, n, x.device)
+        checks.adapter(adapter.lora_a, adapter.lora_b, *shape, x.device)
+        args = (adapter.lora_a, adapter.lora_b, float(adapter.scaling), magnitude, squares)
+        return _op.dora_linear(x.reshape(-1, shape[1]), member.weight, member.bias, *args).reshape(*x.shape[:-1], n)
     norm = dora_norm(member.weight, adapter.lora_a, adapter.lora_b, adapter.scaling, squares)
     scale, bare = magnitude.float() / norm, Member(member.weight, None, member.adapters)
     if dropped is None:

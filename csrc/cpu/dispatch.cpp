@@ -116,6 +116,7 @@ int check_group(const pk::Group& g, int64_t m) {
     if (g.base())
       if (int bad = check_weight(&member.weight)) return bad;
     if (member.bias && bad_dtype(member.bias_dtype)) return PK_ERR_DTYPE;
+    if (member.scale && !g.base()) return PK_ERR_NULL;
   }
   for (int64_t i = 0; i < g.adapter_count; i++) {
     const pk_adapter& a = g.adapters[i];
@@ -409,6 +410,16 @@ int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void*
   if (!norm->x || !norm->weight || !dy || !ds || !d_sum || !rstd || !scratch) return PK_ERR_NULL;
   if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
   current->rms_norm_grad(*norm, dy, ds, rstd, d_sum, d_weight, (float*)scratch, threads_or_default(threads));
+  return PK_OK;
+}
+
+int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n, int64_t r, float scaling, const float* squares,
+                     const float* magnitude, float* norm, float* scale, int threads) {
+  if (n < 0 || r < 1 || r > 256) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (n == 0) return PK_OK;
+  if (!cross || !gram || !lora_b || !squares || !magnitude || !norm || !scale) return PK_ERR_NULL;
+  current->dora_norm(cross, gram, lora_b, dtype, n, r, scaling, squares, magnitude, norm, scale, threads_or_default(threads));
   return PK_OK;
 }
 

@@ -33,6 +33,9 @@ static void store_gradients(const pk::Group& g, const Source<T>& src, float* c, 
     if (!src.takes(a)) continue;
     const float scale = b ? a.lora.scaling : 1.0f;
     void* out = b ? a.d_lora_b : a.d_lora_a;
+    const float* by_column = b ? g.members[a.member].scale : nullptr;  // of dy, whose strips are not scaled
+    for (int64_t j = 0; by_column && j < a.lora.r; j++)
+      for (int64_t q = 0; q < width; q++) c[j * STRIP + q] *= by_column[c0 + q];
     if (a.lora.dtype == PK_F32) store_gradient(c, a.lora.r, c0, width, src.cols, scale, b, (float*)out);
     else if (a.lora.dtype == PK_BF16) store_gradient(c, a.lora.r, c0, width, src.cols, scale, b, (bf16*)out);
     else store_gradient(c, a.lora.r, c0, width, src.cols, scale, b, (f16*)out);

@@ -26,6 +26,8 @@ struct Kernels {
   void (*scale_columns)(const void* u, int dtype, int64_t m, int64_t n, const float* scale, const float* bias, void* y, int threads);
   void (*scale_columns_grad)(const void* dy, const void* u, int dtype, int64_t m, int64_t n, const float* scale, void* du, float* d_scale,
                              float* d_bias, int threads);
+  void (*dora_norm)(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n, int64_t r, float scaling, const float* squares,
+                    const float* magnitude, float* norm, float* scale, int threads);
 };
 
 // Rows of a task of the normalization's backward: a function of m alone, so that the order of sums does not depend on the threads.

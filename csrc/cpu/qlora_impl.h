@@ -78,18 +78,31 @@ static inline bool takes_part(const pk_adapter& a, int64_t member, const pk::Lan
   return (member == ALL || a.member == member) && lanes.from < lanes.to && a.lora.r;
 }
 
+// c [rows][0 ... LANES) times scale [rows].
+static void scale_rows(float* c, int64_t ldc, int64_t rows, const float* scale) {
+  for (int64_t j = 0; j < rows; j++)
+    for (int half = 0; half < LANES; half += VW) store(c + j * ldc + half, load(c + j * ldc + half) * set1(scale[j]));
+}
+
 // One panel of src [rows][cols] -> packed [cols][LANES] (may be null) and, for each adapter, low[j][LANES] = A src^T (forward, dropped) or
-// B^T src^T (backward) for its r rows.
+// B^T src^T (backward, a scaled member's columns of src times their scale) for its r rows.
 template <typename T>
 static void pack_and_project(const Scratch& s, bool forward, int64_t member, const T* src, int64_t row, int64_t rows, int64_t cols, int64_t panel, float* packed) {
   const pk::Group& g = s.group;
   float* tmp = s.own_tmp();
+  const float* scale = forward ? nullptr : g.members[member].scale;
   for (int64_t from = 0; from < cols; from += pk::KC) {
     const int64_t count = smaller(pk::KC, cols - from);
     const T* at = src + row * cols + from;
     float* chunk = packed ? packed + from * LANES : tmp + pk::KC * LANES;
-    bool have = packed != nullptr;
-    if (have) pack_transposed(at, cols, rows, count, chunk);
+    bool have = false;
+    const auto pack = [&] {
+      if (have) return;
+      pack_transposed(at, cols, rows, count, chunk);
+      if (scale) scale_rows(chunk, LANES, count, scale + from);
+      have = true;
+    };
+    if (packed) pack();
     pk::Cursor cursor;
     for (int64_t i = 0; i < g.adapter_count; cursor.pass(g, g.adapters[i++])) {
       const pk_adapter& a = g.adapters[i];
@@ -98,8 +111,7 @@ static void pack_and_project(const Scratch& s, bool forward, int64_t member, con
       if (!takes_part(a, member, lanes)) continue;
       float *low = s.low_rank(panel, cursor.r), *operand = chunk;
       if (from == 0) clear(low, r * LANES);
-      if (!have) pack_transposed(at, cols, rows, count, chunk);
-      have = true;
+      pack();
       if (forward && a.lora.dropout_threshold) {
         uint8_t bits[LANES * pk::KC / 8];
         const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
@@ -187,6 +199,9 @@ static void forward_gemm(const pk::Plan& plan, const pk::Group& g, const T* x, i
           const int64_t row = m0 + p * LANES, count = smaller(LANES, m - row);
           float* at = c + offset * plan.ldc + p * LANES;
           add_low_rank(s, i, n0, part, row, count, p, at);
+          const pk_member& m_ = g.members[i];
+          if (m_.scale && m_.u) store_transposed(at, plan.ldc, part, count, nullptr, (T*)m_.u + row * width + n0, width, false);
+          if (m_.scale) scale_rows(at, plan.ldc, part, m_.scale + n0);
           store_transposed(at, plan.ldc, part, count, bias ? bias + n0 : nullptr, (T*)g.members[i].y + row * width + n0, width, !base);
         }
       });

@@ -114,6 +114,8 @@ typedef struct {
   void* y;        /* forward: [m, n] */
   const void* dy; /* backward: [m, n] */
   float* d_bias;  /* backward: [n], or NULL */
+  const float* scale; /* [n], or NULL: y = scale * (x W^T + its adapters) + bias by columns (DoRA), with base products only */
+  void* u;            /* forward, with scale: [m, n], what is scaled, or NULL */
 } pk_member;
 
 /* An adapter of member number `member`, applied to rows [row_begin, row_end) of x alone. Those of one member that share rows add up. */
@@ -221,6 +223,11 @@ PK_API int pk_add_rms_norm_fwd_cpu(const pk_rms_norm* norm, const void* residual
  * which is x's and residual's; d_weight fp32 [n], or NULL. */
 PK_API int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void* ds, const float* rstd, void* d_sum, float* d_weight,
                                    void* scratch, int64_t scratch_bytes, int threads);
+
+/* DoRA's norm in closed form: norm [n] = ||W + scaling B A|| of each row, from cross [r, n] = A W^T, gram [r, r] = A A^T, lora_b [n, r] of `dtype`
+ * and squares [n] = ||W||^2; scale [n] = magnitude / norm. All fp32 but lora_b; r from 1 to 256. */
+PK_API int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n, int64_t r, float scaling,
+                            const float* squares, const float* magnitude, float* norm, float* scale, int threads);
 
 #ifdef __cplusplus
 }

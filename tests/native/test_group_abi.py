@@ -26,7 +26,7 @@ class CMember(ctypes.Structure):
     """pk_member."""
 
     _fields_ = [("weight", CWeight), ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int32), ("y", ctypes.c_void_p)]
-    _fields_ += [("dy", ctypes.c_void_p), ("d_bias", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("dy", "d_bias", "scale", "u")]
 
 
 class CAdapter(ctypes.Structure):
@@ -149,6 +149,50 @@ def _branches_alone(call: Call, dtype: torch.dtype) -> list[Tensor]:
     a, b, dy = rest[:2], rest[2:4], rest[4:]
     y = [1.0 + 0.5 * (x @ a[i].t() @ b[i].t()) for i in range(2)]
     return [y[0] + bias, y[1], 2.0 + sum(0.5 * dy[i] @ b[i] @ a[i] for i in range(2))]
+
+
+def test_a_scaled_member(call: Call) -> None:
+    """y = scale * u + bias and u beside it; dx, dA and dB of that; the other member is as ever."""
+    scale, u = torch.rand(WIDTHS[0]) + 0.5, torch.full((M, WIDTHS[0]), torch.nan)
+    assert call.forward() == OK and call.backward() == OK
+    other = [t.clone() for t in (call.y[1], call.d_a[1], call.d_b[1], call.d_bias[1])]
+    members = call.members(0, scale=scale.data_ptr(), u=u.data_ptr())
+    assert call.forward(members) == OK and call.backward(members) == OK
+    assert all(torch.equal(t, old) for t, old in zip((call.y[1], call.d_a[1], call.d_b[1], call.d_bias[1]), other, strict=True))
+    plain, exact = (_scaled(call, scale, dtype) for dtype in (torch.float32, torch.float64))
+    for (name, one), ours in zip(plain.items(), (u, call.y[0], call.dx, call.d_a[0], call.d_b[0], call.d_bias[0]), strict=True):
+        assert_as_accurate(name, ours, one, exact[name])
+    y = call.y[0].clone()
+    assert call.forward(call.members(0, scale=scale.data_ptr())) == OK and torch.equal(call.y[0], y), "u is not asked for"
+    members = call.members(0, scale=scale.data_ptr())
+    for i, member in enumerate(members):
+        member.weight = CWeight(n=WIDTHS[i], k=K)
+    assert call.forward(members) == NULL, "a scale goes with a base product"
+
+
+def _scaled(call: Call, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    x, bias, scale, *rest = (t.to(dtype) for t in (call.x, call.bias, scale, *call.a, *call.b, *call.dy))
+    a, b, dy = rest[:2], rest[2:4], rest[4:]
+    w = [weight.dequantize(torch.float32).to(dtype) for weight in call.weights]
+    u, du = x @ w[0].t() + 0.5 * (x @ a[0].t() @ b[0].t()), [dy[0] * scale, dy[1]]
+    dyb = [0.5 * du[i] @ b[i] for i in range(2)]
+    dx = sum(du[i] @ w[i] + dyb[i] @ a[i] for i in range(2))
+    d_b = 0.5 * du[0].t() @ (x @ a[0].t())
+    return {"u": u, "y": u * scale + bias, "dx": dx, "d_a": dyb[0].t() @ x, "d_b": d_b, "d_bias": dy[0].sum(0)}
+
+
+def test_the_norm_of_dora_refuses(lib: ctypes.CDLL) -> None:
+    cross, gram, b, out = torch.ones(R, 5), torch.eye(R), torch.ones(5, R), torch.full((2, 5), torch.nan)
+    ones = torch.ones(5)
+
+    def call(n: int = 5, r: int = R, dtype: int = 0, squares: Tensor | None = ones) -> int:
+        head = (pointer(cross), pointer(gram), pointer(b), dtype, i64(n), i64(r), ctypes.c_float(0.5))
+        return lib.pk_dora_norm_cpu(*head, pointer(squares), pointer(ones), pointer(out[0]), pointer(out[1]), 1)
+
+    assert [call(n=-1), call(r=0), call(r=257)] == [SHAPE] * 3
+    assert call(dtype=3) == DTYPE and call(squares=None) == NULL and call(n=0) == OK
+    assert not torch.isfinite(out).any() and call() == OK
+    assert torch.equal(out[0], torch.full((5,), (1 + R + 0.25 * R) ** 0.5)) and torch.equal(out[1], 1 / out[0])
 
 
 @pytest.mark.parametrize("entry", ["forward", "backward"])

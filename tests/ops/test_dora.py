@@ -11,6 +11,9 @@ from torch.nn.functional import linear
 
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import Adapter, Member, dora_linear, dora_norm, row_squares
+from peftkern.nf4 import operands
+from peftkern.ops import dora_linear as op
+from peftkern.ops.qlora_linear import config
 from peftkern.ops.scale_columns import scale_columns
 
 from .bounds import assert_as_accurate, relative_norm
@@ -121,6 +124,135 @@ def test_every_output_and_gradient(isa: str, four_bit: bool, drop: bool, dtype: 
         ours, plain, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
         assert ours.dtype == plain.dtype, name
         assert_as_accurate(name, ours, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("regime", ["gemm", "gemv", "vendor", "composed"])
+def test_every_regime_serves_the_same_call(isa: str, regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so does the composition of other ops that a GPU takes."""
+    if regime == "composed":
+        monkeypatch.setattr(op, "served", lambda x: False)
+    else:
+        monkeypatch.setattr(config, "choose", lambda **_: config.Choice(regime, "the test says so"))
+    for four_bit in (True, False):
+        runs = [_case(8, four_bit, dtype) for _ in range(8)]
+        _judge(runs)
+
+
+@pytest.mark.parametrize("m", [1, 5, 37, 600])
+def test_rows(isa: str, m: int) -> None:
+    _judge([_case(m, True, torch.float32) for _ in range(1 if m > 100 else 8)])
+
+
+def _case(m: int, four_bit: bool, dtype: torch.dtype):
+    weight, dense = _weights(70, 192, four_bit, dtype)
+    x, dy, bias = torch.randn(m, 192).to(dtype), torch.randn(m, 70).to(dtype), torch.randn(70).to(dtype)
+    a, b = (torch.randn(8, 192) / 14).to(dtype), (torch.randn(70, 8) * 0.1).to(dtype)
+    magnitude = (dense.norm(dim=1) * (1 + 0.1 * torch.randn(70).double())).to(dtype)
+    plain, exact = (_dora(x, dense, bias, a, b, magnitude, dy, d) for d in (dtype, torch.float64))
+    return _ours(x, weight, bias, a, b, magnitude, dy), plain, exact
+
+
+def _judge(runs: list) -> None:
+    for name in runs[0][2]:
+        ours, plain, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
+        assert ours.dtype == plain.dtype, name
+        assert_as_accurate(name, ours, plain, exact)
+
+
+def _inputs(m: int = 12) -> tuple:
+    weight = NF4Weight.from_dense(torch.randn(70, 192) * 0.05)
+    tensors = torch.randn(m, 192), torch.randn(70), torch.randn(8, 192) / 14, torch.randn(70, 8) * 0.1, torch.rand(70) + 0.5
+    return weight, [t.requires_grad_() for t in tensors]
+
+
+def _call(weight, x, bias, a, b, magnitude):
+    return dora_linear(x, Member(weight, bias, [Adapter(a, b, 0.5)]), magnitude)
+
+
+def test_no_rows_of_a_linear() -> None:
+    weight, inputs = _inputs(0)
+    y = _call(weight, *inputs)
+    grads = torch.autograd.grad(y.sum(), inputs)
+    assert y.shape == (0, 70) and all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs, strict=True))
+
+
+def test_only_what_needs_a_gradient_gets_one(isa: str) -> None:
+    weight, inputs = _inputs()
+    everything = torch.autograd.grad(_call(weight, *inputs).square().sum(), inputs)
+    for i in range(len(inputs)):
+        alone = [t.detach().requires_grad_(j == i) for j, t in enumerate(inputs)]
+        _call(weight, *alone).square().sum().backward()
+        assert torch.equal(alone[i].grad, everything[i]) and [t.grad is None for t in alone].count(False) == 1
+    with torch.no_grad():
+        assert torch.equal(_call(weight, *inputs), _call(weight, *(t.detach() for t in inputs)))
+
+
+def test_what_is_kept_for_backward(isa: str) -> None:
+    """x, u and small things with everything to train; neither with a frozen adapter."""
+    weight, inputs = _inputs(100)
+    for trained, kept in ((True, 100 * (192 + 70 + 8)), (False, 0)):
+        saved: list[torch.Tensor] = []
+        for t in inputs[1:]:
+            t.requires_grad_(trained)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, into=saved: into.append(t) or t, lambda t: t):
+            _call(weight, *inputs)
+        assert sum(t.numel() for t in saved if t.shape[:1] == (100,)) == kept
+
+
+def test_strides_the_same_bits_and_no_second_derivative(isa: str) -> None:
+    weight, (x, bias, a, b, magnitude) = _inputs(24)
+    expected = _call(weight, x, bias, a, b, magnitude)
+    strided = [torch.empty(t.shape[::-1]).t().copy_(t) for t in (x.detach(), a.detach(), b.detach())]
+    assert torch.equal(_call(weight, strided[0], bias, strided[1], strided[2], magnitude), expected)
+    assert torch.equal(_call(weight, x.view(4, 6, 192), bias, a, b, magnitude).view(24, 70), expected)
+    (dx,) = torch.autograd.grad(expected.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+        dx.sum().backward()
+
+
+def test_every_output_is_written(isa: str) -> None:
+    """Memory that torch hands out uninitialized is NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for m in (3, 12, 40):
+            weight, inputs = _inputs(m)
+            y = _call(weight, *inputs)
+            assert all(t.isfinite().all() for t in (y, *torch.autograd.grad(y.sum(), inputs)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_an_adapter_of_some_rows(isa: str) -> None:
+    weight, (x, bias, a, b, magnitude) = _inputs(20)
+    member = Member(weight, bias, [Adapter(a, b, 0.5, rows=(0, 7))])
+    y, whole = dora_linear(x, member, magnitude), _call(weight, x, bias, a, b, magnitude)
+    assert torch.allclose(y[:7], whole[:7], rtol=1e-4, atol=1e-5) and not torch.allclose(y[7:], whole[7:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_op_by_the_reference_and_its_registration(isa: str) -> None:
+    weight, inputs = _inputs()
+    x, bias, a, b, magnitude = (t.detach() for t in inputs)
+    quant, squares = operands(weight)[1], row_squares(weight)
+    forward = (x, bias, weight.packed, *quant, a, b, 0.5, magnitude, squares, True)
+    y, u, xa, norm = torch.ops.peftkern.dora_linear_fwd(*forward)
+    library.opcheck(torch.ops.peftkern.dora_linear_fwd.default, forward)
+    backward = (y, x, weight.packed, *quant, a, b, 0.5, magnitude, norm, u, xa)
+    for needs in ([True] * 5, [True, False, False, True, False]):
+        library.opcheck(torch.ops.peftkern.dora_linear_bwd.default, (*backward, needs))
+    dense, wide = torch.randn(9, 12, dtype=torch.float64), {"dtype": torch.float64, "requires_grad": True}
+    trained = [torch.randn(*shape, **wide) for shape in ((3, 12), (9,), (9,))]
+    a, b = torch.randn(2, 12, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    with use_backend("reference"):
+        squares = dense.square().sum(1)
+        assert torch.autograd.gradcheck(lambda x, bias, m: op.dora_linear(x, dense, bias, a, b, 0.5, m, squares), trained)
+        # Of A and B the norm is a constant: the gradients of g * (x W^T + s x A^T B^T) with g held fixed.
+        g = trained[2].detach() / (dense + 0.5 * b @ a).norm(dim=1)
+        low = [t.requires_grad_() for t in (a, b)]
+        y = op.dora_linear(trained[0].detach(), dense, None, *low, 0.5, trained[2].detach(), squares)
+        fixed = g * (trained[0].detach() @ dense.t() + 0.5 * trained[0].detach() @ low[0].t() @ low[1].t())
+        for ours, expected in zip(torch.autograd.grad(y.sin().sum(), low), torch.autograd.grad(fixed.sin().sum(), low), strict=True):
+            torch.testing.assert_close(ours, expected)
 
 
 def test_errors() -> None:
