@@ -135,5 +135,5 @@ def test_cards_are_consistent() -> None:
 def test_a_decoder_layer_of_every_card_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline.main(["--card", "RTX 4090", "H200", "--m", "8192", "--shape", "4096x4096"]) == 0
     printed = capsys.readouterr().out
-    assert "| RTX 4090, triton, 128 MiB | 47 |" in printed and "| RTX 4090, triton, 256 MiB | 43 |" in printed
-    assert "| H200, cublas, 128 MiB | 55 |" in printed and "| H200, cublas, 256 MiB | 53 |" in printed
+    assert "| RTX 4090, triton, 128 MiB | 43 |" in printed and "| RTX 4090, triton, 256 MiB | 39 |" in printed
+    assert "| H200, cublas, 128 MiB | 52 |" in printed and "| H200, cublas, 256 MiB | 50 |" in printed
