@@ -142,6 +142,17 @@ def test_a_class_whose_forward_is_replaced_later_is_asked(monkeypatch: pytest.Mo
     assert model[0](x) is x
 
 
+def test_a_subclass_that_wraps_again_is_followed(calls: Counter[str]) -> None:
+    """As FSDP2 makes one of every layer: its forward is the layer's, wrapped for gradient checkpointing a second time."""
+    model = patched(build("llama").train())
+    expected = run(model)
+    for layer in layers(model):
+        layer.__class__ = type("Sharded" + type(layer).__name__, (type(layer),), {})
+    assert same(run(model), expected) and calls["added"] == 2 * 2
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert same(run(model), expected) and calls["added"] == 4 * 2
+
+
 # ---- what they compute
 
 
