@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 2
+#define PEFTKERN_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
