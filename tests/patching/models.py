@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import types
 from collections import Counter
 
@@ -113,6 +114,19 @@ def run(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:
 
 def grads(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+COPIES = ("deepcopy", "pickle")
+
+
+def copied(model: nn.Module, how: str) -> nn.Module:
+    """A copy made by `copy.deepcopy`, or by saving the whole module and loading it."""
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 def in_fp64(model: nn.Module) -> nn.Module:

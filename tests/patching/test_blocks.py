@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections import Counter
 
@@ -17,6 +16,7 @@ from peftkern.patching.blocks import NormMode, RopeMode, install_blocks, norm_ca
 from peftkern.patching.forwards import find, remove
 
 from ..ops.bounds import FACTOR
+from . import models
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -147,18 +147,12 @@ def test_removal_restores_everything(name: str) -> None:
     assert same(run(model), before) and [set(m.__dict__) for m in model.modules()] == contents
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", models.COPIES)
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_copies_are_patched_and_independent(name: str, how: str, calls: Counter[str]) -> None:
     model = patched(build(name))
     before = run(model)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = models.copied(model, how)
     calls.clear()
     assert same(run(twin), before) and calls == {"rms_norm": MODELS[name][1], "rope": 2}
     for left, right in zip(model.modules(), twin.modules(), strict=True):

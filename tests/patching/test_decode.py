@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import pickle
 import threading
 from collections.abc import Callable
 
@@ -270,11 +268,11 @@ def test_unpatched_modules_are_not_served(prepared):
     assert prepared == []
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
-def test_a_copy_reads_its_own_weights(clone):
+@pytest.mark.parametrize("how", models.COPIES)
+def test_a_copy_reads_its_own_weights(how):
     model = patched()
     before = outputs(model)
-    other = clone(model)
+    other = models.copied(model, how)
     _in_place(other)
     assert find(layer_of(other))[1].ready is None
     assert not torch.equal(outputs(other)[3], before[3])

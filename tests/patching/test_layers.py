@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections import Counter
 
 import pytest
@@ -333,18 +332,12 @@ def test_a_layer_outlives_its_norms_patch(calls: Counter[str]) -> None:
     assert same(run(model), expected) and not calls
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", models.COPIES)
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_copies_are_patched_and_independent(name: str, how: str, calls: Counter[str]) -> None:
     model = patched(build(name))
     before = run(model)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = models.copied(model, how)
     calls.clear()
     assert same(run(twin), before) and calls["added"] == 2
     held = [find(layer)[1] for layer in layers(twin)]

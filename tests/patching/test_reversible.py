@@ -1,7 +1,5 @@
 """Per instance, reversible, and carried along by deepcopy, pickle, state_dict and saving."""
 
-import copy
-import io
 
 import pytest
 import torch
@@ -39,18 +37,12 @@ def test_other_instances_are_untouched(calls):
 
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", models.COPIES)
 def test_copies_are_patched_and_independent(how, four_bit, calls):
     model = models.lora(models.llama(four_bit=four_bit))
     peftkern.patch(model)
     before = models.run(model)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = models.copied(model, how)
     calls.clear()
     same(models.run(twin), before)
     assert calls["lora"] == 14
