@@ -1,6 +1,5 @@
 """Per instance, reversible, and carried along by deepcopy, pickle, state_dict and saving."""
 
-
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
