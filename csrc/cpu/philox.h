@@ -163,8 +163,8 @@ static void mask_panel(const uint8_t* bits, int64_t ld, int64_t from, int64_t to
       for (int half = 0; half < 2; half++) {
         const vf factor = (vf)(((vi)(word[half] << (31 - (int)j)) >> 31) & (vi)set1(scale));
         const vf v = factor * load(src + (j0 + j) * LANES + half * VW);
-        float* to_ = dst + (j0 + j) * ld_dst + half * VW;
-        store(to_, ADD ? load(to_) + v : v);
+        float* at = dst + (j0 + j) * ld_dst + half * VW;
+        store(at, ADD ? load(at) + v : v);
       }
     }
   }

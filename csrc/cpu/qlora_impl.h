@@ -199,9 +199,9 @@ static void forward_gemm(const pk::Plan& plan, const pk::Group& g, const T* x, i
           const int64_t row = m0 + p * LANES, count = smaller(LANES, m - row);
           float* at = c + offset * plan.ldc + p * LANES;
           add_low_rank(s, i, n0, part, row, count, p, at);
-          const pk_member& m_ = g.members[i];
-          if (m_.scale && m_.u) store_transposed(at, plan.ldc, part, count, nullptr, (T*)m_.u + row * width + n0, width, false);
-          if (m_.scale) scale_rows(at, plan.ldc, part, m_.scale + n0);
+          const pk_member& member = g.members[i];
+          if (member.scale && member.u) store_transposed(at, plan.ldc, part, count, nullptr, (T*)member.u + row * width + n0, width, false);
+          if (member.scale) scale_rows(at, plan.ldc, part, member.scale + n0);
           store_transposed(at, plan.ldc, part, count, bias ? bias + n0 : nullptr, (T*)g.members[i].y + row * width + n0, width, !base);
         }
       });

@@ -18,8 +18,8 @@ static void scale_columns_as(const T* u, int64_t m, int64_t n, const float* scal
 
 // Eight rows of LANES columns: du, and the sums of dy * u and dy over them. ALL: none of the columns is beyond the matrix.
 template <bool ALL, typename T>
-static inline __attribute__((always_inline)) void scale_columns_grad_tile(const T* dy, const T* u, int64_t ld, int64_t rows, int64_t width, const float* scale, T* du,
-                                                                          vf* by_scale, vf* by_bias) {
+static inline __attribute__((always_inline)) void scale_columns_grad_tile(const T* dy, const T* u, int64_t ld, int64_t rows, int64_t width, const float* scale,
+                                                                          T* du, vf* by_scale, vf* by_bias) {
   T edge[2][LANES] = {};
   for (int64_t i = 0; i < rows; i++, dy += ld, u += ld) {
     const T *g = dy, *x = u;
