@@ -21,7 +21,8 @@ def row_squares(weight: NF4Weight | Tensor) -> Tensor:
     """||W||^2 of each row, fp32 [N]: a constant of a frozen weight, for `dora_norm`. A 4-bit weight is decoded once."""
     dense = weight if isinstance(weight, Tensor) else weight.dequantize(torch.float32)
     rows = max(1, _SLICE // max(1, dense.shape[1]))
-    return torch.cat([part.float().square().sum(1) for part in dense.split(rows)])
+    # By way of the norm, whose square's root is itself: with B = 0 `dora_norm` gives the bits PEFT starts the magnitude with.
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1).square() for part in dense.split(rows)])
 
 
 @torch.no_grad()

@@ -43,6 +43,18 @@ def test_as_accurate_as_stock(four_bit, dtype, bias, counted):
     compare(lambda seed: make(dtype, four_bit=four_bit, seed=seed, bias=bias), dtype, counted)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+def test_an_untrained_adapter_changes_no_bit_of_a_dense_base(bias, counted):
+    """As PEFT's own: magnitude over norm is 1 to the bit, and y is that of torch's linear."""
+    base = torch.nn.Linear(1000, 500, bias=bias)
+    model = models.peft.get_peft_model(
+        torch.nn.ModuleDict({"linear": base}), models.peft.LoraConfig(target_modules=["linear"], use_dora=True)
+    )
+    peftkern.patch(model)
+    x = torch.rand(10, 1000)
+    assert torch.equal(model.base_model.model["linear"](x), base(x)) and counted["lora"] == 1
+
+
 def test_dropout_takes_torchs_draws(counted):
     """One mask for the base product and the branch, as PEFT has it: with the same seed the same numbers."""
     model = make(lora_dropout=0.4).train()

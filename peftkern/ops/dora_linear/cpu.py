@@ -49,6 +49,10 @@ def forward(
     view = weight_view(weight, quant, n, k)
     norm, scale = _norm(view, quant, lora_a, lora_b, scaling, magnitude, squares)
     if m == 0 or _regime(x.dtype, quant, m, n, k) != "gemm":
+        if quant[0] is None and bias is not None and x.dtype == torch.float32:  # where g is 1, as at the start, y is that of the base
+            whole, xa = single.forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, 0.0, None)
+            u = whole - bias
+            return torch.addcmul(whole, u, scale - 1), u if with_u else None, xa, norm
         u, xa = single.forward(x, weight, quant, n, None, lora_a, lora_b, scaling, 0.0, None)
         return columns.forward(u, scale, bias), u if with_u else None, xa, norm
     y, u = x.new_empty((m, n)), x.new_empty((m, n)) if with_u else None

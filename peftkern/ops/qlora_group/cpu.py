@@ -59,7 +59,7 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
     else:
         done = set()
         for i, weight in enumerate(group.weights):
-            single.vendor_forward(x, weight, group.quants[i], group.views[i], y[i])
+            biases[i] = single.vendor_forward(x, weight, group.quants[i], group.views[i], y[i], biases[i])
     left = [j for j in range(len(members)) if j not in done]
     if left or any(bias is not None for bias in biases):
         _low_level_forward(group, x, y, xa, biases, left, [group.no_base(i) for i in range(len(y))])

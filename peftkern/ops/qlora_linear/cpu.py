@@ -53,7 +53,7 @@ def forward(
         args = (view, lora, address(x), dtype_of(x), m, address(bias), dtype_of(bias), address(y), address(xa), choice.regime == "gemv")
         native().qlora_linear_fwd(*args, address(buffer := scratch(size)), buffer.numel())
         return y, xa
-    vendor_forward(x, weight, quant, view, y)
+    bias = vendor_forward(x, weight, quant, view, y, bias)
     if rank or bias is not None:
         size = native().lora_scratch_bytes(m, n, k, rank)
         args = (lora, address(x), dtype_of(x), m, n, k, address(bias), dtype_of(bias), address(y), address(xa))
@@ -69,15 +69,20 @@ def slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Ten
     return [slice(start, min(start + step, total)) for start in range(0, total, step)], buffer.view(dtype)
 
 
-def vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor) -> None:
-    """y = x W^T; of a 4-bit weight a slice of rows at a time: disjoint columns of y."""
+def vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """y = x W^T; of a 4-bit weight a slice of rows at a time: disjoint columns of y. Returns the bias if it is still to be added: where all
+    is fp32 and dense it is not, so that y has the bits of torch's own linear."""
     if quant[0] is None:
+        if bias is not None and x.dtype == weight.dtype == bias.dtype == torch.float32:
+            torch.addmm(bias, x, weight.t(), out=y)
+            return None
         torch.mm(x, weight.to(x.dtype).t(), out=y)
-        return
+        return bias
     n, k = y.shape[1], x.shape[1]
     parts, out = slices(n, k, x.dtype)
     for rows in parts:
         y[:, rows] = x @ decode_slice(quant, view, rows, slice(0, k), out).t()
+    return bias
 
 
 def vendor_backward(dy: Tensor, weight: Tensor, quant: tuple, view: object, dx: Tensor) -> None:
