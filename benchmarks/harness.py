@@ -189,12 +189,16 @@ def force_isa(name: str | None) -> None:
 
 def main(specs: Callable[[bool], list[Spec]], build: Callable[[Spec], list[Provider]], description: str | None) -> int:
     """The command line of a benchmark of kernels."""
-    args = parser(description).parse_args()
+    p = parser(description)
+    p.add_argument("--only", default="", metavar="TEXT", help="only the measurements whose name holds this, as float32-49152x576")
+    args = p.parse_args()
     os.environ.setdefault("PEFTKERN_BNB_BACKEND", "0")
     force_isa(args.isa)
     rounds = args.rounds or (3 if args.small else 15)
-    busy = False
-    for spec in specs(args.small):
+    busy, chosen = False, [spec for spec in specs(args.small) if args.only in spec.id]
+    if not chosen:
+        p.error(f"--only {args.only}: no such measurement; there are: {', '.join(spec.id for spec in specs(args.small))}")
+    for spec in chosen:
         rows = measure_spec(spec, build(spec), rounds=rounds, cap_s=args.cap)
         for row in rows:
             show(row)
