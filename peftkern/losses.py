@@ -83,7 +83,7 @@ def _divisor(labels: Tensor, ignore_index: int, items: int | Tensor | None, devi
         return (labels != ignore_index).sum().float()
     if isinstance(items, Tensor):
         return items.detach().reshape(()).to(device=device, dtype=torch.float32)
-    return torch.full((), float(items), device=device)
+    return torch.full((), float(items), dtype=torch.float32, device=device)
 
 
 def _weight_shape(weight: NF4Weight | Tensor) -> tuple[int, int]:

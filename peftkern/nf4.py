@@ -37,7 +37,7 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """The signed dynamic 8-bit map of the nested absmax, fp32 [256], sorted (Dettmers, 8-bit optimizers, 2021)."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         means = (edges[:-1] + edges[1:]) / 2
         scaled = (10.0 ** (exponent - 6)) * means
         values += scaled.tolist() + (-scaled).tolist()
@@ -157,7 +157,7 @@ class NF4Weight:
 
         packed = state_dict[prefix]
         nested = "nested_offset" in meta
-        offset = torch.tensor(float(meta["nested_offset"]), device=packed.device) if nested else None
+        offset = torch.tensor(float(meta["nested_offset"]), dtype=torch.float32, device=packed.device) if nested else None
         return cls(
             packed=packed.view(torch.uint8),
             code=get("quant_map"),

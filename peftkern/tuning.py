@@ -102,7 +102,7 @@ def _with(row: GPUConfig, step: Callable[[], None]) -> None:
 def _step(device: str, shape: tuple[int, int], m: int, backward: bool) -> Callable[[], None]:
     """One bf16 QLoRA linear, r = 16; with `backward`, forward and backward."""
     n, k = shape
-    weight = NF4Weight.from_dense(torch.randn(n, k, device=device) * 0.02)
+    weight = NF4Weight.from_dense(torch.randn(n, k, dtype=torch.float32, device=device) * 0.02)
     x, dy = (torch.randn(m, size, device=device).bfloat16() for size in (k, n))
     a, b = torch.randn(16, k, device=device).bfloat16() / 64, torch.randn(n, 16, device=device).bfloat16() / 64
     tensors = [t.requires_grad_(backward) for t in (x, a, b)]

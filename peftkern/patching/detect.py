@@ -94,7 +94,7 @@ def _fusion_reason(layer: nn.Module) -> str | None:
 def _addition_reason(layer: nn.Module) -> str | None:
     """Why not even the low-rank branch is ours."""
     found = add.reason_against(layer)
-    return found or _device_reason(next(layer.lora_A.parameters(), torch.empty(0)))
+    return found or _device_reason(next(layer.lora_A.parameters(), torch.empty(0, device="cpu")))
 
 
 def _linear(name: str, module: nn.Module, exclude: tuple[str, ...]) -> Candidate:

@@ -6,6 +6,7 @@ loss function, which makes the loss from them. Nothing is set on the model, so t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
+from .blocks import _ON_CPU
 from .detect import Candidate, _base_reason, _device_reason, _forward_reason, _replaced, _weight_reason_4bit, excluded, is_lora
 from .forwards import Adapter, Forward, _autocast_off, _served, active_adapters, has_hooks, install
 from .report import Row
@@ -288,8 +290,8 @@ def _head_reason(head: nn.Module) -> str | None:
 
 def _is_causal_lm_loss(function: Callable[..., Tensor]) -> bool:
     """Whether it computes the shifted cross-entropy, a mean or over num_items_in_batch, and takes labels that are shifted already."""
-    logits = torch.sin(torch.arange(70.0)).reshape(2, 5, 7) * 3
-    labels = torch.tensor([[1, 2, -100, 6, 0], [3, 3, 3, -100, 5]])
+    logits = torch.sin(torch.arange(70, **_ON_CPU)).reshape(2, 5, 7) * 3
+    labels = torch.tensor([[1, 2, -100, 6, 0], [3, 3, 3, -100, 5]], device="cpu")
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     other = labels.flip(1)
     try:
@@ -338,15 +340,15 @@ class _BackboneOutput:
 
 def _probe(model: nn.Module, head: str) -> tuple[Tensor, int] | str:
     """What the model's loss function is given for logits of _PROBES, and the vocabulary's size; only the model's outermost forward runs."""
-    probes, seen = torch.tensor(_PROBES), []
-    hidden = torch.zeros(1, 3, model.get_output_embeddings().in_features)
+    probes, seen = torch.tensor(_PROBES, **_ON_CPU), []
+    hidden = torch.zeros(1, 3, model.get_output_embeddings().in_features, **_ON_CPU)
 
     def record(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
         seen.append((logits, labels, vocab_size))
         return logits.sum() * 0
 
     replaced = {head: lambda _: probes.expand(1, 3, -1), "loss_function": record, model.base_model_prefix: _Backbone(hidden)}
-    ids = torch.tensor([[1, 2, 3]])
+    ids = torch.tensor([[1, 2, 3]], device="cpu")
     with torch.no_grad():
         type(model).forward(_StandIn(model, replaced), input_ids=ids, labels=ids)
     if len(seen) != 1:
@@ -359,13 +361,13 @@ def _probe(model: nn.Module, head: str) -> tuple[Tensor, int] | str:
 
 def _logit_change(seen: Tensor) -> tuple[float | None, float] | str:
     """(softcap, scale) of what happened to the logits _PROBES."""
-    probes = torch.tensor(_PROBES)
+    probes = torch.tensor(_PROBES, **_ON_CPU)
     scale, cap = seen[2].item(), seen[-1].item()
     if torch.equal(seen, probes):
         return None, 1.0
     if cap > 0 and torch.allclose(seen, cap * torch.tanh(probes / cap), rtol=1e-5):
         return cap, 1.0
-    exact = scale > 0 and float(torch.tensor(scale).frexp().mantissa) == 0.5  # a power of two: scaling x rounds nothing
+    exact = scale > 0 and abs(math.frexp(scale)[0]) == 0.5  # a power of two: scaling x rounds nothing
     if exact and torch.allclose(seen, probes * scale, rtol=1e-6):
         return None, scale
     return "its forward changes the logits in a way that has no fused form"

@@ -119,7 +119,8 @@ def _probe(module: nn.Module, kind: type[GatedMLPForward]) -> dict[str, Any] | N
         return None
     generator = torch.Generator().manual_seed(0)
     x, gate, up, down = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (_WIDTH, 4), (_WIDTH, 4), (4, _WIDTH))
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        for shape in ((3, 4), (_WIDTH, 4), (_WIDTH, 4), (4, _WIDTH))
     )
     for options, weights in kind.products(gate, up):
         got = _forward(module, dict(zip(kind.children, (*weights, down), strict=True)), x)

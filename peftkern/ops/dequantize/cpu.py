@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, address, native, on_huge_pages, weight_view
+from ..native import DTYPES, address, empty, native, on_huge_pages, weight_view
 
 __all__ = ["dequantize_4bit", "dequantize_4bit_out"]
 
@@ -26,7 +26,7 @@ def dequantize_4bit(
     dtype: torch.dtype,
 ) -> Tensor:
     """As the reference."""
-    out = on_huge_pages(torch.empty(tuple(shape), dtype=dtype))
+    out = on_huge_pages(empty(tuple(shape), dtype=dtype))
     dequantize_4bit_out(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize, out)
     return out
 

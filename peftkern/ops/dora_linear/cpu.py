@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, native, scratch, weight_view
+from ..native import address, dtype_of, empty, native, scratch, weight_view
 from ..qlora_linear import config
 from ..qlora_linear import cpu as single
 from ..scale_columns import cpu as columns
@@ -22,10 +22,10 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:
     """norm and magnitude / norm, fp32 [N]. A W^T is the linear itself on R rows."""
     (r, k), n, a = lora_a.shape, lora_b.shape[0], lora_a.float()
-    cross, none = torch.empty((r, n)), single.lora_view(None, None, 1.0, 0.0, None)
+    cross, none = empty((r, n)), single.lora_view(None, None, 1.0, 0.0, None)
     buffer, gemv = scratch(native().scratch_bytes(r, n, k, 0)), _regime(torch.float32, quant, r, n, k) == "gemv"
     native().qlora_linear_fwd(view, none, address(a), 0, r, 0, 0, address(cross), 0, gemv, address(buffer), buffer.numel())
-    gram, norm, scale, magnitude = a @ a.t(), torch.empty(n), torch.empty(n), magnitude.float().contiguous()
+    gram, norm, scale, magnitude = a @ a.t(), empty(n), empty(n), magnitude.float().contiguous()
     args = (address(squares), address(magnitude), address(norm), address(scale))
     native().dora_norm(address(cross), address(gram), address(lora_b), dtype_of(lora_b), n, r, scaling, *args)
     return norm, scale
@@ -56,7 +56,7 @@ def forward(
         u, xa = single.forward(x, weight, quant, n, None, lora_a, lora_b, scaling, 0.0, None)
         return columns.forward(u, scale, bias), u if with_u else None, xa, norm
     y, u = x.new_empty((m, n)), x.new_empty((m, n)) if with_u else None
-    xa = torch.empty((m, lora_a.shape[0]), dtype=torch.float32)
+    xa = empty((m, lora_a.shape[0]))
     members = [native().Member(view, address(bias), dtype_of(bias), address(y), 0, 0, address(scale), address(u))]
     low = [native().Adapter(single.lora_view(lora_a, lora_b, scaling, 0.0, None), 0, 0, m, address(xa), 0, 0, 0)]
     buffer = scratch(native().group_scratch_bytes(members, low, m))
@@ -88,9 +88,9 @@ def backward(
     _, d_scale, d_bias = (
         columns.backward(dy, dy if u is None else u, scale, [False, needs[4], needs[1]]) if needs[1] or needs[4] else (None,) * 3
     )
-    dx = torch.empty((m, k), dtype=dy.dtype) if needs[0] else None
+    dx = empty((m, k), dtype=dy.dtype) if needs[0] else None
     d_a, d_b = (torch.empty_like(t) if need else None for t, need in zip((lora_a, lora_b), needs[2:4], strict=True))
-    dyb = torch.empty((m, lora_a.shape[0]), dtype=torch.float32)
+    dyb = empty((m, lora_a.shape[0]))
     members = [native().Member(weight_view(weight, quant, n, k), 0, 0, 0, address(dy), 0, address(scale), 0)]
     lora = single.lora_view(lora_a, lora_b, scaling, 0.0, None)
     low = [native().Adapter(lora, 0, 0, m, address(xa), address(dyb), address(d_a), address(d_b))]

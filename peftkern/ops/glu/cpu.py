@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, native
+from ..native import address, dtype_of, empty, native
 from ..rows import out_rows, rows_of
 from . import ACTIVATIONS
 
@@ -14,7 +13,7 @@ __all__ = ["backward", "forward"]
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """As the reference."""
-    h, g, u = torch.empty(gate.shape, dtype=gate.dtype), rows_of(gate), rows_of(up)
+    h, g, u = empty(gate.shape, dtype=gate.dtype), rows_of(gate), rows_of(up)
     operands = (address(g), g.stride(0), address(u), u.stride(0), dtype_of(g), *g.shape, ACTIVATIONS.index(activation))
     native().glu_fwd(*operands, address(h))
     return h

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, native, scratch
+from ..native import address, dtype_of, empty, native, scratch, zeros
 from .heads import EngineHead, Grads, Head, VendorHead, served_by_vendor
 
 __all__ = ["block_rows", "linear_cross_entropy"]
@@ -64,7 +64,7 @@ def linear_cross_entropy(
     size = _equal_blocks(count, block_rows(n, 4))
     vendor = served_by_vendor(x, weight, quant, n, min(count, size), needs[4])
     head: Head = (VendorHead if vendor else EngineHead)(x, weight, quant, n, lora_a, lora_b, scaling)
-    loss, grads = torch.zeros(len(x)), Grads.of(x, n, lora_a, needs, count > 0)
+    loss, grads = zeros(len(x)), Grads.of(x, n, lora_a, needs, count > 0)
     buffer = _logits_buffer(min(size, count) * n, head.dtype)
     options = (softcap or 0.0, label_smoothing, z_loss)
     added = None if bias is None else bias.float().contiguous()
@@ -72,7 +72,7 @@ def linear_cross_entropy(
         part = slice(start, min(start + size, count)) if rows is None else rows[start : start + size]
         block, targets = x[part].to(head.dtype), labels[part].contiguous()
         scale = None if row_scale is None else row_scale[part].float().contiguous()
-        logits, result = buffer[: len(block) * n], torch.empty(len(block))
+        logits, result = buffer[: len(block) * n], empty(len(block))
         head.logits(block, logits)
         shape = (len(block), n, head.width)
         pointers = (address(added), address(targets), address(scale))

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..native import address, native, on_huge_pages, scratch, weight_view
+from ..native import address, empty, native, reused, scratch, weight_view, zeros
 from ..qlora_linear import config
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]
@@ -31,8 +31,8 @@ class Grads(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, n: int, lora_a: Tensor | None, needs: tuple[bool, ...], filled: bool) -> Grads:
         k, rank = x.shape[1], 0 if lora_a is None else lora_a.shape[0]
-        small = (torch.zeros(s) if need else None for s, need in zip(((n,), (rank, k), (n, rank)), needs[1:4], strict=True))
-        d_weight = None if not needs[4] else on_huge_pages(torch.empty(n, k)) if filled else torch.zeros(n, k)
+        small = (zeros(s) if need else None for s, need in zip(((n,), (rank, k), (n, rank)), needs[1:4], strict=True))
+        d_weight = None if not needs[4] else reused((n, k), "d_weight") if filled else zeros(n, k)
         return cls(torch.zeros_like(x) if needs[0] else None, *small, d_weight)
 
 
@@ -113,7 +113,7 @@ class EngineHead:
         return weight_view(weight, quant, size, self.k), lora, scratch(native().scratch_bytes(rows, size, self.k, self.rank))
 
     def logits(self, x: Tensor, out: Tensor) -> None:
-        self.xa = torch.empty(len(x), self.rank)
+        self.xa = empty(len(x), self.rank)
         for index, cols in enumerate(self.slices):
             view, lora, buffer = self._call(index, len(x))
             y = out[len(x) * cols.start : len(x) * cols.stop]
@@ -121,7 +121,7 @@ class EngineHead:
             native().qlora_linear_fwd(view, lora, *args)
 
     def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads, first: bool) -> None:
-        dx = None if grads.dx is None else torch.zeros(x.shape)
+        dx = None if grads.dx is None else zeros(x.shape)
         for index in range(len(self.slices)):
             self._gradients_of_slice(index, x, d_logits, dx, grads, first)
         if dx is not None:
@@ -132,10 +132,10 @@ class EngineHead:
         size, dy = cols.stop - cols.start, d_logits[rows * cols.start : rows * cols.stop]
         shapes = ((rows, self.k), (self.rank, self.k), (size, self.rank), (size,))
         targets = (dx, grads.d_lora_a, *(None if g is None else g[cols] for g in (grads.d_lora_b, grads.d_bias)))
-        parts = [None if target is None else torch.empty(shape) for target, shape in zip(targets, shapes, strict=True)]
+        parts = [None if target is None else empty(shape) for target, shape in zip(targets, shapes, strict=True)]
         if any(target is not None for target in targets):
             view, lora, buffer = self._call(index, rows)
-            dyb = torch.empty(rows, self.rank)
+            dyb = empty(rows, self.rank)
             outputs = (address(self.xa), address(dyb), *map(address, parts), address(buffer), buffer.numel())
             native().qlora_linear_bwd(view, lora, address(dy), address(x), 0, rows, *outputs)
         for target, value in zip(targets, parts, strict=True):

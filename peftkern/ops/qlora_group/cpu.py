@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, address, dtype_of, native, scratch, weight_view
+from ..native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
 from ..qlora_linear import config
 from ..qlora_linear import cpu as single
 from . import Spec, split_needs
@@ -48,7 +48,7 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
     x, biases = x.contiguous(), _contiguous(biases)
     group = _Group(*x.shape, n, weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds)
     y = [x.new_empty((group.m, size)) for size in n]
-    xa = [torch.empty((end - begin, a.shape[0]), dtype=torch.float32) for (begin, end), a in zip(group.rows, lora_a, strict=True)]
+    xa = [empty((end - begin, a.shape[0])) for (begin, end), a in zip(group.rows, lora_a, strict=True)]
     regime = group.choice(x).regime
     if regime == "gemm":
         _low_level_forward(group, x, y, xa, biases, range(len(members)), group.views)
@@ -148,7 +148,7 @@ def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, 
         return dx, d_bias, d_a, d_b
     at = {i: position for position, i in enumerate(used)}
     parts = [native().Member(group.no_base(i) if vendor else group.views[i], 0, 0, 0, address(dy[i]), address(d_bias[i])) for i in used]
-    dyb = {j: torch.empty((group.rows[j][1] - group.rows[j][0], lora_a[j].shape[0]), dtype=torch.float32) for j in live}
+    dyb = {j: empty((group.rows[j][1] - group.rows[j][0], lora_a[j].shape[0])) for j in live}
     tails = {j: (address(xa[j]), address(dyb[j]), address(d_a[j]), address(d_b[j])) for j in live}
     low = [native().Adapter(group.loras[j], at[members[j]], *group.rows[j], *tails[j]) for j in live]
     buffer = scratch(native().group_scratch_bytes(parts, low, m))

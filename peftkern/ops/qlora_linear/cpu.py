@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, native, scratch, weight_view
+from ..native import address, dtype_of, empty, native, scratch, weight_view
 from . import config
 
 __all__ = ["backward", "decode_slice", "forward", "lora_view", "slices", "vendor_backward", "vendor_forward"]
@@ -46,7 +46,7 @@ def forward(
     x, weight = x.contiguous(), weight.contiguous()
     lora_a, lora_b, bias = (None if t is None else t.contiguous() for t in (lora_a, lora_b, bias))
     (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
-    y, xa = torch.empty((m, n), dtype=x.dtype), torch.empty((m, rank), dtype=torch.float32)
+    y, xa = empty((m, n), dtype=x.dtype), empty((m, rank))
     lora, view, choice = lora_view(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k), _choose(x, quant, m, n, k)
     if choice.regime != "vendor":
         size = native().scratch_bytes(m, n, k, rank)
@@ -122,7 +122,7 @@ def backward(
     if m == 0 or n == 0:
         return dx, d_bias, d_a, d_b
     lora, view = lora_view(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k)
-    dyb = torch.empty((m, rank), dtype=torch.float32)
+    dyb = empty((m, rank))
     vendor = _choose(dy, quant, m, n, k).regime == "vendor"
     buffer = scratch((native().lora_scratch_bytes if vendor else native().scratch_bytes)(m, n, k, rank))
     tail = (address(xa), address(dyb), address(dx), address(d_a), address(d_b), address(d_bias), address(buffer), buffer.numel())

@@ -41,9 +41,9 @@ def dropout_scale(m: int, k: int, dropout_p: float, seed: Tensor) -> Tensor:
     """The mask times 1/(1-p), fp32 [m, k]: element (i, j) is the (j % 8)-th 16-bit half of philox(counter = (j // 8, i, 0, 0))."""
     threshold = round(dropout_p * 65536)
     if threshold >= 65536:
-        return torch.zeros(m, k, device=seed.device)
-    column = torch.arange((k + 7) // 8, device=seed.device).expand(m, -1)
-    row = torch.arange(m, device=seed.device)[:, None].expand_as(column)
+        return torch.zeros(m, k, dtype=torch.float32, device=seed.device)
+    column = torch.arange((k + 7) // 8, dtype=torch.int64, device=seed.device).expand(m, -1)
+    row = torch.arange(m, dtype=torch.int64, device=seed.device)[:, None].expand_as(column)
     zero = torch.zeros_like(column)
     words = torch.stack(philox_4x32([column, row, zero, zero], seed.reshape(())), dim=-1)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :k]

@@ -120,7 +120,7 @@ def slab_call(
 def specializations(arch: int) -> Iterable[Specialization]:
     """Each pass beside the decoding of a 14336 x 4096 weight, nested, for its three kinds of launch and both kinds of adapters."""
     m, n, k, r = 8192, 14336, 4096, 16
-    weight, codes = torch.empty(n * k // 2, dtype=torch.uint8, device="meta"), torch.empty(256, device="meta")
+    weight, codes = torch.empty(n * k // 2, dtype=torch.uint8, device="meta"), torch.empty(256, dtype=torch.float32, device="meta")
     quant = (codes, None, weight, codes, codes, codes, 64, 256)
     whole = (slice(0, n), slice(0, k))
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if arch >= 80 else (torch.float16, torch.float32)

@@ -12,7 +12,7 @@ def _blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Te
     """Index of the nearest code of values/absmax(block), and the absmax; a tie goes to the lower code, NaN to index 0."""
     flat = values.reshape(-1).float()
     blocks = -(-flat.numel() // blocksize)
-    padded = torch.zeros(blocks * blocksize, device=flat.device)
+    padded = torch.zeros(blocks * blocksize, dtype=torch.float32, device=flat.device)
     padded[: flat.numel()] = flat
     grouped = padded.view(blocks, blocksize)
     absmax = grouped.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=1)
@@ -32,7 +32,7 @@ def quantize_4bit(w: Tensor, blocksize: int, code: Tensor) -> tuple[Tensor, Tens
     """w (any shape), code fp32 [16] -> packed uint8 [(numel+1)//2, 1], first element in the high nibble; absmax fp32 [blocks]."""
     index, absmax = _blockwise(w, code, blocksize)
     if index.numel() % 2:
-        index = torch.cat([index, _nearest(torch.zeros(1, device=code.device), code).to(torch.uint8)])
+        index = torch.cat([index, _nearest(torch.zeros(1, dtype=torch.float32, device=code.device), code).to(torch.uint8)])
     return (index[0::2] << 4 | index[1::2]).view(-1, 1), absmax
 
 

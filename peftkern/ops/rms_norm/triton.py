@@ -288,7 +288,7 @@ def specializations(arch: int) -> Iterator[Specialization]:
     for dtype in dtypes:
         for n in (4096, 128, 576, 8192, 16384):
             x = torch.empty(64, n, dtype=dtype, device="meta")
-            weight, rstd = torch.empty(n, dtype=dtype, device="meta"), torch.empty(64, device="meta")
+            weight, rstd = torch.empty(n, dtype=dtype, device="meta"), torch.empty(64, dtype=torch.float32, device="meta")
             name = f"rms-norm-{shorts[dtype]}-{n}"
             for cast in CASTS:
                 arguments = x, weight, x, rstd, 1e-6, 1.0, cast
@@ -297,6 +297,6 @@ def specializations(arch: int) -> Iterator[Specialization]:
             yield specialization(f"{name}-bwd", backward_call(x, x, weight, rstd, x, 0.0))
             yield specialization(f"{name}-add-bwd", backward_call(x, x, weight, rstd, x, 0.0, x))
             for cast in CASTS:
-                yield specialization(f"{name}-d-weight-{cast}", d_weight_call(x, x, rstd, torch.empty(2, n, device="meta"), cast))
+                yield specialization(f"{name}-d-weight-{cast}", d_weight_call(x, x, rstd, rstd.new_empty(2, n), cast))
         mixed = forward_call(x, rstd.new_empty(x.shape[1]), x.float(), rstd, 1e-6, 0.0, "llama")
         yield specialization(f"rms-norm-{shorts[dtype]}-fp32-weight", mixed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, native
+from ..native import address, dtype_of, empty, native
 
 __all__ = ["backward", "forward"]
 
@@ -23,7 +23,7 @@ def backward(dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]) -> tuple[T
     """As the reference."""
     dy, u, scale = dy.contiguous(), u.contiguous(), scale.float().contiguous()
     du = torch.empty_like(u) if needs[0] else None
-    d_scale, d_bias = (torch.empty(u.shape[1], dtype=torch.float32) if need else None for need in needs[1:])
+    d_scale, d_bias = (empty(u.shape[1]) if need else None for need in needs[1:])
     native().scale_columns_bwd(
         address(dy), address(u), dtype_of(u), *u.shape, address(scale), address(du), address(d_scale), address(d_bias)
     )
