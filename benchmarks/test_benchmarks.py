@@ -6,10 +6,19 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from . import bench_dequantize, bench_gemv, bench_linear_cross_entropy, bench_qlora_linear, bench_quantize, bench_switching, peers
+from . import (
+    bench_attention,
+    bench_dequantize,
+    bench_gemv,
+    bench_linear_cross_entropy,
+    bench_qlora_linear,
+    bench_quantize,
+    bench_switching,
+    peers,
+)
 from .harness import Spec
 
-MODULES = (bench_dequantize, bench_quantize, bench_gemv, bench_qlora_linear, bench_switching, bench_linear_cross_entropy)
+MODULES = (bench_dequantize, bench_quantize, bench_gemv, bench_qlora_linear, bench_switching, bench_linear_cross_entropy, bench_attention)
 CASES = [(module, spec, number) for module in MODULES for spec in module.specs(True) for number in range(5)]
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch import nn
 
 from .. import backends
-from .blocks import install_blocks, norm_candidates, rope_candidates
+from .attention import install_attention, rope_candidates, wide_candidates
+from .blocks import install_norms, norm_candidates
 from .detect import Candidate, candidates, excluded
 from .forwards import install, remove
 from .groups import form_groups
@@ -37,7 +38,8 @@ def patch(
         dense: also patch frozen dense nn.Linear outside LoRA layers (a tied lm_head, say). Default: where it pays, on CPUs whose bf16 or
             fp16 matrix products torch computes by naive loops.
         blocks: also patch gated MLPs, RMSNorm, rotary embeddings, and the residual additions of pre-norm decoder layers, each recognized
-            by what it computes on a small probe.
+            by what it computes on a small probe; and compute 16-bit attention in fp32 on CPUs whose 16-bit products torch computes by
+            naive loops.
         fused_loss: a causal LM that is given labels in training computes its loss without the logits, and returns none.
     Returns: PatchReport, naming every module looked at, what it got, and why others fall back.
     Raises: ValueError where nothing could be patched, or an entry of `exclude` names no module.
@@ -64,10 +66,13 @@ def patch(
 
 
 def _install_blocks(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
-    """Gated MLPs, norms, rotary embeddings and the layers around them; a row for each module looked at."""
-    found = [item for item in (*norm_candidates(model), *rope_candidates(model)) if excluded(item.name, exclude) is None]
-    install_blocks(found)
-    kinds = {"rms_norm": "norm", "rope": "attention"}
+    """Gated MLPs, norms, attention and the layers around them; a row for each module looked at."""
+    norms, attention = norm_candidates(model), [*rope_candidates(model), *wide_candidates(model)]
+    norms, attention = ([item for item in found if excluded(item.name, exclude) is None] for found in (norms, attention))
+    install_norms(norms)
+    install_attention(attention)
+    kinds = {"rms_norm": "norm", "rope": "attention", "fp32_attention": "attention"}
+    found = [*norms, *attention]
     rows = [Row(item.name, kinds[item.got], "", "stock" if item.reason else item.got, None, (), item.reason) for item in found]
     mlps = [Row(name, "mlp", "", got, None, (), why) for name, got, why in install_mlps(model, exclude)]
     return mlps + rows + [Row(name, "layer", "", got, None, (), why) for name, got, why in install_layers(model, exclude)]

@@ -12,7 +12,7 @@ from . import add
 from .dora import active_dora
 from .forwards import Forward, LinearForward, LoraForward, active_adapters, find, has_hooks
 from .report import Row
-from .weights import FLOATS, is_4bit, repacked, unpack
+from .weights import FLOATS, is_4bit, repacked, slow_products, unpack
 
 __all__ = ["Candidate", "candidates", "excluded", "is_lora"]
 
@@ -57,14 +57,10 @@ def _trainable(module: nn.Module) -> bool:
 
 
 def _wants_dense(module: nn.Module, dense: bool | None) -> bool:
-    """Without AVX-512 torch's own bf16 and fp16 matrix products on the CPU are naive loops; there ours are worth having."""
     if dense is not None:
         return dense
     dtype = module.weight.dtype
-    if module.weight.device.type != "cpu" or not backends.available("cpu")[0] or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
-    return not fast()
+    return module.weight.device.type == "cpu" and backends.available("cpu")[0] and slow_products(dtype)
 
 
 def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:

@@ -11,7 +11,7 @@ from ..dora import row_squares
 from ..nf4 import NF4Weight
 from .decode import address_of
 
-__all__ = ["FLOATS", "Operands", "WeightCache", "autocast_dtype", "is_4bit", "repacked", "unpack"]
+__all__ = ["FLOATS", "Operands", "WeightCache", "autocast_dtype", "is_4bit", "repacked", "slow_products", "unpack"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,6 +58,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast wants on x's device, None outside autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def slow_products(dtype: torch.dtype) -> bool:
+    """Whether torch's matrix products in `dtype` are naive loops on this CPU, as in bf16 and fp16 without AVX-512."""
+    fast = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}
+    return dtype in fast and not fast[dtype]()
 
 
 class WeightCache:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
-from peftkern.patching import blocks
-from peftkern.patching.blocks import NormMode, RopeMode, install_blocks, norm_candidates, rope_candidates
+from peftkern.patching import attention, blocks
+from peftkern.patching.attention import RopeMode, install_attention, rope_candidates
+from peftkern.patching.blocks import NormMode, install_norms, norm_candidates
 from peftkern.patching.forwards import find, remove
 
 from ..ops.bounds import FACTOR
@@ -60,7 +61,7 @@ def candidates(model: nn.Module) -> list[blocks.Block]:
 
 
 def patched(model: nn.Module) -> nn.Module:
-    assert install_blocks(candidates(model)) > 0
+    assert install_norms(norm_candidates(model)) + install_attention(rope_candidates(model)) > 0
     return model
 
 
@@ -168,7 +169,7 @@ def test_patching_twice_and_candidates_of_a_patched_model() -> None:
     model = patched(build("llama"))
     held = [find(module) for module in model.modules()]
     assert all(block.reason is None for block in candidates(model))
-    install_blocks(candidates(model))
+    patched(model)
     assert [find(module) for module in model.modules()] == held
 
 
@@ -277,7 +278,7 @@ class Biased(Scaled):
 def test_other_norms_keep_their_forward_and_say_why(module: nn.Module, words: str) -> None:
     (block,) = norm_candidates(module)
     assert words in block.reason and block.mode is None
-    assert install_blocks([block]) == 0 and find(module) is None
+    assert install_norms([block]) == 0 and find(module) is None
 
 
 def test_a_norm_whose_forward_was_replaced_is_left() -> None:
@@ -317,7 +318,7 @@ def test_probing_leaves_the_module_as_it_was() -> None:
 def test_inputs_the_norm_kernels_do_not_take_get_stock_behaviour(x: Tensor, calls: Counter[str]) -> None:
     stock = build("llama").model.norm
     norm = copy.deepcopy(stock)
-    install_blocks(norm_candidates(norm))
+    install_norms(norm_candidates(norm))
     outcomes = []
     for module in (stock, norm):
         try:
@@ -333,7 +334,7 @@ def _rotary_call(q, k, cos, sin, **options) -> bool:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as stock
 
     fell_back = []
-    ours = blocks._rotary(lambda *args, **kwargs: fell_back.append(1) or stock(*args, **kwargs), False)
+    ours = attention._rotary(lambda *args, **kwargs: fell_back.append(1) or stock(*args, **kwargs), False)
     for got, expected in zip(ours(q, k, cos, sin, **options), stock(q, k, cos, sin, **options), strict=True):
         torch.testing.assert_close(got, expected)
     return not fell_back

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern import functional
-from peftkern.patching.blocks import NormForward, install_blocks, norm_candidates
+from peftkern.patching.blocks import NormForward, install_norms, norm_candidates
 from peftkern.patching.forwards import find, remove
 from peftkern.patching.layers import Half, LayerForward, LayerMode, install_layers, layer_mode
 
@@ -32,7 +32,7 @@ LLAMA = LayerMode(
 
 def patched(model: nn.Module) -> nn.Module:
     """Its norms and layers alone."""
-    install_blocks(norm_candidates(model))
+    install_norms(norm_candidates(model))
     assert [got for _, got, _ in install_layers(model, ())] == ["add_rms_norm"] * 2
     return model
 
@@ -89,7 +89,7 @@ def test_what_a_layer_passes_on_is_recognized() -> None:
 def single(kind: type[Layer]) -> nn.Module:
     torch.manual_seed(3)
     model = nn.ModuleList([kind()])
-    install_blocks(norm_candidates(model))
+    install_norms(norm_candidates(model))
     return model
 
 
@@ -161,7 +161,7 @@ def test_layers_give_the_bits_of_the_norms_alone_and_gradients_as_accurate(name:
     stock = build(name, dtype)
     plain, exact = run(stock), run(_in_fp64(stock))
     norms = copy.deepcopy(stock)
-    install_blocks(norm_candidates(norms))
+    install_norms(norm_candidates(norms))
     before, ours = run(norms), run(patched(copy.deepcopy(stock)))
     assert torch.equal(ours["logits"], before["logits"])
     assert calls["stream"] == calls["added"] == 2
@@ -187,7 +187,7 @@ class _Adds(TorchDispatchMode):
 def test_one_addition_of_the_stream_is_left_of_a_layers_four() -> None:
     """Forward the one behind the MLP; backward none where the gradients of the stream meet."""
     norms, counts = build("llama"), []
-    install_blocks(norm_candidates(norms))
+    install_norms(norm_candidates(norms))
     for each in (norms, patched(build("llama"))):
         x, layer = torch.randn(1, 6, 64, requires_grad=True), layers(each)[0]
         layer.self_attn.forward = lambda hidden_states, **_: (hidden_states * 0.5, None)
@@ -283,7 +283,7 @@ def test_a_stream_wider_than_what_is_added(calls: Counter[str]) -> None:
 def test_autocast(calls: Counter[str]) -> None:
     stock = build("llama")
     norms, model = copy.deepcopy(stock), patched(copy.deepcopy(stock))
-    install_blocks(norm_candidates(norms))
+    install_norms(norm_candidates(norms))
     with torch.autocast("cpu", torch.bfloat16):
         outputs = [each(input_ids=IDS, use_cache=False).logits for each in (norms, model)]
     assert torch.equal(*outputs) and calls["stream"] == 2 * 2
@@ -379,7 +379,7 @@ def test_accelerate_hooks(child: str, hook_first: bool, calls: Counter[str]) -> 
 
 def test_probing_changes_nothing_and_does_not_depend_on_torchs_defaults() -> None:
     model = build("llama")
-    install_blocks(norm_candidates(model))
+    install_norms(norm_candidates(model))
     before, state = {name: p.detach().clone() for name, p in model.named_parameters()}, torch.random.get_rng_state()
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,0 +1,278 @@
+"""Attention modules, patched per instance through the global names their class's forward looks up: rotary embeddings, and attention itself
+in fp32 where torch multiplies 16-bit matrices in naive loops."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..ops.rope import reference as rope_reference
+from .blocks import _ON_CPU, Block, _replaced
+from .forwards import Forward, _autocast_off, _served, install
+from .weights import FLOATS, autocast_dtype, slow_products
+
+__all__ = ["AttentionForward", "RopeMode", "WideMode", "in_fp32", "install_attention", "rope_candidates", "wide_candidates"]
+
+_ROTARY = "apply_rotary_pos_emb"
+_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
+
+
+class RopeMode(NamedTuple):
+    """Whether the module's own rotary function also turns a part of each head and copies the rest."""
+
+    partial: bool
+
+    name = _ROTARY
+
+    def replace(self, stock: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What the module's forward finds under `name`."""
+        return _rotary(stock, self.partial)
+
+
+class WideMode(NamedTuple):
+    """The dtypes in whose place attention is computed in fp32."""
+
+    slow: tuple[torch.dtype, ...]
+
+    name = _FUNCTIONS
+
+    def replace(self, stock: Any) -> Any:
+        """As RopeMode's."""
+        return _Interfaces(stock, self.slow)
+
+
+def install_attention(found: Iterable[Block]) -> int:
+    """Patch those without a reason against it, each module once for all it got; how many got something."""
+    modes: dict[int, list[NamedTuple]] = {}
+    modules: dict[int, nn.Module] = {}
+    for block in found:
+        if block.reason is None:
+            modules[id(block.module)] = block.module
+            modes.setdefault(id(block.module), []).append(block.mode)
+    for key, module in modules.items():
+        install(module, AttentionForward, tuple(modes[key])).build()
+    return len(modules)
+
+
+# ---- rotary embeddings
+
+
+def rope_candidates(model: nn.Module) -> list[Block]:
+    """Every module whose class's forward calls the global function `apply_rotary_pos_emb`, in the model's order."""
+    found = []
+    for name, module in model.named_modules():
+        forward = inspect.unwrap(type(module).forward)
+        if _ROTARY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            continue
+        mode = _rope_mode(module)
+        reason = mode if isinstance(mode, str) else None
+        found.append(Block(name, module, "rope", None if reason else mode, reason))
+    return found
+
+
+def _rope_mode(module: nn.Module) -> RopeMode | str:
+    forward = type(module).forward
+    reason = _not_ours(module)
+    if reason:
+        return reason
+    function = forward.__globals__.get(_ROTARY)
+    if not callable(function):
+        return f"{_ROTARY} is no function of the module that defines {type(module).__name__}"
+    try:
+        if not _rotates_halves(function, 16):
+            return f"{_ROTARY} of {forward.__module__} is not the rotate_half convention: it differs on a probe"
+    except Exception as error:  # any signature is possible
+        return f"{_ROTARY} of {forward.__module__} failed on a probe: {type(error).__name__}: {error}"
+    try:
+        return RopeMode(_rotates_halves(function, 8))
+    except RuntimeError:  # the usual function takes whole heads only
+        return RopeMode(False)
+
+
+def _rotates_halves(function: Callable[..., Any], rotary: int) -> bool:
+    """Whether it gives, in fp32 and bf16, what ours is defined as, for angles whose halves differ."""
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
+        options = dict(generator=torch.Generator().manual_seed(0), **_ON_CPU)
+        q, k = (torch.randn(2, heads, 5, 16, **options).to(dtype) for heads in (3, 1))
+        cos, sin = (torch.randn(2, 5, rotary, **options).to(dtype) for _ in range(2))
+        with torch.no_grad():
+            theirs, ours = function(q, k, cos, sin), (torch.empty_like(q), torch.empty_like(k))
+            rope_reference.rope(q, k, cos, sin, False, *ours)
+        if not isinstance(theirs, tuple) or len(theirs) != 2:
+            return False
+        for their, our in zip(theirs, ours, strict=True):
+            if (their.shape, their.dtype) != (our.shape, our.dtype) or not torch.allclose(their, our, rtol=tolerance, atol=tolerance):
+                return False
+    return True
+
+
+def _rotary(stock: Callable[..., tuple[Tensor, Tensor]], partial: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Ours in `stock`'s place; calls that it does not serve go to `stock`."""
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if args or kwargs.get("unsqueeze_dim", 1) != 1 or kwargs.keys() - {"unsqueeze_dim"} or not _turns(q, k, cos, sin, partial):
+            return stock(q, k, cos, sin, *args, **kwargs)
+        return functional.rope(q, k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, partial: bool) -> bool:
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == cos.dtype == sin.dtype or not q.device == k.device == cos.device == sin.device:
+        return False
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or cos.requires_grad or sin.requires_grad:
+        return False
+    (b, _, s, d), rotary = q.shape, cos.shape[2]
+    if (k.shape[0], k.shape[2], k.shape[3]) != (b, s, d) or cos.shape[0] not in (1, b) or cos.shape[1] != s:
+        return False
+    return rotary % 2 == 0 and (rotary == d or (partial and rotary < d)) and _served(q)
+
+
+# ---- attention in fp32
+
+
+def wide_candidates(model: nn.Module) -> list[Block]:
+    """Every module whose class's forward asks transformers' `ALL_ATTENTION_FUNCTIONS` for its function, in the model's order; none where
+    torch's 16-bit products are fast, or no weight is in 16 bits.
+
+    On a CPU without AVX-512's bf16 instructions scaled_dot_product_attention's backward takes 75 ms in bf16 and 12 ms in fp32 (2 x 256
+    tokens, 9 heads of 64, 3 of keys; Zen 3, one thread); `python -m benchmarks.bench_attention`.
+    """
+    slow = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if slow_products(dtype))
+    if not any(p.dtype in slow and p.device.type == "cpu" for p in model.parameters()):
+        return []
+    found = []
+    for name, module in model.named_modules():
+        if _FUNCTIONS in getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_names", ()):
+            reason = _not_ours(module) or _no_interfaces(module)
+            found.append(Block(name, module, "fp32_attention", None if reason else WideMode(slow), reason))
+    return found
+
+
+def _no_interfaces(module: nn.Module) -> str | None:
+    functions = type(module).forward.__globals__.get(_FUNCTIONS)
+    return None if callable(getattr(functions, "get_interface", None)) else f"{_FUNCTIONS} has no get_interface"
+
+
+class _Interfaces:
+    """transformers' attention functions, the eager and the SDPA one in fp32; all else of it as it is."""
+
+    def __init__(self, stock: Any, slow: tuple[torch.dtype, ...]) -> None:
+        self._stock, self._slow = stock, slow
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        function = self._stock.get_interface(name, default)
+        known = function is default or (name == "sdpa" and function.__module__.startswith("transformers."))
+        return functools.partial(in_fp32, function, self._slow) if known else function
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._stock[name]
+
+
+def in_fp32(
+    function: Callable[..., tuple[Tensor, Tensor | None]],
+    slow: tuple[torch.dtype, ...],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`function` on fp32 operands, its results rounded to what it would have returned."""
+    result = autocast_dtype(query) or query.dtype
+    if result not in slow or not _pays(query, key, value) or kwargs.get("dropout") or kwargs.get("cache") is not None:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    operands = [_wide(each) for each in (query, key, value, attention_mask)]
+    with _autocast_off(query):
+        output, weights = function(module, *operands, **{name: _wide(each) for name, each in kwargs.items()})
+    return output.to(result), None if weights is None else weights.to(result)
+
+
+def _pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """One token against a cache, without gradients, reads the keys once: casting them would take as long."""
+    if not (query.device.type == key.device.type == value.device.type == "cpu" and query.dtype == key.dtype == value.dtype):
+        return False
+    return query.shape[2] > 1 or (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+# ---- the forward of both
+
+
+def _not_ours(module: nn.Module) -> str | None:
+    """Why the class's forward cannot be run with other globals."""
+    forward = type(module).forward
+    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+        return _replaced(module) or f"{type(module).__name__}.forward is wrapped by a decorator"
+    return _replaced(module)
+
+
+class AttentionForward(Forward):
+    """An attention module's own forward, whose code sees ours under the names of the modes in `cache`.
+
+    Made again by copying and unpickling, and when the class has another forward than the one it was made of. torch.compile traces into it.
+    """
+
+    __slots__ = ("_function", "_names", "_stock")
+
+    def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, cache: tuple[RopeMode | WideMode, ...]) -> None:
+        super().__init__(module, previous, cache)
+        self.build()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        super().__setstate__(state)
+        self.build()  # of the module, which is being copied or loaded itself, the class alone is needed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self._refresh()
+        return self._function(self.module, *args, **kwargs)
+
+    def build(self) -> None:
+        """The function for what `cache` says now."""
+        forward = type(self.module).forward
+        scope = _scope(forward)
+        self._stock = {mode.name: forward.__globals__[mode.name] for mode in self.cache}
+        scope.update({mode.name: mode.replace(self._stock[mode.name]) for mode in self.cache})
+        self._function = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+        self._function.__kwdefaults__ = forward.__kwdefaults__
+        self._names = _global_names(forward.__code__)
+
+    def _refresh(self) -> None:
+        """What others have put into the module's globals since then is seen; a function of theirs under our names is used."""
+        forward = type(self.module).forward
+        if self._function.__code__ is not forward.__code__:
+            self.build()
+        scope, source = self._function.__globals__, forward.__globals__
+        ours = {name: scope[name] if source[name] is stock else source[name] for name, stock in self._stock.items()}
+        self._stock = {name: source[name] for name in ours}
+        scope.update({name: source[name] for name in self._names if name in source})
+        scope.update(ours)
+
+
+def _global_names(code: types.CodeType) -> frozenset[str]:
+    """Names that may be looked up among the globals, in functions defined inside too."""
+    inner = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+def _scope(forward: types.FunctionType) -> dict[str, Any]:
+    """A copy of its globals. Without `__name__`: by it torch.compile (2.13) names the module as the source of what it reads here,
+    and its guards would watch the module's rotary function in place of ours."""
+    scope = dict(forward.__globals__)
+    scope.pop("__name__", None)
+    return scope
