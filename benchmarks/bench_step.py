@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from . import peers  # first: it switches peftkern's bitsandbytes hook off
 
@@ -28,8 +29,8 @@ PROVIDERS = (OURS, LOGITS, "peft+bitsandbytes", "peft dense")
 R = 16
 
 
-def build_model(provider: str, dtype: torch.dtype, small: bool) -> nn.Module:
-    """The model with LoRA (r 16, every linear but the head), seeded alike for all providers."""
+def build_model(provider: str, dtype: torch.dtype, small: bool, **options: Any) -> nn.Module:
+    """The model with LoRA (r 16, every linear but the head; `options` of its LoraConfig), seeded alike for all providers."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,13 +47,13 @@ def build_model(provider: str, dtype: torch.dtype, small: bool) -> nn.Module:
         _quantize(model, dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(1)
-    config = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=targets, init_lora_weights=False)
-    model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    plain = dict(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(model, LoraConfig(**plain | options), autocast_adapter_dtype=False).train()
     if provider in (OURS, LOGITS):
         import peftkern
 
         report = peftkern.patch(model, fused_loss=provider == OURS)
-        if report.counts.get("qlora_linear", 0) != 7 * size["num_hidden_layers"]:
+        if sum(report.counts.get(name, 0) for name in ("qlora_linear", "dora_linear")) != 7 * size["num_hidden_layers"]:
             raise RuntimeError(f"patched {report.counts}, expected every LoRA layer:\n{report}")
     return model
 
@@ -67,8 +68,8 @@ def _quantize(model: nn.Module, dtype: torch.dtype) -> None:
 class Step:
     """Forward, backward and optimizer on 2 sequences of 256 tokens (small: 32); the learning rate is 0, so that every step is the first."""
 
-    def __init__(self, provider: str, dtype: torch.dtype, small: bool) -> None:
-        self.model = build_model(provider, dtype, small)
+    def __init__(self, provider: str, dtype: torch.dtype, small: bool, **options: Any) -> None:
+        self.model = build_model(provider, dtype, small, **options)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
         torch.manual_seed(2)

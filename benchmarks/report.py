@@ -55,9 +55,9 @@ TARGETS = (
     Target("step", 1.6, over=("peft dense",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
     Target("switching", 1.0, under=("alone",)),
     Target("linear_cross_entropy", 1.15, under=("GEMMs alone",), shapes=("49152x576",), m=(512,)),
-    *(Target(f"options {what}", 1.03, under=("without dropout",), m=(512,)) for what in ("layer", "linear")),
-    *(Target(f"options {what}", 1.10, under=("LoRA",), m=(512,)) for what in ("layer", "linear")),
-    *(Target(f"options {what}", 1.08, under=("1 adapter",), m=(512,)) for what in ("layer", "linear")),
+    *(Target(f"options {what}", 1.03, under=("without dropout",), m=(512,)) for what in ("layer", "linear", "step")),
+    *(Target(f"options {what}", 1.10, under=("LoRA",), m=(512,)) for what in ("layer", "linear", "step")),
+    *(Target(f"options {what}", 1.08, under=("1 adapter",), m=(512,)) for what in ("layer", "linear", "step")),
     Target("generate", 1.5, over=("peft+bitsandbytes",), shapes=("SmolLM2-135M",)),
     Target("generate", 1.0, over=DENSE, shapes=("SmolLM2-135M",)),
 )
@@ -65,11 +65,11 @@ KEY = ("device", "isa", "threads", "kernel", "mode", "dtype", "shape", "M")
 
 
 def load(folder: Path) -> list[Line]:
-    """Every row of every CSV of a folder."""
+    """Every row of every CSV of a folder that holds timings; loss curves, whose columns are others, are no such rows."""
     lines: list[Line] = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
-            lines += csv.DictReader(file)
+            lines += [line for line in csv.DictReader(file) if all(key in line for key in KEY)]
     if not lines:
         raise FileNotFoundError(f"{folder}: no CSV with rows; run python -m benchmarks.run_all --out {folder}")
     return lines

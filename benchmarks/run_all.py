@@ -24,6 +24,7 @@ BENCHMARKS = (
     "blocks",
     "attention",
     "options",
+    "option_steps",
     "generate",
 )
 
