@@ -3,7 +3,12 @@
 import os
 
 import pytest
-import torch
+
+# Two workers on two cores: OpenMP's threads wait asleep, or each would spin on the cores the other's work needs. Read when torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 # Triton decides at the kernels' import whether they are interpreted: without a CUDA device their numerics are proven on the CPU.
 if not torch.cuda.is_available():

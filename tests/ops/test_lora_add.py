@@ -178,7 +178,7 @@ def test_compile_fullgraph_forward_and_backward() -> None:
         (dict(dropout_p=1.5), ValueError, "dropout_p: got 1.5"),
         (dict(dropout_p=0.5, seed=torch.tensor([1.0])), ValueError, "seed: got torch.float32"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", value),
 )
 def test_errors_name_the_argument(change: dict, error: type, message: str) -> None:
     arguments = dict(zip(("y", "x", "lora_a", "lora_b", "bias"), case(5, 20, 64, 3, torch.float32, torch.float32), strict=False)) | change
