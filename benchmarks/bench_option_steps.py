@@ -14,13 +14,13 @@ from torch import Tensor
 
 import peftkern
 
+from .bench_options import BASELINES
 from .bench_step import Step
 from .harness import OURS, Provider, Spec, main
 
 __all__ = ["build", "specs"]
 
 OPTIONS = {"dropout 0.1": {"lora_dropout": 0.1}, "DoRA": {"use_dora": True}, "4 mixed adapters": {}}
-BASELINES = {"dropout 0.1": "without dropout", "DoRA": "LoRA", "4 mixed adapters": "1 adapter"}
 ADAPTERS = ("default", "second", "third", "fourth")
 
 

@@ -31,8 +31,10 @@ struct Lora : pk_lora {
 };
 
 struct Member : pk_member {
-  Member(const Weight& weight, Address bias, int bias_dtype, Address y, Address dy, Address d_bias, Address scale, Address u)
-      : pk_member{weight, at<void>(bias), bias_dtype, at<void>(y), at<void>(dy), at<float>(d_bias), at<float>(scale), at<void>(u)} {}
+  Member(const Weight& weight, Address bias, int bias_dtype, Address y, Address dy, Address d_bias, Address scale, Address u, Address norm, Address squares,
+         Address magnitude, Address d_scale)
+      : pk_member{weight, at<void>(bias), bias_dtype, at<void>(y), at<void>(dy), at<float>(d_bias), at<float>(scale), at<void>(u), at<float>(norm),
+                  at<float>(squares), at<float>(magnitude), at<float>(d_scale)} {}
 };
 
 struct Adapter : pk_adapter {
@@ -84,8 +86,9 @@ PYBIND11_MODULE(_C, m) {
                           at<float>(d_bias), at<void>(scratch), bytes, 0));
   }, nogil());
   py::class_<Member>(m, "Member")
-      .def(py::init<const Weight&, Address, int, Address, Address, Address, Address, Address>(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-           py::arg(), py::arg() = 0, py::arg() = 0);
+      .def(py::init<const Weight&, Address, int, Address, Address, Address, Address, Address, Address, Address, Address, Address>(), py::arg(), py::arg(),
+           py::arg(), py::arg(), py::arg(), py::arg(), py::arg("scale") = 0, py::arg("u") = 0, py::arg("norm") = 0, py::arg("squares") = 0,
+           py::arg("magnitude") = 0, py::arg("d_scale") = 0);
   py::class_<Adapter>(m, "Adapter").def(py::init<const Lora&, int64_t, int64_t, int64_t, Address, Address, Address, Address>());
   using Members = std::vector<pk_member>;
   using Adapters = std::vector<pk_adapter>;

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import checks
-from .group import Member, qlora_group
+from .group import Adapter, Member, prepare, qlora_group
 from .nf4 import NF4Weight
-from .ops import dora_linear as _op
+from .ops import dora_group as _op
 from .ops.scale_columns import scale_columns
 
-__all__ = ["dora_linear", "dora_norm", "row_squares"]
+__all__ = ["dora_group", "dora_linear", "dora_norm", "row_squares"]
 
 _SLICE = 1 << 22  # weights squared at a time: 16 MB of fp32
 
@@ -66,26 +68,64 @@ def dora_linear(x: Tensor, member: Member, magnitude: Tensor, squares: Tensor | 
     >>> y.shape
     torch.Size([2, 48])
     """
-    if len(member.adapters) != 1 or member.adapters[0].dropout_p:
-        raise ValueError(f"member: got {len(member.adapters)} adapters, expected one, without dropout_p (pass `dropped`)")
-    (adapter,) = member.adapters
-    n = member.weight.shape[0]
-    checks.vector("magnitude", magnitude, n, x.device)
-    squares = row_squares(member.weight) if squares is None else squares
-    if dropped is None and adapter.rows is None and _op.served(x):
-        shape = checks.weight_shape(member.weight)[0]
-        checks.activation(x, shape, member.weight.device)
-        checks.vector("bias", member.bias, n, x.device)
-        checks.adapter(adapter.lora_a, adapter.lora_b, *shape, x.device)
-        args = (adapter.lora_a, adapter.lora_b, float(adapter.scaling), magnitude, squares)
-        return _op.dora_linear(x.reshape(-1, shape[1]), member.weight, member.bias, *args).reshape(*x.shape[:-1], n)
-    norm = dora_norm(member.weight, adapter.lora_a, adapter.lora_b, adapter.scaling, squares)
-    scale, bare = magnitude.float() / norm, Member(member.weight, None, member.adapters)
     if dropped is None:
-        (u,) = qlora_group(x, [bare])
-        return scale_columns(u.reshape(-1, n), scale, member.bias).reshape(u.shape)
-    m = x.numel() // x.shape[-1]
+        return _dora_group(x, [member], [magnitude], None if squares is None else [squares], ["member"])[0]
+    adapter, (scale,) = _check(x, "member", member, magnitude), _scales([member], [magnitude], None if squares is None else [squares])
+    m, n = x.numel() // x.shape[-1], member.weight.shape[0]
     both = torch.cat([(x - dropped).reshape(m, -1), dropped.reshape(m, -1)])
     second = type(adapter)(adapter.lora_a, adapter.lora_b, adapter.scaling, rows=(m, 2 * m))
     rest, u = qlora_group(both, [Member(member.weight, None, [second])])[0].split(m)
     return (rest + scale_columns(u, scale, member.bias)).reshape(*x.shape[:-1], n)
+
+
+def dora_group(
+    x: Tensor, members: Sequence[Member], magnitudes: Sequence[Tensor], squares: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """Frozen linears that share their input, each with a DoRA adapter: `dora_linear` of each, without `dropped`. One read of x, one dx.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        members: as of `qlora_group`, each with exactly one adapter, without dropout of its own.
+        magnitudes: [N_i], trainable. squares: `row_squares` of each weight.
+    Returns: a tuple of y_i [..., N_i] in x's dtype. Saved for backward: x, the packed weights, A, B, xa, and x W^T + s x A^T B^T of each
+        member whose magnitude is trained.
+    Raises: TypeError, ValueError naming the member, the argument, what was got and what was expected.
+    Source: DoRA (Liu et al., 2024), equation 5 and section 4.3.
+    """
+    if not members or len(magnitudes) != len(members) or (squares is not None and len(squares) != len(members)):
+        counts = f"{len(members)} members, {len(magnitudes)} magnitudes, {'no' if squares is None else len(squares)} squares"
+        raise ValueError(f"members: got {counts}; expected as many of each, and at least one")
+    return _dora_group(x, members, magnitudes, squares, [f"members[{i}]" for i in range(len(members))])
+
+
+def _dora_group(x: Tensor, members, magnitudes, squares, names: list[str]) -> tuple[Tensor, ...]:
+    adapters = [_check(x, *item) for item in zip(names, members, magnitudes, strict=True)]
+    if _op.served(x) and all(adapter.rows is None for adapter in adapters):
+        squares = [row_squares(member.weight) for member in members] if squares is None else squares
+        flat, found, trainable = prepare(x, members, names)
+        spec = _op.Spec(*found[:3], found.scalings, tuple(squares))
+        return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in _op.dora_group(flat, spec, (*trainable, *magnitudes)))
+    products = qlora_group(x, [Member(member.weight, None, member.adapters) for member in members])
+    scales = _scales(members, magnitudes, squares)
+    return tuple(
+        scale_columns(u.reshape(-1, u.shape[-1]), scale, member.bias).reshape(u.shape)
+        for u, scale, member in zip(products, scales, members, strict=True)
+    )
+
+
+def _check(x: Tensor, name: str, member: Member, magnitude: Tensor) -> Adapter:
+    """The member's adapter."""
+    if len(member.adapters) != 1 or member.adapters[0].dropout_p:
+        raise ValueError(f"{name}: got {len(member.adapters)} adapters, expected one, without dropout_p (pass `dropped`)")
+    checks.vector("magnitude" if name == "member" else f"{name}: magnitude", magnitude, member.weight.shape[0], x.device)
+    return member.adapters[0]
+
+
+def _scales(members: Sequence[Member], magnitudes: Sequence[Tensor], squares: Sequence[Tensor] | None) -> list[Tensor]:
+    """magnitude / norm, fp32 [N_i]."""
+    found = []
+    for i, (member, magnitude) in enumerate(zip(members, magnitudes, strict=True)):
+        (adapter,) = member.adapters
+        norm = dora_norm(member.weight, adapter.lora_a, adapter.lora_b, adapter.scaling, None if squares is None else squares[i])
+        found.append(magnitude.float() / norm)
+    return found

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, nf4
 from .blocks import add_rms_norm, glu, rms_norm, rope
-from .dora import dora_linear, dora_norm, row_squares
+from .dora import dora_group, dora_linear, dora_norm, row_squares
 from .group import Adapter, Member, qlora_group
 from .losses import linear_cross_entropy
 from .mlp import gated_mlp, gated_mlp_packed
@@ -22,6 +22,7 @@ __all__ = [
     "Member",
     "add_rms_norm",
     "dequantize_4bit",
+    "dora_group",
     "dora_linear",
     "dora_norm",
     "gated_mlp",

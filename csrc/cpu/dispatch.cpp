@@ -117,13 +117,21 @@ int check_group(const pk::Group& g, int64_t m) {
       if (int bad = check_weight(&member.weight)) return bad;
     if (member.bias && bad_dtype(member.bias_dtype)) return PK_ERR_DTYPE;
     if (member.scale && !g.base()) return PK_ERR_NULL;
+    if (member.norm && (!member.scale || !member.squares || !member.magnitude)) return PK_ERR_NULL;
   }
+  int64_t normed = 0;
+  for (int64_t i = 0; i < g.count; i++) normed += g.members[i].norm != nullptr;
   for (int64_t i = 0; i < g.adapter_count; i++) {
     const pk_adapter& a = g.adapters[i];
     if (int bad = check_lora(&a.lora)) return bad;
     if (a.member < 0 || a.member >= g.count || a.row_begin < 0 || a.row_end < a.row_begin || a.row_end > m) return PK_ERR_SHAPE;
+    if (!g.members[a.member].norm) continue;
+    if (a.lora.r == 0) return PK_ERR_SHAPE;
+    for (int64_t j = 0; j < i; j++)
+      if (g.adapters[j].member == a.member) return PK_ERR_SHAPE;
+    normed--;
   }
-  return PK_OK;
+  return normed ? PK_ERR_SHAPE : PK_OK;  // a norm is that of one adapter
 }
 
 // single: one linear, whose caller was told a scratch by its sizes alone.
@@ -152,7 +160,7 @@ int group_backward(const pk::Group& g, const void* x, int dtype, int64_t m, void
   if (m < 1 || g.n() < 1) return PK_ERR_SHAPE;
   if (!scratch) return PK_ERR_NULL;
   for (int64_t i = 0; i < g.count; i++)
-    if (!g.members[i].dy) return PK_ERR_NULL;
+    if (!g.members[i].dy || (g.members[i].d_scale && !g.members[i].u)) return PK_ERR_NULL;
   for (int64_t i = 0; i < g.adapter_count; i++) {
     const pk_adapter& a = g.adapters[i];
     const bool rows = a.row_begin < a.row_end;

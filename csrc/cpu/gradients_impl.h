@@ -1,13 +1,13 @@
-// The adapters' and biases' gradients, and the whole backward pass of a group.
+// The adapters', biases' and scales' gradients, and the whole backward pass of a group.
 #pragma once
-#include "column_sum.h"
 #include "qlora_impl.h"
+#include "scale_impl.h"
 
 namespace PK_NS {
 
 constexpr int64_t STRIP = pk::STRIP_PANELS * LANES;
 
-// What strips of columns of one matrix yield: of x the d_lora_a of all adapters, of a member's dy the d_lora_b of its own.
+// What strips of columns of one matrix yield: of x the d_lora_a of all adapters, of a member's dy the d_lora_b of its own, d_bias and d_scale.
 template <typename T>
 struct Source {
   const T* data;
@@ -72,6 +72,19 @@ static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapte
   }
 }
 
+// The sums over rows [m0, m0 + count) of a strip of a member's dy and of dy * u, added to.
+template <typename T>
+static void add_sums(const pk_member& member, const T* dy, int64_t ld, int64_t c0, int64_t m0, int64_t count, int64_t m, int64_t width, ScaleSums* sums) {
+  for (int64_t i = m0; i < m0 + count; i += ColumnSum::CHAIN) {
+    const int64_t rows = smaller(ColumnSum::CHAIN, m0 + count - i);
+    for (int64_t q = 0; q < width; q += LANES) {
+      const int64_t at = i * ld + c0 + q;
+      const T* u = member.d_scale ? (const T*)member.u + at : dy + at;
+      sums[q / LANES].add(dy + at, u, ld, rows, smaller(LANES, width - q), nullptr, (T*)nullptr, i + rows, m);
+    }
+  }
+}
+
 // One strip of columns of one source.
 template <typename T>
 static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, int64_t c0) {
@@ -79,12 +92,16 @@ static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, in
   const int64_t width = smaller(STRIP, src.cols - c0);
   float *c = s.own(), *buffer = c + s.r * STRIP;
   clear(c, s.r * STRIP);
+  const pk_member* summed = src.member == ALL ? nullptr : &g.members[src.member];
+  if (summed && !summed->d_bias && !summed->d_scale) summed = nullptr;
+  ScaleSums sums[pk::STRIP_PANELS];
   bool plain = false;
   for (int64_t i = 0; i < g.adapter_count; i++) plain |= src.takes(g.adapters[i]) && !src.drops(g.adapters[i]);
   for (int64_t m0 = 0; m0 < m; m0 += pk::KC) {
     const int64_t count = smaller(pk::KC, m - m0);
     const T* rows = src.data + m0 * src.cols + c0;
     if (plain) accumulate(g, src, nullptr, Mask{}, rows, m0, count, width, buffer, c);
+    if (summed) add_sums(*summed, src.data, src.cols, c0, m0, count, m, width, sums);
     pk::Cursor cursor;
     for (int64_t i = 0; i < g.adapter_count; cursor.pass(g, g.adapters[i++])) {
       const pk_adapter& a = g.adapters[i];
@@ -99,16 +116,18 @@ static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, in
     }
   }
   store_gradients(g, src, c, c0, width);
+  for (int64_t q = 0; summed && q < width; q += LANES)
+    sums[q / LANES].store_sums(smaller(LANES, width - q), summed->d_scale ? summed->d_scale + c0 + q : nullptr, summed->d_bias ? summed->d_bias + c0 + q : nullptr);
 }
 
-// d_lora_a and d_lora_b of all adapters, by strips of columns of x and of every dy.
+// What is summed over rows, by strips of columns of x and of every dy.
 template <typename T>
-static void adapter_gradients(const Scratch& s, const T* x, int64_t m, int threads) {
+static void column_gradients(const Scratch& s, const T* x, int64_t m, int threads) {
   const pk::Group& g = s.group;
   const auto strips = [](int64_t cols) { return (cols + STRIP - 1) / STRIP; };
   const int64_t of_x = g.wants(&pk_adapter::d_lora_a) ? strips(g.k()) : 0;
   int64_t total = of_x;
-  for (int64_t i = 0; g.wants(&pk_adapter::d_lora_b) && i < g.count; i++) total += strips(g.members[i].weight.n);
+  for (int64_t i = 0; g.wants_columns() && i < g.count; i++) total += strips(g.members[i].weight.n);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t task = 0; task < total; task++) {
     int64_t strip = task - of_x, member = 0;
@@ -122,26 +141,9 @@ static void adapter_gradients(const Scratch& s, const T* x, int64_t m, int threa
 }
 
 template <typename T>
-static void column_sums(const T* dy, int64_t m, int64_t n, float* out, int threads) {
-  const int64_t strips = (n + LANES - 1) / LANES;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t strip = 0; strip < strips; strip++) {
-    const int64_t from = strip * LANES, width = smaller(LANES, n - from);
-    ColumnSum sum;
-    for (int64_t i = 0; i < m; i++) {
-      for (int64_t j = 0; j < width; j++) sum.part[j] += to_float(dy[i * n + from + j]);
-      sum.close(i + 1, m, width);
-    }
-    memcpy(out + from, sum.total, (size_t)width * 4);
-  }
-}
-
-template <typename T>
 static void backward_all(const pk::Plan& plan, const pk::Group& g, const T* x, int64_t m, T* dx, float* scratch, int threads) {
   if (dx || g.wants(&pk_adapter::d_lora_a)) backward_dx(plan, g, m, dx, scratch, threads);
-  adapter_gradients(Scratch{plan, g, scratch, g.operands().r}, x, m, threads);
-  for (int64_t i = 0; i < g.count; i++)
-    if (g.members[i].d_bias) column_sums((const T*)g.members[i].dy, m, g.members[i].weight.n, g.members[i].d_bias, threads);
+  column_gradients(Scratch{plan, g, scratch, g.operands().r}, x, m, threads);
 }
 
 }  // namespace PK_NS

@@ -25,11 +25,25 @@ struct Group {
       if (adapters[i].*gradient) return true;
     return false;
   }
+  bool wants_columns() const {  // anything summed over the rows of a dy
+    for (int64_t i = 0; i < count; i++)
+      if (members[i].d_bias || members[i].d_scale) return true;
+    return wants(&pk_adapter::d_lora_b);
+  }
   Operands operands() const {
     Operands held{0, 0, 0, n()};
     for (int64_t i = 0; i < adapter_count; i++) {
       const int64_t r = adapters[i].lora.r;
       held.r += r, held.lora_a += r * k(), held.lora_b += r * n_of(adapters[i]);
+    }
+    return held;
+  }
+  // With what DoRA's norms take besides.
+  Operands forward_operands() const {
+    Operands held = operands();
+    for (int64_t i = 0; i < adapter_count; i++) {
+      const int64_t r = adapters[i].lora.r;
+      if (members[adapters[i].member].norm) held.gram += r * rank_ld(r), held.cross = largest(held.cross, rank_ld(r));
     }
     return held;
   }
@@ -40,7 +54,7 @@ struct Group {
     return held;
   }
   static int64_t masked_rows(const pk_adapter& a) { return a.lora.dropout_threshold && a.row_end > a.row_begin ? a.row_end - a.row_begin : 0; }
-  Plan forward_plan(int64_t m, int64_t lanes, int threads) const { return make_plan(m, n(), base() ? k() : 0, operands(), 12, lanes, threads); }
+  Plan forward_plan(int64_t m, int64_t lanes, int threads) const { return make_plan(m, n(), base() ? k() : 0, forward_operands(), 12, lanes, threads); }
   Plan backward_plan(int64_t m, bool dx, int64_t lanes, int threads) const {
     return make_plan(m, k(), base() && dx ? n() : 0, backward_operands(dx), 48, lanes, threads);
   }

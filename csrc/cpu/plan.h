@@ -17,7 +17,8 @@ constexpr int64_t MAX_LANES = 32, ALIGN = 16;
 struct Plan {
   int64_t contraction, mc, ldc, block;                                   // mc: rows of x a pass, ldc apart in a task's sums; block: output rows a task
   int64_t pack_at, low_rank_at, lora_a_at, lora_b_at, bias_at, own_at;   // offsets in floats
-  int64_t decoded_size, c_size, own_size, total;
+  int64_t gram_at, cross_ld;                                             // DoRA's norms: A A^T of each, and floats a row of a task's W A^T
+  int64_t decoded_size, c_size, tmp_size, own_size, total;
   int64_t mask_at, mask_ld;                                              // bits of the dropped adapters' rows, mask_ld bytes each; 0: none
 };
 
@@ -26,8 +27,11 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 static inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // What a call holds in scratch besides the activations: the low-rank branches' rows together, their adapters and biases in fp32.
-// dropped_rows: of the adapters whose masks are kept from one use to the next.
-struct Operands { int64_t r, lora_a, lora_b, bias, dropped_rows = 0; };
+// dropped_rows: of the adapters whose masks are kept from one use to the next. gram: DoRA's A A^T together; cross: the largest rank_ld of these.
+struct Operands { int64_t r, lora_a, lora_b, bias, dropped_rows = 0, gram = 0, cross = 0; };
+
+// Floats between rows that hold a value for each of r ranks: whole panels.
+static inline int64_t rank_ld(int64_t r) { return round_up(r, MAX_LANES); }
 
 // outputs: rows of the product (all n forward, k backward); contraction: the other one, or 0 where there is no base product.
 // `unit`: what a task's rows are a multiple of: 48 backward (whole tiles of 6 and 12, whole vectors, whole nibble words), 12 forward, where
@@ -46,9 +50,10 @@ static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, co
   if (p.block > MAX_BLOCK) p.block = MAX_BLOCK;
   p.decoded_size = round_up(largest(p.block * LD_FWD, KC * (p.block + PAD)), ALIGN);
   p.c_size = round_up(p.block * p.ldc, ALIGN);
-  const int64_t tmp = 2 * KC * lanes;
+  p.tmp_size = 2 * KC * lanes;
+  p.cross_ld = held.cross;
   const int64_t gradient = held.r * STRIP_PANELS * lanes + KC * lanes;
-  p.own_size = round_up(largest(p.decoded_size + p.c_size + tmp, gradient), ALIGN);
+  p.own_size = round_up(largest(p.decoded_size + p.c_size + p.tmp_size + p.block * p.cross_ld, gradient), ALIGN);
   int64_t at = 0;
   auto take = [&at](int64_t size) { int64_t here = at; at += round_up(size, ALIGN); return here; };
   p.pack_at = take(p.mc * contraction);
@@ -56,6 +61,7 @@ static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, co
   p.lora_a_at = take(held.lora_a);
   p.lora_b_at = take(held.lora_b);
   p.bias_at = take(held.bias);
+  p.gram_at = take(held.gram);
   p.own_at = take(p.own_size * threads);
   const int64_t mask_ld = round_up(outputs, 64) / 8;
   p.mask_ld = held.dropped_rows && held.dropped_rows * mask_ld <= MASK_BYTES ? mask_ld : 0;

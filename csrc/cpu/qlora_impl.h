@@ -4,6 +4,7 @@
 #include <omp.h>
 #endif
 
+#include "dora_impl.h"
 #include "gemm_impl.h"
 #include "gemv_impl.h"
 #include "group.h"
@@ -40,6 +41,7 @@ struct Scratch {
   float* own_decoded() const { return own(); }
   float* own_c() const { return own() + plan.decoded_size; }
   float* own_tmp() const { return own() + plan.decoded_size + plan.c_size; }
+  float* own_cross() const { return own_tmp() + plan.tmp_size; }
   const float* lora_a(const pk_adapter& a, const pk::Cursor& at) const {
     return a.lora.dtype == PK_F32 ? (const float*)a.lora.lora_a : base + plan.lora_a_at + at.lora_a;
   }
@@ -165,36 +167,103 @@ static void add_low_rank(const Scratch& s, int64_t member, int64_t n0, int64_t s
   }
 }
 
+// The members whose norm is wanted: `part(adapter, cursor, gram)` gets the one adapter of each, and its A A^T [r][rank_ld].
+template <typename F>
+static void for_each_norm(const Scratch& s, F part) {
+  const pk::Group& g = s.group;
+  pk::Cursor at;
+  float* gram = s.base + s.plan.gram_at;
+  for (int64_t i = 0; i < g.adapter_count; at.pass(g, g.adapters[i++])) {
+    const pk_adapter& a = g.adapters[i];
+    if (!g.members[a.member].norm) continue;
+    part(a, at, gram);
+    gram += a.lora.r * pk::rank_ld(a.lora.r);
+  }
+}
+
+static inline int64_t rank_panels(const pk_adapter& a) { return (a.lora.r + LANES - 1) / LANES; }
+
+// LANES columns of A A^T: panel `index` of those of all norms.
+static void gram_panel(const Scratch& s, int64_t index) {
+  const int64_t k = s.group.k();
+  for_each_norm(s, [&](const pk_adapter& a, const pk::Cursor& at, float* gram) {
+    const int64_t r = a.lora.r, ld = pk::rank_ld(r), first = index * LANES;
+    const bool here = index >= 0 && index < rank_panels(a);
+    index -= rank_panels(a);
+    if (!here) return;
+    const float* lora_a = s.lora_a(a, at);
+    for (int64_t j = 0; j < r; j++) clear(gram + j * ld + first, LANES);
+    for (int64_t from = 0; from < k; from += pk::KC) {
+      const int64_t count = smaller(pk::KC, k - from);
+      pack_transposed(lora_a + first * k + from, k, smaller(LANES, r - first), count, s.own_tmp());
+      multiply({lora_a + from, k, 1}, r, s.own_tmp(), count, gram + first, ld, LOW_RANK_CHAIN);
+    }
+  });
+}
+
+// cross [rows][cross_ld] += W A^T over columns [from, from + count) of W, decoded: A's rows are one more panel of activations.
+static void add_cross(const Scratch& s, int64_t member, const float* decoded, int64_t rows, int64_t from, int64_t count, float* cross) {
+  const int64_t k = s.group.k();
+  for_each_norm(s, [&](const pk_adapter& a, const pk::Cursor& at, float*) {
+    for (int64_t q = 0; a.member == member && q < a.lora.r; q += LANES) {
+      pack_transposed(s.lora_a(a, at) + q * k + from, k, smaller(LANES, a.lora.r - q), count, s.own_tmp());
+      multiply({decoded, pk::LD_FWD, 1}, rows, s.own_tmp(), count, cross + q, s.plan.cross_ld);
+    }
+  });
+}
+
+// norm and scale of a member's rows [n0, n0 + rows).
+static void store_norms(const Scratch& s, int64_t member, int64_t n0, int64_t rows, const float* cross) {
+  const pk_member& m = s.group.members[member];
+  for_each_norm(s, [&](const pk_adapter& a, const pk::Cursor& at, const float* gram) {
+    const int64_t r = a.lora.r;
+    const float* b = s.lora_b(a, at);
+    for (int64_t i = n0; a.member == member && i < n0 + rows; i++) {
+      m.norm[i] = row_norm(b + i * r, r, a.lora.scaling, cross + (i - n0) * s.plan.cross_ld, 1, gram, pk::rank_ld(r), m.squares[i]);
+      m.scale[i] = m.magnitude[i] / m.norm[i];
+    }
+  });
+}
+
 // y_i = x W_i^T + sum of scaling * xa B^T + bias_i, by blocks of rows of x; without base products y_i is added to.
 template <typename T>
 static void forward_gemm(const pk::Plan& plan, const pk::Group& g, const T* x, int64_t m, float* scratch, int threads) {
   const Scratch s = make_scratch(plan, g, scratch);
   const int64_t k = g.k(), n = g.n(), blocks = (n + plan.block - 1) / plan.block;
   const bool base = g.base();
+  int64_t grams = 0;
+  for_each_norm(s, [&](const pk_adapter& a, const pk::Cursor&, float*) { grams += rank_panels(a); });
   for (int64_t m0 = 0; m0 < m; m0 += plan.mc) {
     const int64_t rows = smaller(plan.mc, m - m0), panels = (rows + LANES - 1) / LANES;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t p = 0; p < panels; p++) {
-      const int64_t row = m0 + p * LANES, count = smaller(LANES, m - row);
+    for (int64_t task = 0; task < panels + grams; task++) {
+      const int64_t p = task - grams, row = m0 + p * LANES, count = smaller(LANES, m - row);
+      if (p < 0) {
+        gram_panel(s, task);
+        continue;
+      }
       pack_and_project(s, true, ALL, x, row, count, k, p, base ? s.pack(p) : nullptr);
       store_projections(s, true, ALL, row, count, p);
     }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t from_row = block * plan.block, size = smaller(plan.block, n - from_row);
-      float *c = s.own_c(), *decoded = s.own_decoded();
+      float *c = s.own_c(), *decoded = s.own_decoded(), *cross = s.own_cross();
       clear(c, size * plan.ldc);
+      if (grams) clear(cross, size * plan.cross_ld);
       for (int64_t from = 0; base && from < k; from += pk::KC) {
         const int64_t count = smaller(pk::KC, k - from);
         for_each_part(g, from_row, size, [&](int64_t i, int64_t n0, int64_t part, int64_t, int64_t offset) {
           const pk_weight& w = g.members[i].weight;
           decode_pieces(w, table_of(w), n0, part, from, count, decoded + offset * pk::LD_FWD, pk::LD_FWD);
+          if (grams) add_cross(s, i, decoded + offset * pk::LD_FWD, part, from, count, cross + offset * plan.cross_ld);
         });
         for (int64_t p = 0; p < panels; p++) multiply({decoded, pk::LD_FWD, 1}, size, s.pack(p) + from * LANES, count, c + p * LANES, plan.ldc);
       }
       for_each_part(g, from_row, size, [&](int64_t i, int64_t n0, int64_t part, int64_t before, int64_t offset) {
         const int64_t width = g.members[i].weight.n;
         const float* bias = s.bias(i, before);
+        if (grams) store_norms(s, i, n0, part, cross + offset * plan.cross_ld);
         for (int64_t p = 0; p < panels; p++) {
           const int64_t row = m0 + p * LANES, count = smaller(LANES, m - row);
           float* at = c + offset * plan.ldc + p * LANES;
@@ -206,6 +275,7 @@ static void forward_gemm(const pk::Plan& plan, const pk::Group& g, const T* x, i
         }
       });
     }
+    grams = 0;  // the first block of rows has the norms
   }
 }
 

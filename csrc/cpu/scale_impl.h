@@ -40,6 +40,27 @@ static inline __attribute__((always_inline)) void scale_columns_grad_tile(const 
   }
 }
 
+// The sums over rows of dy * u and of dy, LANES columns of them.
+struct ScaleSums {
+  ColumnSum by_scale, by_bias;
+  // ColumnSum::CHAIN rows or the last ones, up to row `end` of m; du (may be null) is written beside.
+  template <typename T>
+  void add(const T* dy, const T* u, int64_t ld, int64_t rows, int64_t width, const float* scale, T* du, int64_t end, int64_t m) {
+    vf part[2] = {}, bias[2] = {};
+    if (width == LANES) scale_columns_grad_tile<true>(dy, u, ld, rows, width, scale, du, part, bias);
+    else scale_columns_grad_tile<false>(dy, u, ld, rows, width, scale, du, part, bias);
+    memcpy(by_scale.part, part, sizeof part);
+    memcpy(by_bias.part, bias, sizeof bias);
+    by_scale.close(end, m, LANES);
+    by_bias.close(end, m, LANES);
+  }
+  // Either may be null.
+  void store_sums(int64_t width, float* d_scale, float* d_bias) const {
+    if (d_scale) memcpy(d_scale, by_scale.total, (size_t)width * sizeof(float));
+    if (d_bias) memcpy(d_bias, by_bias.total, (size_t)width * sizeof(float));
+  }
+};
+
 // A strip of columns a task, wide enough for whole cache lines of several kilobytes a group of rows.
 constexpr int64_t SCALE_STRIP = 8 * LANES;
 
@@ -48,52 +69,18 @@ static void scale_columns_grad_as(const T* dy, const T* u, int64_t m, int64_t n,
   const int64_t strips = (n + SCALE_STRIP - 1) / SCALE_STRIP;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t strip = 0; strip < strips; strip++) {
-    const int64_t from = strip * SCALE_STRIP, all = n - from < SCALE_STRIP ? n - from : SCALE_STRIP;
-    ColumnSum by_scale[SCALE_STRIP / LANES], by_bias[SCALE_STRIP / LANES];
+    const int64_t from = strip * SCALE_STRIP, all = smaller(SCALE_STRIP, n - from);
+    ScaleSums sums[SCALE_STRIP / LANES];
     for (int64_t i = 0; i < m; i += ColumnSum::CHAIN) {
-      const int64_t rows = m - i < ColumnSum::CHAIN ? m - i : ColumnSum::CHAIN;
+      const int64_t rows = smaller(ColumnSum::CHAIN, m - i);
       for (int64_t q = 0; q < all; q += LANES) {
-        const int64_t width = all - q < LANES ? all - q : LANES, at = i * n + from + q;
-        vf part[2] = {}, bias[2] = {};
-        T* out = du ? du + at : nullptr;
-        if (width == LANES) scale_columns_grad_tile<true>(dy + at, u + at, n, rows, width, scale + from + q, out, part, bias);
-        else scale_columns_grad_tile<false>(dy + at, u + at, n, rows, width, scale + from + q, out, part, bias);
-        memcpy(by_scale[q / LANES].part, part, sizeof part);
-        memcpy(by_bias[q / LANES].part, bias, sizeof bias);
-        by_scale[q / LANES].close(i + rows, m, LANES);
-        by_bias[q / LANES].close(i + rows, m, LANES);
+        const int64_t at = i * n + from + q;
+        sums[q / LANES].add(dy + at, u + at, n, rows, smaller(LANES, all - q), scale + from + q, du ? du + at : nullptr, i + rows, m);
       }
     }
-    for (int64_t j = 0; j < all; j++) {
-      if (d_scale) d_scale[from + j] = by_scale[j / LANES].total[j % LANES];
-      if (d_bias) d_bias[from + j] = by_bias[j / LANES].total[j % LANES];
-    }
+    for (int64_t q = 0; q < all; q += LANES)
+      sums[q / LANES].store_sums(smaller(LANES, all - q), d_scale ? d_scale + from + q : nullptr, d_bias ? d_bias + from + q : nullptr);
   }
-}
-
-// norm [n] = sqrt(squares + 2 s rowsum(cross^T o B) + s^2 rowsum(B G o B)), cross [r][n] = A W^T, G [r][r] = A A^T, and scale = magnitude / norm.
-template <typename B>
-static void dora_norm_as(const float* cross, const float* gram, const B* b, int64_t n, int64_t r, float s, const float* squares, const float* magnitude,
-                         float* norm, float* scale, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < n; i++) {
-    float row[256], mixed[256];
-    for (int64_t j = 0; j < r; j++) row[j] = to_float(b[i * r + j]), mixed[j] = 0.0f;
-    for (int64_t q = 0; q < r; q++)
-      for (int64_t j = 0; j < r; j++) mixed[j] += row[q] * gram[q * r + j];
-    float with_w = 0.0f, own = 0.0f;
-    for (int64_t j = 0; j < r; j++) with_w += cross[j * n + i] * row[j], own += mixed[j] * row[j];
-    const float total = squares[i] + 2.0f * s * with_w + s * s * own;
-    norm[i] = total > 0.0f ? __builtin_sqrtf(total) : total == total ? 0.0f : total;
-    scale[i] = magnitude[i] / norm[i];
-  }
-}
-
-static void dora_norm(const float* cross, const float* gram, const void* b, int dtype, int64_t n, int64_t r, float s, const float* squares,
-                      const float* magnitude, float* norm, float* scale, int threads) {
-  if (dtype == PK_F32) dora_norm_as(cross, gram, (const float*)b, n, r, s, squares, magnitude, norm, scale, threads);
-  else if (dtype == PK_BF16) dora_norm_as(cross, gram, (const bf16*)b, n, r, s, squares, magnitude, norm, scale, threads);
-  else dora_norm_as(cross, gram, (const f16*)b, n, r, s, squares, magnitude, norm, scale, threads);
 }
 
 static void scale_columns(const void* u, int dtype, int64_t m, int64_t n, const float* scale, const float* bias, void* y, int threads) {

@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 3
+#define PEFTKERN_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
@@ -114,8 +114,14 @@ typedef struct {
   void* y;        /* forward: [m, n] */
   const void* dy; /* backward: [m, n] */
   float* d_bias;  /* backward: [n], or NULL */
-  const float* scale; /* [n], or NULL: y = scale * (x W^T + its adapters) + bias by columns (DoRA), with base products only */
-  void* u;            /* forward, with scale: [m, n], what is scaled, or NULL */
+  /* DoRA, with base products only: */
+  float* scale;           /* [n], or NULL: y = scale * (x W^T + its adapters) + bias by columns */
+  void* u;                /* with scale: [m, n], what is scaled, written forward and read for d_scale, or NULL */
+  float* norm;            /* forward: [n] = ||W + scaling B A|| by rows, of its only adapter, whose r is not 0; scale = magnitude / norm is then
+                             written too. NULL: scale is read */
+  const float* squares;   /* with norm: [n] = ||W||^2 by rows */
+  const float* magnitude; /* with norm: [n] */
+  float* d_scale;         /* backward: [n] = sum over rows of dy * u, or NULL */
 } pk_member;
 
 /* An adapter of member number `member`, applied to rows [row_begin, row_end) of x alone. Those of one member that share rows add up. */

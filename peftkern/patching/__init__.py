@@ -12,6 +12,7 @@ from .. import backends
 from .attention import install_attention, rope_candidates, wide_candidates
 from .blocks import install_norms, norm_candidates
 from .detect import Candidate, candidates, excluded
+from .dora import drops
 from .forwards import install, remove
 from .groups import form_groups
 from .layers import install_layers
@@ -61,7 +62,7 @@ def patch(
     extra = _install_blocks(model, patterns) if blocks else []
     extra += _install_loss(model, patterns) if fused_loss else []
     fused = {f"{item.row.name}.base_layer" for item in found if item.row.got in ("qlora_linear", "dora_linear")}
-    rows = tuple(_grouped(item.row, groups) for item in found if item.row.name not in fused)
+    rows = tuple(_grouped(item, groups) for item in found if item.row.name not in fused)
     return PatchReport((*rows, *extra), _kernels(found))
 
 
@@ -88,9 +89,10 @@ def _install_loss(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
     return [found.row]
 
 
-def _grouped(row: Row, groups: dict[str, str]) -> Row:
-    """With the note which siblings it is computed with."""
-    if row.reason is not None or row.name not in groups or row.got == "dora_linear":
+def _grouped(item: Candidate, groups: dict[str, str]) -> Row:
+    """Its row, with the note which siblings it is computed with."""
+    row = item.row
+    if row.reason is not None or row.name not in groups or (row.got == "dora_linear" and drops(item.module)):
         return row
     note = f"one call for {groups[row.name]}"
     return replace(row, note=f"{row.note}; {note}" if row.note else note)

@@ -227,7 +227,7 @@ class AttentionForward(Forward):
     Made again by copying and unpickling, and when the class has another forward than the one it was made of. torch.compile traces into it.
     """
 
-    __slots__ = ("_function", "_names", "_stock")
+    __slots__ = ("_function", "_names", "_ours")
 
     def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, cache: tuple[RopeMode | WideMode, ...]) -> None:
         super().__init__(module, previous, cache)
@@ -246,22 +246,21 @@ class AttentionForward(Forward):
         """The function for what `cache` says now."""
         forward = type(self.module).forward
         scope = _scope(forward)
-        self._stock = {mode.name: forward.__globals__[mode.name] for mode in self.cache}
-        scope.update({mode.name: mode.replace(self._stock[mode.name]) for mode in self.cache})
+        stocks = {mode.name: forward.__globals__[mode.name] for mode in self.cache}
+        self._ours = {mode.name: (stocks[mode.name], mode.replace(stocks[mode.name])) for mode in self.cache}
+        scope.update({name: ours for name, (_, ours) in self._ours.items()})
         self._function = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
         self._function.__kwdefaults__ = forward.__kwdefaults__
         self._names = _global_names(forward.__code__)
 
     def _refresh(self) -> None:
-        """What others have put into the module's globals since then is seen; a function of theirs under our names is used."""
+        """What others have put into the module's globals since then is seen; while a function of theirs is under our names, it is used."""
         forward = type(self.module).forward
         if self._function.__code__ is not forward.__code__:
             self.build()
         scope, source = self._function.__globals__, forward.__globals__
-        ours = {name: scope[name] if source[name] is stock else source[name] for name, stock in self._stock.items()}
-        self._stock = {name: source[name] for name in ours}
         scope.update({name: source[name] for name in self._names if name in source})
-        scope.update(ours)
+        scope.update({name: ours for name, (stock, ours) in self._ours.items() if source[name] is stock})
 
 
 def _global_names(code: types.CodeType) -> frozenset[str]:

@@ -6,10 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .. import functional
-from .weights import Operands, WeightCache
-
-__all__ = ["DoraAdapter", "active_dora", "run"]
+__all__ = ["DoraAdapter", "active_dora", "drops"]
 
 
 class DoraAdapter(NamedTuple):
@@ -43,9 +40,6 @@ def active_dora(layer: nn.Module) -> DoraAdapter | str:
     return DoraAdapter(a, b, dropout if acts else None, layer.scaling[name], magnitude.weight)
 
 
-def run(x: Tensor, base: Operands, adapter: DoraAdapter, cache: WeightCache) -> Tensor:
-    """x in the dtype to compute in."""
-    branch = functional.Adapter(adapter.a.weight, adapter.b.weight, adapter.scaling)
-    member = functional.Member(base.weight, base.bias, [branch])
-    dropped = None if adapter.dropout is None else adapter.dropout(x)
-    return functional.dora_linear(x, member, adapter.magnitude, cache.squares(base.weight), dropped)
+def drops(layer: nn.Module) -> bool:
+    """Whether an active adapter has dropout, which acts in training."""
+    return any(not isinstance(layer.lora_dropout[name], nn.Identity) for name in layer.active_adapters if name in layer.lora_dropout)

@@ -13,23 +13,12 @@ from torch import Tensor, nn
 from .. import backends, functional
 from . import dora, mixed
 from .decode import Ready, address_of, has_hooks
+from .plans import DoraPlan, Plan
 from .weights import Operands, WeightCache, autocast_dtype
 
-__all__ = ["Forward", "LinearForward", "LoraForward", "Plan", "find", "install", "remove"]
+__all__ = ["Forward", "LinearForward", "LoraForward", "find", "install", "remove"]
 
 _SLOTS = ("forward", "_old_forward")  # accelerate's hooks call `_old_forward`; ours goes inside them
-
-
-class Plan(NamedTuple):
-    """What a call of one layer computes: a member of a group, the dtype to compute in, the dtypes the base and the layer return."""
-
-    member: functional.Member
-    compute: torch.dtype
-    base_result: torch.dtype
-    result: torch.dtype
-
-    def cast(self, y: Tensor) -> Tensor:
-        return y.to(self.base_result).to(self.result)
 
 
 class Forward:
@@ -66,14 +55,18 @@ class _PlannedForward(Forward):
         """What to compute for x; None where only the stock forward can."""
         raise NotImplementedError
 
+    def work(self, x: Tensor) -> Plan | DoraPlan | None:
+        """As `plan`, and what no `Member` can say."""
+        return self.plan(x)
+
     def signature(self) -> tuple | None:
-        """Something that stays equal as long as `plan` gives the same; None where that cannot be told cheaply."""
+        """Something that stays equal as long as `work` gives the same; None where that cannot be told cheaply."""
         raise NotImplementedError
 
-    def run(self, x: Tensor, plan: Plan) -> Tensor:
+    def run(self, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
         """The plan alone."""
         with _autocast_off(x):
-            return plan.cast(_compute(x.to(plan.compute), plan.member))
+            return plan.cast(plan.alone(x.to(plan.compute)))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not _served(x):
@@ -83,7 +76,7 @@ class _PlannedForward(Forward):
             part = self._few_rows(x)
         if part is not None:
             return part
-        plan = self.plan(x)
+        plan = self.work(x)
         if plan is None:
             return self.stock(x)
         return self.run(x, plan) if self.group is None else self.group.run(self, x, plan)
@@ -96,16 +89,6 @@ class _PlannedForward(Forward):
             self.ready = Ready([self])
         parts = self.ready(x)
         return None if parts is None else parts[0]
-
-
-def _compute(x: Tensor, member: functional.Member) -> Tensor:
-    adapters = member.adapters
-    if not adapters:
-        return functional.linear_4bit(x, member.weight, member.bias)
-    if len(adapters) > 1 or adapters[0].rows is not None:
-        return functional.qlora_group(x, [member])[0]
-    (a,) = adapters
-    return functional.qlora_linear(x, member.weight, member.bias, a.lora_a, a.lora_b, scaling=a.scaling, dropout_p=a.dropout_p)
 
 
 class LinearForward(_PlannedForward):
@@ -141,8 +124,7 @@ class LoraForward(_PlannedForward):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names, layer = kwargs.pop("adapter_names", None), self.module
         if names is None:
-            y = self._dora(x) if layer.lora_variant and not (args or kwargs) else None
-            return super().__call__(x, *args, **kwargs) if y is None else y
+            return super().__call__(x, *args, **kwargs)
         if args or kwargs or layer.disable_adapters or len(names) != len(x) or not set(names) <= {*layer.lora_A, mixed.BASE}:
             return self.stock(x, *args, adapter_names=names, **kwargs)
         with mixed.names(layer, names):
@@ -154,18 +136,22 @@ class LoraForward(_PlannedForward):
         names = mixed.current(self.module)
         return super().stock(*args, **kwargs) if names is None else super().stock(*args, **{"adapter_names": names} | kwargs)
 
-    def _dora(self, x: Tensor) -> Tensor | None:
-        """With DoRA; None where it does not serve."""
+    def work(self, x: Tensor) -> Plan | DoraPlan | None:
+        found = self._dora(x) if self.module.lora_variant else None
+        return self.plan(x) if found is None else found
+
+    def _dora(self, x: Tensor) -> DoraPlan | None:
+        """Where one DoRA adapter is active, alone."""
         layer = self.module
-        if layer.merged or layer.disable_adapters or not _served(x) or mixed.current(layer) is not None or has_hooks(layer.base_layer):
+        if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or has_hooks(layer.base_layer):
             return None
         adapter = dora.active_dora(layer)
         base = None if isinstance(adapter, str) else self.cache.operands(layer.base_layer, x)
         if base is None or adapter.a.weight.device != x.device:
             return None
-        with _autocast_off(x):
-            y = dora.run(x.to(base.compute), base, adapter, self.cache)
-        return y.to(base.result).to(_result_dtype(layer, base))
+        branch = functional.Adapter(adapter.a.weight, adapter.b.weight, adapter.scaling)
+        plan = Plan(functional.Member(base.weight, base.bias, [branch]), base.compute, base.result, _result_dtype(layer, base))
+        return DoraPlan(plan, adapter.magnitude, self.cache.squares(base.weight), adapter.dropout)
 
     def plan(self, x: Tensor) -> Plan | None:
         layer = self.module

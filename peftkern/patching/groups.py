@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from .decode import Ready
-from .forwards import Plan, _autocast_off, _PlannedForward, find
+from .forwards import _autocast_off, _PlannedForward, find
+from .plans import DoraPlan, Plan
 
 __all__ = ["NAMES", "Group", "form_groups"]
 
@@ -30,15 +30,25 @@ NAMES = (
 
 
 class _Stash:
-    """The parts that siblings have not yet fetched."""
+    """The parts that siblings have not yet fetched. apart: members that could not be computed with them and have not yet been called."""
 
-    __slots__ = ("x", "version", "grad", "parts")
+    __slots__ = ("x", "version", "grad", "parts", "apart")
 
-    def __init__(self, x: Tensor, parts: dict[int, Tensor]) -> None:
-        self.x, self.version, self.grad, self.parts = x, _version(x), torch.is_grad_enabled(), parts
+    def __init__(self, x: Tensor, parts: dict[int, Tensor], apart: set[int]) -> None:
+        self.x, self.version, self.grad, self.parts, self.apart = x, _version(x), torch.is_grad_enabled(), parts, apart
 
     def serves(self, index: int, x: Tensor) -> bool:
-        return index in self.parts and self.x is x and self.version == _version(x) and self.grad == torch.is_grad_enabled()
+        return index in self.parts and self._holds(x)
+
+    def leaves(self, index: int, x: Tensor) -> bool:
+        """Whether this is the call of one that runs alone beside the parts."""
+        if index not in self.apart or not self._holds(x):
+            return False
+        self.apart.remove(index)
+        return True
+
+    def _holds(self, x: Tensor) -> bool:
+        return self.x is x and self.version == _version(x) and self.grad == torch.is_grad_enabled()
 
 
 def _version(x: Tensor) -> int:
@@ -72,9 +82,12 @@ class Group:
         self.unclaimed = 0
         return part
 
-    def run(self, forward: _PlannedForward, x: Tensor, plan: Plan) -> Tensor:
+    def run(self, forward: _PlannedForward, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
         """The part of `forward`, computed with its siblings', which are kept for them; alone where the group has dissolved."""
-        index, stash, self.stash = self._index(forward), self.stash, None
+        index = self._index(forward)
+        if self.stash is not None and self.stash.leaves(index, x):
+            return forward.run(x, plan)
+        stash, self.stash = self.stash, None
         if self.dissolved is not None or (stash is not None and self._give_up(index, stash, x)):
             return forward.run(x, plan)
         return self._keep(index, x, self._compute(index, x, plan))
@@ -87,7 +100,8 @@ class Group:
     def _keep(self, index: int, x: Tensor, parts: dict[int, Tensor]) -> Tensor:
         """One's own part; the others are kept for the siblings."""
         if len(parts) > 1:
-            self.stash = _Stash(x, {i: part for i, part in parts.items() if i != index})
+            apart = set(range(len(self.forwards))) - parts.keys()
+            self.stash = _Stash(x, {i: part for i, part in parts.items() if i != index}, apart)
         return parts[index]
 
     def _index(self, forward: _PlannedForward) -> int:
@@ -105,13 +119,13 @@ class Group:
             _log.debug("peftkern: a group of %d linears runs as single ones: %s", len(self.forwards), self.dissolved)
         return self.dissolved is not None
 
-    def _compute(self, index: int, x: Tensor, plan: Plan) -> dict[int, Tensor]:
-        plans = {i: plan if i == index else member.plan(x) for i, member in enumerate(self.forwards)}
-        plans = {i: found for i, found in plans.items() if found is not None and found.compute == plan.compute}
+    def _compute(self, index: int, x: Tensor, plan: Plan | DoraPlan) -> dict[int, Tensor]:
+        plans = {i: plan if i == index else member.work(x) for i, member in enumerate(self.forwards)}
+        plans = {i: found for i, found in plans.items() if i == index or (found is not None and plan.joins(found))}
         if len(plans) == 1:
             return {index: self.forwards[index].run(x, plan)}
         with _autocast_off(x):
-            outputs = functional.qlora_group(x.to(plan.compute), [found.member for found in plans.values()])
+            outputs = plan.together(x.to(plan.compute), list(plans.values()))
             return {i: found.cast(y) for (i, found), y in zip(plans.items(), outputs, strict=True)}
 
 

@@ -26,7 +26,7 @@ class CMember(ctypes.Structure):
     """pk_member."""
 
     _fields_ = [("weight", CWeight), ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int32), ("y", ctypes.c_void_p)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("dy", "d_bias", "scale", "u")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("dy", "d_bias", "scale", "u", "norm", "squares", "magnitude", "d_scale")]
 
 
 class CAdapter(ctypes.Structure):
@@ -168,6 +168,41 @@ def test_a_scaled_member(call: Call) -> None:
     for i, member in enumerate(members):
         member.weight = CWeight(n=WIDTHS[i], k=K)
     assert call.forward(members) == NULL, "a scale goes with a base product"
+
+
+def test_a_member_whose_norm_is_made_on_the_way(call: Call) -> None:
+    """The same bits as with its scale given; d_scale beside dB."""
+    n = WIDTHS[0]
+    w = [weight.dequantize(torch.float32).double() for weight in call.weights]
+    squares, magnitude = w[0].square().sum(1).float(), torch.rand(n) + 0.5
+    norm, scale, d_scale, u = (torch.full(shape, torch.nan) for shape in ((n,), (n,), (n,), (M, n)))
+    of_dora = dict(scale=scale.data_ptr(), u=u.data_ptr())
+    wanted = dict(norm=norm.data_ptr(), squares=squares.data_ptr(), magnitude=magnitude.data_ptr())
+    assert call.forward(call.members(0, **of_dora, **wanted)) == OK
+    exact = (w[0] + 0.5 * call.b[0].double() @ call.a[0].double()).norm(dim=1)
+    assert ((norm - exact) / exact).norm() / n**0.5 < 2 * torch.finfo(torch.float32).eps and torch.equal(scale, magnitude / norm)
+    y, seen = call.y[0].clone(), u.clone()
+    assert call.forward(call.members(0, **of_dora)) == OK and torch.equal(call.y[0], y) and torch.equal(u, seen)
+    assert call.backward() == OK
+    d_bias = call.d_bias[0].clone()
+    assert call.backward(call.members(0, **of_dora, d_scale=d_scale.data_ptr())) == OK and torch.equal(call.d_bias[0], d_bias)
+    assert_as_accurate("d_scale", d_scale, (call.dy[0] * u).sum(0), (call.dy[0].double() * u.double()).sum(0))
+
+
+def test_what_a_norm_needs(call: Call) -> None:
+    values = torch.ones(WIDTHS[0])
+    names = ("scale", "norm", "squares", "magnitude")
+    every = dict.fromkeys(names, values.data_ptr())
+    for name in ("scale", "squares", "magnitude"):
+        assert call.forward(call.members(0, **{**every, name: None})) == NULL
+    members = call.members(0, **every)
+    assert call.forward(members) == OK
+    assert call.forward(members, call.adapters(member=1)) == SHAPE, "no adapter to take the norm of"
+    second = call.adapters()
+    second[1].member = 0
+    assert call.forward(call.members(0, **every, weight__n=WIDTHS[1]), second) == SHAPE, "the norm is that of one"
+    assert call.forward(members, call.adapters(lora__r=0)) == SHAPE
+    assert call.backward(call.members(0, scale=values.data_ptr(), d_scale=values.data_ptr())) == NULL, "d_scale is made of u"
 
 
 def _scaled(call: Call, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

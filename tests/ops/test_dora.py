@@ -10,9 +10,9 @@ from torch import library
 from torch.nn.functional import linear
 
 from peftkern import NF4Weight, use_backend
-from peftkern.functional import Adapter, Member, dora_linear, dora_norm, row_squares
+from peftkern.functional import Adapter, Member, dora_group, dora_linear, dora_norm, row_squares
 from peftkern.nf4 import operands
-from peftkern.ops import dora_linear as op
+from peftkern.ops import dora_group as op
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.scale_columns import scale_columns
 
@@ -234,25 +234,119 @@ def test_the_op_by_the_reference_and_its_registration(isa: str) -> None:
     weight, inputs = _inputs()
     x, bias, a, b, magnitude = (t.detach() for t in inputs)
     quant, squares = operands(weight)[1], row_squares(weight)
-    forward = (x, bias, weight.packed, *quant, a, b, 0.5, magnitude, squares, True)
-    y, u, xa, norm = torch.ops.peftkern.dora_linear_fwd(*forward)
-    library.opcheck(torch.ops.peftkern.dora_linear_fwd.default, forward)
-    backward = (y, x, weight.packed, *quant, a, b, 0.5, magnitude, norm, u, xa)
-    for needs in ([True] * 5, [True, False, False, True, False]):
-        library.opcheck(torch.ops.peftkern.dora_linear_bwd.default, (*backward, needs))
-    dense, wide = torch.randn(9, 12, dtype=torch.float64), {"dtype": torch.float64, "requires_grad": True}
-    trained = [torch.randn(*shape, **wide) for shape in ((3, 12), (9,), (9,))]
-    a, b = torch.randn(2, 12, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    base = [weight.packed] * 2, [*quant[:6]] * 2, [*quant[6:]] * 2, [a, a.flip(0)], [b, b], [0.5, 2.0], [magnitude] * 2
+    forward = (x, [bias, None], *base, [squares] * 2, [True, False])
+    y, u, xa, norms = torch.ops.peftkern.dora_group_fwd(*forward)
+    library.opcheck(torch.ops.peftkern.dora_group_fwd.default, forward)
+    some = [True, False, True, True, False, False, True, True, False]
+    for dy, needs in ((y, [True] * 9), (y, some), ([y[0], None], some)):
+        backward = (dy, x, *base, norms, [u[0], y[1]], xa, needs)
+        library.opcheck(torch.ops.peftkern.dora_group_bwd.default, backward)
+
+
+def test_the_reference_is_the_definition() -> None:
+    """Two members, in fp64. Of A and B the norm is a constant."""
+    dense, other = torch.randn(9, 12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
+    wide = {"dtype": torch.float64, "requires_grad": True}
+    x, bias, *magnitudes = (torch.randn(*shape, **wide) for shape in ((3, 12), (9,), (9,), (5,)))
+    a = [torch.randn(2, 12, **wide), torch.randn(3, 12, **wide)]
+    b = [torch.randn(9, 2, **wide), torch.randn(5, 3, **wide)]
+    spec = op.Spec((dense, other), (None,) * 12, (64, 256) * 2, (0.5, 2.0), tuple(w.square().sum(1) for w in (dense, other)))
+
+    def run(x, bias, *magnitudes):
+        return op.dora_group(x, spec, (bias, None, *a, *b, *magnitudes))
+
     with use_backend("reference"):
-        squares = dense.square().sum(1)
-        assert torch.autograd.gradcheck(lambda x, bias, m: op.dora_linear(x, dense, bias, a, b, 0.5, m, squares), trained)
-        # Of A and B the norm is a constant: the gradients of g * (x W^T + s x A^T B^T) with g held fixed.
-        g = trained[2].detach() / (dense + 0.5 * b @ a).norm(dim=1)
-        low = [t.requires_grad_() for t in (a, b)]
-        y = op.dora_linear(trained[0].detach(), dense, None, *low, 0.5, trained[2].detach(), squares)
-        fixed = g * (trained[0].detach() @ dense.t() + 0.5 * trained[0].detach() @ low[0].t() @ low[1].t())
-        for ours, expected in zip(torch.autograd.grad(y.sin().sum(), low), torch.autograd.grad(fixed.sin().sum(), low), strict=True):
-            torch.testing.assert_close(ours, expected)
+        assert torch.autograd.gradcheck(run, (x, bias, *magnitudes))
+        ours = torch.autograd.grad([y.sin().sum() for y in run(x, bias, *magnitudes)], (*a, *b))
+    fixed = []
+    for i, w in enumerate((dense, other)):
+        scaling = spec.scalings[i]
+        g = magnitudes[i].detach() / (w + scaling * b[i] @ a[i]).norm(dim=1).detach()
+        y = g * (x @ w.t() + scaling * (x @ a[i].t() @ b[i].t()))
+        fixed.append((y + bias if i == 0 else y).sin().sum())
+    for got, expected in zip(ours, torch.autograd.grad(fixed, (*a, *b)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+WIDTHS = (70, 33, 48)  # of three members, whose tasks share rows of two
+
+
+def _group_case(m: int, kind: str, dtype: torch.dtype):
+    """Ours, plain PyTorch's and the exact values; q has a bias, v no gradient of its magnitude."""
+    made = [_weights(n, 192, kind == "nf4" or (kind == "mixed" and i == 1), dtype) for i, n in enumerate(WIDTHS)]
+    x, bias = torch.randn(m, 192).to(dtype), torch.randn(WIDTHS[0]).to(dtype)
+    dys = [torch.randn(m, n).to(dtype) for n in WIDTHS]
+    a, b = (
+        [(torch.randn(r, 192) / 14).to(dtype) for r in (8, 16, 40)],
+        [(torch.randn(n, r) * 0.1).to(dtype) for n, r in zip(WIDTHS, (8, 16, 40), strict=True)],
+    )
+    magnitudes = [(dense.norm(dim=1) * (1 + 0.1 * torch.randn(len(dense)).double())).to(dtype) for _, dense in made]
+
+    def run(wide: torch.dtype, ours: bool) -> dict[str, torch.Tensor]:
+        leaves = [t.detach().to(wide, copy=True).requires_grad_() for t in (x, bias, *a, *b, *magnitudes)]
+        inputs, added, low_a, low_b, g = leaves[0], leaves[1], leaves[2:5], leaves[5:8], leaves[8:]
+        biases = [added, None, None]
+        if ours:
+            members = [Member(made[i][0], biases[i], [Adapter(low_a[i], low_b[i], 0.5)]) for i in range(3)]
+            ys = dora_group(inputs, members, [*g[:2], g[2].detach()])
+        else:
+            ys = []
+            for i, (_, dense) in enumerate(made):
+                norm = (dense + 0.5 * b[i].double() @ a[i].double()).norm(dim=1).to(wide)
+                u = linear(inputs, dense.to(wide)) + 0.5 * inputs @ low_a[i].t() @ low_b[i].t()
+                y = (g[i] if i < 2 else g[i].detach()) / norm * u
+                ys.append(y if biases[i] is None else y + biases[i])
+        grads = torch.autograd.grad(ys, leaves[:-1], [dy.to(wide) for dy in dys])
+        names = ("x", "bias", *(f"{name}{i}" for name in ("a", "b") for i in range(3)), "m0", "m1")
+        return {f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(names, grads, strict=True))
+
+    return run(dtype, True), run(dtype, False), run(torch.float64, False)
+
+
+# Where the table says so: the vendor's product never serves a decoded weight in fp32.
+REGIMES = [
+    (regime, kind, dtype)
+    for regime in ("gemm", "gemv", "vendor", "composed")
+    for kind in ("nf4", "dense", "mixed")
+    for dtype in DTYPES
+    if regime != "vendor" or kind == "dense" or dtype != torch.float32
+]
+
+
+def test_the_vendor_never_multiplies_a_decoded_weight_in_fp32() -> None:
+    assert not any("float32" in row.vendor for row in config.TABLE.values())
+
+
+@pytest.mark.parametrize("regime, kind, dtype", REGIMES, ids=str)
+def test_a_group_in_every_regime(isa: str, regime: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if regime == "composed":
+        monkeypatch.setattr(op, "served", lambda x: False)
+    elif regime != "gemv" or kind == "nf4":
+        monkeypatch.setattr(config, "choose", lambda **_: config.Choice(regime, "the test says so"))
+    _judge([_group_case(8, kind, dtype) for _ in range(8)])
+
+
+@pytest.mark.parametrize("m", [3, 37, 600, 1100])
+def test_rows_of_a_group(isa: str, m: int) -> None:
+    """Up to three blocks of rows, the first of which makes the norms."""
+    _judge([_group_case(m, "nf4", torch.float32) for _ in range(1 if m > 100 else 8)])
+
+
+def test_members_whose_result_is_not_used(isa: str) -> None:
+    weights = [NF4Weight.from_dense(torch.randn(n, 192) * 0.05) for n in WIDTHS]
+    a, b = [torch.randn(4, 192) / 14 for _ in WIDTHS], [torch.randn(n, 4) for n in WIDTHS]
+    g = [torch.rand(n) + 0.5 for n in WIDTHS]
+    leaves = [t.requires_grad_() for t in (torch.randn(40, 192), *a, *b, *g)]
+    members = [Member(w, None, [Adapter(*pair)]) for w, *pair in zip(weights, a, b, strict=True)]
+    y = dora_group(leaves[0], members, g)[1]
+    grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+    alone = dora_linear(leaves[0], members[1], g[1])
+    expected = torch.autograd.grad(alone.square().sum(), leaves, allow_unused=True)
+    assert [t is None for t in grads] == [t is None for t in expected] and sum(t is not None for t in grads) == 4
+    assert torch.equal(y, alone)
+    for got, wanted in zip(grads, expected, strict=True):
+        assert got is None or relative_norm(got, wanted.double()) < 1e-6  # dx is blocked by the group's width
 
 
 def test_errors() -> None:
@@ -264,3 +358,9 @@ def test_errors() -> None:
         dora_linear(torch.randn(2, 32), Member(weight), torch.randn(9))
     with pytest.raises(ValueError, match="pass `dropped`"):
         dora_linear(torch.randn(2, 32), replace(member, adapters=[Adapter(a, b, dropout_p=0.1)]), torch.randn(9))
+    with pytest.raises(ValueError, match="members: got 1 members, 2 magnitudes, no squares; expected as many of each"):
+        dora_group(torch.randn(2, 32), [member], [torch.randn(9)] * 2)
+    with pytest.raises(ValueError, match=r"members\[1\]: got 0 adapters, expected one"):
+        dora_group(torch.randn(2, 32), [member, Member(weight)], [torch.randn(9)] * 2)
+    with pytest.raises(ValueError, match=r"members\[1\].*magnitude: got torch.float32 \(8,\)"):
+        dora_group(torch.randn(2, 32), [member, member], [torch.randn(9), torch.randn(8)])

@@ -211,9 +211,12 @@ def test_beside_rope_and_when_others_change_the_functions(monkeypatch: pytest.Mo
             calls.append(name)
             return super().get_interface(name, default)
 
-    monkeypatch.setattr(defining, "ALL_ATTENTION_FUNCTIONS", Theirs())
+    with monkeypatch.context() as patching:
+        patching.setattr(defining, "ALL_ATTENTION_FUNCTIONS", Theirs())
+        run(model)
+        assert calls == ["sdpa"] * 2 and seen[4:] == [torch.bfloat16] * 2
     run(model)
-    assert calls == ["sdpa"] * 2 and seen[4:] == [torch.bfloat16] * 2
+    assert len(calls) == 2 and seen[6:] == [torch.float32] * 2
 
 
 def test_patch_reports_it_and_exclude_and_blocks_leave_it(seen: list[torch.dtype]) -> None:

@@ -25,14 +25,20 @@ def make(dtype=torch.float32, *, four_bit=True, seed=0, bias=False, **options):
 
 @pytest.fixture
 def counted(monkeypatch, calls):
-    """A DoRA layer counts as a LoRA layer."""
-    original = peftkern.functional.dora_linear
+    """A DoRA layer counts as a LoRA layer, in a group too; "groups": the calls for several."""
+    single, together = peftkern.functional.dora_linear, peftkern.functional.dora_group
 
-    def count(*args, **options):
+    def one(*args, **options):
         calls["lora"] += 1
-        return original(*args, **options)
+        return single(*args, **options)
 
-    monkeypatch.setattr(peftkern.functional, "dora_linear", count)
+    def several(x, members, *args, **options):
+        calls["lora"] += len(members)
+        calls["groups"] += 1
+        return together(x, members, *args, **options)
+
+    monkeypatch.setattr(peftkern.functional, "dora_linear", one)
+    monkeypatch.setattr(peftkern.functional, "dora_group", several)
     return calls
 
 
@@ -40,7 +46,8 @@ def counted(monkeypatch, calls):
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 def test_as_accurate_as_stock(four_bit, dtype, bias, counted):
-    compare(lambda seed: make(dtype, four_bit=four_bit, seed=seed, bias=bias), dtype, counted)
+    """Of 12 seeds: of 4, one tensor's error was 1.7 times stock's, which over 32 is 1.08 times."""
+    compare(lambda seed: make(dtype, four_bit=four_bit, seed=seed, bias=bias), dtype, counted, seeds=range(12))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
@@ -65,7 +72,27 @@ def test_dropout_takes_torchs_draws(counted):
     patched = models.run(model)
     for name, value in stock.items():
         torch.testing.assert_close(patched[name], value, rtol=1e-3, atol=2e-5 * value.abs().max().item(), msg=name)
-    assert counted["lora"] == 14
+    assert counted["lora"] == 14 and counted["groups"] == 0  # each base product has an input of its own
+
+
+def test_siblings_are_one_call(counted):
+    """q, k, v and gate, up of two layers; a sibling with an adapter of another kind runs beside them."""
+    model = make().train()
+    report = peftkern.patch(model)
+    notes = {item.name.rpartition(".")[2]: item.note for item in report.fused if item.got == "dora_linear"}
+    assert notes["k_proj"] == "one call for q_proj, k_proj, v_proj" and notes["up_proj"] == "one call for gate_proj, up_proj"
+    assert all(item.note == "" for item in peftkern.patch(make(lora_dropout=0.1)).fused if item.got == "dora_linear")
+    model(input_ids=models.IDS)
+    assert counted["lora"] == 14 and counted["groups"] == 4
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    layer.update_layer("plain", r=4, lora_alpha=8, config=models.config())
+    layer.set_adapter("plain")
+    counted.clear()
+    patched = models.run(model)
+    assert counted["lora"] == 14 and counted["groups"] == 4  # q and v; k, as a vanilla adapter, beside them
+    peftkern.unpatch(model)
+    for name, value in models.run(model).items():
+        torch.testing.assert_close(patched[name], value, rtol=1e-3, atol=2e-5 * value.abs().max().item(), msg=name)
 
 
 def test_the_norm_follows_the_adapter_and_the_weight():

@@ -1,0 +1,139 @@
+"""Frozen linears on one input, each with a DoRA adapter, on the CPU: their norms included, one op per direction. On a GPU `dora.py`
+composes it of others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, library
+from torch.autograd.function import once_differentiable
+
+from ...backends import forced, select
+from .. import LIBRARY, accumulation, autocast_off, backend
+
+__all__ = ["Spec", "dora_group", "served", "split_needs"]
+
+# Lists run over members; of quants six a member, of blocksizes two, as in qlora_group's schema.
+_OPERANDS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, Tensor[] magnitudes"
+LIBRARY.define(
+    f"dora_group_fwd(Tensor x, Tensor?[] biases, {_OPERANDS}, Tensor[] squares, bool[] with_u) -> "
+    "(Tensor[] y, Tensor[] u, Tensor[] xa, Tensor[] norm)"
+)
+LIBRARY.define(
+    f"dora_group_bwd(Tensor?[] dy, Tensor? x, {_OPERANDS}, Tensor[] norms, Tensor?[] u, Tensor?[] xa, bool[] needs) -> "
+    "(Tensor dx, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] d_lora_b, Tensor[] d_magnitude)"
+)
+
+
+class Spec(NamedTuple):
+    """What a group is made of, but its trainable tensors; lists as in the schema. squares: ||W||^2 by rows."""
+
+    weights: tuple[Tensor, ...]
+    quants: tuple[Tensor | None, ...]
+    blocksizes: tuple[int, ...]
+    scalings: tuple[float, ...]
+    squares: tuple[Tensor, ...]
+
+
+def served(x: Tensor) -> bool:
+    """Whether this op runs for tensors like x. Of no native function, which torch.compile could not trace."""
+    return x.device.type == "cpu" and forced() in (None, "cpu", "reference")
+
+
+@library.impl(LIBRARY, "dora_group_fwd", "CompositeExplicitAutograd")
+def _fwd(x, *args):
+    with autocast_off(x):
+        y, u, xa, norm = backend("dora_group", select(x)).forward(x, *args)
+    return y, [x.new_empty(0) if part is None else part for part in u], xa, norm
+
+
+@library.impl(LIBRARY, "dora_group_bwd", "CompositeExplicitAutograd")
+def _bwd(dy, *args):
+    first = next(g for g in dy if g is not None)
+    with autocast_off(first):
+        dx, *lists = backend("dora_group", select(first)).backward(dy, *args)
+    empty = first.new_empty
+    return empty(0) if dx is None else dx, *([empty(0) if g is None else g for g in grads] for grads in lists)
+
+
+@library.register_fake("peftkern::dora_group_fwd", lib=LIBRARY)
+def _(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, squares, with_u):
+    wide, shapes = accumulation(x), [(x.shape[0], b.shape[0]) for b in lora_b]
+    u = [x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, with_u, strict=True)]
+    xa = [x.new_empty((x.shape[0], a.shape[0]), dtype=wide) for a in lora_a]
+    return [x.new_empty(shape) for shape in shapes], u, xa, [x.new_empty(n, dtype=wide) for _, n in shapes]
+
+
+@library.register_fake("peftkern::dora_group_bwd", lib=LIBRARY)
+def _(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, norms, u, xa, needs):
+    first = next(g for g in dy if g is not None)
+    need_x, *lists = split_needs(needs, len(weights))
+    wide = accumulation(first)
+    results = [[(b.shape[:1], wide) for b in lora_b], *([(t.shape, t.dtype) for t in low] for low in (lora_a, lora_b))]
+    results.append(results[0])
+    grads = [
+        [
+            first.new_empty(shape, dtype=dtype) if need and g is not None else first.new_empty(0)
+            for (shape, dtype), need, g in zip(kind, wanted, dy, strict=True)
+        ]
+        for kind, wanted in zip(results, lists, strict=True)
+    ]
+    return first.new_empty((first.shape[0], lora_a[0].shape[1]) if need_x else 0), *grads
+
+
+def split_needs(needs: list[bool], count: int) -> tuple[bool, list[bool], list[bool], list[bool], list[bool]]:
+    """dx; the biases, the A's, the B's, the magnitudes of members."""
+    return needs[0], *(list(needs[1 + i * count : 1 + (i + 1) * count]) for i in range(4))
+
+
+def _split(tensors: tuple, count: int) -> tuple[tuple, ...]:
+    return tuple(tensors[i : i + count] for i in range(0, len(tensors), count))
+
+
+def _forward(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...], with_u: list[bool]) -> tuple[list[Tensor], ...]:
+    biases, lora_a, lora_b, magnitudes = _split(trainable, len(spec.weights))
+    args = (biases, *spec[:3], lora_a, lora_b, spec.scalings, magnitudes, spec.squares, with_u)
+    return torch.ops.peftkern.dora_group_fwd(x, *args)
+
+
+class _DoraGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, x, *trainable):
+        ctx.set_materialize_grads(False)
+        count = len(spec.weights)
+        biases, lora_a, lora_b, magnitudes = _split(trainable, count)
+        trained = [m.requires_grad for m in magnitudes]
+        y, u, xa, norms = _forward(spec, x, trainable, trained)
+        u = [part if wanted else None for part, wanted in zip(u, trained, strict=True)]
+        xa = [part if b.requires_grad else None for part, b in zip(xa, lora_b, strict=True)]
+        x = x if any(a.requires_grad for a in lora_a) else None
+        ctx.save_for_backward(x, *spec.weights, *spec.quants, *lora_a, *lora_b, *magnitudes, *norms, *u, *xa)
+        ctx.rest = count, spec.blocksizes, spec.scalings
+        ctx.dtypes = [None if bias is None else bias.dtype for bias in biases], [m.dtype for m in magnitudes]
+        return tuple(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dy):
+        count, blocksizes, scalings = ctx.rest
+        needs = list(ctx.needs_input_grad[1:])
+        if not any(needs) or all(g is None for g in dy):
+            return (None, *(None for _ in needs))
+        x, *saved = ctx.saved_tensors
+        lora_a, lora_b, magnitudes, norms, u, xa = _split(saved[7 * count :], count)
+        dy = [None if g is None else g.contiguous() for g in dy]
+        operands = (saved[:count], saved[count : 7 * count], blocksizes, lora_a, lora_b, scalings, magnitudes)
+        dx, d_bias, d_a, d_b, d_magnitude = torch.ops.peftkern.dora_group_bwd(dy, x, *operands, norms, u, xa, needs)
+        bias_dtypes, magnitude_dtypes = ctx.dtypes
+        d_bias = [g if dtype is None else g.to(dtype) for g, dtype in zip(d_bias, bias_dtypes, strict=True)]
+        d_magnitude = [g.to(dtype) for g, dtype in zip(d_magnitude, magnitude_dtypes, strict=True)]
+        grads, live = (dx, *d_bias, *d_a, *d_b, *d_magnitude), [True, *[g is not None for g in dy] * 4]
+        return (None, *(g if need and used else None for g, need, used in zip(grads, needs, live, strict=True)))
+
+
+def dora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """x [M, K] -> y_i [M, N_i]; trainable: biases, A's, B's, magnitudes. `functional.dora_group` has checked the arguments."""
+    if not torch.is_grad_enabled():
+        return tuple(_forward(spec, x.contiguous(), trainable, [False] * len(spec.weights))[0])
+    return _DoraGroup.apply(spec, x.contiguous(), *trainable)

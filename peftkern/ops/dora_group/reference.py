@@ -1,0 +1,57 @@
+"""Linears with a DoRA adapter each in plain PyTorch, fp32 accumulation (fp64 for fp64 inputs): the op's definition, and its fallback.
+
+norm = ||W + s B A|| by rows, a constant to autograd; g = magnitude / norm; u = x W^T + s x A^T B^T; y = g u + bias.
+du = g dy, dx = sum of du W + s du B A, dA = s (du B)^T x, dB = s du^T xa, xa = x A^T; d_magnitude = sum of dy u / norm; d_bias = sum of dy.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import accumulation
+from ..qlora_group.reference import _quant
+from ..qlora_linear.reference import _dense
+from . import split_needs
+
+__all__ = ["backward", "forward"]
+
+
+def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, squares, with_u):
+    """[y], [u] [M, N] in x's dtype (u None unless asked for), [xa] [M, R], [norm] [N]; `squares` is not needed here."""
+    found: list[tuple[Tensor | None, ...]] = []
+    wide = accumulation(x)
+    for i, bias in enumerate(biases):
+        w = _dense(weights[i], _quant(quants, blocksizes, i), lora_b[i].shape[0], x.shape[1])
+        w, a, b, x_wide = (t.to(wide) for t in (w, lora_a[i], lora_b[i], x))
+        norm, xa = (w + scalings[i] * (b @ a)).norm(dim=1), x_wide @ a.t()
+        u = x_wide @ w.t() + scalings[i] * (xa @ b.t())
+        y = u * (magnitudes[i].to(wide) / norm)
+        y = y if bias is None else y + bias.to(wide)
+        found.append((y.to(x.dtype), u.to(x.dtype) if with_u[i] else None, xa, norm))
+    return tuple(map(list, zip(*found, strict=True)))
+
+
+def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, norms, u, xa, needs):
+    """dy_i [M, N_i] (None: not used) -> dx in dy's dtype, fp32 d_bias_i, d_lora_a, d_lora_b in the adapters' dtype, fp32 d_magnitude; None
+    unless `needs` names it."""
+    count = len(weights)
+    need_x, need_bias, need_a, need_b, need_magnitude = split_needs(needs, count)
+    first = next(g for g in dy if g is not None)
+    wide = accumulation(first)
+    dx = first.new_zeros((first.shape[0], lora_a[0].shape[1]), dtype=wide) if need_x else None
+    d_bias, d_a, d_b, d_magnitude = ([None] * count for _ in range(4))
+    for i, g in enumerate(dy):
+        if g is None:
+            continue
+        g = g.to(wide)
+        w = _dense(weights[i], _quant(quants, blocksizes, i), lora_b[i].shape[0], lora_a[i].shape[1])
+        w, a, b = (t.to(wide) for t in (w, lora_a[i], lora_b[i]))
+        du = g * (magnitudes[i].to(wide) / norms[i])
+        dyb = scalings[i] * (du @ b)
+        if need_x:
+            dx += du @ w + dyb @ a
+        d_bias[i] = g.sum(0) if need_bias[i] else None
+        d_a[i] = (dyb.t() @ x.to(wide)).to(lora_a[i].dtype) if need_a[i] else None
+        d_b[i] = (scalings[i] * (du.t() @ xa[i])).to(lora_b[i].dtype) if need_b[i] else None
+        d_magnitude[i] = (g * u[i].to(wide)).sum(0) / norms[i] if need_magnitude[i] else None
+    return None if dx is None else dx.to(first.dtype), d_bias, d_a, d_b, d_magnitude

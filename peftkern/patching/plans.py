@@ -1,0 +1,73 @@
+"""What a call of a patched linear computes, alone or together with its siblings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+
+__all__ = ["DoraPlan", "Plan"]
+
+
+class Plan(NamedTuple):
+    """A member of a group, the dtype to compute in, the dtypes the base and the layer return."""
+
+    member: functional.Member
+    compute: torch.dtype
+    base_result: torch.dtype
+    result: torch.dtype
+
+    def cast(self, y: Tensor) -> Tensor:
+        return y.to(self.base_result).to(self.result)
+
+    def joins(self, other: Plan | DoraPlan) -> bool:
+        """Whether the two can be computed together."""
+        return type(other) is Plan and self.compute == other.compute
+
+    def alone(self, x: Tensor) -> Tensor:
+        """x in the dtype to compute in."""
+        member, adapters = self.member, self.member.adapters
+        if not adapters:
+            return functional.linear_4bit(x, member.weight, member.bias)
+        if len(adapters) > 1 or adapters[0].rows is not None:
+            return functional.qlora_group(x, [member])[0]
+        (a,) = adapters
+        return functional.qlora_linear(x, member.weight, member.bias, a.lora_a, a.lora_b, scaling=a.scaling, dropout_p=a.dropout_p)
+
+    @staticmethod
+    def together(x: Tensor, plans: Sequence[Plan]) -> Sequence[Tensor]:
+        """Of plans that join."""
+        return functional.qlora_group(x, [plan.member for plan in plans])
+
+
+class DoraPlan(NamedTuple):
+    """A linear with one DoRA adapter; squares: ||W||^2 by rows; dropout: what acts now, None where nothing does."""
+
+    plan: Plan
+    magnitude: Tensor
+    squares: Tensor
+    dropout: nn.Module | None
+
+    @property
+    def compute(self) -> torch.dtype:
+        return self.plan.compute
+
+    def cast(self, y: Tensor) -> Tensor:
+        return self.plan.cast(y)
+
+    def joins(self, other: Plan | DoraPlan) -> bool:
+        """As Plan's. With dropout each linear's base product has an input of its own."""
+        return type(other) is DoraPlan and self.compute == other.compute and self.dropout is None and other.dropout is None
+
+    def alone(self, x: Tensor) -> Tensor:
+        dropped = None if self.dropout is None else self.dropout(x)
+        return functional.dora_linear(x, self.plan.member, self.magnitude, self.squares, dropped)
+
+    @staticmethod
+    def together(x: Tensor, plans: Sequence[DoraPlan]) -> Sequence[Tensor]:
+        members, magnitudes, squares = zip(*((item.plan.member, item.magnitude, item.squares) for item in plans), strict=True)
+        return functional.dora_group(x, members, magnitudes, squares)
