@@ -79,7 +79,7 @@ def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magni
     used = [i for i, g in enumerate(dy) if g is not None]
     first, k, count = dy[used[0]], lora_a[0].shape[1], len(weights)
     need_x, need_bias, need_a, need_b, need_magnitude = split_needs(needs, count)
-    m, dy = len(first), group_cpu._contiguous(dy)
+    m, (dy, u, xa) = len(first), map(group_cpu._contiguous, (dy, u, xa))
     scales = [magnitude.float() / norm for magnitude, norm in zip(magnitudes, norms, strict=True)]
     low = _adapters(m, lora_a, lora_b, scalings)
     group = group_cpu._Group(m, k, [b.shape[0] for b in lora_b], weights, quants, blocksizes, *low)
