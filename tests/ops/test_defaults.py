@@ -79,8 +79,15 @@ def mlps(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
 
 
 def dora(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    """Few rows and more of them; a group."""
     x, kinds, magnitude = draw(M, K, dtype=dtype), [member(), member(dense=True)], draw(N).detach().abs().requires_grad_()
-    return lambda: tuple(F.dora_linear(part, m, magnitude) for m in kinds for part in (x, x[:1])), leaves(x, *kinds, magnitude)
+
+    def call() -> tuple[Tensor, ...]:
+        parts = (x, x[:1], x.repeat(4, 1))
+        ys = [F.dora_linear(part, m, magnitude) for m in kinds for part in parts]
+        return *ys, *(y for part in parts for y in F.dora_group(part, kinds, [magnitude, magnitude]))
+
+    return call, leaves(x, *kinds, magnitude)
 
 
 def elementwise(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
