@@ -26,10 +26,10 @@ from ..ops import test_rope as test_rope_op
 from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
 from . import compiled_blocks
 from .compiled import DTYPES, c_lora, c_weight, i64, link_shared, load, pointer
-from .emulation import HEADER, MISSING, emulated_extension, emulated_objects
+from .emulation import MISSING, emulated_extension, emulated_objects, simde_missing
 
 pytestmark = [
-    pytest.mark.skipif(not HEADER.exists(), reason=MISSING),
+    pytest.mark.skipif(simde_missing(), reason=MISSING),
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the dispatcher has an AVX-512 level on x86-64 only"),
 ]
 LEVELS = ("baseline", "avx512")

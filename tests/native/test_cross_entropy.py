@@ -14,7 +14,7 @@ from peftkern import backends
 
 from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
 from .compiled import DTYPES, i64, link_shared, load, pointer
-from .emulation import HEADER, MISSING, emulated_objects
+from .emulation import MISSING, emulated_objects, simde_missing
 
 OK, NULL, SHAPE, DTYPE = 0, 1, 2, 3
 GUARD = -777.0
@@ -25,7 +25,7 @@ def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """A library whose level is chosen."""
     level = request.param.split()[0]
     if "emulated" in request.param:
-        if not HEADER.exists() or platform.machine() not in ("x86_64", "AMD64"):
+        if simde_missing() or platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip(MISSING)
         folder = tmp_path_factory.mktemp("emulated")
         library = load(link_shared(emulated_objects(folder), folder / "libpeftkern_emulated.so"))

@@ -191,7 +191,7 @@ def test_advice_on_huge_pages_is_a_hint(lib: ctypes.CDLL) -> None:
     assert lib.pk_advise_huge_pages(pointer(small), i64(-1)) == SHAPE
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this system has no huge pages")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this kernel has no transparent huge pages")
 def test_a_large_fresh_tensor_is_on_huge_pages() -> None:
     for size, asked in ((64 << 20, True), (1 << 20, False)):
         tensor = on_huge_pages(torch.empty(size, dtype=torch.uint8))

@@ -18,9 +18,10 @@ PROGRAM = """
 int main(void) {
   long m, outputs, contraction, n, k, r, unit, lanes, threads;
   while (scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld", &m, &outputs, &contraction, &n, &k, &r, &unit, &lanes, &threads) == 9) {
-    pk::Plan p = pk::make_plan(m, outputs, contraction, {r, r * k, r * n, n}, unit, lanes, (int)threads);
-    const long fields[] = {p.mc, p.block, p.pack_at, p.low_rank_at, p.lora_a_at, p.lora_b_at, p.bias_at, p.own_at, p.decoded_size, p.c_size,
-                           p.own_size, p.total};
+    const pk::Operands held{r, r * k, r * n, n, 0, r * pk::rank_ld(r), pk::rank_ld(r)};
+    pk::Plan p = pk::make_plan(m, outputs, contraction, held, unit, lanes, (int)threads);
+    const long fields[] = {p.mc, p.block, p.pack_at, p.low_rank_at, p.lora_a_at, p.lora_b_at, p.bias_at, p.gram_at, p.own_at,
+                           p.decoded_size, p.c_size, p.tmp_size, p.cross_ld, p.own_size, p.total};
     for (long field : fields) printf("%ld ", field);
     printf("\\n");
   }
@@ -35,9 +36,12 @@ FIELDS = (
     "lora_a_at",
     "lora_b_at",
     "bias_at",
+    "gram_at",
     "own_at",
     "decoded_size",
     "c_size",
+    "tmp_size",
+    "cross_ld",
     "own_size",
     "total",
 )
@@ -55,7 +59,7 @@ LANES, THREADS = (8, 16, 32), (1, 2, 3, 16)
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, dict]]:
-    """(arguments, plan) for both directions, with and without the base product, of every size."""
+    """(arguments, plan) for both directions, with and without the base product, of every size; each with DoRA's norm."""
     folder = tmp_path_factory.mktemp("plan")
     (folder / "plan.cpp").write_text(PROGRAM)
     command = [*CXX, "-std=c++17", "-O1", "-Wall", "-Wextra", f"-I{CSRC}", str(folder / "plan.cpp"), "-o", str(folder / "plan")]
@@ -91,12 +95,13 @@ def test_tasks_are_shared_evenly(plans: list) -> None:
 def test_regions_are_large_enough_and_apart(plans: list) -> None:
     for a, p in plans:
         sizes = dict(pack_at=p["mc"] * a["contraction"], low_rank_at=p["mc"] * a["r"], lora_a_at=a["r"] * a["k"], lora_b_at=a["r"] * a["n"])
-        sizes |= dict(bias_at=a["n"], own_at=p["own_size"] * a["threads"])
+        sizes |= dict(bias_at=a["n"], gram_at=a["r"] * p["cross_ld"], own_at=p["own_size"] * a["threads"])
         ends = [p[name] + size for name, size in sizes.items()]
         starts = [p[name] for name in list(sizes)[1:]] + [p["total"]]
         assert all(end <= start for end, start in zip(ends, starts, strict=True)), a
         assert p["decoded_size"] >= p["block"] * 256 and p["c_size"] >= p["block"] * p["mc"], a
-        assert p["own_size"] >= p["decoded_size"] + p["c_size"], a
+        assert p["tmp_size"] >= 2 * 256 * a["lanes"] and p["cross_ld"] % a["lanes"] == 0 and p["cross_ld"] >= a["r"], a
+        assert p["own_size"] >= p["decoded_size"] + p["c_size"] + p["tmp_size"] + p["block"] * p["cross_ld"], a
 
 
 def test_scratch_of_the_largest_layer_stays_within_8_mb(plans: list) -> None:
