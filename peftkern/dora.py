@@ -69,8 +69,9 @@ def dora_linear(x: Tensor, member: Member, magnitude: Tensor, squares: Tensor | 
     torch.Size([2, 48])
     """
     if dropped is None:
-        return _dora_group(x, [member], [magnitude], None if squares is None else [squares], ["member"])[0]
-    adapter, (scale,) = _check(x, "member", member, magnitude), _scales([member], [magnitude], None if squares is None else [squares])
+        return _dora_group(x, [member], [magnitude], None if squares is None else [squares], [""])[0]
+    adapter = _check(x, "", member, magnitude, squares)
+    (scale,) = _scales([member], [magnitude], None if squares is None else [squares])
     m, n = x.numel() // x.shape[-1], member.weight.shape[0]
     both = torch.cat([(x - dropped).reshape(m, -1), dropped.reshape(m, -1)])
     second = type(adapter)(adapter.lora_a, adapter.lora_b, adapter.scaling, rows=(m, 2 * m))
@@ -95,14 +96,16 @@ def dora_group(
     if not members or len(magnitudes) != len(members) or (squares is not None and len(squares) != len(members)):
         counts = f"{len(members)} members, {len(magnitudes)} magnitudes, {'no' if squares is None else len(squares)} squares"
         raise ValueError(f"members: got {counts}; expected as many of each, and at least one")
-    return _dora_group(x, members, magnitudes, squares, [f"members[{i}]" for i in range(len(members))])
+    return _dora_group(x, members, magnitudes, squares, [f"s[{i}]" for i in range(len(members))])
 
 
-def _dora_group(x: Tensor, members, magnitudes, squares, names: list[str]) -> tuple[Tensor, ...]:
-    adapters = [_check(x, *item) for item in zip(names, members, magnitudes, strict=True)]
+def _dora_group(x: Tensor, members, magnitudes, squares, places: list[str]) -> tuple[Tensor, ...]:
+    """places: what stands behind `member` and `magnitude` in the names of arguments."""
+    known = [None] * len(members) if squares is None else squares
+    adapters = [_check(x, *item) for item in zip(places, members, magnitudes, known, strict=True)]
     if _op.served(x) and all(adapter.rows is None for adapter in adapters):
         squares = [row_squares(member.weight) for member in members] if squares is None else squares
-        flat, found, trainable = prepare(x, members, names)
+        flat, found, trainable = prepare(x, members, [f"member{place}" for place in places])
         spec = _op.Spec(*found[:3], found.scalings, tuple(squares))
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in _op.dora_group(flat, spec, (*trainable, *magnitudes)))
     products = qlora_group(x, [Member(member.weight, None, member.adapters) for member in members])
@@ -113,11 +116,12 @@ def _dora_group(x: Tensor, members, magnitudes, squares, names: list[str]) -> tu
     )
 
 
-def _check(x: Tensor, name: str, member: Member, magnitude: Tensor) -> Adapter:
+def _check(x: Tensor, place: str, member: Member, magnitude: Tensor, squares: Tensor | None) -> Adapter:
     """The member's adapter."""
     if len(member.adapters) != 1 or member.adapters[0].dropout_p:
-        raise ValueError(f"{name}: got {len(member.adapters)} adapters, expected one, without dropout_p (pass `dropped`)")
-    checks.vector("magnitude" if name == "member" else f"{name}: magnitude", magnitude, member.weight.shape[0], x.device)
+        raise ValueError(f"member{place}: got {len(member.adapters)} adapters, expected one, without dropout_p (pass `dropped`)")
+    for name, value in ((f"magnitude{place}", magnitude), (f"squares{place.removeprefix('s')}", squares)):
+        checks.vector(name, value, member.weight.shape[0], x.device)
     return member.adapters[0]
 
 

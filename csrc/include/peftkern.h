@@ -118,7 +118,7 @@ typedef struct {
   float* scale;           /* [n], or NULL: y = scale * (x W^T + its adapters) + bias by columns */
   void* u;                /* with scale: [m, n], what is scaled, written forward and read for d_scale, or NULL */
   float* norm;            /* forward: [n] = ||W + scaling B A|| by rows, of its only adapter, whose r is not 0; scale = magnitude / norm is then
-                             written too. NULL: scale is read */
+                             written too (nothing is where m is 0). NULL: scale is read */
   const float* squares;   /* with norm: [n] = ||W||^2 by rows */
   const float* magnitude; /* with norm: [n] */
   float* d_scale;         /* backward: [n] = sum over rows of dy * u, or NULL */

@@ -144,10 +144,16 @@ def test_rows(isa: str, m: int) -> None:
     _judge([_case(m, True, torch.float32) for _ in range(1 if m > 100 else 8)])
 
 
-def _case(m: int, four_bit: bool, dtype: torch.dtype):
+@pytest.mark.parametrize("r", [1, 17, 256])
+def test_ranks(isa: str, r: int) -> None:
+    """Less than a panel of A's rows, more than one, and as many as there may be."""
+    _judge([_case(37, True, torch.float32, r) for _ in range(4)])
+
+
+def _case(m: int, four_bit: bool, dtype: torch.dtype, r: int = 8):
     weight, dense = _weights(70, 192, four_bit, dtype)
     x, dy, bias = torch.randn(m, 192).to(dtype), torch.randn(m, 70).to(dtype), torch.randn(70).to(dtype)
-    a, b = (torch.randn(8, 192) / 14).to(dtype), (torch.randn(70, 8) * 0.1).to(dtype)
+    a, b = (torch.randn(r, 192) / 14).to(dtype), (torch.randn(70, r) * 0.1).to(dtype)
     magnitude = (dense.norm(dim=1) * (1 + 0.1 * torch.randn(70).double())).to(dtype)
     plain, exact = (_dora(x, dense, bias, a, b, magnitude, dy, d) for d in (dtype, torch.float64))
     return _ours(x, weight, bias, a, b, magnitude, dy), plain, exact
@@ -362,5 +368,9 @@ def test_errors() -> None:
         dora_group(torch.randn(2, 32), [member], [torch.randn(9)] * 2)
     with pytest.raises(ValueError, match=r"members\[1\]: got 0 adapters, expected one"):
         dora_group(torch.randn(2, 32), [member, Member(weight)], [torch.randn(9)] * 2)
-    with pytest.raises(ValueError, match=r"members\[1\].*magnitude: got torch.float32 \(8,\)"):
+    with pytest.raises(ValueError, match=r"magnitudes\[1\]: got torch.float32 \(8,\)"):
         dora_group(torch.randn(2, 32), [member, member], [torch.randn(9), torch.randn(8)])
+    with pytest.raises(ValueError, match=r"squares: got torch.float32 \(8,\)"):
+        dora_linear(torch.randn(2, 32), member, torch.randn(9), torch.ones(8))
+    with pytest.raises(ValueError, match=r"squares\[1\]: got torch.float32 \(8,\)"):
+        dora_group(torch.randn(2, 32), [member, member], [torch.randn(9)] * 2, [torch.ones(9), torch.ones(8)])
