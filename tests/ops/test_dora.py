@@ -333,10 +333,10 @@ def test_a_group_in_every_regime(isa: str, regime: str, kind: str, dtype: torch.
     _judge([_group_case(8, kind, dtype) for _ in range(8)])
 
 
-@pytest.mark.parametrize("m", [3, 37, 600, 1100])
+@pytest.mark.parametrize("m", [1, 3, 37, 600, 1100])
 def test_rows_of_a_group(isa: str, m: int) -> None:
-    """Up to three blocks of rows, the first of which makes the norms."""
-    _judge([_group_case(m, "nf4", torch.float32) for _ in range(1 if m > 100 else 8)])
+    """Up to three blocks of rows, the first of which makes the norms. With one row dA and dB are outer products, of few errors a draw."""
+    _judge([_group_case(m, "nf4", torch.float32) for _ in range({1: 800, 3: 8, 37: 8}.get(m, 1))])
 
 
 def test_members_whose_result_is_not_used(isa: str) -> None:
