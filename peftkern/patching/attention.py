@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .. import functional
 from ..ops.rope import reference as rope_reference
 from .blocks import _ON_CPU, Block, _replaced
-from .forwards import Forward, _autocast_off, _served, install
+from .forwards import _autocast_off, _served, install
 from .weights import FLOATS, autocast_dtype, slow_products
+from .wrappers import UNKNOWN, WrappedForward, innermost
 
 __all__ = ["AttentionForward", "RopeMode", "WideMode", "in_fp32", "install_attention", "rope_candidates", "wide_candidates"]
 
@@ -68,8 +69,7 @@ def rope_candidates(model: nn.Module) -> list[Block]:
     """Every module whose class's forward calls the global function `apply_rotary_pos_emb`, in the model's order."""
     found = []
     for name, module in model.named_modules():
-        forward = inspect.unwrap(type(module).forward)
-        if _ROTARY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        if not _uses(module, _ROTARY):
             continue
         mode = _rope_mode(module)
         reason = mode if isinstance(mode, str) else None
@@ -78,10 +78,10 @@ def rope_candidates(model: nn.Module) -> list[Block]:
 
 
 def _rope_mode(module: nn.Module) -> RopeMode | str:
-    forward = type(module).forward
     reason = _not_ours(module)
     if reason:
         return reason
+    forward = innermost(type(module).forward)
     function = forward.__globals__.get(_ROTARY)
     if not callable(function):
         return f"{_ROTARY} is no function of the module that defines {type(module).__name__}"
@@ -116,10 +116,11 @@ def _rotates_halves(function: Callable[..., Any], rotary: int) -> bool:
 def _rotary(stock: Callable[..., tuple[Tensor, Tensor]], partial: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """Ours in `stock`'s place; calls that it does not serve go to `stock`."""
 
-    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if args or kwargs.get("unsqueeze_dim", 1) != 1 or kwargs.keys() - {"unsqueeze_dim"} or not _turns(q, k, cos, sin, partial):
-            return stock(q, k, cos, sin, *args, **kwargs)
-        return functional.rope(q, k, cos, sin)
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        plain = len(args) == 4 and (not kwargs or (kwargs.keys() == {"unsqueeze_dim"} and kwargs["unsqueeze_dim"] == 1))
+        if not plain or not all(isinstance(value, Tensor) for value in args) or not _turns(*args, partial):
+            return stock(*args, **kwargs)  # whatever its parameters are called
+        return functional.rope(*args)
 
     return apply_rotary_pos_emb
 
@@ -150,14 +151,14 @@ def wide_candidates(model: nn.Module) -> list[Block]:
         return []
     found = []
     for name, module in model.named_modules():
-        if _FUNCTIONS in getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_names", ()):
+        if _uses(module, _FUNCTIONS):
             reason = _not_ours(module) or _no_interfaces(module)
             found.append(Block(name, module, "fp32_attention", None if reason else WideMode(slow), reason))
     return found
 
 
 def _no_interfaces(module: nn.Module) -> str | None:
-    functions = type(module).forward.__globals__.get(_FUNCTIONS)
+    functions = innermost(type(module).forward).__globals__.get(_FUNCTIONS)
     return None if callable(getattr(functions, "get_interface", None)) else f"{_FUNCTIONS} has no get_interface"
 
 
@@ -213,54 +214,56 @@ def _wide(value: Any) -> Any:
 # ---- the forward of both
 
 
+def _uses(module: nn.Module, name: str) -> bool:
+    """Whether the class's forward, or what it wraps, looks up a global function of this name."""
+    forward = type(module).forward
+    functions = (innermost(forward), inspect.unwrap(forward))
+    return any(name in getattr(getattr(function, "__code__", None), "co_names", ()) for function in functions)
+
+
 def _not_ours(module: nn.Module) -> str | None:
     """Why the class's forward cannot be run with other globals."""
-    forward = type(module).forward
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
-        return _replaced(module) or f"{type(module).__name__}.forward is wrapped by a decorator"
-    return _replaced(module)
+    wrapped = f"{type(module).__name__}.forward {UNKNOWN}"
+    return _replaced(module) or (wrapped if innermost(type(module).forward) is None else None)
 
 
-class AttentionForward(Forward):
-    """An attention module's own forward, whose code sees ours under the names of the modes in `cache`.
+class AttentionForward(WrappedForward):
+    """An attention module's own forward, whose code sees ours under the names of the modes in `cache`. torch.compile traces into it."""
 
-    Made again by copying and unpickling, and when the class has another forward than the one it was made of. torch.compile traces into it.
-    """
-
-    __slots__ = ("_function", "_names", "_ours")
-
-    def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, cache: tuple[RopeMode | WideMode, ...]) -> None:
-        super().__init__(module, previous, cache)
-        self.build()
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        super().__setstate__(state)
-        self.build()  # of the module, which is being copied or loaded itself, the class alone is needed
+    __slots__ = ("_stock", "_code", "_names", "_ours", "scope")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._refresh()
+        if self._function is None:
+            return self.stock(*args, **kwargs)
         return self._function(self.module, *args, **kwargs)
 
-    def build(self) -> None:
-        """The function for what `cache` says now."""
-        forward = type(self.module).forward
-        scope = _scope(forward)
-        stocks = {mode.name: forward.__globals__[mode.name] for mode in self.cache}
-        self._ours = {mode.name: (stocks[mode.name], mode.replace(stocks[mode.name])) for mode in self.cache}
-        scope.update({name: ours for name, (_, ours) in self._ours.items()})
-        self._function = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-        self._function.__kwdefaults__ = forward.__kwdefaults__
-        self._names = _global_names(forward.__code__)
+    def inside(self, stock: types.FunctionType) -> Callable[..., Any] | None:
+        """`stock` with other globals, `scope`."""
+        source = stock.__globals__
+        if any(mode.name not in source for mode in self.cache):
+            return None
+        self._stock, self._code, self.scope = stock, stock.__code__, _scope(stock)
+        self._ours = [(mode.name, source[mode.name], mode.replace(source[mode.name])) for mode in self.cache]
+        self.scope.update({name: ours for name, _, ours in self._ours})
+        self._names = tuple(name for name in _global_names(stock.__code__) if name in source)
+        function = types.FunctionType(stock.__code__, self.scope, stock.__name__, stock.__defaults__, stock.__closure__)
+        function.__kwdefaults__ = stock.__kwdefaults__
+        return function
 
     def _refresh(self) -> None:
         """What others have put into the module's globals since then is seen; while a function of theirs is under our names, it is used."""
-        forward = type(self.module).forward
-        if self._function.__code__ is not forward.__code__:
+        if type(self.module).forward is not self._seen or (self._function is not None and self._stock.__code__ is not self._code):
             self.build()
-        scope, source = self._function.__globals__, forward.__globals__
-        scope.update({name: source[name] for name in self._names if name in source})
-        scope.update({name: ours for name, (stock, ours) in self._ours.items() if source[name] is stock})
+        if self._function is None:
+            return
+        scope, source = self.scope, self._stock.__globals__
+        for name in self._names:
+            scope[name] = source[name]
+        for name, stock, ours in self._ours:
+            if source[name] is stock:
+                scope[name] = ours
 
 
 def _global_names(code: types.CodeType) -> frozenset[str]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends, group
 from ..ops import unobserved
 
-__all__ = ["Ready", "address_of", "has_hooks"]
+__all__ = ["Ready", "address_of"]
 
 _MOST_ROWS = 64  # the kernel for few rows takes no more; the table of ops/qlora_linear/config.py says where it is used
 
@@ -63,8 +63,3 @@ def _serves(x: Tensor) -> bool:
 def address_of(tensor: Tensor | None) -> tuple | None:
     """Where a tensor lies and how. While someone holds its memory nothing else has that address."""
     return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches or changes what this module sees: then it must really be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

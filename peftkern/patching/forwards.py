@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import backends, functional
 from . import dora, mixed
-from .decode import Ready, address_of, has_hooks
+from .decode import Ready, address_of
+from .hooks import Ours, has_hooks
 from .plans import DoraPlan, Plan
 from .weights import Operands, WeightCache, autocast_dtype
 
@@ -21,7 +22,7 @@ __all__ = ["Forward", "LinearForward", "LoraForward", "find", "install", "remove
 _SLOTS = ("forward", "_old_forward")  # accelerate's hooks call `_old_forward`; ours goes inside them
 
 
-class Forward:
+class Forward(Ours):
     """A callable bound to its module by a plain attribute: deepcopy and pickle of the module carry it along, correctly rebound.
 
     group: the linears on the same input that it belongs to, or None. ready: what generation prepared, made at its first call.

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from .blocks import _ON_CPU, NormForward, _eps_name, _replaced
 from .detect import excluded
-from .forwards import Forward, find, has_hooks, install
+from .forwards import find, install
+from .hooks import has_hooks
+from .wrappers import UNKNOWN, WrappedForward, innermost
 
 __all__ = ["Half", "LayerForward", "LayerMode", "install_layers", "joined", "layer_mode"]
 
@@ -50,35 +52,22 @@ class LayerMode(NamedTuple):
 # ---- running
 
 
-class LayerForward(Forward):
-    """A decoder layer; `cache` holds its LayerMode. What its class's forward is wrapped in (gradient checkpointing) is kept around ours.
+class LayerForward(WrappedForward):
+    """A decoder layer; `cache` holds its LayerMode. What its class's forward is wrapped in (gradient checkpointing) is kept around ours."""
 
-    Made again by copying and unpickling, and when the class's forward is wrapped otherwise; stock where that is another function.
-    """
-
-    __slots__ = ("_function", "_inner", "_seen")
+    __slots__ = ("_inner",)
 
     def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, cache: LayerMode) -> None:
+        self._inner = innermost(type(module).forward)
         super().__init__(module, previous, cache)
-        self._inner = inspect.unwrap(type(module).forward)
-        self._build()
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._inner = innermost(type(state[0]).forward)
         super().__setstate__(state)
-        self._inner = inspect.unwrap(type(self.module).forward)
-        self._build()  # of the module, which is being copied or loaded itself, the class alone is needed
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and type(self.module).forward is not self._seen:
-            self._build()
-        if self._function is None:
-            return self.stock(*args, **kwargs)
-        return self._function(self.module, *args, **kwargs)
-
-    def _build(self) -> None:
-        self._seen = type(self.module).forward
-        same = inspect.unwrap(self._seen) is self._inner
-        self._function = _rewrapped(self._seen, _forward(self._inner, self.cache)) if same else None
+    def inside(self, stock: types.FunctionType) -> Callable[..., Any] | None:
+        """The layer with the additions inside the norms, while its class's forward is the one that was recognized."""
+        return _forward(stock, self.cache) if stock is self._inner else None
 
 
 def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
@@ -127,24 +116,6 @@ def joined(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor,
     return norm(s), s
 
 
-def _rewrapped(function: types.FunctionType, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """`inner` in the wrappers that `function` has: their own code, with another function in the cell that holds the wrapped one."""
-    wrapped = function.__dict__.get("__wrapped__")
-    if wrapped is None:
-        return inner
-    cells = tuple(types.CellType(_rewrapped(wrapped, inner)) if _holds(cell, wrapped) else cell for cell in function.__closure__ or ())
-    new = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    new.__kwdefaults__ = function.__kwdefaults__
-    return new
-
-
-def _holds(cell: types.CellType, value: object) -> bool:
-    try:
-        return cell.cell_contents is value
-    except ValueError:  # empty
-        return False
-
-
 # ---- recognizing
 
 
@@ -177,10 +148,9 @@ def layer_mode(module: nn.Module) -> LayerMode | str:
         return replaced
     if not any(_ours(child) for child in module.children()):
         return "its norms do not run rms_norm"
-    forward = type(module).forward
-    inner = inspect.unwrap(forward)
-    if not isinstance(inner, types.FunctionType) or not _transparent(forward):
-        return f"{kind}.forward is wrapped by a decorator that cannot be looked into"
+    inner = innermost(type(module).forward)
+    if inner is None:
+        return f"{kind}.forward {UNKNOWN}"
     if not _straight(inner, module):
         return f"{kind}.forward does more than call its children and add"
     for parts in (True, False):
@@ -193,16 +163,6 @@ def layer_mode(module: nn.Module) -> LayerMode | str:
 def _ours(norm: nn.Module | None) -> bool:
     held = find(norm) if norm is not None else None
     return held is not None and type(held[1]) is NormForward
-
-
-def _transparent(function: Any) -> bool:
-    """Whether each of its wrappers is a plain function that holds the wrapped one in a cell."""
-    while isinstance(function, types.FunctionType) and "__wrapped__" in function.__dict__:
-        wrapped = function.__dict__["__wrapped__"]
-        if not any(_holds(cell, wrapped) for cell in function.__closure__ or ()):
-            return False
-        function = wrapped
-    return isinstance(function, types.FunctionType)
 
 
 def _straight(function: types.FunctionType, module: nn.Module) -> bool:

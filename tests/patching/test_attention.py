@@ -14,6 +14,7 @@ import peftkern
 from peftkern.patching.attention import AttentionForward, WideMode, install_attention, rope_candidates, wide_candidates
 from peftkern.patching.forwards import find, remove
 from peftkern.patching.weights import slow_products
+from peftkern.patching.wrappers import innermost
 
 from ..ops.bounds import FACTOR
 from . import models, zoo
@@ -101,7 +102,7 @@ def test_a_layer_attends_as_stock_does_in_fp32_and_rounds_once(implementation: s
     """Bit for bit: stock's function on the same operands, cast."""
     model, given = llama(implementation=implementation), []
     module = model.model.layers[0].self_attn
-    scope = type(module).forward.__globals__
+    scope = innermost(type(module).forward).__globals__
     function = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, scope["eager_attention_forward"])
 
     def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -110,7 +111,7 @@ def test_a_layer_attends_as_stock_does_in_fp32_and_rounds_once(implementation: s
 
     transformers.AttentionInterface.register("recorded", recorded)
     widened(model)
-    interfaces = find(module)[1]._function.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    interfaces = find(module)[1].scope["ALL_ATTENTION_FUNCTIONS"]
     q, k, v = (torch.randn(2, heads, 12, 16).bfloat16() for heads in (4, 2, 2))
     added = (
         None

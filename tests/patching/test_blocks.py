@@ -385,4 +385,4 @@ def test_forwards_pickle_without_their_functions() -> None:
     forward = attention.forward
     again = pickle.loads(pickle.dumps(forward))
     assert again.cache == forward.cache and type(again) is type(forward)
-    assert again._function.__globals__ is not forward._function.__globals__ and again._function.__code__ is forward._function.__code__
+    assert again.scope is not forward.scope and again._function.__code__ is forward._function.__code__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 
 import pytest
@@ -22,7 +23,8 @@ from .prenorm import Layer, Wrapped, wrapping
 from .test_blocks import IDS, _in_fp64, build, run, same
 
 FUSED = ("llama", "smollm", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3-moe")
-NAMES = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
+# What a decoder layer hands to its attention, under the names that the installed transformers has for it.
+NAMES = tuple(inspect.signature(models.transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward).parameters)[2:-1]
 LLAMA = LayerMode(
     Half("input_layernorm", "self_attn", "hidden_states", tuple((name, name) for name in NAMES), True, True, ()),
     Half("post_attention_layernorm", "mlp", None, (), False, False, ()),

@@ -1,0 +1,71 @@
+"""Whether calling a module does nothing but run its class's forward. Where it does more, a fused block has to call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as _torch
+
+__all__ = ["Ours", "against", "direct", "has_hooks"]
+
+# torch's hooks for every module, which fire beside a module's own: dicts that torch writes to and never replaces.
+_FORWARD, _FORWARD_PRE = _torch._global_forward_hooks, _torch._global_forward_pre_hooks
+_BACKWARD, _BACKWARD_PRE = _torch._global_backward_hooks, _torch._global_backward_pre_hooks
+
+
+class Ours:
+    """What `patch` puts in place of a forward."""
+
+    __slots__ = ()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches or changes what this module sees: then it must really be called."""
+    held = module.__dict__
+    return bool(
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or _FORWARD
+        or _FORWARD_PRE
+        or _BACKWARD
+        or _BACKWARD_PRE
+    )
+
+
+def direct(module: nn.Module) -> bool:
+    """Whether no hook is registered and no forward but ours stands on the instance."""
+    held = module.__dict__
+    if "forward" in held and not isinstance(held["forward"], Ours) and not _moves_only(held):
+        return False
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or _FORWARD
+        or _FORWARD_PRE
+        or _BACKWARD
+        or _BACKWARD_PRE
+    )
+
+
+def against(name: str, module: nn.Module) -> str | None:
+    """Why a module, which is called `name` in the sentence, must really be called; None where it need not."""
+    if direct(module):
+        return None
+    if has_hooks(module):
+        return f"a hook is registered on {name}"
+    forward = module.__dict__["forward"]
+    return f"the forward of {name} was replaced on the instance by {getattr(forward, '__qualname__', type(forward).__name__)}"
+
+
+def _moves_only(held: dict[str, Any]) -> bool:
+    """accelerate's hook for models over several devices, with nothing offloaded, around the class's forward or ours: it moves what is on
+    another device, which no kernel takes."""
+    hook, old, call = held.get("_hf_hook"), held.get("_old_forward"), getattr(held["forward"], "func", None)
+    if getattr(call, "__module__", None) != "accelerate.hooks" or type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+        return False
+    return isinstance(old, Ours) or getattr(old, "__name__", None) == "forward"
