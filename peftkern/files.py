@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TEMP_PREFIX", "atomic_directory", "atomic_files", "cache_dir", "clear_temporaries", "remove_directory", "write_json"]
+__all__ = [
+    "TEMP_PREFIX",
+    "LockedError",
+    "atomic_directory",
+    "atomic_files",
+    "cache_dir",
+    "clear_temporaries",
+    "locked",
+    "remove_directory",
+    "replace",
+    "write_json",
+]
 
 TEMP_PREFIX = ".incomplete-"
 
@@ -55,11 +69,62 @@ def atomic_directory(final: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder whose files move into `folder`, each in one step, once all are complete."""
-    with atomic_directory(folder / "files") as temporary:
+    complete = folder / f"{TEMP_PREFIX}files"
+    with atomic_directory(complete) as temporary:
         yield temporary
-    for path in (folder / "files").iterdir():
-        os.replace(path, folder / path.name)
-    (folder / "files").rmdir()
+    for path in complete.iterdir():
+        replace(path, folder / path.name)
+    complete.rmdir()
+
+
+def replace(source: Path, target: Path) -> None:
+    """Move a file or a folder over what may be there under the name `target`."""
+    if source.is_dir() and target.exists():
+        remove_directory(target)
+    os.replace(source, target)
+
+
+class LockedError(RuntimeError):
+    """Another process holds the lock; the message says which."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the operating system's lock on the file `path`, which exists for that time only.
+
+    Raises LockedError where another process holds it, unless `wait`. The system frees the lock of a process that ends in any way,
+    so that the file a killed one leaves behind blocks nobody. File systems without locks (some network mounts) lock nothing.
+    """
+    file = _open_locked(path, wait)
+    try:
+        with contextlib.suppress(OSError):  # a name for messages only: a full disk is for others to report
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _open_locked(path: Path, wait: bool) -> int:
+    """The descriptor of the locked file."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+            os.close(file)
+            raise LockedError(f"{holder} is at work there") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(file)
+                raise
+        # The holder before may have removed the file between our opening and our locking it: then a new one is the lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file)):
+                return file
+        os.close(file)
 
 
 def remove_directory(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import TEMP_PREFIX, atomic_files, clear_temporaries, remove_directory, write_json
+from ..files import atomic_files, write_json
 from .config import FinetuneConfig
 from .errors import InputError, require
+from .folder import RunFolder, open_run, read_record
 from .generation import generate, make_prompt
 from .memory import out_of_memory, peak_memory
 
@@ -55,10 +55,11 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     """
     require(*_EXTRA, *(() if config.quantization == "none" else ("bitsandbytes",)))
     config = config.resolved()
-    _calm_libraries(quiet or not sys.stderr.isatty())
-    with warnings.catch_warnings(), _memory_errors(config):
+    # The folder comes first, before libraries that take seconds to import: whoever comes second learns it at once.
+    with open_run(config) as folder, warnings.catch_warnings(), _memory_errors(config):
+        _calm_libraries(quiet or not sys.stderr.isatty())
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        return _Run(config, quiet).execute()
+        return _Run(config, folder, quiet).execute()
 
 
 def checkpoint_step(path: Path) -> int:
@@ -69,46 +70,30 @@ def checkpoint_step(path: Path) -> int:
 class _Run:
     """One run's folder and the stages in order; what an earlier process finished is not done again."""
 
-    def __init__(self, config: FinetuneConfig, quiet: bool) -> None:
+    def __init__(self, config: FinetuneConfig, folder: RunFolder, quiet: bool) -> None:
         self.config = config
+        self.folder = folder
         self.quiet = quiet
-        self.output = Path(config.output)
-        self.checkpoints = self.output / "checkpoints"
-        self.record = self.output / "run.json"
-        self.metrics_file = self.output / "metrics.jsonl"
 
     def execute(self) -> FinetuneResult:
         from .data import fingerprint, load_data
 
-        stored = self._stored()
-        result_file = self.output / "result.json"
-        if stored and result_file.exists():
-            self._say(f"{self.output} holds a finished run: nothing to resume.")
-            return FinetuneResult(**json.loads(result_file.read_text(encoding="utf-8")))
+        stored = read_record(self.folder.record) if self.folder.record.exists() else {}
+        if stored and self.folder.result.exists():
+            self._say(f"{self.folder.output} holds a finished run: nothing to resume.")
+            return FinetuneResult(**read_record(self.folder.result))
         train = load_data(self.config.data)
         named = {Path(source).stem: load_data(source, option="--eval-data") for source in self.config.eval_data}
         contents = {source: fingerprint(source) for source in (self.config.data, *self.config.eval_data)}
         self._check_same_run(stored, contents)
-        with self._folder():
-            trainer = self._trainer(train, named)
-            if not stored:
-                stored = {"config": self.config.to_dict(), "data": contents} | self._before(trainer)
-                write_json(self.record, stored)
-            self._train(trainer)
-            return self._finish(trainer, stored)
-
-    def _stored(self) -> dict[str, Any]:
-        """What run.json holds if there is a run to go on with, else nothing; raises if the folder is in use otherwise."""
-        if self.output.exists() and not self.output.is_dir():
-            raise InputError(f"--output {self.output} is a file: name a folder")
-        if self.config.resume and self.record.exists():
-            return json.loads(self.record.read_text(encoding="utf-8"))
-        if self.record.exists() and self.config.overwrite:
-            remove_directory(self.output)
-        if any(path.is_file() and TEMP_PREFIX not in str(path) for path in self.output.rglob("*")):
-            hint = "go on with --resume, start again with --overwrite" if self.record.exists() else "empty it"
-            raise InputError(f"--output {self.output} exists and is not empty: {hint}, or name another folder")
-        return {}
+        trainer = self._trainer(train, named)
+        if not stored:
+            stored = {"config": self.config.to_dict(), "data": contents} | self._before(trainer)
+            self.folder.begin(stored)
+            if self.folder.replaces:
+                self._say(f"The earlier run in {self.folder.output} stays until this one, in {self.folder.work}, is complete.")
+        self._train(trainer)
+        return self._finish(trainer, stored)
 
     def _check_same_run(self, stored: dict[str, Any], contents: dict[str, str]) -> None:
         if not stored:
@@ -119,21 +104,8 @@ class _Run:
         if differing:
             raise InputError(
                 "--resume: the run in {} was started otherwise:\n  {}\nGive the same options and data, or start again "
-                "with --overwrite or another --output".format(self.output, "\n  ".join(differing))
+                "with --overwrite or another --output".format(self.folder.output, "\n  ".join(differing))
             )
-
-    @contextlib.contextmanager
-    def _folder(self) -> Iterator[None]:
-        """The output folder for the time of the run; it goes again if the run fails before there is anything in it."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        clear_temporaries(self.output)
-        clear_temporaries(self.checkpoints)
-        try:
-            yield
-        except BaseException:
-            if not self.record.exists():
-                shutil.rmtree(self.output, ignore_errors=True)
-            raise
 
     def _trainer(self, train: Dataset, evaluations: dict[str, Dataset]) -> RecipeTrainer:
         from .data import split
@@ -148,14 +120,14 @@ class _Run:
         self.prompt = make_prompt(self.config.prompt, next(iter(evaluations.values()))[0], tokenizer)
         model = load_model(path, self.config)
         checkpoint = self._checkpoint()
-        earlier = truncate_metrics(self.metrics_file, checkpoint_step(checkpoint)) if checkpoint else []
-        self.metrics = MetricsCallback(self.metrics_file, earlier, quiet=self.quiet)
-        return make_trainer(self.config, model, tokenizer, train, evaluations, folder=self.checkpoints, metrics=self.metrics)
+        earlier = truncate_metrics(self.folder.metrics, checkpoint_step(checkpoint)) if checkpoint else []
+        self.metrics = MetricsCallback(self.folder.metrics, earlier, quiet=self.quiet)
+        return make_trainer(self.config, model, tokenizer, train, evaluations, folder=self.folder.checkpoints, metrics=self.metrics)
 
     def _checkpoint(self) -> Path | None:
         from .trainer import checkpoints
 
-        return next(reversed(checkpoints(self.checkpoints)), None)
+        return next(reversed(checkpoints(self.folder.checkpoints)), None)
 
     def _before(self, trainer: RecipeTrainer) -> dict[str, Any]:
         self._say("Evaluating before training ...")
@@ -168,7 +140,7 @@ class _Run:
 
         checkpoint = self._checkpoint()
         if checkpoint is None:
-            self.metrics_file.unlink(missing_ok=True)
+            self.folder.metrics.unlink(missing_ok=True)
         else:
             self._say(f"Resuming from step {checkpoint_step(checkpoint)}.")
             state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -190,7 +162,7 @@ class _Run:
         tokens = sum(row["tokens"] for row in rows)
         perplexity_after = {name: trainer.perplexity(name) for name in trainer.eval_dataset}
         result = FinetuneResult(
-            output=str(self.output),
+            output=str(self.folder.output),
             perplexity_before=stored["perplexity_before"],
             perplexity_after=perplexity_after,
             final_loss=rows[-1]["loss"],
@@ -203,11 +175,13 @@ class _Run:
             sample_before=stored["sample_before"],
             sample_after=generate(trainer, self.prompt, self.config.sample_tokens),
         )
-        with atomic_files(self.output) as temporary:
+        with atomic_files(self.folder.work) as temporary:
             trainer.model.save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
             plot_loss(rows, temporary / "loss.png")
-        write_json(self.output / "result.json", dataclasses.asdict(result))
+            self.folder.list_files(path.name for path in temporary.iterdir())
+        write_json(self.folder.result, dataclasses.asdict(result))
+        self.folder.settle()
         return result
 
     def _say(self, text: str) -> None:
