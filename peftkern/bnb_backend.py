@@ -1,28 +1,37 @@
 """Entry point `bitsandbytes.backends`: plain bitsandbytes on the CPU runs peftkern's native 4-bit kernels.
 
-bitsandbytes calls `register` while it is being imported. `PEFTKERN_BNB_BACKEND=0` switches it off; `unregister` gives bitsandbytes its own
-kernels back. Weights that bitsandbytes has repacked for AVX512_BF16 inference always go to its own kernel.
+bitsandbytes calls `register` while it is being imported. `PEFTKERN_BNB_BACKEND=0` switches it off; `unregister` takes everything back.
+
+Two things of bitsandbytes change, and nothing else: the CPU kernels of its four 4-bit ops, and one name, `_convert_weight_packed_for_cpu`
+in bitsandbytes.nn.modules. Through that name `Linear4bit.forward` repacks its weight for inference at the first evaluation on a CPU with
+AVX512_BF16, for good: afterwards there is no gradient, the absmax is rounded to bf16, and shapes that do not divide are an assertion.
+While the hook is registered the name returns the weight as it is. Weights repacked elsewhere are read rightly, with their gradient.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from . import backends, functional, nf4
+from .bnb_repacked import codes_in_row_order, is_repacked, plain_absmax
 from .nf4 import NF4Weight
 from .ops import quantize as _quantize
 
-__all__ = ["register", "state", "unregister"]
+__all__ = ["register", "state", "suspended", "unregister"]
 
 _log = logging.getLogger(__name__)
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_REPACK = "_convert_weight_packed_for_cpu"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _OFF = ("0", "false", "off", "no")
 # The argument lists these kernels were written for: an op with another one is left to bitsandbytes.
@@ -35,10 +44,11 @@ _ARGUMENTS = {
 
 
 class _Hook:
-    """What is registered now: the library handle that undoes it, and bitsandbytes' own kernels."""
+    """What is registered now: the library handle that undoes it, bitsandbytes' own kernels, and its own function that repacks."""
 
     registration: library.Library | None = None
     stock: dict[str, Any] = {}
+    repack: Callable[..., Any] | None = None
     reason = "bitsandbytes has not been imported, or peftkern is not installed (its entry point is missing)"
 
 
@@ -56,10 +66,11 @@ def register() -> bool:
 
 
 def unregister() -> bool:
-    """Give bitsandbytes its own CPU kernels back; whether ours were registered."""
+    """Give bitsandbytes its own CPU kernels and its repacking back; whether ours were registered."""
     registration, _Hook.registration, _Hook.stock = _Hook.registration, None, {}
     if registration is None:
         return False
+    _let_repack()
     registration._destroy()
     _Hook.reason = "unregistered by the caller"
     return True
@@ -68,6 +79,18 @@ def unregister() -> bool:
 def state() -> tuple[bool, str]:
     """Whether bitsandbytes' CPU ops are ours, and which, or why not."""
     return _Hook.registration is not None, _Hook.reason
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """bitsandbytes' own CPU kernels and its repacking inside the block, whatever was registered before; afterwards as it was."""
+    importlib.import_module("bitsandbytes")  # which registers the hook, so that it can be taken back
+    was = unregister()
+    try:
+        yield
+    finally:
+        if was:
+            register()
 
 
 def _obstacle() -> str | None:
@@ -87,8 +110,35 @@ def _override() -> str:
         warnings.filterwarnings("ignore", category=UserWarning)  # torch warns of every override
         for name in names:
             _Hook.registration.impl(name, _KERNELS[name], "CPU", allow_override=True)
+        if "gemv_4bit" in names:
+            _Hook.registration.impl("gemv_4bit", _Gemv4bit.call, "AutogradCPU")
     left = sorted(_ARGUMENTS.keys() - set(names))
-    return f"overrides {', '.join(names)}" + (f"; left as they are, unknown arguments: {', '.join(left)}" if left else "")
+    unknown = f"; left as they are, unknown arguments: {', '.join(left)}" if left else ""
+    return f"overrides {', '.join(names)}{unknown}{_prevent_repacking()}"
+
+
+def _prevent_repacking() -> str:
+    """Put a function that leaves the weight as it is in the place of the one that repacks; what `state` is to say of it."""
+    modules = importlib.import_module("bitsandbytes.nn.modules")
+    repack = getattr(modules, _REPACK, None)
+    if repack is None:  # a version that does not repack
+        return ""
+    if list(inspect.signature(repack).parameters)[:2] != ["qweight", "quant_state"]:
+        return f"; repacking is left as it is, unknown arguments of {_REPACK}"
+    _Hook.repack = repack
+    setattr(modules, _REPACK, _as_it_is)
+    return "; no weight is repacked"
+
+
+def _let_repack() -> None:
+    repack, _Hook.repack = _Hook.repack, None
+    modules = importlib.import_module("bitsandbytes.nn.modules")
+    if repack is not None and getattr(modules, _REPACK, None) is _as_it_is:
+        setattr(modules, _REPACK, repack)
+
+
+def _as_it_is(qweight: Tensor, quant_state: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    return qweight, quant_state
 
 
 def _arguments(name: str) -> tuple[str, ...]:
@@ -108,15 +158,48 @@ def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: to
 
 
 def _dequantize_4bit(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    weight = _weight(A, shape, dtype, blocksize, quant_type, absmax=_flat(absmax))
+    weight = _weight(A, shape, dtype, blocksize, quant_type, absmax=absmax)
     return functional.dequantize_4bit(weight)
 
 
 def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
-    if absmax.dtype != torch.float32 or absmax.dim() != 1:  # the repacked layout: absmax is bf16 [K / blocksize, N]
+    if is_repacked(B, absmax, shapeB, blocksize) and _reads_repacked():
         return _stock("gemv_4bit", A, B, shapeB, absmax, code, blocksize)
-    quant_type = "fp4" if code[1] > 0 else "nf4"
-    return _linear(A, _weight(B, shapeB, A.dtype, blocksize, quant_type, absmax=_flat(absmax)))
+    return _linear(A, _gemv_weight(B, shapeB, absmax, code, blocksize, A.dtype))
+
+
+class _Gemv4bit(torch.autograd.Function):
+    """gemv_4bit with its gradient: bitsandbytes registers none, and its `matmul_4bit` calls this op in training on a repacked weight."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+        ctx.save_for_backward(B, absmax, code)
+        ctx.shape, ctx.blocksize, ctx.dtype = tuple(shapeB), blocksize, A.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            y = torch.ops.bitsandbytes.gemv_4bit(A, B, shapeB, absmax, code, blocksize)
+            return torch.ops.aten._unsafe_view(y, y.shape)  # no view: matmul_4bit adds the bias in place
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        B, absmax, code = ctx.saved_tensors
+        dense = functional.dequantize_4bit(_gemv_weight(B, ctx.shape, absmax, code, ctx.blocksize, ctx.dtype))
+        return torch.matmul(dy, dense), *[None] * 5
+
+    @staticmethod
+    def call(*args: Any) -> Tensor:
+        """The kernel of the autograd key, which torch calls without a graph too."""
+        return _Gemv4bit.apply(*args)
+
+
+def _gemv_weight(B: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> NF4Weight:
+    return _weight(B, shape, dtype, blocksize, "nf4", code, absmax=absmax)  # the values of `code` count, not the name
+
+
+def _reads_repacked() -> bool:
+    """Whether bitsandbytes' own gemv is the one for repacked weights, as on CPUs with AVX512_BF16."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
 
 
 def _gemm_4bit(
@@ -132,18 +215,31 @@ def _gemm_4bit(
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
     if absmax_8bit is None:
-        scales = dict(absmax=_flat(absmax))
+        scales = dict(absmax=absmax)
     else:
         nested = dict(absmax_8bit=absmax_8bit, absmax_code=absmax_code, nested_absmax=_flat(absmax))
         scales = nested | dict(absmax_offset=absmax_offset.float())
     return _linear(A, _weight(B, shapeB, A.dtype, blocksize, quant_type, **scales), bias)
 
 
-def _weight(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, blocksize: int, quant_type: str, **scales: Tensor) -> NF4Weight:
+def _weight(
+    packed: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocksize: int,
+    quant_type: str,
+    code: Tensor | None = None,
+    **scales: Tensor,
+) -> NF4Weight:
     """View bitsandbytes' tensors; NF4Weight checks that their sizes fit, as native code will trust them."""
+    if (absmax := scales.get("absmax")) is not None:
+        if is_repacked(packed, absmax, shape, blocksize):
+            packed = codes_in_row_order(packed, shape)
+        scales["absmax"] = plain_absmax(absmax, shape, blocksize)
     if packed.dtype != torch.uint8:
         packed = packed.contiguous().view(torch.uint8)
-    code = nf4.code_tensor(quant_type)
+    if code is None:
+        code = nf4.code_tensor(quant_type)
     return NF4Weight(packed.reshape(-1), code, tuple(shape), dtype, blocksize, quant_type, **scales)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftkern import backends, bnb_backend, nf4
+from peftkern import NF4Weight, backends, bnb_backend, nf4
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
+from . import stock as theirs  # noqa: E402
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(64, 64), (7, 33), (5,), (3, 4, 50), (96, 130)]
+SHAPES = [(64, 64), (7, 33), (5,), (50,), (3, 4, 50), (96, 130), (64, 80)]
 NATIVE = backends.available("cpu")[0]
 REPOSITORY = Path(__file__).parents[1]
 
@@ -87,7 +89,10 @@ def test_quant_storage_and_nesting_round_trip(nested, storage):
 def test_dequantize_is_bit_equal(blocksize, shape, dtype, quant_type):
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit(sample(shape), blocksize, quant_type, torch.uint8)
     stock, ours = both(lambda: torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype))
-    assert ours.shape == stock.shape and torch.equal(ours, stock)
+    exact = theirs.exact(packed, absmax, blocksize, quant_type, shape, dtype)
+    assert ours.shape == exact.shape and torch.equal(ours, exact)
+    theirs.need(theirs.decodes(shape, blocksize, quant_type, dtype), f"its dequantization of {shape} in blocks of {blocksize}")
+    assert torch.equal(ours, stock)
 
 
 def linear(dtype=torch.float32, **options):
@@ -112,27 +117,58 @@ def test_linear4bit_forward_and_backward(dtype, nested, m):
         return y.detach(), leaf.grad
 
     stock, ours = both(step)
-    state = layer.weight.quant_state
-    state.dtype = torch.float32
-    weight = bnb.functional.dequantize_4bit(layer.weight.data, state).double()
+    weight = NF4Weight.from_bnb(layer).dequantize(torch.float32).double()
     exact = x.double() @ weight.t() + layer.bias.double()
-    for got, theirs, truth in zip(ours, stock, (exact, 2 * exact @ weight), strict=True):
-        assert got.dtype == theirs.dtype
-        assert (got.double() - truth).norm() <= 1.5 * (theirs.double() - truth).norm() + 1e-7 * truth.norm()
+    for got, wanted, truth in zip(ours, stock, (exact, 2 * exact @ weight), strict=True):
+        assert got.dtype == wanted.dtype
+        assert (got.double() - truth).norm() <= 1.5 * (wanted.double() - truth).norm() + 1e-7 * truth.norm()
 
 
-def test_gemv_takes_plain_weights():
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(48, 64), (64, 80), (7, 33)], ids=str)
+def test_gemv_takes_plain_weights(shape, quant_type):
+    """bitsandbytes' own reads only the repacked layout on CPUs with AVX512_BF16, and may abort the process."""
+    packed, state = bnb.functional.quantize_4bit(sample(shape), quant_type=quant_type)
+    weight = theirs.exact(packed, state.absmax, 64, quant_type, shape, torch.float32).double()
+    assert bnb_backend.register()
+    x = sample((2, shape[1])).requires_grad_()
+    y = bnb.functional.gemv_4bit(x, packed, state=state)
+    torch.testing.assert_close(y.double(), x.double() @ weight.t(), rtol=1e-5, atol=1e-5)
+    dy = sample((2, shape[0]))
+    y.backward(dy)
+    torch.testing.assert_close(x.grad.double(), dy.double() @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_gemv_of_plain_weights_equals_bitsandbytes():
+    theirs.need(theirs.gemv_reads_plain(), "its gemv_4bit of plain weights")
     layer, x = linear(compress_statistics=False), sample((1, 64))
     state = layer.weight.quant_state
     stock, ours = both(lambda: bnb.functional.gemv_4bit(x, layer.weight.data, state=state))
     torch.testing.assert_close(ours, stock)
 
 
-def test_repacked_weights_go_to_bitsandbytes_untouched(monkeypatch):
+def test_gemv_compiles():
+    torch._dynamo.reset()
+    packed, state = bnb.functional.quantize_4bit(sample((48, 64)), quant_type="nf4")
+    assert bnb_backend.register()
+
+    def gradient(function):
+        x = sample((2, 64)).requires_grad_()
+        function(x).sum().backward()
+        return x.grad
+
+    def gemv(x):
+        return bnb.functional.gemv_4bit(x, packed, state=state) + 1
+
+    torch.testing.assert_close(gradient(torch.compile(gemv, fullgraph=True, backend="aot_eager")), gradient(gemv))
+
+
+def test_repacked_weights_go_to_bitsandbytes_untouched_where_it_reads_them(monkeypatch):
     x = sample((1, 64), torch.bfloat16)
     layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
     packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     assert bnb_backend.register()
+    monkeypatch.setattr(bnb.functional, "has_avx512bf16", lambda: True)
     seen = []
 
     class Stock:
@@ -174,7 +210,7 @@ def overridden():
 
 def test_register_is_idempotent_and_unregister_undoes_it():
     assert bnb_backend.register() and bnb_backend.register()
-    assert bnb_backend.state() == (True, "overrides quantize_4bit, dequantize_4bit, gemv_4bit, gemm_4bit")
+    assert bnb_backend.state() == (True, "overrides quantize_4bit, dequantize_4bit, gemv_4bit, gemm_4bit; no weight is repacked")
     assert overridden() == ["quantize_4bit", "dequantize_4bit", "gemv_4bit", "gemm_4bit"]
     assert bnb_backend.unregister() and not bnb_backend.unregister()
     assert bnb_backend.state() == (False, "unregistered by the caller")
@@ -197,7 +233,7 @@ def test_without_the_native_extension_nothing_is_registered(monkeypatch):
 def test_an_op_with_other_arguments_is_left_alone(monkeypatch):
     monkeypatch.setitem(bnb_backend._ARGUMENTS, "gemm_4bit", ("A", "B"))
     assert bnb_backend.register()
-    assert bnb_backend.state()[1].endswith("left as they are, unknown arguments: gemm_4bit")
+    assert "; left as they are, unknown arguments: gemm_4bit" in bnb_backend.state()[1]
     assert "gemm_4bit" not in overridden()
 
 

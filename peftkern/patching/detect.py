@@ -152,10 +152,10 @@ def _prepare(base: nn.Module) -> str:
     if not (is_4bit(base) and repacked(base)):
         return ""
     try:
-        unpack(base)
-    except (ImportError, AttributeError, AssertionError, RuntimeError):
+        lost = unpack(base)
+    except (ImportError, AttributeError, ValueError, RuntimeError):
         return ""
-    return "unpacked from bitsandbytes' CPU inference layout, whose absmax is rounded to bf16"
+    return f"unpacked from bitsandbytes' CPU inference layout: {lost or 'nothing was lost'}"
 
 
 def _weight_reason(base: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..bnb_repacked import leaves_traces, restore
 from ..dora import row_squares
 from ..nf4 import NF4Weight
 from .decode import address_of
@@ -36,22 +37,17 @@ def quant_state(base: nn.Module) -> Any:
 
 
 def repacked(base: nn.Module) -> bool:
-    """Whether bitsandbytes' CPU inference path holds this weight in its own layout."""
-    return bool(getattr(quant_state(base), "packing_format_for_cpu", False))
+    """Whether bitsandbytes' CPU inference path has had this weight in its own layout and it is not yet as it was."""
+    state = quant_state(base)
+    return state is not None and leaves_traces(state)
 
 
-def unpack(base: nn.Module) -> None:
-    """Bring a repacked weight back to the plain format, by bitsandbytes' own inverse. Its absmax stays rounded to bf16."""
-    from bitsandbytes import functional
-
-    packed, state = functional._convert_weight_packed_for_cpu_inverse(base.weight.data, quant_state(base))
-    # bitsandbytes 0.50 leaves the offset in the weight's dtype, and a plain absmax transposed in bf16.
-    if state.nested:
-        state.offset = state.offset.float()
-    else:
-        state.absmax = state.absmax.T.reshape(-1).float()
-    base.weight.data = packed
+def unpack(base: nn.Module) -> str:
+    """Bring a repacked weight back to the plain format; returns what was lost, "" where nothing was."""
+    state = quant_state(base)
+    lost = restore(base.weight, state)
     base.weight.quant_state = base.quant_state = state
+    return lost
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

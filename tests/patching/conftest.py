@@ -2,16 +2,16 @@ from collections import Counter
 
 import pytest
 
-from peftkern import bnb_backend, functional, group
+from peftkern import functional, group
+
+from .. import stock
 
 
 @pytest.fixture(autouse=True)
 def stock_bitsandbytes():
-    """Where peftkern is installed, bitsandbytes' own ops are ours too; "stock" means its own kernels."""
-    was = bnb_backend.unregister()
-    yield
-    if was:
-        bnb_backend.register()
+    """Where peftkern is installed, bitsandbytes' own ops are ours too; "stock" means its own, and such as are right on this CPU."""
+    with stock.right():
+        yield
 
 
 @pytest.fixture

@@ -143,10 +143,9 @@ def in_fp64(model: nn.Module) -> nn.Module:
 
 
 def _dense(old: nn.Module) -> nn.Linear:
-    state = copy.copy(old.weight.quant_state)
-    state.dtype = torch.float32
     new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
-    new.weight = nn.Parameter(bnb.functional.dequantize_4bit(old.weight.data, state), requires_grad=False)
+    with peftkern.use_backend("reference"):
+        new.weight = nn.Parameter(peftkern.NF4Weight.from_bnb(old).dequantize(torch.float32), requires_grad=False)
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.data.clone(), requires_grad=old.bias.requires_grad)
     return new

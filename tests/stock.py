@@ -1,0 +1,77 @@
+"""What bitsandbytes gives by itself, and whether that is right on this CPU: a comparison with it needs an answer first.
+
+bitsandbytes 0.50 on CPUs with AVX-512 decodes 4-bit weights wrongly where in_features is no multiple of the block size, has a `gemv_4bit`
+that reads its repacked layout only, and repacks weights at their first evaluation, for good.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.backends.default import ops as generic
+from torch import Tensor
+
+from peftkern import NF4Weight, bnb_backend, nf4, use_backend
+
+__all__ = ["decodes", "exact", "gemv_reads_plain", "need", "right"]
+
+
+def exact(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The dense weight of bitsandbytes' bytes, by the project's reference."""
+    packed = packed.contiguous().view(torch.uint8).reshape(-1)
+    with use_backend("reference"):
+        return NF4Weight(packed, nf4.code_tensor(quant_type), tuple(shape), dtype, blocksize, quant_type, absmax=absmax).dequantize()
+
+
+def need(answer: bool, what: str) -> None:
+    """Skip the comparison, with its reason, where bitsandbytes is not right here."""
+    if not answer:
+        pytest.skip(f"bitsandbytes {bnb.__version__} is wrong on this CPU: {what}")
+
+
+@functools.cache
+def decodes(shape: tuple[int, ...], blocksize: int, quant_type: str, dtype: torch.dtype) -> bool:
+    """Whether bitsandbytes' own dequantization of such a weight is right here, in values and in shape."""
+    with bnb_backend.suspended():
+        dense = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        packed, absmax = torch.ops.bitsandbytes.quantize_4bit(dense, blocksize, quant_type, torch.uint8)
+        got = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype)
+    return torch.equal(got, exact(packed, absmax, blocksize, quant_type, shape, dtype))
+
+
+@functools.cache
+def gemv_reads_plain() -> bool:
+    """Whether bitsandbytes' own gemv_4bit is right for plain weights; asked of a process of its own, which it may abort."""
+    code = (
+        "import torch, bitsandbytes.functional as F\n"
+        "w, x = torch.randn(48, 64), torch.randn(1, 64)\n"
+        "packed, state = F.quantize_4bit(w, quant_type='nf4')\n"
+        "wanted = x @ F.dequantize_4bit(packed, state).t()\n"
+        "assert (F.gemv_4bit(x, packed, state=state) - wanted).norm() < 0.01 * wanted.norm()\n"
+    )
+    environment = os.environ | {"PEFTKERN_BNB_BACKEND": "0"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120).returncode == 0
+
+
+@contextmanager
+def right() -> Iterator[None]:
+    """bitsandbytes without our hook, and right on any CPU: its generic dequantization for its own, and no layer that repacks."""
+    with bnb_backend.suspended(), pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("bitsandbytes", "IMPL") as kernels:
+        patch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
+        kernels.impl("dequantize_4bit", _generic, "CPU", allow_override=True)
+        yield
+
+
+def _generic(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    compute = generic._dequantize_4bit_compute
+    compute = getattr(compute, "__wrapped__", compute)  # uncompiled
+    code = nf4.code_tensor(quant_type)
+    return compute(A.contiguous().view(torch.uint8).reshape(-1), absmax.float(), code, blocksize, tuple(shape), dtype)
