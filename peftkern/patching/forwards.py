@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import backends, functional
 from . import dora, mixed
 from .decode import Ready, address_of
-from .hooks import Ours, has_hooks
+from .hooks import has_hooks
+from .methods import Method, of_module
 from .plans import DoraPlan, Plan
 from .weights import Operands, WeightCache, autocast_dtype
 
@@ -22,29 +23,24 @@ __all__ = ["Forward", "LinearForward", "LoraForward", "find", "install", "remove
 _SLOTS = ("forward", "_old_forward")  # accelerate's hooks call `_old_forward`; ours goes inside them
 
 
-class Forward(Ours):
-    """A callable bound to its module by a plain attribute: deepcopy and pickle of the module carry it along, correctly rebound.
+class Forward(Method):
+    """A patched module's forward.
 
     group: the linears on the same input that it belongs to, or None. ready: what generation prepared, made at its first call.
     """
 
-    __slots__ = ("module", "previous", "cache", "group", "ready")
+    __slots__ = ("cache", "group", "ready")
 
     def __init__(self, module: nn.Module, previous: Callable[..., Tensor] | None, cache: WeightCache) -> None:
-        self.module, self.previous, self.cache, self.group, self.ready = module, previous, cache, None, None
+        super().__init__(module, previous)
+        self.cache, self.group, self.ready = cache, None, None
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.module, self.previous, self.cache, self.group
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.module, self.previous, self.cache, self.group = state
-        self.ready = None
-
-    def stock(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward the module had before."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        self.ready = self._unbound = None
 
 
 class _PlannedForward(Forward):
@@ -280,6 +276,8 @@ def find(module: nn.Module) -> tuple[str, Forward] | None:
         value = module.__dict__.get(slot)
         if isinstance(value, Forward):
             return slot, value
+        if type(value) is types.MethodType and (held := of_module(module)) is not None and value == types.MethodType(held.__func__, module):
+            return slot, held  # bound anew by accelerate's unwrap_model
     return None
 
 
@@ -294,18 +292,20 @@ def install(module: nn.Module, kind: type[Forward], cache: WeightCache) -> Forwa
         return held[1]
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward = kind(module, module.__dict__.get(slot), cache)
-    setattr(module, slot, forward)
+    forward.hold(slot)
     return forward
 
 
 def remove(module: nn.Module) -> bool:
     """Give the instance back the forward it had; whether there was one of ours."""
-    held = find(module)
-    if held is None:
+    slot, forward = find(module) or (None, of_module(module))
+    if forward is None:
         return False
-    slot, forward = held
     if forward.group is not None:
         forward.group.dissolved = f"{type(module).__name__} was unpatched"
+    forward.retire()
+    if slot is None:
+        return True  # inside a wrapper, which stays
     if forward.previous is not None:
         setattr(module, slot, forward.previous)
     elif slot == "forward":
