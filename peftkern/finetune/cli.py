@@ -18,7 +18,10 @@ __all__ = ["add_arguments", "main"]
 _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
     "what": {
         "model": (str, "hub id, folder, .gguf file, or `sample`"),
-        "data": (str, "jsonl (text, prompt/completion or messages), plain text, a datasets folder, or `sample`"),
+        "data": (
+            str,
+            "one or more of one kind: .jsonl, .json, .csv, .tsv, .parquet, plain text, datasets folders, or `sample`",
+        ),
         "eval_data": (str, "held-out text, one or more of the same kinds, or `python-reference`; default: a part of --data"),
         "output": (str, "folder for adapter, metrics, loss curve and checkpoints"),
     },

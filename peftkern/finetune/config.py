@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,19 @@ _GENERAL_DEFAULTS = {
 # How a run is started, not what it computes: these may differ between a run and its resumption.
 _NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
 
+# The least value of each option that is a whole number.
+_WHOLE = {
+    "r": 1,
+    "seq_length": 2,
+    "batch_size": 1,
+    "grad_accumulation": 1,
+    "steps": 1,
+    "seed": 0,
+    "eval_tokens": 1,
+    "sample_tokens": 0,
+    "save_steps": 1,
+    "keep_checkpoints": 1,
+}
 _QUANTIZATIONS = ("nf4", "fp4", "none")
 _SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 _DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -41,16 +55,16 @@ _DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Options of `finetune`; None means "choose for me" and is filled by `resolved()`."""
+    """Options of `finetune`; None means "choose for me" and is filled by `resolved()`. Lists of one may be given as a string."""
 
     model: str = SAMPLE
-    data: str = SAMPLE
-    eval_data: tuple[str, ...] = ()
+    data: str | tuple[str, ...] = (SAMPLE,)
+    eval_data: str | tuple[str, ...] = ()
     output: str = "out"
     r: int = 16
     alpha: float | None = None
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: str | tuple[str, ...] = ("all-linear",)
     rslora: bool = False
     quantization: str = "nf4"
     double_quant: bool = True
@@ -80,17 +94,11 @@ class FinetuneConfig:
     compare: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("r", "seq_length", "batch_size", "grad_accumulation", "steps", "eval_tokens", "save_steps", "keep_checkpoints"):
+        for name in ("data", "eval_data", "targets"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{_flag(name)} must be a whole number of at least 1, got {value!r}")
-        for name in ("alpha", "epochs", "lr", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{_flag(name)} must be greater than 0, got {value!r}")
-        for name in ("dropout", "warmup", "eval_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{_flag(name)} must be at least 0 and less than 1, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        self._check_strings()
+        self._check_numbers()
         for name, allowed in (("quantization", _QUANTIZATIONS), ("schedule", _SCHEDULES), ("dtype", _DTYPES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{_flag(name)} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
@@ -100,20 +108,50 @@ class FinetuneConfig:
             raise InputError("give --resume (go on) or --overwrite (start again), not both")
         if self.compare and not self.patch:
             raise InputError("--compare sets peftkern against the unpatched libraries: drop --no-patch")
-        if self.seq_length is not None and self.seq_length < 2:
-            raise InputError(f"--seq-length must be at least 2 (a token and the next), got {self.seq_length}")
-        if self.data != SAMPLE and not self.eval_data and not self.eval_fraction:
+        if not self._on_sample() and not self.eval_data and not self.eval_fraction:
             raise InputError("nothing to evaluate on: give --eval-data, or an --eval-fraction above 0")
+
+    def _check_strings(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and not _is_unicode(text):
+                    raise InputError(f"{_flag(field.name)} must be valid Unicode (half a surrogate pair or no UTF-8), got {text!a}")
+                if isinstance(text, str) and not text and field.name != "prompt":
+                    raise InputError(f"{_flag(field.name)} must not be empty: leave the option out for its default")
+            if isinstance(value, tuple) and not value and field.name != "eval_data":
+                raise InputError(f"{_flag(field.name)} needs at least one value")
+
+    def _check_numbers(self) -> None:
+        for name, least in _WHOLE.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise InputError(f"{_flag(name)} must be a whole number of at least {least}, got {value!r}")
+            if value is not None and value >= 2**31:
+                raise InputError(f"{_flag(name)} must be less than 2^31, got {value}")
+        for name in ("alpha", "epochs", "lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise InputError(f"{_flag(name)} must be greater than 0 and finite, got {value!r}")
+        if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
+            raise InputError(f"--weight-decay must be at least 0 and finite, got {self.weight_decay!r}")
+        for name in ("dropout", "warmup", "eval_fraction"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value < 1):
+                raise InputError(f"{_flag(name)} must be at least 0 and less than 1, got {value!r}")
+
+    def _on_sample(self) -> bool:
+        return self.data == (SAMPLE,)
 
     def resolved(self) -> FinetuneConfig:
         """Fill every "choose for me" that does not need the data: the sample has its own preset."""
-        preset = _SAMPLE_DEFAULTS if self.model == self.data == SAMPLE else _GENERAL_DEFAULTS
+        preset = _SAMPLE_DEFAULTS if self.model == SAMPLE and self._on_sample() else _GENERAL_DEFAULTS
         chosen = {name: value for name, value in preset.items() if getattr(self, name) is None and name != "steps"}
         if self.steps is None and self.epochs is None:
             chosen |= {"steps": preset["steps"]} if "steps" in preset else {"epochs": 1.0}
         if self.alpha is None:
             chosen["alpha"] = 2.0 * self.r
-        if self.data == SAMPLE and not self.eval_data:
+        if self._on_sample() and not self.eval_data:
             chosen["eval_data"] = (SAMPLE,)
         return dataclasses.replace(self, **chosen)
 
@@ -146,3 +184,15 @@ class FinetuneConfig:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

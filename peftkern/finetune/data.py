@@ -3,53 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import SAMPLE
 from .errors import InputError
+from .readers import read_rows
+from .rows import CHAT, check_row, decode_row, encode_row
 from .sample import python_reference, sample_text
+from .tables import write_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["PYTHON_REFERENCE", "data_kind", "fingerprint", "load_data", "split"]
+__all__ = ["PYTHON_REFERENCE", "data_kind", "evaluation_names", "fingerprint", "load_data", "split"]
 
 PYTHON_REFERENCE = "python-reference"
-_FORMS = (("text",), ("prompt", "completion"), ("messages",))
-_FORMS_TEXT = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}'
-_JSONL = {".jsonl", ".ndjson", ".json"}
-_CHUNK = 65536  # characters of a row of a plain text file: rows are shuffled, and one long string tokenizes slowly
 
 
-def load_data(source: str, *, option: str = "--data") -> Dataset:
-    """Read `source` as a dataset with the columns text, or prompt and completion, or messages.
+def load_data(source: str | Sequence[str], *, option: str = "--data") -> Dataset:
+    """Read one source, or several of one kind, as one dataset.
 
-    `source` is a jsonl file, a plain text file, a folder written by `datasets`, "sample" (its held-out books for
-    --eval-data) or, for --eval-data, "python-reference". Raises InputError naming file and line.
+    A source is a file (.jsonl, .json, .csv, .tsv, .parquet, plain text; all but Parquet also as .gz, .bz2 or .xz), a folder
+    written by `datasets`, "sample" (its held-out books for --eval-data) or, for --eval-data, "python-reference". The
+    columns are text, or prompt and completion, or chat (see `rows`), and place. Raises InputError naming file and line.
     """
-    from datasets import Dataset
-
-    path = Path(source)
-    if source == SAMPLE:
-        return Dataset.from_list(sample_text(held_out=option == "--eval-data"))
-    if source == PYTHON_REFERENCE:
-        return Dataset.from_list(python_reference())
-    if path.is_dir():
-        return _read_folder(path, option)
-    if not path.exists():
-        raise FileNotFoundError(f"{option} {source}: no such file or folder; give a jsonl or text file, a datasets folder, or `{SAMPLE}`")
-    rows = list(_read_jsonl(path) if path.suffix in _JSONL else _read_text(path))
-    if not rows:
-        raise InputError(f"{option} {source} is empty: it needs at least one row of text")
-    return Dataset.from_list(rows)
+    sources = (source,) if isinstance(source, str) else tuple(source)
+    rows = _checked(sources, option)
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"{option} {' '.join(sources)} is empty: it needs at least one row of text")
+    return write_table(_after(first, rows), _schema(tuple(first)))
 
 
 def data_kind(dataset: Dataset) -> str:
-    """ "text", "prompt" or "messages"."""
-    return next(form[0] for form in _FORMS if form[0] in dataset.column_names)
+    """ "text", "prompt" or "messages"; a chat of prompt and completion is of the kind "prompt"."""
+    if CHAT not in dataset.column_names:
+        return "text" if "text" in dataset.column_names else "prompt"
+    return "messages" if "messages" in decode_row(dataset[0]) else "prompt"
+
+
+def evaluation_names(sources: Sequence[str]) -> dict[str, str]:
+    """A name for each evaluation source: its stem, or as much of its path as tells it from the others."""
+    if len(set(sources)) < len(sources):
+        raise InputError(f"--eval-data names {next(s for s in sources if sources.count(s) > 1)} twice: give it once")
+    return {_name(source, sources): source for source in sources}
 
 
 def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -66,96 +65,66 @@ def fingerprint(source: str) -> str:
     path = Path(source)
     if source in (SAMPLE, PYTHON_REFERENCE):
         return source
-    files = sorted(path.glob("**/*.json")) if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
+    for file in sorted(path.glob("**/*.json")) if path.is_dir() else [path]:
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
+def _name(source: str, sources: Sequence[str]) -> str:
+    """The shortest end of the path, first without suffix, that no other source shares."""
+    parts = Path(source).parts
+    for count in range(1, len(parts) + 1):
+        for shorten in (lambda path: path.with_suffix(""), lambda path: path):
+            names = [shorten(Path(*Path(other).parts[-count:])).as_posix() for other in sources]
+            name = names[sources.index(source)]
+            if names.count(name) == 1:
+                return name
+    return source
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one and the same form; keys that are no part of it are dropped."""
-    expected = None
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{place}: not JSON ({error.msg}, column {error.colno}): every line must be one JSON object") from error
-        form = _form(row, place)
-        expected = expected or (form, number)
-        if form != expected[0]:
-            raise InputError(
-                f"{place}: this row has {', '.join(form)} but line {expected[1]} has {', '.join(expected[0])}: "
-                "all rows of a file must be of one form; put the others in a file of their own"
-            )
-        yield {key: row[key] for key in form}
+def _after(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
 
 
-def _form(row: Any, place: str) -> tuple[str, ...]:
-    """Which of the three forms a row has; raises for none, several, or values of another type."""
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: a row must be a JSON object such as {_FORMS_TEXT}, got {type(row).__name__}")
-    matching = [form for form in _FORMS if all(key in row for key in form)]
-    if len(matching) != 1:
-        found = ", ".join(map(str, row)) or "none"
-        raise InputError(f"{place}: a row must have the keys of exactly one of {_FORMS_TEXT}; got the keys {found}")
-    form = matching[0]
-    for key in form:
-        value = row[key]
-        good = _is_messages(value) if key == "messages" else isinstance(value, str) or (key != "text" and _is_messages(value))
-        if not good:
-            wanted = 'a list of {"role": ..., "content": ...}' if key == "messages" else "a string"
-            raise InputError(f"{place}: {key!r} must be {wanted}, got {json.dumps(value)[:60]}")
-    if len({type(row[key]) for key in form}) > 1:
-        raise InputError(f"{place}: 'prompt' and 'completion' must both be strings or both be lists of messages")
-    return form
+def _schema(columns: tuple[str, ...]) -> Any:
+    import pyarrow
+
+    return pyarrow.schema([(name, pyarrow.string()) for name in columns])
 
 
-def _is_messages(value: Any) -> bool:
+def _checked(sources: Sequence[str], option: str) -> Iterator[dict[str, str]]:
+    """The rows of all sources as columns of text; raises at the first that differs in form from the first of all."""
+    expected: tuple[tuple[str, ...], str] | None = None
+    for source in sources:
+        for place, row in _source_rows(source, option):
+            form = check_row(row, place)
+            columns = encode_row(row, form, place)
+            expected = expected or ((*form, *columns), place)
+            if (*form, *columns) != expected[0]:
+                raise InputError(_mixed(place, form, expected, CHAT in columns))
+            yield columns | {"place": place}
+
+
+def _mixed(place: str, form: tuple[str, ...], expected: tuple[tuple[str, ...], str], chat: bool) -> str:
+    def described(names: Sequence[str], chat: bool) -> str:
+        return ", ".join(dict.fromkeys(name for name in names if name != CHAT)) + (" as messages" if chat and names[0] == "prompt" else "")
+
     return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in value)
+        f"{place}: this row has {described(form, chat)} but {expected[1]} has {described(expected[0], CHAT in expected[0])}: all rows of "
+        "--data (and of each --eval-data) must be of one form; train on the others in a run of their own"
     )
 
 
-def _read_text(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of whole lines, at most a twentieth of a small file each so that some can be held out."""
-    target = min(_CHUNK, max(2000, path.stat().st_size // 20))
-    chunk = ""
-    for _, line in _lines(path):
-        chunk += line
-        if len(chunk) >= target:
-            yield {"text": chunk}
-            chunk = ""
-    if chunk.strip():
-        yield {"text": chunk}
-
-
-def _read_folder(path: Path, option: str) -> Dataset:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        dataset = load_from_disk(str(path))
-    except FileNotFoundError as error:
-        message = f"{option} {path} is a folder, but none that datasets' save_to_disk wrote: give such a folder, or a file"
-        raise InputError(message) from error
-    except IndexError:  # what `datasets` makes of a folder whose dataset has no rows
-        raise InputError(f"{option} {path} has no rows: it needs at least one") from None
-    if isinstance(dataset, DatasetDict):
-        if "train" not in dataset:
-            raise InputError(f"{option} {path} has no split named train but {', '.join(dataset)}: give the folder of one split")
-        dataset = dataset["train"]
-    return dataset.select_columns(list(_form(dataset[0], f"{path} (first row)")))
+def _source_rows(source: str, option: str) -> Iterator[tuple[str, Any]]:
+    if source == SAMPLE:
+        return ((SAMPLE, row) for row in sample_text(held_out=option == "--eval-data"))
+    if source == PYTHON_REFERENCE:
+        return ((PYTHON_REFERENCE, row) for row in python_reference())
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{option} {source}: no such file or folder; give a jsonl or text file, a datasets folder, or `{SAMPLE}`")
+    return read_rows(path, option)

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .rows import decode_row
+from .tokens import render
+
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from .trainer import RecipeTrainer
@@ -14,24 +18,45 @@ if TYPE_CHECKING:
 __all__ = ["generate", "make_prompt"]
 
 _WORDS = 12
+_ROWS = 100  # held-out rows to look through for one that can be asked
 
 
-def make_prompt(given: str | None, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text to continue: the one given, or how a held-out row begins, up to where its answer would stand."""
+def make_prompt(given: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text to continue: the one given, or how the first row that has one begins, up to where its last answer would stand.
+
+    It is empty if no row has such a text, or none that the chat template takes.
+    """
     if given is not None:
         return given
+    questions = (_question(decode_row(row), tokenizer) for row in rows.select(range(min(_ROWS, len(rows)))))
+    return next((text for text in questions if text.strip()), "")
+
+
+def _question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     if "text" in row:
         return " ".join(row["text"].split()[:_WORDS])
-    question = row["prompt"] if "prompt" in row else [turn for turn in row["messages"] if turn["role"] != "assistant"]
-    if isinstance(question, str):
-        return question
-    return tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    turns = row["prompt"] if "prompt" in row else _before_last_answer(row["messages"])
+    try:
+        return render(row, tokenizer, turns, answer=True) if turns else ""
+    except Exception:  # a template may raise anything, and not take the part of a conversation of which it took the whole
+        return ""
+
+
+def _before_last_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    return messages[: answers[-1]] if answers else messages
 
 
 def generate(trainer: RecipeTrainer, prompt: str, tokens: int) -> str:
-    """Greedy continuation of `prompt`, without it."""
+    """Greedy continuation of `prompt`, without it; empty where there is nothing to continue, or no token is asked for."""
     model, tokenizer = trainer.model, trainer.processing_class
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    # A prompt that a chat template wrote begins with the token that the tokenizer would put before it once more.
+    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun).to(model.device)
+    if not tokens or not inputs["input_ids"].numel():
+        return ""
     model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)

@@ -16,7 +16,7 @@ from ..files import atomic_files, write_json
 from .config import FinetuneConfig
 from .errors import InputError, require
 from .folder import RunFolder, open_run, read_record
-from .generation import generate, make_prompt
+from .generation import generate
 from .memory import out_of_memory, peak_memory
 
 if TYPE_CHECKING:
@@ -76,15 +76,15 @@ class _Run:
         self.quiet = quiet
 
     def execute(self) -> FinetuneResult:
-        from .data import fingerprint, load_data
+        from .data import fingerprint
+        from .inputs import load_rows
 
         stored = read_record(self.folder.record) if self.folder.record.exists() else {}
         if stored and self.folder.result.exists():
             self._say(f"{self.folder.output} holds a finished run: nothing to resume.")
             return FinetuneResult(**read_record(self.folder.result))
-        train = load_data(self.config.data)
-        named = {Path(source).stem: load_data(source, option="--eval-data") for source in self.config.eval_data}
-        contents = {source: fingerprint(source) for source in (self.config.data, *self.config.eval_data)}
+        train, named = load_rows(self.config)
+        contents = {source: fingerprint(source) for source in (*self.config.data, *self.config.eval_data)}
         self._check_same_run(stored, contents)
         trainer = self._trainer(train, named)
         if not stored:
@@ -108,21 +108,20 @@ class _Run:
             )
 
     def _trainer(self, train: Dataset, evaluations: dict[str, Dataset]) -> RecipeTrainer:
-        from .data import split
+        from .inputs import prepare
         from .metrics import MetricsCallback, truncate_metrics
         from .model import load_model, load_tokenizer, resolve_model
         from .trainer import make_trainer
 
-        if not evaluations:
-            train, evaluations["held-out"] = split(train, fraction=self.config.eval_fraction, seed=self.config.seed)
         path = resolve_model(self.config.model)
         tokenizer = load_tokenizer(path)
-        self.prompt = make_prompt(self.config.prompt, next(iter(evaluations.values()))[0], tokenizer)
+        inputs = prepare(self.config, train, evaluations, tokenizer)
+        self.prompt = inputs.prompt
         model = load_model(path, self.config)
         checkpoint = self._checkpoint()
         earlier = truncate_metrics(self.folder.metrics, checkpoint_step(checkpoint)) if checkpoint else []
         self.metrics = MetricsCallback(self.folder.metrics, earlier, quiet=self.quiet)
-        return make_trainer(self.config, model, tokenizer, train, evaluations, folder=self.folder.checkpoints, metrics=self.metrics)
+        return make_trainer(self.config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics)
 
     def _checkpoint(self) -> Path | None:
         from .trainer import checkpoints

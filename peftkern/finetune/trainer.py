@@ -12,11 +12,12 @@ from trl import SFTConfig, SFTTrainer
 
 from ..files import atomic_directory, remove_directory
 from .config import FinetuneConfig
-from .data import data_kind
 from .errors import InputError
+from .inputs import Inputs, is_packed
 from .loss import frozen_head_loss, has_plain_head
 from .metrics import MetricsCallback
 from .model import compute_dtype
+from .packing import require_separation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,22 +104,18 @@ def make_trainer(
     config: FinetuneConfig,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    evaluations: dict[str, Dataset],
+    inputs: Inputs,
     *,
     folder: Path,
     metrics: MetricsCallback,
 ) -> RecipeTrainer:
-    """The trainer with its data tokenized and packed; `config` must be resolved, checkpoints go to `folder`."""
-    kind = data_kind(train)
-    if kind == "messages" and tokenizer.chat_template is None:
-        raise InputError("the data has messages but the tokenizer has no chat template: use an instruct model, or prompt/completion rows")
-    packing = kind == "text" if config.packing is None else config.packing
+    """The trainer on `inputs`; `config` must be resolved, checkpoints go to `folder`."""
+    packing = is_packed(config, inputs.kind)
     trainer = RecipeTrainer(
         model=model,
-        args=_arguments(config, folder, packing=packing, kind=kind),
-        train_dataset=train,
-        eval_dataset=evaluations,
+        args=_arguments(config, folder, packing=packing, kind=inputs.kind),
+        train_dataset=inputs.train,
+        eval_dataset=inputs.evaluations,
         processing_class=tokenizer,
         callbacks=[metrics],
     )
@@ -128,8 +125,8 @@ def make_trainer(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if packing:
-        _require_a_sequence(trainer.train_dataset, config)
+    if packing and inputs.kind != "text":
+        require_separation(trainer)
     windows = max(1, config.eval_tokens // config.seq_length)
     trainer.eval_dataset = {name: _spread(dataset, windows) for name, dataset in trainer.eval_dataset.items()}
     return trainer
@@ -144,6 +141,7 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
         fp16=dtype is torch.float16,
         max_length=config.seq_length,
         packing=packing,
+        eval_packing=False,
         # Whole sequences with a causal mask for running text; examples kept apart where they are separate tasks.
         packing_strategy="wrapped" if kind == "text" else "bfd",
         per_device_train_batch_size=config.batch_size,
@@ -166,15 +164,6 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def _require_a_sequence(dataset: Dataset, config: FinetuneConfig) -> None:
-    longest = max(map(len, dataset["input_ids"]), default=0)
-    if longest < config.seq_length:
-        raise InputError(
-            f"the training text has {longest} tokens, fewer than one sequence of {config.seq_length}: "
-            f"lower --seq-length to {max(2, longest)} or less, or give more text"
-        )
 
 
 def _spread(dataset: Dataset, count: int) -> Dataset:

@@ -15,6 +15,8 @@ from peftkern.finetune import FinetuneConfig, InputError
 from peftkern.finetune import errors as errors_module
 from peftkern.finetune import recipe as recipe_module
 
+from .conftest import write_jsonl
+
 
 def arguments(options: dict[str, Any], **changes: Any) -> list[str]:
     return ["finetune", *FinetuneConfig(**(options | changes)).to_arguments()]
@@ -32,7 +34,7 @@ def test_arguments_and_configuration_are_one_and_the_same(options: dict[str, Any
 
 def test_defaults_are_the_sample_within_minutes() -> None:
     config = FinetuneConfig().resolved()
-    assert (config.model, config.data, config.eval_data) == ("sample", "sample", ("sample",))
+    assert (config.model, config.data, config.eval_data) == ("sample", ("sample",), ("sample",))
     assert config.steps * config.batch_size * config.grad_accumulation * config.seq_length <= 60 * 512
     assert FinetuneConfig(data="other.txt").resolved().epochs == 1.0
 
@@ -46,7 +48,7 @@ def test_defaults_are_the_sample_within_minutes() -> None:
         ({"quantization": "int3"}, "--quantization must be one of nf4, fp4, none"),
         ({"steps": 3, "epochs": 1.0}, "--steps or --epochs, not both"),
         ({"resume": True, "overwrite": True}, "not both"),
-        ({"seq_length": 1}, "--seq-length must be at least 2"),
+        ({"seq_length": 1}, "--seq-length must be a whole number of at least 2"),
         ({"data": "x.txt", "eval_fraction": 0.0}, "--eval-data"),
         ({"compare": True, "patch": False}, "drop --no-patch"),
     ],
@@ -94,12 +96,13 @@ def test_missing_package_names_the_extra(
     assert "needs trl, which is not installed: run pip install 'peftkern[finetune]'" in capsys.readouterr().err
 
 
-def test_full_disk_leaves_nothing_half_written(options: dict[str, Any]) -> None:
+def test_full_disk_leaves_nothing_half_written(options: dict[str, Any], tmp_path: Path) -> None:
     # Files over the limit cannot be written, as on a full disk; the adapter and the optimizer's state are larger.
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 
-    command = [sys.executable, "-m", "peftkern", *arguments(options)]
+    data = write_jsonl(tmp_path / "few.jsonl", [{"text": f"row {i} of a few"} for i in range(40)])
+    command = [sys.executable, "-m", "peftkern", *arguments(options, data=data)]
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "could not write" in done.stderr and "free disk space" in done.stderr and "Traceback" not in done.stderr

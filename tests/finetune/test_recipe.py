@@ -108,12 +108,12 @@ def test_nan_loss_stops_with_advice(options: dict[str, Any]) -> None:
         run(options, lr=1e30, steps=10, max_grad_norm=1e30, warmup=0.0)
 
 
-def test_text_shorter_than_a_sequence(options: dict[str, Any], tmp_path: Path) -> None:
-    short = tmp_path / "short.jsonl"
-    write_jsonl(short, [{"text": "only"}, {"text": "a few"}, {"text": "words"}])
-    with pytest.raises(InputError, match=r"fewer than one sequence of 64: lower --seq-length to \d+"):
-        run(options, data=str(short))
-    assert not Path(options["output"]).exists()
+def test_text_shorter_than_a_window_is_used_whole(options: dict[str, Any], tmp_path: Path) -> None:
+    short = write_jsonl(tmp_path / "short.jsonl", [{"text": "only"}, {"text": "a few"}, {"text": "words"}])
+    result = run(options, data=short, eval_data=(short,), steps=2, batch_size=1)
+    # The letters of the three rows and an end of sequence after each.
+    assert [row["tokens"] for row in metrics_of(options)] == [4 + 5 + 5 + 3] * 2
+    assert result.perplexity_before["short"] > 1
 
 
 def test_model_without_linear_layers(options: dict[str, Any]) -> None:

@@ -1,0 +1,76 @@
+"""What a run trains on, is evaluated on and is asked: from the sources named in its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .config import FinetuneConfig
+from .data import data_kind, evaluation_names, load_data, split
+from .generation import make_prompt
+from .tokens import tokenize
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Inputs", "is_packed", "load_rows", "prepare", "prepare_evaluations"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Token ids and labels to train on and, by name, to evaluate on; the kind of the training rows; the text to continue."""
+
+    train: Dataset
+    kind: str
+    evaluations: dict[str, Dataset]
+    prompt: str
+
+
+def is_packed(config: FinetuneConfig, kind: str) -> bool:
+    """Whether rows of this kind are put together in windows: texts by default, separate examples on request."""
+    return kind == "text" if config.packing is None else config.packing
+
+
+def load_rows(config: FinetuneConfig) -> tuple[Dataset, dict[str, Dataset]]:
+    """The rows to train on and, by name, those of each evaluation text."""
+    names = evaluation_names(config.eval_data)
+    return load_data(config.data), {name: load_data(source, option="--eval-data") for name, source in names.items()}
+
+
+def prepare(config: FinetuneConfig, train: Dataset, evaluations: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    """Tokenize all rows; without evaluation texts hold out a part of the training rows. `config` must be resolved."""
+    kind = data_kind(train)
+    tokens = tokenize(train, tokenizer, length=config.seq_length, wrapped=is_packed(config, kind))
+    if evaluations:
+        prepared = prepare_evaluations(config, evaluations, tokenizer)
+        asked = next(iter(evaluations.values()))
+    else:
+        tokens, held_out = split(tokens, fraction=config.eval_fraction, seed=config.seed)
+        prepared, asked = {"held-out": _windows(held_out, kind, config)}, train.select(held_out["row"][:])
+    return Inputs(
+        train=tokens.select_columns(["input_ids", "labels"]),
+        kind=kind,
+        evaluations=prepared,
+        prompt=make_prompt(config.prompt, asked, tokenizer),
+    )
+
+
+def prepare_evaluations(
+    config: FinetuneConfig, evaluations: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Dataset]:
+    """Tokenize evaluation rows: texts as windows as in training, separate examples one by one however training packs them."""
+    prepared = {}
+    for name, rows in evaluations.items():
+        kind = data_kind(rows)
+        tokens = tokenize(rows, tokenizer, length=config.seq_length, wrapped=is_packed(config, kind), option=f"--eval-data {name}")
+        prepared[name] = _windows(tokens, kind, config)
+    return prepared
+
+
+def _windows(tokens: Dataset, kind: str, config: FinetuneConfig) -> Dataset:
+    from trl import pack_dataset
+
+    tokens = tokens.select_columns(["input_ids", "labels"])
+    return pack_dataset(tokens, config.seq_length, "wrapped") if kind == "text" and is_packed(config, kind) else tokens
