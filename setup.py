@@ -1,6 +1,7 @@
 """Builds the native extensions, with no torch at build time: the CPU kernels, one translation unit per ISA level with its own flags, and,
 where nvcc is found, the CUDA kernels as a module of their own.
 
+PEFTKERN_CPU         0: no CPU kernels, and no C++ compiler needed: for those who only use GPUs
 PEFTKERN_CUDA        0: no CUDA kernels; 1: a missing or failing nvcc is an error; unset: they are built where that succeeds
 PEFTKERN_CUDA_ARCHS  compute capabilities, such as "86;89"; "all": every supported one;
                      unset: those of this machine's GPUs, else 8.0, whose PTX newer ones compile when they load it
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -31,13 +33,37 @@ COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wal
 LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    # gcc 12's own header trips -Wmaybe-uninitialized on _mm512_cvtph_ps.
-    LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
+    LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 
 ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 # Where no GPU is seen: machine code of 8.0 serves 8.x, and its PTX all that came later. Seven architectures take five times as long.
 UNSEEN = ["80"]
 NO_NVCC = "nvcc was not found: set CUDA_HOME to a CUDA toolkit (12 or later), put nvcc on PATH, or run: pip install nvidia-cuda-nvcc"
+
+NO_CXX = "install g++ (apt-get install g++), or set CXX to a C++17 compiler with OpenMP (Clang's is in the package libomp-dev)"
+WITHOUT = "PEFTKERN_CPU=0 builds without the CPU kernels: enough for GPUs; on the CPU the slow reference then runs"
+PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}  # not sdist, nor what pip asks beforehand
+
+
+def cxx_command():
+    """The C++ compiler as words."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def check_compiler():
+    """SystemExit with one message where there is no compiler that the CPU kernels can be built with: before anything else is printed."""
+    cxx = cxx_command()
+    if shutil.which(cxx[0]) is None:
+        raise SystemExit(f"no C++ compiler: {' '.join(cxx)!r} was not found; {NO_CXX}. {WITHOUT}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(PROBE)
+        command = [*cxx, "-std=c++17", "-fopenmp", "-fPIC", "-shared", str(source), "-o", str(Path(folder, "probe.so"))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        words = next((line.strip() for line in done.stdout.splitlines() if "error" in line), done.stdout.strip()[:200])
+        raise SystemExit(f"the C++ compiler {' '.join(cxx)!r} cannot build with OpenMP ({words}); {NO_CXX}. {WITHOUT}")
 
 
 def find_nvcc():
@@ -99,16 +125,18 @@ class Build(build_ext):
     def build_extension(self, ext):
         tmp = Path(self.build_temp)
         tmp.mkdir(parents=True, exist_ok=True)
-        cxx = os.environ.get("CXX", "c++").split()
+        cxx = cxx_command()
         includes = [f"-I{d}" for d in (*ext.include_dirs, *self.compiler.include_dirs)]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         if ext.name == "peftkern._C_cuda":
             return self._build_cuda(ext, tmp, cxx, includes, target)
         jobs = []
+        # gcc 12's own header trips -Wmaybe-uninitialized on _mm512_cvtph_ps; Clang has no such warning.
+        quiet = [] if "clang" in words_of([*cxx, "--version"]) else ["-Wno-maybe-uninitialized"]
         for source in ext.sources:
             stem = Path(source).stem
-            level = LEVELS.get(stem.removeprefix("kernels_"), [])
+            level = LEVELS.get(stem.removeprefix("kernels_"), []) + (quiet if stem == "kernels_avx512" else [])
             obj = tmp / f"{stem}.o"
             jobs.append((source, obj, [*cxx, "-fPIC", "-fopenmp", *COMMON, *level, *includes]))
         self._compile(jobs, tmp)
@@ -161,12 +189,22 @@ class Build(build_ext):
         self.spawn(["ninja", "-f", str((tmp / "build.ninja").resolve())])
 
 
-sources = ["csrc/bindings.cpp", str(CPU / "dispatch.cpp"), *(str(CPU / f"kernels_{level}.cpp") for level in LEVELS)]
-extensions = [Pybind11Extension("peftkern._C", sources)]
-wanted = os.environ.get("PEFTKERN_CUDA", "")
-if wanted not in ("", "0", "1"):
-    raise SystemExit(f"PEFTKERN_CUDA: got {wanted!r}, expected 0, 1 or nothing")
+def switch(name, *values):
+    """The value of an environment variable; SystemExit where it is none of these."""
+    value = os.environ.get(name, "")
+    if value not in ("", *values):
+        raise SystemExit(f"{name}: got {value!r}, expected {', '.join(values)} or nothing")
+    return value
+
+
+extensions = []
+if switch("PEFTKERN_CPU", "0", "1") != "0":
+    sources = ["csrc/bindings.cpp", str(CPU / "dispatch.cpp"), *(str(CPU / f"kernels_{level}.cpp") for level in LEVELS)]
+    extensions.append(Pybind11Extension("peftkern._C", sources))
+wanted = switch("PEFTKERN_CUDA", "0", "1")
 if wanted == "1" or (wanted != "0" and find_nvcc()):
     kernels = [*map(str, sorted(CUDA.glob("*.cu"))), str(CUDA / "bindings_cuda.cpp")]
     extensions.append(Pybind11Extension("peftkern._C_cuda", kernels, optional=wanted != "1"))
+if BUILDS & set(sys.argv) and any(extension.name == "peftkern._C" for extension in extensions):
+    check_compiler()
 setup(ext_modules=extensions, cmdclass={"build_ext": Build})

@@ -112,7 +112,7 @@ PYBIND11_MODULE(_C, m) {
     check(pk_qlora_group_bwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_, at<void>(dx), at<void>(scratch), bytes, 0));
   }, nogil());
   m.def("dropout_mask", [](int64_t m_, int64_t k, uint32_t threshold, Address seed, Address mask) {
-    check(pk_dropout_mask_cpu(m_, k, threshold, *at<uint64_t>(seed), at<float>(mask), 0));
+    check(pk_dropout_mask_cpu(m_, k, threshold, seed ? *at<uint64_t>(seed) : 0, at<float>(mask), 0));
   }, nogil());
   m.def("glu_fwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address h) {
     const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};

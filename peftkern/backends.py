@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "available", "explain", "forced", "gpu_arch", "native", "select", "use_backend", "use_cuda_kernels"]
+__all__ = ["BACKENDS", "available", "explain", "forced", "gpu_arch", "native", "select", "served_by", "use_backend", "use_cuda_kernels"]
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+ABI_VERSION = 5  # of csrc/include/peftkern.h
 MIN_ARCH = 75  # Turing: the oldest with tensor cores that Triton still compiles for
 _forced: str | None = None
 
@@ -23,10 +26,13 @@ _forced: str | None = None
 def _load_native() -> tuple[ModuleType | None, str]:
     # torch is imported above: its OpenMP runtime must be loaded first, so that the extension shares it.
     try:
-        from . import _C
+        extension = importlib.import_module("._C", __package__)
     except ImportError as error:
-        return None, f"the native extension is not built ({error}); run: pip install -e . (needs a C++ compiler)"
-    return _C, f"native kernels, ISA {_C.isa()}"
+        return None, f"the native extension is not built ({error}); in the source tree, run: pip install -e . (needs a C++ compiler)"
+    built = getattr(extension, "abi_version", None)
+    if built != ABI_VERSION:
+        return None, f"the native extension is of another version ({built}, not {ABI_VERSION}); run pip install -e . again"
+    return extension, f"native kernels, ISA {extension.isa()}"
 
 
 def native() -> ModuleType:
@@ -120,15 +126,34 @@ def forced() -> str | None:
 
 
 def select(x: Tensor) -> str:
-    """The backend an op takes for tensors like `x`: the forced one, else the best of x's device, else the reference."""
+    """The backend an op takes for tensors like `x`: the forced one, else the best of x's device, else the reference, of which a
+    RuntimeWarning tells once where the native extension is missing."""
     if _forced is not None:
         return _forced
     kind = x.device.type
-    if kind == "cpu" and _load_native()[0] is not None:
-        return "cpu"
+    if kind == "cpu":
+        module, reason = _load_native()
+        if module is not None:
+            return "cpu"
+        _warn_of_reference(reason)
     if kind == "cuda" and x.dtype != torch.float64 and gpu_arch(x.device.index) >= MIN_ARCH:
         return next((name for name in ("cuda", "triton") if available(name)[0]), "reference")
     return "reference"
+
+
+def served_by(x: Tensor) -> tuple[str, str]:
+    """As `select`, and what that is in words: of the reference, also why the kernels for x's device are missing, where they are."""
+    name = select(x)
+    reason, best = available(name)[1], {"cpu": "cpu", "cuda": "triton"}.get(x.device.type)
+    if name != "reference" or _forced is not None or best is None or available(best)[0]:
+        return name, reason
+    return name, f"{reason}; {available(best)[1]}"
+
+
+@functools.cache
+def _warn_of_reference(missing: str) -> None:
+    text = f"peftkern: the slow reference runs (plain PyTorch), as {missing}"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def use_cuda_kernels(x: Tensor) -> bool:
@@ -138,8 +163,7 @@ def use_cuda_kernels(x: Tensor) -> bool:
 
 def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
     """Which kernels a 4-bit linear with out_features `n`, in_features `k` and rank `r` takes for `x` [..., k], and why."""
-    backend = select(x)
-    reason = available(backend)[1]
+    backend, reason = served_by(x)
     m, dtype = x.numel() // max(k, 1), str(x.dtype).removeprefix("torch.")
     if backend == "reference":
         return f"reference: {reason}"

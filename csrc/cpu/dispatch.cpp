@@ -7,17 +7,26 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace {
 
-using pk::Kernels;
+using namespace pk;
 
 bool always() { return true; }
 #if defined(__x86_64__)
-// __builtin_cpu_supports asks the operating system too (xgetbv), so a level it confirms can be used.
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+// __builtin_cpu_supports asks the operating system too (xgetbv), so a level it confirms can be used. Clang's does not know f16c, which needs
+// of the system what AVX needs.
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
@@ -47,40 +56,25 @@ const Kernels* current = best_level();
 
 int threads_or_default(int threads) {
 #if defined(_OPENMP)
-  return threads > 0 ? threads : omp_get_max_threads();
+  const int wanted = threads > 0 ? threads : omp_get_max_threads();
+  return wanted < MOST_THREADS ? wanted : MOST_THREADS;
 #else
   return 1;
 #endif
 }
 
-bool bad_dtype(int dtype) { return dtype != PK_F32 && dtype != PK_BF16 && dtype != PK_F16; }
-bool bad_block(int64_t size, int64_t low, int64_t high) { return size < low || size > high || (size & (size - 1)); }
-
-int check_weight(const pk_weight* w) {
-  if (!w || !w->data) return PK_ERR_NULL;
-  if (w->n < 0 || w->k < 1) return PK_ERR_SHAPE;
-  if (!w->code) return bad_dtype(w->dtype) ? PK_ERR_DTYPE : PK_OK;
-  if (bad_block(w->blocksize, 32, 4096)) return PK_ERR_BLOCKSIZE;
-  if (w->absmax) return PK_OK;
-  if (!w->absmax_8bit || !w->absmax_code || !w->nested_absmax || !w->absmax_offset) return PK_ERR_NULL;
-  return bad_block(w->nested_blocksize, 1, 1 << 30) ? PK_ERR_BLOCKSIZE : PK_OK;
-}
-
-int check_lora(const pk_lora* l) {
-  if (!l) return PK_ERR_NULL;
-  if (l->r == 0) return PK_OK;
-  if (l->r < 0 || l->r > 256 || l->dropout_threshold > 65536) return PK_ERR_SHAPE;
-  if (!l->lora_a || !l->lora_b) return PK_ERR_NULL;
-  return bad_dtype(l->dtype) ? PK_ERR_DTYPE : PK_OK;
-}
+// Scratch begins at the next cache line, wherever the caller's does: its bytes hold as many more.
+constexpr int64_t LINE = 64;
+float* aligned(void* scratch) { return (float*)(((uintptr_t)scratch + LINE - 1) / LINE * LINE); }
+int64_t bytes_of(int64_t floats) { return floats * (int64_t)sizeof(float) + LINE - 1; }
 
 int64_t gemv_floats(int64_t m, int64_t n, int64_t k, int64_t r) { return 2 * m * k + r * (k + n) + n; }
 
-int64_t group_scratch_bytes(const pk::Group& g, int64_t m, int threads) {
+int64_t group_floats(const Group& g, int64_t m, int threads) {
   const int64_t forward = g.forward_plan(m, current->lanes, threads).total;
   // A backward pass without dx runs on the plan without base products.
   const int64_t with_dx = g.backward_plan(m, true, current->lanes, threads).total, without = g.backward_plan(m, false, current->lanes, threads).total;
-  return pk::largest(forward, pk::largest(with_dx, without)) * (int64_t)sizeof(float);
+  return largest(forward, largest(with_dx, without));
 }
 
 // One linear as a group of one; without a base product where w is null.
@@ -93,74 +87,49 @@ struct Single {
     adapter.lora = lora;
     adapter.row_end = m;
   }
-  pk::Group group() const { return {&member, 1, &adapter, adapter.lora.r ? 1 : 0}; }
+  Group group() const { return {&member, 1, &adapter, adapter.lora.r ? 1 : 0}; }
 };
 
+// 0 for sizes that no call takes.
 int64_t single_scratch_bytes(bool base, int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
+  if (n < 1 || k < 1 || r < 0 || r > 256 || !matrix(m, n) || !matrix(m, k) || !matrix(n, k) || !matrix(largest(largest(m, n), k), r)) return 0;
   static const char some = 0;
   pk_weight w{};
   w.data = &some;
   pk_lora lora{};
   lora.r = r;
   lora.dropout_threshold = r != 0;  // room for a mask
-  const int64_t gemv = base && m <= 64 ? gemv_floats(m, n, k, r) * (int64_t)sizeof(float) : 0;
-  return pk::largest(gemv, group_scratch_bytes(Single(base ? &w : nullptr, lora, m, n, k).group(), m, threads));
-}
-
-int check_group(const pk::Group& g, int64_t m) {
-  if (!g.members || (g.adapter_count && !g.adapters)) return PK_ERR_NULL;
-  if (g.count < 1 || g.adapter_count < 0 || m < 0) return PK_ERR_SHAPE;
-  for (int64_t i = 0; i < g.count; i++) {
-    const pk_member& member = g.members[i];
-    if (member.weight.k != g.k() || (member.weight.data != nullptr) != g.base() || member.weight.n < 0 || g.k() < 1) return PK_ERR_SHAPE;
-    if (g.base())
-      if (int bad = check_weight(&member.weight)) return bad;
-    if (member.bias && bad_dtype(member.bias_dtype)) return PK_ERR_DTYPE;
-    if (member.scale && !g.base()) return PK_ERR_NULL;
-    if (member.norm && (!member.scale || !member.squares || !member.magnitude)) return PK_ERR_NULL;
-  }
-  int64_t normed = 0;
-  for (int64_t i = 0; i < g.count; i++) normed += g.members[i].norm != nullptr;
-  for (int64_t i = 0; i < g.adapter_count; i++) {
-    const pk_adapter& a = g.adapters[i];
-    if (int bad = check_lora(&a.lora)) return bad;
-    if (a.member < 0 || a.member >= g.count || a.row_begin < 0 || a.row_end < a.row_begin || a.row_end > m) return PK_ERR_SHAPE;
-    if (!g.members[a.member].norm) continue;
-    if (a.lora.r == 0) return PK_ERR_SHAPE;
-    for (int64_t j = 0; j < i; j++)
-      if (g.adapters[j].member == a.member) return PK_ERR_SHAPE;
-    normed--;
-  }
-  return normed ? PK_ERR_SHAPE : PK_OK;  // a norm is that of one adapter
+  const int64_t gemv = base && m <= 64 ? gemv_floats(m, n, k, r) : 0;
+  return bytes_of(largest(gemv, group_floats(Single(base ? &w : nullptr, lora, m, n, k).group(), m, threads)));
 }
 
 // single: one linear, whose caller was told a scratch by its sizes alone.
-int64_t needed_bytes(const pk::Group& g, int64_t m, int threads, bool single) {
+int64_t needed_bytes(const Group& g, int64_t m, int threads, bool single) {
   const int64_t r = g.adapter_count ? g.adapters[0].lora.r : 0;
-  return single ? single_scratch_bytes(g.base(), m, g.n(), g.k(), r, threads) : group_scratch_bytes(g, m, threads);
+  return single ? single_scratch_bytes(g.base(), m, g.n(), g.k(), r, threads) : bytes_of(group_floats(g, m, threads));
 }
 
-int group_forward(const pk::Group& g, const void* x, int dtype, int64_t m, void* scratch, int64_t bytes, int threads, bool single = false) {
+int group_forward(const Group& g, const void* x, int dtype, int64_t m, void* scratch, int64_t bytes, int threads, bool single = false) {
   if (int bad = check_group(g, m)) return bad;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m == 0 || g.n() == 0) return PK_OK;
   if (!x || !scratch) return PK_ERR_NULL;
   for (int64_t i = 0; i < g.count; i++)
-    if (!g.members[i].y) return PK_ERR_NULL;
+    if (g.members[i].weight.n && !g.members[i].y) return PK_ERR_NULL;
   for (int64_t i = 0; i < g.adapter_count; i++)
     if (g.adapters[i].lora.r && !g.adapters[i].xa && g.adapters[i].row_begin < g.adapters[i].row_end) return PK_ERR_NULL;
   if (bytes < needed_bytes(g, m, threads, single)) return PK_ERR_SCRATCH;
-  current->forward(g, x, dtype, m, (float*)scratch, threads);
+  current->forward(g, x, dtype, m, aligned(scratch), threads);
   return PK_OK;
 }
 
-int group_backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, void* scratch, int64_t bytes, int threads, bool single = false) {
+int group_backward(const Group& g, const void* x, int dtype, int64_t m, void* dx, void* scratch, int64_t bytes, int threads, bool single = false) {
   if (int bad = check_group(g, m)) return bad;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m < 1 || g.n() < 1) return PK_ERR_SHAPE;
   if (!scratch) return PK_ERR_NULL;
   for (int64_t i = 0; i < g.count; i++)
-    if (!g.members[i].dy || (g.members[i].d_scale && !g.members[i].u)) return PK_ERR_NULL;
+    if (g.members[i].weight.n && (!g.members[i].dy || (g.members[i].d_scale && !g.members[i].u))) return PK_ERR_NULL;
   for (int64_t i = 0; i < g.adapter_count; i++) {
     const pk_adapter& a = g.adapters[i];
     const bool rows = a.row_begin < a.row_end;
@@ -168,7 +137,7 @@ int group_backward(const pk::Group& g, const void* x, int dtype, int64_t m, void
     if ((a.d_lora_a && rows && (!x || !a.dyb)) || (a.d_lora_b && rows && !a.xa)) return PK_ERR_NULL;
   }
   if (bytes < needed_bytes(g, m, threads, single)) return PK_ERR_SCRATCH;
-  current->backward(g, x, dtype, m, dx, (float*)scratch, threads);
+  current->backward(g, x, dtype, m, dx, aligned(scratch), threads);
   return PK_OK;
 }
 
@@ -199,7 +168,7 @@ int pk_set_isa(const char* name) {
 
 int pk_quantize_4bit_cpu(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code, uint8_t* packed, float* absmax, int threads) {
   if (!w || !code || !packed || !absmax) return PK_ERR_NULL;
-  if (numel < 1) return PK_ERR_SHAPE;
+  if (numel < 1 || !matrix(numel, 1)) return PK_ERR_SHAPE;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (bad_block(blocksize, 32, 4096)) return PK_ERR_BLOCKSIZE;
   current->quantize(w, dtype, numel, blocksize, code, packed, absmax, threads_or_default(threads));
@@ -208,7 +177,7 @@ int pk_quantize_4bit_cpu(const void* w, int dtype, int64_t numel, int32_t blocks
 
 int pk_quantize_absmax_cpu(const float* absmax, int64_t count, int32_t blocksize, const float* code, uint8_t* out, float* nested, int threads) {
   if (!absmax || !code || !out || !nested) return PK_ERR_NULL;
-  if (count < 1) return PK_ERR_SHAPE;
+  if (count < 1 || !matrix(count, 1)) return PK_ERR_SHAPE;
   if (bad_block(blocksize, 1, 1 << 30)) return PK_ERR_BLOCKSIZE;
   current->quantize_absmax(absmax, count, blocksize, code, out, nested, threads_or_default(threads));
   return PK_OK;
@@ -216,9 +185,11 @@ int pk_quantize_absmax_cpu(const float* absmax, int64_t count, int32_t blocksize
 
 int pk_dequantize_4bit_cpu(const pk_weight* w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out, int dtype, int threads) {
   if (int bad = check_weight(w)) return bad;
-  if (!w->code || !out) return PK_ERR_NULL;
-  if (row < 0 || rows < 0 || row + rows > w->n || col < 0 || cols < 0 || col + cols > w->k) return PK_ERR_SHAPE;
+  if (!w->code) return PK_ERR_NULL;
+  if (row < 0 || rows < 0 || rows > w->n - row || col < 0 || cols < 0 || cols > w->k - col) return PK_ERR_SHAPE;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (rows == 0 || cols == 0) return PK_OK;
+  if (!out) return PK_ERR_NULL;
   current->dequantize(*w, row, rows, col, cols, out, dtype, threads_or_default(threads));
   return PK_OK;
 }
@@ -232,8 +203,8 @@ int64_t pk_lora_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r, int th
 }
 
 int64_t pk_qlora_group_scratch_bytes(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, int64_t m, int threads) {
-  const pk::Group g{members, count, adapters, adapter_count};
-  return check_group(g, m) == PK_OK ? group_scratch_bytes(g, m, threads_or_default(threads)) : 0;
+  const Group g{members, count, adapters, adapter_count};
+  return check_group(g, m) == PK_OK ? bytes_of(group_floats(g, m, threads_or_default(threads))) : 0;
 }
 
 int pk_qlora_group_fwd_cpu(const pk_member* members, int64_t count, const pk_adapter* adapters, int64_t adapter_count, const void* x, int dtype, int64_t m,
@@ -258,8 +229,8 @@ static int lora_forward(const pk_weight* w, const pk_lora* lora, const void* x, 
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m == 0 || n == 0) return PK_OK;
   if (!x || !y || !scratch || (lora->r && !xa)) return PK_ERR_NULL;
-  if (bytes < gemv_floats(m, n, k, lora->r) * (int64_t)sizeof(float)) return PK_ERR_SCRATCH;
-  current->gemv(*w, *lora, x, dtype, m, bias, bias_dtype, y, xa, (float*)scratch, threads);
+  if (bytes < bytes_of(gemv_floats(m, n, k, lora->r))) return PK_ERR_SCRATCH;
+  current->gemv(*w, *lora, x, dtype, m, bias, bias_dtype, y, xa, aligned(scratch), threads);
   return PK_OK;
 }
 
@@ -297,19 +268,17 @@ int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, int dtyp
 }
 
 int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads) {
+  if (!matrix(m, k) || threshold > 65536) return PK_ERR_SHAPE;
+  if (m == 0 || k == 0) return PK_OK;
   if (!mask) return PK_ERR_NULL;
-  if (m < 0 || k < 0 || threshold > 65536) return PK_ERR_SHAPE;
   current->dropout_mask(m, k, threshold, seed, mask, threads_or_default(threads));
   return PK_OK;
 }
 
 static int glu(const pk_glu* a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n, int activation, const void* dy, void* h, int threads) {
-  if (!a) return PK_ERR_NULL;
-  if (m < 0 || n < 0 || activation < PK_SILU || activation > PK_GELU_TANH) return PK_ERR_SHAPE;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (int bad = check_glu(a, d, dtype, m, n, activation)) return bad;
   if (m == 0 || n == 0) return PK_OK;
-  if (!a->gate || !a->up || (d ? !d->d_gate || !d->d_up || !dy : !h)) return PK_ERR_NULL;
-  if (m > 1 && (a->ld_gate < n || a->ld_up < n || (d && (d->ld_d_gate < n || d->ld_d_up < n)))) return PK_ERR_SHAPE;
+  if (d ? !dy : !h) return PK_ERR_NULL;
   current->glu(*a, d, dtype, m, n, activation, dy, h, threads_or_default(threads));
   return PK_OK;
 }
@@ -322,20 +291,15 @@ int pk_glu_bwd_cpu(const pk_glu* operands, const pk_glu_grad* grads, int dtype, 
 }
 
 int64_t pk_rms_norm_scratch_bytes(int64_t m, int64_t n, int with_d_weight) {
-  return n * (1 + (with_d_weight ? pk::norm_tasks(m) : 0)) * (int64_t)sizeof(float);
-}
-static int check_norm(const pk_rms_norm* a) {
-  if (!a) return PK_ERR_NULL;
-  if (a->m < 0 || a->n < 1 || (a->m > 1 && a->ld_x < a->n) || (a->cast != PK_CAST_LLAMA && a->cast != PK_CAST_GEMMA)) return PK_ERR_SHAPE;
-  if (bad_dtype(a->dtype) || bad_dtype(a->weight_dtype) || (a->y_dtype != a->dtype && a->y_dtype != PK_F32)) return PK_ERR_DTYPE;
-  return PK_OK;
+  if (n < 1 || !matrix(m, n)) return 0;
+  return bytes_of(n * (1 + (with_d_weight ? norm_tasks(m) : 0)));
 }
 int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scratch, int64_t bytes, int threads) {
   if (int bad = check_norm(norm)) return bad;
   if (norm->m == 0) return PK_OK;
   if (!norm->x || !norm->weight || !y || !rstd || !scratch) return PK_ERR_NULL;
   if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
-  current->rms_norm(*norm, nullptr, nullptr, y, rstd, (float*)scratch, threads_or_default(threads));
+  current->rms_norm(*norm, nullptr, nullptr, y, rstd, aligned(scratch), threads_or_default(threads));
   return PK_OK;
 }
 int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight, void* scratch, int64_t bytes, int threads) {
@@ -343,16 +307,18 @@ int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rs
   if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
   if (!norm->x || !norm->weight || !dy || !rstd || !scratch) return PK_ERR_NULL;
   if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
-  current->rms_norm_grad(*norm, dy, nullptr, rstd, dx, d_weight, (float*)scratch, threads_or_default(threads));
+  current->rms_norm_grad(*norm, dy, nullptr, rstd, dx, d_weight, aligned(scratch), threads_or_default(threads));
   return PK_OK;
 }
 
 int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos, const void* sin,
                 int angle_dtype, int64_t angle_batch, int64_t rotary, int inverse, int threads) {
   if (!q || !k) return PK_ERR_NULL;
-  if (batch < 0 || seq < 0 || dim < 0 || rotary < 0 || rotary > dim || rotary % 2 || q->heads < 0 || k->heads < 0) return PK_ERR_SHAPE;
+  if (rotary < 0 || rotary > dim || rotary % 2 || !reaches(batch, angle_batch)) return PK_ERR_SHAPE;
+  if (int bad = check_heads(*q, batch, seq, dim)) return bad;
+  if (int bad = check_heads(*k, batch, seq, dim)) return bad;
   if (bad_dtype(dtype) || bad_dtype(angle_dtype)) return PK_ERR_DTYPE;
-  if (batch == 0 || seq == 0 || dim == 0) return PK_OK;
+  if (batch == 0 || seq == 0 || dim == 0 || q->heads + k->heads == 0) return PK_OK;
   if ((q->heads && (!q->x || !q->y)) || (k->heads && (!k->x || !k->y)) || (rotary && (!cos || !sin))) return PK_ERR_NULL;
   const pk_rope_heads both[2] = {*q, *k};
   current->rope(both, dtype, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse, threads_or_default(threads));
@@ -361,7 +327,7 @@ int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64
 
 int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
                          const float* row_scale, float softcap, float label_smoothing, float z_loss, float* loss, int gradient, int threads) {
-  if (m < 0 || n < 1 || width < 1) return PK_ERR_SHAPE;
+  if (n < 1 || width < 1 || !matrix(m, n)) return PK_ERR_SHAPE;
   if (m == 0) return PK_OK;
   if (!logits || !labels || !loss) return PK_ERR_NULL;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
@@ -372,11 +338,6 @@ int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t 
   return PK_OK;
 }
 
-static int check_scale(const void* u, int dtype, int64_t m, int64_t n, const float* scale) {
-  if (m < 0 || n < 0) return PK_ERR_SHAPE;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
-  return m && n && (!u || !scale) ? PK_ERR_NULL : PK_OK;
-}
 int pk_scale_columns_fwd_cpu(const void* u, int dtype, int64_t m, int64_t n, const float* scale, const float* bias, void* y, int threads) {
   if (int bad = check_scale(u, dtype, m, n, scale)) return bad;
   if (m == 0 || n == 0) return PK_OK;
@@ -408,7 +369,7 @@ int pk_add_rms_norm_fwd_cpu(const pk_rms_norm* norm, const void* residual, void*
   if (norm->m == 0) return PK_OK;
   if (!norm->x || !norm->weight || !residual || !s || !y || !rstd || !scratch) return PK_ERR_NULL;
   if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
-  current->rms_norm(*norm, residual, s, y, rstd, (float*)scratch, threads_or_default(threads));
+  current->rms_norm(*norm, residual, s, y, rstd, aligned(scratch), threads_or_default(threads));
   return PK_OK;
 }
 int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void* ds, const float* rstd, void* d_sum, float* d_weight, void* scratch,
@@ -417,13 +378,13 @@ int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void*
   if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
   if (!norm->x || !norm->weight || !dy || !ds || !d_sum || !rstd || !scratch) return PK_ERR_NULL;
   if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
-  current->rms_norm_grad(*norm, dy, ds, rstd, d_sum, d_weight, (float*)scratch, threads_or_default(threads));
+  current->rms_norm_grad(*norm, dy, ds, rstd, d_sum, d_weight, aligned(scratch), threads_or_default(threads));
   return PK_OK;
 }
 
 int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n, int64_t r, float scaling, const float* squares,
                      const float* magnitude, float* norm, float* scale, int threads) {
-  if (n < 0 || r < 1 || r > 256) return PK_ERR_SHAPE;
+  if (r < 1 || r > 256 || !matrix(n, r)) return PK_ERR_SHAPE;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (n == 0) return PK_OK;
   if (!cross || !gram || !lora_b || !squares || !magnitude || !norm || !scale) return PK_ERR_NULL;

@@ -72,6 +72,10 @@ static inline uint64_t mask_bits(vh even, vh odd) {
 constexpr int BATCH = 8 * COUNTERS, BATCHES = VW == 16 ? 1 : 2;
 constexpr int64_t DRAW = BATCH * BATCHES;
 
+// A counter's halves side by side, in the order in which `mask_bits` wants the counters.
+template <int HALF>
+constexpr int draw_order(int i) { return (VW == 8 ? i / 2 * 2 + HALF : HALF * COUNTERS / 2 + i / 2) + (i & 1) * COUNTERS; }
+
 // Bit i: element 8 * group + i of the row is kept.
 static inline __attribute__((always_inline)) uint64_t draw(const Draws& d, uint32_t group, uint32_t row) {
   vq c0[BATCHES], c1[BATCHES], c2[BATCHES], c3[BATCHES];
@@ -94,11 +98,8 @@ static inline __attribute__((always_inline)) uint64_t draw(const Draws& d, uint3
   for (int b = 0; b < BATCHES; b++) {
     const vq first = (c0[b] & 0xffffffffu) | c1[b] << 32, second = (c2[b] & 0xffffffffu) | c3[b] << 32;  // a counter's two halves
     vh keep[2];
-    for (int half = 0; half < 2; half++) {
-      vq order;
-      for (int i = 0; i < COUNTERS; i++) order[i] = (uint64_t)((VW == 8 ? i / 2 * 2 + half : half * COUNTERS / 2 + i / 2) + (i & 1) * COUNTERS);
-      keep[half] = (vh)((vh)__builtin_shuffle(first, second, order) >= d.threshold);
-    }
+    keep[0] = (vh)((vh)shuffle<draw_order<0>>(first, second) >= d.threshold);
+    keep[1] = (vh)((vh)shuffle<draw_order<1>>(first, second) >= d.threshold);
     bits |= mask_bits(keep[0], keep[1]) << b * (BATCH % 64);
   }
   return bits;

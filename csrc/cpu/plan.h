@@ -45,8 +45,8 @@ static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, co
   p.mc = round_up(ceil_div(rows, ceil_div(rows, limit)), lanes);
   p.ldc = p.mc + PAD;
   // Equal tasks, a whole number of them for each thread.
-  const int64_t rounds = ceil_div(outputs, threads * MAX_BLOCK);
-  p.block = round_up(ceil_div(outputs, threads * rounds), unit);
+  const int64_t rounds = largest(1, ceil_div(outputs, threads * MAX_BLOCK));
+  p.block = largest(unit, round_up(ceil_div(outputs, threads * rounds), unit));
   if (p.block > MAX_BLOCK) p.block = MAX_BLOCK;
   p.decoded_size = round_up(largest(p.block * LD_FWD, KC * (p.block + PAD)), ALIGN);
   p.c_size = round_up(p.block * p.ldc, ALIGN);
@@ -64,7 +64,7 @@ static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, co
   p.gram_at = take(held.gram);
   p.own_at = take(p.own_size * threads);
   const int64_t mask_ld = round_up(outputs, 64) / 8;
-  p.mask_ld = held.dropped_rows && held.dropped_rows * mask_ld <= MASK_BYTES ? mask_ld : 0;
+  p.mask_ld = held.dropped_rows && mask_ld <= MASK_BYTES / held.dropped_rows ? mask_ld : 0;
   p.mask_at = take(held.dropped_rows * p.mask_ld / 4);
   p.total = at;
   return p;

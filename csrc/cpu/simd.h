@@ -1,8 +1,10 @@
 // One SIMD vocabulary for every CPU level: each ISA's translation unit includes this with its own flags and PK_NS.
-// A vector holds VW floats. What GCC's vector extensions can say portably is said so; the rest is one intrinsic a function.
+// A vector holds VW floats. What the vector extensions of GCC and Clang can say portably is said so; the rest is one intrinsic a function.
 #pragma once
 #include <stdint.h>
 #include <string.h>
+
+#include <utility>
 
 #if defined(PK_AVX512) && !defined(PK_SIMDE)
 #include <immintrin.h>
@@ -134,17 +136,30 @@ static inline void storex(f16* p, vf v) {
 #endif
 }
 
+// ---- shuffles of two vectors, by a rule known at compile time: lane l of the result is lane RULE(l) of x, y. Clang wants the numbers as
+// arguments, GCC before 12 as a vector.
+template <int (*RULE)(int), typename V, int... L>
+static inline V shuffle_lanes(V x, V y, std::integer_sequence<int, L...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, RULE(L)...);
+#else
+  typedef decltype(x > y) Index;
+  return __builtin_shuffle(x, y, Index{RULE(L)...});
+#endif
+}
+template <int (*RULE)(int), typename V>
+static inline V shuffle(V x, V y) { return shuffle_lanes<RULE>(x, y, std::make_integer_sequence<int, (int)(sizeof(V) / sizeof(x[0]))>{}); }
+
 // ---- a VW x VW transpose in registers: log2(VW) rounds of two-input shuffles
 template <int S>
+constexpr int low_lane(int l) { return l & S ? VW + l - S : l; }
+template <int S>
+constexpr int high_lane(int l) { return l & S ? VW + l : l + S; }
+template <int S>
 static inline void exchange(vf& a, vf& b) {
-  vi low, high;
-  for (int l = 0; l < VW; l++) {
-    low[l] = l & S ? VW + l - S : l;
-    high[l] = l & S ? VW + l : l + S;
-  }
-  vf x = a, y = b;
-  a = __builtin_shuffle(x, y, low);
-  b = __builtin_shuffle(x, y, high);
+  const vf x = a, y = b;
+  a = shuffle<low_lane<S>>(x, y);
+  b = shuffle<high_lane<S>>(x, y);
 }
 template <int S>
 static inline void transpose_round(vf* r) {

@@ -1,14 +1,20 @@
 /* peftkern: the C ABI. No framework, no allocation, no exceptions; every call returns a pk_status.
  *
- * Sizes are in elements unless they say bytes. Matrices are row-major. `threads` <= 0 takes OpenMP's current number.
- * The caller owns every buffer; inputs are never written. Names: x, y, dy, dx activations and gradients; M tokens,
- * N out_features, K in_features, R rank. SPDX-License-Identifier: Apache-2.0 */
+ * Sizes are in elements unless they say bytes. Matrices are row-major. `threads` <= 0 takes OpenMP's current number; at most
+ * 4096 are used. The caller owns every buffer; inputs are never written. Names: x, y, dy, dx activations and gradients;
+ * M tokens, N out_features, K in_features, R rank. SPDX-License-Identifier: Apache-2.0
+ *
+ * Alignment: a buffer of a dtype lies at a multiple of that dtype's size; scratch may begin at any byte.
+ * Sizes: an operand has at most 2^47 elements, and the adapters of a group have at most 2^20 ranks together: what is larger,
+ * or negative, is PK_ERR_SHAPE, and pk_*_scratch_bytes is 0. M = 0 and N = 0 are nothing to do in every forward function
+ * (PK_OK; a buffer without elements may be NULL, a weight may not); K = 0 is PK_ERR_SHAPE, and so are M = 0 and N = 0 in the
+ * linears' backward functions, whose results the caller then knows: zeros. */
 #ifndef PEFTKERN_H
 #define PEFTKERN_H
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 4
+#define PEFTKERN_ABI_VERSION 5
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))

@@ -126,7 +126,7 @@ def _patterns(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
 
 def _kernels(found: list[Candidate]) -> str:
     weight = next(tensor for item in found if item.row.reason is None for tensor in item.module.parameters())
-    return backends.available(backends.select(weight))[1]
+    return backends.served_by(weight)[1]
 
 
 def _nothing(model: nn.Module, found: list[Candidate]) -> str:

@@ -74,6 +74,11 @@ _NORM = {
 }
 
 
+def _scratch(lib: ctypes.CDLL, with_d_weight: bool) -> int:
+    lib.pk_rms_norm_scratch_bytes.restype = ctypes.c_int64
+    return lib.pk_rms_norm_scratch_bytes(i64(M), i64(N), int(with_d_weight))
+
+
 def _norm(lib: ctypes.CDLL, backward: bool, *, out=AT, rstd=AT, scratch=AT, size=4096, d_weight=None, **fields) -> int:
     norm = ctypes.byref(CRmsNorm(**(_NORM | fields)))
     if backward:
@@ -88,9 +93,9 @@ def test_rms_norm_refuses(lib: ctypes.CDLL, backward: bool) -> None:
     assert [_norm(lib, backward, **change) for change in ({"m": -1}, {"n": 0}, {"ld_x": N - 1}, {"cast": 2}, {"cast": -1})] == [SHAPE] * 5
     assert [_norm(lib, backward, **{name: 3}) for name in ("dtype", "weight_dtype", "y_dtype")] == [DTYPE] * 3
     assert _norm(lib, backward, dtype=1, y_dtype=2) == DTYPE
-    assert _norm(lib, backward, size=4 * N - 1) == SCRATCH
+    assert [_norm(lib, backward, size=_scratch(lib, False) - short) for short in (1, 0)] == [SCRATCH, OK]
     if backward:
-        assert _norm(lib, backward, d_weight=AT, size=4 * N) == SCRATCH and _norm(lib, backward, d_weight=AT, size=8 * N) == OK
+        assert [_norm(lib, True, d_weight=AT, size=_scratch(lib, True) - short) for short in (1, 0)] == [SCRATCH, OK]
 
 
 def _add_norm(
@@ -111,9 +116,9 @@ def test_add_rms_norm_refuses(lib: ctypes.CDLL, backward: bool) -> None:
     bad = ({"m": -1}, {"n": 0}, {"ld_x": N - 1}, {"cast": 2}, {"cast": -1})
     assert [_add_norm(lib, backward, **change) for change in bad] == [SHAPE] * 5
     assert [_add_norm(lib, backward, **{name: 3}) for name in ("dtype", "weight_dtype", "y_dtype")] == [DTYPE] * 3
-    assert _add_norm(lib, backward, size=4 * N - 1) == SCRATCH
+    assert [_add_norm(lib, backward, size=_scratch(lib, False) - short) for short in (1, 0)] == [SCRATCH, OK]
     if backward:
-        assert _add_norm(lib, True, d_weight=AT, size=4 * N) == SCRATCH and _add_norm(lib, True, d_weight=AT, size=8 * N) == OK
+        assert [_add_norm(lib, True, d_weight=AT, size=_scratch(lib, True) - short) for short in (1, 0)] == [SCRATCH, OK]
         assert _add_norm(lib, True, d_weight=AT, m=0) == SHAPE
 
 
