@@ -69,3 +69,11 @@ def calls(monkeypatch):
         monkeypatch.setattr(functional, name, count_mlp(getattr(functional, name)))
     monkeypatch.setattr(functional, "lora_add", counted_add)
     return counter
+
+
+@pytest.fixture
+def loss_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The keyword arguments of every call of the fused loss."""
+    seen, original = [], functional.linear_cross_entropy
+    monkeypatch.setattr(functional, "linear_cross_entropy", lambda *a, **k: (seen.append(k), original(*a, **k))[1])
+    return seen
