@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from typing import Any
 
@@ -92,9 +91,6 @@ def main(args: argparse.Namespace) -> int:
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
     try:
         config = FinetuneConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-        if not config.patch:
-            # Plain means plain: the hook by which installing peftkern speeds up bitsandbytes stays out as well.
-            os.environ.setdefault("PEFTKERN_BNB_BACKEND", "0")
         result = finetune(config)
         print(summary(result))
         if config.compare:

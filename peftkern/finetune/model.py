@@ -16,6 +16,7 @@ from .config import SAMPLE, FinetuneConfig
 from .errors import InputError
 from .memory import mapped_allocations
 from .sample import sample_model_file
+from .stock import prepare_stock
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,6 +117,8 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
         import peftkern
 
         print(peftkern.patch(model).summary, file=sys.stderr)
+    else:
+        prepare_stock(model)
     return model
 
 

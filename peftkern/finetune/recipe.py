@@ -18,6 +18,7 @@ from .errors import InputError, require
 from .folder import RunFolder, open_run, read_record
 from .generation import generate
 from .memory import out_of_memory, peak_memory
+from .stock import stock_kernels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,7 +57,7 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     require(*_EXTRA, *(() if config.quantization == "none" else ("bitsandbytes",)))
     config = config.resolved()
     # The folder comes first, before libraries that take seconds to import: whoever comes second learns it at once.
-    with open_run(config) as folder, warnings.catch_warnings(), _memory_errors(config):
+    with open_run(config) as folder, warnings.catch_warnings(), _memory_errors(config), stock_kernels(config):
         _calm_libraries(quiet or not sys.stderr.isatty())
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return _Run(config, folder, quiet).execute()

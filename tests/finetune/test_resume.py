@@ -21,11 +21,11 @@ STEPS = 9
 
 @pytest.fixture
 def options(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Dropout, accumulation and an epoch's end after six steps, so that the random state and the place in the data matter."""
+    """Our kernels; dropout, accumulation and an epoch's end after six steps, so that the random state and the place in the data matter."""
     data = tmp_path / "text.txt"
     data.write_text(Path(options["data"]).read_text()[:12000])
     changes = {"data": str(data), "steps": STEPS, "save_steps": 3, "dropout": 0.1, "grad_accumulation": 2, "seq_length": 256}
-    return options | changes | {"batch_size": 4}
+    return options | changes | {"batch_size": 4, "patch": True}
 
 
 def run(options: dict[str, Any], **changes: Any) -> FinetuneResult:
@@ -77,6 +77,16 @@ def unbroken(options: dict[str, Any], tmp_path: Path, unbroken_cache: dict[str, 
         unbroken_cache["losses"] = losses(output)
         assert [row[0] for row in unbroken_cache["losses"]] == list(range(1, STEPS + 1))
     return unbroken_cache
+
+
+def test_a_resumed_stock_run_equals_the_unbroken_one(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before either training there is an evaluation, or none: a stock layer must train the same after both."""
+    whole = run(options, patch=False, output=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        break_at(patch, 3)
+        run(options, patch=False)
+    resumed = run(options, patch=False, resume=True)
+    assert losses(resumed.output) == losses(whole.output) and resumed.perplexity_after == whole.perplexity_after
 
 
 def test_kill_after_the_last_step_trains_no_further(
