@@ -30,11 +30,13 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "dropout": (float, "LoRA dropout"),
         "targets": (str, "names of the layers to adapt, or all-linear"),
         "rslora": (bool, "scale by alpha / sqrt(r)"),
+        "dora": (bool, "DoRA: also learn the magnitude of each row of the weights"),
     },
     "base": {
         "quantization": (str, "nf4, fp4 or none"),
         "double_quant": (bool, "quantize the block maxima as well"),
         "dtype": (str, "auto, bf16, fp16 or fp32; auto is bf16 where the hardware has it"),
+        "trust_remote_code": (bool, "run Python code that the model brings along: only for authors you trust"),
         "patch": (bool, "use peftkern's kernels; --no-patch runs plain PEFT and bitsandbytes"),
     },
     "training": {

@@ -9,9 +9,10 @@ from typing import Any
 
 from .errors import InputError
 
-__all__ = ["SAMPLE", "FinetuneConfig"]
+__all__ = ["ALL_LINEAR", "SAMPLE", "FinetuneConfig"]
 
 SAMPLE = "sample"
+ALL_LINEAR = "all-linear"
 
 # What the sample model needs on 2 CPU cores to finish within five minutes, and what suits a model of some billions.
 _SAMPLE_DEFAULTS = {
@@ -64,11 +65,13 @@ class FinetuneConfig:
     r: int = 16
     alpha: float | None = None
     dropout: float = 0.0
-    targets: str | tuple[str, ...] = ("all-linear",)
+    targets: str | tuple[str, ...] = (ALL_LINEAR,)
     rslora: bool = False
+    dora: bool = False
     quantization: str = "nf4"
     double_quant: bool = True
     dtype: str = "auto"
+    trust_remote_code: bool = False
     seq_length: int | None = None
     packing: bool | None = None
     batch_size: int | None = None
@@ -108,6 +111,9 @@ class FinetuneConfig:
             raise InputError("give --resume (go on) or --overwrite (start again), not both")
         if self.compare and not self.patch:
             raise InputError("--compare sets peftkern against the unpatched libraries: drop --no-patch")
+        if ALL_LINEAR in self.targets and len(self.targets) > 1:
+            others = " ".join(target for target in self.targets if target != ALL_LINEAR)
+            raise InputError(f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep {others}")
         if not self._on_sample() and not self.eval_data and not self.eval_fraction:
             raise InputError("nothing to evaluate on: give --eval-data, or an --eval-fraction above 0")
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..files import atomic_directory, cache_dir
-from .config import SAMPLE, FinetuneConfig
+from .config import ALL_LINEAR, SAMPLE, FinetuneConfig
+from .conversion import dense_folder
 from .errors import InputError
+from .loading import check_folder, load_errors, require_all_weights
 from .memory import mapped_allocations
 from .sample import sample_model_file
 from .stock import prepare_stock
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["compute_dtype", "dense_folder", "load_model", "load_tokenizer", "resolve_model"]
+__all__ = ["compute_dtype", "load_base", "load_model", "load_tokenizer", "resolve_model"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -47,63 +45,62 @@ def resolve_model(model: str) -> str:
     if model == SAMPLE:
         return str(dense_folder(sample_model_file()))
     path = Path(model)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"--model {model}: no such file")
         return str(dense_folder(path))
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"--model {model}: this folder has no config.json: give a folder that save_pretrained wrote, or a .gguf file")
+    if path.is_dir():
+        check_folder(model, path)
+    elif path.exists():
+        raise InputError(f"--model {model} is a file, but no .gguf file: give the folder that holds it, with its config.json and tokenizer")
     return model
 
 
-def dense_folder(gguf: Path) -> Path:
-    """Convert a GGUF file to a dense bf16 safetensors folder in the cache, once."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_dir() / "models" / f"{gguf.stem}-{key}"
-    if folder.is_dir():
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print(f"Converting {gguf.name} to safetensors (once) ...", file=sys.stderr)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # Left in place it would have the folder loaded as GGUF again.
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
-    with atomic_directory(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer; one without an end-of-sequence token cannot mark where texts end."""
     from transformers import AutoTokenizer
 
-    with _load_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    with load_errors(path, path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of {path} has no eos_token: set one in its tokenizer_config.json")
     return tokenizer
 
 
-def load_model(path: str, config: FinetuneConfig) -> PeftModel:
-    """Load `path` quantized on the fly, tensor by tensor, add the LoRA adapter and, with --patch, peftkern's kernels."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, set_seed
+def load_base(path: str, config: FinetuneConfig) -> PreTrainedModel:
+    """Load `path` quantized on the fly, tensor by tensor; raises InputError unless every weight is in its files."""
+    from transformers import AutoModelForCausalLM
 
     dtype = compute_dtype(config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _load_errors(config.model), mapped_allocations():
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **_quantization(config, dtype))
-    targets: Any = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
+    with load_errors(config.model, path), mapped_allocations():
+        base, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **_quantization(config, dtype),
+        )
+    unused = require_all_weights(config.model, base, report)
+    if unused:
+        print(unused, file=sys.stderr)
+    return base
+
+
+def load_model(path: str, config: FinetuneConfig) -> PeftModel:
+    """Load the base model, add the LoRA adapter and, with --patch, peftkern's kernels."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    base = load_base(path, config)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=targets,
+        target_modules=_targets(base, config),
         use_rslora=config.rslora,
+        use_dora=config.dora,
         task_type="CAUSAL_LM",
     )
     set_seed(config.seed)
@@ -122,13 +119,17 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
     return model
 
 
-@contextlib.contextmanager
-def _load_errors(model: str) -> Iterator[None]:
-    """The ways in which transformers says that there is no such model, or none that it knows."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {model} could not be loaded: {error}") from error
+def _targets(base: PreTrainedModel, config: FinetuneConfig) -> str | list[str]:
+    """PEFT's `target_modules` for --targets, each of which must be there: PEFT itself is content with one of several."""
+    if config.targets == (ALL_LINEAR,):
+        return ALL_LINEAR
+    names = [name for name, _ in base.named_modules()]
+    absent = [target for target in config.targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if absent:
+        linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        there = ", ".join(sorted(linear)) or "no linear layer"
+        raise InputError(f"--targets {' '.join(absent)}: {config.model} has no layer of that name; it has {there}")
+    return list(config.targets)
 
 
 def _quantization(config: FinetuneConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class _Run:
         from .trainer import make_trainer
 
         path = resolve_model(self.config.model)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, trust_remote_code=self.config.trust_remote_code)
         inputs = prepare(self.config, train, evaluations, tokenizer)
         self.prompt = inputs.prompt
         model = load_model(path, self.config)
