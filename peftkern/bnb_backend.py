@@ -244,6 +244,10 @@ def _weight(
 
 
 def _linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    n, k = weight.shape
+    if x.shape[-1:] != (k,):  # bitsandbytes' own product is torch's, whose error callers know
+        rows = tuple(x.shape) if x.dim() < 2 else (x.shape[:-1].numel(), x.shape[-1])
+        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({'x'.join(map(str, rows))} and {k}x{n})")
     with torch.no_grad():  # the autograd of these ops is bitsandbytes'
         return functional.linear_4bit(x, weight, bias)
 

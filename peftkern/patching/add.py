@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional
 from . import mixed
 from .forwards import Adapter, Forward, _adapter, _autocast_off, _low_rank, _served, active_adapters
+from .plans import branch_operands
 from .weights import FLOATS, autocast_dtype
 
 __all__ = ["FORWARDS", "LoraAddForward", "reason_against"]
@@ -101,8 +102,8 @@ def _plain(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
 
 def _added(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     bias = None if adapter.b.bias is None else adapter.scaling * adapter.b.bias
-    options = dict(scaling=adapter.scaling, dropout_p=adapter.dropout_p)
-    return functional.lora_add(y, x, adapter.a.weight, adapter.b.weight, bias, **options)
+    lora_a, lora_b, scaling = branch_operands(adapter.a.weight, adapter.b.weight, adapter.scaling)
+    return functional.lora_add(y, x, lora_a, lora_b, bias, scaling=scaling, dropout_p=adapter.dropout_p)
 
 
 def _result_dtype(layer: nn.Module, base: torch.dtype) -> torch.dtype:

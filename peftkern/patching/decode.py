@@ -37,7 +37,7 @@ class Ready:
         """Each linear's result; None where the call has to be computed as any other."""
         if not _serves(x):
             return None
-        signature: list[Any] = [x.dtype, x.numel()]
+        signature: list[Any] = [x.dtype, x.numel(), x.shape[-1]]
         for linear in self.linears:
             part = linear.signature()
             if part is None:
@@ -55,11 +55,12 @@ class Ready:
 
 
 def _serves(x: Tensor) -> bool:
-    if not x.is_cpu or x.dim() == 0 or x.numel() > _MOST_ROWS * x.shape[-1] or not unobserved(x):
+    shape = x.shape
+    if not shape or shape.numel() > _MOST_ROWS * shape[-1] or not x.is_cpu or not unobserved(x):
         return False
     return not torch.is_autocast_enabled("cpu") and backends.select(x) == "cpu"
 
 
 def address_of(tensor: Tensor | None) -> tuple | None:
-    """Where a tensor lies and how. While someone holds its memory nothing else has that address."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape)
+    """Where a tensor lies and how: a call that reads its address, and no copy of it, reads the same numbers as long as this is equal."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous())

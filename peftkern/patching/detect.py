@@ -12,7 +12,7 @@ from . import add
 from .dora import active_dora
 from .forwards import Forward, LinearForward, LoraForward, active_adapters, find, has_hooks
 from .report import Row
-from .weights import FLOATS, is_4bit, repacked, slow_products, unpack
+from .weights import FLOATS, forward_reason, is_4bit, repacked, slow_products, unpack
 
 __all__ = ["Candidate", "candidates", "excluded", "is_lora"]
 
@@ -131,11 +131,9 @@ def _forward_reason(layer: nn.Module) -> str | None:
 
 
 def _base_reason(base: nn.Module) -> str | None:
-    if not isinstance(base, nn.Linear):
-        return f"base layer is {type(base).__module__}.{type(base).__name__}, expected nn.Linear or bitsandbytes Linear4bit"
-    forward = type(base).forward
-    if forward is not nn.Linear.forward and not (is_4bit(base) and forward.__qualname__ == "Linear4bit.forward"):
-        return f"base layer's forward is {forward.__module__}.{forward.__qualname__}, expected nn.Linear's or Linear4bit's"
+    reason = forward_reason(base)
+    if reason:
+        return reason
     if has_hooks(base):
         return "a hook is registered on the base layer"
     return _replaced(base)

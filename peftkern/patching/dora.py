@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .plans import scaling_of
+
 __all__ = ["DoraAdapter", "active_dora", "drops"]
 
 
@@ -15,7 +17,7 @@ class DoraAdapter(NamedTuple):
     a: nn.Linear
     b: nn.Linear
     dropout: nn.Module | None
-    scaling: float
+    scaling: float | Tensor
     magnitude: Tensor
 
 
@@ -37,7 +39,7 @@ def active_dora(layer: nn.Module) -> DoraAdapter | str:
     if a.weight.dtype != b.weight.dtype or a.weight.shape[0] > 256:
         return f"lora_A {a.weight.dtype} of rank {a.weight.shape[0]}, lora_B {b.weight.dtype}: expected one dtype and a rank up to 256"
     acts = layer.training and not isinstance(dropout, nn.Identity)
-    return DoraAdapter(a, b, dropout if acts else None, layer.scaling[name], magnitude.weight)
+    return DoraAdapter(a, b, dropout if acts else None, scaling_of(layer, name), magnitude.weight)
 
 
 def drops(layer: nn.Module) -> bool:

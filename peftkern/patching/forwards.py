@@ -15,8 +15,8 @@ from . import dora, mixed
 from .decode import Ready, address_of
 from .hooks import has_hooks
 from .methods import Method, of_module
-from .plans import DoraPlan, Plan
-from .weights import Operands, WeightCache, autocast_dtype
+from .plans import DoraPlan, Plan, branch_operands, scaling_of
+from .weights import Operands, WeightCache, autocast_dtype, weight_of
 
 __all__ = ["Forward", "LinearForward", "LoraForward", "find", "install", "remove"]
 
@@ -104,13 +104,13 @@ class LinearForward(_PlannedForward):
 
 
 class Adapter(NamedTuple):
-    """One active vanilla adapter: its two linears, the dropout to apply now, its scaling."""
+    """One active vanilla adapter: its two linears, the dropout to apply now, its scaling (see `scaling_of`)."""
 
     a: nn.Linear
     b: nn.Linear
     dropout: nn.Module
     dropout_p: float
-    scaling: float
+    scaling: float | Tensor
 
 
 class LoraForward(_PlannedForward):
@@ -146,9 +146,9 @@ class LoraForward(_PlannedForward):
         base = None if isinstance(adapter, str) else self.cache.operands(layer.base_layer, x)
         if base is None or adapter.a.weight.device != x.device:
             return None
-        branch = functional.Adapter(adapter.a.weight, adapter.b.weight, adapter.scaling)
+        branch = functional.Adapter(*branch_operands(adapter.a.weight, adapter.b.weight, adapter.scaling))
         plan = Plan(functional.Member(base.weight, base.bias, [branch]), base.compute, base.result, _result_dtype(layer, base))
-        return DoraPlan(plan, adapter.magnitude, self.cache.squares(base.weight), adapter.dropout)
+        return DoraPlan(plan, adapter.magnitude, adapter.dropout)
 
     def plan(self, x: Tensor) -> Plan | None:
         layer = self.module
@@ -181,8 +181,10 @@ def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
         return None
     if b._parameters.get("bias") is not None:
         return None
-    weights = (address_of(module._parameters.get("weight")) for module in (a, b))
-    return (a, b, dropout, a._parameters.get("bias") is None, layer.scaling[name], *weights)
+    lora_a, lora_b = (address_of(module._parameters.get("weight")) for module in (a, b))
+    if lora_a is None or lora_b is None:  # what stands in a parameter's place may be another tensor at every call
+        return None
+    return a, b, dropout, a._parameters.get("bias") is None, scaling_of(layer, name), lora_a, lora_b
 
 
 def _active(layer: nn.Module) -> list[functional.Adapter] | None:
@@ -204,7 +206,7 @@ def _mixed(layer: nn.Module, x: Tensor, names: list[str]) -> list[functional.Ada
 
 
 def _operand(item: Adapter, rows: tuple[int, int] | None) -> functional.Adapter:
-    return functional.Adapter(item.a.weight, item.b.weight, item.scaling, item.dropout_p, None, rows)
+    return functional.Adapter(*branch_operands(weight_of(item.a), weight_of(item.b), item.scaling), item.dropout_p, None, rows)
 
 
 def _bias(layer: nn.Module, base: Operands, names: list[str]) -> Tensor | None:
@@ -235,17 +237,18 @@ def active_adapters(layer: nn.Module) -> list[Adapter] | str:
 def _adapter(layer: nn.Module, name: str) -> Adapter | str:
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__} is not vanilla LoRA"
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
+    a, b, dropout = (layer._modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or a._parameters.get("bias") is not None:
         return f"lora_A is {type(a).__name__}, lora_B is {type(b).__name__}, expected nn.Linear"
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return f"dropout is {type(dropout).__name__}, expected nn.Dropout"
     if has_hooks(a) or has_hooks(b) or has_hooks(dropout):
         return "a hook is registered on lora_A, lora_B or lora_dropout"
-    if a.weight.dtype != b.weight.dtype or a.weight.shape[0] > 256:
-        return f"lora_A {a.weight.dtype} of rank {a.weight.shape[0]}, lora_B {b.weight.dtype}: expected one dtype and a rank up to 256"
+    lora_a, lora_b = weight_of(a), weight_of(b)
+    if lora_a.dtype != lora_b.dtype or lora_a.shape[0] > 256:
+        return f"lora_A {lora_a.dtype} of rank {lora_a.shape[0]}, lora_B {lora_b.dtype}: expected one dtype and a rank up to 256"
     dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Adapter(a, b, dropout, dropout_p, layer.scaling[name])
+    return Adapter(a, b, dropout, dropout_p, scaling_of(layer, name))
 
 
 def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:

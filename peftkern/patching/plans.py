@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional
 
-__all__ = ["DoraPlan", "Plan"]
+__all__ = ["DoraPlan", "Plan", "branch_operands", "scaling_of"]
 
 
 class Plan(NamedTuple):
@@ -45,11 +45,11 @@ class Plan(NamedTuple):
 
 
 class DoraPlan(NamedTuple):
-    """A linear with one DoRA adapter; squares: ||W||^2 by rows; dropout: what acts now, None where nothing does."""
+    """A linear with one DoRA adapter; dropout: what acts now, None where nothing does. Its norm is taken anew at every call: a frozen
+    weight can be written through `.data`, which nothing counts."""
 
     plan: Plan
     magnitude: Tensor
-    squares: Tensor
     dropout: nn.Module | None
 
     @property
@@ -65,9 +65,23 @@ class DoraPlan(NamedTuple):
 
     def alone(self, x: Tensor) -> Tensor:
         dropped = None if self.dropout is None else self.dropout(x)
-        return functional.dora_linear(x, self.plan.member, self.magnitude, self.squares, dropped)
+        return functional.dora_linear(x, self.plan.member, self.magnitude, dropped=dropped)
 
     @staticmethod
     def together(x: Tensor, plans: Sequence[DoraPlan]) -> Sequence[Tensor]:
-        members, magnitudes, squares = zip(*((item.plan.member, item.magnitude, item.squares) for item in plans), strict=True)
-        return functional.dora_group(x, members, magnitudes, squares)
+        return functional.dora_group(x, [item.plan.member for item in plans], [item.magnitude for item in plans])
+
+
+def scaling_of(layer: nn.Module, name: str) -> float | Tensor:
+    """An adapter's scaling as it is now. PEFT's preparation for hotswapping makes it a tensor that is written in place: a number where it can
+    be read without waiting for a device, breaking a graph, or losing a gradient; else the tensor, for `branch_operands`."""
+    value = layer.scaling[name]
+    if not isinstance(value, Tensor):
+        return value
+    trained = value.requires_grad and torch.is_grad_enabled()
+    return value if trained or not value.is_cpu or torch.compiler.is_compiling() else value.item()
+
+
+def branch_operands(lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> tuple[Tensor, Tensor, float]:
+    """A, B and a number to scale with: a tensor's scaling goes into B."""
+    return (lora_a, (lora_b * scaling).to(lora_b.dtype), 1.0) if isinstance(scaling, Tensor) else (lora_a, lora_b, scaling)

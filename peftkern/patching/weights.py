@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..bnb_repacked import leaves_traces, restore
-from ..dora import row_squares
 from ..nf4 import NF4Weight
 from .decode import address_of
 
-__all__ = ["FLOATS", "Operands", "WeightCache", "autocast_dtype", "is_4bit", "repacked", "slow_products", "unpack"]
+__all__ = ["FLOATS", "Operands", "WeightCache", "autocast_dtype", "forward_reason", "is_4bit", "repacked", "slow_products", "unpack", "weight_of"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +28,23 @@ class Operands(NamedTuple):
 def is_4bit(base: nn.Module) -> bool:
     """Whether `base` is shaped like bitsandbytes' Linear4bit."""
     return isinstance(base, nn.Linear) and hasattr(base, "compute_type_is_set") and hasattr(base, "quant_state")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Its weight, without the microsecond that torch's lookup of a parameter takes: a plain tensor, which is an attribute like any other, where
+    FSDP shows a view of its flat parameter."""
+    weight = module._parameters.get("weight")
+    return module.weight if weight is None else weight
+
+
+def forward_reason(base: nn.Module) -> str | None:
+    """Why what the base's class computes is not known to be a linear of its weight and bias; None where it is."""
+    if not isinstance(base, nn.Linear):
+        return f"base layer is {type(base).__module__}.{type(base).__name__}, expected nn.Linear or bitsandbytes Linear4bit"
+    forward = type(base).forward
+    if forward is not nn.Linear.forward and not (is_4bit(base) and forward.__qualname__ == "Linear4bit.forward"):
+        return f"base layer's forward is {forward.__module__}.{forward.__qualname__}, expected nn.Linear's or Linear4bit's"
+    return None
 
 
 def quant_state(base: nn.Module) -> Any:
@@ -65,23 +81,36 @@ def slow_products(dtype: torch.dtype) -> bool:
 class WeightCache:
     """Reads a base layer's weight; keeps the last 4-bit view. Shared by a LoRA layer and its base, dropped by pickle and deepcopy."""
 
-    __slots__ = ("_view", "_squares")
+    __slots__ = ("_view", "_held", "_key", "_token", "_forward", "_usable")
 
     def __init__(self) -> None:
         self._view: NF4Weight | None = None
-        self._squares: tuple[Any, Tensor] | None = None
+        self._held: tuple[Tensor, ...] = ()  # what the key's identities belong to
+        self._key: tuple[Any, ...] | None = None
+        self._token: object = None  # another one for every view
+        self._forward: Any = None
+        self._usable = False
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
         return WeightCache, ()
 
     def operands(self, base: nn.Module, x: Tensor) -> Operands | None:
         """What to compute `base(x)` with; None where only the stock forward can."""
-        if x.dtype not in FLOATS:
+        if x.dtype not in FLOATS or not self._computes(base):
             return None
         found = self._operands_4bit(base, x) if is_4bit(base) else _operands_dense(base, x)
         if found is None or found.weight.device != x.device or x.dim() == 0 or x.shape[-1] != found.weight.shape[1]:
             return None
         return found
+
+    def _computes(self, base: nn.Module) -> bool:
+        """Whether the class's forward, which may be another than when the model was patched, is that of a plain or 4-bit linear."""
+        forward = type(base).forward
+        if torch.compiler.is_compiling():
+            return forward_reason(base) is None
+        if forward is not self._forward:
+            self._forward, self._usable = forward, forward_reason(base) is None
+        return self._usable
 
     def _operands_4bit(self, base: nn.Module, x: Tensor) -> Operands | None:
         weight = self.view(base)
@@ -95,28 +124,45 @@ class WeightCache:
 
     def view(self, base: nn.Module) -> NF4Weight | None:
         """The 4-bit weight, zero-copy; None where its bytes are not in the plain format."""
-        weight, state = base.weight, quant_state(base)
+        weight = weight_of(base)
+        state = getattr(weight, "quant_state", None) or base.quant_state
         if torch.compiler.is_compiling():
             return NF4Weight.from_bnb(base) if _plain(weight, state) else None
-        if self._view is None or not _shows(self._view, weight, state):
+        held = () if state is None else _tensors(weight, state)
+        # bitsandbytes' parameter takes 2 us for what a plain tensor tells in 0.1 us.
+        with torch._C.DisableTorchFunctionSubclass():
+            key = None if state is None else (*map(id, held), *map(_ADDRESS, held), weight.numel(), *_sizes(state))
+        if key is None or key != self._key:
             self._view = _view(base) if _plain(weight, state) else None
+            self._held, self._token = held, object()
+            # A view that holds a copy (of an offset that is not fp32) does not see what is written to the original.
+            copied = self._view is not None and self._view.nested and self._view.absmax_offset is not state.offset
+            self._key = None if self._view is None or copied else key
         return self._view
 
     def signature(self, base: nn.Module) -> tuple | None:
-        """Equal as long as `operands` gives the same for one dtype of x, outside autocast; the caller holds what was given."""
+        """Equal as long as `operands` gives the same for one dtype of x, outside autocast; None where that cannot be told cheaply."""
+        if not self._computes(base):
+            return None
         if not is_4bit(base):
-            return address_of(base._parameters.get("weight")), address_of(base._parameters.get("bias"))
-        view = self.view(base)
-        return None if view is None else (id(view), base.compute_type_is_set, base.compute_dtype, address_of(base._parameters.get("bias")))
+            weight = address_of(base._parameters.get("weight"))
+            return None if weight is None else (weight, address_of(base._parameters.get("bias")))
+        if self.view(base) is None:
+            return None
+        return self._token, base.compute_type_is_set, base.compute_dtype, address_of(base._parameters.get("bias"))
 
-    def squares(self, weight: NF4Weight | Tensor) -> Tensor:
-        """||W||^2 of each row, for DoRA's norm; kept as long as the weight stays what it is."""
-        if torch.compiler.is_compiling():
-            return row_squares(weight)
-        key = (weight.data_ptr(), weight.dtype, weight._version) if isinstance(weight, Tensor) else id(weight)
-        if self._squares is None or self._squares[0] != key or (not isinstance(weight, Tensor) and weight is not self._view):
-            self._squares = key, row_squares(weight)
-        return self._squares[1]
+
+_ADDRESS = Tensor.data_ptr
+
+
+def _tensors(weight: Tensor, state: Any) -> tuple[Tensor, ...]:
+    """All tensors that a 4-bit weight is read from."""
+    nested = (state.offset, state.state2.absmax, state.state2.code) if state.nested else ()
+    return weight, state.absmax, state.code, *nested
+
+
+def _sizes(state: Any) -> tuple[Any, ...]:
+    return state.shape, state.blocksize, state.dtype, state.state2.blocksize if state.nested else 0
 
 
 def _plain(weight: Tensor, state: Any) -> bool:
@@ -131,16 +177,8 @@ def _view(base: nn.Module) -> NF4Weight | None:
             return None
 
 
-def _shows(view: NF4Weight, weight: Tensor, state: Any) -> bool:
-    """The view keeps its tensors alive, so an equal address is the same storage and an equal identity the same tensor."""
-    absmax = view.absmax if view.absmax_8bit is None else view.absmax_8bit
-    return (
-        state is not None and absmax is state.absmax and view.absmax_offset is state.offset and view.packed.data_ptr() == weight.data_ptr()
-    )
-
-
 def _operands_dense(base: nn.Module, x: Tensor) -> Operands | None:
-    weight = base.weight  # a plain tensor where FSDP shows views of its flat parameter
+    weight = weight_of(base)
     if type(weight) not in (nn.Parameter, Tensor) or (weight.requires_grad and torch.is_grad_enabled()):
         return None
     if weight.requires_grad:  # views of a flat parameter that holds trainable ones too
