@@ -16,7 +16,7 @@ from .decode import Ready, address_of
 from .hooks import has_hooks
 from .methods import Method, of_module
 from .plans import DoraPlan, Plan, branch_operands, scaling_of
-from .weights import Operands, WeightCache, autocast_dtype, weight_of
+from .weights import Operands, WeightCache, autocast_dtype, parameter
 
 __all__ = ["Forward", "LinearForward", "LoraForward", "find", "install", "remove"]
 
@@ -26,7 +26,7 @@ _SLOTS = ("forward", "_old_forward")  # accelerate's hooks call `_old_forward`; 
 class Forward(Method):
     """A patched module's forward.
 
-    group: the linears on the same input that it belongs to, or None. ready: what generation prepared, made at its first call.
+    group: the linears on the same input that it belongs to, or None. ready: what generation prepared.
     """
 
     __slots__ = ("cache", "group", "ready")
@@ -47,6 +47,14 @@ class _PlannedForward(Forward):
     """A linear that is computed as a plan says, alone or with its group."""
 
     __slots__ = ()
+
+    def __init__(self, module: nn.Module, previous: Callable[..., Tensor] | None, cache: WeightCache) -> None:
+        super().__init__(module, previous, cache)
+        self.ready = Ready([self])
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        super().__setstate__(state)
+        self.ready = Ready([self])
 
     def plan(self, x: Tensor) -> Plan | None:
         """What to compute for x; None where only the stock forward can."""
@@ -82,8 +90,6 @@ class _PlannedForward(Forward):
         """With what an earlier call prepared; None where it does not serve."""
         if self.group is not None and self.group.dissolved is None:
             return self.group.few_rows(self, x)
-        if self.ready is None:
-            self.ready = Ready([self])
         parts = self.ready(x)
         return None if parts is None else parts[0]
 
@@ -168,6 +174,8 @@ class LoraForward(_PlannedForward):
         if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or has_hooks(base):
             return None
         found = [self.cache.signature(base)]
+        if found[0] is None:
+            return None
         for name in layer.active_adapters:
             if name in parts["lora_A"]._modules:
                 found.append(None if name in layer.lora_variant else _adapter_signature(layer, name))
@@ -181,9 +189,10 @@ def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
         return None
     if b._parameters.get("bias") is not None:
         return None
-    lora_a, lora_b = (address_of(module._parameters.get("weight")) for module in (a, b))
-    if lora_a is None or lora_b is None:  # what stands in a parameter's place may be another tensor at every call
+    held = a._parameters, b._parameters
+    if "weight" not in held[0] or "weight" not in held[1]:  # see WeightCache.signature
         return None
+    lora_a, lora_b = (address_of(parameters["weight"]) for parameters in held)
     return a, b, dropout, a._parameters.get("bias") is None, scaling_of(layer, name), lora_a, lora_b
 
 
@@ -206,7 +215,8 @@ def _mixed(layer: nn.Module, x: Tensor, names: list[str]) -> list[functional.Ada
 
 
 def _operand(item: Adapter, rows: tuple[int, int] | None) -> functional.Adapter:
-    return functional.Adapter(*branch_operands(weight_of(item.a), weight_of(item.b), item.scaling), item.dropout_p, None, rows)
+    low = branch_operands(parameter(item.a, "weight"), parameter(item.b, "weight"), item.scaling)
+    return functional.Adapter(*low, item.dropout_p, None, rows)
 
 
 def _bias(layer: nn.Module, base: Operands, names: list[str]) -> Tensor | None:
@@ -244,7 +254,7 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | str:
         return f"dropout is {type(dropout).__name__}, expected nn.Dropout"
     if has_hooks(a) or has_hooks(b) or has_hooks(dropout):
         return "a hook is registered on lora_A, lora_B or lora_dropout"
-    lora_a, lora_b = weight_of(a), weight_of(b)
+    lora_a, lora_b = parameter(a, "weight"), parameter(b, "weight")
     if lora_a.dtype != lora_b.dtype or lora_a.shape[0] > 256:
         return f"lora_A {lora_a.dtype} of rank {lora_a.shape[0]}, lora_B {lora_b.dtype}: expected one dtype and a rank up to 256"
     dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0

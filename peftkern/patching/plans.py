@@ -73,8 +73,11 @@ class DoraPlan(NamedTuple):
 
 
 def scaling_of(layer: nn.Module, name: str) -> float | Tensor:
-    """An adapter's scaling as it is now. PEFT's preparation for hotswapping makes it a tensor that is written in place: a number where it can
-    be read without waiting for a device, breaking a graph, or losing a gradient; else the tensor, for `branch_operands`."""
+    """An adapter's scaling as it is now: a number, or a tensor for `branch_operands`.
+
+    PEFT's preparation for hotswapping makes it a tensor, which is written in place. It is read here where that waits for no device, breaks
+    no graph and loses no gradient.
+    """
     value = layer.scaling[name]
     if not isinstance(value, Tensor):
         return value

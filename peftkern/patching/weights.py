@@ -11,7 +11,18 @@ from ..bnb_repacked import leaves_traces, restore
 from ..nf4 import NF4Weight
 from .decode import address_of
 
-__all__ = ["FLOATS", "Operands", "WeightCache", "autocast_dtype", "forward_reason", "is_4bit", "repacked", "slow_products", "unpack", "weight_of"]
+__all__ = [
+    "FLOATS",
+    "Operands",
+    "WeightCache",
+    "autocast_dtype",
+    "forward_reason",
+    "is_4bit",
+    "parameter",
+    "repacked",
+    "slow_products",
+    "unpack",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,11 +41,11 @@ def is_4bit(base: nn.Module) -> bool:
     return isinstance(base, nn.Linear) and hasattr(base, "compute_type_is_set") and hasattr(base, "quant_state")
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """Its weight, without the microsecond that torch's lookup of a parameter takes: a plain tensor, which is an attribute like any other, where
-    FSDP shows a view of its flat parameter."""
-    weight = module._parameters.get("weight")
-    return module.weight if weight is None else weight
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, without the microsecond that torch's lookup takes; where FSDP shows a view of its flat parameter, an attribute like any
+    other."""
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name)
 
 
 def forward_reason(base: nn.Module) -> str | None:
@@ -120,11 +131,11 @@ class WeightCache:
             base.set_compute_type(x)
             base.compute_type_is_set = True
         compute = autocast_dtype(x) or base.compute_dtype or x.dtype
-        return Operands(weight, base.bias, compute, x.dtype) if compute in FLOATS else None
+        return Operands(weight, parameter(base, "bias"), compute, x.dtype) if compute in FLOATS else None
 
     def view(self, base: nn.Module) -> NF4Weight | None:
         """The 4-bit weight, zero-copy; None where its bytes are not in the plain format."""
-        weight = weight_of(base)
+        weight = parameter(base, "weight")
         state = getattr(weight, "quant_state", None) or base.quant_state
         if torch.compiler.is_compiling():
             return NF4Weight.from_bnb(base) if _plain(weight, state) else None
@@ -142,14 +153,14 @@ class WeightCache:
 
     def signature(self, base: nn.Module) -> tuple | None:
         """Equal as long as `operands` gives the same for one dtype of x, outside autocast; None where that cannot be told cheaply."""
-        if not self._computes(base):
+        held = base._parameters
+        if not is_4bit(base) or not self._computes(base):  # the kernel for few rows takes no dense weight
             return None
-        if not is_4bit(base):
-            weight = address_of(base._parameters.get("weight"))
-            return None if weight is None else (weight, address_of(base._parameters.get("bias")))
+        if "weight" not in held or "bias" not in held:  # what stands in a parameter's place may be another tensor at every call
+            return None
         if self.view(base) is None:
             return None
-        return self._token, base.compute_type_is_set, base.compute_dtype, address_of(base._parameters.get("bias"))
+        return self._token, base.compute_type_is_set, base.compute_dtype, address_of(held["bias"])
 
 
 _ADDRESS = Tensor.data_ptr
@@ -178,7 +189,7 @@ def _view(base: nn.Module) -> NF4Weight | None:
 
 
 def _operands_dense(base: nn.Module, x: Tensor) -> Operands | None:
-    weight = weight_of(base)
+    weight = parameter(base, "weight")
     if type(weight) not in (nn.Parameter, Tensor) or (weight.requires_grad and torch.is_grad_enabled()):
         return None
     if weight.requires_grad:  # views of a flat parameter that holds trainable ones too
@@ -189,4 +200,4 @@ def _operands_dense(base: nn.Module, x: Tensor) -> Operands | None:
         if wanted is None or weight.dtype not in FLOATS:
             return None
         weight = weight.to(dtype)  # as autocast does, at every call
-    return Operands(weight, base.bias, dtype, dtype)
+    return Operands(weight, parameter(base, "bias"), dtype, dtype)
