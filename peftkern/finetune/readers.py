@@ -145,7 +145,7 @@ def _read_separated(path: Path, lines: Iterator[tuple[int, str]], separator: str
             kept = {key: row[key] for key in COLUMNS if key in row} or dict(row)
             yield place, {key: _parse(cell, place) if key == "messages" and cell else cell for key, cell in kept.items()}
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: not CSV ({error}): mend the quotes of this row") from error
+        raise InputError(f"{path}:{reader.reader.line_num}: not CSV ({error}): mend the quotes of this row") from error
     finally:
         csv.field_size_limit(limit)
 

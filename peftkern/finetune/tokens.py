@@ -82,7 +82,7 @@ def _tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
     """For each row its token ids and the index of its first target."""
     from datasets.utils import tqdm
 
-    with tqdm(total=len(rows), desc="Tokenizing", unit="row") as bar:
+    with tqdm(total=len(rows), desc="Tokenizing", unit="row", disable=None) as bar:
         for batch in rows.iter(_BATCH):
             size = len(batch["place"])
             records = [{name: column[i] for name, column in batch.items()} for i in range(size)]
