@@ -10,8 +10,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "unobserved"]
+__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "transformed", "unobserved"]
 
 LIBRARY = library.Library("peftkern", "DEF")
 
@@ -26,6 +27,17 @@ def backend(op: str, name: str) -> ModuleType:
     return importlib.import_module(f"{folder}.{name}")
 
 
+def transformed() -> bool:
+    """Whether torch follows what is computed in a way that knows its own operators alone: torch.func's transforms, forward-mode AD, and
+    torch.jit.trace and torch.export, whose programs are to run without this package."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_exporting()
+    )
+
+
 def unobserved(x: Tensor) -> bool:
     """Whether an op on x may be run without torch's dispatcher, which costs more than one row's arithmetic: no gradient is wanted, and
     nobody traces, transforms, intercepts or profiles what is computed."""
@@ -35,8 +47,7 @@ def unobserved(x: Tensor) -> bool:
         and (x.is_cpu or x.is_cuda)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
+        and not transformed()
         and not torch.autograd._profiler_enabled()
     )
 

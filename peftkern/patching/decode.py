@@ -28,10 +28,11 @@ class _Linear(Protocol):
 class Ready:
     """Linears on one input, ready for another call of few rows on the CPU."""
 
-    __slots__ = ("linears", "signature", "call")
+    __slots__ = ("linears", "prepared")
 
     def __init__(self, linears: Sequence[_Linear]) -> None:
-        self.linears, self.signature, self.call = linears, None, None
+        self.linears = linears
+        self.prepared: tuple[Any, Any] = (None, None)  # for which signature, and the call: replaced together, as threads share them
 
     def __call__(self, x: Tensor) -> list[Tensor] | None:
         """Each linear's result; None where the call has to be computed as any other."""
@@ -43,9 +44,11 @@ class Ready:
             if part is None:
                 return None
             signature.append(part)
-        if signature != self.signature:
-            self.call, self.signature = self._prepare(x), signature
-        return None if self.call is None else self.call(x)
+        known, call = self.prepared
+        if signature != known:
+            call = self._prepare(x)
+            self.prepared = signature, call
+        return None if call is None else call(x)
 
     def _prepare(self, x: Tensor) -> Any:
         plans = [linear.plan(x) for linear in self.linears]

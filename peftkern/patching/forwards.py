@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, functional
+from ..ops import transformed
 from . import dora, mixed
 from .decode import Ready, address_of
 from .hooks import has_hooks
@@ -76,15 +77,19 @@ class _PlannedForward(Forward):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not _served(x):
             return self.stock(x, *args, **kwargs)
-        part = None if self.group is None else self.group.fetch(self, x)
-        if part is None and not torch.is_grad_enabled():
-            part = self._few_rows(x)
-        if part is not None:
-            return part
+        if torch.compiler.is_compiling():
+            group = None  # what siblings leave for each other is a side effect, which no checkpointed region of a graph may have
+        else:
+            group = self.group
+            part = None if group is None else group.fetch(self, x)
+            if part is None and not torch.is_grad_enabled():
+                part = self._few_rows(x)
+            if part is not None:
+                return part
         plan = self.work(x)
         if plan is None:
             return self.stock(x)
-        return self.run(x, plan) if self.group is None else self.group.run(self, x, plan)
+        return self.run(x, plan) if group is None else group.run(self, x, plan)
 
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """With what an earlier call prepared; None where it does not serve."""
@@ -274,8 +279,11 @@ def _result_dtype(layer: nn.Module, base: Operands) -> torch.dtype:
 
 
 def _served(x: Tensor) -> bool:
-    """Whether there are kernels for x's device; elsewhere the stock forward is faster than our reference."""
-    return x.device.type == "cpu" or (x.device.type != "meta" and backends.select(x) != "reference")
+    """Whether there are kernels for x's device and torch can follow them; elsewhere the stock forward is faster than our reference, or
+    the only one that can be followed."""
+    if not isinstance(x, Tensor) or transformed():
+        return False
+    return x.is_cpu or (not x.is_meta and backends.select(x) != "reference")
 
 
 def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -1,8 +1,12 @@
-"""Linears that get the same input, computed together: whichever is called first computes all, the others take their part."""
+"""Linears that get the same input, computed together: whichever is called first computes all, the others take their part.
+
+Which linears are siblings is known before any call and stays so. What a call does depends on its own thread's calls alone and on nothing
+that a recomputation in the backward pass would find changed.
+"""
 
 from __future__ import annotations
 
-import logging
+import threading
 from typing import Any
 
 import torch
@@ -11,31 +15,20 @@ from torch import Tensor, nn
 from .decode import Ready
 from .forwards import _autocast_off, _PlannedForward, find
 from .plans import DoraPlan, Plan
+from .sharing import called_together
 
-__all__ = ["NAMES", "Group", "form_groups"]
+__all__ = ["Group", "form_groups"]
 
-_log = logging.getLogger("peftkern")
-
-# Children of one module that its forward calls with one tensor. Where a forward does not (the keys of a cross attention come from an
-# encoder), the group notices at the first call and dissolves.
-NAMES = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("wi_0", "wi_1"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("w1", "w3"),
-)
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class _Stash:
     """The parts that siblings have not yet fetched. apart: members that could not be computed with them and have not yet been called."""
 
-    __slots__ = ("x", "version", "grad", "parts", "apart")
+    __slots__ = ("x", "version", "mode", "parts", "apart")
 
     def __init__(self, x: Tensor, parts: dict[int, Tensor], apart: set[int]) -> None:
-        self.x, self.version, self.grad, self.parts, self.apart = x, _version(x), torch.is_grad_enabled(), parts, apart
+        self.x, self.version, self.mode, self.parts, self.apart = x, _version(x), _mode(), parts, apart
 
     def serves(self, index: int, x: Tensor) -> bool:
         return index in self.parts and self._holds(x)
@@ -48,18 +41,28 @@ class _Stash:
         return True
 
     def _holds(self, x: Tensor) -> bool:
-        return self.x is x and self.version == _version(x) and self.grad == torch.is_grad_enabled()
+        return self.x is x and self.version == _version(x) and self.mode == _mode()
 
 
 def _version(x: Tensor) -> int:
-    """How often x was written to. Inference tensors do not count it, and a traced graph cannot depend on it."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    """How often x was written to. Inference tensors do not count it."""
+    return 0 if x.is_inference() else x._version
+
+
+def _mode() -> Any:
+    """Without gradients None, else what saves tensors for backward: each region that is checkpointed has its own, and is computed again
+    without the regions around it."""
+    return (_saving_hooks(False),) if torch.is_grad_enabled() else None
+
+
+class _OfThread(threading.local):
+    stash: _Stash | None = None
 
 
 class Group:
     """Patched siblings. `dissolved`: why its members run alone, None while they do not."""
 
-    __slots__ = ("forwards", "dissolved", "unclaimed", "stash", "ready")
+    __slots__ = ("forwards", "dissolved", "places", "calling", "ready")
 
     def __init__(self, forwards: list[_PlannedForward]) -> None:
         self.__setstate__((forwards, None))
@@ -69,55 +72,48 @@ class Group:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.forwards, self.dissolved = state
-        self.unclaimed, self.stash, self.ready = 0, None, Ready(self.forwards)
+        self.places = {id(forward): index for index, forward in enumerate(self.forwards)}
+        self.calling, self.ready = _OfThread(), Ready(self.forwards)
+
+    @property
+    def stash(self) -> _Stash | None:
+        """What this thread's calls have left for siblings."""
+        return self.calling.stash
 
     def fetch(self, forward: _PlannedForward, x: Tensor) -> Tensor | None:
         """The part that a sibling's call with the same x has computed for `forward`; None where there is none."""
-        stash = self.stash
-        index = self._index(forward)
-        if stash is None or not stash.serves(index, x):
+        stash = self.calling.stash
+        if stash is None:
+            return None
+        index = self.places[id(forward)]
+        if not stash.serves(index, x):
             return None
         part = stash.parts.pop(index)
-        self.stash = stash if stash.parts else None
-        self.unclaimed = 0
+        if not stash.parts:
+            self.calling.stash = None
         return part
 
     def run(self, forward: _PlannedForward, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
         """The part of `forward`, computed with its siblings', which are kept for them; alone where the group has dissolved."""
-        index = self._index(forward)
-        if self.stash is not None and self.stash.leaves(index, x):
+        index, stash = self.places[id(forward)], self.calling.stash
+        if stash is not None and stash.leaves(index, x):
             return forward.run(x, plan)
-        stash, self.stash = self.stash, None
-        if self.dissolved is not None or (stash is not None and self._give_up(index, stash, x)):
+        self.calling.stash = None
+        if self.dissolved is not None:
             return forward.run(x, plan)
         return self._keep(index, x, self._compute(index, x, plan))
 
     def few_rows(self, forward: _PlannedForward, x: Tensor) -> Tensor | None:
         """As `run`, with what an earlier call of few rows prepared; None where that does not serve."""
-        parts = self.ready(x) if self.stash is None else None
-        return None if parts is None else self._keep(self._index(forward), x, dict(enumerate(parts)))
+        parts = self.ready(x) if self.calling.stash is None else None
+        return None if parts is None else self._keep(self.places[id(forward)], x, dict(enumerate(parts)))
 
     def _keep(self, index: int, x: Tensor, parts: dict[int, Tensor]) -> Tensor:
         """One's own part; the others are kept for the siblings."""
-        if len(parts) > 1:
-            apart = set(range(len(self.forwards))) - parts.keys()
-            self.stash = _Stash(x, {i: part for i, part in parts.items() if i != index}, apart)
-        return parts[index]
-
-    def _index(self, forward: _PlannedForward) -> int:
-        return next(i for i, member in enumerate(self.forwards) if member is forward)
-
-    def _give_up(self, index: int, stash: _Stash, x: Tensor) -> bool:
-        """Nobody fetched these parts. One sibling with another tensor, or three such calls running, are no accident (an exception
-        between two calls, a recomputation that stopped early)."""
-        self.unclaimed += 1
-        if index in stash.parts and stash.x is not x:
-            self.dissolved = "its members were called with different tensors"
-        elif self.unclaimed == 3:
-            self.dissolved = "its members are not called together"
-        if self.dissolved is not None:
-            _log.debug("peftkern: a group of %d linears runs as single ones: %s", len(self.forwards), self.dissolved)
-        return self.dissolved is not None
+        part = parts.pop(index)
+        if parts:
+            self.calling.stash = _Stash(x, parts, {i for i in range(len(self.forwards)) if i != index and i not in parts})
+        return part
 
     def _compute(self, index: int, x: Tensor, plan: Plan | DoraPlan) -> dict[int, Tensor]:
         plans = {i: plan if i == index else member.work(x) for i, member in enumerate(self.forwards)}
@@ -133,19 +129,19 @@ def form_groups(model: nn.Module) -> dict[str, str]:
     """Group the patched siblings of every module; the name of each grouped module with its members, for the report."""
     formed: dict[str, str] = {}
     for name, parent in model.named_modules():
-        for wanted in NAMES:
-            held = {child: forward for child in wanted if (forward := _planned(getattr(parent, child, None))) is not None}
-            if len(held) < 2 or len({_in_features(forward.module) for forward in held.values()}) > 1:
+        held = {child: forward for child, module in parent.named_children() if (forward := _planned(module)) is not None}
+        for members in called_together(parent, held) if len(held) > 1 else ():
+            if len({_in_features(held[child].module) for child in members}) > 1:
                 continue
-            group = Group(list(held.values()))
-            for child, forward in held.items():
-                forward.group = group
-                formed[f"{name}.{child}" if name else child] = ", ".join(held)
+            group = Group([held[child] for child in members])
+            for child in members:
+                held[child].group = group
+                formed[f"{name}.{child}" if name else child] = ", ".join(members)
     return formed
 
 
-def _planned(module: object) -> _PlannedForward | None:
-    held = find(module) if isinstance(module, nn.Module) else None
+def _planned(module: nn.Module) -> _PlannedForward | None:
+    held = find(module)
     return held[1] if held is not None and isinstance(held[1], _PlannedForward) else None
 
 

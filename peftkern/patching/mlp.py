@@ -30,7 +30,7 @@ class GatedMLPForward(Forward):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = not args and not kwargs and _served(x)
-        y = self._few_rows(x) if plain and not torch.is_grad_enabled() else None
+        y = self._few_rows(x) if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
         if y is not None:
             return y
         plans = self._plans(x) if plain else None
@@ -53,9 +53,10 @@ class GatedMLPForward(Forward):
         linears = self._linears()
         if linears is None:
             return None
-        if self.ready is None or self.ready[0].linears != linears[:-1] or self.ready[1].linears != linears[-1:]:
-            self.ready = Ready(linears[:-1]), Ready(linears[-1:])
-        inner, outer = self.ready
+        ready = self.ready
+        if ready is None or ready[0].linears != linears[:-1] or ready[1].linears != linears[-1:]:
+            self.ready = ready = Ready(linears[:-1]), Ready(linears[-1:])
+        inner, outer = ready
         hidden = inner(x)
         if hidden is None:
             return None

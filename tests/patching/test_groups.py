@@ -1,8 +1,10 @@
-"""Siblings computed together: when they are, what dissolves a group, and that nothing is kept or mistaken."""
+"""Siblings computed together: who they are, when they are, and that nothing is kept or mistaken."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftkern
 from peftkern.patching.forwards import find
+from peftkern.patching.sharing import called_together
 
 from . import models
 
@@ -72,22 +75,18 @@ def test_grad_mode_counts(x):
     assert k(x).requires_grad
 
 
-def test_members_with_inputs_of_their_own_dissolve_the_group_at_once(calls, x):
-    """The keys and values of a cross attention."""
+def test_members_called_with_other_tensors_than_their_code_has_compute_the_same(calls, x):
+    """Whoever calls the children by himself: what was computed for siblings in vain is dropped, and each call decides as any other."""
     q, k, v = siblings(patched())
     other = torch.randn(2, 7, 64)
-    q(x), k(other), v(other)
-    assert "different tensors" in group(q).dissolved
-    calls.clear()
-    assert [layer(t).shape[1] for layer, t in ((q, x), (k, other), (v, other))] == [5, 7, 7]
-    assert calls == {"lora": 3} and calls.groups == 1, "only the first call was computed for all"
-
-
-def test_a_member_called_alone_dissolves_the_group_after_a_while(calls):
-    q, *_ = siblings(patched())
-    for _ in range(5):
-        q(torch.randn(2, 5, 64))
-    assert "not called together" in group(q).dissolved and calls.groups == 3
+    for _ in range(4):
+        calls.clear()
+        calls.groups = 0
+        outputs = [layer(t) for layer, t in ((q, x), (k, other), (v, other))]
+        assert calls.groups == 2 and group(q).stash.parts.keys() == {0}
+    peftkern.unpatch(q), peftkern.unpatch(k), peftkern.unpatch(v)
+    for layer, t, output in zip((q, k, v), (x, other, other), outputs, strict=True):
+        torch.testing.assert_close(layer(t), output)
 
 
 def test_an_exception_between_two_calls_harms_nothing(calls, x):
@@ -119,7 +118,10 @@ def test_unpatching_one_member_leaves_the_others_alone(calls, x):
     assert "unpatched" in group(q).dissolved and calls.groups == 0
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+CHECKPOINTING = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+
+
+@CHECKPOINTING
 def test_checkpointing(reentrant, x):
     q, k, v = siblings(patched())
 
@@ -130,6 +132,75 @@ def test_checkpointing(reentrant, x):
     expected, x.grad = x.grad, None
     checkpoint(run, x, use_reentrant=reentrant).backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+@CHECKPOINTING
+def test_checkpointing_where_keys_come_from_elsewhere(reentrant, x):
+    """Masks too are drawn again as in the first pass, at the first step and at later ones."""
+    q, k, v = siblings(patched_training(0.3))
+    other = torch.randn(2, 5, 64)
+
+    def run(t):
+        return q(t).sum() + (k(other) * v(other)).sum()
+
+    for seed in range(3):
+        gradients = []
+        for call in (run, lambda t: checkpoint(run, t, use_reentrant=reentrant)):
+            q.zero_grad(), k.zero_grad()
+            torch.manual_seed(seed)
+            call(x).backward()
+            gradients.append([layer.lora_B["default"].weight.grad.clone() for layer in (q, k)])
+        for got, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def patched_training(dropout: float) -> nn.Module:
+    model = models.lora(models.llama(four_bit=False), lora_dropout=dropout).train()
+    peftkern.patch(model)
+    return model
+
+
+def test_regions_that_are_checkpointed_apart_leave_each_other_nothing(x):
+    q, k, v = siblings(patched())
+    (q(x).sum() + (k(x) * v(x)).sum()).backward()
+    expected, x.grad = x.grad, None
+    y = [checkpoint(layer, x, use_reentrant=False) for layer in (q, k, v)]
+    (y[0].sum() + (y[1] * y[2]).sum()).backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("make, targets", [("t5", ["q", "k", "v"]), ("bart", ["q_proj", "k_proj", "v_proj"])])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@CHECKPOINTING
+def test_encoder_decoders_under_checkpointing(make, targets, dropout, reentrant):
+    """Against the same patched model without checkpointing, over two steps."""
+    plain = encoder_decoder(make, targets, dropout)
+    model = copy.deepcopy(plain)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        plain(input_ids=models.IDS, labels=models.IDS).loss.backward()
+        torch.manual_seed(seed)
+        model(input_ids=models.IDS, labels=models.IDS).loss.backward()
+        torch.testing.assert_close(models.grads(model), models.grads(plain), rtol=1e-4, atol=1e-6)
+
+
+def encoder_decoder(make: str, targets: list[str], dropout: float) -> nn.Module:
+    torch.manual_seed(0)
+    if make == "t5":
+        sizes = dict(vocab_size=96, d_model=64, d_ff=96, num_layers=1, num_decoder_layers=1, num_heads=4, d_kv=16)
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0))
+    else:
+        sizes = dict(vocab_size=96, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=96, decoder_ffn_dim=96)
+        sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0)
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    options = dict(target_modules=targets, lora_dropout=dropout, task_type="SEQ_2_SEQ_LM")
+    model = models.peft.get_peft_model(model, models.config(**options)).train()
+    models.randomize(model)
+    peftkern.patch(model)
+    return model
 
 
 def test_members_that_cannot_take_part_run_alone(calls, x):
@@ -151,16 +222,56 @@ def test_inference_mode(x):
             torch.testing.assert_close(layer(t), output)
 
 
-def test_the_cross_attention_of_t5_dissolves_and_self_attention_does_not():
-    config = transformers.T5Config(vocab_size=96, d_model=64, d_ff=96, num_layers=1, num_decoder_layers=1, num_heads=4, d_kv=16)
-    config.decoder_start_token_id = config.pad_token_id = 0
-    torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    model = models.peft.get_peft_model(model, models.config(target_modules=["q", "k", "v"], task_type="SEQ_2_SEQ_LM")).eval()
-    models.randomize(model)
-    stock = model(input_ids=models.IDS, labels=models.IDS).logits
-    peftkern.patch(model)
-    for _ in range(2):
-        torch.testing.assert_close(model(input_ids=models.IDS, labels=models.IDS).logits, stock, rtol=1e-4, atol=1e-4)
-    dissolved = {name: group(m.q).dissolved for name, m in model.named_modules() if hasattr(m, "q")}
-    assert len(dissolved) == 3 and {name for name, why in dissolved.items() if why} == {name for name in dissolved if "EncDec" in name}
+@pytest.mark.parametrize("make, targets", [("t5", ["q", "k", "v"]), ("bart", ["q_proj", "k_proj", "v_proj"])])
+def test_an_attention_whose_keys_may_come_from_an_encoder_groups_keys_and_values(make, targets):
+    model = encoder_decoder(make, targets, 0.0)
+    grouped = {name: group(module) for name, module in models.lora_layers(model).items()}
+    for name, held in grouped.items():
+        path, child = name.rsplit(".", 1)
+        assert (held is None) if child == targets[0] else (held is grouped[f"{path}.{targets[1]}"]), name
+
+
+class Attention(nn.Module):
+    """Calls of children as codes have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abcdefgh":
+            setattr(self, name, nn.Linear(8, 8))
+
+    def forward(self, x, y=None):
+        first = self.a(x) + self.b(x)
+        third = self.c(x) if y is None else self.d(y)
+        x = x * 2
+        e = self.e(x).relu()
+        return self.g(first + third) + self.f(x) + e + self.helper(x)
+
+    def helper(self, x):
+        return self.h(x)
+
+
+def test_siblings_are_what_the_code_calls_with_one_variable():
+    assert called_together(Attention(), "abcdefgh") == [("a", "b"), ("e", "f")]
+    assert called_together(Attention(), "acegh") == []
+    without_source = type("Built", (nn.Module,), {"forward": eval("lambda self, x: self.a(x) + self.b(x)")})
+    assert called_together(without_source(), "ab") == []
+
+
+def test_threads_leave_each_other_nothing(calls):
+    """Two threads take turns between the calls of one group's members."""
+    q, k, v = siblings(patched())
+    turns, outputs = threading.Barrier(2), {}
+    x = torch.randn(2, 5, 64)
+
+    def work(name: str, t: torch.Tensor) -> None:
+        outputs[name] = []
+        for layer in (q, k, v):
+            turns.wait()
+            outputs[name].append(layer(t))
+
+    threads = [threading.Thread(target=work, args=item) for item in (("own", torch.randn(2, 5, 64)), ("other", x))]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert calls.groups == 2 and group(q).dissolved is None and group(q).stash is None
+    for layer, output in zip((q, k, v), outputs["other"], strict=True):
+        peftkern.unpatch(layer)
+        torch.testing.assert_close(layer(x), output)

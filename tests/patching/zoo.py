@@ -50,7 +50,6 @@ class Case(NamedTuple):
     fused: int
     dense: str = "qlora_linear"  # what a layer on the dense base runs
     four_bit: bool = True  # whether its linears can be quantized
-    split: int = 0  # q, k, v of cross attentions, whose keys come from the encoder: groups that dissolve at their first call
     experts: int = 0  # 3-D parameters of experts and routers, which PEFT wraps and which keep its forward
 
 
@@ -106,7 +105,6 @@ CASES = {
             decoder_start_token_id=0,
         ),
         36,
-        split=2,
     ),
 }
 
