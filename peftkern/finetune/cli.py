@@ -11,6 +11,7 @@ from .compare import compare
 from .config import FinetuneConfig
 from .errors import InputError
 from .recipe import FinetuneResult, finetune
+from .signals import Interrupted
 
 __all__ = ["add_arguments", "main"]
 
@@ -98,6 +99,9 @@ def main(args: argparse.Namespace) -> int:
         if config.compare:
             print("\nThe same steps on plain PEFT and bitsandbytes ...", file=sys.stderr)
             print("\n" + compare(config, result))
+    except Interrupted as error:
+        print(f"\n{error}.", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
         return 130

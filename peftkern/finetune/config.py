@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import InputError
 
-__all__ = ["ALL_LINEAR", "SAMPLE", "FinetuneConfig"]
+__all__ = ["ALL_LINEAR", "LENGTH", "SAMPLE", "FinetuneConfig"]
 
 SAMPLE = "sample"
 ALL_LINEAR = "all-linear"
@@ -35,6 +35,9 @@ _GENERAL_DEFAULTS = {
 
 # How a run is started, not what it computes: these may differ between a run and its resumption.
 _NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
+# What a resumption may change, because a run can be extended and because memory may not suffice: neither changes which rows a step takes.
+LENGTH = ("steps", "epochs")
+_MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation")
 
 # The least value of each option that is a whole number.
 _WHOLE = {
@@ -179,13 +182,25 @@ class FinetuneConfig:
         return arguments
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
-        """Lines "key: stored -> ours" for every option that changes what is computed."""
+        """Lines "option: stored, now" for every option that changes what is computed and may not change in a resumption."""
         ours = self.to_dict()
-        return [
-            f"--{key.replace('_', '-')}: {stored.get(key)!r} in the stored run, {value!r} now"
+        lines = [
+            f"{_flag(key)}: {stored.get(key)!r} in the stored run, {value!r} now"
             for key, value in ours.items()
-            if key not in _NOT_COMPARED and stored.get(key) != value
+            if key not in (*_NOT_COMPARED, *LENGTH, *_MEMORY) and stored.get(key) != value
         ]
+        rows, now = ((options.get("batch_size"), options.get("grad_accumulation")) for options in (stored, ours))
+        if None in rows or rows[0] * rows[1] != now[0] * now[1]:
+            lines.append(
+                f"--batch-size and --grad-accumulation: {rows[0]} x {rows[1]} in the stored run, {now[0]} x {now[1]} now "
+                "(others with the same product will do)"
+            )
+        return lines
+
+    def changes(self, stored: dict[str, Any]) -> dict[str, list[Any]]:
+        """The options that a resumption changes, as [stored, now]."""
+        ours = self.to_dict()
+        return {key: [stored.get(key), ours[key]] for key in (*LENGTH, *_MEMORY) if stored.get(key) != ours[key]}
 
 
 def _flag(name: str) -> str:

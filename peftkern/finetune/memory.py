@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["current_memory", "mapped_allocations", "out_of_memory", "peak_memory"]
+from .config import FinetuneConfig
+
+__all__ = ["current_memory", "mapped_allocations", "memory_errors", "out_of_memory", "peak_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -69,3 +71,20 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
+@contextlib.contextmanager
+def memory_errors(config: FinetuneConfig) -> Iterator[None]:
+    """Turn every way in which memory runs out into a MemoryError that says what to lower, and what --resume allows of it."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        rows = (config.batch_size or 1) * (config.grad_accumulation or 1)
+        raise MemoryError(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Go on with --resume and less at a "
+            f"time: --batch-size 1 --grad-accumulation {rows} (now --batch-size {config.batch_size} --grad-accumulation "
+            f"{config.grad_accumulation}; the product stays), or --gradient-checkpointing. Where that does not do, start again with a "
+            f"lower --seq-length (now {config.seq_length}) or --quantization nf4: --overwrite, or another --output"
+        ) from error

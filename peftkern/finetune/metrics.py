@@ -3,36 +3,81 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files import TEMP_PREFIX
 from .memory import current_memory, peak_memory
 
-__all__ = ["MetricsCallback", "plot_loss", "read_metrics", "truncate_metrics"]
+__all__ = ["MetricsCallback", "RandomState", "plot_loss", "read_metrics", "restore_metrics"]
+
+
+_ROW = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "peak_memory", "wall")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every complete line; one that a killed process left unfinished is ignored."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    """Every complete line up to the first that is none: a killed process leaves its last one unfinished."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(row, dict) or any(key not in row for key in _ROW) or row["step"] != len(rows) + 1:
+            break
+        rows.append(row)
     return rows
 
 
-def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the lines up to `step`, so that a resumed run writes no step twice; returns them."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_name(f".incomplete-{path.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
-    return rows
+def restore_metrics(path: Path, step: int, logged: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Keep the lines up to `step`, so that a resumed run writes no step twice; returns them, and how many of them were lost.
+
+    For a lost line stands what the trainer `logged` of that step, with no tokens and no time.
+    """
+    rows = read_metrics(path)[:step]
+    known, lost = {entry.get("step"): entry for entry in logged if "loss" in entry}, step - len(rows)
+    for number in range(len(rows) + 1, step + 1):
+        entry = known.get(number, {})
+        row = dict.fromkeys(_ROW, 0) | {"step": number, "loss": entry.get("loss", math.nan), "lr": entry.get("learning_rate", math.nan)}
+        rows.append(
+            row | {"epoch": entry.get("epoch", 0.0), "grad_norm": entry.get("grad_norm"), "wall": rows[-1]["wall"] if rows else 0.0}
+        )
+    _write(path, rows)
+    return rows, lost
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(f"{TEMP_PREFIX}{path.name}")
+    try:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}. Check the free disk space and the permissions") from error
+
+
+class RandomState:
+    """The state of every generator that training draws from, as it is now."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._torch = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore(self) -> None:
+        """Put the generators back to it."""
+        random.setstate(self._python)
+        numpy.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
 
 
 class MetricsCallback(TrainerCallback):
@@ -43,6 +88,7 @@ class MetricsCallback(TrainerCallback):
         self.rows = earlier
         self.quiet = quiet
         self.tokens = 0
+        self.random_state = RandomState()
         self._wall_before = earlier[-1]["wall"] if earlier else 0.0
         self._bar: Any = None
 
@@ -56,6 +102,7 @@ class MetricsCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._seconds = time.perf_counter() - self._step_begin
+        self.random_state = RandomState()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -73,8 +120,11 @@ class MetricsCallback(TrainerCallback):
             "wall": self._wall_before + time.perf_counter() - self._begin,
         }
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.path}: {error}. Free some disk space, then go on with --resume") from error
         self._bar.set_postfix_str(
             f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, {current_memory() / 2**30:.2f} GiB", refresh=False
         )

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import atomic_files, write_json
-from .config import FinetuneConfig
+from .base import base_fingerprint
+from .config import LENGTH, FinetuneConfig
 from .errors import InputError, require
 from .folder import RunFolder, open_run, read_record
 from .generation import generate
-from .memory import out_of_memory, peak_memory
+from .memory import memory_errors, peak_memory
+from .resume import changed_options, check_length, check_same_run, stored_run
+from .signals import Interrupted, StopSignals, stop_signals
 from .stock import stock_kernels
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .checkpoints import Checkpoint
     from .trainer import RecipeTrainer
 
 __all__ = ["FinetuneResult", "finetune"]
@@ -52,65 +52,78 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     """Fine-tune `config.model` on `config.data` with LoRA and save the PEFT adapter to `config.output`.
 
     Raises InputError (a ValueError) or FileNotFoundError for what the caller can mend, OSError when the output cannot be
-    written, MemoryError when memory runs out, ModuleNotFoundError when the extra `finetune` is not installed.
+    written, MemoryError when memory runs out, ModuleNotFoundError when the extra `finetune` is not installed; Interrupted
+    (a KeyboardInterrupt) when a signal ends the run, which saves a checkpoint first if it is training.
     """
     require(*_EXTRA, *(() if config.quantization == "none" else ("bitsandbytes",)))
     config = config.resolved()
     # The folder comes first, before libraries that take seconds to import: whoever comes second learns it at once.
-    with open_run(config) as folder, warnings.catch_warnings(), _memory_errors(config), stock_kernels(config):
+    with stop_signals() as stop, open_run(config) as folder, warnings.catch_warnings(), memory_errors(config), stock_kernels(config):
         _calm_libraries(quiet or not sys.stderr.isatty())
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        return _Run(config, folder, quiet).execute()
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step that a checkpoint's name tells."""
-    return int(path.name.removeprefix("checkpoint-"))
+        return _Run(config, folder, stop, quiet).execute()
 
 
 class _Run:
     """One run's folder and the stages in order; what an earlier process finished is not done again."""
 
-    def __init__(self, config: FinetuneConfig, folder: RunFolder, quiet: bool) -> None:
+    def __init__(self, config: FinetuneConfig, folder: RunFolder, stop: StopSignals, quiet: bool) -> None:
         self.config = config
         self.folder = folder
+        self.stop = stop
         self.quiet = quiet
+        self.checkpoint: Checkpoint | None = None
 
     def execute(self) -> FinetuneResult:
         from .data import fingerprint
         from .inputs import load_rows
 
-        stored = read_record(self.folder.record) if self.folder.record.exists() else {}
-        if stored and self.folder.result.exists():
-            self._say(f"{self.folder.output} holds a finished run: nothing to resume.")
-            return FinetuneResult(**read_record(self.folder.result))
+        stored = stored_run(self.folder)
+        result = self._result() if stored else None
         train, named = load_rows(self.config)
         contents = {source: fingerprint(source) for source in (*self.config.data, *self.config.eval_data)}
-        self._check_same_run(stored, contents)
+        check_same_run(stored, self.config, contents, self.folder.output)
+        if result and self._has_length_of(result, stored):
+            self._say(f"{self.folder.output} holds a finished run: nothing to resume. More --steps or --epochs extend it.")
+            return result
+        self._choose_checkpoint(extends=result is not None)
         trainer = self._trainer(train, named)
-        if not stored:
-            stored = {"config": self.config.to_dict(), "data": contents} | self._before(trainer)
-            self.folder.begin(stored)
-            if self.folder.replaces:
-                self._say(f"The earlier run in {self.folder.output} stays until this one, in {self.folder.work}, is complete.")
-        self._train(trainer)
-        return self._finish(trainer, stored)
+        planned = trainer.planned_steps()
+        if result and planned == result.steps:
+            return result
+        self._begin(trainer, stored, contents, planned)
+        self._train(trainer, planned)
+        return self._finish(trainer, stored_run(self.folder))
 
-    def _check_same_run(self, stored: dict[str, Any], contents: dict[str, str]) -> None:
-        if not stored:
-            return
-        differing = self.config.differences(stored["config"])
-        changed = [source for source, value in contents.items() if stored["data"].get(source, value) != value]
-        differing += [f"the content of {source} has changed" for source in changed]
-        if differing:
+    def _result(self) -> FinetuneResult | None:
+        """What result.json holds; a damaged one counts as missing, for it can be made again from the last checkpoint."""
+        if not self.folder.result.exists():
+            return None
+        try:
+            return FinetuneResult(**read_record(self.folder.result))
+        except (InputError, TypeError):
+            self._say(f"{self.folder.result} is damaged: it is made again.")
+            return None
+
+    def _has_length_of(self, result: FinetuneResult, stored: dict[str, Any]) -> bool:
+        """Whether a finished run is as long as asked for, as far as that can be told without its data."""
+        if self.config.steps is not None:
+            check_length(self.config, planned=self.config.steps, trained=result.steps)
+        return self.config.steps == result.steps or not any(name in self.config.changes(stored["config"]) for name in LENGTH)
+
+    def _choose_checkpoint(self, *, extends: bool) -> None:
+        from .checkpoints import newest_sound
+
+        self.checkpoint = newest_sound(self.folder.checkpoints, self._say)
+        if extends and self.checkpoint is None:
             raise InputError(
-                "--resume: the run in {} was started otherwise:\n  {}\nGive the same options and data, or start again "
-                "with --overwrite or another --output".format(self.folder.output, "\n  ".join(differing))
+                f"--resume: {self.folder.output} holds a finished run without checkpoints, and so without the optimizer's state: "
+                "it cannot be extended; start again with --overwrite, or name another --output"
             )
 
     def _trainer(self, train: Dataset, evaluations: dict[str, Dataset]) -> RecipeTrainer:
         from .inputs import prepare
-        from .metrics import MetricsCallback, truncate_metrics
+        from .metrics import MetricsCallback, restore_metrics
         from .model import load_model, load_tokenizer, resolve_model
         from .trainer import make_trainer
 
@@ -119,15 +132,31 @@ class _Run:
         inputs = prepare(self.config, train, evaluations, tokenizer)
         self.prompt = inputs.prompt
         model = load_model(path, self.config)
-        checkpoint = self._checkpoint()
-        earlier = truncate_metrics(self.folder.metrics, checkpoint_step(checkpoint)) if checkpoint else []
+        earlier: list[dict[str, Any]] = []
+        if self.checkpoint:
+            earlier, lost = restore_metrics(self.folder.metrics, self.checkpoint.step, self.checkpoint.state.get("log_history", []))
+            if lost:
+                self._say(f"{self.folder.metrics} lacked the last {lost} steps: their tokens and times are unknown, and written as 0.")
         self.metrics = MetricsCallback(self.folder.metrics, earlier, quiet=self.quiet)
-        return make_trainer(self.config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics)
+        trainer = make_trainer(self.config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics)
+        trainer.stop = self.stop
+        return trainer
 
-    def _checkpoint(self) -> Path | None:
-        from .trainer import checkpoints
-
-        return next(reversed(checkpoints(self.folder.checkpoints)), None)
+    def _begin(self, trainer: RecipeTrainer, stored: dict[str, Any], contents: dict[str, str], planned: int) -> None:
+        """Write run.json: of a new run with the evaluation before it, of a resumed one with the options that change."""
+        if stored:
+            trained = self.checkpoint.step if self.checkpoint else 0
+            check_length(self.config, planned=planned, trained=trained)
+            record = changed_options(stored, self.config, planned=planned, trained=trained, say=self._say)
+            # From here on the run is unfinished; the adapter in the folder stays until there is a new one.
+            self.folder.result.unlink(missing_ok=True)
+            if record != stored:
+                self.folder.begin(record)
+            return
+        record = {"config": self.config.to_dict(), "data": contents, "base": base_fingerprint(self.config.model)}
+        self.folder.begin(record | self._before(trainer))
+        if self.folder.replaces:
+            self._say(f"The earlier run in {self.folder.output} stays until this one, in {self.folder.work}, is complete.")
 
     def _before(self, trainer: RecipeTrainer) -> dict[str, Any]:
         self._say("Evaluating before training ...")
@@ -135,23 +164,30 @@ class _Run:
         self._say("Perplexity before: " + _listing(perplexity))
         return {"perplexity_before": perplexity, "sample_before": generate(trainer, self.prompt, self.config.sample_tokens)}
 
-    def _train(self, trainer: RecipeTrainer) -> None:
+    def _train(self, trainer: RecipeTrainer, planned: int) -> None:
         from transformers import set_seed
 
-        checkpoint = self._checkpoint()
-        if checkpoint is None:
+        from .trainer import TrainingStopped
+
+        if self.checkpoint is None:
             self.folder.metrics.unlink(missing_ok=True)
         else:
-            self._say(f"Resuming from step {checkpoint_step(checkpoint)}.")
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            if state["global_step"] >= state["max_steps"]:
-                trainer.load_adapter_of(checkpoint)
+            self._say(f"Resuming from step {self.checkpoint.step}.")
+            if self.checkpoint.step >= planned:
+                trainer.load_adapter_of(self.checkpoint.path)
                 return
         set_seed(self.config.seed)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with self.stop.deferred():
+                trainer.train(resume_from_checkpoint=str(self.checkpoint.path) if self.checkpoint else None)
+        except TrainingStopped:
+            pass
         finally:
             self.metrics.close()
+        if self.stop.number is not None:
+            saved = trainer.save_last_step()
+            place = f"{saved} is saved, and" if saved else "no step was complete;"
+            raise Interrupted(self.stop.number, f"{place} the same command with --resume goes on from there")
 
     def _finish(self, trainer: RecipeTrainer, stored: dict[str, Any]) -> FinetuneResult:
         """Evaluate, save the adapter and the curve, and last result.json, which marks the run as finished."""
@@ -202,17 +238,3 @@ def _calm_libraries(no_bars: bool) -> None:
     if no_bars:
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-
-
-@contextlib.contextmanager
-def _memory_errors(config: FinetuneConfig) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        raise MemoryError(
-            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Lower --batch-size (now "
-            f"{config.batch_size}; raise --grad-accumulation to keep the tokens a step) or --seq-length (now {config.seq_length}), "
-            "add --gradient-checkpointing, or use --quantization nf4; then go on with --resume if the output folder holds a checkpoint"
-        ) from error

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..files import atomic_directory, remove_directory
+from .checkpoints import checkpoints, write_checksums
 from .config import FinetuneConfig
 from .errors import InputError
 from .inputs import Inputs, is_packed
@@ -18,19 +20,18 @@ from .loss import frozen_head_loss, has_plain_head
 from .metrics import MetricsCallback
 from .model import compute_dtype
 from .packing import require_separation
+from .signals import StopSignals
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RecipeTrainer", "checkpoints", "make_trainer"]
+__all__ = ["RecipeTrainer", "TrainingStopped", "make_trainer"]
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; anything still under a temporary name is none."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+class TrainingStopped(Exception):
+    """Training ended between two batches because `RecipeTrainer.stop` has a signal."""
 
 
 class RecipeTrainer(SFTTrainer):
@@ -38,9 +39,12 @@ class RecipeTrainer(SFTTrainer):
 
     metrics: MetricsCallback
     keep_checkpoints: int
+    stop: StopSignals | None = None
     _writing_to: Path | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.stop is not None and self.stop.number is not None:
+            raise TrainingStopped
         mask = inputs.get("attention_mask")
         self.metrics.tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -79,8 +83,36 @@ class RecipeTrainer(SFTTrainer):
             for path in list((temporary / name).iterdir()):
                 path.rename(temporary / path.name)
             (temporary / name).rmdir()
+            write_checksums(temporary)
         for old in checkpoints(folder)[: -self.keep_checkpoints]:
             remove_directory(old)
+
+    def save_last_step(self) -> Path | None:
+        """Save what the last complete step left, also where training was stopped in the middle of the next; None before the first."""
+        if not self.state.global_step:
+            return None
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not path.exists():
+            self.metrics.random_state.restore()
+            self._save_checkpoint(self.model, None)
+        return path
+
+    def planned_steps(self) -> int:
+        """The step at which training ends."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = len(self.get_train_dataloader())
+        return math.ceil(self.args.num_train_epochs * max(1, math.ceil(batches / self.args.gradient_accumulation_steps)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also set the rate of the next step by the schedule of this run, which may be longer than the one the checkpoint is of."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is not None and isinstance(schedule, LambdaLR):
+            rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates
 
     def load_adapter_of(self, checkpoint: Path) -> None:
         """Take the adapter of a checkpoint without training on."""

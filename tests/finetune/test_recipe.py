@@ -137,5 +137,7 @@ def test_out_of_memory_names_what_to_lower(options: dict[str, Any], monkeypatch:
         torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(trainer.RecipeTrainer, "training_step", exhausted)
-    with pytest.raises(MemoryError, match=r"--batch-size \(now 2.*--seq-length \(now 64.*--gradient-checkpointing"):
+    with pytest.raises(
+        MemoryError, match=r"--batch-size 1 --grad-accumulation 2 .now --batch-size 2.*--gradient-checkpointing.*--seq-length .now 64"
+    ):
         run(options)
