@@ -29,13 +29,17 @@ def _tune(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run one sub-command; returns the exit status."""
+    from peftkern import __version__
+    from peftkern.finetune import use
     from peftkern.finetune.cli import add_arguments
 
     parser = argparse.ArgumentParser(prog="peftkern", description="Fused LoRA and 4-bit kernels for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"peftkern {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     finetune = commands.add_parser("finetune", help="fine-tune a language model with LoRA on a 4-bit base")
     add_arguments(finetune)
     finetune.set_defaults(run=_finetune)
+    use.add_commands(commands)
     env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
     env.set_defaults(run=_env)
     tune = commands.add_parser("tune", help="measure on this GPU where each kernel pays, and keep the limits")

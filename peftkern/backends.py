@@ -162,7 +162,12 @@ def use_cuda_kernels(x: Tensor) -> bool:
 
 
 def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
-    """Which kernels a 4-bit linear with out_features `n`, in_features `k` and rank `r` takes for `x` [..., k], and why."""
+    """Which kernels a 4-bit linear with out_features `n`, in_features `k` and rank `r` takes for `x` [..., k], and why.
+
+    "refused: ..." with the reason where `functional.qlora_linear` takes no such call; a patched module then runs its stock forward.
+    """
+    if refusal := _refusal(x, n, k, r):
+        return f"refused: {refusal}; a patched module runs its stock forward on such a call"
     backend, reason = served_by(x)
     m, dtype = x.numel() // max(k, 1), str(x.dtype).removeprefix("torch.")
     if backend == "reference":
@@ -175,3 +180,19 @@ def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
     from .ops.qlora_linear import gpu
 
     return f"{backend}: {reason}; {gpu.explain(x, m, n, k, r)}"
+
+
+def _refusal(x: Tensor, n: int, k: int, r: int) -> str:
+    """What is wrong with a call, as the public function says it; empty where nothing is."""
+    from . import checks
+
+    for name, value, least in (("n", n, 1), ("k", k, 1), ("r", r, 0)):
+        if value < least:
+            return f"{name}: got {value}, expected at least {least}"
+    try:
+        checks.activation(x, (n, k), x.device)
+        if r:
+            checks.adapter(torch.empty(r, k, device="meta"), torch.empty(n, r, device="meta"), n, k, torch.device("meta"))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""

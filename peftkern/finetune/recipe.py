@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import atomic_files, write_json
 from .base import base_fingerprint
+from .card import model_card
 from .config import LENGTH, FinetuneConfig
 from .errors import InputError, require
 from .folder import RunFolder, open_run, read_record
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .checkpoints import Checkpoint
     from .trainer import RecipeTrainer
 
-__all__ = ["FinetuneResult", "finetune"]
+__all__ = ["FinetuneResult", "calm_libraries", "finetune"]
 
 _EXTRA = ("transformers", "peft", "trl", "datasets", "accelerate", "tqdm", "matplotlib")
 
@@ -59,7 +60,7 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     config = config.resolved()
     # The folder comes first, before libraries that take seconds to import: whoever comes second learns it at once.
     with stop_signals() as stop, open_run(config) as folder, warnings.catch_warnings(), memory_errors(config), stock_kernels(config):
-        _calm_libraries(quiet or not sys.stderr.isatty())
+        calm_libraries(quiet or not sys.stderr.isatty())
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return _Run(config, folder, stop, quiet).execute()
 
@@ -215,6 +216,7 @@ class _Run:
             trainer.model.save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
             plot_loss(rows, temporary / "loss.png")
+            (temporary / "README.md").write_text(model_card(self.config, result, stored), encoding="utf-8")
             self.folder.list_files(path.name for path in temporary.iterdir())
         write_json(self.folder.result, dataclasses.asdict(result))
         self.folder.settle()
@@ -229,7 +231,7 @@ def _listing(perplexities: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in perplexities.items())
 
 
-def _calm_libraries(no_bars: bool) -> None:
+def calm_libraries(no_bars: bool) -> None:
     """Bars of loading and tokenizing go to terminals only; hints of the libraries to their own users go nowhere."""
     import datasets
     import transformers

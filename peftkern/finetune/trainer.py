@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RecipeTrainer", "TrainingStopped", "make_trainer"]
+__all__ = ["RecipeTrainer", "TrainingStopped", "make_trainer", "spread"]
 
 
 class TrainingStopped(Exception):
@@ -160,7 +160,7 @@ def make_trainer(
     if packing and inputs.kind != "text":
         require_separation(trainer)
     windows = max(1, config.eval_tokens // config.seq_length)
-    trainer.eval_dataset = {name: _spread(dataset, windows) for name, dataset in trainer.eval_dataset.items()}
+    trainer.eval_dataset = {name: spread(dataset, windows) for name, dataset in trainer.eval_dataset.items()}
     return trainer
 
 
@@ -198,7 +198,7 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
     )
 
 
-def _spread(dataset: Dataset, count: int) -> Dataset:
+def spread(dataset: Dataset, count: int) -> Dataset:
     """At most `count` rows at equal distances."""
     if len(dataset) <= count:
         return dataset
