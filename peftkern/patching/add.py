@@ -48,8 +48,10 @@ class LoraAddForward(Forward):
     __slots__ = ()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self.module
-        names = kwargs.pop("adapter_names", mixed.current(layer))
+        layer, mixing = self.module, mixed.current(self.module)
+        if mixing is not None and not args and not kwargs and any(name in layer.lora_variant for name in mixing):
+            return mixed.run(layer, mixing, x, self)  # PEFT mixes vanilla LoRA alone
+        names = kwargs.pop("adapter_names", mixing)
         parts = None if args or kwargs or x.dtype not in FLOATS or not _served(x) else _parts(layer, x, names)
         if parts is None:
             return self.stock(x, *args, **kwargs | ({} if names is None else {"adapter_names": names}))
@@ -72,7 +74,7 @@ def _parts(layer: nn.Module, x: Tensor, names: list[str] | None) -> list[Part] |
         found = active_adapters(layer)
         parts = None if isinstance(found, str) else [(None, found)]
     else:
-        chosen = [(rows, name) for name, rows in mixed.stretches(names, x)]
+        chosen = [(rows, name) for name, rows in mixed.stretches(layer, names, x)]
         parts = [(rows, [_adapter(layer, name)] if name in layer.lora_A else []) for rows, name in chosen]
     fits = parts is not None and all(isinstance(item, Adapter) and _fits(item, x) for _, adapters in parts for item in adapters)
     return parts if fits else None

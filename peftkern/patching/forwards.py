@@ -141,8 +141,17 @@ class LoraForward(_PlannedForward):
 
     def stock(self, *args: Any, **kwargs: Any) -> Tensor:
         """The forward the module had before, which mixes the same adapters."""
-        names = mixed.current(self.module)
-        return super().stock(*args, **kwargs) if names is None else super().stock(*args, **{"adapter_names": names} | kwargs)
+        names, variants = mixed.current(self.module), self.module.lora_variant
+        if names is None:
+            return super().stock(*args, **kwargs)
+        if len(args) == 1 and not kwargs and any(name in variants for name in names):  # PEFT mixes vanilla LoRA alone
+            return mixed.run(self.module, names, args[0], self._by_itself)
+        return super().stock(*args, **{"adapter_names": names} | kwargs)
+
+    def _by_itself(self, x: Tensor) -> Tensor:
+        """Without its group, whose other members get other rows."""
+        plan = self.work(x) if _served(x) else None
+        return super().stock(x) if plan is None else self.run(x, plan)
 
     def work(self, x: Tensor) -> Plan | DoraPlan | None:
         found = self._dora(x) if self.module.lora_variant else None
@@ -209,7 +218,7 @@ def _active(layer: nn.Module) -> list[functional.Adapter] | None:
 def _mixed(layer: nn.Module, x: Tensor, names: list[str]) -> list[functional.Adapter] | None:
     """One adapter a stretch of samples; None where one has no fused form, or a bias, which only its samples would get."""
     found = []
-    for name, rows in mixed.stretches(names, x):
+    for name, rows in mixed.stretches(layer, names, x):
         if name == mixed.BASE or name not in layer.lora_A:
             continue
         adapter = _adapter(layer, name)

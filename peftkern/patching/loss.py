@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from . import mixed
 from .detect import Candidate, _base_reason, _device_reason, _forward_reason, _replaced, _weight_reason_4bit, excluded, is_lora
 from .forwards import Adapter, Forward, _autocast_off, _served, active_adapters, has_hooks, install
 from .logits import DeferredLogits, LogitForm, made
@@ -106,6 +107,8 @@ class _Parts(NamedTuple):
 
 def _parts(head: nn.Module) -> _Parts | str:
     """Of the head as it is at this moment, or why only the stock forward can run it."""
+    if mixed.current(head) is not None:
+        return "the head mixes adapters"
     if has_hooks(head):
         return "a hook is registered on the head"
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):

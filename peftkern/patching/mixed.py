@@ -1,73 +1,99 @@
-"""Batches whose samples belong to different adapters: which name each sample has, and the rows that makes."""
+"""Batches whose samples belong to different adapters: which name each sample has, the rows that makes, and each adapter by itself."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["BASE", "current", "mixed_adapters", "names", "stretches"]
+__all__ = ["BASE", "current", "label", "mixed_adapters", "names", "own_adapters", "run", "stretches"]
 
 BASE = "__base__"  # PEFT's name for "no adapter"
+ONE_TENSOR = "it has to map one tensor of samples to another; run each adapter's samples by themselves"
 _SLOT = "_peftkern_adapter_names"
+
+
+class _Choice(NamedTuple):
+    """The adapter of each sample, and what an error calls the layer."""
+
+    names: list[str]
+    label: str
 
 
 def current(layer: nn.Module) -> list[str] | None:
     """The samples' adapters that the layer's next call mixes; None outside of that."""
-    return layer.__dict__.get(_SLOT)
+    choice = layer.__dict__.get(_SLOT)
+    return None if choice is None else choice.names
+
+
+def label(layer: nn.Module) -> str:
+    """What an error calls the layer."""
+    choice = layer.__dict__.get(_SLOT)
+    return type(layer).__name__ if choice is None else choice.label
 
 
 @contextlib.contextmanager
-def names(layer: nn.Module, chosen: Sequence[str]) -> Iterator[None]:
-    """Let one layer mix adapters."""
-    before = current(layer)
-    layer.__dict__[_SLOT] = list(chosen)
+def names(layer: nn.Module, chosen: Sequence[str] | None, called: str | None = None) -> Iterator[None]:
+    """Let one layer mix adapters, or with None run its active ones."""
+    before = layer.__dict__.pop(_SLOT, None)
+    if chosen is not None:
+        layer.__dict__[_SLOT] = _Choice(list(chosen), called or type(layer).__name__)
     try:
         yield
     finally:
-        _restore(layer, before)
-
-
-def _restore(layer: nn.Module, before: list[str] | None) -> None:
-    if before is None:
         layer.__dict__.pop(_SLOT, None)
-    else:
-        layer.__dict__[_SLOT] = before
+        if before is not None:
+            layer.__dict__[_SLOT] = before
 
 
 @contextlib.contextmanager
 def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within it, each sample of a batch runs through the adapter named for it, in training too, on one shared base.
 
-    The layers' rows of one stretch of equal names make one low-rank product; samples sorted by adapter are fastest. Each adapter gets the
-    gradients of its own samples. With gradient checkpointing the backward pass, which calls the layers again, belongs within it too.
+    The LoRA layers' rows of one stretch of equal names make one low-rank product; samples sorted by adapter are fastest. Whatever else
+    holds parts of the adapters follows the samples too, by one call for each adapter: a head in modules_to_save, LoRA on embeddings and
+    convolutions, trainable tokens, layers that are excluded or variants of LoRA. Each adapter gets the gradients of its own samples. With
+    gradient checkpointing the backward pass, which calls the layers again, belongs within it too.
 
     Args:
         model: a patched PEFT LoRA model.
         adapter_names: a name for each sample of the batch; "__base__" for none of them.
-    Raises: ValueError where a name is no adapter of the model, the model is not patched, or (at the call) the batch's size differs.
+    Raises: ValueError where a name is no adapter of the model, the model is not patched, a module cannot tell the samples apart (before
+        anything is computed, by the module's name), or (at the call) the batch's size differs.
     Source: Punica (Chen et al., 2023) for the segments; PEFT allows `adapter_names` in evaluation only.
     """
     from .add import LoraAddForward
-    from .forwards import LoraForward, find
+    from .forwards import LoraForward, find, install, remove
+    from .samples import SampleForward, holders, obstacle
 
     ours = (LoraForward, LoraAddForward)
-    layers = [module for module in model.modules() if (held := find(module)) is not None and isinstance(held[1], ours)]
+    held = dict(holders(model))
+    layers = {name: layer for name, layer in held.items() if (found := find(layer)) is not None and isinstance(found[1], ours)}
     if not layers:
         raise ValueError(f"model: no LoRA layer of {type(model).__name__} is patched; call peftkern.patch(model) first")
-    known = {name for layer in layers for name in layer.lora_A} | {BASE}
+    known = {name for module in held.values() for name in own_adapters(module)} | {BASE}
     unknown = sorted(set(adapter_names) - known)
     if unknown:
         raise ValueError(f"adapter_names: {', '.join(map(repr, unknown))} unknown; the model has {', '.join(sorted(known))}")
+    against = {name: reason for name, module in held.items() if (reason := obstacle(name, module, adapter_names)) is not None}
+    if against:
+        name, reason = next(iter(against.items()))
+        more = f" (and {len(against) - 1} more)" if len(against) > 1 else ""
+        raise ValueError(f"model: {name}{more} cannot mix adapters: {reason}")
     if any(_reentrant(module) for module in model.modules()):
         raise ValueError(
             "model: its reentrant gradient checkpointing cannot tell that a recomputation left this block; call "
             'model.gradient_checkpointing_enable({"use_reentrant": False}), which notices'
         )
     with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(names(layer, adapter_names))
+        for name, module in held.items():
+            stack.enter_context(names(module, adapter_names, name))
+            if name not in layers and find(module) is None:
+                install(module, SampleForward, None)
+                stack.callback(remove, module)
         yield
 
 
@@ -76,10 +102,9 @@ def _reentrant(module: nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False)) and getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
 
 
-def stretches(chosen: Sequence[str], x: Tensor) -> list[tuple[str, tuple[int, int]]]:
+def stretches(layer: nn.Module, chosen: Sequence[str], x: Tensor) -> list[tuple[str, tuple[int, int]]]:
     """Rows of the flattened x of each run of equal names; x [samples, ..., K]."""
-    if x.dim() < 2 or x.shape[0] != len(chosen):
-        raise ValueError(f"adapter_names: got {len(chosen)} names for a batch of {x.shape[0] if x.dim() else 0} samples")
+    _check(layer, chosen, x)
     rows = x.numel() // max(x.shape[0] * x.shape[-1], 1)
     found: list[tuple[str, tuple[int, int]]] = []
     for i, name in enumerate(chosen):
@@ -88,3 +113,54 @@ def stretches(chosen: Sequence[str], x: Tensor) -> list[tuple[str, tuple[int, in
         else:
             found.append((name, (i * rows, (i + 1) * rows)))
     return found
+
+
+def _check(layer: nn.Module, chosen: Sequence[str], x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[0] != len(chosen):
+        count = x.shape[0] if x.dim() else 0
+        raise ValueError(f"adapter_names: got {len(chosen)} names for a batch of {count} samples, {tuple(x.shape)}, in {label(layer)}")
+
+
+def own_adapters(module: nn.Module) -> set[str]:
+    """The names of the adapters that one of PEFT's modules has parts of."""
+    if "_adapters" in module.__dict__:
+        return set(module.__dict__["_adapters"])
+    parts = (getattr(module, name, {}) for name in getattr(type(module), "adapter_layer_names", ("lora_A",)))
+    return {name for part in parts if hasattr(part, "keys") for name in part}
+
+
+def run(module: nn.Module, chosen: Sequence[str], x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `call` gives for each sample of x [samples, ...] while the adapter that is named for it is the module's only one."""
+    _check(module, chosen, x)
+    order = sorted(
+        range(len(chosen)), key=lambda i: chosen.index(chosen[i])
+    )  # each adapter's samples together, in the order of their first ones
+    together = order == list(range(len(chosen)))
+    index = torch.tensor(order, device=x.device)
+    rows, outputs, start = x if together else x.index_select(0, index), [], 0
+    for name in dict.fromkeys(chosen):
+        stop = start + chosen.count(name)
+        with _alone(module, name):
+            outputs.append(call(rows[start:stop]))
+        start = stop
+    if any(not isinstance(y, Tensor) or y.dim() == 0 for y in outputs) or sum(map(len, outputs)) != len(chosen):
+        raise ValueError(f"{label(module)}: what it gives is no tensor with a row for each sample; {ONE_TENSOR}")
+    y = torch.cat(outputs)
+    return y if together else y.index_select(0, torch.argsort(index))
+
+
+@contextlib.contextmanager
+def _alone(module: nn.Module, name: str) -> Iterator[None]:
+    """The module as if this adapter were the only active one; its base where it has no part of it."""
+    parts = [part for part in (module, module._modules.get("token_adapter")) if part is not None]
+    before = [dict(part.__dict__) for part in parts]
+    for part in parts:
+        part.__dict__.update(_active_adapter=[name], _disable_adapters=name not in own_adapters(module))
+    try:
+        with names(module, None):
+            yield
+    finally:
+        for part, state in zip(parts, before, strict=True):
+            for key in ("_active_adapter", "_disable_adapters"):
+                part.__dict__.pop(key)
+                part.__dict__.update({key: state[key]} if key in state else {})
