@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,15 @@ def _source_rows(source: str, option: str) -> Iterator[tuple[str, Any]]:
         return ((SAMPLE, row) for row in sample_text(held_out=option == "--eval-data"))
     if source == PYTHON_REFERENCE:
         return ((PYTHON_REFERENCE, row) for row in python_reference())
+    return _file_rows(source, option)
+
+
+def _file_rows(source: str, option: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{option} {source}: no such file or folder; give a jsonl or text file, a datasets folder, or `{SAMPLE}`")
-    return read_rows(path, option)
+    if not os.path.exists(path):  # Path.exists raises for names that are too long
+        what = f"is a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "no such file or folder"
+        raise FileNotFoundError(f"{option} {source}: {what}; give a jsonl or text file, a datasets folder, or `{SAMPLE}`")
+    try:
+        yield from read_rows(path, option)
+    except OSError as error:
+        raise InputError(f"{option} {source} cannot be read: {error.strerror or error}. Check its permissions and the disk") from error

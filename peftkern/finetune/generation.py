@@ -21,15 +21,16 @@ _WORDS = 12
 _ROWS = 100  # held-out rows to look through for one that can be asked
 
 
-def make_prompt(given: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text to continue: the one given, or how the first row that has one begins, up to where its last answer would stand.
+def make_prompt(given: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int) -> str:
+    """The text to continue: the one given, or how a row begins, up to where its last answer would stand.
 
-    It is empty if no row has such a text, or none that the chat template takes.
+    It is taken from the first row of which that part is not blank, is taken by the chat template and has at most `length` tokens;
+    it is empty if there is none.
     """
     if given is not None:
         return given
     questions = (_question(decode_row(row), tokenizer) for row in rows.select(range(min(_ROWS, len(rows)))))
-    return next((text for text in questions if text.strip()), "")
+    return next((text for text in questions if text.strip() and len(tokenizer(text)["input_ids"]) <= length), "")
 
 
 def _question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:

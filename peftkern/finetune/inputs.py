@@ -53,7 +53,7 @@ def prepare(config: FinetuneConfig, train: Dataset, evaluations: Mapping[str, Da
         train=tokens.select_columns(["input_ids", "labels"]),
         kind=kind,
         evaluations=prepared,
-        prompt=make_prompt(config.prompt, asked, tokenizer),
+        prompt=make_prompt(config.prompt, asked, tokenizer, length=config.seq_length),
     )
 
 

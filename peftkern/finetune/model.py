@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +50,9 @@ def resolve_model(model: str) -> str:
         if not path.is_file():
             raise FileNotFoundError(f"--model {model}: no such file")
         return str(dense_folder(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         check_folder(model, path)
-    elif path.exists():
+    elif os.path.exists(path):
         raise InputError(f"--model {model} is a file, but no .gguf file: give the folder that holds it, with its config.json and tokenizer")
     return model
 

@@ -15,6 +15,7 @@ from ..files import atomic_directory, remove_directory
 from .checkpoints import checkpoints, write_checksums
 from .config import FinetuneConfig
 from .errors import InputError
+from .fit import require_fit
 from .inputs import Inputs, is_packed
 from .loss import frozen_head_loss, has_plain_head
 from .metrics import MetricsCallback
@@ -142,6 +143,7 @@ def make_trainer(
     metrics: MetricsCallback,
 ) -> RecipeTrainer:
     """The trainer on `inputs`; `config` must be resolved, checkpoints go to `folder`."""
+    require_fit(config, model, inputs)
     packing = is_packed(config, inputs.kind)
     trainer = RecipeTrainer(
         model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def test_defaults_are_the_sample_within_minutes() -> None:
     [
         ({"r": 0}, "--r must be a whole number of at least 1, got 0"),
         ({"lr": -1.0}, "--lr must be greater than 0"),
+        ({"seed": -1}, "--seed must be a whole number of at least 0, got -1"),
+        ({"seed": 2**40}, r"--seed must be less than 2\^31"),
+        ({"sample_tokens": -1}, "--sample-tokens must be a whole number of at least 0"),
+        ({"epochs": math.inf}, "--epochs must be greater than 0 and finite, got inf"),
+        ({"lr": math.nan}, "--lr must be greater than 0 and finite, got nan"),
+        ({"weight_decay": math.nan}, "--weight-decay must be at least 0 and finite, got nan"),
+        ({"dropout": math.nan}, "--dropout must be at least 0"),
+        ({"prompt": "half \ud83d"}, "--prompt must be valid Unicode"),
+        ({"model": ""}, "--model must not be empty"),
+        ({"data": ()}, "--data needs at least one value"),
         ({"dropout": 1.0}, "--dropout must be at least 0 and less than 1"),
         ({"quantization": "int3"}, "--quantization must be one of nf4, fp4, none"),
         ({"steps": 3, "epochs": 1.0}, "--steps or --epochs, not both"),

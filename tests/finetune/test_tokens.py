@@ -113,7 +113,7 @@ def test_messages_need_a_template(tokens: Any, tokenizer: Any) -> None:
     ],
 )
 def test_sample_prompt(tmp_path: Path, tokenizer: Any, rows: list[Any], prompt: str) -> None:
-    assert make_prompt(None, load_data(write_jsonl(tmp_path / "rows.jsonl", rows)), tokenizer) == prompt
+    assert make_prompt(None, load_data(write_jsonl(tmp_path / "rows.jsonl", rows)), tokenizer, length=99) == prompt
 
 
 def test_held_out_rows_have_something_to_predict(tmp_path: Path, tokenizer: Any) -> None:
