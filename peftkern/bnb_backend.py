@@ -10,6 +10,7 @@ While the hook is registered the name returns the weight as it is. Weights repac
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -239,8 +240,14 @@ def _weight(
     if packed.dtype != torch.uint8:
         packed = packed.contiguous().view(torch.uint8)
     if code is None:
-        code = nf4.code_tensor(quant_type)
+        code = _code(quant_type)
     return NF4Weight(packed.reshape(-1), code, tuple(shape), dtype, blocksize, quant_type, **scales)
+
+
+@functools.cache
+def _code(quant_type: str) -> Tensor:
+    with torch.inference_mode(False):
+        return nf4.code_tensor(quant_type)
 
 
 def _linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:

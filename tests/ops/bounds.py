@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FACTOR = 1.5  # the contract: our error against fp64 is at most 1.5 times plain PyTorch's
 
@@ -30,3 +35,43 @@ def assert_as_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor) ->
     worst = max(plain_error.max().item(), 6 * plain_error.square().mean().sqrt().item())
     elementwise = max(FACTOR * worst, roundings * exact.abs().max().item())
     assert error.max().item() <= elementwise, f"{name}: worst element off by {error.max():.3e}, plain PyTorch's allows {elementwise:.3e}"
+
+
+def products_in_order(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator of plain PyTorch's side of a comparison, forward and backward: its fp32 matrix products on the CPU add one term after
+    the other, each with one rounding, the textbook's y = fma(x[k], w[k], y).
+
+    torch's own choose an order by the CPU and the shape: of few rows some sum in one go and some in many partial sums, which err less, so
+    that the same kernels of ours would pass on one machine and fail on another. This order is the same on all.
+    """
+
+    @functools.wraps(function)
+    def in_order(*args: Any, **kwargs: Any) -> Any:
+        with _ProductsInOrder():
+            return function(*args, **kwargs)
+
+    return in_order
+
+
+class _ProductsInOrder(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        aten = torch.ops.aten
+        if func is aten.mm.default and _fp32_cpu(*args):
+            return _product(*args)
+        if func is aten.addmm.default and _fp32_cpu(*args) and not kwargs:
+            return args[0] + _product(*args[1:])
+        if func is aten.bmm.default and _fp32_cpu(*args):
+            return torch.stack([_product(a, b) for a, b in zip(*args, strict=True)])
+        return func(*args, **(kwargs or {}))
+
+
+def _fp32_cpu(*tensors: Tensor) -> bool:
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, N]; the product of two fp32 numbers is exact in fp64, so each step rounds once, to fp32."""
+    total = torch.zeros(a.shape[0], b.shape[1])
+    for column, row in zip(a.double().t(), b.double(), strict=True):
+        total = torch.addcmul(total.double(), column[:, None], row[None]).float()
+    return total

@@ -16,7 +16,7 @@ from peftkern.ops import dora_group as op
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.scale_columns import scale_columns
 
-from .bounds import assert_as_accurate, relative_norm
+from .bounds import assert_as_accurate, products_in_order, relative_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -88,6 +88,7 @@ def test_the_norm_of_an_update_that_undoes_the_weight_is_not_nan() -> None:
     assert torch.isfinite(norm).all() and (norm < 0.05).all()
 
 
+@products_in_order
 def _dora(x, dense, bias, a, b, magnitude, dy, dtype, dropped=None):
     """Plain PyTorch, PEFT's formula, everything in `dtype` but the norm, which is exact."""
     x, bias, a, b, magnitude = (t.detach().to(dtype, copy=True).requires_grad_() for t in (x, bias, a, b, magnitude))
