@@ -96,10 +96,11 @@ def _head(dense: Tensor) -> nn.Linear:
 def _loss(model: nn.Module, provider: str, ids: Tensor) -> Tensor:
     if SLICED not in provider:
         return model(input_ids=ids, labels=ids).loss
-    from peftkern.finetune.loss import frozen_head_loss
+    from peftkern import functional
 
     causal = model.get_base_model()
-    return frozen_head_loss(causal.model(input_ids=ids).last_hidden_state, causal.lm_head.weight, ids) / (ids.numel() - 1)
+    hidden = causal.model(input_ids=ids).last_hidden_state
+    return functional.linear_cross_entropy(hidden[:, :-1], causal.lm_head.weight, ids[:, 1:])
 
 
 def child(provider: str, device: str, small: bool, rounds: int, gradients: Path) -> Iterator[dict]:

@@ -99,6 +99,7 @@ def _of_run(adapter: Path) -> dict[str, Any]:
 
 
 def _load(adapter: Path | None, config: FinetuneConfig) -> LoadedModel:
+    from .loss import install_model_loss
     from .model import load_base, load_tokenizer, resolve_model
 
     path = resolve_model(config.model)
@@ -116,6 +117,7 @@ def _load(adapter: Path | None, config: FinetuneConfig) -> LoadedModel:
             print(f"Nothing of this model was patched, it runs as it is: {error}", file=sys.stderr)
     else:
         prepare_stock(model)
+    install_model_loss(model)
     model.eval()
     return LoadedModel(model, tokenizer, config, adapter is not None)
 
@@ -187,16 +189,15 @@ def _perplexity(loaded: LoadedModel, dataset: Dataset) -> float:
 
 
 def _loss(loaded: LoadedModel, ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Summed negative log-likelihood of the labels of one sequence, without its logits where the head is a plain one."""
-    from .loss import frozen_head_loss, has_plain_head
+    """Summed negative log-likelihood of the labels of one sequence, without its logits where that is possible."""
+    from .loss import summed_nll
 
     model = loaded.model
-    learned_prompt = loaded.has_adapter and model.active_peft_config.is_prompt_learning
+    if loaded.has_adapter and model.active_peft_config.is_prompt_learning:
+        with loaded.autocast():
+            logits = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+        flat = logits[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum").item()
     base = model.get_base_model() if loaded.has_adapter else model
     with loaded.autocast():
-        if not learned_prompt and has_plain_head(base):
-            hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            return frozen_head_loss(hidden, base.get_output_embeddings().weight, labels).item()
-        logits = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
-    flat = logits[:, :-1].flatten(0, 1).float()
-    return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum").item()
+        return summed_nll(base, {"input_ids": ids, "labels": labels}).item()

@@ -1,40 +1,71 @@
-"""Cross-entropy of a frozen output head without the [tokens, vocabulary] logits.
+"""What the recipe trains on, the model's own loss, and what its perplexities are made of, the likelihood that the logits give.
 
-TRL's fused head recomputes the logits in backward and sums statistics for its logs: right on a GPU, where a kernel does it, but on a
-CPU that was 2.6 s of a 5.7 s step (SmolLM2-135M, 512 tokens, 2 AVX2 cores). As the head is frozen, the gradient of the hidden states
-can be taken in forward, block by block, with two matrix products instead of three: `functional.linear_cross_entropy`.
+TRL's fused head makes the loss anew from a few names in the model's configuration, so that it misses what a model does to its logits under
+other names, what it adds to its loss, and an adapter on the head. Here the model's own forward makes it: without logits where a probe of
+that forward shows that nothing else happens (`patching.loss`), else as the model does.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..functional import linear_cross_entropy
+from ..patching.forwards import find
+from ..patching.loss import LossForward, install_loss, loss_candidate
+from ..patching.methods import of_module
 
-__all__ = ["frozen_head_loss", "has_plain_head"]
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-# Options by which architectures change the logits after the head.
-_LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-def has_plain_head(model: Any) -> bool:
-    """Whether the logits of this causal LM are exactly its frozen linear head applied to the last hidden state."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    return (
-        type(head) is torch.nn.Linear
-        and head.bias is None
-        and not head.weight.requires_grad
-        and all(getattr(config, name, None) in (None, 1, 1.0) for name in _LOGIT_OPTIONS)
-        and not getattr(config, "output_router_logits", False)
-    )
+__all__ = ["adapter_on_head_hidden", "install_model_loss", "summed_nll"]
 
 
-def frozen_head_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed next-token negative log-likelihood.
+def install_model_loss(model: nn.Module) -> str | None:
+    """Let the model make its loss without the logits; the reason where it cannot, and keeps its stock loss."""
+    found = loss_candidate(model)
+    if found is None:
+        return "it is no language model of transformers"
+    return None if install_loss(found) else found.row.reason
 
-    `hidden` is [batch, length, H], `weight` [vocabulary, H] (takes no gradient), `labels` int64 [batch, length], -100 where there is
-    nothing to predict. Returns a float32 scalar.
+
+def summed_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The negative log-likelihood, summed over the next-token labels, that the logits of a model give in the mode it is in.
+
+    `inputs` holds labels [batch, length], -100 where there is nothing to predict. A router's loss or whatever else the model adds to its
+    loss in training is no part of it.
     """
-    return linear_cross_entropy(hidden[:, :-1], weight, labels[:, 1:], reduction="sum")
+    held = _loss_forward(model)
+    fused = None if held is None else held.negative_log_likelihood(**inputs, use_cache=False)
+    if fused is not None:
+        return fused
+    labels = inputs["labels"]
+    logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False).logits
+    # One row at a time: their fp32 copies are as large as the logits.
+    rows = zip(logits, labels.to(logits.device), strict=True)
+    return torch.stack([F.cross_entropy(row[:-1].float(), label[1:].long(), reduction="sum") for row, label in rows]).sum()
+
+
+def _loss_forward(model: nn.Module) -> LossForward | None:
+    """Ours on the model, or inside the wrapper that TRL put around it."""
+    held = find(model)
+    forward = of_module(model) if held is None else held[1]
+    return forward if isinstance(forward, LossForward) else None
+
+
+@contextlib.contextmanager
+def adapter_on_head_hidden(model: PeftModel) -> Iterator[None]:
+    """While TRL's trainer is made: it refuses an adapter on the head, which its own fused head would leave out. That head is not used."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "base_layer"):
+        yield
+        return
+    model.__dict__["get_output_embeddings"] = lambda: head.base_layer
+    try:
+        yield
+    finally:
+        del model.__dict__["get_output_embeddings"]

@@ -12,12 +12,13 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..files import atomic_directory, remove_directory
+from .causality import require_causal
 from .checkpoints import checkpoints, write_checksums
 from .config import FinetuneConfig
 from .errors import InputError
 from .fit import require_fit
 from .inputs import Inputs, is_packed
-from .loss import frozen_head_loss, has_plain_head
+from .loss import adapter_on_head_hidden, install_model_loss, summed_nll
 from .metrics import MetricsCallback
 from .model import compute_dtype
 from .packing import require_separation
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RecipeTrainer", "TrainingStopped", "make_trainer", "spread"]
+
+_MOST_NATS = 700.0  # a little less than the logarithm of the largest number
 
 
 class TrainingStopped(Exception):
@@ -50,22 +53,19 @@ class RecipeTrainer(SFTTrainer):
         self.metrics.tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            raise InputError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower --lr (now {self.args.learning_rate:g}), "
-                "raise --warmup, or choose another --dtype"
-            )
+            raise self._diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        base = self.accelerator.unwrap_model(model).get_base_model()
-        if return_outputs or self.args.device.type != "cpu" or self.args.world_size > 1 or not has_plain_head(base):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        backbone = {key: value for key, value in inputs.items() if key != "labels"}
-        with self.accelerator.autocast():
-            hidden = base.base_model(**backbone, use_cache=False).last_hidden_state
-        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return frozen_head_loss(hidden, base.get_output_embeddings().weight, labels) / torch.as_tensor(count).clamp(min=1)
+        inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+        # The model's own loss: TRL's would be that of its fused head.
+        loss, outputs = super(SFTTrainer, self).compute_loss(model, inputs, True, num_items_in_batch)
+        router_loss = getattr(outputs, "aux_loss", None)
+        if self.aux_loss_enabled and num_items_in_batch is not None and isinstance(router_loss, torch.Tensor):
+            # A mean over one batch, and of such a mean a step's loss holds the mean over its batches, not their sum.
+            surplus = 1 - 1 / self.current_gradient_accumulation_steps
+            loss = loss - surplus * self.router_aux_loss_coef * router_loss.to(loss.device)
+        return (loss, outputs) if return_outputs else loss
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """PEFT writes the adapter's card; TRL would write one more with every checkpoint."""
@@ -74,6 +74,7 @@ class RecipeTrainer(SFTTrainer):
         return str(self._writing_to) if self._writing_to else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite_weights()
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         with atomic_directory(folder / name) as temporary:
             self._writing_to = temporary
@@ -115,6 +116,19 @@ class RecipeTrainer(SFTTrainer):
                 group["lr"] = rate
             schedule._last_lr = rates
 
+    def require_finite_weights(self) -> None:
+        """Raise InputError where the last update left a trained weight that is no number."""
+        if any(not torch.isfinite(parameter).all() for parameter in self.model.parameters() if parameter.requires_grad):
+            raise self._diverged(f"the adapter's weights became NaN or infinite at step {self.state.global_step}")
+
+    def _diverged(self, what: str) -> InputError:
+        good = next(reversed(checkpoints(Path(self.args.output_dir))), None)
+        kept = f"The checkpoint before it is kept: {good} (an adapter to load as it is)" if good else "There was no checkpoint before it"
+        return InputError(
+            f"{what}: the run diverged. Start again with a lower --lr (now {self.args.learning_rate:g}), a longer --warmup or another "
+            f"--dtype, in another --output or with --overwrite. {kept}"
+        )
+
     def load_adapter_of(self, checkpoint: Path) -> None:
         """Take the adapter of a checkpoint without training on."""
         self._load_from_checkpoint(str(checkpoint))
@@ -122,15 +136,27 @@ class RecipeTrainer(SFTTrainer):
     def perplexity(self, name: str) -> float:
         """exp of the mean negative log-likelihood over every target token of the evaluation set `name`."""
         self.model.eval()
+        base = self.accelerator.unwrap_model(self.model).get_base_model()
         total, count = 0.0, 0
         with torch.no_grad(), self.accelerator.autocast():
             for batch in self.get_eval_dataloader(name):
                 batch = self._prepare_inputs(batch)
-                # A divisor of one turns the trainer's mean into a sum, so that short windows do not count as full ones.
-                total += self.compute_loss(self.model, batch, num_items_in_batch=torch.tensor(1)).item()
+                total += summed_nll(base, batch).item()
                 count += int((batch["labels"][:, 1:] != -100).sum())
-        mean = total / max(count, 1)
-        return math.exp(mean) if mean < 700 else math.inf
+        if not count:
+            raise InputError(
+                f"the evaluation text {name!r} has no token to predict within --seq-length {self.args.max_length}: raise "
+                "--seq-length, or give other rows"
+            )
+        return self._exponential(total / count, name)
+
+    def _exponential(self, mean: float, name: str) -> float:
+        """exp of a loss in nats per token; a loss that is none, or of which the exponential is no number, ends the run."""
+        if mean < _MOST_NATS:
+            return math.exp(mean)
+        if self.state.global_step:
+            raise self._diverged(f"after step {self.state.global_step} the loss on the evaluation text {name!r} is {mean:g}")
+        raise InputError(f"the model's loss on the evaluation text {name!r} is {mean:g} before training: choose another --dtype or --model")
 
 
 def make_trainer(
@@ -145,20 +171,23 @@ def make_trainer(
     """The trainer on `inputs`; `config` must be resolved, checkpoints go to `folder`."""
     require_fit(config, model, inputs)
     packing = is_packed(config, inputs.kind)
-    trainer = RecipeTrainer(
-        model=model,
-        args=_arguments(config, folder, packing=packing, kind=inputs.kind),
-        train_dataset=inputs.train,
-        eval_dataset=inputs.evaluations,
-        processing_class=tokenizer,
-        callbacks=[metrics],
-    )
+    install_model_loss(model)
+    with adapter_on_head_hidden(model):
+        trainer = RecipeTrainer(
+            model=model,
+            args=_arguments(config, folder, packing=packing, kind=inputs.kind),
+            train_dataset=inputs.train,
+            eval_dataset=inputs.evaluations,
+            processing_class=tokenizer,
+            callbacks=[metrics],
+        )
     trainer.metrics, trainer.keep_checkpoints = metrics, config.keep_checkpoints
     trainer.remove_callback(PrinterCallback)
     # TRL turns adapters on 4-bit bases into bf16; fp32 ones do not lose small updates, and autocast rounds them where it pays.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    require_causal(trainer, config.model)
     if packing and inputs.kind != "text":
         require_separation(trainer)
     windows = max(1, config.eval_tokens // config.seq_length)
