@@ -9,10 +9,12 @@ from typing import Any
 
 from .errors import InputError
 
-__all__ = ["ALL_LINEAR", "LENGTH", "SAMPLE", "FinetuneConfig"]
+__all__ = ["ALL", "ALL_LINEAR", "COMPLETIONS", "LENGTH", "SAMPLE", "FinetuneConfig"]
 
 SAMPLE = "sample"
 ALL_LINEAR = "all-linear"
+# What the loss covers.
+COMPLETIONS, ALL = "completions", "all"
 
 # What the sample model needs on 2 CPU cores to finish within five minutes, and what suits a model of some billions.
 _SAMPLE_DEFAULTS = {
@@ -77,6 +79,7 @@ class FinetuneConfig:
     trust_remote_code: bool = False
     seq_length: int | None = None
     packing: bool | None = None
+    loss_on: str | None = None
     batch_size: int | None = None
     grad_accumulation: int | None = None
     steps: int | None = None
@@ -108,6 +111,8 @@ class FinetuneConfig:
         for name, allowed in (("quantization", _QUANTIZATIONS), ("schedule", _SCHEDULES), ("dtype", _DTYPES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{_flag(name)} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.loss_on not in (None, COMPLETIONS, ALL):
+            raise InputError(f"--loss-on must be {COMPLETIONS} or {ALL}, got {self.loss_on!r}")
         if self.steps is not None and self.epochs is not None:
             raise InputError("give --steps or --epochs, not both")
         if self.resume and self.overwrite:

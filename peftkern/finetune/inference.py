@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation", "LoadedModel", "complete", "loaded", "perplexities"]
 
-# What of a run's options its adapter is used with, unless said otherwise.
-_TAKEN = ("model", "quantization", "double_quant", "dtype", "seq_length", "eval_tokens", "trust_remote_code")
+# What of a run's options its adapter is used with, unless said otherwise. Trust is not among them: whoever loads an adapter
+# of others must not run code because a file of theirs says so.
+_TAKEN = ("model", "quantization", "double_quant", "dtype", "seq_length", "loss_on", "eval_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def load_rows(config: FinetuneConfig) -> tuple[Dataset, dict[str, Dataset]]:
 def prepare(config: FinetuneConfig, train: Dataset, evaluations: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> Inputs:
     """Tokenize all rows; without evaluation texts hold out a part of the training rows. `config` must be resolved."""
     kind = data_kind(train)
-    tokens = tokenize(train, tokenizer, length=config.seq_length, wrapped=is_packed(config, kind))
+    tokens = tokenize(train, tokenizer, length=config.seq_length, wrapped=is_packed(config, kind), loss_on=config.loss_on)
     if evaluations:
         prepared = prepare_evaluations(config, evaluations, tokenizer)
         asked = next(iter(evaluations.values()))
@@ -64,7 +64,14 @@ def prepare_evaluations(
     prepared = {}
     for name, rows in evaluations.items():
         kind = data_kind(rows)
-        tokens = tokenize(rows, tokenizer, length=config.seq_length, wrapped=is_packed(config, kind), option=f"--eval-data {name}")
+        tokens = tokenize(
+            rows,
+            tokenizer,
+            length=config.seq_length,
+            wrapped=is_packed(config, kind),
+            loss_on=None if kind == "text" else config.loss_on,
+            option=f"--eval-data {name}",
+        )
         prepared[name] = _windows(tokens, kind, config)
     return prepared
 

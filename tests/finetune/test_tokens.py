@@ -38,9 +38,10 @@ def tokenizer(tiny_model: str) -> Any:
 
 @pytest.fixture
 def tokens(tmp_path: Path, tokenizer: Any) -> Any:
-    def run(rows: list[Any], *, length: int = 1000, wrapped: bool = False) -> list[tuple[str, str]]:
+    def run(rows: list[Any], *, length: int = 1000, **options: Any) -> list[tuple[str, str]]:
         """The text of each row and of its targets."""
-        dataset = tokenize(load_data(write_jsonl(tmp_path / "rows.jsonl", rows)), tokenizer, length=length, wrapped=wrapped)
+        options = {"wrapped": False} | options
+        dataset = tokenize(load_data(write_jsonl(tmp_path / "rows.jsonl", rows)), tokenizer, length=length, **options)
         targets = [[label for label in row["labels"] if label != -100] for row in dataset]
         return [(tokenizer.decode(row["input_ids"]), tokenizer.decode(target)) for row, target in zip(dataset, targets, strict=True)]
 
@@ -53,6 +54,24 @@ def test_what_is_a_target(tokens: Any) -> None:
     chat = [turn("user", "a"), turn("assistant", "b")]
     assert tokens([{"messages": chat}]) == [("<user>a<assistant>b", "<user>a<assistant>b")]
     assert tokens([{"prompt": chat[:1], "completion": chat[1:]}]) == [("<user>a<assistant>b", "b")]
+
+
+def test_what_the_loss_covers(tokens: Any, tokenizer: Any) -> None:
+    chat = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    whole = "<user>a<assistant>b<user>c<assistant>d"
+    assert tokens([{"messages": chat}], loss_on="completions") == [(whole, "bd")]
+    assert tokens([{"messages": chat}], loss_on="all") == [(whole, whole)]
+    assert tokens([{"prompt": chat[:3], "completion": chat[3:]}], loss_on="all") == [(whole, whole)]
+    assert tokens([{"prompt": chat[:3], "completion": chat[3:]}], loss_on="completions") == [(whole, "d")]
+    assert tokens([{"prompt": "ab", "completion": "cd"}], loss_on="all") == [("abcd<eos>", "abcd<eos>")]
+    with pytest.raises(InputError, match="has rows of text, which have none"):
+        tokens([{"text": "ab"}], loss_on="completions")
+    with pytest.raises(InputError, match="all of its 1 rows are blank or have no answer"):
+        tokens([{"messages": chat[:1]}], loss_on="completions")
+    # As templates do that leave thoughts out of all answers but the last.
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{% if loop.last %}(thought){% endif %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: the chat template writes turn 2 otherwise once others follow"):
+        tokens([{"messages": chat}], loss_on="completions")
 
 
 def test_the_template_sees_the_row_as_it_is_written(tokens: Any) -> None:
@@ -72,7 +91,7 @@ def test_what_is_cut_or_left_out_is_said(tokens: Any, capsys: pytest.CaptureFixt
     assert got == [("shortx<eos>", "x<eos>"), ("a long promptcut", "cut")]
     said = capsys.readouterr().err
     assert "of 4 rows 1 cut to --seq-length 16, 1 left out, as nothing to learn was left of them within --seq-length 16" in said
-    assert "1 left out, as they are blank. The longest has 26 tokens: raise --seq-length" in said
+    assert "1 left out, as they are blank or have no answer. The longest has 26 tokens: raise --seq-length" in said
 
 
 def test_wrapped_texts_lose_nothing(tokens: Any, capsys: pytest.CaptureFixture[str]) -> None:
