@@ -134,9 +134,9 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def clear_temporaries(folder: Path) -> None:
-    """Remove what a killed run left behind in `folder`."""
-    for path in folder.glob(f"{TEMP_PREFIX}*"):
+def clear_temporaries(folder: Path, name: str = "") -> None:
+    """Remove what a killed run left behind in `folder`: everything, or what was to become `name`."""
+    for path in folder.glob(f"{TEMP_PREFIX}{name}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

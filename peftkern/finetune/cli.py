@@ -72,8 +72,15 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
 }
 
 
+_STATUSES = (
+    "Exit status: 0 the run is complete; 2 something to mend, told in one message; 128 + number of the signal that ended it "
+    "(130 Ctrl-C, 143 SIGTERM): in training a checkpoint is saved first, and --resume goes on from it."
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of FinetuneConfig."""
+    parser.epilog = _STATUSES
     defaults = {field.name: field.default for field in dataclasses.fields(FinetuneConfig)}
     for title, options in _GROUPS.items():
         group = parser.add_argument_group(title)

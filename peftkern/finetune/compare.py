@@ -11,6 +11,7 @@ from pathlib import Path
 from ..files import write_json
 from .config import FinetuneConfig
 from .recipe import FinetuneResult
+from .signals import stop_signals
 
 __all__ = ["compare", "run_stock", "table"]
 
@@ -28,13 +29,26 @@ def run_stock(config: FinetuneConfig) -> FinetuneResult:
     output = Path(config.output) / "stock"
     plain = dataclasses.replace(config, output=str(output), patch=False, compare=False, overwrite=False, resume=True)
     command = [sys.executable, "-m", "peftkern", "finetune", *plain.to_arguments()]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
+    status = _wait(command)
+    if status:
         raise ChildProcessError(
-            f"the run on the stock libraries ended with status {done.returncode} (its message is above); "
+            f"the run on the stock libraries ended with status {status} (its message is above); "
             f"the run on peftkern is complete in {config.output}, and the same command with --resume tries again"
         )
     return FinetuneResult(**json.loads((output / "result.json").read_text(encoding="utf-8")))
+
+
+def _wait(command: list[str]) -> int:
+    """The exit status of a child process, to which a signal that ends this one is passed on, so that it saves what it has."""
+    with stop_signals():
+        # In a session of its own Ctrl-C reaches it through us only: a second signal would keep it from saving.
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
 
 
 def table(ours: FinetuneResult, stock: FinetuneResult) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import atomic_directory, cache_dir
+from ..files import atomic_directory, cache_dir, clear_temporaries, locked
 from .errors import InputError
 from .loading import load_errors, require_all_weights
 
@@ -23,9 +23,18 @@ def dense_folder(gguf: Path) -> Path:
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_dir() / "models" / f"{gguf.stem}-{key}"
-    if folder.is_dir():
-        return folder
-    _check(gguf)
+    if not folder.is_dir():
+        _check(gguf)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Two runs at once convert one after the other: the second finds the folder, and removes none that is being read.
+        with locked(folder.parent / f".{folder.name}.lock", wait=True):
+            if not folder.is_dir():
+                clear_temporaries(folder.parent, folder.name)
+                _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"Converting {gguf.name} to safetensors (once) ...", file=sys.stderr)
@@ -41,7 +50,6 @@ def dense_folder(gguf: Path) -> Path:
     with atomic_directory(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return folder
 
 
 def _check(gguf: Path) -> None:

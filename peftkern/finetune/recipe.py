@@ -80,7 +80,7 @@ class _Run:
         from .inputs import load_rows
 
         stored = stored_run(self.folder)
-        result = self._result() if stored else None
+        result = self._result(stored)
         train, named = load_rows(self.config)
         contents = {source: fingerprint(source) for source in (*self.config.data, *self.config.eval_data)}
         check_same_run(stored, self.config, contents, self.folder.output)
@@ -92,16 +92,17 @@ class _Run:
         planned = trainer.planned_steps()
         if result and planned == result.steps:
             return result
-        self._begin(trainer, stored, contents, planned)
+        self._begin(trainer, stored, contents, planned, result)
         self._train(trainer, planned)
         return self._finish(trainer, stored_run(self.folder))
 
-    def _result(self) -> FinetuneResult | None:
-        """What result.json holds; a damaged one counts as missing, for it can be made again from the last checkpoint."""
-        if not self.folder.result.exists():
+    def _result(self, stored: dict[str, Any]) -> FinetuneResult | None:
+        """What result.json holds if the run is finished; a damaged one counts as missing, for it can be made again from the checkpoint."""
+        if not stored or not self.folder.result.exists():
             return None
         try:
-            return FinetuneResult(**read_record(self.folder.result))
+            result = FinetuneResult(**read_record(self.folder.result))
+            return result if result.steps > stored.get("extends", 0) else None
         except (InputError, TypeError):
             self._say(f"{self.folder.result} is damaged: it is made again.")
             return None
@@ -143,21 +144,24 @@ class _Run:
         trainer.stop = self.stop
         return trainer
 
-    def _begin(self, trainer: RecipeTrainer, stored: dict[str, Any], contents: dict[str, str], planned: int) -> None:
+    def _begin(
+        self, trainer: RecipeTrainer, stored: dict[str, Any], contents: dict[str, str], planned: int, result: FinetuneResult | None
+    ) -> None:
         """Write run.json: of a new run with the evaluation before it, of a resumed one with the options that change."""
-        if stored:
-            trained = self.checkpoint.step if self.checkpoint else 0
-            check_length(self.config, planned=planned, trained=trained)
-            record = changed_options(stored, self.config, planned=planned, trained=trained, say=self._say)
-            # From here on the run is unfinished; the adapter in the folder stays until there is a new one.
-            self.folder.result.unlink(missing_ok=True)
-            if record != stored:
-                self.folder.begin(record)
+        if not stored:
+            record = {"config": self.config.to_dict(), "data": contents, "base": base_fingerprint(self.config.model)}
+            self.folder.begin(record | self._before(trainer))
+            if self.folder.replaces:
+                self._say(f"The earlier run in {self.folder.output} stays until this one, in {self.folder.work}, is complete.")
             return
-        record = {"config": self.config.to_dict(), "data": contents, "base": base_fingerprint(self.config.model)}
-        self.folder.begin(record | self._before(trainer))
-        if self.folder.replaces:
-            self._say(f"The earlier run in {self.folder.output} stays until this one, in {self.folder.work}, is complete.")
+        trained = self.checkpoint.step if self.checkpoint else 0
+        check_length(self.config, planned=planned, trained=trained)
+        record = changed_options(stored, self.config, planned=planned, trained=trained, say=self._say)
+        # The result and the adapter of an extended run stay until there are new ones; this tells that they are not the new ones.
+        extends = result.steps if result else stored.get("extends", 0)
+        record = record | {"extends": extends if extends < planned else 0}
+        if record != stored:
+            self.folder.begin(record)
 
     def _before(self, trainer: RecipeTrainer) -> dict[str, Any]:
         self._say("Evaluating before training ...")
@@ -171,7 +175,9 @@ class _Run:
         from .trainer import TrainingStopped
 
         if self.checkpoint is None:
-            self.folder.metrics.unlink(missing_ok=True)
+            if self.folder.metrics.exists():
+                self._say("No checkpoint was saved: training begins again at step 1.")
+                self.folder.metrics.unlink()
         else:
             self._say(f"Resuming from step {self.checkpoint.step}.")
             if self.checkpoint.step >= planned:
@@ -218,6 +224,7 @@ class _Run:
             plot_loss(rows, temporary / "loss.png")
             (temporary / "README.md").write_text(model_card(self.config, result, stored), encoding="utf-8")
             self.folder.list_files(path.name for path in temporary.iterdir())
+        (self.folder.work / "compare.json").unlink(missing_ok=True)  # of the run before it was extended
         write_json(self.folder.result, dataclasses.asdict(result))
         self.folder.settle()
         return result

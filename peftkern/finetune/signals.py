@@ -19,8 +19,10 @@ _WAITING = b"\nStopping after this batch, then saving a checkpoint. Once more: s
 class Interrupted(KeyboardInterrupt):
     """A signal ended the run; `status` is the exit status that says so (128 + its number: SIGTERM 143, SIGINT 130)."""
 
-    def __init__(self, number: int, saved: str = "") -> None:
-        super().__init__(f"Stopped by {signal.Signals(number).name}" + (f": {saved}" if saved else ""))
+    def __init__(
+        self, number: int, saved: str = "the same command with --resume goes on from the last checkpoint, if there is one"
+    ) -> None:
+        super().__init__(f"Stopped by {signal.Signals(number).name}: {saved}")
         self.number = number
         self.status = 128 + number
 

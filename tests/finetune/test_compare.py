@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peftkern.__main__ import main
 from peftkern.finetune import FinetuneConfig, FinetuneResult, finetune
 from peftkern.finetune import compare as compare_module
 from peftkern.finetune.compare import run_stock, table
+from peftkern.finetune.signals import Interrupted
 from peftkern.finetune.trainer import RecipeTrainer
 
 
@@ -80,3 +82,14 @@ def test_compare_prints_and_writes_both(options: dict[str, Any], capsys: pytest.
     both = json.loads((Path(options["output"]) / "compare.json").read_text())
     assert both["peftkern"]["final_loss"] == pytest.approx(both["stock"]["final_loss"], rel=1e-3)
     assert both["stock"]["output"].endswith("stock") and both["stock"]["peak_memory"] > 0
+
+
+def test_signal_reaches_the_stock_run(tmp_path: Path) -> None:
+    """The child ends in its own way, after which this process ends by the same signal."""
+    saved = tmp_path / "saved"
+    child = "import os, pathlib, signal, sys, time\n"
+    child += "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1]).touch(), sys.exit(143)))\n"
+    child += "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    with pytest.raises(Interrupted) as stopped:
+        compare_module._wait([sys.executable, "-c", child, str(saved)])
+    assert stopped.value.status == 143 and saved.exists()

@@ -11,6 +11,7 @@ import pytest
 
 from peftkern.finetune import FinetuneConfig, InputError, finetune
 from peftkern.finetune import base as base_module
+from peftkern.finetune import trainer as trainer_module
 from peftkern.finetune.base import base_changes, base_fingerprint
 
 
@@ -141,3 +142,34 @@ def test_fingerprint_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for path in (part, tmp_path / "m-00002-of-00002.gguf"):
         path.write_bytes(b"GGUF")
     assert set(base_fingerprint(str(part))) == {"m-00001-of-00002.gguf", "m-00002-of-00002.gguf"}
+
+
+def test_interrupted_extension_is_gone_on_with(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the longer run is complete, the adapter and the result in the folder are those of the shorter one."""
+    first = run(options, steps=4)
+    adapter = (Path(options["output"]) / "adapter_model.safetensors").read_bytes()
+    original = trainer_module.RecipeTrainer.training_step
+
+    def breaking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer_module.RecipeTrainer, "training_step", breaking)
+        run(options, steps=8, resume=True)
+    assert json.loads((Path(options["output"]) / "result.json").read_text())["steps"] == first.steps
+    assert (Path(options["output"]) / "adapter_model.safetensors").read_bytes() == adapter
+    assert run(options, steps=8, resume=True).steps == 8
+    assert (Path(options["output"]) / "adapter_model.safetensors").read_bytes() != adapter
+    assert run(options, steps=8, resume=True).steps == 8
+
+
+def test_extension_given_up_before_its_first_checkpoint(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(options, steps=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer_module.RecipeTrainer, "training_step", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run(options, steps=8, resume=True)
+    again = run(options, steps=4, resume=True)
+    assert again.steps == 4 and again.perplexity_after == first.perplexity_after
+    assert run(options, steps=4, resume=True) == again

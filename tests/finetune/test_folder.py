@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,6 @@ def config(output: Path, **changes: Any) -> FinetuneConfig:
         ({"model": "no/such-model"}, "--model"),
         ({"targets": ("nonsense",)}, "--targets"),
         ({"eval_data": ("typo.txt",)}, "typo.txt"),
-        ({"seq_length": 100_000}, "--seq-length"),
     ],
 )
 def test_overwrite_that_cannot_start_changes_nothing(options: dict[str, Any], tmp_path: Path, changes: Any, error: str) -> None:
@@ -223,3 +224,48 @@ def test_resume_does_not_take_a_folder_called_files(options: dict[str, Any], mon
     mine.write_text("mine")
     run(options, steps=2, resume=True)
     assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("changes", [{"overwrite": True, "steps": 3}, {"resume": True, "steps": 5}])
+def test_full_disk_loses_nothing_of_the_earlier_run(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: Any) -> None:
+    patched = options | {"patch": True}
+    first = run(patched, steps=2)
+    output = Path(options["output"])
+    before = contents(output)
+
+    def full(*_: Any) -> None:
+        raise OSError(files.errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"could not write .*checkpoint-\d.*No space left.*free disk space"):
+        patch.setattr(files, "_fsync", full)
+        run(patched, **changes)
+    after = contents(output)
+    kept = [name for name in before if name not in ("run.json", "metrics.jsonl")]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert not list(output.rglob(".incomplete-*"))
+    assert run(patched, resume=True, steps=changes["steps"]).steps == changes["steps"]
+    assert json.loads((output / "result.json").read_text())["steps"] == changes["steps"] > first.steps
+
+
+def test_conversion_waits_for_another_one_of_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes second takes what the first has made, and removes nothing of it."""
+    from peftkern.finetune import conversion
+
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
+    made: list[Path] = []
+
+    def convert(source: Path, folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.3)
+        folder.mkdir()
+
+    monkeypatch.setattr(conversion, "_convert", convert)
+    threads = [threading.Thread(target=conversion.dense_folder, args=(gguf,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and made[0].is_dir()
+    assert [path for path in made[0].parent.iterdir()] == made
