@@ -230,7 +230,7 @@ def _not_ours(module: nn.Module) -> str | None:
 class AttentionForward(WrappedForward):
     """An attention module's own forward, whose code sees ours under the names of the modes in `cache`. torch.compile traces into it."""
 
-    __slots__ = ("_stock", "_code", "_names", "_ours", "scope")
+    __slots__ = ("_stock", "_code", "_names", "_replacements", "scope")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
@@ -245,8 +245,8 @@ class AttentionForward(WrappedForward):
         if any(mode.name not in source for mode in self.cache):
             return None
         self._stock, self._code, self.scope = stock, stock.__code__, _scope(stock)
-        self._ours = [(mode.name, source[mode.name], mode.replace(source[mode.name])) for mode in self.cache]
-        self.scope.update({name: ours for name, _, ours in self._ours})
+        self._replacements = [(mode.name, source[mode.name], mode.replace(source[mode.name])) for mode in self.cache]
+        self.scope.update({name: ours for name, _, ours in self._replacements})
         self._names = tuple(name for name in _global_names(stock.__code__) if name in source)
         function = types.FunctionType(stock.__code__, self.scope, stock.__name__, stock.__defaults__, stock.__closure__)
         function.__kwdefaults__ = stock.__kwdefaults__
@@ -261,7 +261,7 @@ class AttentionForward(WrappedForward):
         scope, source = self.scope, self._stock.__globals__
         for name in self._names:
             scope[name] = source[name]
-        for name, stock, ours in self._ours:
+        for name, stock, ours in self._replacements:
             if source[name] is stock:
                 scope[name] = ours
 

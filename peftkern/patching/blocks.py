@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import types
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from .. import functional
 from ..ops.rms_norm import reference as rms_norm_reference
 from .forwards import Forward, _served, install
+from .reads import Reads, RecognizedForward, reads
 from .weights import FLOATS
+from .wrappers import UNKNOWN, innermost
 
 __all__ = ["Block", "NormForward", "NormMode", "install_norms", "norm_candidates"]
 
@@ -43,7 +46,7 @@ def install_norms(found: Iterable[Block]) -> int:
     """Patch those without a reason against it; how many. `peftkern.unpatch` and `forwards.remove` undo it."""
     usable = [block for block in found if block.reason is None]
     for block in usable:
-        install(block.module, NormForward, block.mode)
+        install(block.module, NormForward, block.mode).reads = _reads(block.module, block.mode.eps_name)
     return len(usable)
 
 
@@ -58,6 +61,10 @@ def _replaced(module: nn.Module) -> str | None:
     return f"its forward was replaced by {getattr(forward, '__qualname__', type(forward).__qualname__)}"
 
 
+def _reads(module: nn.Module, eps_name: str) -> Reads | str:
+    return reads(module, skip=frozenset({"weight", eps_name}))
+
+
 # ---- norms
 
 
@@ -70,10 +77,18 @@ def norm_candidates(model: nn.Module) -> list[Block]:
         weight = module._parameters.get("weight")
         if eps_name is None or not isinstance(weight, Tensor) or weight.dim() != 1 or isinstance(module, nn.LayerNorm):
             continue
-        mode = _norm_mode(module, eps_name)
+        mode = _recognized(module)[0]
         reason = mode if isinstance(mode, str) else None
         found.append(Block(name, module, "rms_norm", None if reason else mode, reason))
     return found
+
+
+def _recognized(module: nn.Module) -> tuple[NormMode | str, Reads | str]:
+    """What the module computes, or why it is no norm of ours; and what that depends on besides the weight and eps."""
+    eps_name = _eps_name(module)
+    mode = _norm_mode(module, eps_name) if eps_name else "it has no eps"
+    seen = mode if isinstance(mode, str) else _reads(module, eps_name)
+    return (seen, seen) if isinstance(seen, str) else (mode, seen)
 
 
 def _eps_name(module: nn.Module) -> str | None:
@@ -87,6 +102,8 @@ def _norm_mode(module: nn.Module, eps_name: str) -> NormMode | str:
     eps = getattr(module, eps_name)
     if not isinstance(eps, float):
         return f"its {eps_name} is {eps!r}, expected a float"
+    if innermost(type(module).forward) is None:
+        return f"{type(module).__name__}.forward {UNKNOWN}"
     if set(name for name, value in module._parameters.items() if value is not None) != {"weight"} or module._modules:
         return f"{type(module).__name__} has other parameters than a weight, or submodules"
     try:
@@ -112,34 +129,51 @@ def _matching(module: nn.Module, eps: float, dtype: torch.dtype, weight_dtype: t
     probe.__dict__.update(module.__dict__, _parameters={"weight": nn.Parameter(weight, requires_grad=False)})
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         x = x.to(dtype)
-        y = type(module).forward(probe, x)
+        y = innermost(type(module).forward)(probe, x)
         results = {mode: rms_norm_reference.forward(x, weight, eps, mode[1], mode[0])[0] for mode in _MODES}
     return [mode for mode, ours in results.items() if isinstance(y, Tensor) and y.dtype == ours.dtype and torch.equal(y, ours)]
 
 
-class NormForward(Forward):
+class NormForward(RecognizedForward):
     """An RMSNorm; `cache` holds its NormMode. The weight and eps are read at each call."""
 
     __slots__ = ()
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        module, mode = self.module, self.cache
-        weight = module._parameters.get("weight")
-        if args or kwargs or type(weight) is not nn.Parameter or not self._serves(x, weight):
-            return self.stock(x, *args, **kwargs)
-        return functional.rms_norm(x, weight, eps=getattr(module, mode.eps_name), offset=mode.offset, cast=mode.cast)
+    def inside(self, stock: types.FunctionType) -> Callable[..., Any]:
+        """`stock` as one kernel."""
+
+        def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            found = self._operands(x) if not args and not kwargs else None
+            if found is None:
+                return stock(module, x, *args, **kwargs)
+            weight, eps, mode = found
+            return functional.rms_norm(x, weight, eps=eps, offset=mode.offset, cast=mode.cast)
+
+        return forward
+
+    def look(self) -> tuple[NormMode | None, Reads | str]:
+        mode, seen = _recognized(self.module)
+        return (None if isinstance(mode, str) else mode), seen
 
     def joined(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """norm(s) and s = residual + x, x itself without a residual: in one launch where the operands are alike."""
         if residual is not None and (x.dtype, x.shape, x.device) != (residual.dtype, residual.shape, residual.device):
             x, residual = residual + x, None
-        weight, mode = self.module._parameters.get("weight"), self.cache
-        if type(weight) is not nn.Parameter or not self._serves(x, weight):
+        found = self._operands(x) if self.bare() else None
+        if found is None:
             s = x if residual is None else residual + x
             return self(s), s
-        return functional.add_rms_norm(x, residual, weight, eps=getattr(self.module, mode.eps_name), offset=mode.offset, cast=mode.cast)
+        weight, eps, mode = found
+        return functional.add_rms_norm(x, residual, weight, eps=eps, offset=mode.offset, cast=mode.cast)
 
-    def _serves(self, x: Tensor, weight: Tensor) -> bool:
-        if x.dtype not in FLOATS or weight.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
-            return False
-        return x.device == weight.device and (self.cache.mixed or x.dtype == weight.dtype) and _served(x)
+    def _operands(self, x: Tensor) -> tuple[Tensor, float, NormMode] | None:
+        """Weight, eps and how they are used; None where only the stock forward can serve."""
+        weight, mode = self.module._parameters.get("weight"), self.now()
+        if mode is None or type(weight) is not nn.Parameter:
+            return None
+        eps = self.module.__dict__.get(mode.eps_name)
+        if type(eps) is not float or x.dtype not in FLOATS or weight.dtype not in FLOATS or x.dim() == 0:
+            return None
+        if x.shape[-1] != weight.shape[0] or x.device != weight.device or not (mode.mixed or x.dtype == weight.dtype) or not _served(x):
+            return None
+        return weight, eps, mode

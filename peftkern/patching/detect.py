@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .. import backends
 from . import add
 from .dora import active_dora
-from .forwards import Forward, LinearForward, LoraForward, active_adapters, find, has_hooks
+from .forwards import Forward, LinearForward, LoraForward, active_adapters, find
+from .hooks import against, has_hooks
 from .report import Row
 from .weights import FLOATS, forward_reason, is_4bit, repacked, slow_products, unpack
 
@@ -84,7 +85,7 @@ def _fusion_reason(layer: nn.Module) -> str | None:
     forward = type(layer).forward
     if (forward.__module__, forward.__qualname__) not in _PEFT_FORWARDS:
         return f"base layer is {type(layer.base_layer).__module__}.{type(layer.base_layer).__name__}, which has no fused form"
-    return _base_reason(layer.base_layer)
+    return _base_reason(layer.base_layer) or against("the base layer", layer.base_layer)
 
 
 def _addition_reason(layer: nn.Module) -> str | None:

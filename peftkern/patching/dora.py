@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .hooks import direct
 from .plans import scaling_of
 
 __all__ = ["DoraAdapter", "active_dora", "drops"]
@@ -33,9 +34,9 @@ def active_dora(layer: nn.Module) -> DoraAdapter | str:
     (name,) = names
     a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     magnitude = layer.lora_magnitude_vector[name]
-    watched = any(part._forward_hooks or part._forward_pre_hooks for part in (a, b, dropout, magnitude))
+    watched = not all(direct(part) for part in (a, b, dropout, magnitude))
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None or watched:
-        return "lora_A or lora_B of its DoRA adapter is no plain nn.Linear, or has a bias or a hook"
+        return "lora_A or lora_B of its DoRA adapter is no plain nn.Linear, or has a bias, a hook or a forward of its own"
     if a.weight.dtype != b.weight.dtype or a.weight.shape[0] > 256:
         return f"lora_A {a.weight.dtype} of rank {a.weight.shape[0]}, lora_B {b.weight.dtype}: expected one dtype and a rank up to 256"
     acts = layer.training and not isinstance(dropout, nn.Identity)

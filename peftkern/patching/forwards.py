@@ -14,7 +14,7 @@ from .. import backends, functional
 from ..ops import transformed
 from . import dora, mixed
 from .decode import Ready, address_of
-from .hooks import has_hooks
+from .hooks import against, direct
 from .methods import Method, of_module
 from .plans import DoraPlan, Plan, branch_operands, scaling_of
 from .weights import Operands, WeightCache, autocast_dtype, parameter
@@ -160,7 +160,7 @@ class LoraForward(_PlannedForward):
     def _dora(self, x: Tensor) -> DoraPlan | None:
         """Where one DoRA adapter is active, alone."""
         layer = self.module
-        if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or has_hooks(layer.base_layer):
+        if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or not direct(layer.base_layer):
             return None
         adapter = dora.active_dora(layer)
         base = None if isinstance(adapter, str) else self.cache.operands(layer.base_layer, x)
@@ -173,7 +173,7 @@ class LoraForward(_PlannedForward):
     def plan(self, x: Tensor) -> Plan | None:
         layer = self.module
         names = mixed.current(layer)
-        if layer.merged or layer.disable_adapters or has_hooks(layer.base_layer):
+        if layer.merged or layer.disable_adapters or not direct(layer.base_layer):
             return None
         found = self.cache.operands(layer.base_layer, x)
         adapters = None if found is None else _mixed(layer, x, names) if names is not None else _active(layer)
@@ -185,7 +185,7 @@ class LoraForward(_PlannedForward):
     def signature(self) -> tuple | None:
         layer, parts = self.module, self.module._modules
         base = parts["base_layer"]
-        if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or has_hooks(base):
+        if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or not direct(base):
             return None
         found = [self.cache.signature(base)]
         if found[0] is None:
@@ -199,7 +199,7 @@ class LoraForward(_PlannedForward):
 def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
     """Of an adapter without dropout or a bias, which is scaled anew at every call."""
     a, b, dropout = (layer._modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
-    if has_hooks(a) or has_hooks(b) or has_hooks(dropout) or (dropout.training and type(dropout) is not nn.Identity):
+    if not (direct(a) and direct(b) and direct(dropout)) or (dropout.training and type(dropout) is not nn.Identity):
         return None
     if b._parameters.get("bias") is not None:
         return None
@@ -266,8 +266,8 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | str:
         return f"lora_A is {type(a).__name__}, lora_B is {type(b).__name__}, expected nn.Linear"
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return f"dropout is {type(dropout).__name__}, expected nn.Dropout"
-    if has_hooks(a) or has_hooks(b) or has_hooks(dropout):
-        return "a hook is registered on lora_A, lora_B or lora_dropout"
+    if not (direct(a) and direct(b) and direct(dropout)):
+        return against("lora_A", a) or against("lora_B", b) or against("lora_dropout", dropout)
     lora_a, lora_b = parameter(a, "weight"), parameter(b, "weight")
     if lora_a.dtype != lora_b.dtype or lora_a.shape[0] > 256:
         return f"lora_A {lora_a.dtype} of rank {lora_a.shape[0]}, lora_B {lora_b.dtype}: expected one dtype and a rank up to 256"

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .. import functional
 from . import mixed
 from .detect import Candidate, _base_reason, _device_reason, _forward_reason, _replaced, _weight_reason_4bit, excluded, is_lora
-from .forwards import Adapter, Forward, _autocast_off, _served, active_adapters, has_hooks, install
+from .forwards import Adapter, Forward, _autocast_off, _served, active_adapters, install
+from .hooks import against
 from .logits import DeferredLogits, LogitForm, made
 from .loss_probe import StandIn, is_causal_lm_loss, probe, shifted
 from .report import Row
@@ -109,17 +110,19 @@ def _parts(head: nn.Module) -> _Parts | str:
     """Of the head as it is at this moment, or why only the stock forward can run it."""
     if mixed.current(head) is not None:
         return "the head mixes adapters"
-    if has_hooks(head):
-        return "a hook is registered on the head"
+    watched = against("the head", head)
+    if watched:
+        return watched
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         names = [name for name in head.active_adapters if name in head.modules_to_save]
         if len(names) > 1:
             return "several adapters with a head of their own are active"
         head = head.original_module if head.disable_adapters or not names else head.modules_to_save[names[0]]
     if not is_lora(head):
-        return "a hook is registered on the head" if has_hooks(head) else _Parts(head, None)
-    if has_hooks(head.base_layer):
-        return "a hook is registered on the head's base layer"
+        return against("the head", head) or _Parts(head, None)
+    watched = against("the head", head) or against("the head's base layer", head.base_layer)
+    if watched:
+        return watched
     if head.merged:
         return "adapters are merged but disabled" if head.disable_adapters else _Parts(head.base_layer, None)
     if head.disable_adapters or not any(name in head.lora_A for name in head.active_adapters):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,48 +12,72 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..ops.qlora_glu import halves
+from .blocks import _replaced
 from .decode import Ready
 from .detect import excluded
-from .forwards import Forward, _autocast_off, _PlannedForward, _served, find, has_hooks, install
+from .forwards import _autocast_off, _PlannedForward, _served, find, install
+from .hooks import running
+from .reads import Reads, RecognizedForward, reads
+from .wrappers import UNKNOWN, innermost
 
 __all__ = ["GatedMLPForward", "PackedMLPForward", "install_mlps"]
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 _WIDTH = 5  # of the probe's gate and up; it has 4 inputs and outputs
+_SCALES = (1.0, 30.0, 1e4)  # of the probe's rows: a limit of 7 or 10 on gate or up must show
+_OTHER = "its forward is not down(act(gate(x)) * up(x)) of a known activation"
 
 
-class GatedMLPForward(Forward):
+class GatedMLPForward(RecognizedForward):
     """gate_proj, up_proj, act_fn and down_proj as one call; stock where one of them cannot take part. `cache`: what the probe found."""
 
     __slots__ = ()
     children = ("gate_proj", "up_proj", "down_proj")
     function = "gated_mlp"
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = not args and not kwargs and _served(x)
-        y = self._few_rows(x) if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
-        if y is not None:
-            return y
-        plans = self._plans(x) if plain else None
+    def inside(self, stock: types.FunctionType) -> Callable[..., Any]:
+        """`stock` as one call."""
+
+        def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            y = self._fused(x) if not args and not kwargs and _served(x) else None
+            return stock(module, x, *args, **kwargs) if y is None else y
+
+        return forward
+
+    def look(self) -> tuple[dict[str, Any] | None, Reads | str]:
+        options, seen = _recognized(self.module, type(self))
+        return (None if isinstance(options, str) else options), seen
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The whole block; None where only the stock forward can run it."""
+        linears = self._linears()
+        options = None if linears is None else self.now()
+        if options is None:
+            return None
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = self._few_rows(x, linears, options)
+            if y is not None:
+                return y
+        plans = self._plans(x, linears)
         if plans is None:
-            return self.stock(x, *args, **kwargs)
+            return None
         with _autocast_off(x):
             members = [plan.member for plan in plans]
-            return plans[-1].cast(getattr(functional, self.function)(x.to(plans[0].compute), *members, **self.cache))
+            return plans[-1].cast(getattr(functional, self.function)(x.to(plans[0].compute), *members, **options))
 
     def _linears(self) -> list[_PlannedForward] | None:
-        """The forwards of the children; None where one of them is not ours or is watched."""
-        layers = [self.module._modules[child] for child in self.children]
-        held = [find(layer) for layer in layers]
-        if any(has_hooks(layer) for layer in layers) or not all(item and isinstance(item[1], _PlannedForward) for item in held):
-            return None
-        return [item[1] for item in held]
+        """The forwards of the children; None where one of them is not ours, or is watched."""
+        modules, found = self.module._modules, []
+        for child in self.children:
+            layer = modules.get(child)
+            forward = None if layer is None else running(layer)
+            if not isinstance(forward, _PlannedForward):
+                return None
+            found.append(forward)
+        return found
 
-    def _few_rows(self, x: Tensor) -> Tensor | None:
+    def _few_rows(self, x: Tensor, linears: list[_PlannedForward], options: dict[str, Any]) -> Tensor | None:
         """With what an earlier call prepared; None where that does not serve."""
-        linears = self._linears()
-        if linears is None:
-            return None
         ready = self.ready
         if ready is None or ready[0].linears != linears[:-1] or ready[1].linears != linears[-1:]:
             self.ready = ready = Ready(linears[:-1]), Ready(linears[-1:])
@@ -60,14 +85,11 @@ class GatedMLPForward(Forward):
         hidden = inner(x)
         if hidden is None:
             return None
-        gate, up = halves(hidden, self.cache.get("gate_first", True))
-        parts = outer(functional.glu(gate, up, activation=self.cache["activation"]))
+        gate, up = halves(hidden, options.get("gate_first", True))
+        parts = outer(functional.glu(gate, up, activation=options["activation"]))
         return None if parts is None else parts[0]
 
-    def _plans(self, x: Tensor) -> list | None:
-        linears = self._linears()
-        if linears is None:
-            return None
+    def _plans(self, x: Tensor, linears: list[_PlannedForward]) -> list | None:
         inner = [linear.plan(x) for linear in linears[:-1]]
         if any(plan is None or plan.compute != inner[0].compute or plan.result != plan.compute for plan in inner):
             return None
@@ -100,11 +122,12 @@ def install_mlps(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, 
         kind = next((kind for kind in (GatedMLPForward, PackedMLPForward) if _held(module, kind)), None)
         if kind is None or excluded(name, exclude):
             continue
-        options = _probe(module, kind)
-        if options is not None:
-            install(module, kind, options)
-        why = "its forward is not down(act(gate(x)) * up(x)) of a known activation" if options is None else None
-        found.append((name, kind.function if options is not None else "stock", why))
+        options, seen = _recognized(module, kind)
+        if isinstance(options, str):
+            found.append((name, "stock", options))
+            continue
+        install(module, kind, options).reads = seen
+        found.append((name, kind.function, None))
     return found
 
 
@@ -114,26 +137,40 @@ def _held(module: nn.Module, kind: type[GatedMLPForward]) -> bool:
     return all(item and isinstance(item[1], _PlannedForward) for item in held)
 
 
+def _recognized(module: nn.Module, kind: type[GatedMLPForward]) -> tuple[dict[str, Any] | str, Reads | str]:
+    """The options with which the class's forward is `kind`'s function, or why it is not; and what that depends on."""
+    reason = _replaced(module) or (None if innermost(type(module).forward) else f"its forward {UNKNOWN}")
+    seen = reason or reads(module, skip=frozenset(kind.children))
+    if isinstance(seen, str):
+        return seen, seen
+    options = _probe(module, kind)
+    return (_OTHER if options is None else options), seen
+
+
 def _probe(module: nn.Module, kind: type[GatedMLPForward]) -> dict[str, Any] | None:
-    """The options with which the class's forward is `kind`'s function, on small random linears in fp64; None where it is not."""
-    if has_hooks(module) or ("forward" in module.__dict__ and find(module) is None):
-        return None
+    """The options with which the forward is `kind`'s function, on small random linears in fp64; None where it is not."""
     generator = torch.Generator().manual_seed(0)
     x, gate, up, down = (
         torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-        for shape in ((3, 4), (_WIDTH, 4), (_WIDTH, 4), (4, _WIDTH))
+        for shape in ((len(_SCALES), 4), (_WIDTH, 4), (_WIDTH, 4), (4, _WIDTH))
     )
+    x = x * torch.tensor(_SCALES, dtype=torch.float64, device="cpu")[:, None]
     for options, weights in kind.products(gate, up):
         got = _forward(module, dict(zip(kind.children, (*weights, down), strict=True)), x)
         for name, act in _ACTIVATIONS.items():
             expected = (act(x @ gate.t()) * (x @ up.t())) @ down.t()
-            if got is not None and got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-12, atol=1e-12):
+            if got is not None and got.shape == expected.shape and _close(got, expected):
                 return {"activation": name, **options}
     return None
 
 
+def _close(got: Tensor, expected: Tensor) -> bool:
+    """Row by row, in fp64."""
+    return bool(((got - expected).abs().amax(-1) <= 1e-12 * (1 + expected.abs().amax(-1))).all())
+
+
 def _forward(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor | None:
-    """What the class's forward gives with these weights in place of its linears; None where it gives no tensor."""
+    """What the forward gives with these weights in place of its linears; None where it gives no tensor."""
     stub = types.SimpleNamespace(**{name: value for name, value in vars(module).items() if not name.startswith("_")})
     for name, weight in weights.items():
         setattr(stub, name, lambda value, weight=weight: value @ weight.t())
@@ -141,8 +178,8 @@ def _forward(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor
         if name not in weights:
             setattr(stub, name, child)
     try:
-        with torch.no_grad():
-            got = type(module).forward(stub, x)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            got = innermost(type(module).forward)(stub, x)
     except Exception:  # whatever the forward wants that the stub has not: it is no plain gated MLP
         return None
     return got if isinstance(got, Tensor) else None

@@ -66,7 +66,7 @@ class WrappedForward(Forward):
     function inside, or wrapped by a decorator that cannot be looked into.
     """
 
-    __slots__ = ("_function", "_seen")
+    __slots__ = ("_function", "_ours", "_seen")
 
     def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, cache: Any) -> None:
         super().__init__(module, previous, cache)
@@ -77,7 +77,7 @@ class WrappedForward(Forward):
         self.build()  # of the module, which is being copied or loaded itself, the class alone is needed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and type(self.module).forward is not self._seen:
+        if type(self.module).forward is not self._seen and not torch.compiler.is_compiling():
             self.build()
         if self._function is None:
             return self.stock(*args, **kwargs)
@@ -87,8 +87,12 @@ class WrappedForward(Forward):
         """The function for the class's forward of now and what `cache` says."""
         self._seen = type(self.module).forward
         inner = innermost(self._seen)
-        ours = None if inner is None else self.inside(inner)
-        self._function = None if ours is None else rewrapped(self._seen, ours)
+        self._ours = None if inner is None else self.inside(inner)
+        self._function = None if self._ours is None else rewrapped(self._seen, self._ours)
+
+    def bare(self) -> bool:
+        """Whether the class's forward has no wrappers, so that ours may run without them."""
+        return self._function is self._ours and type(self.module).forward is self._seen
 
     def inside(self, stock: types.FunctionType) -> Callable[..., Any] | None:
         """What runs in place of `stock`, the innermost function; None where it has to be `stock`."""
