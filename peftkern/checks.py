@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .nf4 import NF4Weight
 
-__all__ = ["FLOATS", "activation", "adapter", "dropout", "seed", "vector", "weight_shape"]
+__all__ = ["FLOATS", "activation", "adapter", "dropout", "flat", "seed", "vector", "weight_shape"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,6 +56,12 @@ def activation(x: Tensor, shape: tuple[int, int], device: torch.device) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {shape[1]}] for a weight {shape}{hint}")
     if x.device != device:
         raise ValueError(f"x: is on {x.device}, the weight is on {device}; move one of them")
+
+
+def flat(x: Tensor) -> Tensor:
+    """x [..., K] -> [M, K], a view where that can be."""
+    k = x.shape[-1]
+    return x.reshape(-1, k) if k else x.reshape(math.prod(x.shape[:-1]), 0)
 
 
 def vector(name: str, value: Tensor | None, n: int, device: torch.device) -> None:

@@ -72,10 +72,11 @@ def dora_linear(x: Tensor, member: Member, magnitude: Tensor, squares: Tensor | 
         return _dora_group(x, [member], [magnitude], None if squares is None else [squares], [""])[0]
     adapter = _check(x, "", member, magnitude, squares)
     (scale,) = _scales([member], [magnitude], None if squares is None else [squares])
-    m, n = x.numel() // x.shape[-1], member.weight.shape[0]
-    both = torch.cat([(x - dropped).reshape(m, -1), dropped.reshape(m, -1)])
+    n, (first, last) = member.weight.shape[0], (checks.flat(x - dropped), checks.flat(dropped))
+    m, both = first.shape[0], torch.cat([first, last])
     second = type(adapter)(adapter.lora_a, adapter.lora_b, adapter.scaling, rows=(m, 2 * m))
-    rest, u = qlora_group(both, [Member(member.weight, None, [second])])[0].split(m)
+    product = qlora_group(both, [Member(member.weight, None, [second])])[0]
+    rest, u = product[:m], product[m:]
     return (rest + scale_columns(u, scale, member.bias)).reshape(*x.shape[:-1], n)
 
 
@@ -111,7 +112,7 @@ def _dora_group(x: Tensor, members, magnitudes, squares, places: list[str]) -> t
     products = qlora_group(x, [Member(member.weight, None, member.adapters) for member in members])
     scales = _scales(members, magnitudes, squares)
     return tuple(
-        scale_columns(u.reshape(-1, u.shape[-1]), scale, member.bias).reshape(u.shape)
+        scale_columns(checks.flat(u), scale, member.bias).reshape(u.shape)
         for u, scale, member in zip(products, scales, members, strict=True)
     )
 

@@ -145,7 +145,8 @@ def qlora_linear(
     checks.adapter(lora_a, lora_b, n, k, device)
     checks.dropout(dropout_p, seed, x.device)
     seed = checks.seed(x, 0.0 if lora_a is None else dropout_p, seed)
-    y = _qlora_linear.qlora_linear(x.reshape(-1, k), weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
+    flat = x.reshape(-1, k) if k else checks.flat(x)
+    y = _qlora_linear.qlora_linear(flat, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -187,5 +188,5 @@ def lora_add(
     checks.vector("bias", bias, n, x.device)
     checks.adapter(lora_a, lora_b, n, k, x.device)
     seed = checks.seed(x, dropout_p, seed)
-    out = _lora_add.lora_add(y.reshape(-1, n), x.reshape(-1, k), lora_a, lora_b, bias, float(scaling), float(dropout_p), seed)
+    out = _lora_add.lora_add(checks.flat(y), checks.flat(x), lora_a, lora_b, bias, float(scaling), float(dropout_p), seed)
     return out.reshape(y.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def few_rows(x: Tensor, members: Sequence[Member]) -> Callable[[Tensor], list[Te
 def prepare(x: Tensor, members: Sequence[Member], names: Sequence[str]) -> tuple[Tensor, _op.Spec, tuple[Tensor | None, ...]]:
     """Checks all; x flattened, the op's description of the members, and the tensors that autograd sees: biases, A's, B's."""
     shapes = [_check_member(x, name, member) for name, member in zip(names, members, strict=True)]
-    flat = x.reshape(-1, shapes[0][1])
+    flat = checks.flat(x)
     pairs = [(i, adapter) for i, member in enumerate(members) for adapter in member.adapters]
     rows = [_rows(adapter, flat.shape[0]) for _, adapter in pairs]
     weights = [operands(m.weight) for m in members]
@@ -106,7 +107,7 @@ def _check_member(x: Tensor, name: str, member: Member) -> tuple[int, int]:
             where = f"{name}.adapters[{j}]"
             checks.adapter(adapter.lora_a, adapter.lora_b, *shape, device)
             checks.dropout(adapter.dropout_p, adapter.seed, x.device)
-            _rows(adapter, x.numel() // shape[1])
+            _rows(adapter, math.prod(x.shape[:-1]))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}.{error}") from None
     return shape

@@ -74,7 +74,7 @@ def linear_cross_entropy(
     flat, by_row = labels.reshape(-1), reduction == "none"
     options = (int(ignore_index), float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
     divisor = _divisor(flat, ignore_index, num_items_in_batch, x.device) if reduction == "mean" else None
-    loss = _linear_cross_entropy(x.reshape(-1, k), weight, flat, bias, lora_a, lora_b, float(scaling), options, divisor, by_row)
+    loss = _linear_cross_entropy(checks.flat(x), weight, flat, bias, lora_a, lora_b, float(scaling), options, divisor, by_row)
     return loss.reshape(labels.shape) if by_row else loss
 
 

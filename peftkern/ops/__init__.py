@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, library
 from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "transformed", "unobserved"]
+from ..backends import select
+
+__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "serving", "transformed", "unobserved"]
 
 LIBRARY = library.Library("peftkern", "DEF")
 
@@ -36,6 +38,11 @@ def transformed() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.compiler.is_exporting()
     )
+
+
+def serving(x: Tensor, *weights: Tensor) -> str:
+    """The backend for tensors like x and these weights; where one has no element, the reference: kernels count tiles of what is there."""
+    return select(x) if all(map(Tensor.numel, weights)) else "reference"
 
 
 def unobserved(x: Tensor) -> bool:

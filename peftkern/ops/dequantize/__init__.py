@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...backends import select
 from ...nf4 import NF4Weight
-from .. import LIBRARY, backend
+from .. import LIBRARY, backend, serving
 
 __all__ = ["dequantize_4bit"]
 
@@ -25,7 +24,7 @@ LIBRARY.define(
 
 @library.impl(LIBRARY, "dequantize_4bit", "CompositeExplicitAutograd")
 def _impl(packed: Tensor, *args: object) -> Tensor:
-    return backend("dequantize", select(packed)).dequantize_4bit(packed, *args)
+    return backend("dequantize", serving(packed, packed)).dequantize_4bit(packed, *args)
 
 
 @library.register_fake("peftkern::dequantize_4bit", lib=LIBRARY)
@@ -35,7 +34,7 @@ def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offs
 
 @library.impl(LIBRARY, "dequantize_4bit_out", "CompositeExplicitAutograd")
 def _impl_out(packed: Tensor, *args: object) -> None:
-    backend("dequantize", select(packed)).dequantize_4bit_out(packed, *args)
+    backend("dequantize", serving(packed, packed)).dequantize_4bit_out(packed, *args)
 
 
 @library.register_fake("peftkern::dequantize_4bit_out", lib=LIBRARY)

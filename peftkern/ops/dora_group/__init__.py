@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from ...backends import forced, select
-from .. import LIBRARY, accumulation, autocast_off, backend
+from ...backends import forced
+from .. import LIBRARY, accumulation, autocast_off, backend, serving
 
 __all__ = ["Spec", "dora_group", "served", "split_needs"]
 
@@ -42,17 +42,17 @@ def served(x: Tensor) -> bool:
 
 
 @library.impl(LIBRARY, "dora_group_fwd", "CompositeExplicitAutograd")
-def _fwd(x, *args):
+def _fwd(x, biases, weights, *args):
     with autocast_off(x):
-        y, u, xa, norm = backend("dora_group", select(x)).forward(x, *args)
+        y, u, xa, norm = backend("dora_group", serving(x, *weights)).forward(x, biases, weights, *args)
     return y, [x.new_empty(0) if part is None else part for part in u], xa, norm
 
 
 @library.impl(LIBRARY, "dora_group_bwd", "CompositeExplicitAutograd")
-def _bwd(dy, *args):
+def _bwd(dy, x, weights, *args):
     first = next(g for g in dy if g is not None)
     with autocast_off(first):
-        dx, *lists = backend("dora_group", select(first)).backward(dy, *args)
+        dx, *lists = backend("dora_group", serving(first, *weights)).backward(dy, x, weights, *args)
     empty = first.new_empty
     return empty(0) if dx is None else dx, *([empty(0) if g is None else g for g in grads] for grads in lists)
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from ...backends import select
 from ...nf4 import NF4Weight, operands
-from .. import LIBRARY, accumulation, autocast_off, backend
+from .. import LIBRARY, accumulation, autocast_off, backend, serving
 from ..qlora_linear import _QUANT
 
 __all__ = ["linear_cross_entropy"]
@@ -24,13 +23,13 @@ LIBRARY.define(
 def _run(x, weight, *args):
     quant, rest = args[:8], args[8:]
     with torch.no_grad(), autocast_off(x):
-        out = backend("linear_cross_entropy", _backend(x)).linear_cross_entropy(x, weight, quant, *rest)
+        out = backend("linear_cross_entropy", _backend(x, weight)).linear_cross_entropy(x, weight, quant, *rest)
     return tuple(x.new_empty(0) if t is None else t for t in out)
 
 
-def _backend(x: Tensor) -> str:
+def _backend(x: Tensor, weight: Tensor) -> str:
     """The CUDA kernels have no part in this op: on a GPU it is Triton's."""
-    name = select(x)
+    name = serving(x, weight)
     return "triton" if name == "cuda" else name
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from ...backends import select
-from .. import LIBRARY, accumulation, autocast_off, backend
+from .. import LIBRARY, accumulation, autocast_off, backend, serving
 
 __all__ = ["lora_add"]
 
@@ -22,15 +21,15 @@ LIBRARY.define(
 
 
 @library.impl(LIBRARY, "lora_add_fwd", "CompositeExplicitAutograd")
-def _fwd(y, x, *args):
+def _fwd(y, x, lora_a, lora_b, *args):
     with autocast_off(x):
-        return backend("lora_add", select(x)).forward(y, x, *args)
+        return backend("lora_add", serving(x, lora_a, lora_b)).forward(y, x, lora_a, lora_b, *args)
 
 
 @library.impl(LIBRARY, "lora_add_bwd", "CompositeExplicitAutograd")
-def _bwd(dy, *args):
+def _bwd(dy, x, lora_a, lora_b, *args):
     with autocast_off(dy):
-        grads = backend("lora_add", select(dy)).backward(dy, *args)
+        grads = backend("lora_add", serving(dy, lora_a, lora_b)).backward(dy, x, lora_a, lora_b, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 

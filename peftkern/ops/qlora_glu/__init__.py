@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library
 
-from ...backends import select
-from .. import LIBRARY, autocast_off, backend
+from .. import LIBRARY, autocast_off, backend, serving
 from ..qlora_group import _ADAPTERS, _WEIGHTS, arguments, asked
 
 __all__ = ["gradients", "halves"]
@@ -31,14 +30,14 @@ def halves(hidden: Sequence[Tensor], gate_first: bool) -> Sequence[Tensor]:
 
 
 @library.impl(LIBRARY, "qlora_glu_bwd", "CompositeExplicitAutograd")
-def _bwd(dy, hidden, gate_first, activation, *args):
-    name, d_hidden = select(dy), [torch.empty_like(t, memory_format=torch.contiguous_format) for t in hidden]
+def _bwd(dy, hidden, gate_first, activation, weights, *args):
+    name, d_hidden = serving(dy, *weights), [torch.empty_like(t, memory_format=torch.contiguous_format) for t in hidden]
     parts = (*halves(hidden, gate_first), activation, *halves(d_hidden, gate_first))
     with autocast_off(dy):
         if name in ("cuda", "triton"):
-            _, *lists = backend("qlora_glu", name).backward(dy, *parts, *args)
+            _, *lists = backend("qlora_glu", name).backward(dy, *parts, weights, *args)
         else:
-            lists = _composed(name, dy, *parts, *args)
+            lists = _composed(name, dy, *parts, weights, *args)
     return d_hidden, *([dy.new_empty(0) if g is None else g for g in grads] for grads in lists)
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from ...backends import select
-from .. import LIBRARY, accumulation, autocast_off, backend, unobserved
+from .. import LIBRARY, accumulation, autocast_off, backend, serving, unobserved
 
 __all__ = ["Spec", "arguments", "asked", "few_rows", "gradients", "kept", "qlora_group", "run", "wants_x"]
 
@@ -39,17 +38,17 @@ class Spec(NamedTuple):
 
 
 @library.impl(LIBRARY, "qlora_group_fwd", "CompositeExplicitAutograd")
-def _fwd(x, *args):
+def _fwd(x, weights, *args):
     with autocast_off(x):
-        y, xa = backend("qlora_group", select(x)).forward(x, *args)
+        y, xa = backend("qlora_group", serving(x, *weights)).forward(x, weights, *args)
     return list(y), list(xa)
 
 
 @library.impl(LIBRARY, "qlora_group_bwd", "CompositeExplicitAutograd")
-def _bwd(dy, x, *args):
+def _bwd(dy, x, weights, *args):
     first = next(g for g in dy if g is not None)
     with autocast_off(first):
-        dx, *lists = backend("qlora_group", select(first)).backward(dy, x, *args)
+        dx, *lists = backend("qlora_group", serving(first, *weights)).backward(dy, x, weights, *args)
     empty = first.new_empty
     return empty(0) if dx is None else dx, *([empty(0) if g is None else g for g in grads] for grads in lists)
 

@@ -29,14 +29,14 @@ LIBRARY.define(
 def _fwd(x, weight, *args):
     quant, rest = args[:8], args[8:]
     with autocast_off(x):
-        return backend("qlora_linear", select(x)).forward(x, weight, quant, *rest)
+        return backend("qlora_linear", select(x) if weight.numel() else "reference").forward(x, weight, quant, *rest)
 
 
 @library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, weight, *args):
     quant, rest = args[:8], args[8:]
     with autocast_off(dy):
-        grads = backend("qlora_linear", select(dy)).backward(dy, x, weight, quant, *rest)
+        grads = backend("qlora_linear", select(dy) if weight.numel() else "reference").backward(dy, x, weight, quant, *rest)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
