@@ -137,7 +137,7 @@ def made(value: Any) -> Any:
     """`value` with the tensor in the place of every DeferredLogits in it."""
     if isinstance(value, DeferredLogits):
         return value.make()
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: made(item) for key, item in value.items()}
     return type(value)(made(item) for item in value) if type(value) in (list, tuple) else value
 

@@ -58,11 +58,11 @@ class LossForward(Forward):
         if not self.module.training or self.reason(kwargs) is not None:
             return self.stock(*args, **kwargs)
         output, _ = self._run(args, kwargs)
-        if isinstance(output, tuple):
+        if not isinstance(output, dict):
             return made(output)
         if not any(isinstance(value, DeferredLogits) for value in output.values()):
             return output
-        return type(output)(**{name: _kept(value) for name, value in output.items() if _kept(value) is not None})
+        return type(output)(**{name: made(value) for name, value in output.items() if not _unmade(value)})
 
     def negative_log_likelihood(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Summed over the labels of one call of the model in the mode it is in, and nothing else that the model adds to its loss; None
@@ -94,9 +94,9 @@ class LossForward(Forward):
         return parts if isinstance(parts, str) else None
 
 
-def _kept(value: Any) -> Any:
-    """Of an output's values: what was made."""
-    return value.tensor if isinstance(value, DeferredLogits) else value
+def _unmade(value: Any) -> bool:
+    """Whether it passes for logits that nobody needed."""
+    return isinstance(value, DeferredLogits) and value.tensor is None
 
 
 class _Parts(NamedTuple):

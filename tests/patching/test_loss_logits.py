@@ -152,6 +152,31 @@ def test_a_forward_on_top_of_another() -> None:
     assert found.row.got == "stock" and found.row.reason and not install_loss(found)
 
 
+class Bare(transformers.LlamaForCausalLM):
+    """Returns no output of transformers, but what `form` makes of loss and logits."""
+
+    form: Callable[[Tensor, Any], Any] = staticmethod(lambda loss, logits: (loss, logits))
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+        return self.form(self.loss_function(logits=logits, labels=labels, vocab_size=96, **kwargs), logits)
+
+
+def test_outputs_of_another_kind() -> None:
+    """A tuple gets its logits; a dictionary loses them, unless they were made already."""
+    torch.manual_seed(0)
+    ours = Bare(transformers.LlamaConfig(**COMMON)).train()
+    expected = copy.deepcopy(ours)(input_ids=IDS, labels=LABELS)
+    fuse(ours)
+    got = ours(input_ids=IDS, labels=LABELS)
+    assert type(got) is tuple and torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[0], expected[0])
+    ours.form = lambda loss, logits: {"loss": loss, "logits": logits, "further": None}
+    assert ours(input_ids=IDS, labels=LABELS).keys() == {"loss", "further"}
+    ours.form = lambda loss, logits: {"loss": loss, "mean": logits.mean(), "logits": logits}
+    assert torch.equal(ours(input_ids=IDS, labels=LABELS)["logits"], expected[1])
+
+
 SMALL = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 HEADS = dict(intermediate_size=128, num_attention_heads=4, max_position_embeddings=64)
 ARCHITECTURES = {
