@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ FP4_CODE = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
 CODES: Mapping[str, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LARGEST = 1 << 48  # of a size: no more can be addressed
 _TENSORS = ("packed", "code", "absmax", "absmax_8bit", "absmax_code", "nested_absmax", "absmax_offset")
 
 
@@ -122,6 +123,8 @@ class NF4Weight:
                 "weight: bitsandbytes repacked it for CPU inference; run peftkern.patch(model), which unpacks it, or load the model again"
             )
         nested = state.nested
+        if nested and state.state2 is None:
+            raise ValueError("weight: its absmax is nested, but its quant_state has no state2; load the model again")
         return cls(
             packed=param.data.view(torch.uint8),
             code=state.code,
@@ -140,38 +143,37 @@ class NF4Weight:
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "weight") -> NF4Weight:
         """Build from the keys bitsandbytes serializes (`<prefix>`, `<prefix>.absmax`, `<prefix>.quant_state.bitsandbytes__nf4`, ...)."""
-        heads = [k for k in state_dict if k.startswith(f"{prefix}.quant_state.bitsandbytes__")]
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors")
+        heads = [k for k in state_dict if isinstance(k, str) and k.startswith(f"{prefix}.quant_state.bitsandbytes__")]
         if prefix not in state_dict or len(heads) != 1:
             raise ValueError(
                 f"state_dict: expected {prefix!r} and exactly one '{prefix}.quant_state.bitsandbytes__<type>', found {heads or 'none'}"
             )
-        meta = _read_meta(state_dict[heads[0]], heads[0])
-
-        def get(name: str) -> Tensor:
-            key = f"{prefix}.{name}"
-            if key not in state_dict:
-                raise ValueError(
-                    f"state_dict: key {key!r} is missing; the checkpoint is incomplete, save it again from the quantized model"
-                )
-            return state_dict[key]
-
-        packed = state_dict[prefix]
+        meta = _read_meta(_entry(state_dict, heads[0]), heads[0])
+        packed, code = _entry(state_dict, prefix), _finite(state_dict, f"{prefix}.quant_map")
         nested = "nested_offset" in meta
+        absmax = _entry(state_dict, f"{prefix}.absmax") if nested else _finite(state_dict, f"{prefix}.absmax")
         offset = torch.tensor(float(meta["nested_offset"]), dtype=torch.float32, device=packed.device) if nested else None
-        return cls(
-            packed=packed.view(torch.uint8),
-            code=get("quant_map"),
-            shape=tuple(meta["shape"]),
-            dtype=_DTYPES[meta["dtype"]],
-            blocksize=int(meta["blocksize"]),
-            quant_type=meta["quant_type"],
-            absmax=None if nested else get("absmax"),
-            absmax_8bit=get("absmax") if nested else None,
-            absmax_code=get("nested_quant_map") if nested else None,
-            nested_absmax=get("nested_absmax") if nested else None,
-            absmax_offset=offset,
-            nested_blocksize=int(meta["nested_blocksize"]) if nested else 256,
-        )
+        try:
+            return cls(
+                packed=packed.view(torch.uint8),
+                code=code,
+                shape=tuple(meta["shape"]),
+                dtype=_DTYPES[meta["dtype"]],
+                blocksize=meta["blocksize"],
+                quant_type=meta["quant_type"],
+                absmax=None if nested else absmax,
+                absmax_8bit=absmax if nested else None,
+                absmax_code=_finite(state_dict, f"{prefix}.nested_quant_map") if nested else None,
+                nested_absmax=_finite(state_dict, f"{prefix}.nested_absmax") if nested else None,
+                absmax_offset=offset,
+                nested_blocksize=meta["nested_blocksize"] if nested else 256,
+            )
+        except (ValueError, RuntimeError) as error:  # RuntimeError: of a view that the layout of `packed` does not allow
+            if str(error).startswith("state_dict: "):
+                raise
+            raise ValueError(f"state_dict: the entries of {prefix!r} do not fit together: {error}; {_AGAIN}") from None
 
     def to_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The keys `bitsandbytes` writes and reads; the inverse of `from_state_dict`."""
@@ -196,17 +198,69 @@ class NF4Weight:
         return out | {f"{prefix}.quant_state.bitsandbytes__{self.quant_type}": blob}
 
 
+_AGAIN = "save the checkpoint again from the quantized model"
+
+
+def _entry(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in state_dict:
+        raise ValueError(f"state_dict: key {key!r} is missing; the checkpoint is incomplete, {_AGAIN}")
+    value = state_dict[key]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"state_dict: {key!r} is {type(value).__name__}, expected a tensor; {_AGAIN}")
+    return value
+
+
+def _finite(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
+    """The entry, of which one NaN would make a whole block of weights NaN."""
+    value = _entry(state_dict, key)
+    if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"state_dict: {key!r} holds NaN or inf, expected finite numbers; {_AGAIN}")
+    return value
+
+
 def _read_meta(blob: Tensor, key: str) -> dict[str, Any]:
+    """What bitsandbytes writes of a weight beside its tensors, as JSON in bytes."""
     try:
         meta = json.loads(bytes(blob.cpu().tolist()).decode())
-        missing = {"quant_type", "blocksize", "dtype", "shape"} - meta.keys()
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"state_dict: {key!r} is corrupt ({error}); save the checkpoint again from the quantized model") from None
-    if missing or meta["dtype"] not in _DTYPES:
-        raise ValueError(
-            f"state_dict: {key!r} lacks {sorted(missing)} or has an unknown dtype {meta.get('dtype')!r}, expected {sorted(_DTYPES)}"
-        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"state_dict: {key!r} is corrupt ({error}); {_AGAIN}") from None
+    if not isinstance(meta, dict):
+        raise ValueError(f"state_dict: {key!r} holds a JSON {type(meta).__name__}, expected an object; {_AGAIN}")
+    for name, (expected, valid) in (_PLAIN | _NESTED if "nested_offset" in meta else _PLAIN).items():
+        if name not in meta:
+            raise ValueError(f"state_dict: {key!r} lacks {name!r}, expected {expected}; {_AGAIN}")
+        if not valid(meta[name]):
+            raise ValueError(f"state_dict: {name!r} of {key!r} is {_short(meta[name])}, expected {expected}; {_AGAIN}")
+    if not key.endswith(f"__{meta['quant_type']}"):
+        raise ValueError(f"state_dict: {key!r} says quant_type {meta['quant_type']!r}, expected the type of its name; {_AGAIN}")
     return meta
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 3.4e38
+
+
+# What each entry of the JSON has to be; of a nested absmax the second too.
+_Entries = dict[str, tuple[str, Callable[[Any], bool]]]
+_PLAIN: _Entries = {
+    "quant_type": (f"one of {sorted(CODES)}", lambda value: isinstance(value, str) and value in CODES),
+    "blocksize": (f"one of {BLOCKSIZES}", lambda value: type(value) is int and value in BLOCKSIZES),
+    "dtype": (f"one of {sorted(_DTYPES)}", lambda value: isinstance(value, str) and value in _DTYPES),
+    "shape": ("a list of sizes from 0 to 2**48", lambda value: isinstance(value, list) and all(map(_count, value))),
+}
+_NESTED: _Entries = {
+    "nested_blocksize": ("a power of two", lambda value: _count(value) and value.bit_count() == 1),
+    "nested_offset": ("a finite number", _number),
+}
 
 
 def operands(weight: NF4Weight | Tensor) -> tuple[Tensor, tuple]:
@@ -227,6 +281,8 @@ def _check(w: NF4Weight) -> None:
         raise ValueError(f"nested_blocksize: got {w.nested_blocksize}, expected a power of two")
     numel = 1
     for size in w.shape:
+        if size < 0 or size > _LARGEST:
+            raise ValueError(f"shape: got {tuple(map(_short, w.shape))}, expected sizes from 0 to 2**48")
         numel *= size
     blocks = -(-numel // w.blocksize)
     expected = {"packed": (torch.uint8, (numel + 1) // 2), "code": (torch.float32, 16)}
@@ -243,6 +299,8 @@ def _check(w: NF4Weight) -> None:
         tensor = getattr(w, name)
         if tensor is None:
             raise ValueError(f"{name}: is missing; a {'nested' if w.nested else 'plain'} weight needs {sorted(expected)}")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
         if tensor.dtype != dtype or tensor.numel() != count:
             raise ValueError(
                 f"{name}: got {tensor.dtype} with {tensor.numel()} elements, expected {dtype} with {count} for shape {w.shape}"

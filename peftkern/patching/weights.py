@@ -107,7 +107,9 @@ class WeightCache:
 
     def operands(self, base: nn.Module, x: Tensor) -> Operands | None:
         """What to compute `base(x)` with; None where only the stock forward can."""
-        if x.dtype not in FLOATS or not self._computes(base):
+        # A traced graph must not depend on what eager calls keep.
+        usable = forward_reason(base) is None if torch.compiler.is_compiling() else self._computes(base)
+        if not usable or x.dtype not in FLOATS:
             return None
         found = self._operands_4bit(base, x) if is_4bit(base) else _operands_dense(base, x)
         if found is None or found.weight.device != x.device or x.dim() == 0 or x.shape[-1] != found.weight.shape[1]:
@@ -117,8 +119,6 @@ class WeightCache:
     def _computes(self, base: nn.Module) -> bool:
         """Whether the class's forward, which may be another than when the model was patched, is that of a plain or 4-bit linear."""
         forward = type(base).forward
-        if torch.compiler.is_compiling():
-            return forward_reason(base) is None
         if forward is not self._forward:
             self._forward, self._usable = forward, forward_reason(base) is None
         return self._usable
@@ -135,30 +135,40 @@ class WeightCache:
 
     def view(self, base: nn.Module) -> NF4Weight | None:
         """The 4-bit weight, zero-copy; None where its bytes are not in the plain format."""
-        weight = parameter(base, "weight")
-        state = getattr(weight, "quant_state", None) or base.quant_state
         if torch.compiler.is_compiling():
+            weight, state = _stored(base)
             return NF4Weight.from_bnb(base) if _plain(weight, state) else None
-        held = () if state is None else _tensors(weight, state)
+        return self._current(base)
+
+    def _current(self, base: nn.Module) -> NF4Weight | None:
+        weight, state = _stored(base)
+        if state is None:
+            return None
+        held = (weight, state.absmax, state.code)
+        sizes = (state.shape, state.blocksize)
+        if state.nested:
+            inner = state.state2
+            held, sizes = (*held, state.offset, inner.absmax, inner.code), (*sizes, inner.blocksize)
         # bitsandbytes' parameter takes 2 us for what a plain tensor tells in 0.1 us.
         with torch._C.DisableTorchFunctionSubclass():
-            key = None if state is None else (*map(id, held), *map(_ADDRESS, held), weight.numel(), *_sizes(state))
-        if key is None or key != self._key:
+            key = (*map(id, held), *map(_ADDRESS, held), weight.numel(), *sizes)
+        if key != self._key:
             self._view = _view(base) if _plain(weight, state) else None
             self._held, self._token = held, object()
             # A view that holds a copy (of an offset that is not fp32) does not see what is written to the original.
-            copied = self._view is not None and self._view.nested and self._view.absmax_offset is not state.offset
+            copied = self._view is not None and state.nested and self._view.absmax_offset is not state.offset
             self._key = None if self._view is None or copied else key
         return self._view
 
     def signature(self, base: nn.Module) -> tuple | None:
-        """Equal as long as `operands` gives the same for one dtype of x, outside autocast; None where that cannot be told cheaply."""
+        """Equal as long as `operands` gives the same for one dtype of x, outside autocast and torch.compile; None where that cannot be told
+        cheaply."""
         held = base._parameters
         if not is_4bit(base) or not self._computes(base):  # the kernel for few rows takes no dense weight
             return None
         if "weight" not in held or "bias" not in held:  # what stands in a parameter's place may be another tensor at every call
             return None
-        if self.view(base) is None:
+        if self._current(base) is None:
             return None
         return self._token, base.compute_type_is_set, base.compute_dtype, address_of(held["bias"])
 
@@ -166,14 +176,10 @@ class WeightCache:
 _ADDRESS = Tensor.data_ptr
 
 
-def _tensors(weight: Tensor, state: Any) -> tuple[Tensor, ...]:
-    """All tensors that a 4-bit weight is read from."""
-    nested = (state.offset, state.state2.absmax, state.state2.code) if state.nested else ()
-    return weight, state.absmax, state.code, *nested
-
-
-def _sizes(state: Any) -> tuple[Any, ...]:
-    return state.shape, state.blocksize, state.dtype, state.state2.blocksize if state.nested else 0
+def _stored(base: nn.Module) -> tuple[Tensor, Any]:
+    """The weight's parameter and its quantization state, None before quantization."""
+    weight = parameter(base, "weight")
+    return weight, getattr(weight, "quant_state", None) or base.quant_state
 
 
 def _plain(weight: Tensor, state: Any) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -159,6 +163,7 @@ def _damaged(**changes: object) -> dict[str, object]:
         ({"nested_absmax": None}, "nested_absmax"),
         ({"absmax_8bit": torch.zeros(9, dtype=torch.uint8)}, "absmax_8bit"),
         ({"absmax": torch.zeros(8)}, "absmax"),
+        ({"shape": (-8, -64)}, "shape"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -175,6 +180,85 @@ def test_a_damaged_state_dict_is_refused_by_key() -> None:
     head = "layer.weight.quant_state.bitsandbytes__nf4"
     with pytest.raises(ValueError, match="corrupt"):
         NF4Weight.from_state_dict(good | {head: torch.tensor([1, 2, 3], dtype=torch.uint8)}, "layer.weight")
+
+
+def _meta(**changes: object) -> Callable[[dict], dict]:
+    """The state dict whose JSON has other entries; None takes one out."""
+
+    def change(state: dict) -> dict:
+        (key,) = (key for key in state if "bitsandbytes__" in key)
+        meta = json.loads(bytes(state[key].tolist())) | changes
+        text = json.dumps({name: value for name, value in meta.items() if value is not None})
+        return state | {key: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    return change
+
+
+def _text(text: str) -> Callable[[dict], dict]:
+    head = "w.quant_state.bitsandbytes__nf4"
+    return lambda state: state | {head: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+
+def _with(**entries: object) -> Callable[[dict], dict]:
+    return lambda state: state | {f"w.{name}" if name else "w": value for name, value in entries.items()}
+
+
+def _one_nan(name: str) -> Callable[[dict], dict]:
+    def change(state: dict) -> dict:
+        broken = state[f"w.{name}"].clone()
+        broken.view(-1)[-1] = float("nan")
+        return state | {f"w.{name}": broken}
+
+    return change
+
+
+TAMPERED = {
+    "no object": (_text("[1, 2]"), "JSON list"),
+    "a number": (_text("7"), "JSON int"),
+    "deeply nested": (_text("[" * 20000), "corrupt"),
+    "a name that is no string": (_meta(quant_type=["nf4"]), "quant_type"),
+    "another type than its name's": (_meta(quant_type="fp4"), "'fp4', expected the type of its name"),
+    "an unknown dtype": (_meta(dtype="float64"), "'float64', expected one of"),
+    "a dtype that is a list": (_meta(dtype=[]), "dtype"),
+    "a block size in words": (_meta(blocksize="64"), "'64', expected one of"),
+    "a block size of another format": (_meta(blocksize=48), "48, expected one of"),
+    "sizes below 0": (_meta(shape=[-8, -64]), "-8, -64"),
+    "sizes in words": (_meta(shape="8x64"), "shape"),
+    "fractions of sizes": (_meta(shape=[8.0, 64]), "8.0, 64"),
+    "a size without end": (_meta(shape=[10**4000, 10**4000]), "shape"),
+    "another shape": (_meta(shape=[8, 65]), "do not fit together: packed"),
+    "no inner block size": (_meta(nested_blocksize=None), "lacks 'nested_blocksize'"),
+    "an inner block size of 0": (_meta(nested_blocksize=0), "0, expected a power of two"),
+    "an offset in words": (_meta(nested_offset="none"), "nested_offset"),
+    "an offset that is NaN": (_meta(nested_offset=float("nan")), "nan, expected a finite number"),
+    "a head of floats": (_with(**{"quant_state.bitsandbytes__nf4": torch.randn(7)}), "corrupt"),
+    "a head that is text": (_with(**{"quant_state.bitsandbytes__nf4": "{}"}), "str, expected a tensor"),
+    "no tensor": (_with(absmax=[1.0]), "list, expected a tensor"),
+    "bytes that are no tensor": (_with(**{"": None}), "'w' is NoneType, expected a tensor"),
+    "NaN in the inner absmax": (_one_nan("nested_absmax"), "'w.nested_absmax' holds NaN"),
+    "NaN in the code": (_one_nan("quant_map"), "'w.quant_map' holds NaN"),
+    "absmax of floats": (_with(absmax=torch.ones(32)), "do not fit together: absmax_8bit"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_state_dict_gets_one_clear_error(case: str) -> None:
+    change, message = TAMPERED[case]
+    good = quantize_4bit(torch.randn(64, 64), blocksize=32).to_state_dict("w")
+    NF4Weight.from_state_dict(good, "w")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        NF4Weight.from_state_dict(change(good), "w")
+    text = str(caught.value)
+    assert text.startswith("state_dict: ") and text.endswith("save the checkpoint again from the quantized model")
+    assert len(text) < 400
+
+
+def test_nan_in_a_plain_absmax_is_refused() -> None:
+    good = quantize_4bit(torch.randn(64, 64), nested=False).to_state_dict("w")
+    with pytest.raises(ValueError, match="'w.absmax' holds NaN"):
+        NF4Weight.from_state_dict(_one_nan("absmax")(good), "w")
+    with pytest.raises(TypeError, match="list, expected a mapping"):
+        NF4Weight.from_state_dict([good], "w")
 
 
 def test_arguments_are_checked() -> None:

@@ -274,7 +274,7 @@ def test_a_copy_reads_its_own_weights(how):
     before = outputs(model)
     other = models.copied(model, how)
     _in_place(other)
-    assert find(layer_of(other))[1].ready.call is None
+    assert find(layer_of(other))[1].ready.prepared[1] is None
     assert not torch.equal(outputs(other)[3], before[3])
     assert same(outputs(model), before)
 
