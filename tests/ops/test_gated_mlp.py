@@ -156,7 +156,8 @@ SUBSETS = [(), ("gate",), ("up",), ("down",), ("gate", "up"), ("gate", "down"), 
 @pytest.mark.parametrize("adapters", SUBSETS, ids="+".join)
 @EITHER
 def test_adapters_on_any_of_its_linears(layout: str, adapters: tuple[str, ...]) -> None:
-    check(layout, ROWS, torch.float32, "gelu", adapters=adapters, bias=True)
+    """Many draws: of the 33 numbers of a bias' gradient the worst error of six is noise (0.8 to 2.2 times PyTorch's, of 24 up to 1.1)."""
+    check(layout, ROWS, torch.float32, "gelu", draws=24, adapters=adapters, bias=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
