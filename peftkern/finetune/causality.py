@@ -25,6 +25,8 @@ def require_causal(trainer: RecipeTrainer, name: str) -> None:
     words = trainer.model.get_input_embeddings().weight.shape[0]
     changed = ids[:middle] + [(token + 1) % words for token in ids[middle:]]
     one, other = (_logits(trainer, tokens)[:middle] for tokens in (ids, changed))
+    if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
+        raise InputError(f"--model {name}: its logits are NaN or infinite before training: choose another --dtype, or check its weights")
     difference = ((one - other).norm() / one.norm().clamp(min=1e-30)).item()
     if not difference <= (_TOLERANCE_16_BIT if trainer.args.bf16 or trainer.args.fp16 else _TOLERANCE):
         kind = type(trainer.model.get_base_model()).__name__

@@ -22,8 +22,8 @@ _LENGTH = 400  # characters of another library's message
 
 
 @contextlib.contextmanager
-def load_errors(model: str, path: str) -> Iterator[None]:
-    """Turn whatever the libraries raise over the files of a model into an InputError; running out of memory stays what it is."""
+def load_errors(model: str, path: str, *, files: str = "config.json and weights") -> Iterator[None]:
+    """Turn whatever the libraries raise over the `files` of a model into an InputError; running out of memory stays what it is."""
     try:
         yield
     except InputError:
@@ -31,7 +31,7 @@ def load_errors(model: str, path: str) -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise InputError(f"--model {model} could not be loaded: {_damage(Path(path)) or _reason(error)}") from error
+        raise InputError(f"--model {model} could not be loaded: {_damage(Path(path)) or _reason(error, files)}") from error
 
 
 def check_folder(model: str, path: Path) -> None:
@@ -89,7 +89,7 @@ def _adapted(adapter: Path) -> str | None:
     return base if isinstance(base, str) else None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, files: str) -> str:
     """The part of a library's message that tells the cause."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
@@ -98,7 +98,7 @@ def _reason(error: Exception) -> str:
         return f"it is no causal language model that transformers knows: {text.partition('Model type should be')[0][:_LENGTH]}"
     shortened = text if len(text) <= _LENGTH else text[:_LENGTH] + " ..."
     known = isinstance(error, (OSError, ValueError))
-    return shortened if known and text else f"{type(error).__name__}: {shortened}. Check its config.json and weights, or download it again"
+    return shortened if known and text else f"{type(error).__name__}: {shortened}. Check its {files}, or download it again"
 
 
 def _damage(path: Path) -> str | None:

@@ -61,7 +61,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """The model's tokenizer; one without an end-of-sequence token cannot mark where texts end."""
     from transformers import AutoTokenizer
 
-    with load_errors(path, path):
+    with load_errors(path, path, files="config.json and tokenizer files"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of {path} has no eos_token: set one in its tokenizer_config.json")

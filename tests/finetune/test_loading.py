@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftkern.finetune import FinetuneConfig, InputError
+from peftkern.finetune import FinetuneConfig, InputError, finetune
 from peftkern.finetune.conversion import dense_folder
 from peftkern.finetune.model import load_model, load_tokenizer, resolve_model
 
@@ -63,6 +63,10 @@ def without(folder: Path, part: str) -> None:
         (lambda folder: change(folder, "config.json", hidden_size="wide"), "could not be loaded"),
         (lambda folder: change(folder, "config.json", model_type="nothing-known"), "nothing-known"),
         (lambda folder: change(folder, "config.json", model_type="t5"), "no causal language model"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "none"}}'),
+            r"could not be loaded: .*(tokenizer files|tokenizer)",
+        ),
         (pickled, "could not be loaded"),
         (lambda folder: without(folder, "layers.1.mlp"), r"lack 3 weights \(model\.layers\.1\.mlp\.down_proj\.weight"),
         (lambda folder: without(folder, "embed_tokens"), r"lack .*embed_tokens"),
@@ -137,10 +141,20 @@ def test_gguf_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         resolve_model(str(path))
     with pytest.raises(InputError, match=message):
         dense_folder(path)
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("models/*"))
 
 
 def test_other_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="is a file, but no .gguf file: give the folder"):
         resolve_model(str(tmp_path / "model.safetensors"))
+
+
+def test_weights_that_are_no_numbers(copy: Path, tmp_path: Path) -> None:
+    weights = load_file(copy / WEIGHTS)
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * torch.nan}, copy / WEIGHTS, metadata={"format": "pt"})
+    data = tmp_path / "rows.txt"
+    data.write_text("some lines of text\n" * 40)
+    options = {"model": str(copy), "data": str(data), "output": str(tmp_path / "out"), "quantization": "none", "steps": 1}
+    with pytest.raises(InputError, match="its logits are NaN or infinite before training"):
+        finetune(FinetuneConfig(**options, seq_length=32, dtype="fp32"), quiet=True)
