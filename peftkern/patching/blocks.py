@@ -137,19 +137,28 @@ def _matching(module: nn.Module, eps: float, dtype: torch.dtype, weight_dtype: t
 class NormForward(RecognizedForward):
     """An RMSNorm; `cache` holds its NormMode. The weight and eps are read at each call."""
 
-    __slots__ = ()
+    __slots__ = ("_stock",)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or self._function is not self._ours or type(self.module).forward is not self._seen:
+            return super().__call__(x, *args, **kwargs)
+        return self._run(self.module, x)
 
     def inside(self, stock: types.FunctionType) -> Callable[..., Any]:
         """`stock` as one kernel."""
 
         def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            found = self._operands(x) if not args and not kwargs else None
-            if found is None:
-                return stock(module, x, *args, **kwargs)
-            weight, eps, mode = found
-            return functional.rms_norm(x, weight, eps=eps, offset=mode.offset, cast=mode.cast)
+            return stock(module, x, *args, **kwargs) if args or kwargs else self._run(module, x)
 
+        self._stock = stock
         return forward
+
+    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
+        found = self._operands(x)
+        if found is None:
+            return self._stock(module, x)
+        weight, eps, mode = found
+        return functional.rms_norm(x, weight, eps=eps, offset=mode.offset, cast=mode.cast)
 
     def look(self) -> tuple[NormMode | None, Reads | str]:
         mode, seen = _recognized(self.module)
@@ -168,12 +177,13 @@ class NormForward(RecognizedForward):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, float, NormMode] | None:
         """Weight, eps and how they are used; None where only the stock forward can serve."""
-        weight, mode = self.module._parameters.get("weight"), self.now()
+        module, mode = self.module, self.now()
+        weight = module._parameters.get("weight")
         if mode is None or type(weight) is not nn.Parameter:
             return None
-        eps = self.module.__dict__.get(mode.eps_name)
-        if type(eps) is not float or x.dtype not in FLOATS or weight.dtype not in FLOATS or x.dim() == 0:
+        eps, dtype = module.__dict__.get(mode.eps_name), x.dtype
+        if type(eps) is not float or dtype not in FLOATS or weight.dtype not in FLOATS or not x.shape or x.shape[-1] != weight.shape[0]:
             return None
-        if x.shape[-1] != weight.shape[0] or x.device != weight.device or not (mode.mixed or x.dtype == weight.dtype) or not _served(x):
+        if x.device != weight.device or not (mode.mixed or dtype == weight.dtype) or not _served(x):
             return None
         return weight, eps, mode

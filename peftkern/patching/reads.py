@@ -50,7 +50,7 @@ class Reads:
 
     def watched(self) -> bool:
         """Whether a child has to be called as a module: for a hook, or a forward of its own."""
-        return not all(direct(child) for _, _, child in self.children)
+        return any(not direct(child) for _, _, child in self.children)
 
 
 class RecognizedForward(WrappedForward):
@@ -79,6 +79,8 @@ class RecognizedForward(WrappedForward):
     def now(self) -> Any:
         """`cache`, for the module as it is at this call; None where the stock forward has to run."""
         seen = self.reads
+        if type(seen) is Reads and not seen.values and not seen.children:
+            return self.cache  # it reads nothing that could change
         if type(seen) is not Reads or not seen.hold():
             if type(seen) is str or torch.compiler.is_compiling():
                 return None

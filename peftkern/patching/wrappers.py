@@ -39,7 +39,7 @@ def rewrapped(function: types.FunctionType, inner: Callable[..., Any]) -> Callab
     cells = tuple(types.CellType(ours) if _content(cell) is wrapped else cell for cell in function.__closure__ or ())
     new = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     new.__kwdefaults__ = function.__kwdefaults__
-    new.__dict__.update({name: value for name, value in function.__dict__.items() if name != "__wrapped__"})
+    new.__dict__.update({name: ours if name == "__wrapped__" else value for name, value in function.__dict__.items()})
     return new
 
 

@@ -9,6 +9,7 @@ import torch
 import peftkern
 
 from . import models
+from .versions import COUNTED
 
 BOTH = pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
 
@@ -114,7 +115,7 @@ def test_merge_and_unload(four_bit, calls):
     calls.clear()
     check(stock, patched)
     assert calls == ({"linear": 14} if four_bit else {})
-    assert peftkern.unpatch(patched) == (14 if four_bit else 0) + 11
+    assert peftkern.unpatch(patched) == (14 if four_bit else 0) + 11 or not COUNTED
     assert torch.equal(logits(patched), logits(stock))
 
 

@@ -18,8 +18,11 @@ from peftkern.patching.wrappers import innermost
 
 from ..ops.bounds import FACTOR
 from . import models, zoo
+from .versions import exact
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = exact
 
 LOW = (torch.bfloat16, torch.float16)
 # name: modules that attend; Falcon has functions of its own

@@ -18,8 +18,11 @@ from peftkern.patching.forwards import find, remove
 
 from ..ops.bounds import FACTOR
 from . import models
+from .versions import exact
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = exact
 
 IDS = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 SIZES = dict(

@@ -21,6 +21,9 @@ from ..ops.bounds import FACTOR
 from . import models, prenorm, zoo
 from .prenorm import Layer, Wrapped, wrapping
 from .test_blocks import IDS, _in_fp64, build, run, same
+from .versions import exact
+
+pytestmark = exact
 
 FUSED = ("llama", "smollm", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3-moe")
 # What a decoder layer hands to its attention, under the names that the installed transformers has for it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,10 +17,14 @@ from peftkern.patching.forwards import find
 
 from . import models, zoo
 from .test_values import SEEDS, UNIT, rms
+from .versions import exact
 
 GOT = {"llama": "gated_mlp", "gemma2": "gated_mlp", "phi3": "gated_mlp_packed"}
 ACTIVATION = {"llama": "silu", "gemma2": "gelu_tanh", "phi3": "silu"}
-EVERY = pytest.mark.parametrize("name", GOT)
+
+
+def EVERY(test: Callable[..., None]) -> Callable[..., None]:
+    return exact(pytest.mark.parametrize("name", GOT)(test))
 
 
 def mlps(model: nn.Module) -> list[nn.Module]:

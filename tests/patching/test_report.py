@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 import peftkern
 
 from . import models
+from .versions import COUNTED, exact
 
 
 class Zoo(nn.Module):
@@ -40,6 +41,7 @@ def row(report, name):
     return next(item for item in report.rows if item.name.endswith(name))
 
 
+@exact
 def test_every_lora_layer_has_a_row():
     model = models.lora(models.llama())
     report = peftkern.patch(model)
@@ -65,7 +67,7 @@ def test_patching_twice_is_patching_once(calls):
     assert models.first(model).forward is forward
     model(input_ids=models.IDS)
     assert calls == {"lora": 14}
-    assert peftkern.unpatch(model) == 28 + 11 and peftkern.unpatch(model) == 0
+    assert peftkern.unpatch(model) == (28 + 11 if COUNTED else 14 + len(first.fused)) and peftkern.unpatch(model) == 0
 
 
 def test_nothing_to_patch_names_the_fix():
@@ -262,6 +264,7 @@ def test_dense_is_automatic_where_torch_has_no_fast_product(monkeypatch):
         assert [item.row.name for item in detect.candidates(slow, (), None)] == expected
 
 
+@exact
 def test_blocks_can_be_left_alone():
     model = models.lora(models.llama())
     assert peftkern.patch(model, blocks=False).counts == {"qlora_linear": 14}
