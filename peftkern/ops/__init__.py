@@ -36,8 +36,14 @@ def transformed() -> bool:
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch.compiler.is_exporting()
+        or _exporting()
     )
+
+
+def _exporting() -> bool:
+    """torch.compiler.is_exporting(), which the compiler of torch 2.11 takes for true in whatever it traces; it reads the flag behind it."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def serving(x: Tensor, *weights: Tensor) -> str:

@@ -21,7 +21,7 @@ from . import environments, report
 from .rows import CAPPED, ISAS, LIBRARIES, Combination, Result, combinations, lower_bounds, pairs
 
 REPOSITORY = Path(__file__).parents[2]
-TESTS = ("tests/patching", "tests/finetune", "tests/ops", "tests/test_bnb_backend.py")
+TESTS = ("tests/patching", "tests/finetune", "tests/ops", "tests/test_bnb_backend.py", "tests/test_bnb_repacking.py")
 
 
 def main(argv: list[str] | None = None) -> int:
