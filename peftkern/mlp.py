@@ -6,15 +6,37 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .group import Member, prepare
 from .ops import glu as _glu
-from .ops import qlora_glu
+from .ops import qlora_glu, transformed
 from .ops import qlora_group as group
+from .ops.derivatives import derived, known_input, twice_differentiable
+from .ops.glu import reference as _glu_reference
 from .ops.qlora_glu import halves
 
 __all__ = ["gated_mlp", "gated_mlp_packed"]
+
+
+def _plain(inner, outer, activation: str, gate_first: bool, x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
+    """[y] by the definitions."""
+    count = len(inner.weights) + 2 * len(inner.members)
+    hidden = group.plain(inner, x, trainable[:count])
+    return group.plain(outer, _glu_reference.forward(*halves(hidden, gate_first), activation), trainable[count:])
+
+
+def _again(ctx, dy):
+    (count, outputs, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[4:])
+    x, *saved = ctx.saved_tensors
+    n = [h.shape[1] for h in saved[:outputs]]
+    x = known_input("gated_mlp", x, dy, shape, any(needs))
+    inner, first = group.trainable_again(ctx.inner, saved[outputs : outputs + cut], needs[1 : 1 + count], n, dy)
+    outer, second = group.trainable_again(ctx.outer, saved[outputs + cut :], needs[1 + count :], [dy.shape[1]], dy)
+
+    def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
+        return _plain(inner, outer, ctx.activation, ctx.gate_first, x, *trainable)
+
+    return (None, None, None, None, *derived(plain, (x, *first, *second), needs, (dy,)))
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -35,7 +57,7 @@ class _GatedMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, dy):
         (count, outputs, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[4:])
         x, *saved = ctx.saved_tensors
@@ -120,7 +142,9 @@ def _run(x: Tensor, inner: dict[str, Member], down: Member, width: int, activati
     like_h = flat.new_empty((1, 1)).expand(flat.shape[0], width)  # its shape and dtype, to check `down` against
     _, outer, second = prepare(like_h, (down,), ("down",))
     flat = flat.contiguous()
-    if torch.is_grad_enabled():
+    if transformed():
+        (y,) = _plain(spec, outer, activation, gate_first, flat, *first, *second)
+    elif torch.is_grad_enabled():
         y = _GatedMLP.apply(spec, outer, activation, gate_first, flat, *first, *second)
     else:
         hidden, _ = group.run(spec, flat, first)

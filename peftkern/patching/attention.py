@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops import transformed
 from ..ops.rope import reference as rope_reference
 from .blocks import _ON_CPU, Block, _replaced
 from .forwards import _autocast_off, _served, install
@@ -126,14 +127,19 @@ def _rotary(stock: Callable[..., tuple[Tensor, Tensor]], partial: bool) -> Calla
 
 
 def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, partial: bool) -> bool:
-    if q.dtype not in FLOATS or not q.dtype == k.dtype == cos.dtype == sin.dtype or not q.device == k.device == cos.device == sin.device:
+    if (
+        not _served(q)
+        or q.dtype not in FLOATS
+        or not q.dtype == k.dtype == cos.dtype == sin.dtype
+        or not q.device == k.device == cos.device == sin.device
+    ):
         return False
     if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or cos.requires_grad or sin.requires_grad:
         return False
     (b, _, s, d), rotary = q.shape, cos.shape[2]
     if (k.shape[0], k.shape[2], k.shape[3]) != (b, s, d) or cos.shape[0] not in (1, b) or cos.shape[1] != s:
         return False
-    return rotary % 2 == 0 and (rotary == d or (partial and rotary < d)) and _served(q)
+    return rotary % 2 == 0 and (rotary == d or (partial and rotary < d))
 
 
 # ---- attention in fp32
@@ -235,7 +241,7 @@ class AttentionForward(WrappedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._refresh()
-        if self._function is None:
+        if self._function is None or transformed():
             return self.stock(*args, **kwargs)
         return self._function(self.module, *args, **kwargs)
 

@@ -177,13 +177,13 @@ class NormForward(RecognizedForward):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, float, NormMode] | None:
         """Weight, eps and how they are used; None where only the stock forward can serve."""
-        module, mode = self.module, self.now()
+        module, mode = self.module, self.now() if _served(x) else None
         weight = module._parameters.get("weight")
         if mode is None or type(weight) is not nn.Parameter:
             return None
         eps, dtype = module.__dict__.get(mode.eps_name), x.dtype
         if type(eps) is not float or dtype not in FLOATS or weight.dtype not in FLOATS or not x.shape or x.shape[-1] != weight.shape[0]:
             return None
-        if x.device != weight.device or not (mode.mixed or dtype == weight.dtype) or not _served(x):
+        if x.device != weight.device or not (mode.mixed or dtype == weight.dtype):
             return None
         return weight, eps, mode

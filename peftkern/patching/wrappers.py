@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops import transformed
 from .forwards import Forward
 
 __all__ = ["UNKNOWN", "WrappedForward", "innermost", "rewrapped"]
@@ -79,7 +80,7 @@ class WrappedForward(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if type(self.module).forward is not self._seen and not torch.compiler.is_compiling():
             self.build()
-        if self._function is None:
+        if self._function is None or transformed():
             return self.stock(*args, **kwargs)
         return self._function(self.module, *args, **kwargs)
 

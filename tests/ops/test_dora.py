@@ -207,15 +207,12 @@ def test_what_is_kept_for_backward(isa: str) -> None:
         assert sum(t.numel() for t in saved if t.shape[:1] == (100,)) == kept
 
 
-def test_strides_the_same_bits_and_no_second_derivative(isa: str) -> None:
+def test_strides_the_same_bits(isa: str) -> None:
     weight, (x, bias, a, b, magnitude) = _inputs(24)
     expected = _call(weight, x, bias, a, b, magnitude)
     strided = [torch.empty(t.shape[::-1]).t().copy_(t) for t in (x.detach(), a.detach(), b.detach())]
     assert torch.equal(_call(weight, strided[0], bias, strided[1], strided[2], magnitude), expected)
     assert torch.equal(_call(weight, x.view(4, 6, 192), bias, a, b, magnitude).view(24, 70), expected)
-    (dx,) = torch.autograd.grad(expected.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
-        dx.sum().backward()
 
 
 def test_every_output_is_written(isa: str) -> None:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from ...backends import forced
-from .. import LIBRARY, accumulation, autocast_off, backend, serving
+from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
+from ..derivatives import derived, known_input, stand_in, twice_differentiable
 
 __all__ = ["Spec", "dora_group", "served", "split_needs"]
 
@@ -97,6 +97,29 @@ def _forward(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...], with_u
     return torch.ops.peftkern.dora_group_fwd(x, *args)
 
 
+def _plain(operands: tuple, norms: tuple[Tensor, ...], x: Tensor, trainable: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """[y_i] with the norms as the constants that they are; operands: weights, quants, blocksizes, scalings."""
+    from . import reference
+
+    return reference.scaled(x, *operands, norms, *_split(trainable, len(norms)))
+
+
+def _again(ctx, *dy):
+    count, blocksizes, scalings = ctx.rest
+    needs, first = ctx.needs_input_grad[1:], next(g for g in dy if g is not None)
+    x, *saved = ctx.saved_tensors
+    lora_a, lora_b, magnitudes, norms, _, _ = _split(saved[7 * count :], count)
+    x = known_input("dora_group", x, first, (len(first), lora_a[0].shape[1]), any(needs[1 + 2 * count :]))
+    dtypes = zip(lora_b, ctx.dtypes[0], needs[1:], strict=False)
+    biases = [stand_in(first, b.shape[:1], dtype) if need else None for b, dtype, need in dtypes]
+    operands = saved[:count], saved[count : 7 * count], blocksizes, scalings
+
+    def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
+        return _plain(operands, norms, x, trainable)
+
+    return (None, *derived(plain, (x, *biases, *lora_a, *lora_b, *magnitudes), needs, dy))
+
+
 class _DoraGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, x, *trainable):
@@ -114,7 +137,7 @@ class _DoraGroup(torch.autograd.Function):
         return tuple(y)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, *dy):
         count, blocksizes, scalings = ctx.rest
         needs = list(ctx.needs_input_grad[1:])
@@ -134,6 +157,13 @@ class _DoraGroup(torch.autograd.Function):
 
 def dora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """x [M, K] -> y_i [M, N_i]; trainable: biases, A's, B's, magnitudes. `functional.dora_group` has checked the arguments."""
+    if transformed():
+        from . import reference
+
+        operands = spec.weights, spec.quants, spec.blocksizes, spec.scalings
+        _, lora_a, lora_b, _ = _split(trainable, len(spec.weights))
+        norms = tuple(norm.detach() for norm in reference.norms(*operands, lora_a, lora_b))
+        return tuple(_plain(operands, norms, x, trainable))
     if not torch.is_grad_enabled():
         return tuple(_forward(spec, x.contiguous(), trainable, [False] * len(spec.weights))[0])
     return _DoraGroup.apply(spec, x.contiguous(), *trainable)

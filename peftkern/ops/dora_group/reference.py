@@ -6,29 +6,54 @@ du = g dy, dx = sum of du W + s du B A, dA = s (du B)^T x, dB = s du^T xa, xa = 
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
 from .. import accumulation
 from ..qlora_group.reference import _quant
 from ..qlora_linear.reference import _dense
 from . import split_needs
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "norms", "scaled"]
 
 
 def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, squares, with_u):
     """[y], [u] [M, N] in x's dtype (u None unless asked for), [xa] [M, R], [norm] [N]; `squares` is not needed here."""
-    found: list[tuple[Tensor | None, ...]] = []
-    wide = accumulation(x)
-    for i, bias in enumerate(biases):
+    operands, wide = (weights, quants, blocksizes, scalings), accumulation(x)
+    norm = norms(*operands, lora_a, lora_b, wide)
+    u = _products(x, *operands, lora_a, lora_b)
+    y = _scale(u, biases, magnitudes, norm)
+    xa = [x.to(wide) @ a.to(wide).t() for a in lora_a]
+    return [t.to(x.dtype) for t in y], [t.to(x.dtype) if wanted else None for t, wanted in zip(u, with_u, strict=True)], xa, norm
+
+
+def scaled(x, weights, quants, blocksizes, scalings, norms, biases, lora_a, lora_b, magnitudes):
+    """[y] for given norms."""
+    u = _products(x, weights, quants, blocksizes, scalings, lora_a, lora_b)
+    return [y.to(x.dtype) for y in _scale(u, biases, magnitudes, norms)]
+
+
+def norms(weights, quants, blocksizes, scalings, lora_a, lora_b, wide=torch.float32):
+    """[||W + s B A|| by rows]."""
+    found = []
+    for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        w = _dense(weights[i], _quant(quants, blocksizes, i), b.shape[0], a.shape[1])
+        found.append((w.to(wide) + scalings[i] * (b.to(wide) @ a.to(wide))).norm(dim=1))
+    return found
+
+
+def _products(x, weights, quants, blocksizes, scalings, lora_a, lora_b):
+    """[u], wide."""
+    found, wide = [], accumulation(x)
+    for i in range(len(weights)):
         w = _dense(weights[i], _quant(quants, blocksizes, i), lora_b[i].shape[0], x.shape[1])
         w, a, b, x_wide = (t.to(wide) for t in (w, lora_a[i], lora_b[i], x))
-        norm, xa = (w + scalings[i] * (b @ a)).norm(dim=1), x_wide @ a.t()
-        u = x_wide @ w.t() + scalings[i] * (xa @ b.t())
-        y = u * (magnitudes[i].to(wide) / norm)
-        y = y if bias is None else y + bias.to(wide)
-        found.append((y.to(x.dtype), u.to(x.dtype) if with_u[i] else None, xa, norm))
-    return tuple(map(list, zip(*found, strict=True)))
+        found.append(x_wide @ w.t() + scalings[i] * (x_wide @ a.t() @ b.t()))
+    return found
+
+
+def _scale(u, biases, magnitudes, norm):
+    products = [part * (magnitude.to(part.dtype) / length) for part, magnitude, length in zip(u, magnitudes, norm, strict=True)]
+    return [y if bias is None else y + bias.to(y.dtype) for y, bias in zip(products, biases, strict=True)]
 
 
 def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, norms, u, xa, needs):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, backend, unobserved
+from .. import LIBRARY, backend, transformed, unobserved
+from ..derivatives import derived, twice_differentiable
+from . import reference
 
 __all__ = ["ACTIVATIONS", "glu"]
 
@@ -55,6 +56,13 @@ def _(dy, gate, up, activation, d_gate, d_up, h):
     return None
 
 
+def _again(ctx, dy):
+    def plain(gate: Tensor, up: Tensor) -> list[Tensor]:
+        return [reference.forward(gate, up, ctx.activation)]
+
+    return (*derived(plain, ctx.saved_tensors, ctx.needs_input_grad[:2], (dy,)), None)
+
+
 class _GLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, activation):
@@ -63,7 +71,7 @@ class _GLU(torch.autograd.Function):
         return torch.ops.peftkern.glu_fwd(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, dy):
         d_gate, d_up, _ = torch.ops.peftkern.glu_bwd(dy, *ctx.saved_tensors, ctx.activation, False)
         return d_gate if ctx.needs_input_grad[0] else None, d_up if ctx.needs_input_grad[1] else None, None
@@ -71,6 +79,8 @@ class _GLU(torch.autograd.Function):
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """gate, up [..., I] -> [..., I]; `functional.glu` has checked the arguments."""
+    if transformed():
+        return reference.forward(gate, up, activation)
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
         return (_fwd if unobserved(gate) else torch.ops.peftkern.glu_fwd)(gate, up, activation)
     return _GLU.apply(gate, up, activation)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from ...nf4 import NF4Weight, operands
-from .. import LIBRARY, accumulation, autocast_off, backend, serving
+from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
+from ..derivatives import twice_differentiable
 from ..qlora_linear import _QUANT
+from . import reference
 
 __all__ = ["linear_cross_entropy"]
 
@@ -43,6 +44,13 @@ def _(x, weight, *args):
     return x.new_empty(x.shape[0], dtype=wide), *grads
 
 
+def _again(ctx, d_loss):
+    raise RuntimeError(
+        "linear_cross_entropy: its gradients cannot be differentiated again (create_graph=True), as they are made in forward; compute the "
+        "logits, and torch's cross_entropy of them, where second derivatives are wanted (of a patched model: patch it without fused_loss)"
+    )
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The sum of the rows' losses over `divisor`, or with `by_row` each row's. Gradients are made in forward, while a block's logits are
     there, and scaled in backward: of the sum all of them, by row that of x. Those of the parameters mix the rows, so that by row they
@@ -63,19 +71,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(*grads, count, divisor, *inputs)
         ctx.rest = (blocksize, nested_blocksize, n, scaling, options, by_row)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, lora_a, lora_b, weight)]
-        if by_row:
-            return loss
-        # In fp64, where the device has it: a mean of a thousand fp32 losses then errs by its last rounding alone.
-        total = loss.sum(dtype=loss.dtype if loss.device.type == "mps" else torch.float64)
-        return (total if divisor is None else total / divisor).to(loss.dtype)
+        return loss if by_row else _reduced(loss, divisor)
 
     @staticmethod
+    @twice_differentiable(_again)
     def backward(ctx, d_loss):
-        # The loss is not linear in its inputs: a second derivative is missing even where d_loss is a constant.
-        return _backward(ctx, d_loss.detach().requires_grad_() if torch.is_grad_enabled() else d_loss)
+        return _backward(ctx, d_loss)
 
 
-@once_differentiable
+def _reduced(loss: Tensor, divisor: Tensor | None) -> Tensor:
+    """In fp64, where the device has it: a mean of a thousand fp32 losses then errs by its last rounding alone."""
+    total = loss.sum(dtype=loss.dtype if loss.device.type == "mps" else torch.float64)
+    return (total if divisor is None else total / divisor).to(loss.dtype)
+
+
 def _backward(ctx, d_loss):
     saved = ctx.saved_tensors
     *grads, count, divisor = saved[:7]
@@ -146,6 +155,9 @@ def linear_cross_entropy(
     softcap.
     """
     (data, quant), n = operands(weight), weight.shape[0]
+    if transformed():
+        loss = reference.losses(x, data, quant, n, labels, bias, lora_a, lora_b, scaling, options)
+        return loss if by_row else _reduced(loss, divisor)
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (x, bias, lora_a, lora_b, data)]
     args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, labels.contiguous())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..qlora_linear.reference import _dense
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "losses"]
 
 _ROWS = 128  # a block of rows at a time: here, too, the logits of all rows never exist
 
@@ -55,6 +55,26 @@ def linear_cross_entropy(
             d_u = d_u * row_scale[rows, None].to(wide)
         _add_gradients(grads, rows, d_u, part, w, a, b, scaling)
     return losses, None if grads[0] is None else grads[0].to(x.dtype), *grads[1:]
+
+
+def losses(
+    x: Tensor,
+    weight: Tensor,
+    quant: tuple,
+    n: int,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    options: tuple[int, float, float, float | None],
+) -> Tensor:
+    """Each row's loss [M] from the logits of all rows, for torch to differentiate and transform; options as in the op's schema."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    u = x.to(wide) @ _dense(weight, quant, n, x.shape[1]).to(wide).t()
+    if lora_a is not None:
+        u = u + scaling * (x.to(wide) @ lora_a.to(wide).t() @ lora_b.to(wide).t())
+    return _loss_and_gradient(u if bias is None else u + bias.to(wide), labels, *options)[0]
 
 
 def _loss_and_gradient(

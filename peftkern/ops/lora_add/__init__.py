@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
-from .. import LIBRARY, accumulation, autocast_off, backend, serving
+from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
+from ..derivatives import derived, known_input, stand_in, twice_differentiable
+from . import reference
 
 __all__ = ["lora_add"]
 
@@ -50,6 +51,18 @@ def _(dy, x, lora_a, lora_b, xa, scaling, dropout_p, seed, needs):
     return tuple(make() if need else dy.new_empty(0) for make, need in zip(like, needs, strict=True))
 
 
+def _again(ctx, dy):
+    x, lora_a, lora_b, _, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad[1:5]
+    x = known_input("lora_add", x, dy, (dy.shape[0], lora_a.shape[1]), needs[3])
+    bias = stand_in(dy, dy.shape[1:], ctx.bias_dtype) if needs[1] else None
+
+    def plain(x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> list[Tensor]:
+        return [reference.forward(torch.zeros_like(dy), x, lora_a, lora_b, bias, ctx.scaling, ctx.dropout_p, seed)[0]]
+
+    return (dy, *derived(plain, (x, bias, lora_a, lora_b), needs, (dy,)), None, None, None)
+
+
 class _LoRAAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, bias, lora_a, lora_b, scaling, dropout_p, seed):
@@ -61,7 +74,7 @@ class _LoRAAdd(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, dy):
         x, lora_a, lora_b, xa, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:5])
@@ -77,4 +90,6 @@ def lora_add(
     y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
     """y [M, N], x [M, K] -> [M, N]; `functional.lora_add` has checked the arguments."""
+    if transformed():
+        return reference.forward(y, x, lora_a, lora_b, bias, scaling, dropout_p, seed)[0]
     return _LoRAAdd.apply(y.contiguous(), x.contiguous(), bias, lora_a, lora_b, scaling, dropout_p, seed)

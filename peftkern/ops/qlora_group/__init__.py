@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
-from .. import LIBRARY, accumulation, autocast_off, backend, serving, unobserved
+from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed, unobserved
+from ..derivatives import derived, known_input, stand_in, twice_differentiable
 
-__all__ = ["Spec", "arguments", "asked", "few_rows", "gradients", "kept", "qlora_group", "run", "wants_x"]
+__all__ = ["Spec", "arguments", "asked", "few_rows", "gradients", "kept", "plain", "qlora_group", "run", "trainable_again", "wants_x"]
 
 # Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters (lora_a and all after it).
 _WEIGHTS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes"
@@ -145,6 +145,43 @@ def asked(static: tuple, used: list[bool], needs: list[bool], dx: Tensor, d_bias
     return [g if need and exists else None for g, need, exists in zip((dx, *d_bias, *d_a, *d_b), needs, live, strict=True)]
 
 
+def plain(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """[y_i] by the definition, which torch differentiates and transforms."""
+    from . import reference  # which imports the single linear's
+
+    return reference.forward(x, *spec[:4], *split(spec, trainable), *spec[4:])[0]
+
+
+def trainable_again(
+    static: tuple, saved: list[Tensor | None], needs: list[bool], n: list[int], like: Tensor
+) -> tuple[Spec, tuple[Tensor | None, ...]]:
+    """What `kept` has kept, as it was given: the group, and the trainable tensors; of the biases, on which no gradient depends, stand-ins
+    where they are needed."""
+    blocksizes, members, rows, scalings, dropout_ps, dtypes = static
+    count, adapters = len(dtypes), len(members)
+    weights, quants, low, seeds = (
+        saved[:count],
+        saved[count : 7 * count],
+        saved[7 * count :][: 2 * adapters],
+        saved[7 * count + 2 * adapters :],
+    )
+    spec = Spec(weights, quants, blocksizes, n, members, rows, scalings, dropout_ps, seeds[:adapters])
+    biases = [stand_in(like, (size,), dtype) if need else None for size, dtype, need in zip(n, dtypes, needs, strict=False)]
+    return spec, (*biases, *low)
+
+
+def _again(ctx, *dy):
+    x, *saved = ctx.saved_tensors
+    first, needs = next(g for g in dy if g is not None), list(ctx.needs_input_grad[1:])
+    spec, trainable = trainable_again(ctx.static, saved, needs[1:], ctx.n, first)
+    x = known_input("qlora_group", x, first, ctx.shape, any(needs[1 + len(ctx.n) + len(spec.members) :]))
+
+    def outputs(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
+        return plain(spec, x, trainable)
+
+    return (None, *derived(outputs, (x, *trainable), needs, dy))
+
+
 class _QLoRAGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, x, *trainable):
@@ -152,11 +189,11 @@ class _QLoRAGroup(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         tensors, ctx.static = kept(spec, trainable, xa)
         ctx.save_for_backward(x if wants_x(spec, trainable) else None, *tensors)
-        ctx.shape = tuple(x.shape)
+        ctx.shape, ctx.n = tuple(x.shape), spec.n
         return tuple(y)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, *dy):
         x, *saved = ctx.saved_tensors
         return (None, *gradients(ctx.static, saved, list(dy), x, ctx.shape, list(ctx.needs_input_grad[1:])))
@@ -164,6 +201,8 @@ class _QLoRAGroup(torch.autograd.Function):
 
 def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """x [M, K] -> y_i [M, N_i]; `functional.qlora_group` has checked the arguments."""
+    if transformed():
+        return tuple(plain(spec, x, trainable))
     if not torch.is_grad_enabled():
         return tuple(run(spec, x.contiguous(), trainable)[0])
     return _QLoRAGroup.apply(spec, x.contiguous(), *trainable)

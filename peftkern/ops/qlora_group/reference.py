@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..qlora_linear import reference as single
 from ..qlora_linear.reference import dropout_scale
@@ -33,7 +34,9 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
     for j, member in enumerate(members):
         begin, end = rows[2 * j : 2 * j + 2]
         xa.append(_dropped(wide[begin:end], dropout_ps[j], seeds[j]) @ lora_a[j].to(acc).t())
-        y[member][begin:end] += scalings[j] * (xa[j] @ lora_b[j].to(acc).t())
+        part = scalings[j] * (xa[j] @ lora_b[j].to(acc).t())
+        whole = begin == 0 and end == x.shape[0]
+        y[member] = y[member] + (part if whole else F.pad(part, (0, 0, begin, x.shape[0] - end)))
     return [part.to(x.dtype) for part in y], xa
 
 

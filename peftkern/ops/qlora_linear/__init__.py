@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from ...backends import select
 from ...nf4 import NF4Weight, operands
-from .. import LIBRARY, accumulation, autocast_off, backend, unobserved
+from .. import LIBRARY, accumulation, autocast_off, backend, transformed, unobserved
+from ..derivatives import derived, known_input, stand_in, twice_differentiable
+from . import reference
 
 __all__ = ["qlora_linear"]
 
@@ -59,6 +60,19 @@ def _(dy, x, weight, *args):
     return tuple(make() if need else dy.new_empty(0) for make, need in zip(like, needs, strict=True))
 
 
+def _again(ctx, dy):
+    x, weight, *quant, lora_a, lora_b, _, seed = ctx.saved_tensors
+    needs, (m, n) = ctx.needs_input_grad[:4], dy.shape
+    x = known_input("qlora_linear", x, dy, (m, ctx.k), needs[3])
+    bias = stand_in(dy, (n,), ctx.bias_dtype) if needs[1] else None
+    quant = (*quant, ctx.blocksize, ctx.nested_blocksize)
+
+    def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
+        return [reference.forward(x, weight, quant, n, *trainable, ctx.scaling, ctx.dropout_p, seed)[0]]
+
+    return (*derived(plain, (x, bias, lora_a, lora_b), needs, (dy,)), *(None,) * 6)
+
+
 class _QLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed):
@@ -72,7 +86,7 @@ class _QLoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, dy):
         x, weight, *quant, lora_a, lora_b, xa, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
@@ -110,6 +124,8 @@ def qlora_linear(
 ) -> Tensor:
     """x [M, K] -> y [M, N]; `functional.qlora_linear` has checked the arguments."""
     (data, quant), n = operands(weight), weight.shape[0]
+    if transformed():
+        return reference.forward(x, data, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
     if not torch.is_grad_enabled():
         forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
         return forward(x.contiguous(), data, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, backend, unobserved
+from .. import LIBRARY, backend, transformed, unobserved
+from ..derivatives import derived, twice_differentiable
+from . import reference
 
 __all__ = ["CASTS", "add_rms_norm", "result_dtype", "rms_norm"]
 
@@ -77,27 +78,51 @@ def _(dy, ds, s, weight, rstd, offset, cast, with_d_weight):
     return s.new_empty(s.shape), weight.new_empty(weight.shape) if with_d_weight else dy.new_empty(0)
 
 
+def _again(ctx, dy):
+    x, weight, _ = ctx.saved_tensors
+
+    def plain(x: Tensor, weight: Tensor) -> list[Tensor]:
+        return [reference.forward(x, weight, *ctx.options)[0]]
+
+    return (*derived(plain, (x, weight), ctx.needs_input_grad[:2], (dy,)), None, None, None)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset, cast):
         y, rstd = torch.ops.peftkern.rms_norm_fwd(x, weight, eps, offset, cast)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.offset, ctx.cast = offset, cast
+        ctx.options = eps, offset, cast
         return y
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, dy):
         needs = list(ctx.needs_input_grad[:2])
-        dx, d_weight = torch.ops.peftkern.rms_norm_bwd(dy, *ctx.saved_tensors, ctx.offset, ctx.cast, needs)
+        dx, d_weight = torch.ops.peftkern.rms_norm_bwd(dy, *ctx.saved_tensors, *ctx.options[1:], needs)
         return dx if needs[0] else None, d_weight if needs[1] else None, None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> Tensor:
     """x [..., N], weight [N] -> [..., N]; `functional.rms_norm` has checked the arguments."""
+    if transformed():
+        return reference.forward(x, weight, eps, offset, cast)[0]
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
         return (_fwd if unobserved(x) else torch.ops.peftkern.rms_norm_fwd)(x, weight, eps, offset, cast)[0]
     return _RMSNorm.apply(x, weight, eps, offset, cast)
+
+
+def _add_again(ctx, dy, ds):
+    s, weight, _ = ctx.saved_tensors
+    need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
+
+    def plain(s: Tensor, weight: Tensor) -> list[Tensor]:
+        return [reference.forward(s, weight, *ctx.options)[0]]
+
+    d_sum, d_weight = derived(plain, (s, weight), (need_x or need_residual, need_weight), (dy,))
+    if ds is not None:
+        d_sum = ds if d_sum is None else d_sum + ds
+    return d_sum if need_x else None, d_sum if need_residual else None, d_weight, None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -111,14 +136,14 @@ class _AddRMSNorm(torch.autograd.Function):
         else:
             y, s, rstd = torch.ops.peftkern.add_rms_norm_fwd(x, residual, weight, eps, offset, cast)
         ctx.save_for_backward(s, weight, rstd)
-        ctx.offset, ctx.cast = offset, cast
+        ctx.options = eps, offset, cast
         return y, s
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_add_again)
     def backward(ctx, dy, ds):
         need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
-        d_sum, d_weight = _sum_gradients(dy, ds, *ctx.saved_tensors, ctx.offset, ctx.cast, need_x or need_residual, need_weight)
+        d_sum, d_weight = _sum_gradients(dy, ds, *ctx.saved_tensors, *ctx.options[1:], need_x or need_residual, need_weight)
         return d_sum if need_x else None, d_sum if need_residual else None, d_weight, None, None, None
 
 
@@ -135,6 +160,9 @@ def _sum_gradients(dy, ds, s, weight, rstd, offset, cast, need_sum: bool, need_w
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
     """x, residual [..., N], weight [N] -> y, s [..., N]; `functional.add_rms_norm` has checked the arguments."""
+    if transformed():
+        s = x if residual is None else residual + x
+        return reference.forward(s, weight, eps, offset, cast)[0], s
     if torch.is_grad_enabled():
         return _AddRMSNorm.apply(x, residual, weight, eps, offset, cast)
     if residual is None:

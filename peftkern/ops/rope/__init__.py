@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, backend, unobserved
+from .. import LIBRARY, backend, transformed, unobserved
+from . import reference
 
 __all__ = ["empty_heads", "rope", "seq_first"]
 
@@ -40,21 +40,27 @@ def _(q, k, cos, sin, inverse, seq_first):
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin):
+    def forward(ctx, q, k, cos, sin, inverse):
         ctx.save_for_backward(cos, sin)
-        ctx.seq_first = [seq_first(q), seq_first(k)]
-        return torch.ops.peftkern.rope(q, k, cos, sin, False, ctx.seq_first)
+        ctx.seq_first, ctx.inverse = [seq_first(q), seq_first(k)], inverse
+        return torch.ops.peftkern.rope(q, k, cos, sin, inverse, ctx.seq_first)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dq, dk):
-        # The gradients lie in memory as q and k do, so that the projections read them without a copy.
-        grads = torch.ops.peftkern.rope(dq, dk, *ctx.saved_tensors, True, ctx.seq_first)
-        return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None)
+        cos, sin = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # to be differentiated again: of a linear map the same with dq, dk
+            grads = _RoPE.apply(dq, dk, cos, sin, not ctx.inverse)
+        else:  # The gradients lie in memory as q and k do, so that the projections read them without a copy.
+            grads = torch.ops.peftkern.rope(dq, dk, cos, sin, not ctx.inverse, ctx.seq_first)
+        return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q [B, Hq, S, D], k [B, Hk, S, D], cos, sin [B or 1, S, Dr]; `functional.rope` has checked the arguments."""
+    if transformed():
+        return reference.rotated(q, cos, sin, False), reference.rotated(k, cos, sin, False)
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
         return tuple((_impl if unobserved(q) else torch.ops.peftkern.rope)(q, k, cos, sin, False, [seq_first(q), seq_first(k)]))
-    return _RoPE.apply(q, k, cos, sin)
+    return _RoPE.apply(q, k, cos, sin, False)

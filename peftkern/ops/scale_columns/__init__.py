@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from ...backends import select
-from .. import LIBRARY, accumulation, backend
+from .. import LIBRARY, accumulation, backend, transformed
+from ..derivatives import derived, stand_in, twice_differentiable
+from . import reference
 
 __all__ = ["scale_columns"]
 
@@ -37,6 +38,16 @@ def _(dy, u, scale, needs):
     return (u.new_empty(u.shape) if needs[0] else dy.new_empty(0), *sums)
 
 
+def _again(ctx, dy):
+    (u, scale), needs = ctx.saved_tensors, ctx.needs_input_grad
+    bias = stand_in(dy, dy.shape[1:], ctx.bias_dtype) if needs[2] else None
+
+    def plain(*inputs: Tensor | None) -> list[Tensor]:
+        return [reference.forward(*inputs)]
+
+    return tuple(derived(plain, (u, scale, bias), needs, (dy,)))
+
+
 class _ScaleColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, scale, bias):
@@ -45,7 +56,7 @@ class _ScaleColumns(torch.autograd.Function):
         return torch.ops.peftkern.scale_columns_fwd(u, scale, bias)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, dy):
         needs = list(ctx.needs_input_grad)
         du, d_scale, d_bias = torch.ops.peftkern.scale_columns_bwd(dy.contiguous(), *ctx.saved_tensors, needs)
@@ -54,4 +65,6 @@ class _ScaleColumns(torch.autograd.Function):
 
 def scale_columns(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """u [M, N], scale fp32 [N], bias [N] -> [M, N] in u's dtype; the callers have checked the arguments."""
+    if transformed():
+        return reference.forward(u, scale, bias)
     return _ScaleColumns.apply(u.contiguous(), scale.contiguous(), bias)
