@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .backends import select
 from .group import Adapter, Member, prepare, qlora_group
-from .nf4 import NF4Weight
+from .nf4 import NF4Weight, operands
 from .ops import dora_group as _op
+from .ops import unobserved
 from .ops.scale_columns import scale_columns
 
 __all__ = ["dora_group", "dora_linear", "dora_norm", "row_squares"]
@@ -20,11 +22,21 @@ _SLICE = 1 << 22  # weights squared at a time: 16 MB of fp32
 
 @torch.no_grad()
 def row_squares(weight: NF4Weight | Tensor) -> Tensor:
-    """||W||^2 of each row, fp32 [N]: a constant of a frozen weight, for `dora_norm`. A 4-bit weight is decoded once."""
-    dense = weight if isinstance(weight, Tensor) else weight.dequantize(torch.float32)
-    rows = max(1, _SLICE // max(1, dense.shape[1]))
+    """||W||^2 of each row, fp32 [N], for `dora_norm`. A 4-bit weight is decoded once, on a CPU some rows at a time."""
     # By way of the norm, whose square's root is itself: with B = 0 `dora_norm` gives the bits PEFT starts the magnitude with.
-    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1).square() for part in dense.split(rows)])
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1).square() for part in _parts(weight)])
+
+
+def _parts(weight: NF4Weight | Tensor) -> Iterable[Tensor]:
+    """The dense weight's rows, some at a time."""
+    if not isinstance(weight, Tensor):
+        packed, (n, k) = weight.packed, weight.shape
+        if packed.is_cpu and n * k > 0 and select(packed) == "cpu" and unobserved(packed):
+            from .ops.dequantize import cpu
+
+            return cpu.decoded_rows(packed, operands(weight)[1], n, k)
+        weight = weight.dequantize(torch.float32)
+    return weight.split(max(1, _SLICE // max(1, weight.shape[1])))
 
 
 @torch.no_grad()
@@ -33,7 +45,7 @@ def dora_norm(weight: NF4Weight | Tensor, lora_a: Tensor, lora_b: Tensor, scalin
 
     Args:
         weight: NF4Weight or dense [N, K]; lora_a: [R, K]; lora_b: [N, R].
-        squares: `row_squares(weight)`, kept by a caller who needs the norm again.
+        squares: `row_squares(weight)`, kept by a caller who needs the norm again and knows that the weight is as it was.
     Source: DoRA (Liu et al., 2024), section 4.3 for the norm as a constant; the closed form is ||W + s B A||^2 multiplied out.
     """
     shape, device = checks.weight_shape(weight)

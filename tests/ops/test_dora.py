@@ -10,7 +10,7 @@ from torch import library
 from torch.nn.functional import linear
 
 from peftkern import NF4Weight, use_backend
-from peftkern.functional import Adapter, Member, dora_group, dora_linear, dora_norm, row_squares
+from peftkern.functional import Adapter, Member, dora_group, dora_linear, dora_norm, quantize_4bit, row_squares
 from peftkern.nf4 import operands
 from peftkern.ops import dora_group as op
 from peftkern.ops.qlora_linear import config
@@ -80,6 +80,18 @@ def test_the_norm_in_closed_form(four_bit: bool, size: float) -> None:
     exact = (dense + 0.5 * b.double() @ a.double()).norm(dim=1)
     assert relative_norm(dora_norm(weight, a, b, 0.5), exact) < 4 * torch.finfo(torch.float32).eps
     assert torch.equal(dora_norm(weight, a, b, 0.5), dora_norm(weight, a, b, 0.5, row_squares(weight)))
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("shape", [(1, 64), (70, 33), (300, 1000), (3, 70000), (2, 200000)], ids=str)
+def test_squares_of_rows_decoded_some_at_a_time(shape: tuple[int, int], nested: bool) -> None:
+    """The bits of those of the whole dense weight."""
+    weight = quantize_4bit(torch.randn(shape), nested=nested)
+    squares = row_squares(weight)
+    assert torch.equal(squares, row_squares(weight.dequantize(torch.float32)))
+    weight.packed.data.bitwise_xor_(0x35)
+    assert not torch.equal(row_squares(weight), squares)
+    assert torch.equal(row_squares(weight), row_squares(weight.dequantize(torch.float32)))
 
 
 def test_the_norm_of_an_update_that_undoes_the_weight_is_not_nan() -> None:
