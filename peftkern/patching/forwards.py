@@ -206,7 +206,7 @@ def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
     held = a._parameters, b._parameters
     if "weight" not in held[0] or "weight" not in held[1]:  # see WeightCache.signature
         return None
-    lora_a, lora_b = (address_of(parameters["weight"]) for parameters in held)
+    lora_a, lora_b = address_of(held[0]["weight"]), address_of(held[1]["weight"])
     return a, b, dropout, a._parameters.get("bias") is None, scaling_of(layer, name), lora_a, lora_b
 
 
