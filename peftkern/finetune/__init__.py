@@ -3,5 +3,6 @@
 from .config import FinetuneConfig
 from .errors import InputError
 from .recipe import FinetuneResult, finetune
+from .signals import Interrupted
 
-__all__ = ["FinetuneConfig", "FinetuneResult", "InputError", "finetune"]
+__all__ = ["FinetuneConfig", "FinetuneResult", "InputError", "Interrupted", "finetune"]
