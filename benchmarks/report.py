@@ -1,15 +1,16 @@
-"""python -m benchmarks.report DIR: the recorded CSVs as a markdown table with the targets, and a plot."""
+"""python -m benchmarks.report DIR: the recorded CSVs as a markdown table with the targets, and a plot of a few panels."""
 
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import panels
 
 __all__ = ["TARGETS", "Target", "judge", "load", "main", "table"]
 
@@ -128,34 +129,6 @@ def preface(lines: Sequence[Line]) -> str:
     return "\n\n".join(words)
 
 
-def plot(lines: Sequence[Line], out: Path) -> bool:
-    """Bars of every peer's time divided by ours, on a logarithmic scale; False where matplotlib is missing."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return False
-    bars = [x for x in lines if x["provider"] != OURS and x["unit"] in ("ms", "tokens/s") and float(x["ratio"]) > 0]
-    names = [" ".join(x[k] for k in ("kernel", "shape", "M", "dtype", "mode", "isa")) for x in bars]
-    providers = sorted({x["provider"] for x in bars})
-    colours = dict(zip(providers, itertools.cycle(plt.get_cmap("tab20").colors), strict=False))
-    figure, axis = plt.subplots(figsize=(11, 1.5 + 0.17 * len(bars)))
-    axis.barh(range(len(bars)), [float(x["ratio"]) - 1 for x in bars], left=1, color=[colours[x["provider"]] for x in bars])
-    axis.set_yticks(range(len(bars)), names, fontsize=5)
-    axis.invert_yaxis()
-    axis.set_xscale("log")
-    axis.axvline(1, color="black", linewidth=1)
-    axis.set_xlabel("time ÷ peftkern's (right of 1: peftkern is faster)")
-    axis.set_title(f"{lines[0]['device']}, {lines[0]['threads']} threads", fontsize=8)
-    axis.legend([plt.Rectangle((0, 0), 1, 1, color=colours[p]) for p in providers], providers, fontsize=6)
-    figure.tight_layout()
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-    return True
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
@@ -172,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     print(
         f"plot: {folder / 'report.png'}"
-        if plot(lines, folder / "report.png")
+        if panels.draw(lines, folder / "report.png")
         else "no plot: matplotlib is not installed (pip install '.[bench]')"
     )
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_curves, harness, report
+from benchmarks import bench_curves, harness, panels, report
 from benchmarks.harness import OURS, Provider, Row, Spec, measure, measure_spec, write_csv
 from benchmarks.machine import Load
 
@@ -143,6 +143,18 @@ def test_report_writes_table_and_plot(tmp_path: Path) -> None:
     assert report.main([str(tmp_path)]) == 0
     assert "Test CPU" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_panel_answers_one_question_with_a_dozen_bars() -> None:
+    """Of the recorded figures: every panel has bars, few enough to read; the title says what they span, losses included."""
+    lines = report.load(Path(report.__file__).parent / "results/zen3-2core-avx2")
+    for panel in panels.PANELS:
+        bars = panels.bars_of(panel, lines)
+        assert 2 <= len(bars) <= panels.MOST_BARS and len({name for name, _ in bars}) == len(bars), panel.subject
+        ratios = [ratio for _, ratio in bars]
+        recorded = {float(line["ratio"]) for line in lines if panel.holds(line)}
+        assert recorded >= set(ratios)
+        assert f"{min(ratios):.3g} to {max(ratios):.3g}" in panels.title_of(panel, ratios)
 
 
 @pytest.mark.parametrize("name", ["dequantize", "memory", "linear_cross_entropy"])
