@@ -140,7 +140,8 @@ class Build(build_ext):
             obj = tmp / f"{stem}.o"
             jobs.append((source, obj, [*cxx, "-fPIC", "-fopenmp", *COMMON, *level, *includes]))
         self._compile(jobs, tmp)
-        self.spawn([*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], "-fopenmp", "-o", str(target)])
+        loader = ["-ldl"] if sys.platform.startswith("linux") else []
+        self.spawn([*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], "-fopenmp", *loader, "-o", str(target)])
 
     def _build_cuda(self, ext, tmp, cxx, includes, target):
         """nvcc for the kernels, the C++ compiler for the bindings. cudart is linked in, so that the module imports without a driver."""
