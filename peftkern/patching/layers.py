@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops import transformed
 from .blocks import _ON_CPU, NormForward, _eps_name, _replaced
 from .detect import excluded
 from .forwards import find, install
@@ -78,6 +79,8 @@ def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
     required, takes_rest = len(names) - len(defaults), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if transformed():  # what is traced or exported is the layer's own program
+            return stock(module, *args, **kwargs)
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
         rest = {name: value for name, value in kwargs.items() if name not in names}
         twice = any(name in kwargs for name in names[: len(args)])

@@ -416,3 +416,11 @@ def test_compile_fullgraph_runs_ours_and_does_not_recompile(name: str) -> None:
     assert targets == {"rms_norm_fwd": 3, "add_rms_norm_fwd": 2, "add_rms_norm_bwd": 4, "rms_norm_bwd": 1}
     with torch._dynamo.config.patch(error_on_recompile=True):
         run(compiled)
+
+
+def test_a_traced_layer_is_the_stock_program() -> None:
+    stock, x = single(Layer), torch.randn(2, 8)
+    model = copy.deepcopy(stock)
+    install_layers(model, ())
+    graph = str(torch.jit.trace(model[0], (x,)).inlined_graph)
+    assert "layers.py" not in graph and "blocks.py" not in graph
