@@ -91,10 +91,10 @@ def test_text_of_an_unknown_kind_is_said(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.bin", gzip.compress(b"text"), "is a gzip file: name it"),
+        ("rows.bin", gzip.compress(b"text", mtime=0), "is a gzip file: name it"),
         ("rows.data", b"PAR1 ...", "is a Parquet file: name it"),
         ("rows.xlsx", b"PK\x03\x04 ...", "a spreadsheet.*save it as .csv"),
-        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], r"rows\.jsonl\.gz: damaged after line \d+"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9], r"rows\.jsonl\.gz: damaged after line \d+"),
         ("rows.txt.gz", b"no gzip", r"rows\.txt\.gz: damaged after line 0"),
         ("rows.parquet", b"PAR1" * 9, r"rows\.parquet: no whole Parquet file"),
         ("rows.csv", b"prompt,completion\na,b\nc\n", r"rows\.csv:3: 'completion' must be a string, got null"),
@@ -114,6 +114,7 @@ def test_text_of_an_unknown_kind_is_said(tmp_path: Path, capsys: pytest.CaptureF
             r"rows\.jsonl:1: 'content' has a part that is no text",
         ),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name
