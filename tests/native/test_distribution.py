@@ -104,8 +104,9 @@ def test_the_wheel_of_the_source_distribution_works(sdist: Path, tmp_path: Path,
     pip = [sys.executable, "-m", "pip"]
     options = ["--no-deps", "--no-build-isolation", "--no-cache-dir"]
     built = _run([*pip, "wheel", "-v", *options, "-w", str(tmp_path), str(sdist)], tmp_path, timeout=900, CXX=compiler)
-    assert built.returncode == 0, built.stdout[-3000:] + built.stderr
-    assert f"{compiler} -fPIC" in built.stdout and "warning: " not in built.stdout.replace("warning: no ", "")
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    warned = [line for line in (built.stdout + built.stderr).splitlines() if "warning: " in line and "csrc/" in line]
+    assert not warned, warned[:5]
     (wheel,) = tmp_path.glob("peftkern-*.whl")
     installed = _run([*pip, "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], tmp_path)
     assert installed.returncode == 0, installed.stderr
