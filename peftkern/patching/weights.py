@@ -53,9 +53,15 @@ def forward_reason(base: nn.Module) -> str | None:
     if not isinstance(base, nn.Linear):
         return f"base layer is {type(base).__module__}.{type(base).__name__}, expected nn.Linear or bitsandbytes Linear4bit"
     forward = type(base).forward
-    if forward is not nn.Linear.forward and not (is_4bit(base) and forward.__qualname__ == "Linear4bit.forward"):
+    if forward is not nn.Linear.forward and not (is_4bit(base) and forward is _of_linear_4bit(type(base))):
         return f"base layer's forward is {forward.__module__}.{forward.__qualname__}, expected nn.Linear's or Linear4bit's"
     return None
+
+
+def _of_linear_4bit(kind: type) -> Any:
+    """The forward of the bitsandbytes class that this one is or comes from, None without one. By the class's name: torch.compile reads no
+    function's."""
+    return next((base.__dict__.get("forward") for base in kind.__mro__ if base.__name__ == "Linear4bit"), None)
 
 
 def quant_state(base: nn.Module) -> Any:
