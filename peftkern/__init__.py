@@ -3,9 +3,11 @@
 from . import backends, functional
 from .backends import explain, use_backend
 from .nf4 import NF4Weight
+from .ops import flops as _flops
 from .patching import PatchReport, mixed_adapters, patch, unpatch
 
 __version__ = "0.1.0"
+_flops.register()
 __all__ = [
     "NF4Weight",
     "PatchReport",

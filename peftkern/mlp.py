@@ -12,6 +12,7 @@ from .ops import glu as _glu
 from .ops import qlora_glu, transformed
 from .ops import qlora_group as group
 from .ops.derivatives import derived, known_input, twice_differentiable
+from .ops.flops import observe
 from .ops.glu import reference as _glu_reference
 from .ops.qlora_glu import halves
 
@@ -142,6 +143,7 @@ def _run(x: Tensor, inner: dict[str, Member], down: Member, width: int, activati
     like_h = flat.new_empty((1, 1)).expand(flat.shape[0], width)  # its shape and dtype, to check `down` against
     _, outer, second = prepare(like_h, (down,), ("down",))
     flat = flat.contiguous()
+    observe()
     if transformed():
         (y,) = _plain(spec, outer, activation, gate_first, flat, *first, *second)
     elif torch.is_grad_enabled():

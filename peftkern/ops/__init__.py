@@ -17,6 +17,8 @@ from ..backends import select
 __all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "serving", "transformed", "unobserved"]
 
 LIBRARY = library.Library("peftkern", "DEF")
+# Bound once: each of these is asked in every call.
+_functorch_transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
 @functools.cache
@@ -32,12 +34,7 @@ def backend(op: str, name: str) -> ModuleType:
 def transformed() -> bool:
     """Whether torch follows what is computed in a way that knows its own operators alone: torch.func's transforms, forward-mode AD, and
     torch.jit.trace and torch.export, whose programs are to run without this package."""
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or _exporting()
-    )
+    return forward_ad._current_level >= 0 or _functorch_transforms_active() or _tracing_state() is not None or _exporting()
 
 
 def _exporting() -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flops import observe
+
 __all__ = ["derived", "known_input", "stand_in", "twice_differentiable"]
 
 
@@ -19,10 +21,13 @@ def twice_differentiable(again: Callable[..., tuple[Tensor | None, ...]]) -> Cal
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                with torch.no_grad():
+                    return backward(ctx, *grads)
+            if torch.is_grad_enabled():
                 return again(ctx, *grads)
-            with torch.no_grad():
-                return backward(ctx, *grads)
+            observe()
+            return backward(ctx, *grads)
 
         return wrapper
 

@@ -11,6 +11,7 @@ from torch import Tensor, library
 from ...backends import forced
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
+from ..flops import observe
 
 __all__ = ["Spec", "dora_group", "served", "split_needs"]
 
@@ -164,6 +165,7 @@ def dora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> t
         _, lora_a, lora_b, _ = _split(trainable, len(spec.weights))
         norms = tuple(norm.detach() for norm in reference.norms(*operands, lora_a, lora_b))
         return tuple(_plain(operands, norms, x, trainable))
+    observe()
     if not torch.is_grad_enabled():
         return tuple(_forward(spec, x.contiguous(), trainable, [False] * len(spec.weights))[0])
     return _DoraGroup.apply(spec, x.contiguous(), *trainable)

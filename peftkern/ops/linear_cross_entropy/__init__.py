@@ -8,6 +8,7 @@ from torch import Tensor, library
 from ...nf4 import NF4Weight, operands
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
 from ..derivatives import twice_differentiable
+from ..flops import observe
 from ..qlora_linear import _QUANT
 from . import reference
 
@@ -158,6 +159,7 @@ def linear_cross_entropy(
     if transformed():
         loss = reference.losses(x, data, quant, n, labels, bias, lora_a, lora_b, scaling, options)
         return loss if by_row else _reduced(loss, divisor)
+    observe()
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (x, bias, lora_a, lora_b, data)]
     args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, labels.contiguous())

@@ -7,6 +7,7 @@ from torch import Tensor, library
 
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
+from ..flops import observe
 from . import reference
 
 __all__ = ["lora_add"]
@@ -92,4 +93,5 @@ def lora_add(
     """y [M, N], x [M, K] -> [M, N]; `functional.lora_add` has checked the arguments."""
     if transformed():
         return reference.forward(y, x, lora_a, lora_b, bias, scaling, dropout_p, seed)[0]
+    observe()
     return _LoRAAdd.apply(y.contiguous(), x.contiguous(), bias, lora_a, lora_b, scaling, dropout_p, seed)

@@ -10,6 +10,7 @@ from torch import Tensor, library
 
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed, unobserved
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
+from ..flops import observe
 
 __all__ = ["Spec", "arguments", "asked", "few_rows", "gradients", "kept", "plain", "qlora_group", "run", "trainable_again", "wants_x"]
 
@@ -203,6 +204,7 @@ def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> 
     """x [M, K] -> y_i [M, N_i]; `functional.qlora_group` has checked the arguments."""
     if transformed():
         return tuple(plain(spec, x, trainable))
+    observe()
     if not torch.is_grad_enabled():
         return tuple(run(spec, x.contiguous(), trainable)[0])
     return _QLoRAGroup.apply(spec, x.contiguous(), *trainable)

@@ -9,6 +9,7 @@ from ...backends import select
 from ...nf4 import NF4Weight, operands
 from .. import LIBRARY, accumulation, autocast_off, backend, transformed, unobserved
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
+from ..flops import observe
 from . import reference
 
 __all__ = ["qlora_linear"]
@@ -126,6 +127,7 @@ def qlora_linear(
     (data, quant), n = operands(weight), weight.shape[0]
     if transformed():
         return reference.forward(x, data, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+    observe()
     if not torch.is_grad_enabled():
         forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
         return forward(x.contiguous(), data, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
