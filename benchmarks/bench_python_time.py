@@ -1,0 +1,151 @@
+"""The Python part of a patched call: opcodes executed, which no machine's noise touches, and the median wall time.
+
+    python -m benchmarks.bench_python_time [--baseline CHECKOUT] [--functions ROW]
+
+A decoder layer of width 64 (NF4 and LoRA, no gradients) is called, and each of its parts, on 1 and 512 tokens. `stock` is the same layer
+unpatched: what transformers' own decorators take is in every row of its column. With --baseline the same is done with another checkout's
+package, in processes of its own that take turns; --functions shows which functions a row's opcodes are executed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+ROOT, ROUNDS, CALLS = Path(__file__).resolve().parents[1], 5, 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--baseline", type=Path, help="another checkout, built, to compare with")
+    parser.add_argument("--functions", metavar="ROW", help='the functions of one row, such as "norm M=1"')
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.functions:
+        calls = _calls(patched=True)
+        if arguments.functions not in calls:
+            parser.error(f"--functions: got {arguments.functions!r}, expected one of {', '.join(calls)}")
+        for where, count in _opcodes(calls[arguments.functions]).most_common(40):
+            print(f"{count:6} {where}")
+    elif arguments.json:
+        print(json.dumps(_measured()))
+    else:
+        paths = {"here": ROOT} | ({"baseline": arguments.baseline.resolve()} if arguments.baseline else {})
+        _show({name: [] for name in paths}, paths)
+
+
+def _show(found: dict[str, list[dict[str, dict[str, Any]]]], paths: dict[str, Path]) -> None:
+    for _ in range(ROUNDS):
+        for name, path in paths.items():
+            found[name].append(_in_process(path))
+    for row in found["here"][0]:
+        for name, rounds in found.items():
+            first, times = rounds[0][row], [each[row]["us"] for each in rounds]
+            print(f"{row:14} {name:9} {first['opcodes']:6} opcodes (stock {first['stock']:6}) {statistics.median(times):8.1f} us")
+
+
+def _in_process(path: Path) -> dict[str, dict[str, Any]]:
+    environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__, "--json"], env=environment, check=True, capture_output=True, text=True, cwd=path)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measured() -> dict[str, dict[str, Any]]:
+    stock, patched = _calls(patched=False), _calls(patched=True)
+    return {
+        row: {"opcodes": _opcodes(call).total(), "stock": _opcodes(stock[row]).total(), "us": _microseconds(call)}
+        for row, call in patched.items()
+    }
+
+
+def _calls(*, patched: bool) -> dict[str, Callable[[], Any]]:
+    """By row, a call of the layer or of a part of it."""
+    layer, rotary = _layer(patched)
+    calls: dict[str, Callable[[], Any]] = {}
+    for tokens in (1, 512):
+        x = torch.randn(1, tokens, 64)
+        at = rotary(x, torch.arange(tokens)[None])
+        calls |= {
+            f"norm M={tokens}": lambda x=x: layer.input_layernorm(x),
+            f"o_proj M={tokens}": lambda x=x: layer.self_attn.o_proj(x),
+            f"mlp M={tokens}": lambda x=x: layer.mlp(x),
+            f"attention M={tokens}": lambda x=x, at=at: layer.self_attn(x, position_embeddings=at),
+            f"layer M={tokens}": lambda x=x, at=at: layer(x, position_embeddings=at),
+        }
+    return {row: _without_gradients(call) for row, call in calls.items()}
+
+
+def _without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def _layer(patched: bool) -> tuple[Any, Any]:
+    import bitsandbytes as bnb
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, num_hidden_layers=1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    for parent in [m for m in model.modules() if type(m).__name__ in ("LlamaMLP", "LlamaAttention")]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                base = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
+                base.load_state_dict(linear.state_dict())
+                setattr(parent, name, base.to("cpu"))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)).eval()
+    if patched:
+        import peftkern
+
+        peftkern.patch(model)
+    inner = model.base_model.model.model
+    return inner.layers[0], inner.rotary_emb
+
+
+def _opcodes(call: Callable[[], Any]) -> collections.Counter[str]:
+    """How many the third call executes, by function."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            counts[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
+        return trace
+
+    call(), call()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return counts
+
+
+def _microseconds(call: Callable[[], Any]) -> float:
+    """The median of calls one by one."""
+    times = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
