@@ -7,6 +7,7 @@ that reads its repacked layout only, and repacks weights at their first evaluati
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from contextlib import contextmanager
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.backends.default import ops as generic
 from torch import Tensor
 
 from peftkern import NF4Weight, bnb_backend, nf4, use_backend
@@ -66,15 +66,16 @@ def gemv_reads_plain() -> bool:
 
 @contextmanager
 def right() -> Iterator[None]:
-    """bitsandbytes without our hook, and right on any CPU: its generic dequantization for its own, and no layer that repacks."""
+    """bitsandbytes without our hook, and right on any CPU and in any version: its formula in place of its kernel, and no layer that repacks."""
     with bnb_backend.suspended(), pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("bitsandbytes", "IMPL") as kernels:
         patch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
-        kernels.impl("dequantize_4bit", _generic, "CPU", allow_override=True)
+        kernels.impl("dequantize_4bit", _plain, "CPU", allow_override=True)
         yield
 
 
-def _generic(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    compute = generic._dequantize_4bit_compute
-    compute = getattr(compute, "__wrapped__", compute)  # uncompiled
-    code = nf4.code_tensor(quant_type)
-    return compute(A.contiguous().view(torch.uint8).reshape(-1), absmax.float(), code, blocksize, tuple(shape), dtype)
+def _plain(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """The generic dequantization in fp32, as of bitsandbytes 0.50; that of 0.48 rounds the code itself to `dtype` first."""
+    packed = A.contiguous().view(torch.uint8).reshape(-1)
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1).int()[: math.prod(shape)]  # [N * K]
+    scales = absmax.float().reshape(-1).repeat_interleave(blocksize)[: codes.numel()]
+    return (nf4.code_tensor(quant_type)[codes] * scales).reshape(shape).to(dtype)
