@@ -113,7 +113,7 @@ def _override() -> str:
             _Hook.registration.impl(name, _KERNELS[name], "CPU", allow_override=True)
         if "gemv_4bit" in names:
             _Hook.registration.impl("gemv_4bit", _Gemv4bit.call, "AutogradCPU")
-    left = sorted(_ARGUMENTS.keys() - set(names))
+    left = sorted(name for name in _ARGUMENTS if name not in names and _arguments(name))
     unknown = f"; left as they are, unknown arguments: {', '.join(left)}" if left else ""
     return f"overrides {', '.join(names)}{unknown}{_prevent_repacking()}"
 
@@ -143,6 +143,7 @@ def _as_it_is(qweight: Tensor, quant_state: Any, *args: Any, **kwargs: Any) -> t
 
 
 def _arguments(name: str) -> tuple[str, ...]:
+    """Of an op; () where this version of bitsandbytes has none of the name."""
     op = getattr(torch.ops.bitsandbytes, name, None)
     return tuple(argument.name for argument in op.default._schema.arguments) if op is not None else ()
 

@@ -190,13 +190,13 @@ def train_exactly(model: nn.Module, **options: Any) -> dict[str, Tensor]:
 
 
 class NoRounding(TorchFunctionMode):
-    """Norms, routers and softmaxes that ask for fp32 stay in fp64."""
+    """Norms, routers, softmaxes and positions that ask for fp32 get fp64."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.float and (args[0].dtype == torch.float64 or not args[0].is_floating_point()):
+            return args[0].double()
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
             if func is Tensor.to:
                 args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             if kwargs.get("dtype") is torch.float32:
