@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import types
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +82,14 @@ def lora(model: nn.Module, **options) -> nn.Module:
 
 def config(**options) -> peft.LoraConfig:
     return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+
+
+def arguments(config: peft.LoraConfig) -> dict[str, Any]:
+    """How PEFT's own layers are told of a configuration beside r and lora_alpha: since 0.19 by the whole, before by name."""
+    if "config" in inspect.signature(peft.tuners.lora.LoraLayer.update_layer).parameters:
+        return {"config": config}
+    names = ("lora_dropout", "init_lora_weights", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+    return {name: getattr(config, name) for name in names}
 
 
 def randomize(model: nn.Module) -> None:

@@ -47,11 +47,11 @@ def conv1d():
 
 
 MAKERS = {
-    "conv1d": lambda config: Linear(conv1d(), "default", config=config, r=4, lora_alpha=8),
-    "8bit": lambda config: Linear8bitLt(eight_bit(), "default", config=config, r=4, lora_alpha=8),
-    "gptq": lambda config: GPTQLoraLinear(Foreign(), "default", config=config, r=4, lora_alpha=8),
-    "awq": lambda config: AwqLoraLinear(Foreign(), "default", config=config, r=4, lora_alpha=8),
-    "aqlm": lambda config: AqlmLoraLinear(Foreign(), "default", config=config, r=4, lora_alpha=8),
+    "conv1d": lambda config: Linear(conv1d(), "default", **models.arguments(config), r=4, lora_alpha=8),
+    "8bit": lambda config: Linear8bitLt(eight_bit(), "default", **models.arguments(config), r=4, lora_alpha=8),
+    "gptq": lambda config: GPTQLoraLinear(Foreign(), "default", **models.arguments(config), r=4, lora_alpha=8),
+    "awq": lambda config: AwqLoraLinear(Foreign(), "default", **models.arguments(config), r=4, lora_alpha=8),
+    "aqlm": lambda config: AqlmLoraLinear(Foreign(), "default", **models.arguments(config), r=4, lora_alpha=8),
 }
 
 
@@ -116,7 +116,7 @@ def test_lora_options(kind, options, calls):
 @BOTH
 def test_several_active_adapters(kind, calls):
     layer = layer_of(kind)
-    layer.update_layer("second", 3, lora_alpha=6, config=models.config(fan_in_fan_out=kind == "conv1d"))
+    layer.update_layer("second", 3, lora_alpha=6, **models.arguments(models.config(fan_in_fan_out=kind == "conv1d")))
     models.randomize(layer)
     layer.set_adapter(["default", "second"])
     check(layer, input_of(torch.float32), calls, expected=2)
@@ -228,7 +228,7 @@ def test_cuda_autocast_promotes_the_output_as_stock_does(kind, calls):
 def test_each_sample_runs_through_its_adapter(kind, calls):
     """PEFT's `adapter_names` in one call, and `mixed_adapters` around it, training included."""
     layer, x, names = layer_of(kind, lora_bias=True), input_of(torch.float32), ["second", "__base__", "default"]
-    layer.update_layer("second", 3, lora_alpha=6, config=models.config(fan_in_fan_out=kind == "conv1d"))
+    layer.update_layer("second", 3, lora_alpha=6, **models.arguments(models.config(fan_in_fan_out=kind == "conv1d")))
     models.randomize(layer)
     nn.init.normal_(layer.lora_B["default"].bias)
     for part in (layer.lora_A, layer.lora_B):

@@ -84,7 +84,7 @@ def test_siblings_are_one_call(counted):
     model(input_ids=models.IDS)
     assert counted["lora"] == 14 and counted["groups"] == 4
     layer = model.base_model.model.model.layers[0].self_attn.k_proj
-    layer.update_layer("plain", r=4, lora_alpha=8, config=models.config())
+    layer.update_layer("plain", r=4, lora_alpha=8, **models.arguments(models.config()))
     layer.set_adapter("plain")
     counted.clear()
     patched = models.run(model)

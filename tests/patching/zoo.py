@@ -50,7 +50,7 @@ class Case(NamedTuple):
     fused: int
     dense: str = "qlora_linear"  # what a layer on the dense base runs
     four_bit: bool = True  # whether its linears can be quantized
-    experts: int = 0  # 3-D parameters of experts and routers, which PEFT wraps and which keep its forward
+    experts: int = 0  # 3-D parameters of experts and routers, which PEFT wraps (since 0.20) and which keep its forward
 
 
 CASES = {
