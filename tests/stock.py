@@ -88,7 +88,7 @@ def gemv_reads_plain() -> bool:
 
 @contextmanager
 def right() -> Iterator[None]:
-    """bitsandbytes without our hook, and right on any CPU and in any version: its formula in place of its kernel, and no layer that repacks."""
+    """bitsandbytes without our hook, and right on any CPU, in any version: its formula for its kernel, and no layer that repacks."""
     with bnb_backend.suspended(), pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("bitsandbytes", "IMPL") as kernels:
         patch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
         kernels.impl("dequantize_4bit", _plain, "CPU", allow_override=True)

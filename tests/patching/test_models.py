@@ -51,12 +51,14 @@ def test_training_follows_stock(name, four_bit, dtype, calls):
     seeds = range(16) if case.experts else SEEDS
     for seed in seeds:
         model = zoo.build(name, four_bit=four_bit, seed=seed, dtype=dtype)
-        exact = zoo.train_exactly(model)
+        exact = zoo.train_exactly(model, gaps=(gaps := []))
+        if min(gaps, default=1.0) < 16 * UNIT[dtype]:  # a rounding, stock's or ours, chooses other experts
+            continue
         stock.append(models.errors(zoo.train(copy.deepcopy(model)), exact))
         check_report(peftkern.patch(model), model, case, four_bit)
         patched.append(models.errors(zoo.train(model), exact))
     fused = {"qlora_linear": "lora", "lora_add": "add"}["qlora_linear" if four_bit else case.dense]
-    assert calls[fused] == case.fused * 2 * len(seeds)  # two steps; a bf16 head may be patched too
+    assert calls[fused] == case.fused * 2 * len(stock) and len(stock) >= len(seeds) - 1  # two steps; a bf16 head may be patched too
     ours, theirs = pooled(patched), pooled(stock)
     assert {"output", "losses"} < ours.keys() and len(ours) >= 2 + 2 * case.fused
     for tensor, error in ours.items():
