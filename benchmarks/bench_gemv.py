@@ -38,10 +38,13 @@ def build(spec: Spec) -> list[Provider]:
         call = _inference(lambda w=w, inputs=inputs: torch.nn.functional.linear(inputs, w))
         providers.append(Provider(name, call, _y(close(exact, w.dtype)), w.nbytes + inputs.nbytes + y.nbytes))
     if layer is not None:
-        trained, evaluated = layer, bnb_linear(dense, dtype).eval()
+        trained, evaluated, repacked = layer, bnb_linear(dense, dtype).eval(), bnb_linear(dense, dtype).eval()
+        evaluated.support_avx512bf16_for_cpu = False
         moved = moved_by_weight(weight, x, y)
         wants = x.clone().requires_grad_()
         providers.append(Provider("bitsandbytes eval", _inference(lambda: evaluated(x)), check, moved))
+        if getattr(repacked, "support_avx512bf16_for_cpu", False):  # its first evaluation repacks the weight for good
+            providers.append(Provider("bitsandbytes, repacked for inference", _inference(lambda: repacked(x)), check, moved))
         providers.append(Provider("bitsandbytes train", lambda: trained(wants), check, moved))
     return providers
 

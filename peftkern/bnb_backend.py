@@ -27,6 +27,7 @@ from . import backends, functional, nf4
 from .bnb_repacked import codes_in_row_order, is_repacked, plain_absmax
 from .nf4 import NF4Weight
 from .ops import quantize as _quantize
+from .ops.qlora_linear import cpu
 
 __all__ = ["register", "state", "suspended", "unregister"]
 
@@ -34,6 +35,8 @@ _log = logging.getLogger(__name__)
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _REPACK = "_convert_weight_packed_for_cpu"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SCALES = (torch.float32, torch.uint8, torch.float32, torch.float32, torch.float32)
+_NESTED_BLOCK = 256  # gemm_4bit has no argument for another
 _OFF = ("0", "false", "off", "no")
 # The argument lists these kernels were written for: an op with another one is left to bitsandbytes.
 _ARGUMENTS = {
@@ -216,6 +219,10 @@ def _gemm_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
+    parts = (absmax, None, None, None, None) if absmax_8bit is None else (None, absmax_8bit, absmax_code, absmax, absmax_offset)
+    y = _token(A, B, shapeB, blocksize, quant_type, parts, bias)
+    if y is not None:
+        return y
     if absmax_8bit is None:
         scales = dict(absmax=absmax)
     else:
@@ -243,6 +250,33 @@ def _weight(
     if code is None:
         code = _code(quant_type)
     return NF4Weight(packed.reshape(-1), code, tuple(shape), dtype, blocksize, quant_type, **scales)
+
+
+def _token(
+    x: Tensor, packed: Tensor, shape: Sequence[int], blocksize: int, quant_type: str, scales: tuple, bias: Tensor | None
+) -> Tensor | None:
+    """x W^T + bias for few rows of x where every operand is as the kernel reads it, else None.
+
+    In a small layer the way through `_weight` and `functional.linear_4bit` takes several times as long as the product. What they check for
+    native code is checked here, call by call. scales: absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, or None each.
+    """
+    n, k = shape
+    if not (x.dtype in _FLOATS and x.shape[-1:] == (k,) and k and n and blocksize in nf4.BLOCKSIZES and quant_type in nf4.CODES):
+        return None
+    blocks = -(-n * k // blocksize)
+    sizes = (blocks, blocks, 256, -(-blocks // _NESTED_BLOCK), 1)
+    fits = _fits(packed, torch.uint8, (n * k + 1) // 2) and x.is_contiguous() and (bias is None or _fits(bias, bias.dtype, n))
+    for scale, dtype, size in zip(scales, _SCALES, sizes, strict=True):
+        fits = fits and (scale is None or _fits(scale, dtype, size))
+    if not fits or (bias is not None and bias.dtype not in _FLOATS):
+        return None
+    if backends.forced() not in (None, "cpu") or torch.autograd._profiler_enabled():
+        return None
+    return cpu.few_rows(x, packed, (_code(quant_type), *scales, blocksize, _NESTED_BLOCK), n, bias)
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype, size: int) -> bool:
+    return tensor.dtype == dtype and tensor.numel() == size and tensor.is_cpu and tensor.is_contiguous()
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import peftkern.functional
 from peftkern import NF4Weight, backends, bnb_backend, nf4
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -59,6 +60,31 @@ def nearest(packed, absmax, w, blocksize, quant_type):
     distances = (scaled[:, None] - values).abs()
     chosen = distances.gather(1, codes(packed, w.numel())[:, None])
     return bool((chosen <= distances.amin(1, keepdim=True) + 2e-6).all())
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native extension is not built")
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_token_takes_the_short_way_with_the_same_bits(quant_type, nested, monkeypatch):
+    """And what the kernel would misread takes the long one: strides, another dtype of an operand, sizes that do not fit."""
+    assert bnb_backend.register(), bnb_backend.state()
+    weight = NF4Weight.from_dense(sample((40, 128)), quant_type=quant_type, nested=nested)
+    scales = dict(absmax_8bit=weight.absmax_8bit, absmax_code=weight.absmax_code, absmax_offset=weight.absmax_offset) if nested else {}
+    absmax, x, bias = weight.nested_absmax if nested else weight.absmax, sample((1, 2, 128), torch.bfloat16), sample((40,))
+    taken = []
+    few_rows = bnb_backend.cpu.few_rows
+    monkeypatch.setattr(bnb_backend.cpu, "few_rows", lambda *args: taken.append(few_rows(*args)) or taken[-1])
+
+    def call(x=x, packed=weight.packed, absmax=absmax, bias=bias):
+        return torch.ops.bitsandbytes.gemm_4bit(x, packed, [40, 128], absmax, 64, quant_type, bias, **scales)
+
+    y = call()
+    assert taken and taken[0] is not None and torch.equal(y, peftkern.functional.linear_4bit(x, weight, bias))
+    strided = torch.empty(1, 2, 256, dtype=x.dtype)[..., ::2].copy_(x)
+    taken.clear()
+    assert torch.equal(call(x=strided), y) and torch.equal(call(absmax=absmax.double()), y) and not taken
+    with pytest.raises(ValueError, match="packed"):
+        call(packed=weight.packed[:-1])
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -68,7 +68,7 @@ constexpr int64_t LINE = 64;
 float* aligned(void* scratch) { return (float*)(((uintptr_t)scratch + LINE - 1) / LINE * LINE); }
 int64_t bytes_of(int64_t floats) { return floats * (int64_t)sizeof(float) + LINE - 1; }
 
-int64_t gemv_floats(int64_t m, int64_t n, int64_t k, int64_t r) { return 2 * m * k + r * (k + n) + n; }
+int64_t gemv_floats(int64_t m, int64_t n, int64_t k, int64_t r) { return m * (k + gemv_ld(k)) + r * (k + n) + n; }
 
 int64_t group_floats(const Group& g, int64_t m, int threads) {
   const int64_t forward = g.forward_plan(m, current->lanes, threads).total;

@@ -1,16 +1,18 @@
 // The fused linear for few rows (decode): codes are looked up in registers, a block's scale multiplies its partial sum once.
 #pragma once
-#include "decode_impl.h"
+#include "gemv_wide_impl.h"
 
 namespace PK_NS {
 
 constexpr int MAX_ROWS = 8;            // rows of x that share one decode
 constexpr int TASK_ROWS = 32;          // rows of W a task: their partial sums and one piece of x stay in the first-level cache
-constexpr int64_t PIECE = 4096;        // elements of x a pass over all its rows together: 16 KB, half a first-level cache
 
-// A row of x -> fp32, in the order in which lookup_group brings up the codes.
+// A row of x -> fp32, in the order in which the codes come up.
 template <typename T>
 static void prepare_x(const T* x, int64_t k, [[maybe_unused]] bool grouped, float* out) {
+#if defined(PK_AVX512)
+  if (grouped) return prepare_wide(x, k, out);
+#endif
   convert(x, k, out);
 #if defined(PK_AVX2)
   for (int64_t g = 0; grouped && g < k; g += GROUP) {
@@ -50,16 +52,28 @@ static void gemv_piece_ragged(const pk_weight& w, const Table& table, int64_t n,
     for (int r = 0; r < R; r++) total[r][0] += values[i] * x[r][from + i];
 }
 
-static inline bool gemv_grouped(const pk_weight& w) { return w.code && w.k % GROUP == 0 && w.blocksize >= GROUP && w.k % w.blocksize == 0; }
+static inline bool gemv_grouped(const pk_weight& w) {
+#if defined(PK_AVX512)
+  return w.code && w.k % w.blocksize == 0;
+#else
+  return w.code && w.k % GROUP == 0 && w.blocksize >= GROUP && w.k % w.blocksize == 0;
+#endif
+}
 
 // Rows [n0, n0 + rows) of W against R rows of x -> out[row][MAX_ROWS].
 template <int R>
 static void gemv_task(const pk_weight& w, const Table& table, int64_t n0, int64_t rows, const float* const* x, float (*out)[MAX_ROWS]) {
   vf total[TASK_ROWS][R] = {};
   const bool grouped = gemv_grouped(w);
-  constexpr int64_t STEP = PIECE / R / GROUP * GROUP;
+  constexpr int64_t STEP = PIECE / R / STRIDE * STRIDE;
   for (int64_t from = 0; from < w.k; from += STEP) {
     const int64_t count = w.k - from < STEP ? w.k - from : STEP;
+#if defined(PK_AVX512)
+    if (grouped) {
+      wide_rows<R>(w, table, n0, rows, from, count, x, total);
+      continue;
+    }
+#endif
     for (int64_t i = 0; i < rows; i++) {
       if (grouped) gemv_piece<R>(w, table, n0 + i, from, count, x, total[i]);
       else gemv_piece_ragged<R>(w, table, n0 + i, from, count, x, total[i]);

@@ -26,6 +26,9 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 static inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Floats between rows of x that the product for few rows has prepared: whole steps of 128 columns.
+static inline int64_t gemv_ld(int64_t k) { return round_up(k, 128); }
+
 // What a call holds in scratch besides the activations: the low-rank branches' rows together, their adapters and biases in fp32.
 // dropped_rows: of the adapters whose masks are kept from one use to the next. gram: DoRA's A A^T together; cross: the largest rank_ld of these.
 struct Operands { int64_t r, lora_a, lora_b, bias, dropped_rows = 0, gram = 0, cross = 0; };

@@ -48,15 +48,6 @@ static inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-static inline float sum(vf v) {
-  float s = 0, t[VW];
-  store(t, v);
-  for (int width = VW / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) t[i] += t[i + width];
-  s = t[0];
-  return s;
-}
-
 // ---- scalar conversions, round to nearest even
 static inline float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
@@ -149,6 +140,21 @@ static inline V shuffle_lanes(V x, V y, std::integer_sequence<int, L...>) {
 }
 template <int (*RULE)(int), typename V>
 static inline V shuffle(V x, V y) { return shuffle_lanes<RULE>(x, y, std::make_integer_sequence<int, (int)(sizeof(V) / sizeof(x[0]))>{}); }
+
+// The sum of all lanes, halves on halves.
+template <int S>
+constexpr int other_half(int l) { return l ^ S; }
+static inline float sum(vf v) {
+#if defined(PK_AVX512)
+  v += shuffle<other_half<8>>(v, v);
+#endif
+#if defined(PK_AVX512) || defined(PK_AVX2)
+  v += shuffle<other_half<4>>(v, v);
+#endif
+  v += shuffle<other_half<2>>(v, v);
+  v += shuffle<other_half<1>>(v, v);
+  return v[0];
+}
 
 // ---- a VW x VW transpose in registers: log2(VW) rounds of two-input shuffles
 template <int S>

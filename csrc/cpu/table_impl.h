@@ -15,8 +15,8 @@ namespace PK_NS {
 template <typename T>
 static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t m, const void* bias, int bias_dtype, T* y, float* xa, float* scratch,
                     int threads) {
-  const int64_t n = w.n, k = w.k, r = lora.r;
-  float *plain = scratch, *prepared = plain + m * k, *at = prepared + m * k;
+  const int64_t n = w.n, k = w.k, r = lora.r, ld = pk::gemv_ld(k);
+  float *plain = scratch, *prepared = plain + m * k, *at = prepared + m * ld;
   const Table table = w.code ? make_table(w.code) : Table{};
   const bool grouped = gemv_grouped(w);
   const float* a = as_float(lora.lora_a, lora.dtype, r * k, at);
@@ -24,7 +24,7 @@ static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t
   const float* add = as_float(bias, bias_dtype, n, at + r * (k + n));
   const Dropout d = make_dropout(lora.dropout_threshold, lora.seed);
   for (int64_t i = 0; i < m; i++) {
-    prepare_x(x + i * k, k, grouped, prepared + i * k);
+    prepare_x(x + i * k, k, grouped, prepared + i * ld);
     if (!r) continue;
     if (d.threshold) apply_dropout(d, x + i * k, k, i, 0, 1, k, plain + i * k, k);
     else convert(x + i * k, k, plain + i * k);
@@ -40,7 +40,7 @@ static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t
         const int64_t count = smaller(MAX_ROWS, m - i), rows = smaller(TASK_ROWS, n - n0);
         const float* xs[MAX_ROWS];
         float out[TASK_ROWS][MAX_ROWS];
-        for (int64_t q = 0; q < count; q++) xs[q] = prepared + (i + q) * k;
+        for (int64_t q = 0; q < count; q++) xs[q] = prepared + (i + q) * ld;
         gemv_task_of<MAX_ROWS>((int)count, w, table, n0, rows, xs, out);
         for (int64_t row = n0; row < n0 + rows; row++)
           for (int64_t q = 0; q < count; q++) {

@@ -69,6 +69,17 @@ static inline __m256i pk_cvtps_ph(__m512 a) {
 #define _mm512_cvtps_ph(a, rounding) pk_cvtps_ph(a)
 #endif
 
+#ifndef _mm512_maskz_loadu_epi32  // reads no lane that the mask leaves out
+static inline __m512i _mm512_maskz_loadu_epi32(uint16_t mask, const void* from) {
+  uint32_t out[16] = {0};
+  for (int i = 0; i < 16; i++)
+    if (mask >> i & 1) memcpy(out + i, (const char*)from + 4 * i, 4);
+  __m512i r;
+  memcpy(&r, out, sizeof out);
+  return r;
+}
+#endif
+
 #undef _mm512_fmadd_ps
 static inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {  // in double the product is exact and the sum's error far below a float's
   float x[16], y[16], z[16];

@@ -290,6 +290,12 @@ def test_gemv(lib: ctypes.CDLL, m: int, dtype: torch.dtype) -> None:
     _check(lib, m, 45, 130, 3, dtype, gemv=True)
 
 
+def test_gemv_of_blocks_that_end_within_a_step(lib: ctypes.CDLL) -> None:
+    for m in (1, 2, 3, 4, 7, 8):
+        _check(lib, m, 35, 96, 4, torch.float32, gemv=True, blocksize=32)
+        _check(lib, m, 34, 192, 4, torch.bfloat16, gemv=True, nested=False)
+
+
 def test_gemv_of_rows_longer_than_a_piece(lib: ctypes.CDLL) -> None:
     _check(lib, 5, 35, 4096 + 64, 64, torch.float32, gemv=True)
     _check(lib, 1, 35, 4096 + 70, 256, torch.float32, gemv=True)

@@ -109,6 +109,18 @@ def test_formats(isa: str, quant: dict, m: int) -> None:
     _check(m, 70, 384, 4, torch.float32, **quant)
 
 
+@pytest.mark.parametrize("quant", [{"blocksize": 32}, {"blocksize": 64}, {"blocksize": 128, "nested": False}], ids=str)
+@pytest.mark.parametrize("k", [128, 384, 576, 640, 1152])
+def test_few_rows_of_blocks_that_end_within_a_step(isa: str, k: int, quant: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A level that takes several blocks and rows of W at once meets rows that are not a multiple of either."""
+    monkeypatch.setattr(config, "choose", lambda **_: config.Choice("gemv", "forced by the test"))
+    weight = NF4Weight.from_dense(torch.randn(37, k), **quant)
+    dense, xs = weight.dequantize(torch.float32), [torch.randn(m, k) for m in range(1, 10)]
+    ours = torch.cat([qlora_linear(x, weight) for x in xs])
+    plain = products_in_order(lambda: torch.cat([x @ dense.t() for x in xs]))()
+    assert_as_accurate("y", ours, plain, torch.cat([x.double() @ dense.double().t() for x in xs]))
+
+
 @pytest.mark.parametrize("m", [1, 40])
 def test_adapters_in_fp32_beside_bf16_activations(isa: str, m: int) -> None:
     """PEFT's default (autocast_adapter_dtype): gradients come in the adapters' dtype."""

@@ -29,7 +29,13 @@ TABLE = {
     # 1536 x 576 at M = 8 0.41, 0.49, at M = 16 0.62, 0.49.
     # torch's bf16 dx of 4096 x 4096 at M = 512 took 58 s in the one call made, its fp32 0.12 s.
     "avx2": Config(8, (), 512, _NAIVE_HALF, "measured on Zen 3"),
-    "avx512": Config(4, ("bfloat16",), 512, {"float32": None, "bfloat16": None, "float16": 1}, "not measured"),
+    # Emerald Rapids, one thread of a shared machine, fastest of many rounds, GEMV against what is next in ms:
+    # 4096 x 4096 bf16 (the vendor's GEMM) at M = 8 3.00, 5.64, at M = 16 6.13, 6.13, at M = 24 9.41, 7.14;
+    # fp32 (our GEMM) at M = 16 6.36, 8.79, at M = 24 9.34, 8.87;
+    # 576 x 576 bf16 at M = 8 0.097, 0.170, at M = 16 0.172, 0.173, at M = 24 0.256, 0.216;
+    # fp32 at M = 16 0.161, 0.163, at M = 24 0.231, 0.164.
+    # Not measured: who multiplies fp16 above that, and the dense weights' limits.
+    "avx512": Config(16, ("bfloat16",), 512, {"float32": None, "bfloat16": None, "float16": 1}, "few rows measured on Emerald Rapids"),
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, empty, native, scratch, weight_view
+from ..native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
 from . import config
 
-__all__ = ["backward", "decode_slice", "forward", "lora_view", "slices", "vendor_backward", "vendor_forward"]
+__all__ = ["backward", "decode_slice", "few_rows", "forward", "lora_view", "slices", "vendor_backward", "vendor_forward"]
 
 
 def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int) -> config.Choice:
@@ -59,6 +61,28 @@ def forward(
         args = (lora, address(x), dtype_of(x), m, n, k, address(bias), dtype_of(bias), address(y), address(xa))
         native().lora_fwd(*args, address(buffer := scratch(size)), buffer.numel())
     return y, xa
+
+
+@functools.cache
+def _no_adapter() -> object:
+    return native().Lora(0, 0, 0, 0, 1.0, 0, 0)
+
+
+def few_rows(x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | None) -> Tensor | None:
+    """x [..., K] -> y [..., N] of a 4-bit weight where the fused GEMV serves x, else None.
+
+    Nothing is checked or made contiguous: that is the caller's, as Python takes most of a token's time in a small layer.
+    """
+    k, extension = x.shape[-1], native()
+    m = x.numel() // k
+    row = config.TABLE.get(extension.isa())
+    if row is None or not 0 < m <= row.gemv_max_m:
+        return None
+    y = x.new_empty((*x.shape[:-1], n))
+    buffer = scratch(extension.scratch_bytes(m, n, k, 0))
+    tail = (m, address(bias), dtype_of(bias), y.data_ptr(), 0, True, buffer.data_ptr(), buffer.numel())
+    extension.qlora_linear_fwd(weight_view(weight, quant, n, k), _no_adapter(), x.data_ptr(), DTYPES[x.dtype], *tail)
+    return y
 
 
 def slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
