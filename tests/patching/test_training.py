@@ -164,6 +164,11 @@ def test_the_saved_tensors_are_the_packed_weight_and_small_ones():
     assert all(tuple(t.shape) in allowed - {(32, 64)} for t in big), [tuple(t.shape) for t in big]
 
 
+REPACKS = pytest.mark.skipif(
+    not hasattr(models.bnb.functional, "_convert_weight_packed_for_cpu"), reason="this bitsandbytes repacks no weight"
+)
+
+
 def repacked_linear(dtype, nested, out_features=64):
     """A Linear4bit as a stock evaluation leaves it on CPUs with AVX512_BF16; that is plain PyTorch and can be done on any machine.
     Also its weight as it was."""
@@ -191,6 +196,7 @@ LOST = {
 
 
 @pytest.mark.parametrize(("dtype", "nested"), LOST, ids=str)
+@REPACKS
 def test_a_repacked_weight_is_unpacked_and_what_was_lost_is_reported(dtype, nested):
     base, before = repacked_linear(dtype, nested, out_features=512)
     (row,) = peftkern.patch(torch.nn.Sequential(base)).rows
@@ -213,6 +219,7 @@ def test_a_repacked_weight_is_unpacked_and_what_was_lost_is_reported(dtype, nest
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@REPACKS
 def test_an_unpacked_weight_has_its_bytes_in_the_storage_it_had(storage):
     base = models.linear_4bit(torch.nn.Linear(128, 64).bfloat16(), torch.bfloat16, False, storage=storage)
     before = copy.deepcopy(base.weight)
@@ -225,6 +232,7 @@ def test_an_unpacked_weight_has_its_bytes_in_the_storage_it_had(storage):
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@REPACKS
 def test_what_bitsandbytes_own_way_back_leaves_is_put_right(nested):
     """Saving a repacked layer brings it back: with a plain absmax still transposed, or the offset of a nested one in the weight's dtype."""
     base, before = repacked_linear(torch.bfloat16, nested)
@@ -236,6 +244,7 @@ def test_what_bitsandbytes_own_way_back_leaves_is_put_right(nested):
     assert not nested or base.quant_state.offset.dtype == torch.float32
 
 
+@REPACKS
 def test_a_weight_repacked_after_patching_goes_to_stock(calls):
     model = models.lora(models.llama(torch.bfloat16))
     peftkern.patch(model)
