@@ -37,23 +37,23 @@ def assert_as_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor) ->
     assert error.max().item() <= elementwise, f"{name}: worst element off by {error.max():.3e}, plain PyTorch's allows {elementwise:.3e}"
 
 
-def products_in_order(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator of plain PyTorch's side of a comparison, forward and backward: its fp32 matrix products on the CPU add one term after
-    the other, each with one rounding, the textbook's y = fma(x[k], w[k], y).
+def products_of_many_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator of plain PyTorch's side of a comparison, forward and backward: its fp32 matrix products on the CPU are torch's own,
+    computed as a part of a product of many rows and columns.
 
-    torch's own choose an order by the CPU and the shape: of few rows some sum in one go and some in many partial sums, which err less, so
-    that the same kernels of ours would pass on one machine and fail on another. This order is the same on all.
+    Of few rows torch sums in an order that depends on the CPU: on one in one go, on another in many partial sums, which err a third as
+    much, so that the same kernels of ours would pass here and fail there. Of many rows it sums much alike everywhere.
     """
 
     @functools.wraps(function)
-    def in_order(*args: Any, **kwargs: Any) -> Any:
-        with _ProductsInOrder():
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        with _ProductsOfManyRows():
             return function(*args, **kwargs)
 
-    return in_order
+    return decorated
 
 
-class _ProductsInOrder(TorchDispatchMode):
+class _ProductsOfManyRows(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         aten = torch.ops.aten
         if func is aten.mm.default and _fp32_cpu(*args):
@@ -69,9 +69,12 @@ def _fp32_cpu(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
+_MANY = 64
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, N]; the product of two fp32 numbers is exact in fp64, so each step rounds once, to fp32."""
-    total = torch.zeros(a.shape[0], b.shape[1])
-    for column, row in zip(a.double().t(), b.double(), strict=True):
-        total = torch.addcmul(total.double(), column[:, None], row[None]).float()
-    return total
+    """a [M, K] @ b [K, N] with rows of a and columns of b repeated until there are many."""
+    (m, _), n = a.shape, b.shape[1]
+    if m == 0 or n == 0:
+        return a @ b
+    return (a.repeat(-(-_MANY // m), 1) @ b.repeat(1, -(-_MANY // n)))[:m, :n].contiguous()

@@ -16,7 +16,7 @@ from peftkern.ops import dora_group as op
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.scale_columns import scale_columns
 
-from .bounds import assert_as_accurate, products_in_order, relative_norm
+from .bounds import assert_as_accurate, products_of_many_rows, relative_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -100,7 +100,7 @@ def test_the_norm_of_an_update_that_undoes_the_weight_is_not_nan() -> None:
     assert torch.isfinite(norm).all() and (norm < 0.05).all()
 
 
-@products_in_order
+@products_of_many_rows
 def _dora(x, dense, bias, a, b, magnitude, dy, dtype, dropped=None):
     """Plain PyTorch, PEFT's formula, everything in `dtype` but the norm, which is exact."""
     x, bias, a, b, magnitude = (t.detach().to(dtype, copy=True).requires_grad_() for t in (x, bias, a, b, magnitude))
@@ -317,7 +317,7 @@ def _group_case(m: int, kind: str, dtype: torch.dtype):
         names = ("x", "bias", *(f"{name}{i}" for name in ("a", "b") for i in range(3)), "m0", "m1")
         return {f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(names, grads, strict=True))
 
-    return run(dtype, True), products_in_order(run)(dtype, False), run(torch.float64, False)
+    return run(dtype, True), products_of_many_rows(run)(dtype, False), run(torch.float64, False)
 
 
 # Where the table says so: the vendor's product never serves a decoded weight in fp32.

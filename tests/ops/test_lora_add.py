@@ -10,7 +10,7 @@ from peftkern import functional, use_backend
 from peftkern.functional import lora_add
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
-from .bounds import assert_as_accurate, products_in_order
+from .bounds import assert_as_accurate, products_of_many_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 96, 64, 8), (3, 129, 128, 1), (5, 33, 72, 2), (17, 63, 100, 3), (64, 130, 257, 64), (600, 60, 96, 4), (20, 70, 40, 256)]
@@ -27,7 +27,7 @@ def leaves(tensors: list[torch.Tensor], *dtypes: torch.dtype) -> list[torch.Tens
     return [t.detach().to(d, copy=True).requires_grad_() for t, d in zip(tensors, dtypes, strict=True)]
 
 
-@products_in_order
+@products_of_many_rows
 def plain(tensors: list[torch.Tensor], keep: torch.Tensor | None, dtype: torch.dtype, low: torch.dtype) -> dict[str, torch.Tensor]:
     """PEFT's own expression, activations in `dtype` and adapters in `low`."""
     y, x, a, b, bias = inputs = leaves(tensors[:5], dtype, dtype, low, low, dtype)

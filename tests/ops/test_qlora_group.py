@@ -16,7 +16,7 @@ from peftkern.functional import Adapter, Member, qlora_group, qlora_linear
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
-from .bounds import assert_as_accurate, products_in_order
+from .bounds import assert_as_accurate, products_of_many_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Members as (N, [(R, rows, dropout_p)]): query, key and value; one linear with several adapters; a batch of mixed adapters whose borders
@@ -96,7 +96,7 @@ def _ours(x: Tensor, members: list[Member], dys: list[Tensor]) -> dict[str, Tens
     return _named(x, members, outputs)
 
 
-@products_in_order
+@products_of_many_rows
 def _plain(x: Tensor, members: list[Member], dys: list[Tensor], dtype: torch.dtype, low: torch.dtype) -> dict[str, Tensor]:
     """Plain PyTorch, member by member and adapter by adapter."""
     x, members = _leaves(x, members, dtype, low)

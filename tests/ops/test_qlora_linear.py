@@ -10,7 +10,7 @@ from peftkern.functional import linear_4bit, qlora_linear
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
-from .bounds import assert_as_accurate, products_in_order
+from .bounds import assert_as_accurate, products_of_many_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (M, N, K, R): one row, both GEMV limits, ragged everything, K that straddles blocks, several row blocks, ranks of every class.
@@ -32,7 +32,7 @@ def _case(
     return weight, x, a, b, torch.randn(n).to(dtype) if bias else None, torch.randn(m, n).to(dtype)
 
 
-@products_in_order
+@products_of_many_rows
 def _plain(weight, x, a, b, bias, dy, scaling, keep, dtype, low_dtype):
     """Plain PyTorch, activations in `dtype`, adapters in `low_dtype`: the outputs and every gradient, by name."""
     w = weight.to(dtype)
