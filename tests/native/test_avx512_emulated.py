@@ -23,7 +23,7 @@ from ..ops import test_add_rms_norm as test_add_rms_norm_op
 from ..ops import test_glu
 from ..ops import test_rms_norm as test_rms_norm_op
 from ..ops import test_rope as test_rope_op
-from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
+from ..ops.bounds import FACTOR, assert_as_accurate, products_of_many_rows, relative_norm
 from . import compiled_blocks
 from .compiled import DTYPES, c_lora, c_weight, i64, link_shared, load, pointer
 from .emulation import MISSING, emulated_extension, emulated_objects, simde_missing
@@ -221,6 +221,7 @@ class Case:
         assert (scratch[size.value // 4 :] == -777.0).all(), "wrote past its scratch"
         return {"y": y, "xa": xa, "dyb": dyb, "dx": dx, "d_lora_a": d_a, "d_lora_b": d_b, "d_bias": d_bias}
 
+    @products_of_many_rows
     def plain(self, lib: ctypes.CDLL, dtype: torch.dtype) -> dict[str, Tensor]:
         """The definition in plain PyTorch: `dtype` fp64 is exact, any other is the yardstick."""
         w = (self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize(torch.float32)).to(dtype)
