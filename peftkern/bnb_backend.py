@@ -129,16 +129,16 @@ def _prevent_repacking() -> str:
         return ""
     if list(inspect.signature(repack).parameters)[:2] != ["qweight", "quant_state"]:
         return f"; repacking is left as it is, unknown arguments of {_REPACK}"
-    _Hook.repack = repack
+    if repack is not _as_it_is:  # someone who had put a function of theirs under the name may have given ours back to it
+        _Hook.repack = repack
     setattr(modules, _REPACK, _as_it_is)
     return "; no weight is repacked"
 
 
 def _let_repack() -> None:
-    repack, _Hook.repack = _Hook.repack, None
     modules = importlib.import_module("bitsandbytes.nn.modules")
-    if repack is not None and getattr(modules, _REPACK, None) is _as_it_is:
-        setattr(modules, _REPACK, repack)
+    if _Hook.repack is not None and getattr(modules, _REPACK, None) is _as_it_is:
+        setattr(modules, _REPACK, _Hook.repack)
 
 
 def _as_it_is(qweight: Tensor, quant_state: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:

@@ -157,6 +157,16 @@ def test_another_replacement_of_the_function_is_left_alone(monkeypatch):
     modules._convert_weight_packed_for_cpu = stock
 
 
+def test_ours_given_back_to_the_name_while_unregistered_is_not_taken_for_stock(monkeypatch):
+    stock = modules._convert_weight_packed_for_cpu
+    bnb_backend.register()
+    with monkeypatch.context() as patch:
+        patch.setattr(modules, "_convert_weight_packed_for_cpu", lambda *args: args)
+        bnb_backend.unregister()
+    assert bnb_backend.register() and bnb_backend.unregister()
+    assert modules._convert_weight_packed_for_cpu is stock
+
+
 def test_a_function_with_other_arguments_is_left_alone(monkeypatch):
     def newer(layer):
         raise NotImplementedError

@@ -66,6 +66,15 @@ def test_the_function_runs_ours_for_the_module_it_is_given(calls):
     assert calls["lora"] == 2, "an unpatched module runs stock"
 
 
+@pytest.fixture
+def no_accelerator():
+    """accelerate holds one state a process, which the mixed precision of an earlier test would decide."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("keep_fp32_wrapper", [True, False])
 @pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
 def test_a_model_that_accelerate_wrapped_and_unwrapped(keep_fp32_wrapper, copied):
