@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["BACKENDS", "available", "explain", "forced", "gpu_arch", "native", "select", "served_by", "use_backend", "use_cuda_kernels"]
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-ABI_VERSION = 5  # of csrc/include/peftkern.h
+ABI_VERSION = 6  # of csrc/include/peftkern.h
 MIN_ARCH = 75  # Turing: the oldest with tensor cores that Triton still compiles for
 _forced: str | None = None
 

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .backends import select
 from .group import Adapter, Member, prepare, qlora_group
 from .nf4 import NF4Weight, operands
 from .ops import dora_group as _op
-from .ops import unobserved
+from .ops.row_squares import row_squares as _squares
 from .ops.scale_columns import scale_columns
 
 __all__ = ["dora_group", "dora_linear", "dora_norm", "row_squares"]
 
-_SLICE = 1 << 22  # weights squared at a time: 16 MB of fp32
-
 
 @torch.no_grad()
 def row_squares(weight: NF4Weight | Tensor) -> Tensor:
-    """||W||^2 of each row, fp32 [N], for `dora_norm`. A 4-bit weight is decoded once, on a CPU some rows at a time."""
-    # By way of the norm, whose square's root is itself: with B = 0 `dora_norm` gives the bits PEFT starts the magnitude with.
-    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1).square() for part in _parts(weight)])
-
-
-def _parts(weight: NF4Weight | Tensor) -> Iterable[Tensor]:
-    """The dense weight's rows, some at a time."""
-    if not isinstance(weight, Tensor):
-        packed, (n, k) = weight.packed, weight.shape
-        if packed.is_cpu and n * k > 0 and select(packed) == "cpu" and unobserved(packed):
-            from .ops.dequantize import cpu
-
-            return cpu.decoded_rows(packed, operands(weight)[1], n, k)
-        weight = weight.dequantize(torch.float32)
-    return weight.split(max(1, _SLICE // max(1, weight.shape[1])))
+    """||W||^2 of each row, fp32 [N], for `dora_norm`; of a 4-bit weight, without a decoded copy of it."""
+    return _squares(*operands(weight), *weight.shape)
 
 
 @torch.no_grad()

@@ -37,6 +37,11 @@ static inline int check_weight(const pk_weight* w) {
   return bad_block(w->nested_blocksize, 1, 1 << 30) ? PK_ERR_BLOCKSIZE : PK_OK;
 }
 
+static inline int check_row_squares(const pk_weight* w, const float* squares) {
+  if (int bad = check_weight(w)) return bad;
+  return w->n && !squares ? PK_ERR_NULL : PK_OK;
+}
+
 static inline int check_lora(const pk_lora* l) {
   if (!l) return PK_ERR_NULL;
   if (l->r == 0) return PK_OK;

@@ -391,5 +391,10 @@ int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, 
   current->dora_norm(cross, gram, lora_b, dtype, n, r, scaling, squares, magnitude, norm, scale, threads_or_default(threads));
   return PK_OK;
 }
+int pk_row_squares_cpu(const pk_weight* w, float* squares, int threads) {
+  if (int bad = check_row_squares(w, squares)) return bad;
+  current->row_squares(*w, squares, threads_or_default(threads));
+  return PK_OK;
+}
 
 }  // extern "C"

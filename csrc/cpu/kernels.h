@@ -28,6 +28,7 @@ struct Kernels {
                              float* d_bias, int threads);
   void (*dora_norm)(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n, int64_t r, float scaling, const float* squares,
                     const float* magnitude, float* norm, float* scale, int threads);
+  void (*row_squares)(const pk_weight& w, float* squares, int threads);
 };
 
 // Rows of a task of the normalization's backward: a function of m alone, so that the order of sums does not depend on the threads.

@@ -8,6 +8,7 @@
 #include "quantize_impl.h"
 #include "rope_impl.h"
 #include "scale_impl.h"
+#include "squares_impl.h"
 
 namespace PK_NS {
 
@@ -84,4 +85,4 @@ static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed
 #define PK_KERNELS(isa_name) \
   {isa_name, PK_NS::LANES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask, \
    PK_NS::glu, PK_NS::rms_norm, PK_NS::rms_norm_grad, PK_NS::rope, PK_NS::cross_entropy, PK_NS::scale_columns, PK_NS::scale_columns_grad, \
-   PK_NS::dora_norm}
+   PK_NS::dora_norm, PK_NS::row_squares}

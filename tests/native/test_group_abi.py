@@ -230,6 +230,22 @@ def test_the_norm_of_dora_refuses(lib: ctypes.CDLL) -> None:
     assert torch.equal(out[0], torch.full((5,), (1 + R + 0.25 * R) ** 0.5)) and torch.equal(out[1], 1 / out[0])
 
 
+def test_squares_of_rows_by_the_c_abi(lib: ctypes.CDLL) -> None:
+    """Any number of threads, the same bits; what cannot be is refused before a kernel sees it."""
+    weight, out = NF4Weight.from_dense(torch.randn(37, 1000)), torch.full((3, 37), torch.nan)
+    w = c_weight(weight)
+    assert lib.pk_row_squares_cpu(ctypes.byref(w), pointer(None), 1) == NULL and lib.pk_row_squares_cpu(None, pointer(out), 1) == NULL
+    w.k = 0
+    assert lib.pk_row_squares_cpu(ctypes.byref(w), pointer(out), 1) == SHAPE
+    w.k, w.n = 1000, 0
+    assert lib.pk_row_squares_cpu(ctypes.byref(w), pointer(None), 1) == OK and torch.isnan(out).all()
+    w.n = 37
+    for row, threads in zip(out, (1, 2, 5), strict=True):
+        assert lib.pk_row_squares_cpu(ctypes.byref(w), pointer(row), threads) == OK
+    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+    torch.testing.assert_close(out[0].double(), weight.dequantize(torch.float32).double().square().sum(1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("entry", ["forward", "backward"])
 def test_bad_members_are_refused(call: Call, entry: str) -> None:
     use = getattr(call, entry)

@@ -13,6 +13,7 @@ from peftkern import NF4Weight, use_backend
 from peftkern.functional import Adapter, Member, dora_group, dora_linear, dora_norm, quantize_4bit, row_squares
 from peftkern.nf4 import operands
 from peftkern.ops import dora_group as op
+from peftkern.ops.native import native, weight_view
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.scale_columns import scale_columns
 
@@ -83,15 +84,52 @@ def test_the_norm_in_closed_form(four_bit: bool, size: float) -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("shape", [(1, 64), (70, 33), (300, 1000), (3, 70000), (2, 200000)], ids=str)
-def test_squares_of_rows_decoded_some_at_a_time(shape: tuple[int, int], nested: bool) -> None:
-    """The bits of those of the whole dense weight."""
+@pytest.mark.parametrize("shape", [(1, 64), (70, 33), (300, 1000), (3, 70000), (5, 1)], ids=str)
+def test_squares_of_rows(shape: tuple[int, int], nested: bool, isa: str) -> None:
+    """The bits that the kernel gives for the whole dense weight; what is written to the codes counts."""
     weight = quantize_4bit(torch.randn(shape), nested=nested)
     squares = row_squares(weight)
-    assert torch.equal(squares, row_squares(weight.dequantize(torch.float32)))
+    assert torch.equal(squares, _squares_of_dense(weight.dequantize(torch.float32)))
     weight.packed.data.bitwise_xor_(0x35)
     assert not torch.equal(row_squares(weight), squares)
-    assert torch.equal(row_squares(weight), row_squares(weight.dequantize(torch.float32)))
+    assert torch.equal(row_squares(weight), _squares_of_dense(weight.dequantize(torch.float32)))
+
+
+def _squares_of_dense(weight):
+    """By the native kernel; the op leaves a dense weight to torch."""
+    squares = torch.full((weight.shape[0],), torch.nan)
+    native().row_squares(weight_view(weight, operands(weight)[1], *weight.shape), squares.data_ptr())
+    return squares
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(9, 2048), (7, 5001), (3, 17), (2, 70000)], ids=str)
+def test_squares_of_rows_are_exact_but_for_roundings(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+    """No further from fp64 than torch's own norm of the same values, or a few roundings."""
+    dense = (torch.randn(shape) * 0.05).to(dtype)
+    for weight, values in ((dense, dense), *_four_bit(dense)):
+        exact, plain = values.double().square().sum(1), torch.linalg.vector_norm(values.float(), dim=1).square()
+        bound = max(2 * relative_norm(plain, exact), 2 * torch.finfo(torch.float32).eps)
+        assert relative_norm(row_squares(weight), exact) <= bound
+        assert relative_norm(_squares_of_dense(values), exact) <= bound
+
+
+def _four_bit(dense):
+    """Every format, each with its exact values; blocks of 4096 lie across rows."""
+    for quant_type, blocksize, nested in (("nf4", 64, True), ("fp4", 64, False), ("nf4", 4096, False)):
+        weight = quantize_4bit(dense.float(), quant_type=quant_type, blocksize=blocksize, nested=nested)
+        yield weight, weight.dequantize(torch.float32)
+
+
+@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
+def test_the_op_of_squares_by_the_reference_and_its_registration(four_bit: bool) -> None:
+    weight = _weights(70, 96, four_bit)[0]
+    data, quant = operands(weight)
+    library.opcheck(torch.ops.peftkern.row_squares.default, (data, *quant, 70, 96))
+    ours = row_squares(weight)
+    assert torch.equal(torch.compile(row_squares, backend="aot_eager", fullgraph=True)(weight), ours)
+    with use_backend("reference"):
+        torch.testing.assert_close(row_squares(weight), ours, rtol=1e-6, atol=0)
 
 
 def test_the_norm_of_an_update_that_undoes_the_weight_is_not_nan() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, address, empty, native, on_huge_pages, scratch, weight_view
+from ..native import DTYPES, address, empty, native, on_huge_pages, weight_view
 
-__all__ = ["decoded_rows", "dequantize_4bit", "dequantize_4bit_out"]
-
-_HELD = 1 << 17  # weights decoded at a time, 512 KB of fp32: they stay in the second-level cache
+__all__ = ["dequantize_4bit", "dequantize_4bit_out"]
 
 
 def dequantize_4bit(
@@ -37,13 +35,3 @@ def dequantize_4bit_out(packed: Tensor, *quant_and_out: object) -> None:
     """As the reference."""
     *quant, out = quant_and_out
     native().dequantize_4bit(weight_view(packed, quant, 1, out.numel()), 0, 1, 0, out.numel(), address(out), DTYPES[out.dtype])
-
-
-def decoded_rows(packed: Tensor, quant: tuple, n: int, k: int) -> Iterator[Tensor]:
-    """The weight [n, k] in fp32, some rows at a time, each in the memory of those before it. quant: as `nf4.operands` gives it."""
-    step, view = max(1, min(n, _HELD // max(k, 1))), weight_view(packed, quant, n, k)
-    buffer = scratch(4 * step * k, "rows")[: 4 * step * k].view(torch.float32).view(step, k)
-    for start in range(0, n, step):
-        part = buffer[: min(step, n - start)]
-        native().dequantize_4bit(view, start, len(part), 0, k, address(part), DTYPES[torch.float32])
-        yield part

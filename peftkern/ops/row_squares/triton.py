@@ -1,0 +1,107 @@
+"""||W||^2 of each row of a 4-bit weight on a GPU: a program decodes one row in registers and keeps nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..specialization import Specialization
+from ..triton_launch import Call, run, specialization
+from ..triton_nf4 import _absmax, _codes, _decode, _decode_words, group_words
+from . import reference
+
+__all__ = ["row_squares", "row_squares_call", "specializations"]
+
+# Weights of a step and warps: a 16-byte load a thread. Not measured.
+WEIGHTS, WARPS = 4096, 4
+RAGGED_WEIGHTS = 1024
+
+
+@triton.jit
+def _row_squares_kernel(
+    packed_ptr,  # uint8 [N * K / 2]
+    code_ptr,  # fp32 [16]
+    absmax_ptr,  # fp32 [blocks], or None where it is nested:
+    absmax_8bit_ptr,  # uint8 [blocks]
+    absmax_code_ptr,  # fp32 [256]
+    nested_absmax_ptr,  # fp32 [ceil(blocks / NESTED_BLOCKSIZE)]
+    absmax_offset_ptr,  # fp32 [1]
+    out_ptr,  # fp32 [N]
+    units,  # of a row: groups of WORDS words, all of one block, or single weights
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,  # of a group; 0: units are single weights, and rows may start within a byte
+    UNITS: tl.constexpr,  # of a step
+):
+    """The row of the program's number."""
+    first = tl.program_id(0).to(tl.int64) * units
+    codes = _codes(code_ptr)
+    total = tl.zeros((UNITS,), tl.float32)
+    for start in range(0, units, UNITS):
+        unit = start + tl.arange(0, UNITS)  # [UNITS]
+        inside = unit < units
+        source = first + unit
+        block = source // BLOCKSIZE if WORDS == 0 else source // (BLOCKSIZE // (8 * WORDS))
+        absmax = _absmax(  # [UNITS]; outside, a nested one is not 0
+            block,
+            inside,
+            absmax_ptr,
+            absmax_8bit_ptr,
+            absmax_code_ptr,
+            nested_absmax_ptr,
+            absmax_offset_ptr,
+            NESTED_BLOCKSIZE,
+        )
+        if WORDS == 0:
+            byte = tl.load(packed_ptr + source // 2, mask=inside, other=0).to(tl.int32)
+            values = _decode(tl.where(source % 2 == 0, byte >> 4, byte & 15), absmax, codes, tl.float32)
+            squares = values * values
+        else:
+            offsets = source[:, None] * WORDS + tl.arange(0, WORDS)[None, :]  # [UNITS, WORDS]
+            words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=inside[:, None], other=0)
+            values = tl.reshape(_decode_words(words, absmax[:, None], codes, tl.float32, "PORTABLE"), [UNITS, 8 * WORDS])
+            squares = tl.sum(values * values, 1)
+        total += tl.where(inside, squares, 0.0)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+def row_squares_call(packed: Tensor, quant: tuple, n: int, k: int, out: Tensor) -> Call:
+    """packed: W [n, k]; quant: as `nf4.operands` gives it; out: fp32 [n]."""
+    code, *absmax, blocksize, nested_blocksize = quant
+    words = group_words(packed, k)
+    names = ("absmax_ptr", "absmax_8bit_ptr", "absmax_code_ptr", "nested_absmax_ptr", "absmax_offset_ptr")
+    arguments: dict[str, Any] = {"packed_ptr": packed, "code_ptr": code, **dict(zip(names, absmax, strict=True)), "out_ptr": out}
+    unit, weights = (8 * words, WEIGHTS) if words else (1, RAGGED_WEIGHTS)
+    arguments |= {"units": k // unit, "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize}
+    arguments |= {"WORDS": words, "UNITS": weights // unit}
+    return Call(_row_squares_kernel, n, arguments, WARPS, 1)
+
+
+def row_squares(weight: Tensor, *quant_and_sizes: object) -> Tensor:
+    """As the reference, to which a dense weight is left: torch's own reduction reads it once."""
+    *quant, n, k = quant_and_sizes
+    if quant[0] is None:
+        return reference.row_squares(weight, *quant_and_sizes)
+    out = torch.empty(n, dtype=torch.float32, device=weight.device)
+    run(row_squares_call(weight, tuple(quant), n, k, out))
+    return out
+
+
+def specializations(arch: int) -> Iterator[Specialization]:
+    """Nested and plain absmax, the two loads and single weights."""
+
+    def meta(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    nested = (None, meta(1 << 18, torch.uint8), meta(256), meta(1 << 10), meta(1))
+    plain = (meta(1 << 18), None, None, None, None)
+    packed, out = meta(1 << 23, torch.uint8), meta(4096)
+    for name, absmax, k in (("nested", nested, 4096), ("plain", plain, 4096), ("words", nested, 4072), ("ragged", nested, 4095)):
+        call = row_squares_call(packed, (meta(16), *absmax, 64, 256), 4096, k, out)
+        wide = ("packed_ptr",) if k == 4096 else ()
+        yield specialization(f"row-squares-{name}", call, wide_loads=wide, unfused=() if absmax is plain else ("_absmax_value",))
