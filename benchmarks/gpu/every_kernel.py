@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,23 @@ from pathlib import Path
 import torch
 
 from peftkern import backends
-from peftkern.functional import dequantize_4bit, linear_4bit, qlora_linear, quantize_4bit
+from peftkern.functional import (
+    Adapter,
+    Member,
+    add_rms_norm,
+    dequantize_4bit,
+    dora_linear,
+    gated_mlp,
+    glu,
+    linear_4bit,
+    linear_cross_entropy,
+    qlora_group,
+    qlora_linear,
+    quantize_4bit,
+    rms_norm,
+    rope,
+    row_squares,
+)
 from peftkern.ops.qlora_linear import tuned
 
 from .forcing import ALWAYS, NEVER, gpu_row
@@ -92,7 +108,10 @@ def run_all(device: str, quick: bool = False) -> int:
             for (m, n, k), dtype in itertools.product(shapes, floats):
                 if _regime_fits(name, m):
                     calls += _linears(device, m, n, k, dtype, ranks, name)
-    return calls
+            for m, dtype in itertools.product((5, 70), floats):
+                if _regime_fits(name, m):
+                    calls += _groups(device, m, dtype, name)
+    return calls + sum(_blocks(device, dtype) for dtype in floats)
 
 
 def _linears(device: str, m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], regime: str) -> int:
@@ -115,6 +134,67 @@ def _linears(device: str, m: int, n: int, k: int, dtype: torch.dtype, ranks: tup
         for got, expected in zip(both(), _reference(both), strict=True):
             _compare(f"qlora_linear {regime} {m}x{n}x{k} r {r} {dtype}", got, expected)
     return 1 + 2 * len(ranks)
+
+
+def _groups(device: str, m: int, dtype: torch.dtype, regime: str) -> int:
+    """q, k and v, an MLP, and DoRA, with dropout and ragged widths: gradients of x and of every adapter."""
+    torch.manual_seed(0)
+    draw = lambda *shape, scale=1.0: (torch.randn(*shape, device=device) * scale).to(dtype)  # noqa: E731
+    seed = torch.tensor([7], device=device)
+
+    def member(n: int, k: int, dropout_p: float = 0.1) -> Member:
+        a, b = draw(16, k, scale=0.1).requires_grad_(), draw(n, 16, scale=0.05).requires_grad_()
+        return Member(quantize_4bit(draw(n, k, scale=0.05)), adapters=[Adapter(a, b, 0.5, dropout_p, seed)])
+
+    def trained(members: Sequence[Member]) -> list[torch.Tensor]:
+        return [t for m in members for adapter in m.adapters for t in (adapter.lora_a, adapter.lora_b)]
+
+    qkv = [member(96, 72), member(40, 72), member(40, 72)]
+    gate, up, down = member(80, 72), member(80, 72), member(72, 80)
+    dora, magnitude = member(96, 72, 0.0), draw(96).abs().requires_grad_()
+    x = draw(m, 72).requires_grad_()
+    calls = {
+        "group": (lambda: qlora_group(x, qkv), [x, *trained(qkv)]),
+        "gated_mlp": (lambda: (gated_mlp(x, gate, up, down),), [x, *trained([gate, up, down])]),
+        "dora": (lambda: (dora_linear(x, dora, magnitude),), [x, magnitude, *trained([dora])]),
+    }
+    return sum(_gradients(f"{name} {regime} M={m} {dtype}", call, leaves) for name, (call, leaves) in calls.items())
+
+
+def _blocks(device: str, dtype: torch.dtype) -> int:
+    """Norms, rotary embedding, gated activations, the loss and DoRA's squares, ragged."""
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, device=device).to(dtype).requires_grad_()  # noqa: E731
+    x, residual, weight = draw(37, 72), draw(37, 72), draw(72)
+    wide = draw(5, 9000)  # a row beyond one tile
+    q, k, angle = draw(2, 4, 9, 64), draw(2, 2, 9, 64), torch.randn(1, 9, 64, device=device)
+    head, labels = draw(130, 72), torch.randint(0, 130, (37,), device=device)
+    packed = quantize_4bit(torch.randn(65, 96, device=device))
+    calls = {
+        "rms_norm": (lambda: (rms_norm(x, weight),), [x, weight]),
+        "rms_norm, wide": (lambda: (rms_norm(wide, torch.ones(9000, device=device, dtype=dtype)),), [wide]),
+        "add_rms_norm": (lambda: add_rms_norm(x, residual, weight), [x, residual, weight]),
+        "rope": (lambda: rope(q, k, angle.cos().to(dtype), angle.sin().to(dtype)), [q, k]),
+        "glu": (lambda: (glu(x, residual),), [x, residual]),
+        "linear_cross_entropy": (lambda: (linear_cross_entropy(x, head, labels),), [x, head]),
+    }
+    done = sum(_gradients(f"{name} {dtype}", call, leaves) for name, (call, leaves) in calls.items())
+    _compare("row_squares", row_squares(packed), _reference(lambda: row_squares(packed)))
+    return done + 1
+
+
+def _gradients(what: str, call: Callable[[], Sequence[torch.Tensor]], leaves: Sequence[torch.Tensor]) -> int:
+    """Results and gradients against the reference's."""
+
+    def both() -> tuple[torch.Tensor, ...]:
+        results = call()
+        torch.manual_seed(1)
+        outer = [torch.randn(y.shape, device=y.device).to(y.dtype) for y in results]
+        return (*results, *torch.autograd.grad(results, leaves, outer))
+
+    for got, expected in zip(both(), _reference(both), strict=True):
+        _compare(what, got, expected)
+    return 2
 
 
 def _reference(call):
