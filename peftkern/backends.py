@@ -128,9 +128,10 @@ def forced() -> str | None:
 def select(x: Tensor) -> str:
     """The backend an op takes for tensors like `x`: the forced one, else the best of x's device, else the reference, of which a
     RuntimeWarning tells once where the native extension is missing."""
-    if _forced is not None:
-        return _forced
     kind = x.device.type
+    if _forced is not None:
+        _check_forced(_forced, kind)
+        return _forced
     if kind == "cpu":
         module, reason = _load_native()
         if module is not None:
@@ -139,6 +140,13 @@ def select(x: Tensor) -> str:
     if kind == "cuda" and x.dtype != torch.float64 and gpu_arch(x.device.index) >= MIN_ARCH:
         return next((name for name in ("cuda", "triton") if available(name)[0]), "reference")
     return "reference"
+
+
+def _check_forced(name: str, kind: str) -> None:
+    """RuntimeError where a forced backend cannot read memory of this kind of device: a GPU's kernel would fault on the CPU's."""
+    served = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted() else "cuda"}.get(name, kind)
+    if kind != served and kind != "meta":
+        raise RuntimeError(f"backend {name!r} is forced by use_backend, but the tensors are on {kind!r}: it serves {served!r} alone")
 
 
 def served_by(x: Tensor) -> tuple[str, str]:

@@ -194,7 +194,7 @@ def peft(p: Problem, dropout_p: float, *, adapters: torch.dtype, autocast: bool 
     elif kind == "axolotl":
         from axolotl.kernels.lora import apply_lora_linear
 
-        forward = functools.partial(apply_lora_linear, lora)
+        forward = lambda x: apply_lora_linear(lora, x[None])[0]  # noqa: E731 (it takes [batch, tokens, features] alone)
     trained = (lora.lora_A["default"].weight, lora.lora_B["default"].weight)
     return lambda: p.step(forward, *trained, autocast=autocast)
 

@@ -95,7 +95,8 @@ def _graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = call()
 
-    def replay() -> Any:
+    def replay(_inputs: Callable[[], Any] = call) -> Any:
+        """`_inputs` keeps alive what the graph reads: the caching allocator unmaps freed blocks when another graph is captured."""
         graph.replay()
         return result
 
