@@ -71,7 +71,9 @@ struct Where {
 // kernel<<<grid, threads, shared_bytes, stream>>>(args...), PK_OK or PK_ERR_CUDA. Queues, allocates nothing, can be captured into a graph.
 template <typename... Params, typename... Args>
 int launch(void (*kernel)(Params...), const Where& where, Args... args) {
-  constexpr size_t WITHOUT_ASKING = 48 << 10;  // a block gets this much on every architecture; more is an opt-in per kernel
+  // A block gets 48 KiB of static and dynamic shared memory together on every architecture; more is an opt-in per kernel. Kernels have up to
+  // 4 KiB of static arrays.
+  constexpr size_t WITHOUT_ASKING = 44 << 10;
   if (where.shared_bytes > WITHOUT_ASKING) {
     const int bytes = (int)where.shared_bytes;
     const cudaError_t error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -46,6 +46,12 @@ def test_dropout_and_adapters_in_fp32(cuda_library: CudaLibrary, dropout_p: floa
     assert_accurate(cuda_library, MMA, cases)
 
 
+@pytest.mark.parametrize("m", [3, 12, 20, 40])
+def test_a_weight_of_many_rows(cuda_library: CudaLibrary, m: int) -> None:
+    """Enough of them for tiles of 64 on every multiprocessor."""
+    assert_accurate(cuda_library, MMA, [make_case(m, 64 * 140, 64, 2, torch.bfloat16)])
+
+
 @pytest.mark.parametrize(("nt", "wm"), TILES)
 def test_every_tile(probe: CudaLibrary, nt: int, wm: int) -> None:
     """Two tiles each way, the last ones ragged; more stages than shared memory holds."""

@@ -38,8 +38,8 @@ def assert_as_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor) ->
 
 
 def products_of_many_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator of plain PyTorch's side of a comparison, forward and backward: its fp32 matrix products on the CPU are torch's own,
-    computed as a part of a product of many rows and columns.
+    """A decorator of plain PyTorch's side of a comparison, forward and backward: its fp32 matrix products are torch's own, computed as a
+    part of a product of many rows and columns.
 
     Of few rows torch sums in an order that depends on the CPU: on one in one go, on another in many partial sums, which err a third as
     much, so that the same kernels of ours would pass here and fail there. Of many rows it sums much alike everywhere.
@@ -56,17 +56,17 @@ def products_of_many_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 class _ProductsOfManyRows(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         aten = torch.ops.aten
-        if func is aten.mm.default and _fp32_cpu(*args):
+        if func is aten.mm.default and _fp32(*args):
             return _product(*args)
-        if func is aten.addmm.default and _fp32_cpu(*args) and not kwargs:
+        if func is aten.addmm.default and _fp32(*args) and not kwargs:
             return args[0] + _product(*args[1:])
-        if func is aten.bmm.default and _fp32_cpu(*args):
+        if func is aten.bmm.default and _fp32(*args):
             return torch.stack([_product(a, b) for a, b in zip(*args, strict=True)])
         return func(*args, **(kwargs or {}))
 
 
-def _fp32_cpu(*tensors: Tensor) -> bool:
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+def _fp32(*tensors: Tensor) -> bool:
+    return all(t.dtype == torch.float32 for t in tensors)
 
 
 _MANY = 64

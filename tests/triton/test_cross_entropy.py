@@ -69,7 +69,9 @@ def test_blocks_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _ours(case, device, train_weight=True, reduction="none", d_loss=torch.ones(40))
     monkeypatch.setattr(kernels, "block_rows", lambda *_: 16)
     _check(device, [make(40, 130, 48, 4, torch.float32) for _ in range(8)], train_weight=True)
-    assert torch.equal(_ours(case, device, reduction="none", d_loss=torch.ones(40))["loss"], whole["loss"])
+    loss = _ours(case, device, reduction="none", d_loss=torch.ones(40))["loss"]
+    # On a device the vendor's product of 16 rows may sum in another order than that of 40.
+    assert torch.equal(loss, whole["loss"]) if device == "cpu" else torch.allclose(loss, whole["loss"], rtol=1e-6, atol=1e-6)
 
 
 def _direct(device: str, logits: torch.Tensor, labels: torch.Tensor, options=(-100, 0.0, 0.0, None)) -> tuple[torch.Tensor, torch.Tensor]:

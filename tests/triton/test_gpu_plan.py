@@ -14,7 +14,7 @@ from peftkern.ops.qlora_linear import config, plan, tuned
 from peftkern.ops.qlora_linear.config import GPU_TABLE, Choice
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
-from ..ops.bounds import assert_as_accurate
+from ..ops.bounds import assert_as_accurate, products_of_many_rows
 
 FUSED = replace(GPU_TABLE[89], gemv_max_m=0, fused_max_m=1 << 30)
 SLAB = {gemm: replace(FUSED, fused_max_m=0, gemm=gemm) for gemm in ("cublas", "triton")}
@@ -44,6 +44,7 @@ def _ours(weight, x, a, b, bias, dy, dropout_p, seed, row) -> dict[str, torch.Te
     return dict(zip(NAMES, (y.detach(), x.grad, a.grad, b.grad, bias.grad), strict=True))
 
 
+@products_of_many_rows
 def _plain(dense, x, a, b, bias, dy, keep, dtype, low) -> dict[str, torch.Tensor]:
     w = dense.to(dtype)
     x, bias = (t.detach().to(dtype, copy=True).requires_grad_() for t in (x, bias))

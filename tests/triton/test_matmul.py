@@ -33,6 +33,7 @@ def _weight(n: int, k: int, **options) -> tuple[NF4Weight, torch.Tensor]:
         return w, w.dequantize(torch.float32)
 
 
+@products_of_many_rows
 def _product(t: torch.Tensor, w: torch.Tensor, low: torch.Tensor | None, adapter: torch.Tensor | None, bias, keep, dtype: torch.dtype):
     """t @ w + keep * (low @ adapter) + bias in plain PyTorch; the low-rank part in the adapter's dtype, or in fp64 where `dtype` is."""
     y = t.to(dtype) @ w.to(dtype)
@@ -41,6 +42,11 @@ def _product(t: torch.Tensor, w: torch.Tensor, low: torch.Tensor | None, adapter
         part = low.to(low_dtype) @ adapter.to(low_dtype)
         y = y + (part if keep is None else part * keep.to(low_dtype)).to(dtype)
     return y if bias is None else y + bias.to(dtype)
+
+
+def _on(device: str, *args) -> torch.Tensor:
+    """Plain PyTorch on the device is the yardstick of a kernel on it."""
+    return _product(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in args)).cpu()
 
 
 def _check_forward(device, m, n, k, r, dtype, config, *, lora_dtype=None, bias_dtype=None, dense=False, scaling=0.7, **options) -> None:
@@ -56,7 +62,7 @@ def _check_forward(device, m, n, k, r, dtype, config, *, lora_dtype=None, bias_d
     assert y.data_ptr() == out.data_ptr() and out[:, n:].isnan().all()
     adapter = None if b is None else b.t()
     low = None if xa is None else xa * scaling
-    plain = _product(x, exact_w.t(), low, adapter, bias, None, dtype)
+    plain = _on(device, x, exact_w.t(), low, adapter, bias, None, dtype)
     exact = _product(x, exact_w.t(), None if xa is None else xa.double() * scaling, adapter, bias, None, torch.float64)
     assert_as_accurate("y", y.cpu(), plain, exact)
 
@@ -75,7 +81,7 @@ def _check_dx(device, m, n, k, r, dtype, config, *, lora_dtype=None, dropout_p=0
     dx = matmul_dx(on[0], data, quant, k, on[1], on[2], dropout_p, on[3], out[:, :k], config)
     assert out[:, k:].isnan().all()
     exact = _product(dy, exact_w, dyb, a, None, keep, torch.float64)
-    assert_as_accurate("dx", dx.cpu(), _product(dy, exact_w, dyb, a, None, keep, dtype), exact)
+    assert_as_accurate("dx", dx.cpu(), _on(device, dy, exact_w, dyb, a, None, keep, dtype), exact)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)

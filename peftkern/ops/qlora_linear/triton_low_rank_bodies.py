@@ -4,7 +4,7 @@ Operands of a product are a wide tile (x or dy, in the activations' dtype) and a
     "native"  both in the wide tile's 16-bit dtype: the narrow one is rounded to it in registers, as plain PyTorch rounds it in memory;
     "split"   wide bf16, narrow fp32 as a sum of three bf16 terms, 24 bits: exact products on 16-bit tensor cores, no fp32 tile;
     otherwise both in fp32, MODE being tl.dot's input_precision.
-Sums are fp32. R_PAD is R rounded up to a power of two of at least 16; what is padded is loaded as zero.
+Sums are fp32; those of "split" and of fp32 operands are rounded once a tile, see `_dot_fresh`. R_PAD is R rounded up to a power of two of at least 16; what is padded is loaded as zero.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_numerics import _cast, _dot, _float
+from ..triton_numerics import INTERPRETED, _cast, _dot, _float
 from ..triton_philox import _dropout_keep, _dropout_key, _keep_factor
 
 __all__ = ["_d_lora_a_body", "_dy_pair_body", "_dy_pass_body", "_epilogue_body", "_project_body", "_reduce_body"]
@@ -34,16 +34,38 @@ def _terms(narrow, wide, MODE: tl.constexpr):
 
 
 @triton.jit
+def _tf32_terms(value):
+    """fp32 as two terms that tensor cores multiply exactly: the first 11 bits of the fraction, and the rest."""
+    high = (value.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, value - high
+
+
+@triton.jit
+def _dot_fresh(a, b, acc, MODE: tl.constexpr):
+    """acc + a @ b of fp32 operands. Tensor cores cut their sums instead of rounding them, which adds up over a long contraction: a tile's
+    products are summed from zero (smallest terms first), and that sum is added to `acc` by a rounded addition. Written out, as Triton
+    would make one chain of tl.dot's own "tf32x3" and the addition after it."""
+    if MODE == "tf32x3" and not INTERPRETED:
+        a_high, a_low = _tf32_terms(a)
+        b_high, b_low = _tf32_terms(b)
+        tile = tl.dot(a_low, b_high, tl.zeros_like(acc), input_precision="tf32")
+        tile = tl.dot(a_high, b_low, tile, input_precision="tf32")
+        return acc + tl.dot(a_high, b_high, tile, input_precision="tf32")
+    else:
+        return _dot(a, b, acc, MODE)
+
+
+@triton.jit
 def _dot_right(wide, terms, acc, MODE: tl.constexpr):
     """acc + wide @ narrow, smallest terms first."""
     if MODE == "native":
         return _dot(wide, terms[0], acc)
     elif MODE == "split":
-        acc = _dot(wide, terms[2], acc)
-        acc = _dot(wide, terms[1], acc)
-        return _dot(wide, terms[0], acc)
+        tile = _dot(wide, terms[2], tl.zeros_like(acc))
+        tile = _dot(wide, terms[1], tile)
+        return acc + _dot(wide, terms[0], tile)
     else:
-        return _dot(_float(wide), terms[0], acc, MODE)
+        return _dot_fresh(_float(wide), terms[0], acc, MODE)
 
 
 @triton.jit
@@ -52,11 +74,11 @@ def _dot_left(terms, wide, acc, MODE: tl.constexpr):
     if MODE == "native":
         return _dot(terms[0], wide, acc)
     elif MODE == "split":
-        acc = _dot(terms[2], wide, acc)
-        acc = _dot(terms[1], wide, acc)
-        return _dot(terms[0], wide, acc)
+        tile = _dot(terms[2], wide, tl.zeros_like(acc))
+        tile = _dot(terms[1], wide, tile)
+        return acc + _dot(terms[0], wide, tile)
     else:
-        return _dot(terms[0], _float(wide), acc, MODE)
+        return _dot_fresh(terms[0], _float(wide), acc, MODE)
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def _row_squares_kernel(
     """The row of the program's number."""
     first = tl.program_id(0).to(tl.int64) * units
     codes = _codes(code_ptr)
-    total = tl.zeros((UNITS,), tl.float32)
+    total = tl.zeros((UNITS, 8 * WORDS if WORDS else 1), tl.float32)
     for start in range(0, units, UNITS):
         unit = start + tl.arange(0, UNITS)  # [UNITS]
         inside = unit < units
@@ -59,15 +59,13 @@ def _row_squares_kernel(
         )
         if WORDS == 0:
             byte = tl.load(packed_ptr + source // 2, mask=inside, other=0).to(tl.int32)
-            values = _decode(tl.where(source % 2 == 0, byte >> 4, byte & 15), absmax, codes, tl.float32)
-            squares = values * values
+            values = _decode(tl.where(source % 2 == 0, byte >> 4, byte & 15), absmax, codes, tl.float32)[:, None]
         else:
             offsets = source[:, None] * WORDS + tl.arange(0, WORDS)[None, :]  # [UNITS, WORDS]
             words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=inside[:, None], other=0)
             values = tl.reshape(_decode_words(words, absmax[:, None], codes, tl.float32, "PORTABLE"), [UNITS, 8 * WORDS])
-            squares = tl.sum(values * values, 1)
-        total += tl.where(inside, squares, 0.0)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
+        total += tl.where(inside[:, None], values * values, 0.0)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 
 
 def row_squares_call(packed: Tensor, quant: tuple, n: int, k: int, out: Tensor) -> Call:

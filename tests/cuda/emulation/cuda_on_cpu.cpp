@@ -52,6 +52,7 @@ struct Block {
   std::map<const void*, std::unique_ptr<unsigned char[]>> shared;
   std::map<const void*, size_t> shared_sizes;
   size_t shared_total = 0, dynamic_bytes = 0;
+  bool asked = false;  // for more than what a block gets without asking
   std::unique_ptr<unsigned char[]> dynamic;
   bool failed = false;
 };
@@ -287,6 +288,8 @@ void* shared_array(const void* identity, size_t bytes) {
   if (!memory) {
     block.shared_total += bytes;
     if (block.shared_total > STATIC_SHARED) fail("%zu bytes of static shared memory, the limit is %zu", block.shared_total, STATIC_SHARED);
+    const size_t together = block.shared_total + block.dynamic_bytes, limit = block.asked ? DYNAMIC_SHARED_OPTIN + 1024 : STATIC_SHARED;
+    if (together > limit) fail("%zu bytes of static and dynamic shared memory together, the limit is %zu", together, limit);
     memory.reset(new unsigned char[bytes]);
     memset(memory.get(), 0xff, bytes);
     block.shared_sizes[identity] = bytes;
@@ -313,6 +316,7 @@ void launch(dim3 grid, unsigned threads, size_t shared_bytes, const void* kernel
   block.threads = threads;
   block.body = &body;
   block.dynamic_bytes = shared_bytes;
+  block.asked = limit != dynamic_limit.end();
   Extent sizes = {dim3(threads), grid};
   extent = &sizes;
   const std::vector<std::vector<size_t>> turns = make_turns(threads);
