@@ -10,6 +10,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .run import Case, Run, device_name
@@ -17,6 +18,8 @@ from .run import Case, Run, device_name
 __all__ = ["build", "build_environment", "find_tool", "junit_counts", "sanitizer", "tests", "tune"]
 
 ROOT = Path(__file__).parents[2]
+GPU_TESTS = ("tests/cuda", "tests/triton")
+PROCESSES = max(1, min(14, (os.cpu_count() or 1) - 2))
 CUDA_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
 
@@ -72,7 +75,9 @@ def tests(run: Run) -> None:
     """pytest -m gpu on the device; the log and the junit file stay beside the CSV."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     junit = run.out / "tests.junit.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-rs", "--durations=15", f"--junitxml={junit}"]
+    # In processes, as compiling the kernels is what takes the time; each has a CUDA context of half a GB.
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *GPU_TESTS, "-q", "-rs", "--durations=15", f"--junitxml={junit}"]
+    command += ["-n", str(PROCESSES)]
     case = Case("tests", "pytest -m gpu", "", timed="")
     status, output = _command(run, case, command, environment, "tests.log", run.budget_s)
     print(output[-6000:], flush=True)
@@ -105,10 +110,21 @@ def sanitizer(run: Run) -> None:
             run.add(case, "compute-sanitizer", note="skipped: compute-sanitizer was not found")
             continue
         # Without the caching allocator every tensor has bounds of its own that memcheck can see.
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
         words = [checker, "--tool", tool, "--error-exitcode", "9", "--print-limit", "50", *script]
-        _, output = _command(run, case, words, environment, f"{tool}.log", 240)
-        print(output[-2000:], flush=True)
+        _in_shards(run, case, words, environment, tool)
+
+
+def _in_shards(run: Run, case: Case, words: Sequence[str], environment: Mapping[str, str], tool: str) -> None:
+    """The script in several processes, as a checker loads and slows every kernel; a row each."""
+
+    def one(shard: int) -> None:
+        name = f"{tool}-{shard}.log"
+        _, output = _command(run, case, [*words, "--shard", f"{shard}/{PROCESSES}"], environment, name, 240)
+        print(output[-1000:], flush=True)
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        list(pool.map(one, range(PROCESSES)))
 
 
 def _coverage(run: Run, found: Mapping[str, object]) -> None:

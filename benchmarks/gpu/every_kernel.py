@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -60,10 +61,10 @@ def source_kernels() -> tuple[set[str], set[str]]:
     return cuda, triton
 
 
-def contexts(device: str) -> Iterator[tuple[str, AbstractContextManager]]:
-    """Each regime forced, with the CUDA kernels where they are built, and without."""
+def contexts(device: str) -> Iterator[tuple[str, Callable[[], AbstractContextManager]]]:
+    """Each regime forced, with the CUDA kernels where they are built, and without; every call makes a context anew."""
     if device == "cpu" and not backends.interpreted():
-        yield "cpu", contextlib.nullcontext()
+        yield "cpu", contextlib.nullcontext
         return
     backends_here = ("triton",) if device == "cpu" or not backends.available("cuda")[0] else ("cuda", "triton")
     regimes = {
@@ -75,15 +76,12 @@ def contexts(device: str) -> Iterator[tuple[str, AbstractContextManager]]:
     }
     for name, changes in regimes.items():
         for backend in backends_here:
-            stack = contextlib.ExitStack()
-            yield f"{name}, {backend}", _both(stack, backends.use_backend(backend), tuned.use_row(replace(gpu_row(), **changes)))
+            yield f"{name}, {backend}", functools.partial(_forced, backend, changes)
 
 
 @contextlib.contextmanager
-def _both(stack: contextlib.ExitStack, *managers: AbstractContextManager) -> Iterator[None]:
-    with stack:
-        for manager in managers:
-            stack.enter_context(manager)
+def _forced(backend: str, changes: dict[str, object]) -> Iterator[None]:
+    with backends.use_backend(backend), tuned.use_row(replace(gpu_row(), **changes)):
         yield
 
 
@@ -91,27 +89,40 @@ def _regime_fits(name: str, m: int) -> bool:
     return m <= 16 or not name.startswith("gemv")
 
 
-def run_all(device: str, quick: bool = False) -> int:
-    """How many calls were made; AssertionError where a result is not finite or far from the reference's."""
+def run_all(device: str, quick: bool = False, shard: tuple[int, int] = (0, 1)) -> int:
+    """How many calls were made; AssertionError where a result is not finite or far from the reference's. shard: (number, of how many)."""
+    number, count = shard
     calls = 0
+    for context, work in itertools.islice(_works(device, quick), number, None, count):
+        with context():
+            calls += work()
+    return calls
+
+
+def _works(device: str, quick: bool) -> Iterator[tuple[Callable[[], AbstractContextManager], Callable[[], int]]]:
+    """Pieces of work that may run in any process, each within its context."""
     shapes, ranks, floats = (SHAPES[:QUICK_SHAPES], RANKS[:2], FLOATS[:1]) if quick else (SHAPES, RANKS, FLOATS)
     for dtype, nested in itertools.product(FLOATS, (True, False)):
-        for n, k in ((128, 192), (65, 72), (7, 33)):
-            dense = torch.randn(n, k, device=device).to(dtype)
-            weight = quantize_4bit(dense, nested=nested, blocksize=64)
-            with backends.use_backend("reference"):
-                expected = dequantize_4bit(weight)
-            assert torch.equal(dequantize_4bit(weight), expected), f"dequantize {dtype}, nested {nested}, {n}x{k}"
-            calls += 2
+        yield contextlib.nullcontext, functools.partial(_formats, device, dtype, nested)
     for name, context in contexts(device):
-        with context:
-            for (m, n, k), dtype in itertools.product(shapes, floats):
-                if _regime_fits(name, m):
-                    calls += _linears(device, m, n, k, dtype, ranks, name)
-            for m, dtype in itertools.product((5, 70), floats):
-                if _regime_fits(name, m):
-                    calls += _groups(device, m, dtype, name)
-    return calls + sum(_blocks(device, dtype) for dtype in floats)
+        for (m, n, k), dtype in itertools.product(shapes, floats):
+            if _regime_fits(name, m):
+                yield context, functools.partial(_linears, device, m, n, k, dtype, ranks, name)
+        for m, dtype in itertools.product((5, 70), floats):
+            if _regime_fits(name, m):
+                yield context, functools.partial(_groups, device, m, dtype, name)
+    for dtype in floats:
+        yield contextlib.nullcontext, functools.partial(_blocks, device, dtype)
+
+
+def _formats(device: str, dtype: torch.dtype, nested: bool) -> int:
+    """Quantize and dequantize, bit for bit."""
+    for n, k in ((128, 192), (65, 72), (7, 33)):
+        weight = quantize_4bit(torch.randn(n, k, device=device).to(dtype), nested=nested, blocksize=64)
+        with backends.use_backend("reference"):
+            expected = dequantize_4bit(weight)
+        assert torch.equal(dequantize_4bit(weight), expected), f"dequantize {dtype}, nested {nested}, {n}x{k}"
+    return 6
 
 
 def _linears(device: str, m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], regime: str) -> int:
@@ -221,15 +232,17 @@ def main() -> int:
     p.add_argument("--names", action="store_true", help="profile, and print which kernels of the sources did not run")
     p.add_argument("--device", default="cuda")
     p.add_argument("--quick", action="store_true", help="fewer shapes, ranks and dtypes: for a slow checker")
+    p.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th piece of work from the I-th on, to share it among processes")
     args = p.parse_args()
+    shard = tuple(int(part) for part in args.shard.split("/"))
     if not args.names:
-        print(f"{run_all(args.device, args.quick)} calls, all as the reference")
+        print(f"{run_all(args.device, args.quick, shard)} calls, all as the reference")
         return 0
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA if args.device == "cuda" else ProfilerActivity.CPU]) as profiler:
-        run_all(args.device, args.quick)
+        run_all(args.device, args.quick, shard)
     names = {e.name for e in profiler.events() if e.device_type == DeviceType.CUDA}
     cuda, triton = missing(names)
     built = args.device == "cuda" and backends.available("cuda")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,64 @@ def run(call: Call) -> None:
     """Launches on the current stream of the tensors' device."""
     flat = (part for v in call.arguments.values() for part in (v if isinstance(v, tuple) else (v,)))
     device = next(part.device for part in flat if isinstance(part, Tensor))
-    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **call.options}
     if device.type != "cuda":
+        options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **call.options}
         call.kernel[(call.programs,)](**call.arguments, **options)
+    elif device.index == torch.cuda.current_device():
+        _launch(call, device.index)
+    else:
+        with torch.cuda.device(device):
+            _launch(call, device.index)
+
+
+# Compiled kernels by what they were compiled for: Triton finds them too, but takes four times as long over thirty arguments.
+_compiled: dict[tuple, Any] = {}
+
+
+def _launch(call: Call, device: int) -> None:
+    """On the current device, whose number is `device`."""
+    values, key = _bind(call, device)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(call.programs, 1, 1)](*values)
         return
-    with torch.cuda.device(device):
-        call.kernel[(call.programs,)](**call.arguments, **options)
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **call.options}
+    # Triton returns what it launched. A kernel that it interprets, or one under a debugger's hooks, returns nothing.
+    compiled = call.kernel[(call.programs,)](**call.arguments, **options)
+    if hasattr(compiled, "run"):
+        _compiled[key] = compiled
+
+
+def _bind(call: Call, device: int) -> tuple[list[Any], tuple]:
+    """The arguments in the kernel's order, and all that its machine code depends on: of tensors the dtype and whether they are aligned to
+    16 bytes, of integers whether they are 1, multiples of 16 and 32 bits wide, of constants the value."""
+    values, key = [], [call.kernel, device, call.num_warps, call.num_stages, call.max_registers]
+    for name, constant, specialized in _parameters(call.kernel):
+        value = call.arguments[name]
+        values.append(value)
+        if constant or value is None:
+            key.append(value)
+        elif isinstance(value, tuple):
+            key.append(tuple(_kind(part, specialized) for part in value))
+        else:
+            key.append(_kind(value, specialized))
+    return values, tuple(key)
+
+
+def _kind(value: Any, specialized: bool) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
+    if type(value) is int:
+        if specialized and (value == 1 or value % 16 == 0):
+            return (value == 1, -(1 << 31) <= value < 1 << 31)
+        return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+    return type(value)
+
+
+@functools.cache
+def _parameters(kernel: Any) -> tuple[tuple[str, bool, bool], ...]:
+    """Of each argument of a kernel: its name, whether it is a constant, and whether Triton compiles for its value."""
+    return tuple((p.name, p.is_constexpr, not p.do_not_specialize) for p in kernel.params)
 
 
 def _type(part: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..dequantize.triton import dequantize_slice
 from ..qlora_linear import config
+from ..sizes import next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import Call, run, specialization
 from ..triton_numerics import _cast, _float
@@ -135,7 +136,7 @@ def _call(
         "SMOOTHING": label_smoothing != 0.0,
         "SOFTCAP": softcap is not None,
         "GRADIENT": gradient,
-        "BLOCK": min(_BLOCK, max(256, triton.next_power_of_2(v))),
+        "BLOCK": min(_BLOCK, max(256, next_power_of_2(v))),
     }
     return Call(_cross_entropy_kernel, m, arguments, num_warps=_WARPS, num_stages=1)
 

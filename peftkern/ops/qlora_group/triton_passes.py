@@ -32,6 +32,7 @@ from ..qlora_linear.triton_low_rank_bodies import (
     _sum_of_chunks,
 )
 from ..qlora_linear.triton_slab import _slab_body
+from ..sizes import ceil_div
 from ..specialization import Specialization
 from ..triton_launch import Call, specialization
 from ..triton_numerics import _cast
@@ -228,7 +229,7 @@ def xa_call(
     (m, k), tile = x.shape, config.xa
     outs = [torch.empty((m, low.rank), dtype=torch.float32, device=x.device) for low in lows]
     programs, arguments = decode_arguments(weights, k, arch=arch)
-    first = len(lows) * triton.cdiv(m, tile.rows)
+    first = len(lows) * ceil_div(m, tile.rows)
     arguments |= {"x_ptr": x, "adapters": tuple(low.a for low in lows) or (None,), "outs": tuple(outs) or (None,)}
     arguments |= {"seeds": tuple(low.seed for low in lows) or (None,), "first_programs": first, "M": m, "C": k, "ADAPTERS": len(lows)}
     arguments |= {"thresholds": tuple(_threshold(low.dropout_p, low.seed) for low in lows) or (0,), **_ranks(lows)}
@@ -272,12 +273,12 @@ def dy_call(
 ) -> tuple[Call, list[DyParts]]:
     """One launch over every dy, as the single linear's pair of programs, beside the decoding of the weights."""
     tile, dyb_rows, m = config.dy, min(config.xa.rows, config.dy_rows), members[0].dy.shape[0]
-    chunks = triton.cdiv(m, config.dy_rows)
+    chunks = ceil_div(m, config.dy_rows)
     parts = [_dy_parts(member, chunks) for member in members]
     programs, arguments = decode_arguments(weights, k, arch=arch)
     first = 0
     for member in members:
-        first += chunks * (triton.cdiv(member.dy.shape[1], tile.cols) + (config.dy_rows // dyb_rows if member.need_dyb else 0))
+        first += chunks * (ceil_div(member.dy.shape[1], tile.cols) + (config.dy_rows // dyb_rows if member.need_dyb else 0))
     lows = [member.low for member in members]
     adapter = next((low.b for low in lows if low is not None), None)
     arguments |= {"first_programs": first, "M": m, "N": tuple(member.dy.shape[1] for member in members), "chunk_rows": config.dy_rows}
@@ -299,7 +300,7 @@ def y_call(
     arguments |= {"scalings": tuple(float(low.scaling) for low in lows), "M": m, "N": ns, "MEMBERS": len(ys), **_ranks(lows)}
     arguments |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_R": min(config.ranks, arguments["R_PAD"])}
     arguments |= {"MODE": _mode(ys[0], lows[0].b, arch)}
-    programs = triton.cdiv(m, tile.rows) * sum(triton.cdiv(n, tile.cols) for n in ns)
+    programs = ceil_div(m, tile.rows) * sum(ceil_div(n, tile.cols) for n in ns)
     return _launch(_group_y_kernel, programs, arguments, tile, arch)
 
 
@@ -309,9 +310,9 @@ def x_call(
 ) -> tuple[Call, list[Tensor | None]]:  # fmt: skip
     """dx = the sum over adapters of drop(dyb A) where dx is given, and partial sums [row chunks, R, K] of the dA that are wanted."""
     (m, k), tile, dx_tile = (dybs[0].shape[1], lows[0].a.shape[1]), config.x, config.epilogue
-    chunks, wide = triton.cdiv(m, config.x_rows), (x if any(need_a) else dx)
-    first = len(lows) * chunks * triton.cdiv(k, tile.cols) if any(need_a) else 0
-    others = 0 if dx is None else triton.cdiv(m, dx_tile.rows) * triton.cdiv(k, dx_tile.cols)
+    chunks, wide = ceil_div(m, config.x_rows), (x if any(need_a) else dx)
+    first = len(lows) * chunks * ceil_div(k, tile.cols) if any(need_a) else 0
+    others = 0 if dx is None else ceil_div(m, dx_tile.rows) * ceil_div(k, dx_tile.cols)
     dtype = lows[0].a.dtype if chunks == 1 else torch.float32
     d_lora_a = [
         torch.empty((chunks, *low.a.shape), dtype=dtype, device=low.a.device) if a else None for low, a in zip(lows, need_a, strict=True)
@@ -338,7 +339,7 @@ def reduce_call(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[Call
     arguments = {"partials": tuple(part for part, _ in split), "outs": tuple(out for _, out in split)}
     arguments |= {"chunks": tuple(part.shape[0] for part, _ in split), "numels": tuple(out.numel() for _, out in split)}
     arguments |= {"SUMS": len(split), "BLOCK": REDUCE_BLOCK, "BLOCK_CHUNKS": REDUCE_CHUNKS}
-    programs = sum(triton.cdiv(out.numel(), REDUCE_BLOCK) for _, out in split)
+    programs = sum(ceil_div(out.numel(), REDUCE_BLOCK) for _, out in split)
     return Call(_group_reduce_kernel, programs, arguments, num_warps=4, num_stages=1), outs
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..qlora_linear.triton_matmul import MatmulConfig, _block_r, _low_mode, default_config
 from ..qlora_linear.triton_matmul_bodies import _finish, _matmul_tile, _weight_tile
+from ..sizes import ceil_div
 from ..specialization import Specialization
 from ..triton_launch import Call, specialization
 from ..triton_numerics import _dot, _float
@@ -86,7 +87,7 @@ def _config(x: Tensor, j: int, c: int, arch: int) -> MatmulConfig:
 
 def _call(kernel: Any, columns: Sequence[int], m: int, arguments: dict[str, Any], config: MatmulConfig) -> Call:
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m}
-    programs = triton.cdiv(m, config.block_m) * sum(triton.cdiv(n, config.block_n) for n in columns)
+    programs = ceil_div(m, config.block_m) * sum(ceil_div(n, config.block_n) for n in columns)
     return Call(kernel, programs, arguments | blocks, config.num_warps, config.num_stages)
 
 
@@ -107,7 +108,7 @@ def y_call(
     arguments = {"x_ptr": x, "slabs": tuple(slabs), "biases": tuple(biases), "xas": tuple(xas), "ys": tuple(ys), "M": m, "N": ns, "K": k}
     arguments |= {"adapters": tuple(None if low is None else low.b for low in lows), "MEMBERS": len(ys), **_low(x, lows, arch)}
     arguments |= {"scalings": tuple(1.0 if low is None else float(low.scaling) for low in lows), "EVEN": k % config.block_k == 0}
-    arguments |= {"split_steps": triton.cdiv(k, config.block_k) * config.block_k}
+    arguments |= {"split_steps": ceil_div(k, config.block_k) * config.block_k}
     return _call(_group_y_matmul_kernel, ns, m, arguments, config)
 
 

@@ -77,7 +77,8 @@ def _again(ctx, dy):
 class _QLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed):
-        y, xa = torch.ops.peftkern.qlora_linear_fwd(x, weight, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        run = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
+        y, xa = run(x, weight, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)
         need_a, need_b = (lora_a is not None and lora_a.requires_grad), (lora_b is not None and lora_b.requires_grad)
         code, *absmax, ctx.blocksize, ctx.nested_blocksize = quant
         # x is wanted by dA alone, xa by dB alone: what no gradient needs is not kept.
@@ -93,7 +94,7 @@ class _QLoRALinear(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:4])
         if not any(needs):
             return (None,) * 10
-        dx, d_bias, d_a, d_b = torch.ops.peftkern.qlora_linear_bwd(
+        dx, d_bias, d_a, d_b = (_bwd if unobserved(dy) else torch.ops.peftkern.qlora_linear_bwd)(
             dy.contiguous(),
             x,
             weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 __all__ = ["Choice", "Config", "GPUConfig", "GPU_TABLE", "TABLE", "choose", "choose_gpu", "nearest_arch", "slices"]
@@ -110,6 +111,7 @@ def nearest_arch(arch: int) -> int:
     return max((known for known in GPU_TABLE if known <= arch), default=min(GPU_TABLE))
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_gpu(
     *, arch: int, dtype: str, m: int, forward: bool, cuda: bool, mma: bool = False, dense: bool = False, row: GPUConfig | None = None
 ) -> Choice:

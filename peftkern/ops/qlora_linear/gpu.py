@@ -52,7 +52,11 @@ def _low_rank_config(x: Tensor, adapter: Tensor | None, n: int, k: int, rank: in
     found = low_rank.config_for(x, adapter, x.shape[0], n, k, max(rank, 1))
     if not slab:
         return found
-    shared = (_l2(x.device.index) if x.is_cuda else _INTERPRETED_L2) >= _SHARED_L2
+    return _beside_a_slab(found, (_l2(x.device.index) if x.is_cuda else _INTERPRETED_L2) >= _SHARED_L2)
+
+
+@functools.lru_cache(maxsize=4096)
+def _beside_a_slab(found: LowRankConfig, shared: bool) -> LowRankConfig:
     return replace(found, xa_splits=1, fused=found.fused and not shared, sum_dyb=found.sum_dyb and not shared)
 
 

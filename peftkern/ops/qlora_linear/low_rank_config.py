@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from ..targets import nearest
@@ -62,6 +63,7 @@ def _chunk(m: int, tile: Tile, columns: int, sms: int) -> int:
     return max(64, tile.rows)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_low_rank(m: int, n: int, k: int, r: int, *, mode: str, sms: int = 128, arch: int = 89) -> LowRankConfig:
     """The passes of x [m, k], dy [m, n] and rank r on `sms` multiprocessors of sm_<arch>, with `dot_mode`'s answer."""
     pad = max(16, 1 << (r - 1).bit_length())

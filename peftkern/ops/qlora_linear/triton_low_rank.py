@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends import gpu_arch
+from ..sizes import ceil_div, next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import UNSPECIALIZED, Call, run, specialization
 from .low_rank_config import LowRankConfig, Tile, choose_low_rank, dot_mode
@@ -151,7 +152,7 @@ def _launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, a
 
 
 def _pad(r: int) -> int:
-    return max(16, triton.next_power_of_2(r))
+    return max(16, next_power_of_2(r))
 
 
 def _threshold(dropout_p: float, seed: Tensor | None) -> int:
@@ -163,13 +164,13 @@ def project_call(
 ) -> tuple[Call, Tensor]:
     """scale * drop(x) @ adapter -> fp32 [splits, M, R]; the adapter is lora_a [R, C] by rank, else lora_b [C, R]."""
     (m, c), r, tile = x.shape, adapter.shape[0 if by_rank else 1], config.xa
-    split_cols = triton.cdiv(triton.cdiv(c, config.xa_splits), tile.cols) * tile.cols
-    splits = triton.cdiv(c, split_cols)
+    split_cols = ceil_div(ceil_div(c, config.xa_splits), tile.cols) * tile.cols
+    splits = ceil_div(c, split_cols)
     out = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
     arguments = {"x_ptr": x, "adapter_ptr": adapter, "out_ptr": out, "seed_ptr": seed, "threshold": _threshold(dropout_p, seed)}
     arguments |= {"scale": float(scale), "M": m, "C": c, "split_cols": split_cols, "R": r, "R_PAD": _pad(r)}
     arguments |= {"BLOCK_M": tile.rows, "BLOCK_C": tile.cols, "BY_RANK": by_rank, "MODE": _mode(x, adapter, arch)}
-    return _launch(_project_kernel, splits * triton.cdiv(m, tile.rows), arguments, tile, arch), out
+    return _launch(_project_kernel, splits * ceil_div(m, tile.rows), arguments, tile, arch), out
 
 
 def _whole(partials: Tensor) -> Tensor:
@@ -202,12 +203,12 @@ def dy_calls(
 ) -> tuple[Call, DyPartials]:
     """The one launch over dy, `needs` as the op's: (dx, d_bias, dA, dB); at least one of dyb, d_bias, dB must be needed."""
     (m, n), tile, new = dy.shape, config.dy, functools.partial(torch.empty, device=dy.device)
-    r, chunks = (0 if lora_b is None else lora_b.shape[1]), triton.cdiv(m, config.dy_rows)
+    r, chunks = (0 if lora_b is None else lora_b.shape[1]), ceil_div(m, config.dy_rows)
     need_dyb, need_b = r > 0 and (needs[0] or needs[2]), r > 0 and needs[3]
     if need_dyb and not need_b and not needs[1]:
         call, dyb = project_call(dy, lora_b, scaling, 0.0, None, config, by_rank=False, arch=arch)
         return call, DyPartials(dyb, None, None)
-    columns = triton.cdiv(n, tile.cols)
+    columns = ceil_div(n, tile.cols)
     d_lora_b = new((chunks, n, r), dtype=lora_b.dtype if chunks == 1 else torch.float32) if need_b else None
     d_bias = new((chunks, n), dtype=torch.float32) if needs[1] else None
     dyb = new((columns if config.fused else 1, m, r), dtype=torch.float32) if need_dyb else None
@@ -246,9 +247,9 @@ def x_call(
 ) -> tuple[Call, Tensor | None]:  # fmt: skip
     """The one launch for dA, dx, or both."""
     (chunks, m, r), k, tile, dx_tile = dyb.shape, lora_a.shape[1], config.x, config.epilogue
-    wide, row_chunks = (x if need_a else dx), triton.cdiv(m, config.x_rows)
-    first = row_chunks * triton.cdiv(k, tile.cols) if need_a else 0
-    others = triton.cdiv(m, dx_tile.rows) * triton.cdiv(k, dx_tile.cols) if dx is not None else 0
+    wide, row_chunks = (x if need_a else dx), ceil_div(m, config.x_rows)
+    first = row_chunks * ceil_div(k, tile.cols) if need_a else 0
+    others = ceil_div(m, dx_tile.rows) * ceil_div(k, dx_tile.cols) if dx is not None else 0
     dtype = lora_a.dtype if row_chunks == 1 else torch.float32
     d_lora_a = torch.empty((row_chunks, r, k), dtype=dtype, device=dyb.device) if need_a else None
     arguments = {"x_ptr": x if need_a else None, "dyb_ptr": dyb, "lora_a_ptr": lora_a if dx is not None else None}
@@ -291,7 +292,7 @@ def y_call(
     arguments |= {"scaling": float(scaling), "M": m, "N": n, "y_stride": y.stride(0), "R": r, "R_PAD": _pad(r)}
     arguments |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_R": min(config.ranks, _pad(r))}
     arguments |= {"ACCUMULATE": accumulate, "MODE": _mode(y, lora_b, arch)}
-    programs = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.cols)
+    programs = ceil_div(m, tile.rows) * ceil_div(n, tile.cols)
     return _launch(_y_epilogue_kernel, programs, arguments, tile, arch)
 
 
@@ -317,7 +318,7 @@ def reduce_calls(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[lis
         outs.append(out := torch.empty(partials.shape[1:], dtype=dtype, device=partials.device))
         names = (f"partials{slot}_ptr", f"out{slot}_ptr", f"chunks{slot}", f"numel{slot}")
         arguments |= zip(names, (partials, out, partials.shape[0], out.numel()), strict=True)
-        programs, slot = programs + triton.cdiv(out.numel(), block), slot + 1
+        programs, slot = programs + ceil_div(out.numel(), block), slot + 1
     if not slot:
         return [], outs
     for empty in range(slot, 3):

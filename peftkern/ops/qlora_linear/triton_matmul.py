@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends import gpu_arch
+from ..sizes import next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import Call, run, specialization
 from ..triton_nf4 import _absmax_value as _absmax_value  # tests/cubins finds it here by name
@@ -82,7 +83,7 @@ def default_config(
     elif dtype == torch.float32 or arch < 80:  # no tensor cores: Triton has none on sm_75, nor for fp32 products without TF32
         config = MatmulConfig(16 if m <= 16 else 32, 64, 32, num_warps=8, num_stages=2)
     elif m <= 64:
-        config = MatmulConfig(max(16, triton.next_power_of_2(m)), 64, 64, num_stages=4)
+        config = MatmulConfig(max(16, next_power_of_2(m)), 64, 64, num_stages=4)
     elif dense and arch // 10 in (9, 10):
         config = MatmulConfig(128, 256 if m > 256 else 128, 64, num_warps=8, num_stages=3)
     else:
@@ -106,7 +107,7 @@ def _multiprocessors(index: int | None) -> int:
 
 def _block_r(rank: int, low: str) -> int:
     """Ranks at a time: few of fp32, which is multiplied in three products whose terms do not fit the registers."""
-    return max(16, min(64, triton.next_power_of_2(rank))) if low == "split" else 16
+    return max(16, min(64, next_power_of_2(rank))) if low == "split" else 16
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import rows_of
+from ..sizes import next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import UNSPECIALIZED, Call, run, specialization
 from ..triton_numerics import _cast, _float
@@ -183,7 +184,7 @@ def _rms_norm_d_weight_kernel(
 def _blocking(m: int, n: int) -> tuple[int, int, dict[str, object]]:
     """Programs, warps and tile sizes."""
     whole = n <= MAX_BLOCK
-    block = triton.next_power_of_2(n) if whole else PIECE
+    block = next_power_of_2(n) if whole else PIECE
     rows = max(1, VALUES // block)
     warps = 4 if block <= 1024 else min(16, block // 512)  # 16 elements a thread
     return -(-m // rows), warps, {"ROWS": rows, "BLOCK": block, "WHOLE": whole}

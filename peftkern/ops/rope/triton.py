@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import Call, run, specialization
 from ..triton_numerics import _cast, _float
@@ -111,8 +112,8 @@ def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_
         arguments |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_seq"), x.stride()[:3], strict=True))
     q_groups = -(-q_heads // HEADS)
     groups = q_groups + -(-k_heads // HEADS)
-    rest = triton.next_power_of_2(d - rotary) if d > rotary else 0
-    block_half = triton.next_power_of_2(max(rotary // 2, 1))
+    rest = next_power_of_2(d - rotary) if d > rotary else 0
+    block_half = next_power_of_2(max(rotary // 2, 1))
     arguments |= {"q_groups": q_groups, "groups": groups, "HEADS": HEADS, "HALF": rotary // 2}
     arguments |= {"BLOCK_HALF": block_half, "BLOCK_REST": rest, "INVERSE": inverse}
     return Call(_rope_kernel, b * s * groups, arguments, WARPS, 1)

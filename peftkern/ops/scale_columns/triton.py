@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import ceil_div
 from ..specialization import Specialization
 from ..triton_launch import Call, run, specialization
 from ..triton_numerics import _cast, _float
@@ -62,9 +63,9 @@ def forward_call(u: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> Ca
     """u, y [M, N] contiguous; scale fp32 [N]."""
     m, n = u.shape
     arguments: dict[str, Any] = {"u_ptr": u, "scale_ptr": scale, "bias_ptr": bias, "y_ptr": y, "M": m, "N": n}
-    pieces = triton.cdiv(n, COLS)
+    pieces = ceil_div(n, COLS)
     arguments |= {"pieces": pieces, "ROWS": ROWS, "BLOCK_N": COLS}
-    return Call(_scale_columns_fwd_kernel, triton.cdiv(m, ROWS) * pieces, arguments, WARPS, 1)
+    return Call(_scale_columns_fwd_kernel, ceil_div(m, ROWS) * pieces, arguments, WARPS, 1)
 
 
 def backward_call(dy: Tensor, u: Tensor, scale: Tensor, du: Tensor | None, d_scale: Tensor | None, d_bias: Tensor | None) -> Call:
@@ -72,7 +73,7 @@ def backward_call(dy: Tensor, u: Tensor, scale: Tensor, du: Tensor | None, d_sca
     m, n = dy.shape
     arguments: dict[str, Any] = {"dy_ptr": dy, "u_ptr": u, "scale_ptr": scale, "du_ptr": du, "d_scale_ptr": d_scale, "d_bias_ptr": d_bias}
     arguments |= {"M": m, "N": n, "BLOCK_M": GRAD_ROWS, "BLOCK_N": GRAD_COLS}
-    return Call(_scale_columns_bwd_kernel, triton.cdiv(n, GRAD_COLS), arguments, WARPS, 1)
+    return Call(_scale_columns_bwd_kernel, ceil_div(n, GRAD_COLS), arguments, WARPS, 1)
 
 
 def forward(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
