@@ -7,7 +7,7 @@ import torch
 
 from peftkern import NF4Weight, use_backend
 from peftkern.ops.qlora_linear.reference import dropout_scale
-from tests.ops.bounds import assert_as_accurate, relative_norm
+from tests.ops.bounds import assert_as_accurate, products_of_many_rows, relative_norm
 
 pytest.importorskip("triton")
 

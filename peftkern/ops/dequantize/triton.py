@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ...backends import gpu_arch
 from ..specialization import Specialization
+from ..triton_launch import Call, run
 from ..triton_nf4 import _absmax, _codes, _decode, _decode_words, decode_method, group_words
 from ..triton_nf4 import _absmax_value as _absmax_value  # tests/cubins finds it here by name
 
@@ -180,8 +180,7 @@ def dequantize_slice(packed: Tensor, quant: tuple, n: int, k: int, rows: slice, 
     """W[rows, cols] of a weight [n, k] -> `out` [rows, cols], whose rows may lie apart; `quant` is the op's tuple."""
     programs, arguments = tiles(packed, quant, k, rows, cols, out)
     if programs:
-        with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-            _dequantize_kernel[(programs,)](**arguments, num_warps=WARPS if arguments["WORDS"] else RAGGED_WARPS, num_stages=1)
+        run(Call(_dequantize_kernel, programs, arguments, WARPS if arguments["WORDS"] else RAGGED_WARPS, 1))
     return out
 
 
