@@ -20,7 +20,6 @@ from .timing import Unavailable, measure
 __all__ = ["cases", "launches", "linear", "memory"]
 
 TRAIN_M = (8192, 2048, 512, 256)
-GRAPH_MAX_M = 512  # above it a launch takes longer than Python needs to queue the next
 COMPILED_M = (2048, 8192)  # torch.compile takes seconds a shape: with r = 16 and no dropout only
 Call = Callable[[], object]
 T = TypeVar("T")
@@ -31,7 +30,7 @@ def cases(run: Run) -> Iterator[tuple[Case, int, float]]:
     for r, dropout_p in ((16, 0.0), (16, 0.1), (64, 0.0), (64, 0.1)):
         for shape in shapes(run):
             for m in (40,) if run.small else TRAIN_M:
-                for timed in run.modes() if m <= GRAPH_MAX_M else ("eager",):
+                for timed in run.modes():
                     yield Case("linear", f"r {r}, dropout {dropout_p:g}", "bfloat16", shape.n, shape.k, m, timed), r, dropout_p
 
 

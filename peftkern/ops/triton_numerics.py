@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "_cast", "_dot", "_float"]
+__all__ = ["INTERPRETED", "_cast", "_dot", "_dot_fresh", "_float"]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -39,3 +39,17 @@ def _cast(value, DTYPE: tl.constexpr):
 def _dot(a, b, acc, PRECISION: tl.constexpr = tl.constexpr("ieee")):  # noqa: B008
     """acc + a @ b in fp32; PRECISION is tl.dot's, for fp32 operands."""
     return tl.dot(_float(a), _float(b), acc) if INTERPRETED else tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_fresh(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b of fp32 operands, the tile's products summed from zero and that sum added to `acc`.
+
+    The chains are then short, as those of the vendor's products. On tensor cores it matters more: they cut their sums instead of rounding
+    them, which adds up over a long contraction. The addition is a multiply-add by 1, as Triton joins a product and a plain addition.
+    """
+    if INTERPRETED:
+        return tl.dot(a, b, acc)
+    else:
+        tile = tl.dot(a, b, input_precision=PRECISION)
+        return tl.fma(tile, tl.full(tile.shape, 1.0, tl.float32), acc)

@@ -16,7 +16,7 @@ from ..qlora_linear.triton_matmul_bodies import _finish, _matmul_tile, _weight_t
 from ..sizes import ceil_div
 from ..specialization import Specialization
 from ..triton_launch import Call, specialization
-from ..triton_numerics import _dot, _float
+from ..triton_numerics import _dot, _dot_fresh, _float
 from .triton_passes import Low
 
 __all__ = ["dx_call", "specializations", "y_call"]
@@ -56,7 +56,7 @@ def _contract(
             step, col0, N, K, slab_ptr, K, 0, 0.0, None, None, None, None, None, 64, 256, -1, "PORTABLE", DTYPE, BLOCK_K, BLOCK_N,
             0 if EVEN else -1,
         )  # fmt: skip
-        acc = _dot(dy, weight, acc, "ieee")
+        acc = _dot_fresh(dy, weight, acc, "ieee") if tl.float32 == DTYPE else _dot(dy, weight, acc, "ieee")
     return acc
 
 

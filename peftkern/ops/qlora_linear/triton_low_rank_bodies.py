@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_numerics import INTERPRETED, _cast, _dot, _float
+from ..triton_numerics import _cast, _dot, _dot_fresh, _float
 from ..triton_philox import _dropout_keep, _dropout_key, _keep_factor
 
 __all__ = ["_d_lora_a_body", "_dy_pair_body", "_dy_pass_body", "_epilogue_body", "_project_body", "_reduce_body"]
@@ -32,28 +32,6 @@ def _terms(narrow, wide, MODE: tl.constexpr):
         return high, middle, _cast(rest - _float(middle), tl.bfloat16)
     else:
         return (narrow,)
-
-
-@triton.jit
-def _tf32_terms(value):
-    """fp32 as two terms that tensor cores multiply exactly: the first 11 bits of the fraction, and the rest."""
-    high = (value.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    return high, value - high
-
-
-@triton.jit
-def _dot_fresh(a, b, acc, MODE: tl.constexpr):
-    """acc + a @ b of fp32 operands. Tensor cores cut their sums instead of rounding them, which adds up over a long contraction: a tile's
-    products are summed from zero (smallest terms first), and that sum is added to `acc` by a rounded addition. Written out, as Triton
-    would make one chain of tl.dot's own "tf32x3" and the addition after it."""
-    if MODE == "tf32x3" and not INTERPRETED:
-        a_high, a_low = _tf32_terms(a)
-        b_high, b_low = _tf32_terms(b)
-        tile = tl.dot(a_low, b_high, tl.zeros_like(acc), input_precision="tf32")
-        tile = tl.dot(a_high, b_low, tile, input_precision="tf32")
-        return acc + tl.dot(a_high, b_high, tile, input_precision="tf32")
-    else:
-        return _dot(a, b, acc, MODE)
 
 
 @triton.jit
@@ -89,7 +67,7 @@ def _dot_narrow(left, right, acc, DTYPE: tl.constexpr, MODE: tl.constexpr):
         return _dot(_cast(_float(left), DTYPE), _cast(_float(right), DTYPE), acc)
     else:
         PRECISION: tl.constexpr = "tf32x3" if MODE == "split" else MODE
-        return _dot(_float(left), _float(right), acc, PRECISION)
+        return _dot_fresh(_float(left), _float(right), acc, PRECISION)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_nf4 import _absmax, _absmax_parts, _absmax_value, _codes, _decode, _decode_words
-from ..triton_numerics import _cast, _dot, _float
+from ..triton_numerics import _cast, _dot, _dot_fresh, _float
 from ..triton_philox import _dropout_scale
 
 __all__ = ["_matmul_tile", "_reduce_tile"]
@@ -43,7 +43,7 @@ def _low_rank(
             acc = _dot(_cast(low - _float(high), DTYPE), adapter, acc)
             acc = _dot(high, adapter, acc)
         else:
-            acc = _dot(low, _float(adapter), acc, LOW)
+            acc = _dot_fresh(low, _float(adapter), acc, LOW)
     return acc
 
 
@@ -208,7 +208,8 @@ def _matmul_tile(
             )  # fmt: skip
             if AHEAD == 1:
                 absmax = parts[0]
-        acc = _dot(x, tl.trans(weight) if FORWARD else weight, acc, PRECISION)
+        weight = tl.trans(weight) if FORWARD else weight
+        acc = _dot_fresh(x, weight, acc, PRECISION) if tl.float32 == DTYPE else _dot(x, weight, acc, PRECISION)
     if SPLIT_K == 1:
         _finish(acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)
     else:
