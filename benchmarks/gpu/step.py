@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -103,14 +103,16 @@ def _loss(model: nn.Module, provider: str, ids: Tensor) -> Tensor:
     return functional.linear_cross_entropy(hidden[:, :-1], causal.lm_head.weight, ids[:, 1:])
 
 
-def child(provider: str, device: str, small: bool, rounds: int, gradients: Path) -> Iterator[dict]:
+def child(
+    provider: str, device: str, small: bool, rounds: int, gradients: Path, contexts: Sequence[int] = CONTEXTS
+) -> Iterator[dict]:
     """In a process of its own: a record of each context length, until one does not fit."""
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     model = build_model(provider, device, small)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
-    for length in (16, 32) if small else CONTEXTS:
+    for length in (16, 32) if small else contexts:
         torch.manual_seed(2)
         ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
         seconds, loss_value = [], float("nan")
@@ -210,8 +212,9 @@ def main() -> int:
     p.add_argument("--small", action="store_true")
     p.add_argument("--rounds", type=int, required=True)
     p.add_argument("--gradients", type=Path, required=True)
+    p.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="TOKENS")
     args = p.parse_args()
-    for record in child(args.provider, args.device, args.small, args.rounds, args.gradients):
+    for record in child(args.provider, args.device, args.small, args.rounds, args.gradients, args.contexts):
         print(json.dumps(record), flush=True)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -180,6 +181,8 @@ class LoraForward(_PlannedForward):
         if adapters is None or any(a.lora_a.device != x.device for a in adapters):
             return None
         bias = _bias(layer, found, [] if names is not None else layer.active_adapters)
+        if _rounds_adapters(x, found.compute):
+            adapters = [replace(a, lora_a=a.lora_a.to(found.compute), lora_b=a.lora_b.to(found.compute)) for a in adapters]
         return Plan(functional.Member(found.weight, bias, adapters), found.compute, found.result, _result_dtype(layer, found))
 
     def signature(self) -> tuple | None:
@@ -194,6 +197,18 @@ class LoraForward(_PlannedForward):
             if name in parts["lora_A"]._modules:
                 found.append(None if name in layer.lora_variant else _adapter_signature(layer, name))
         return None if None in found else tuple(found)
+
+
+# Of fewer rows the casts cost more than they spare.
+_ROUNDED_FROM = 128
+
+
+def _rounds_adapters(x: Tensor, compute: torch.dtype) -> bool:
+    """Whether fp32 adapters are rounded to the compute dtype, as autocast rounds them for stock's products: a GPU multiplies them three
+    times as fast then. Outside autocast they keep their digits."""
+    if compute == torch.float32 or autocast_dtype(x) is None or x.shape[-1] * _ROUNDED_FROM > x.numel():
+        return False
+    return backends.select(x) in ("cuda", "triton")
 
 
 def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:

@@ -42,7 +42,8 @@ def products_of_many_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     part of a product of many rows and columns.
 
     Of few rows torch sums in an order that depends on the CPU: on one in one go, on another in many partial sums, which err a third as
-    much, so that the same kernels of ours would pass here and fail there. Of many rows it sums much alike everywhere.
+    much, so that the same kernels of ours would pass here and fail there. Of many rows it sums much alike everywhere. A GPU's library
+    cuts the contraction of small products among the warps of a block, and needs more of them to sum in one go.
     """
 
     @functools.wraps(function)
@@ -69,7 +70,7 @@ def _fp32(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 for t in tensors)
 
 
-_MANY = 64
+_MANY = {"cpu": 64, "cuda": 1024}
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -77,4 +78,5 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     (m, _), n = a.shape, b.shape[1]
     if m == 0 or n == 0:
         return a @ b
-    return (a.repeat(-(-_MANY // m), 1) @ b.repeat(1, -(-_MANY // n)))[:m, :n].contiguous()
+    many = _MANY[a.device.type]
+    return (a.repeat(-(-many // m), 1) @ b.repeat(1, -(-many // n)))[:m, :n].contiguous()
