@@ -66,7 +66,14 @@ def bnb_linear(dense: Tensor, nested: bool = True) -> nn.Module:
     options = dict(compress_statistics=nested, quant_type="nf4")
     layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=dense.dtype, **options)
     layer.weight = bnb.nn.Params4bit(dense.clone(), requires_grad=False, module=layer, **options)
-    return layer.to(dense.device).train()
+    if not dense.is_cuda:
+        return layer.to(dense.device).train()
+    # bitsandbytes quantizes on the default stream, whatever torch's is: on another one it read a weight that was not there yet.
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.default_stream()):
+        layer = layer.to(dense.device).train()
+    torch.cuda.synchronize()
+    return layer
 
 
 @functools.lru_cache(maxsize=1)
