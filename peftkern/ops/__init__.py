@@ -17,8 +17,11 @@ from ..backends import select
 __all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "serving", "transformed", "unobserved"]
 
 LIBRARY = library.Library("peftkern", "DEF")
-# Bound once: each of these is asked in every call.
-_functorch_transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+
+# Every patched call asks: what the answer takes is bound once.
+_compiler, _transforms, _tracing = torch.compiler, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_grad_enabled, _dispatch_modes, _profiled = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+_FLAGGED = hasattr(torch.compiler, "_is_exporting_flag")
 
 
 @functools.cache
@@ -34,13 +37,13 @@ def backend(op: str, name: str) -> ModuleType:
 def transformed() -> bool:
     """Whether torch follows what is computed in a way that knows its own operators alone: torch.func's transforms, forward-mode AD, and
     torch.jit.trace and torch.export, whose programs are to run without this package."""
-    return forward_ad._current_level >= 0 or _functorch_transforms_active() or _tracing_state() is not None or _exporting()
-
-
-def _exporting() -> bool:
-    """torch.compiler.is_exporting(), which the compiler of torch 2.11 takes for true in whatever it traces; it reads the flag behind it."""
-    flag = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else flag
+    # The compiler of torch 2.11 takes is_exporting() for true in whatever it traces; it reads the flag behind it.
+    return (
+        forward_ad._current_level >= 0
+        or _transforms()
+        or _tracing() is not None
+        or (_compiler._is_exporting_flag if _FLAGGED else _compiler.is_exporting())
+    )
 
 
 def serving(x: Tensor, *weights: Tensor) -> str:
@@ -52,13 +55,13 @@ def unobserved(x: Tensor) -> bool:
     """Whether an op on x may be run without torch's dispatcher, which costs more than one row's arithmetic: no gradient is wanted, and
     nobody traces, transforms, intercepts or profiles what is computed."""
     return (
-        not torch.is_grad_enabled()
+        not _grad_enabled()
         and type(x) is Tensor
         and (x.is_cpu or x.is_cuda)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _compiler.is_compiling()
+        and not _dispatch_modes()
         and not transformed()
-        and not torch.autograd._profiler_enabled()
+        and not _profiled()
     )
 
 

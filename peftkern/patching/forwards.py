@@ -213,16 +213,15 @@ def _rounds_adapters(x: Tensor, compute: torch.dtype) -> bool:
 
 def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
     """Of an adapter without dropout or a bias, which is scaled anew at every call."""
-    a, b, dropout = (layer._modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    parts = layer._modules
+    a, b, dropout = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name], parts["lora_dropout"]._modules[name]
     if not (direct(a) and direct(b) and direct(dropout)) or (dropout.training and type(dropout) is not nn.Identity):
         return None
-    if b._parameters.get("bias") is not None:
+    of_a, of_b = a._parameters, b._parameters
+    if of_b.get("bias") is not None or "weight" not in of_a or "weight" not in of_b:  # see WeightCache.signature
         return None
-    held = a._parameters, b._parameters
-    if "weight" not in held[0] or "weight" not in held[1]:  # see WeightCache.signature
-        return None
-    lora_a, lora_b = address_of(held[0]["weight"]), address_of(held[1]["weight"])
-    return a, b, dropout, a._parameters.get("bias") is None, scaling_of(layer, name), lora_a, lora_b
+    lora_a, lora_b = address_of(of_a["weight"]), address_of(of_b["weight"])
+    return a, b, dropout, of_a.get("bias") is None, scaling_of(layer, name), lora_a, lora_b
 
 
 def _active(layer: nn.Module) -> list[functional.Adapter] | None:
@@ -276,7 +275,8 @@ def active_adapters(layer: nn.Module) -> list[Adapter] | str:
 def _adapter(layer: nn.Module, name: str) -> Adapter | str:
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__} is not vanilla LoRA"
-    a, b, dropout = (layer._modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    parts = layer._modules
+    a, b, dropout = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name], parts["lora_dropout"]._modules[name]
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a._parameters.get("bias") is not None:
         return f"lora_A is {type(a).__name__}, lora_B is {type(b).__name__}, expected nn.Linear"
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:

@@ -105,10 +105,12 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> Tensor:
     """x [..., N], weight [N] -> [..., N]; `functional.rms_norm` has checked the arguments."""
+    if unobserved(x):  # autograd's bookkeeping costs more than one row's arithmetic
+        return _fwd(x, weight, eps, offset, cast)[0]
     if transformed():
         return reference.forward(x, weight, eps, offset, cast)[0]
-    if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
-        return (_fwd if unobserved(x) else torch.ops.peftkern.rms_norm_fwd)(x, weight, eps, offset, cast)[0]
+    if not torch.is_grad_enabled():
+        return torch.ops.peftkern.rms_norm_fwd(x, weight, eps, offset, cast)[0]
     return _RMSNorm.apply(x, weight, eps, offset, cast)
 
 
