@@ -68,6 +68,8 @@ def nearest(packed, absmax, w, blocksize, quant_type):
 def test_a_token_takes_the_short_way_with_the_same_bits(quant_type, nested, monkeypatch):
     """And what the kernel would misread takes the long one: strides, another dtype of an operand, sizes that do not fit."""
     assert bnb_backend.register(), bnb_backend.state()
+    if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        pytest.skip("before 0.50 bitsandbytes has no gemm_4bit")
     weight = NF4Weight.from_dense(sample((40, 128)), quant_type=quant_type, nested=nested)
     scales = dict(absmax_8bit=weight.absmax_8bit, absmax_code=weight.absmax_code, absmax_offset=weight.absmax_offset) if nested else {}
     absmax, x, bias = weight.nested_absmax if nested else weight.absmax, sample((1, 2, 128), torch.bfloat16), sample((40,))
