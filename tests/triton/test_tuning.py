@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from peftkern import tuning, use_backend
@@ -50,3 +51,11 @@ def test_a_buffer_for_groups_survives_if_the_largest_measured_was_fastest() -> N
     falling, rising = ({f"slab/40/{mib}": sign * float(mib) for mib in tuning.SLAB_MIB} for sign in (-1, 1))
     assert tuning.derive(falling, GPU_TABLE[89]).slab_bytes == table > max(tuning.SLAB_MIB) << 20
     assert tuning.derive(rising, GPU_TABLE[89]).slab_bytes == min(tuning.SLAB_MIB) << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_timer_times_kernels_and_not_their_python() -> None:
+    x = torch.randn(2048, 2048, device="cuda")
+    times = tuning.cuda_timer({"product": lambda: x @ x, "slow caller": lambda: (sum(range(300_000)), x @ x)})
+    assert 0 < times["slow caller"] < 1.5 * times["product"]
