@@ -55,6 +55,17 @@ def test_what_is_wrong_is_not_timed(clock: Clock) -> None:
     assert calls == [OURS]
 
 
+def test_a_wrong_peer_is_left_out_and_named(clock, capsys) -> None:
+    calls: list[str] = []
+
+    def refuse(_) -> None:
+        raise AssertionError("relative error 1.0")
+
+    wrong = Provider("peer", _provider(clock, "peer", 0.01, calls).call, refuse)
+    timings = measure([_provider(clock, OURS, 0.01, calls), wrong], rounds=2)
+    assert timings.keys() == {OURS} and "peer: left out" in capsys.readouterr().err and calls.count("peer") == 1
+
+
 def test_a_slow_provider_is_called_once_and_says_so(clock: Clock) -> None:
     calls: list[str] = []
     providers = [_provider(clock, OURS, 0.01), _provider(clock, "slow", 6.0, calls)]
