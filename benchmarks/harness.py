@@ -101,8 +101,9 @@ def _sample(call: Callable[[], Any], repeats: int) -> float:
 def measure(providers: Sequence[Provider], *, rounds: int = 15, cap_s: float = CAP_S, ours: str = OURS) -> dict[str, Timing]:
     """Every provider checked on its first call, which is also its warm-up; then `rounds` rounds in which each is timed in turn.
 
-    The order turns by one each round, so that nobody always runs in the caches (or the clock speed) another left behind. A peer whose
-    result is wrong here is named and left out: bitsandbytes' repacked weights, say, round fp32 activations to bf16.
+    The order turns by one each round, so that nobody always runs in the caches (or the clock speed) another
+    left behind. A peer whose result is wrong here is named and left out: bitsandbytes' repacked weights, say,
+    round fp32 activations to bf16.
     """
     first: dict[str, float] = {}
     for provider in providers:
@@ -112,7 +113,8 @@ def measure(providers: Sequence[Provider], *, rounds: int = 15, cap_s: float = C
         except AssertionError as error:
             if provider.name == ours:
                 raise
-            print(f"{provider.name}: left out, as its result is wrong on this machine ({error})", file=sys.stderr)
+            words = f"{provider.name}: left out, as its result is wrong on this machine ({error})"
+            print(words, file=sys.stderr)
             continue
         first[provider.name] = seconds
     providers = [p for p in providers if p.name in first]

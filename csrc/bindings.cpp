@@ -181,5 +181,8 @@ PYBIND11_MODULE(_C, m) {
     check(pk_dora_norm_cpu(at<float>(cross), at<float>(gram), at<void>(lora_b), dtype, n, r, scaling, at<float>(squares), at<float>(magnitude),
                            at<float>(norm), at<float>(scale), threads()));
   }, nogil());
-  m.def("row_squares", [](const Weight& w, Address squares) { check(pk_row_squares_cpu(&w, at<float>(squares), threads())); }, nogil());
+  m.def(
+      "row_squares",
+      [](const Weight& w, Address squares) { check(pk_row_squares_cpu(&w, at<float>(squares), threads())); },
+      nogil());
 }

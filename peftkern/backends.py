@@ -143,10 +143,12 @@ def select(x: Tensor) -> str:
 
 
 def _check_forced(name: str, kind: str) -> None:
-    """RuntimeError where a forced backend cannot read memory of this kind of device: a GPU's kernel would fault on the CPU's."""
+    """RuntimeError where a forced backend cannot read memory of this kind of device: a GPU's kernel would
+    fault on the CPU's."""
     served = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted() else "cuda"}.get(name, kind)
     if kind != served and kind != "meta":
-        raise RuntimeError(f"backend {name!r} is forced by use_backend, but the tensors are on {kind!r}: it serves {served!r} alone")
+        found = f"the tensors are on {kind!r}: it serves {served!r} alone"
+        raise RuntimeError(f"backend {name!r} is forced by use_backend, but {found}")
 
 
 def served_by(x: Tensor) -> tuple[str, str]:

@@ -129,7 +129,8 @@ def _prevent_repacking() -> str:
         return ""
     if list(inspect.signature(repack).parameters)[:2] != ["qweight", "quant_state"]:
         return f"; repacking is left as it is, unknown arguments of {_REPACK}"
-    if repack is not _as_it_is:  # someone who had put a function of theirs under the name may have given ours back to it
+    # Someone who had put a function of theirs under the name may have given ours back to it.
+    if repack is not _as_it_is:
         _Hook.repack = repack
     setattr(modules, _REPACK, _as_it_is)
     return "; no weight is repacked"

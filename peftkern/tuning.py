@@ -46,7 +46,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def cuda_timer(functions: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds of each, interleaved: replays of CUDA graphs, as the Python of a call takes longer than its kernels do."""
+    """Median milliseconds of each, interleaved: replays of CUDA graphs, as the Python of a call takes longer
+    than its kernels do."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -64,7 +65,8 @@ def cuda_timer(functions: Mapping[str, Callable[[], object]], rounds: int = 15) 
 
 
 def _captured(function: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """What `function` launches, its backward included, which runs on the stream of its forward. What it reads must outlive the graph."""
+    """What `function` launches, its backward included, which runs on the stream of its forward. What it reads
+    must outlive the graph."""
     for _ in range(3):  # compiles the kernels, and lets the libraries allocate their workspaces
         function()
     torch.cuda.synchronize()

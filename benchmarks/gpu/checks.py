@@ -76,8 +76,8 @@ def tests(run: Run) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     junit = run.out / "tests.junit.xml"
     # In processes, as compiling the kernels is what takes the time; each has a CUDA context of half a GB.
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *GPU_TESTS, "-q", "-rs", "--durations=15", f"--junitxml={junit}"]
-    command += ["-n", str(PROCESSES)]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *GPU_TESTS, "-n", str(PROCESSES)]
+    command += ["-q", "-rs", "--durations=15", f"--junitxml={junit}"]
     case = Case("tests", "pytest -m gpu", "", timed="")
     status, output = _command(run, case, command, environment, "tests.log", run.budget_s)
     print(output[-6000:], flush=True)

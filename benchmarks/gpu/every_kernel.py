@@ -62,7 +62,8 @@ def source_kernels() -> tuple[set[str], set[str]]:
 
 
 def contexts(device: str) -> Iterator[tuple[str, Callable[[], AbstractContextManager]]]:
-    """Each regime forced, with the CUDA kernels where they are built, and without; every call makes a context anew."""
+    """Each regime forced, with the CUDA kernels where they are built, and without; every call makes a context
+    anew."""
     if device == "cpu" and not backends.interpreted():
         yield "cpu", contextlib.nullcontext
         return
@@ -90,7 +91,8 @@ def _regime_fits(name: str, m: int) -> bool:
 
 
 def run_all(device: str, quick: bool = False, shard: tuple[int, int] = (0, 1)) -> int:
-    """How many calls were made; AssertionError where a result is not finite or far from the reference's. shard: (number, of how many)."""
+    """How many calls were made; AssertionError where a result is not finite or far from the reference's.
+    shard: (number, of how many)."""
     number, count = shard
     calls = 0
     for context, work in itertools.islice(_works(device, quick), number, None, count):
@@ -99,7 +101,10 @@ def run_all(device: str, quick: bool = False, shard: tuple[int, int] = (0, 1)) -
     return calls
 
 
-def _works(device: str, quick: bool) -> Iterator[tuple[Callable[[], AbstractContextManager], Callable[[], int]]]:
+Work = tuple[Callable[[], AbstractContextManager], Callable[[], int]]
+
+
+def _works(device: str, quick: bool) -> Iterator[Work]:
     """Pieces of work that may run in any process, each within its context."""
     shapes, ranks, floats = (SHAPES[:QUICK_SHAPES], RANKS[:2], FLOATS[:1]) if quick else (SHAPES, RANKS, FLOATS)
     for dtype, nested in itertools.product(FLOATS, (True, False)):
@@ -169,7 +174,8 @@ def _groups(device: str, m: int, dtype: torch.dtype, regime: str) -> int:
         "gated_mlp": (lambda: (gated_mlp(x, gate, up, down),), [x, *trained([gate, up, down])]),
         "dora": (lambda: (dora_linear(x, dora, magnitude),), [x, magnitude, *trained([dora])]),
     }
-    return sum(_gradients(f"{name} {regime} M={m} {dtype}", call, leaves) for name, (call, leaves) in calls.items())
+    where = f"{regime} M={m} {dtype}"
+    return sum(_gradients(f"{name} {where}", call, leaves) for name, (call, leaves) in calls.items())
 
 
 def _blocks(device: str, dtype: torch.dtype) -> int:
@@ -232,7 +238,8 @@ def main() -> int:
     p.add_argument("--names", action="store_true", help="profile, and print which kernels of the sources did not run")
     p.add_argument("--device", default="cuda")
     p.add_argument("--quick", action="store_true", help="fewer shapes, ranks and dtypes: for a slow checker")
-    p.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th piece of work from the I-th on, to share it among processes")
+    shares = "every N-th piece of work from the I-th on, to share it among processes"
+    p.add_argument("--shard", default="0/1", metavar="I/N", help=shares)
     args = p.parse_args()
     shard = tuple(int(part) for part in args.shard.split("/"))
     if not args.names:

@@ -68,7 +68,8 @@ def bnb_linear(dense: Tensor, nested: bool = True) -> nn.Module:
     layer.weight = bnb.nn.Params4bit(dense.clone(), requires_grad=False, module=layer, **options)
     if not dense.is_cuda:
         return layer.to(dense.device).train()
-    # bitsandbytes quantizes on the default stream, whatever torch's is: on another one it read a weight that was not there yet.
+    # bitsandbytes quantizes on the default stream, whatever torch's is: on another one it read a weight that
+    # was not there yet.
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.default_stream()):
         layer = layer.to(dense.device).train()
@@ -190,6 +191,8 @@ def peft(p: Problem, dropout_p: float, *, adapters: torch.dtype, autocast: bool 
     """PEFT on bitsandbytes; kind: "peft" (its own forward), "compiled" (by torch.compile), "axolotl" (axolotl's kernel on PEFT's layer)."""
     if p.w.layer is None:
         raise Unavailable(p.w.missing)
+    if kind == "axolotl" and not p.x.is_cuda:
+        raise Unavailable("axolotl's kernels need a GPU")
     for package in ("peft",) + ("axolotl",) * (kind == "axolotl"):
         if not has(package):
             raise Unavailable(f"{package} is not installed")
@@ -201,7 +204,9 @@ def peft(p: Problem, dropout_p: float, *, adapters: torch.dtype, autocast: bool 
     elif kind == "axolotl":
         from axolotl.kernels.lora import apply_lora_linear
 
-        forward = lambda x: apply_lora_linear(lora, x[None])[0]  # noqa: E731 (it takes [batch, tokens, features] alone)
+        def forward(x: Tensor) -> Tensor:
+            return apply_lora_linear(lora, x[None])[0]  # it takes [batch, tokens, features] alone
+
     trained = (lora.lora_A["default"].weight, lora.lora_B["default"].weight)
     return lambda: p.step(forward, *trained, autocast=autocast)
 

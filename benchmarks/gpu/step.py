@@ -103,9 +103,7 @@ def _loss(model: nn.Module, provider: str, ids: Tensor) -> Tensor:
     return functional.linear_cross_entropy(hidden[:, :-1], causal.lm_head.weight, ids[:, 1:])
 
 
-def child(
-    provider: str, device: str, small: bool, rounds: int, gradients: Path, contexts: Sequence[int] = CONTEXTS
-) -> Iterator[dict]:
+def child(provider: str, device: str, small: bool, rounds: int, gradients: Path, contexts: Sequence[int] = CONTEXTS) -> Iterator[dict]:
     """In a process of its own: a record of each context length, until one does not fit."""
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory)

@@ -96,7 +96,8 @@ def _graphed(call: Callable[[], Any]) -> Callable[[], Any]:
         result = call()
 
     def replay(_inputs: Callable[[], Any] = call) -> Any:
-        """`_inputs` keeps alive what the graph reads: the caching allocator unmaps freed blocks when another graph is captured."""
+        """`_inputs` keeps alive what the graph reads: the caching allocator unmaps freed blocks when another
+        graph is captured."""
         graph.replay()
         return result
 

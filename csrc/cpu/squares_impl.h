@@ -1,5 +1,5 @@
-// ||w||^2 of each row of a weight, 4-bit or dense: a piece of the row is decoded into the first-level cache and squared there, so that no more
-// than its bytes are read from memory.
+// ||w||^2 of each row of a weight, 4-bit or dense: a piece of the row is decoded into the first-level cache
+// and squared there, so that no more than its bytes are read from memory.
 #pragma once
 #include "decode_impl.h"
 
@@ -8,7 +8,8 @@ namespace PK_NS {
 constexpr int64_t SQUARED = 2048;  // elements of a piece: 8 KB
 constexpr int SQUARE_CHAINS = 4;  // sums side by side, or the additions wait for one another
 
-// The order of a row's sum depends on k alone: a decoded weight has the squares of the 4-bit one, whatever its blocks and the threads are.
+// The order of a row's sum depends on k alone: a decoded weight has the squares of the 4-bit one, whatever
+// its blocks and the threads are.
 static float row_square(const pk_weight& w, const Table& table, int64_t row) {
   alignas(64) float piece[SQUARED + SQUARE_CHAINS * VW];
   vf total{};
@@ -16,7 +17,8 @@ static float row_square(const pk_weight& w, const Table& table, int64_t row) {
     const int64_t count = w.k - from < SQUARED ? w.k - from : SQUARED;
     decode(w, table, row * w.k + from, count, piece);
     for (int c = 0; c < SQUARE_CHAINS; c++) store(piece + count + c * VW, vf{});
-    vf sums[SQUARE_CHAINS] = {};  // of the piece alone: a long row's sum is one of short ones, whose roundings are smaller
+    // Of the piece alone: a long row's sum is one of short ones, whose roundings are smaller.
+    vf sums[SQUARE_CHAINS] = {};
     for (int64_t i = 0; i < count; i += SQUARE_CHAINS * VW)
       for (int c = 0; c < SQUARE_CHAINS; c++) {
         const vf v = load(piece + i + c * VW);

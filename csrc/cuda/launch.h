@@ -71,8 +71,8 @@ struct Where {
 // kernel<<<grid, threads, shared_bytes, stream>>>(args...), PK_OK or PK_ERR_CUDA. Queues, allocates nothing, can be captured into a graph.
 template <typename... Params, typename... Args>
 int launch(void (*kernel)(Params...), const Where& where, Args... args) {
-  // A block gets 48 KiB of static and dynamic shared memory together on every architecture; more is an opt-in per kernel. Kernels have up to
-  // 4 KiB of static arrays.
+  // A block gets 48 KiB of static and dynamic shared memory together on every architecture; more is an opt-in
+  // per kernel. Kernels have up to 4 KiB of static arrays.
   constexpr size_t WITHOUT_ASKING = 44 << 10;
   if (where.shared_bytes > WITHOUT_ASKING) {
     const int bytes = (int)where.shared_bytes;

@@ -241,7 +241,8 @@ PK_API int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, cons
 PK_API int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n, int64_t r, float scaling,
                             const float* squares, const float* magnitude, float* norm, float* scale, int threads);
 
-/* squares [n] = ||W||^2 of each row, fp32, of a 4-bit or dense weight; the same bits for any number of threads. */
+/* squares [n] = ||W||^2 of each row, fp32, of a 4-bit or dense weight; the same bits for any number of
+   threads. */
 PK_API int pk_row_squares_cpu(const pk_weight* w, float* squares, int threads);
 
 #ifdef __cplusplus

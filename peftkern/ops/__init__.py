@@ -19,8 +19,9 @@ __all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "serving", "tra
 LIBRARY = library.Library("peftkern", "DEF")
 
 # Every patched call asks: what the answer takes is bound once.
-_compiler, _transforms, _tracing = torch.compiler, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-_grad_enabled, _dispatch_modes, _profiled = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+_compiler, _grad_enabled = torch.compiler, torch.is_grad_enabled
+_transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_dispatch_modes, _profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
 _FLAGGED = hasattr(torch.compiler, "_is_exporting_flag")
 
 
@@ -37,7 +38,8 @@ def backend(op: str, name: str) -> ModuleType:
 def transformed() -> bool:
     """Whether torch follows what is computed in a way that knows its own operators alone: torch.func's transforms, forward-mode AD, and
     torch.jit.trace and torch.export, whose programs are to run without this package."""
-    # The compiler of torch 2.11 takes is_exporting() for true in whatever it traces; it reads the flag behind it.
+    # The compiler of torch 2.11 takes is_exporting() for true in whatever it traces; it reads the flag behind
+    # it.
     return (
         forward_ad._current_level >= 0
         or _transforms()

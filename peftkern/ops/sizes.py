@@ -1,4 +1,5 @@
-"""Integer arithmetic of launches: Triton's own functions are wrapped for use inside kernels, which costs microseconds a call."""
+"""Integer arithmetic of launches: Triton's own functions are wrapped for use inside kernels, which costs
+microseconds a call."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ def run(call: Call) -> None:
             _launch(call, device.index)
 
 
-# Compiled kernels by what they were compiled for: Triton finds them too, but takes four times as long over thirty arguments.
+# Compiled kernels by what they were compiled for: Triton finds them too, but takes longer over thirty
+# arguments.
 _compiled: dict[tuple, Any] = {}
 
 
@@ -67,15 +68,17 @@ def _launch(call: Call, device: int) -> None:
         compiled[(call.programs, 1, 1)](*values)
         return
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **call.options}
-    # Triton returns what it launched. A kernel that it interprets, or one under a debugger's hooks, returns nothing.
+    # Triton returns what it launched. A kernel that it interprets, or one under a debugger's hooks, returns
+    # nothing.
     compiled = call.kernel[(call.programs,)](**call.arguments, **options)
     if hasattr(compiled, "run"):
         _compiled[key] = compiled
 
 
 def _bind(call: Call, device: int) -> tuple[list[Any], tuple]:
-    """The arguments in the kernel's order, and all that its machine code depends on: of tensors the dtype and whether they are aligned to
-    16 bytes, of integers whether they are 1, multiples of 16 and 32 bits wide, of constants the value."""
+    """The arguments in the kernel's order, and all that its machine code depends on: of tensors the dtype and
+    whether they are aligned to 16 bytes, of integers whether they are 1, multiples of 16 and 32 bits wide, of
+    constants the value."""
     values, key = [], [call.kernel, device, call.num_warps, call.num_stages, call.max_registers]
     for name, constant, specialized in _parameters(call.kernel):
         value = call.arguments[name]
@@ -101,7 +104,8 @@ def _kind(value: Any, specialized: bool) -> Any:
 
 @functools.cache
 def _parameters(kernel: Any) -> tuple[tuple[str, bool, bool], ...]:
-    """Of each argument of a kernel: its name, whether it is a constant, and whether Triton compiles for its value."""
+    """Of each argument of a kernel: its name, whether it is a constant, and whether Triton compiles for its
+    value."""
     return tuple((p.name, p.is_constexpr, not p.do_not_specialize) for p in kernel.params)
 
 

@@ -45,8 +45,9 @@ def _dot(a, b, acc, PRECISION: tl.constexpr = tl.constexpr("ieee")):  # noqa: B0
 def _dot_fresh(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b of fp32 operands, the tile's products summed from zero and that sum added to `acc`.
 
-    The chains are then short, as those of the vendor's products. On tensor cores it matters more: they cut their sums instead of rounding
-    them, which adds up over a long contraction. The addition is a multiply-add by 1, as Triton joins a product and a plain addition.
+    The chains are then short, as those of the vendor's products. On tensor cores it matters more: they cut
+    their sums instead of rounding them, which adds up over a long contraction. The addition is a multiply-add
+    by 1, as Triton joins a product and a plain addition.
     """
     if INTERPRETED:
         return tl.dot(a, b, acc)

@@ -182,7 +182,8 @@ class LoraForward(_PlannedForward):
             return None
         bias = _bias(layer, found, [] if names is not None else layer.active_adapters)
         if _rounds_adapters(x, found.compute):
-            adapters = [replace(a, lora_a=a.lora_a.to(found.compute), lora_b=a.lora_b.to(found.compute)) for a in adapters]
+            to = found.compute
+            adapters = [replace(a, lora_a=a.lora_a.to(to), lora_b=a.lora_b.to(to)) for a in adapters]
         return Plan(functional.Member(found.weight, bias, adapters), found.compute, found.result, _result_dtype(layer, found))
 
     def signature(self) -> tuple | None:
@@ -204,8 +205,8 @@ _ROUNDED_FROM = 128
 
 
 def _rounds_adapters(x: Tensor, compute: torch.dtype) -> bool:
-    """Whether fp32 adapters are rounded to the compute dtype, as autocast rounds them for stock's products: a GPU multiplies them three
-    times as fast then. Outside autocast they keep their digits."""
+    """Whether fp32 adapters are rounded to the compute dtype, as autocast rounds them for stock's products: a
+    GPU then multiplies once in place of three times. Outside autocast they keep their digits."""
     if compute == torch.float32 or autocast_dtype(x) is None or x.shape[-1] * _ROUNDED_FROM > x.numel():
         return False
     return backends.select(x) in ("cuda", "triton")
@@ -214,11 +215,13 @@ def _rounds_adapters(x: Tensor, compute: torch.dtype) -> bool:
 def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
     """Of an adapter without dropout or a bias, which is scaled anew at every call."""
     parts = layer._modules
-    a, b, dropout = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name], parts["lora_dropout"]._modules[name]
+    a, b = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
+    dropout = parts["lora_dropout"]._modules[name]
     if not (direct(a) and direct(b) and direct(dropout)) or (dropout.training and type(dropout) is not nn.Identity):
         return None
     of_a, of_b = a._parameters, b._parameters
-    if of_b.get("bias") is not None or "weight" not in of_a or "weight" not in of_b:  # see WeightCache.signature
+    # See WeightCache.signature.
+    if of_b.get("bias") is not None or "weight" not in of_a or "weight" not in of_b:
         return None
     lora_a, lora_b = address_of(of_a["weight"]), address_of(of_b["weight"])
     return a, b, dropout, of_a.get("bias") is None, scaling_of(layer, name), lora_a, lora_b
@@ -276,7 +279,8 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | str:
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__} is not vanilla LoRA"
     parts = layer._modules
-    a, b, dropout = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name], parts["lora_dropout"]._modules[name]
+    a, b = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
+    dropout = parts["lora_dropout"]._modules[name]
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a._parameters.get("bias") is not None:
         return f"lora_A is {type(a).__name__}, lora_B is {type(b).__name__}, expected nn.Linear"
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:

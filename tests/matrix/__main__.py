@@ -82,7 +82,8 @@ def _run(python: Path, isa: str, options: argparse.Namespace, tree: Path) -> Res
     installed = environments.versions(python)
     outcomes = tree / "outcomes.xml"
     outcomes.unlink(missing_ok=True)
-    command = [str(python), "-m", "pytest", "-q", "-rfEs", "-n", options.workers, f"--junit-xml={outcomes}", *options.tests]
+    command = [str(python), "-m", "pytest", "-q", "-rfEs", "-n", options.workers]
+    command += [f"--junit-xml={outcomes}", *options.tests]
     print(f"{isa}: {installed}", flush=True)
     started = time.monotonic()
     done = subprocess.run(command, cwd=tree, env=os.environ | (CAPPED if isa == "avx2" else {}), stdout=subprocess.PIPE, text=True)

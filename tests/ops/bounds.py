@@ -38,12 +38,13 @@ def assert_as_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor) ->
 
 
 def products_of_many_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator of plain PyTorch's side of a comparison, forward and backward: its fp32 matrix products are torch's own, computed as a
-    part of a product of many rows and columns.
+    """A decorator of plain PyTorch's side of a comparison, forward and backward: its fp32 matrix products are
+    torch's own, computed as a part of a product of many rows and columns.
 
     Of few rows torch sums in an order that depends on the CPU: on one in one go, on another in many partial sums, which err a third as
-    much, so that the same kernels of ours would pass here and fail there. Of many rows it sums much alike everywhere. A GPU's library
-    cuts the contraction of small products among the warps of a block, and needs more of them to sum in one go.
+    much, so that the same kernels of ours would pass here and fail there. Of many rows it sums much alike
+    everywhere. A GPU's library cuts the contraction of small products among the warps of a block, and needs
+    more of them to sum in one go.
     """
 
     @functools.wraps(function)

@@ -196,7 +196,8 @@ def encoder_decoder(make: str, targets: list[str], dropout: float) -> nn.Module:
         sizes = dict(vocab_size=96, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=96, decoder_ffn_dim=96)
         sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0)
         model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
-    # Without a task: what PEFT before 0.19 does for one asks for a method that transformers 5.24 no longer has.
+    # Without a task: what PEFT before 0.19 does for one asks for a method that transformers 5.24 no longer
+    # has.
     options = dict(target_modules=targets, lora_dropout=dropout, task_type=None)
     model = models.peft.get_peft_model(model, models.config(**options)).train()
     models.randomize(model)

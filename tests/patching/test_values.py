@@ -20,15 +20,18 @@ def rms(rows, name):
 
 
 def further(seeds):
-    """Three times as many seeds more, by which a figure is judged that is over its bound: of few draws it is uncertain by a third."""
+    """Three times as many seeds more, by which a figure is judged that is over its bound: of few draws it is
+    uncertain by a third."""
     return range(len(seeds), 4 * len(seeds))
 
 
 def over(stock, patched, unit):
-    """What errs, root mean square over the seeds, more than 1.5 times what stock errs and a small part of a rounding."""
+    """What errs, root mean square over the seeds, more than 1.5 times what stock errs and a small part of a
+    rounding."""
     bounds = {name: 1.5 * rms(stock, name) + unit / 32 for name in stock[0]}
     found = {name: rms(patched, name) for name in bounds}
-    return [f"{n}: {found[n]:.2e} > {bounds[n]:.2e}, stock {rms(stock, n):.2e}" for n in bounds if not found[n] <= bounds[n]]
+    wrong = [name for name in bounds if not found[name] <= bounds[name]]
+    return [f"{n}: {found[n]:.2e} > {bounds[n]:.2e}, stock {rms(stock, n):.2e}" for n in wrong]
 
 
 def compare(make, dtype, calls, seeds=SEEDS):

@@ -84,7 +84,8 @@ def _check(shape, dtypes, p: float, config: LowRankConfig | None, device: str, d
     for _ in range(draws):
         case = _case(*shape, *dtypes)
         exact = _plain(case, keep, torch.float64, torch.float64)
-        there = {key: t.to(device) for key, t in case.items()}  # plain PyTorch on the device is the yardstick of a kernel on it
+        # Plain PyTorch on the device is the yardstick of a kernel on it.
+        there = {key: t.to(device) for key, t in case.items()}
         plain = _plain(there, None if keep is None else keep.to(device), dtype, low)
         runs.append((_ours(case, p, seed, config, device), {key: t.cpu() for key, t in plain.items()}, exact))
     for name in runs[0][0]:
@@ -110,7 +111,8 @@ PAIRS = [
 def test_every_output(device: str, shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     few = shape[0] * shape[3] < 100  # the errors of a handful of numbers are noise
     # A whole row of 256 ranks in fp32 terms beside 64 columns is more than a block's shared memory.
-    config = SMALL if shape[3] <= 64 else replace(SMALL, xa=Tile(32, 16, 8, 2), dy=Tile(16, 32, 8, 2), dy_rows=16, x_rows=16)
+    narrow = replace(SMALL, xa=Tile(32, 16, 8, 2), dy=Tile(16, 32, 8, 2), dy_rows=16, x_rows=16)
+    config = SMALL if shape[3] <= 64 else narrow
     _check(shape, dtypes, 0.0, config, device, draws=8 if few else 1)
 
 

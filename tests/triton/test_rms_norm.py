@@ -16,7 +16,8 @@ from ..ops.test_rms_norm import DTYPES, MODES, case, run, stock  # noqa: E402
 
 def _check(device: str, shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype, cast: str, offset: float) -> None:
     args = case(shape, dtype, weight_dtype)
-    plain, exact = run(stock, *(t.to(device) for t in args), offset, cast), run(stock, *(t.double() for t in args), offset, cast)
+    plain = run(stock, *(t.to(device) for t in args), offset, cast)
+    exact = run(stock, *(t.double() for t in args), offset, cast)
     plain = {name: t.cpu() for name, t in plain.items()}  # on the device: the yardstick of a kernel on it
     x, weight, dy = (t.to(device) for t in args)
     y, rstd = kernels.forward(x, weight, 1e-5, offset, cast)
@@ -66,7 +67,8 @@ def test_rows_that_lie_apart_and_none(device: str) -> None:
 def _check_added(device: str, shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype, cast: str, offset: float) -> None:
     args = added.case(shape, dtype, weight_dtype)
     exact = added.run(added.stock, *(t.double() for t in args), offset, cast)
-    plain = {name: t.cpu() for name, t in added.run(added.stock, *(t.to(device) for t in args), offset, cast).items()}
+    plain = added.run(added.stock, *(t.to(device) for t in args), offset, cast)
+    plain = {name: t.cpu() for name, t in plain.items()}
     x, residual, weight, dy, ds = (t.to(device) for t in args)
     y, s, rstd = kernels.add_forward(x, residual, weight, 1e-5, offset, cast)
     d_sum, d_weight = kernels.add_backward(dy.to(y.dtype), ds, s, weight, rstd, offset, cast, True)

@@ -123,7 +123,8 @@ def gradients(
     if not any(needs) or all(g is None for g in dy):
         return [None] * len(needs)
     dy = [None if g is None else g.contiguous() for g in dy]
-    backward = _bwd if unobserved(next(g for g in dy if g is not None)) else torch.ops.peftkern.qlora_group_bwd
+    first = next(g for g in dy if g is not None)
+    backward = _bwd if unobserved(first) else torch.ops.peftkern.qlora_group_bwd
     found = backward(dy, x, *arguments(static, saved, shape, needs))
     return asked(static, [g is not None for g in dy], needs, *found)
 

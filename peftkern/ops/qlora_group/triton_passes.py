@@ -278,7 +278,8 @@ def dy_call(
     programs, arguments = decode_arguments(weights, k, arch=arch)
     first = 0
     for member in members:
-        first += chunks * (ceil_div(member.dy.shape[1], tile.cols) + (config.dy_rows // dyb_rows if member.need_dyb else 0))
+        for_dyb = config.dy_rows // dyb_rows if member.need_dyb else 0
+        first += chunks * (ceil_div(member.dy.shape[1], tile.cols) + for_dyb)
     lows = [member.low for member in members]
     adapter = next((low.b for low in lows if low is not None), None)
     arguments |= {"first_programs": first, "M": m, "N": tuple(member.dy.shape[1] for member in members), "chunk_rows": config.dy_rows}

@@ -95,9 +95,9 @@ _MIB = 1 << 20
 # slab_bytes: one slab for 14336 x 4096 in 16 bits (117 MB), so that a linear takes at most seven launches; slabs of half an L2
 # (4090: 36 MB) would stay on the chip for four launches more each. With our own GEMM two such slabs, so that gate and up of an 8B model are
 # one batch: a decoder layer then takes 39 launches in place of 43, for 117 MB that live for two of them.
-# On an H100 (benchmarks/results/h100-80gb-hbm3): the GEMV wins at M = 1 and 2 (10.7 against 13.2 us), the tensor-core kernel from 4 on
-# (13.3 against 15.5); at M = 64 a fused product takes 20 to 23 us and a slab with its GEMM 25, of 4096^2 at 128 still 24 against 28; cuBLAS
-# beats our own GEMM by 8 % at M = 8192.
+# On an H100 (benchmarks/results/h100-80gb-hbm3): the GEMV wins at M = 1 and 2 (10.7 against 13.2 us), the
+# tensor-core kernel from 4 on (13.3 against 15.5); at M = 64 a fused product takes 20 to 23 us and a slab
+# with its GEMM 25, of 4096^2 at 128 still 24 against 28; cuBLAS beats our own GEMM by 8 % at M = 8192.
 GPU_TABLE = {
     75: GPUConfig(16, 3, 0, "cublas", 128 * _MIB, "not measured"),
     80: GPUConfig(16, 3, 128, "cublas", 128 * _MIB, "not measured"),

@@ -146,8 +146,8 @@ def config_for(x: Tensor, adapter: Tensor | None, m: int, n: int, k: int, r: int
 
 
 def _launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, arch: int) -> Call:
-    # Without a limit ptxas keeps to 128 registers and spills a few of some variants on sm_100 and sm_120, and of products of fp32 operands
-    # on sm_86 (counted in the cubins); 65536 are an SM's.
+    # Without a limit ptxas keeps to 128 registers and spills a few of some variants on sm_100 and sm_120, and
+    # of products of fp32 operands on sm_86 (counted in the cubins); 65536 are an SM's.
     limited = arch >= 100 or arguments.get("MODE") == "tf32x3"
     registers = min(255, 65536 // (32 * tile.num_warps)) if limited else None
     return Call(kernel, programs, arguments, tile.num_warps, tile.num_stages, registers)

@@ -4,8 +4,8 @@ Operands of a product are a wide tile (x or dy, in the activations' dtype) and a
     "native"  both in the wide tile's 16-bit dtype: the narrow one is rounded to it in registers, as plain PyTorch rounds it in memory;
     "split"   wide bf16, narrow fp32 as a sum of three bf16 terms, 24 bits: exact products on 16-bit tensor cores, no fp32 tile;
     otherwise both in fp32, MODE being tl.dot's input_precision.
-Sums are fp32; those of "split" and of fp32 operands are rounded once a tile, see `_dot_fresh`. R_PAD is R rounded up to a power of two
-of at least 16; what is padded is loaded as zero.
+Sums are fp32; those of "split" and of fp32 operands are rounded once a tile, see `_dot_fresh`. R_PAD is R
+rounded up to a power of two of at least 16; what is padded is loaded as zero.
 """
 
 from __future__ import annotations

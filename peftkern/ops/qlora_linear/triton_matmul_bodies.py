@@ -209,7 +209,8 @@ def _matmul_tile(
             if AHEAD == 1:
                 absmax = parts[0]
         weight = tl.trans(weight) if FORWARD else weight
-        acc = _dot_fresh(x, weight, acc, PRECISION) if tl.float32 == DTYPE else _dot(x, weight, acc, PRECISION)
+        FP32: tl.constexpr = tl.float32 == DTYPE
+        acc = _dot_fresh(x, weight, acc, PRECISION) if FP32 else _dot(x, weight, acc, PRECISION)
     if SPLIT_K == 1:
         _finish(acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)
     else:

@@ -65,8 +65,10 @@ def _rms_norm_fwd_kernel(
         for start in range(BLOCK, n, BLOCK):
             more = _summed(from_ptr, residual_ptr, s_ptr, at, start + cols, inside, n)
             squares += more * more
-    # Of fp32 the sum's own rounding would show in the result; its bytes take the kernel longer than the additions in fp64.
-    total = tl.sum(squares.to(tl.float64), axis=1).to(tl.float32) if x_ptr.dtype.element_ty == tl.float32 else tl.sum(squares, axis=1)
+    # Of fp32 the sum's own rounding would show in the result; its bytes take the kernel longer than the
+    # additions in fp64.
+    wide = squares.to(tl.float64) if x_ptr.dtype.element_ty == tl.float32 else squares
+    total = tl.sum(wide, axis=1).to(tl.float32)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(total / n + eps))  # [ROWS]
     tl.store(rstd_ptr + row, rstd, mask=row < M)
     if WHOLE:

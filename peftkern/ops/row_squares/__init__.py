@@ -11,7 +11,8 @@ from . import reference
 __all__ = ["row_squares"]
 
 LIBRARY.define(
-    "row_squares(Tensor weight, Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
+    "row_squares(Tensor weight, Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, "
+    "Tensor? nested_absmax, "
     "Tensor? absmax_offset, int blocksize, int nested_blocksize, SymInt n, SymInt k) -> Tensor"
 )
 

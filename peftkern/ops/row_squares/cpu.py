@@ -11,7 +11,8 @@ __all__ = ["row_squares"]
 
 
 def row_squares(weight: Tensor, *quant_and_sizes: object) -> Tensor:
-    """As the reference, to which a dense weight is left: by torch's own norm an untrained adapter changes no bit of the base's output."""
+    """As the reference, to which a dense weight is left: by torch's own norm an untrained adapter changes no
+    bit of the base's output."""
     *quant, n, k = quant_and_sizes
     if quant[0] is None:
         return reference.row_squares(weight, *quant_and_sizes)

@@ -1,4 +1,5 @@
-"""||W||^2 of each row of a 4-bit weight on a GPU: a program decodes one row in registers and keeps nothing of it."""
+"""||W||^2 of each row of a 4-bit weight on a GPU: a program decodes one row in registers and keeps nothing of
+it."""
 
 from __future__ import annotations
 
@@ -59,11 +60,13 @@ def _row_squares_kernel(
         )
         if WORDS == 0:
             byte = tl.load(packed_ptr + source // 2, mask=inside, other=0).to(tl.int32)
-            values = _decode(tl.where(source % 2 == 0, byte >> 4, byte & 15), absmax, codes, tl.float32)[:, None]
+            nibble = tl.where(source % 2 == 0, byte >> 4, byte & 15)
+            values = _decode(nibble, absmax, codes, tl.float32)[:, None]
         else:
             offsets = source[:, None] * WORDS + tl.arange(0, WORDS)[None, :]  # [UNITS, WORDS]
             words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=inside[:, None], other=0)
-            values = tl.reshape(_decode_words(words, absmax[:, None], codes, tl.float32, "PORTABLE"), [UNITS, 8 * WORDS])
+            decoded = _decode_words(words, absmax[:, None], codes, tl.float32, "PORTABLE")
+            values = tl.reshape(decoded, [UNITS, 8 * WORDS])
         total += tl.where(inside[:, None], values * values, 0.0)
     tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 
@@ -73,7 +76,8 @@ def row_squares_call(packed: Tensor, quant: tuple, n: int, k: int, out: Tensor) 
     code, *absmax, blocksize, nested_blocksize = quant
     words = group_words(packed, k)
     names = ("absmax_ptr", "absmax_8bit_ptr", "absmax_code_ptr", "nested_absmax_ptr", "absmax_offset_ptr")
-    arguments: dict[str, Any] = {"packed_ptr": packed, "code_ptr": code, **dict(zip(names, absmax, strict=True)), "out_ptr": out}
+    arguments: dict[str, Any] = {"packed_ptr": packed, "code_ptr": code, "out_ptr": out}
+    arguments |= zip(names, absmax, strict=True)
     unit, weights = (8 * words, WEIGHTS) if words else (1, RAGGED_WEIGHTS)
     arguments |= {"units": k // unit, "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize}
     arguments |= {"WORDS": words, "UNITS": weights // unit}
@@ -99,7 +103,9 @@ def specializations(arch: int) -> Iterator[Specialization]:
     nested = (None, meta(1 << 18, torch.uint8), meta(256), meta(1 << 10), meta(1))
     plain = (meta(1 << 18), None, None, None, None)
     packed, out = meta(1 << 23, torch.uint8), meta(4096)
-    for name, absmax, k in (("nested", nested, 4096), ("plain", plain, 4096), ("words", nested, 4072), ("ragged", nested, 4095)):
+    variants = (("nested", nested, 4096), ("plain", plain, 4096), ("words", nested, 4072), ("ragged", nested, 4095))
+    for name, absmax, k in variants:
         call = row_squares_call(packed, (meta(16), *absmax, 64, 256), 4096, k, out)
         wide = ("packed_ptr",) if k == 4096 else ()
-        yield specialization(f"row-squares-{name}", call, wide_loads=wide, unfused=() if absmax is plain else ("_absmax_value",))
+        unfused = () if absmax is plain else ("_absmax_value",)
+        yield specialization(f"row-squares-{name}", call, wide_loads=wide, unfused=unfused)

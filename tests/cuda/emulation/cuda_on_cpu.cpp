@@ -288,8 +288,9 @@ void* shared_array(const void* identity, size_t bytes) {
   if (!memory) {
     block.shared_total += bytes;
     if (block.shared_total > STATIC_SHARED) fail("%zu bytes of static shared memory, the limit is %zu", block.shared_total, STATIC_SHARED);
-    const size_t together = block.shared_total + block.dynamic_bytes, limit = block.asked ? DYNAMIC_SHARED_OPTIN + 1024 : STATIC_SHARED;
-    if (together > limit) fail("%zu bytes of static and dynamic shared memory together, the limit is %zu", together, limit);
+    const size_t together = block.shared_total + block.dynamic_bytes;
+    const size_t limit = block.asked ? DYNAMIC_SHARED_OPTIN + 1024 : STATIC_SHARED;
+    if (together > limit) fail("%zu bytes of static and dynamic shared memory together, not %zu", together, limit);
     memory.reset(new unsigned char[bytes]);
     memset(memory.get(), 0xff, bytes);
     block.shared_sizes[identity] = bytes;
