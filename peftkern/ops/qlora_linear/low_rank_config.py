@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from ..sizes import ceil_div, next_power_of_2
 from ..targets import nearest
 
 __all__ = ["LowRankConfig", "Tile", "choose_low_rank", "dot_mode"]
@@ -51,14 +52,10 @@ def dot_mode(x_dtype: str, adapter_dtype: str, arch: int) -> str:
     return "split" if (x_dtype, adapter_dtype) == ("bfloat16", "float32") else "tf32x3"
 
 
-def _divide(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _chunk(m: int, tile: Tile, columns: int, sms: int) -> int:
     """The most rows a program can walk with two programs left for every SM: longer walks leave fewer partial sums."""
     for rows in (4096, 2048, 1024, 512, 256, 128):
-        if _divide(m, rows) * _divide(columns, tile.cols) >= 2 * sms:
+        if ceil_div(m, rows) * ceil_div(columns, tile.cols) >= 2 * sms:
             return rows
     return max(64, tile.rows)
 
@@ -66,17 +63,17 @@ def _chunk(m: int, tile: Tile, columns: int, sms: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def choose_low_rank(m: int, n: int, k: int, r: int, *, mode: str, sms: int = 128, arch: int = 89) -> LowRankConfig:
     """The passes of x [m, k], dy [m, n] and rank r on `sms` multiprocessors of sm_<arch>, with `dot_mode`'s answer."""
-    pad = max(16, 1 << (r - 1).bit_length())
+    pad = max(16, next_power_of_2(r))
     xa, dy, x = _tiles(pad, mode, arch)
     # Programs enough for all SMs: shorter blocks of rows first, they cost only further reads of the adapter; then a split contraction.
-    rows = next((size for size in (xa.rows, xa.rows // 2) if _divide(m, size) >= 3 * sms // 2), 16)
+    rows = next((size for size in (xa.rows, xa.rows // 2) if ceil_div(m, size) >= 3 * sms // 2), 16)
     xa = replace(xa, rows=min(rows, xa.rows))
-    blocks = _divide(m, xa.rows)
-    splits = 1 if 2 * blocks >= sms else min(_divide(2 * sms, blocks), max(1, min(n, k) // 512))
+    blocks = ceil_div(m, xa.rows)
+    splits = 1 if 2 * blocks >= sms else min(ceil_div(2 * sms, blocks), max(1, min(n, k) // 512))
     fused = dy.cols >= 4 * pad  # else dyb's partial sums, 8 R / (2 cols) of dy, move more than a second read of dy
     # x's pass reads every chunk's dyb once a column of its own tiles: past half of x's own bytes a launch that adds them before pays.
-    chunks = _divide(n, dy.cols) if fused else 1
-    sum_dyb = chunks > 8 or (chunks > 1 and chunks * 4 * r * _divide(k, x.cols) > k)
+    chunks = ceil_div(n, dy.cols) if fused else 1
+    sum_dyb = chunks > 8 or (chunks > 1 and chunks * 4 * r * ceil_div(k, x.cols) > k)
     return LowRankConfig(
         xa=xa,
         xa_splits=splits,
