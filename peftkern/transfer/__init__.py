@@ -1,0 +1,1 @@
+"""The choices of transfer learning, measured: rates, cuts, forgetting, negative transfer, domains, data."""
