@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -73,8 +74,8 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
 
 
 _STATUSES = (
-    "Exit status: 0 the run is complete; 2 something to mend, told in one message; 128 + number of the signal that ended it "
-    "(130 Ctrl-C, 143 SIGTERM): in training a checkpoint is saved first, and --resume goes on from it."
+    "Exit status: 0 the run is complete; 2 something to mend, told in one message (a diverged run is one); 128 + number of "
+    "the signal that ended it (130 Ctrl-C, 143 SIGTERM): in training a checkpoint is saved first, and --resume goes on from it."
 )
 
 
@@ -104,6 +105,10 @@ def main(args: argparse.Namespace) -> int:
         config = FinetuneConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         result = finetune(config)
         print(summary(result))
+        worse = worsened(result)
+        if worse:
+            print(f"\npeftkern finetune: error: {worse}", file=sys.stderr)
+            return 2
         if config.compare:
             print("\nThe same steps on plain PEFT and bitsandbytes ...", file=sys.stderr)
             print("\n" + compare(config, result))
@@ -117,6 +122,18 @@ def main(args: argparse.Namespace) -> int:
         print(f"peftkern finetune: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def worsened(result: FinetuneResult) -> str | None:
+    """What to do about a run after which every evaluation text is worse by more than a nat per token; None of any other."""
+    before, after = result.perplexity_before, result.perplexity_after
+    if any(after[name] <= math.e * value for name, value in before.items()):
+        return None
+    listed = ", ".join(f"{name} {value:.2f} -> {after[name]:.2f}" for name, value in before.items())
+    return (
+        f"the run diverged: the perplexity of every evaluation text rose by more than a factor of e ({listed}). The adapter "
+        f"is in {result.output} as it is; start again with a lower --lr or a longer --warmup, in another --output or with --overwrite"
+    )
 
 
 def summary(result: FinetuneResult) -> str:

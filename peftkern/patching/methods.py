@@ -17,6 +17,7 @@ __all__ = ["Method", "of_module"]
 _OF_STOCK = ("__annotations__", "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__")
 _OF_STOCK += ("__name__", "__qualname__", "__wrapped__")
 _SLOT = "_peftkern_forward"  # of the module, which holds on to ours where a wrapper takes its place
+_REPLICATE = "_replicate_for_data_parallel"  # torch's, called on each module by nn.DataParallel at each of its calls
 
 
 class Method(Ours):
@@ -34,6 +35,7 @@ class Method(Ours):
     def hold(self, slot: str) -> None:
         """Take this place on the module."""
         self.module.__dict__[_SLOT] = self
+        self.module.__dict__[_REPLICATE] = _Replicate(self, slot)
         setattr(self.module, slot, self)
 
     def bound(self) -> Callable[..., Any]:
@@ -49,6 +51,7 @@ class Method(Ours):
     def retire(self) -> None:
         """Whoever still holds this callable (a wrapper put around it) gets the stock forward by it from now on."""
         self.module.__dict__.pop(_SLOT, None)
+        self.module.__dict__.pop(_REPLICATE, None)
         again = {"__call__": Method.stock, "__reduce__": lambda self: (getattr, (self.module, "forward"))}
         self.__class__ = type(type(self).__name__, (type(self),), {"__slots__": (), **again})
 
@@ -69,6 +72,29 @@ class Method(Ours):
         if name not in _OF_STOCK:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.bound(), name)
+
+
+class _Replicate:
+    """Gives nn.DataParallel a replica of the module with the forward that the module had before ours.
+
+    A replica is a copy of the module's attributes with parameters of another device. Ours among them would run on the original's.
+    """
+
+    __slots__ = ("method", "slot")
+
+    def __init__(self, method: Method, slot: str) -> None:
+        self.method, self.slot = method, slot
+
+    def __call__(self) -> nn.Module:
+        method = self.method
+        replica = type(method.module)._replicate_for_data_parallel(method.module)
+        held = replica.__dict__
+        del held[_SLOT], held[_REPLICATE]
+        if held.get(self.slot) is method:
+            del held[self.slot]
+            if method.previous is not None:
+                held[self.slot] = method.previous
+        return replica
 
 
 def _function(own: Method) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from peftkern.__main__ import main
 from peftkern.finetune import FinetuneConfig, InputError
 from peftkern.finetune import errors as errors_module
 from peftkern.finetune import recipe as recipe_module
+from peftkern.finetune.recipe import FinetuneResult
 
 from .conftest import write_jsonl
 
@@ -75,6 +76,29 @@ def test_run_prints_a_summary(options: dict[str, Any], capsys: pytest.CaptureFix
     for expected in ("before:", "after:", "Perplexity (held-out):", " -> ", "tokens/s", "Peak memory:", options["output"]):
         assert expected in printed.out
     assert "6/6" in printed.err and "loss" in printed.err and "tok/s" in printed.err
+
+
+@pytest.mark.parametrize(("after", "status"), [((60.0, 90.0), 2), ((60.0, 50.0), 0), ((15.0, 90.0), 0)])
+def test_a_run_that_ends_far_worse_than_it_began_is_an_error(
+    after: tuple[float, float],
+    status: int,
+    options: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The tiny model's logits are too flat for real steps to get there.
+    texts = {"sample_prompt": "", "sample_before": "", "sample_after": "", "output": "here"}
+    numbers = dict.fromkeys(("final_loss", "steps", "tokens", "tokens_per_second", "peak_memory", "train_seconds"), 1)
+    before, after = {"held-out": 20.0, "source": 30.0}, dict(zip(("held-out", "source"), after, strict=True))
+    result = FinetuneResult(perplexity_before=before, perplexity_after=after, **texts, **numbers)
+    monkeypatch.setattr("peftkern.finetune.cli.finetune", lambda config: result)
+    assert main(arguments(options)) == status
+    printed = capsys.readouterr()
+    assert "Perplexity (held-out):" in printed.out
+    if status:
+        assert "the run diverged" in printed.err and "held-out 20.00 -> 60.00" in printed.err and "lower --lr" in printed.err
+    else:
+        assert not printed.err
 
 
 def test_full_output_folder_is_refused_before_the_model_is_touched(

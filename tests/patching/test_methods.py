@@ -113,3 +113,19 @@ def test_a_method_bound_anew_is_taken_off(calls):
     layer.forward = types.MethodType(layer.forward.__func__, layer)
     assert find(layer)[0] == "forward" and peftkern.unpatch(layer) == 1
     assert "forward" not in layer.__dict__
+
+
+def test_a_replica_for_data_parallel_runs_the_stock_forward_on_its_own_parameters():
+    stock, model = pair(fused_loss=True)
+    patched = [module for module in model.modules() if find(module) is not None]
+    assert patched
+    for module in patched:
+        replica = module._replicate_for_data_parallel()
+        assert replica.forward.__self__ is replica and replica.forward.__func__ is type(module).forward
+        assert find(replica) is None and find(module) is not None
+        assert "_replicate_for_data_parallel" not in replica.__dict__
+    twin = copy.deepcopy(model)
+    layer = models.first(twin)
+    assert layer._replicate_for_data_parallel()._parameters == {} and find(layer)[1].module is layer
+    peftkern.unpatch(model)
+    assert all("_replicate_for_data_parallel" not in module.__dict__ for module in model.modules())
