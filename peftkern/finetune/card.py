@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import adapter_loader, adapter_title
 from .config import SAMPLE, FinetuneConfig
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def model_card(config: FinetuneConfig, result: FinetuneResult, record: dict[str,
         [
             *_front_matter(config, base),
             "",
-            f"# {'DoRA' if config.dora else 'LoRA'} adapter for {base}",
+            f"# {adapter_title(config)} adapter for {base}",
             "",
             f"Trained with `peftkern finetune`: {result.steps} steps, {result.tokens} tokens, last training loss {result.final_loss:.4f}.",
             "",
@@ -45,7 +46,7 @@ def model_card(config: FinetuneConfig, result: FinetuneResult, record: dict[str,
             "peftkern chat --adapter FOLDER        # or: generate, evaluate",
             "```",
             "",
-            f"In Python, with the base {base}: `peft.PeftModel.from_pretrained(base_model, FOLDER)`.",
+            f"In Python, with the base {base}: `{adapter_loader(config)}(base_model, FOLDER)`.",
             "",
             "## Licence",
             "",
@@ -56,7 +57,8 @@ def model_card(config: FinetuneConfig, result: FinetuneResult, record: dict[str,
 
 
 def _front_matter(config: FinetuneConfig, base: str) -> list[str]:
-    tags = ["lora", "dora", "peftkern"] if config.dora else ["lora", "peftkern"]
+    kind = ["lora", "dora"] if config.dora else [adapter_title(config).lower()]
+    tags = [*kind, "peftkern"]
     # A hub takes a repository's name here and refuses a path.
     known = [f"base_model: {json.dumps(base)}"] if base.count("/") == 1 else []
     return ["---", "library_name: peft", *known, "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---"]

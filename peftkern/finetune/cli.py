@@ -27,6 +27,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "output": (str, "folder for adapter, metrics, loss curve and checkpoints"),
     },
     "adapter": {
+        "adapter": (str, "the kind of adapter: lora"),
         "r": (int, "LoRA rank"),
         "alpha": (float, "LoRA alpha; default: 2 r"),
         "dropout": (float, "LoRA dropout"),
@@ -145,7 +146,7 @@ def summary(result: FinetuneResult) -> str:
         f"Trained:  {result.steps} steps, {result.tokens} tokens in {result.train_seconds:.0f} s, last loss {result.final_loss:.4f}",
         f"Speed:  {result.tokens_per_second:.0f} tokens/s",
         f"Peak memory:  {result.peak_memory / 2**30:.2f} GiB",
-        f"Adapter:  {result.output} (load with peft.PeftModel.from_pretrained)",
+        f"Adapter:  {result.output} (load with `peftkern generate`, or as its README.md says)",
         f"Loss curve:  {result.output}/loss.png    Metrics:  {result.output}/metrics.jsonl",
     ]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .adapters import DEFAULT, check_adapter, is_lora
 from .errors import InputError
 
 __all__ = ["ALL", "ALL_LINEAR", "COMPLETIONS", "LENGTH", "SAMPLE", "FinetuneConfig"]
@@ -37,6 +38,8 @@ _GENERAL_DEFAULTS = {
 
 # How a run is started, not what it computes: these may differ between a run and its resumption.
 _NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
+# What runs did that were stored before there was the option.
+_BEFORE = {"adapter": DEFAULT}
 # What a resumption may change, because a run can be extended and because memory may not suffice: neither changes which rows a step takes.
 LENGTH = ("steps", "epochs")
 _MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation")
@@ -67,6 +70,7 @@ class FinetuneConfig:
     data: str | tuple[str, ...] = (SAMPLE,)
     eval_data: str | tuple[str, ...] = ()
     output: str = "out"
+    adapter: str = DEFAULT
     r: int = 16
     alpha: float | None = None
     dropout: float = 0.0
@@ -122,6 +126,7 @@ class FinetuneConfig:
         if ALL_LINEAR in self.targets and len(self.targets) > 1:
             others = " ".join(target for target in self.targets if target != ALL_LINEAR)
             raise InputError(f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep {others}")
+        check_adapter(self)
         if not self._on_sample() and not self.eval_data and not self.eval_fraction:
             raise InputError("nothing to evaluate on: give --eval-data, or an --eval-fraction above 0")
 
@@ -163,7 +168,7 @@ class FinetuneConfig:
         chosen = {name: value for name, value in preset.items() if getattr(self, name) is None and name != "steps"}
         if self.steps is None and self.epochs is None:
             chosen |= {"steps": preset["steps"]} if "steps" in preset else {"epochs": 1.0}
-        if self.alpha is None:
+        if self.alpha is None and is_lora(self):
             chosen["alpha"] = 2.0 * self.r
         if self._on_sample() and not self.eval_data:
             chosen["eval_data"] = (SAMPLE,)
@@ -188,7 +193,7 @@ class FinetuneConfig:
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
         """Lines "option: stored, now" for every option that changes what is computed and may not change in a resumption."""
-        ours = self.to_dict()
+        ours, stored = self.to_dict(), _BEFORE | stored
         lines = [
             f"{_flag(key)}: {stored.get(key)!r} in the stored run, {value!r} now"
             for key, value in ours.items()

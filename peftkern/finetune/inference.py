@@ -124,11 +124,12 @@ def _load(adapter: Path | None, config: FinetuneConfig) -> LoadedModel:
 
 
 def _with_adapter(base: Any, adapter: Path) -> Any:
-    from peft import PeftModel
     from safetensors import SafetensorError
 
+    from .adapters import load_adapter
+
     try:
-        return PeftModel.from_pretrained(base, adapter)
+        return load_adapter(base, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(

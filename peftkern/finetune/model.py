@@ -1,4 +1,4 @@
-"""The base model, quantized as it loads, and its LoRA adapter."""
+"""The base model, quantized as it loads, and its adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import ALL_LINEAR, SAMPLE, FinetuneConfig
+from .adapters import add_adapter
+from .config import SAMPLE, FinetuneConfig
 from .conversion import dense_folder
 from .errors import InputError
 from .loading import check_folder, load_errors, require_all_weights
@@ -90,27 +91,8 @@ def load_base(path: str, config: FinetuneConfig) -> PreTrainedModel:
 
 
 def load_model(path: str, config: FinetuneConfig) -> PeftModel:
-    """Load the base model, add the LoRA adapter and, with --patch, peftkern's kernels."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
-
-    base = load_base(path, config)
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=_targets(base, config),
-        use_rslora=config.rslora,
-        use_dora=config.dora,
-        task_type="CAUSAL_LM",
-    )
-    set_seed(config.seed)
-    try:
-        model = get_peft_model(base, lora)
-    except ValueError as error:
-        raise InputError(f"no layer of {config.model} to adapt with --targets {' '.join(config.targets)}: {error}") from error
-    if not any("lora_" in name for name, _ in model.named_parameters()):
-        raise InputError(f"{config.model} has no linear layer to adapt: LoRA needs torch.nn.Linear (or 4-bit linear) layers")
+    """Load the base model, add the adapter of --adapter and, with --patch, peftkern's kernels."""
+    model = add_adapter(load_base(path, config), config)
     if config.patch:
         import peftkern
 
@@ -118,19 +100,6 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
     else:
         prepare_stock(model)
     return model
-
-
-def _targets(base: PreTrainedModel, config: FinetuneConfig) -> str | list[str]:
-    """PEFT's `target_modules` for --targets, each of which must be there: PEFT itself is content with one of several."""
-    if config.targets == (ALL_LINEAR,):
-        return ALL_LINEAR
-    names = [name for name, _ in base.named_modules()]
-    absent = [target for target in config.targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if absent:
-        linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-        there = ", ".join(sorted(linear)) or "no linear layer"
-        raise InputError(f"--targets {' '.join(absent)}: {config.model} has no layer of that name; it has {there}")
-    return list(config.targets)
 
 
 def _quantization(config: FinetuneConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -34,6 +34,12 @@ def test_arguments_and_configuration_are_one_and_the_same(options: dict[str, Any
     assert seen == [config]
 
 
+def test_a_run_stored_before_the_kinds_of_adapter_is_one_of_lora() -> None:
+    config = FinetuneConfig(data="x.txt").resolved()
+    stored = {key: value for key, value in config.to_dict().items() if key != "adapter"}
+    assert config.differences(stored) == []
+
+
 def test_defaults_are_the_sample_within_minutes() -> None:
     config = FinetuneConfig().resolved()
     assert (config.model, config.data, config.eval_data) == ("sample", ("sample",), ("sample",))
@@ -56,6 +62,7 @@ def test_defaults_are_the_sample_within_minutes() -> None:
         ({"prompt": "half \ud83d"}, "--prompt must be valid Unicode"),
         ({"model": ""}, "--model must not be empty"),
         ({"data": ()}, "--data needs at least one value"),
+        ({"adapter": "adapterhub"}, "--adapter must be one of lora"),
         ({"dropout": 1.0}, "--dropout must be at least 0 and less than 1"),
         ({"quantization": "int3"}, "--quantization must be one of nf4, fp4, none"),
         ({"steps": 3, "epochs": 1.0}, "--steps or --epochs, not both"),
