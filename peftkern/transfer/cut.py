@@ -299,7 +299,10 @@ def _report(rows: list[CutRow], layers: int, labels: Sequence[Any], probes: Mapp
         verdict = "Cut nowhere: no depth is measurably better than the embeddings."
     else:
         row = next(row for row in rows if row.depth == recommended)
-        verdict = f"Cut at {recommended} of {layers}: {_against(best, row)}. A step then takes ×{row.step:.2f} of the time, and the layers keep ×{row.activations:.2f} of their activations."
+        verdict = (
+            f"Cut at {recommended} of {layers}: {_against(best, row)}. A step then takes ×{row.step:.2f} of the time, "
+            f"and the layers keep ×{row.activations:.2f} of their activations."
+        )
     if behind is not None and behind.sign != 1:
         verdict += f" Beware: a bag of words does as well (the best depth minus it: {behind})."
     return CutReport(tuple(rows), layers, len(labels), majority, words.accuracy if words else None, behind, recommended, verdict)

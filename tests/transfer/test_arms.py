@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import matplotlib
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from peftkern.transfer.arms import ArmsReport, four_arms
-
-matplotlib.use("Agg")
 
 
 class _Net(nn.Module):
@@ -55,7 +53,7 @@ def test_the_verdict_names_the_reason() -> None:
     assert both.verdict.endswith("by no measurable specificity and broken co-adaptation.")
     nothing = ArmsReport(base, {arm: same for arm in ("BnB", "BnB+", "AnB", "AnB+")})
     assert "nothing measurable on B, up to all 2" in nothing.verdict
-    axes = matplotlib.figure.Figure().subplots()
+    axes = Figure().subplots()
     report.draw(axes)
     assert axes.get_title() == "1 frozen layers of A lose nothing measurable on B" and "| AnB |" in report.table()
 

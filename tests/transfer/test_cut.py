@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from peftkern.finetune.errors import InputError
 from peftkern.transfer.cut import scaled, step_cost, step_share, where_to_cut
-
-matplotlib.use("Agg")
 
 
 class _Net(nn.Module):
@@ -59,7 +57,7 @@ def test_the_cut_is_where_the_task_becomes_linear() -> None:
     assert np.argmax([row.logme for row in report.rows]) in (2, 3)
     assert report.rows[4].to_last.value == pytest.approx(1.0) and "Cut at 2 of 4" in report.verdict
     assert report.rows[2].step == pytest.approx(0.75) and report.rows[2].activations == 0.5
-    figure = matplotlib.figure.Figure()
+    figure = Figure()
     axes = figure.subplots()
     report.draw(axes)
     assert "From layer 2 on" in axes.get_title() and "| 2 | 0." in report.table()
