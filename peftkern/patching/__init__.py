@@ -17,6 +17,7 @@ from .forwards import install, remove
 from .groups import form_groups
 from .layers import install_layers
 from .loss import install_loss, loss_candidate
+from .merged import install_merge, release_merge
 from .mixed import mixed_adapters
 from .mlp import install_mlps
 from .report import PatchReport, Row
@@ -30,8 +31,9 @@ def patch(
 ) -> PatchReport:
     """Let the LoRA layers and frozen 4-bit linears of a model, and the blocks around them, run peftkern's fused functions.
 
-    Replaces `forward` on module instances, nothing else: classes, parameters, `state_dict`, saving and loading stay as they are, and
-    `unpatch` restores every forward exactly. Patching twice is patching once; call it again after adding modules.
+    Replaces `forward`, and of LoRA layers `merge` and `unmerge`, on module instances, nothing else: classes, parameters, `state_dict`,
+    saving and loading stay as they are, and `unpatch` restores every forward exactly. Patching twice is patching once; call it again
+    after adding modules. Merging by PEFT's methods rounds once, and unmerging restores every byte.
 
     Args:
         model: a PEFT LoRA model on a bitsandbytes 4-bit or a dense base, or any model with bitsandbytes Linear4bit layers.
@@ -58,6 +60,7 @@ def patch(
         if id(module) not in kept:
             remove(module)
     _install(found)
+    _install_merges(found, patterns)
     groups = form_groups(model)
     extra = _install_blocks(model, patterns) if blocks else []
     extra += _install_loss(model, patterns) if fused_loss else []
@@ -100,7 +103,19 @@ def _grouped(item: Candidate, groups: dict[str, str]) -> Row:
 
 def unpatch(model: nn.Module) -> int:
     """Give every module of the model the forward it had before `patch`; returns how many were patched."""
+    for module in model.modules():
+        release_merge(module)
     return sum(remove(module) for module in model.modules())
+
+
+def _install_merges(found: list[Candidate], exclude: tuple[str, ...]) -> None:
+    for item in found:
+        if item.row.kind != "lora":
+            continue
+        if excluded(item.row.name, exclude) is None:
+            install_merge(item.module)
+        else:
+            release_merge(item.module)
 
 
 def _install(found: list[Candidate]) -> None:
