@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
+from .layer_rates import excluded_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,7 +24,14 @@ __all__ = ["DEFAULT", "add_adapter", "adapter_loader", "adapter_title", "check_a
 
 DEFAULT = "lora"
 # Options of LoRA, with the values that leave them out.
-_OF_LORA = {"alpha": None, "targets": ("all-linear",), "rslora": False, "dora": False}
+_OF_LORA = {
+    "alpha": None,
+    "targets": ("all-linear",),
+    "rslora": False,
+    "dora": False,
+    "lora_plus": None,
+    "first_layer": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,7 @@ def check_adapter(config: FinetuneConfig) -> None:
         return
     for name, unset in _OF_LORA.items():
         if getattr(config, name) != unset:
-            raise InputError(f"--{name} is an option of LoRA, and --adapter is {config.adapter}: drop one of them")
+            raise InputError(f"--{name.replace('_', '-')} is an option of LoRA, and --adapter is {config.adapter}: drop one of them")
 
 
 def add_adapter(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
@@ -104,6 +112,7 @@ def _add_lora(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
         target_modules=_targets(base, config),
         use_rslora=config.rslora,
         use_dora=config.dora,
+        exclude_modules=excluded_layers(base, config),
         task_type="CAUSAL_LM",
     )
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +53,18 @@ _WHOLE = {
     "grad_accumulation": 1,
     "steps": 1,
     "seed": 0,
+    "first_layer": 0,
     "eval_tokens": 1,
     "sample_tokens": 0,
     "save_steps": 1,
     "keep_checkpoints": 1,
 }
 _QUANTIZATIONS = ("nf4", "fp4", "none")
-_SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+_SCHEDULES = ("cosine", "linear", "constant_with_warmup", "slanted")
+_WARMUPS = {"slanted": 0.1}  # ULMFiT's cut_frac
+_WARMUP = 0.05
+# --unfreeze: a number of steps, or LAYER:STEP pairs.
+_UNFREEZE = re.compile(r"\d+|\d+:\d+(,\d+:\d+)*")
 _DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -89,8 +95,12 @@ class FinetuneConfig:
     steps: int | None = None
     epochs: float | None = None
     lr: float | None = None
-    warmup: float = 0.05
+    warmup: float | None = None
     schedule: str = "cosine"
+    layer_rates: float | None = None
+    lora_plus: float | None = None
+    unfreeze: str | None = None
+    first_layer: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
@@ -123,6 +133,10 @@ class FinetuneConfig:
             raise InputError("give --resume (go on) or --overwrite (start again), not both")
         if self.compare and not self.patch:
             raise InputError("--compare sets peftkern against the unpatched libraries: drop --no-patch")
+        if self.unfreeze is not None and not _UNFREEZE.fullmatch(self.unfreeze):
+            raise InputError(
+                f"--unfreeze must be the steps between two layers (10), or LAYER:STEP pairs (24:0,12:40), got {self.unfreeze!r}"
+            )
         if ALL_LINEAR in self.targets and len(self.targets) > 1:
             others = " ".join(target for target in self.targets if target != ALL_LINEAR)
             raise InputError(f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep {others}")
@@ -148,15 +162,17 @@ class FinetuneConfig:
                 raise InputError(f"{_flag(name)} must be a whole number of at least {least}, got {value!r}")
             if value is not None and value >= 2**31:
                 raise InputError(f"{_flag(name)} must be less than 2^31, got {value}")
-        for name in ("alpha", "epochs", "lr", "max_grad_norm"):
+        for name in ("alpha", "epochs", "lr", "max_grad_norm", "layer_rates", "lora_plus"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise InputError(f"{_flag(name)} must be greater than 0 and finite, got {value!r}")
         if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
             raise InputError(f"--weight-decay must be at least 0 and finite, got {self.weight_decay!r}")
+        if self.layer_rates is not None and self.layer_rates < 1:
+            raise InputError(f"--layer-rates must be the rate at the top over that at the bottom, 1 or more, got {self.layer_rates!r}")
         for name in ("dropout", "warmup", "eval_fraction"):
             value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < 1):
+            if (name, value) != ("warmup", None) and not (_is_number(value) and 0 <= value < 1):
                 raise InputError(f"{_flag(name)} must be at least 0 and less than 1, got {value!r}")
 
     def _on_sample(self) -> bool:
@@ -168,6 +184,8 @@ class FinetuneConfig:
         chosen = {name: value for name, value in preset.items() if getattr(self, name) is None and name != "steps"}
         if self.steps is None and self.epochs is None:
             chosen |= {"steps": preset["steps"]} if "steps" in preset else {"epochs": 1.0}
+        if self.warmup is None:
+            chosen["warmup"] = _WARMUPS.get(self.schedule, _WARMUP)
         if self.alpha is None and is_lora(self):
             chosen["alpha"] = 2.0 * self.r
         if self._on_sample() and not self.eval_data:

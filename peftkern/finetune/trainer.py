@@ -12,12 +12,14 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..files import atomic_directory, remove_directory
+from ..transfer.trainer import RatesMixin
 from .causality import require_causal
 from .checkpoints import checkpoints, write_checksums
 from .config import FinetuneConfig
 from .errors import InputError
 from .fit import require_fit
 from .inputs import Inputs, is_packed
+from .layer_rates import install_rates
 from .loss import adapter_on_head_hidden, install_model_loss, summed_nll
 from .metrics import MetricsCallback
 from .model import compute_dtype
@@ -38,7 +40,7 @@ class TrainingStopped(Exception):
     """Training ended between two batches because `RecipeTrainer.stop` has a signal."""
 
 
-class RecipeTrainer(SFTTrainer):
+class RecipeTrainer(RatesMixin, SFTTrainer):
     """SFTTrainer that counts tokens for `metrics` and renames each checkpoint into place once it is complete."""
 
     metrics: MetricsCallback
@@ -187,6 +189,7 @@ def make_trainer(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    install_rates(trainer, config)
     require_causal(trainer, config.model)
     if packing and inputs.kind != "text":
         require_separation(trainer)
@@ -213,7 +216,8 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
         max_steps=config.steps or -1,
         num_train_epochs=config.epochs or 1.0,
         learning_rate=config.lr,
-        lr_scheduler_type=config.schedule,
+        # The slanted triangle is no schedule of transformers: `install_rates` puts it in the place of this one.
+        lr_scheduler_type="constant" if config.schedule == "slanted" else config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
