@@ -20,6 +20,7 @@ PROBES = ("ridge", "logistic")
 _ALPHAS = tuple(10.0**power for power in range(-1, 6))
 _INNER = 3  # folds of the inner cross-validation
 _CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_SPARSE_CS = (0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -94,38 +95,57 @@ def check_labels(labels: Sequence[Any], groups: Sequence[Any] | None, folds: int
             raise InputError(f"there are {documents} documents, fewer than {folds} folds: give more documents, or fewer folds")
 
 
-def probe(features: Any, labels: Sequence[Any], where: Splits, *, kind: str = "ridge", seed: int = 0) -> Probe:
+def probe(
+    features: Any,
+    labels: Sequence[Any],
+    where: Splits,
+    *,
+    kind: str = "ridge",
+    seed: int = 0,
+    components: int | None = None,
+    balanced: bool = False,
+) -> Probe:
     """Standardize on the training rows, fit a linear classifier whose L2 penalty an inner cross-validation picks, score the rest.
 
     Args:
-        features: [n, D], dense or sparse (sparse: scaled, not centred).
+        features: [n, D]; sparse ones are left unscaled, and a linear support vector machine is fitted to them, whatever `kind`.
         kind: "ridge" (RidgeClassifierCV: with leave-one-out in closed form for rows without groups, seconds) or "logistic"
             (LogisticRegressionCV: multinomial, slower).
+        components: keep so many principal components (of dense features), fitted on the training rows.
+        balanced: score the mean of the classes' accuracies instead of the accuracy.
     """
     import numpy as np
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
     if kind not in PROBES:
         raise ValueError(f"kind: got {kind!r}, expected one of {PROBES}")
     y = np.unique(np.asarray(labels), return_inverse=True)[1]
+    score = balanced_accuracy_score if balanced else accuracy_score
     scores = []
     for train, test in where.rows:
-        model = _model(kind, features, y[train], None if where.groups is None else where.groups[train], seed)
-        scores.append(float(model.fit(features[train], y[train]).score(features[test], y[test])))
+        inner = _inner(y[train], None if where.groups is None else where.groups[train], seed)
+        model = _model(kind, features, inner, where.groups is None, components).fit(features[train], y[train])
+        scores.append(float(score(y[test], model.predict(features[test]))))
     return Probe(tuple(scores), where.folds)
 
 
-def _model(kind: str, features: Any, labels: np.ndarray, groups: np.ndarray | None, seed: int) -> Any:
+def _model(kind: str, features: Any, inner: list[tuple[Any, Any]], independent: bool, components: int | None) -> Any:
     from scipy.sparse import issparse
+    from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegressionCV, RidgeClassifierCV
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
 
-    scaler = StandardScaler(with_mean=not issparse(features))
-    inner = _inner(labels, groups, seed)
+    if issparse(features):
+        return GridSearchCV(LinearSVC(dual=True, max_iter=2000, random_state=0), {"C": _SPARSE_CS}, cv=inner)
+    steps: list[Any] = [StandardScaler()]
+    if components is not None and components < features.shape[1]:
+        steps.append(PCA(components, random_state=0))
     if kind == "ridge":
-        exact = groups is None and not issparse(features)
-        return make_pipeline(scaler, RidgeClassifierCV(alphas=_ALPHAS, cv=None if exact else inner))
-    return make_pipeline(scaler, LogisticRegressionCV(Cs=_CS, cv=inner, max_iter=1000, **_logistic_options()))
+        return make_pipeline(*steps, RidgeClassifierCV(alphas=_ALPHAS, cv=None if independent else inner))
+    return make_pipeline(*steps, LogisticRegressionCV(Cs=_CS, cv=inner, max_iter=1000, **_logistic_options()))
 
 
 def _logistic_options() -> dict[str, Any]:
