@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ...files import TEMP_PREFIX
-from ..features import adapters_disabled
+from .gradients import source_gradients
 from .identity import base_identity
 from .layers import Factors, lora_factors
 from .marginals import SEQUENCE, UNITS, marginals
-from .predictions import LABELS, TRUE, Predictions, causal_lm, labels_of, step_generator, summed_loss
+from .predictions import TRUE, Predictions, causal_lm
 
-__all__ = ["FisherFactors", "as_pretrained", "collect_fisher"]
+__all__ = ["FisherFactors", "collect_fisher"]
 
 _FORMAT = "peftkern-fisher-1"
 
@@ -123,101 +121,23 @@ def collect_fisher(
         seed: of the labels' draws, which depend on it and the batch's number alone.
     Raises: ValueError for empty batches, for layers whose update is not s B A, or for a layer that is called twice in one pass.
     """
-    if labels not in LABELS or unit not in UNITS:
-        raise ValueError(f"labels, unit: got {labels!r}, {unit!r}, expected one of {LABELS} and one of {UNITS}")
+    if unit not in UNITS:
+        raise ValueError(f"unit: got {unit!r}, expected one of {UNITS}")
     factors = lora_factors(model, adapter=adapter)
-    device = next(iter(factors.values())).a.device
-    sums = _Sums(factors, unit)
+    rows = {name: _zeros(layer.b.shape[0], layer) for name, layer in factors.items()}
+    columns = {name: _zeros(layer.a.shape[1], layer) for name, layer in factors.items()}
+
+    def receive(name: str, x: Tensor, delta: Tensor) -> None:
+        of_rows, of_columns = marginals(x, delta, unit=unit)
+        rows[name] += of_rows
+        columns[name] += of_columns
+
     counted = examples = 0
-    with as_pretrained(model), sums.watching(), torch.enable_grad():
-        for number, batch in enumerate(_shown(batches, progress)):
-            batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            sums.examples = next(len(value) for value in batch.values() if isinstance(value, Tensor))
-            sums.called.clear()
-            logits, known = predictions(model, batch)
-            drawn = labels_of(logits, known, labels, step_generator(logits.device, seed, number))
-            if not len(drawn):
-                continue
-            summed_loss(logits, drawn).backward()
-            counted, examples = counted + len(drawn), examples + sums.examples
-    if not counted:
-        raise ValueError("batches: the source has no prediction to measure on: give at least one batch with labels other than -100")
-    rows, columns = ({name: (vector / counted).cpu() for name, vector in each.items()} for each in (sums.rows, sums.columns))
+    for number in source_gradients(model, batches, factors, receive, labels=labels, predictions=predictions, seed=seed, progress=progress):
+        counted, examples = counted + number.predictions, examples + number.examples
+    rows, columns = ({name: (vector / counted).cpu() for name, vector in each.items()} for each in (rows, columns))
     return FisherFactors(rows, columns, counted, examples, labels, unit, base_identity(factors))
 
 
-@contextlib.contextmanager
-def as_pretrained(model: nn.Module) -> Iterator[None]:
-    """Within it: adapters off, evaluation mode. After it every module's mode and every parameter's requires_grad are as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        with adapters_disabled(model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, needed in trained:  # PEFT turns all of an adapter on again
-            if parameter.requires_grad != needed:
-                parameter.requires_grad_(needed)
-
-
-class _Sums:
-    """Adds up the sums of each layer while it is watched; `examples` is set before each pass."""
-
-    def __init__(self, factors: Mapping[str, Factors], unit: str) -> None:
-        self.factors, self.unit, self.examples = factors, unit, 1
-        self.called: set[str] = set()
-        self.rows = {name: self._zeros(layer.b.shape[0], layer) for name, layer in factors.items()}
-        self.columns = {name: self._zeros(layer.a.shape[1], layer) for name, layer in factors.items()}
-
-    @staticmethod
-    def _zeros(size: int, layer: Factors) -> Tensor:
-        return torch.zeros(size, device=layer.a.device, dtype=torch.promote_types(layer.a.dtype, torch.float32))
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks on every layer, for as long as this lasts."""
-        handles = [
-            layer.module.register_forward_hook(functools.partial(self._forward, name), with_kwargs=True)
-            for name, layer in self.factors.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if not torch.is_grad_enabled():
-            return
-        if name in self.called:
-            raise ValueError(f"{name} is called twice in one pass: the squares of its two gradients do not add up; leave it out")
-        self.called.add(name)
-        if not output.requires_grad:
-            output.requires_grad_()  # all weights are frozen: the graph begins at the first watched layer
-        x = (args[0] if args else kwargs["x"]).detach()
-        output.register_hook(functools.partial(self._backward, name, x))
-
-    def _backward(self, name: str, x: Tensor, delta: Tensor) -> None:
-        rows, columns = marginals(self._by_example(x, name), self._by_example(delta, name), unit=self.unit)
-        self.rows[name] += rows
-        self.columns[name] += columns
-
-    def _by_example(self, tensor: Tensor, name: str) -> Tensor:
-        """[E, T, width] of whatever shape the layer sees."""
-        if len(tensor) != self.examples and self.examples != 1:
-            raise ValueError(
-                f"{name} sees {tuple(tensor.shape)}, in which the {self.examples} examples of a batch cannot be told apart: give batches "
-                "of one example"
-            )
-        return tensor.reshape(self.examples, -1, tensor.shape[-1])
-
-
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, desc="Measuring what to keep", unit="batch")
+def _zeros(size: int, layer: Factors) -> Tensor:
+    return torch.zeros(size, device=layer.a.device, dtype=torch.promote_types(layer.a.dtype, torch.float32))

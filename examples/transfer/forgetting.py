@@ -1,0 +1,237 @@
+"""What SmolLM2 forgets of Python's reference prose while a LoRA adapter learns the King James Bible: EWC, L2-SP, replay and nothing.
+
+Run as `python -m examples.transfer.forgetting` (again to go on: finished runs are read from the CSV; `--minutes 5` stops in time).
+Each run has 30 steps of one window of 256 tokens; the strengths of each method span a frontier of target loss against source loss.
+Writes results/forgetting.csv, forgetting_frontier.png and forgetting_forecast.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.files import cache_dir
+from peftkern.finetune.loss import install_model_loss
+from peftkern.transfer.forgetting import (
+    DeltaPenalty,
+    FisherFactors,
+    ForgettingGuard,
+    Replay,
+    collect_fisher,
+    expansion_terms,
+)
+from peftkern.transfer.forgetting.overlap import overlapping
+
+from .samples import kjv, pydoc_prose, smollm2
+
+RESULTS = Path(__file__).parent / "results"
+LENGTH, STEPS, RATE, EVERY = 256, 30, 1e-3, 15
+FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS = 48, 12, 16
+# (method, strength): EWC in target nats a nat of forecast, L2-SP in nats a unit of 1/2 |dW|^2, replay in source rows a row.
+ARMS = [
+    ("nothing", 0.0),
+    ("EWC", 30.0),
+    ("L2-SP", 0.03),
+    ("replay", 0.1),
+    ("EWC", 300.0),
+    ("L2-SP", 0.3),
+    ("replay", 0.3),
+]
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: losses and rises in nats per token; forecasts before calibration; terms of the expansion on source text."""
+
+    method: str
+    strength: float
+    seed: int
+    step: int
+    target_loss: float
+    source_rise: float
+    source_rise_error: float
+    forecast: float
+    distance: float
+    linear: float
+    fisher: float
+    blocks: float
+    diagonal: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """Windows [n, 256]: to learn, to measure the target and the source on, to measure the Fisher on and to replay."""
+
+    learned: Tensor
+    target: Tensor
+    source: Tensor
+    kept: Tensor
+
+
+def windows(tokenizer: Any, texts: Sequence[str], most: int = 1 << 30) -> Tensor:
+    """At most so many windows at equal distances of the texts put one after the other."""
+    ids = [token for text in texts for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    rows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()]
+
+
+def load() -> tuple[nn.Module, Task]:
+    """The base in bf16, and the task; source topics that share passages with the held-out ones are left out."""
+    model, tokenizer = smollm2(torch.bfloat16)
+    held_out, others = pydoc_prose(held_out=True), pydoc_prose(held_out=False)
+    shared = set(overlapping(others, held_out))
+    kept = [text for index, text in enumerate(others) if index not in shared]
+    task = Task(
+        windows(tokenizer, kjv(held_out=False)),
+        windows(tokenizer, kjv(held_out=True), TARGET_WINDOWS),
+        windows(tokenizer, held_out),
+        windows(tokenizer, kept),
+    )
+    return model, task
+
+
+def batches(rows: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": row[None], "labels": row[None]} for row in rows]
+
+
+def adapted(base: nn.Module, seed: int) -> nn.Module:
+    """The base with a fresh adapter of rank 8 on every linear layer, patched."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    peftkern.patch(model)
+    install_model_loss(model)
+    return model
+
+
+def fisher_of(model: nn.Module, task: Task) -> FisherFactors:
+    """Measured once, then read from the cache."""
+    path = cache_dir() / "forgetting-example-fisher.safetensors"
+    if path.exists():
+        return FisherFactors.load(path)
+    every = max(1, len(task.kept) // FISHER_WINDOWS)
+    fisher = collect_fisher(model, batches(task.kept[::every][:FISHER_WINDOWS]), progress=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fisher.save(path)
+    return fisher
+
+
+def train(model: nn.Module, task: Task, fisher: FisherFactors, method: str, strength: float, seed: int) -> Iterator[Row]:
+    """The measurements of one run."""
+    begin = time.perf_counter()
+    guard = ForgettingGuard(
+        model,
+        source=batches(task.source),
+        target=batches(task.target),
+        fisher=fisher,
+        ewc=strength if method == "EWC" else 0.0,
+        l2_sp=strength if method == "L2-SP" else 0.0,
+        every=EVERY,
+        planned=STEPS,
+    )
+    replay = Replay(rows=len(task.kept), ratio=strength, slots=1, seed=seed) if method == "replay" else None
+    distance = DeltaPenalty(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    order = torch.randperm(len(task.learned), generator=torch.Generator().manual_seed(seed))
+    guard.start()
+    for step in range(1, STEPS + 1):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, step / 3)
+        row = task.learned[order[step - 1]][None]
+        model(input_ids=row, labels=row).loss.backward()
+        for index in replay.rows_of(step - 1) if replay else ():
+            row = task.kept[index][None]
+            model(input_ids=row, labels=row).loss.backward()
+        guard.add_gradients()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        guard.end_of_step(step)
+        if step % EVERY == 0:
+            point = guard.front.points[-1]
+            last = step == STEPS and method == "nothing"
+            spaced = task.kept[:: max(1, len(task.kept) // TERM_WINDOWS)][:TERM_WINDOWS]
+            terms = expansion_terms(model, batches(spaced)) if last else None
+            values = (terms.linear, terms.fisher, terms.blocks, terms.diagonal) if terms else (float("nan"),) * 4
+            measured = (point.target, point.rise, point.standard_error, point.forecast, distance.value().item())
+            yield Row(method, strength, seed, step, *measured, *values, time.perf_counter() - begin)
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    kinds = {field.name: {"str": str, "float": float, "int": int}[field.type] for field in fields(Row)}
+    with path.open(newline="") as file:
+        return [Row(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in asdict(row).items()} for row in rows)
+
+
+def missing(rows: Sequence[Row]) -> Iterator[tuple[str, float, int]]:
+    """The runs that are still to do, seed by seed."""
+    done = {(row.method, row.strength, row.seed) for row in rows if row.step == STEPS}
+    yield from ((*arm, seed) for seed in SEEDS for arm in ARMS if (*arm, seed) not in done)
+
+
+def run(path: Path, minutes: float) -> list[Row]:
+    """Do the missing runs as long as there is time for one more."""
+    rows, begin, longest = read(path), time.perf_counter(), 0.0
+    base, task = None, None
+    for method, strength, seed in list(missing(rows)):
+        if time.perf_counter() - begin + longest > 60 * minutes:
+            break
+        if base is None:
+            base, task = load()
+        start = time.perf_counter()
+        model = adapted(base, seed)
+        new = list(train(model, task, fisher_of(model, task), method, strength, seed))
+        peftkern.unpatch(model)
+        base = model.unload()
+        longest = max(longest, time.perf_counter() - start)
+        rows += new
+        write(path, rows)
+        print(new[-1], flush=True)
+    return rows
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run that would not fit in this time")
+    rows = run(RESULTS / "forgetting.csv", parser.parse_args().minutes)
+    by_arm = defaultdict(list)
+    for row in rows:
+        by_arm[row.method, row.strength, row.step].append(row)
+    for (method, strength, step), runs in by_arm.items():
+        target, rise = (mean_error([getattr(row, name) for row in runs]) for name in ("target_loss", "source_rise"))
+        print(f"{method:8s} {strength:6g} step {step}: target {target[0]:.4f} ({target[1]:.4f}), source {rise[0]:+.4f} ({rise[1]:.4f})")
+
+
+if __name__ == "__main__":
+    main()
