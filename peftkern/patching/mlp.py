@@ -132,7 +132,7 @@ def install_mlps(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, 
 
 
 def _held(module: nn.Module, kind: type[GatedMLPForward]) -> bool:
-    layers = [getattr(module, child, None) for child in kind.children]
+    layers = [module._modules.get(child) for child in kind.children]  # what stands around an MLP passes for it
     held = [find(layer) if isinstance(layer, nn.Module) else None for layer in layers]
     return all(item and isinstance(item[1], _PlannedForward) for item in held)
 
