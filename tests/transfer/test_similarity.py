@@ -69,7 +69,6 @@ def test_bad_input_is_named() -> None:
 
 def test_a_report_on_texts() -> None:
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("peftkern.transfer.mmd")
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
