@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from peftkern.adapters.arithmetic import commands as arithmetic
     from peftkern.finetune import use
     from peftkern.finetune.cli import add_arguments
+    from peftkern.transfer.report import cli as report
 
     parser = argparse.ArgumentParser(prog="peftkern", description="Fused LoRA and 4-bit kernels for PyTorch.")
     parser.add_argument("--version", action="version", version=f"peftkern {__version__}")
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finetune.set_defaults(run=_finetune)
     use.add_commands(commands)
     arithmetic.add_commands(commands)
+    report.add_commands(commands)
     env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
     env.set_defaults(run=_env)
     tune = commands.add_parser("tune", help="measure on this GPU where each kernel pays, and keep the limits")
