@@ -38,7 +38,7 @@ def layer_stacks(model: nn.Module, layers: str | Sequence[str] | None = None) ->
     """The stacks of layers of a model, in the order in which they are registered (an encoder before its decoder).
 
     A stack is an outermost nn.ModuleList of blocks, that is, of modules with children; in a model without any, an outermost nn.Sequential
-    of two or more modules.
+    of two or more modules; in one without these, an outermost nn.ModuleList of single layers.
 
     Args:
         model: any module, also one wrapped by PEFT.
@@ -48,10 +48,12 @@ def layer_stacks(model: nn.Module, layers: str | Sequence[str] | None = None) ->
     >>> layer_stacks(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))[0].names
     ('0', '1')
     """
-    paths = _named(model, layers) if layers is not None else _outermost(model, _is_list) or _outermost(model, _is_sequence)
+    kinds = (_is_list, _is_sequence, _is_plain_list)
+    found = (_named(model, layers),) if layers is not None else (_outermost(model, kind) for kind in kinds)
+    paths = next((each for each in found if each), [])
     if not paths:
         raise ValueError(
-            f"model: {type(model).__name__} has no nn.ModuleList of blocks and no nn.Sequential, so its layers have no order: name the "
+            f"model: {type(model).__name__} has no nn.ModuleList and no nn.Sequential, so its layers have no order: name the "
             "container of its layers by layers="
         )
     stacks: list[LayerStack] = []
@@ -125,6 +127,10 @@ def _head_name(model: nn.Module) -> str | None:
 def _is_list(module: nn.Module) -> bool:
     """Whether it is a list of blocks; lists of single layers (heads, kernels) are none."""
     return isinstance(module, nn.ModuleList) and len(module) > 0 and all(any(True for _ in block.children()) for block in module)
+
+
+def _is_plain_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 0
 
 
 def _is_sequence(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune.errors import InputError
+from .depth import layer_stacks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,18 +94,13 @@ def _token_mask(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def layer_stack(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
-    """The name and the layers of a model's stack: the outermost module list (or Sequential) that holds most parameters.
+    """The name and the layers of the stack of a model (`depth.layer_stacks`) that holds most parameters.
 
     Of an encoder-decoder it is the encoder's. Raises ValueError where there is none.
     """
     root, prefix = _encoder(model)
-    for kind in (nn.ModuleList, nn.Sequential):
-        stacks = [(name, module) for name, module in root.named_modules() if isinstance(module, kind) and len(module)]
-        outermost = [(n, m) for n, m in stacks if not any(n != other and n.startswith(f"{other}.") for other, _ in stacks if other)]
-        if outermost:
-            name, stack = max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-            return prefix + name, list(stack)
-    raise ValueError(f"model: {type(model).__name__} has no list of layers: name them, layers=[...]")
+    stack = max(layer_stacks(root), key=lambda each: sum(p.numel() for layer in each.layers for p in layer.parameters()))
+    return prefix + stack.path, list(stack.layers)
 
 
 def _encoder(model: nn.Module) -> tuple[nn.Module, str]:

@@ -186,7 +186,7 @@ def test_bad_input_is_named() -> None:
         pooled_features(model, [_batch(2)], pools=("max",))
     with pytest.raises(ValueError, match="depths: got"):
         pooled_features(model, [_batch(2)], depths=[4])
-    with pytest.raises(ValueError, match="no list of layers"):
+    with pytest.raises(ValueError, match="no nn.ModuleList"):
         layer_stack(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="pool: got 'first'"):
         pooled_features(model, [_batch(2)]).at(0, "first")
