@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _HEADS, _EMBEDDINGS = (
 def peak_bytes(terms: int, piece: int = PIECE) -> int:
     """An upper bound of the tensors that are alive at once, whatever the model's size: per checkpoint a piece as read and in fp32, and for
     the rule two of each in fp32 with a count in int64; the histograms beside."""
-    return (terms + 1) * piece * 12 + terms * piece * 8 + piece * 40 + terms * (1 << 20)
+    return (terms + 1) * piece * 12 + terms * piece * 8 + piece * 40 + (terms + 2) * (1 << 20)
 
 
 def combine_checkpoints(
@@ -76,7 +76,7 @@ def combine_checkpoints(
     work.mkdir(exist_ok=True)
     try:
         with locked(work / _LOCK):
-            _run(job, work, progress)
+            _run_or_clear(job, work, progress)
     except LockedError as error:
         raise ValueError(f"--output {job.output} is being written by another run: {error}. Wait until it ends, or name another") from None
     os.replace(work, job.output)
@@ -189,6 +189,15 @@ def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     return all(torch.equal(one.read(name, *piece), other.read(name, *piece)) for piece in pieces)
 
 
+def _run_or_clear(job: _Job, work: Path, progress: bool) -> None:
+    """Run the job; where its input turns out to be wrong, nothing stays that could be gone on with."""
+    try:
+        _run(job, work, progress)
+    except ValueError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def _run(job: _Job, work: Path, progress: bool) -> None:
     writers = {file: ShardWriter(work / file, tensors) for file, tensors in job.files.items()}
     journal = _resume(job, work)
@@ -197,8 +206,7 @@ def _run(job: _Job, work: Path, progress: bool) -> None:
             if path.name != _LOCK:
                 path.unlink()
         _require_space(work, sum(writer.size for writer in writers.values()))
-        for writer in writers.values():
-            writer.create()
+        _create(writers.values(), work)
         journal = {"job": job.description(), "done": 0}
         write_json(work / _JOURNAL, journal)
     with _bar(job, journal, progress) as bar:
@@ -224,6 +232,15 @@ def _require_space(work: Path, needed: int) -> None:
         raise OSError(
             f"--output: {needed / 1e9:.1f} GB are needed at {work.parent}, {free / 1e9:.1f} GB are free: free some, or name another folder"
         )
+
+
+def _create(writers: Iterable[ShardWriter], work: Path) -> None:
+    try:
+        for writer in writers:
+            writer.create()
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise OSError(f"--output: there is no space for it at {work.parent} ({error}): free some, or name another folder") from error
 
 
 def _bar(job: _Job, journal: dict[str, Any], progress: bool) -> Any:
