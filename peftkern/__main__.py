@@ -30,6 +30,7 @@ def _tune(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run one sub-command; returns the exit status."""
     from peftkern import __version__
+    from peftkern.adapters import merge_cli
     from peftkern.adapters.arithmetic import commands as arithmetic
     from peftkern.finetune import use
     from peftkern.finetune.cli import add_arguments
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use.add_commands(commands)
     arithmetic.add_commands(commands)
     report.add_commands(commands)
+    merge_cli.add_commands(commands)
     env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
     env.set_defaults(run=_env)
     tune = commands.add_parser("tune", help="measure on this GPU where each kernel pays, and keep the limits")

@@ -265,7 +265,7 @@ def _without_probe(total: Measures) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value:.1%}" if math.isfinite(value) else "an unknown part"
+    return f"{round(value, 3) + 0.0:.1%}" if math.isfinite(value) else "an unknown part"
 
 
 def _exp(nll: float) -> float:

@@ -97,7 +97,7 @@ class LayerMerge(Ours):
         if not names:
             return None
         if before is not None and not layer.merged:
-            raise ValueError("its rounding residual runs as an adapter: call peftkern.adapters.unmerge(model) first")
+            raise ValueError("its rounding residual runs as an adapter: call peftkern.adapters.merge.unmerge(model) first")
         if reason_against(layer, names) is not None or (layer.merged and before is None):
             return self._stock(safe_merge=safe_merge, adapter_names=names)
         every = [*layer.merged_adapters, *names]

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.patching import models
-
 from peftkern.merging import Branch
 from peftkern.patching.detect import is_lora
 from peftkern.patching.merged import branches_of, install_merge
+from tests.patching import models
 
 PATTERNS = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "alpha_pattern": {"k_proj": 3}}
 KINDS: dict[str, dict[str, Any]] = {
