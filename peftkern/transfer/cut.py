@@ -151,7 +151,9 @@ def step_cost(
 
     def step() -> None:
         output = model(**batch)
-        (output.loss if loss is None else loss(output)).backward()
+        value = output.loss if loss is None else loss(output)
+        if value.requires_grad:  # not where all that is trainable lies below the cut
+            value.backward()
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
