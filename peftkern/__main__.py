@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from peftkern.adapters.arithmetic import commands as arithmetic
     from peftkern.finetune import use
     from peftkern.finetune.cli import add_arguments
+    from peftkern.transfer import measure
     from peftkern.transfer.report import cli as report
 
     parser = argparse.ArgumentParser(prog="peftkern", description="Fused LoRA and 4-bit kernels for PyTorch.")
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finetune.set_defaults(run=_finetune)
     use.add_commands(commands)
     arithmetic.add_commands(commands)
+    measure.add_commands(commands)
     report.add_commands(commands)
     merge_cli.add_commands(commands)
     env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
