@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import bottleneck
 from .errors import InputError
 from .layer_rates import excluded_layers
 
@@ -40,8 +41,8 @@ class Kind:
 
     title: in model cards; peft_type: as adapter_config.json names it; loader: the function that reads its
     folder in Python; add(base, config): the base with a new adapter, InputError where it does not fit;
-    load(base, folder): the base with a saved one; check(value): raises InputError for a value of --adapter
-    that it cannot read.
+    load(base, folder): the base with a saved one; check(config): raises InputError for a value of --adapter
+    that it cannot read, or an option that does not apply.
     """
 
     title: str
@@ -49,12 +50,12 @@ class Kind:
     loader: str = "peft.PeftModel.from_pretrained"
     add: Callable[[PreTrainedModel, FinetuneConfig], PeftModel]
     load: Callable[[PreTrainedModel, Path], PeftModel]
-    check: Callable[[str], None] = lambda value: None
+    check: Callable[[FinetuneConfig], None] = lambda config: None
 
 
 def check_adapter(config: FinetuneConfig) -> None:
     """Raise InputError where --adapter names no kind, or an option is given that the kind does not have."""
-    _kind(config.adapter).check(config.adapter)
+    _kind(config.adapter).check(config)
     if is_lora(config):
         return
     for name, unset in _OF_LORA.items():
@@ -147,4 +148,15 @@ def _load_peft(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 _KINDS: dict[str, Kind] = {
     DEFAULT: Kind(title="LoRA", peft_type="LORA", add=_add_lora, load=_load_peft),
+    **dict.fromkeys(
+        bottleneck.NAMES,
+        Kind(
+            title="Bottleneck",
+            peft_type="BOTTLENECK",
+            loader="peftkern.adapters.bottleneck.BottleneckModel.from_pretrained",
+            add=bottleneck.add,
+            load=bottleneck.load,
+            check=bottleneck.check,
+        ),
+    ),
 }

@@ -27,10 +27,13 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "output": (str, "folder for adapter, metrics, loss curve and checkpoints"),
     },
     "adapter": {
-        "adapter": (str, "the kind of adapter: lora"),
-        "r": (int, "LoRA rank"),
+        "adapter": (
+            str,
+            "lora, bottleneck, or AdapterHub's double_seq_bn, seq_bn, par_bn, scaled_par_bn with options: seq_bn[reduction_factor=8]",
+        ),
+        "r": (int, "LoRA rank; width of `bottleneck`"),
         "alpha": (float, "LoRA alpha; default: 2 r"),
-        "dropout": (float, "LoRA dropout"),
+        "dropout": (float, "dropout of the adapter"),
         "targets": (str, "names of the layers to adapt, or all-linear"),
         "rslora": (bool, "scale by alpha / sqrt(r)"),
         "dora": (bool, "DoRA: also learn the magnitude of each row of the weights"),

@@ -93,8 +93,14 @@ def test_an_encoder_and_a_decoder_are_numbered_one_after_the_other_and_cross_att
     ]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("name", zoo.CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if kind == "houlsby" or name in BY_HAND else pytest.mark.slow)
+        for name in zoo.CASES
+        for kind in CONFIGS
+    ],
+)
 def test_every_architecture(name: str, kind: str) -> None:
     """up = 0 leaves the model as it is, bit for bit; trained, every parameter has an effect and a gradient; removal leaves no trace."""
     model = build(name)

@@ -1,0 +1,62 @@
+"""--adapter bottleneck, and AdapterHub's names of bottleneck adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from ..adapters.bottleneck import BottleneckConfig
+    from .config import FinetuneConfig
+
+__all__ = ["NAMES", "add", "check", "load"]
+
+_OF_R = "bottleneck"  # double_seq_bn whose width is --r
+NAMES = (_OF_R, "double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn")
+
+
+def check(config: FinetuneConfig) -> None:
+    """Raise InputError where --adapter cannot be read, or --r does not apply."""
+    made, default = _configuration(config), type(config).__dataclass_fields__["r"].default
+    if config.r != default and made.size != config.r:
+        raise InputError(
+            f"--r {config.r} is the width of --adapter {_OF_R}; the width of {config.adapter} is the hidden size divided by its "
+            f"reduction_factor: drop --r, or write {config.adapter.partition('[')[0]}[size={config.r}]"
+        )
+
+
+def add(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
+    """The base with a new bottleneck adapter."""
+    from ..adapters.bottleneck import get_bottleneck_model
+
+    try:
+        return get_bottleneck_model(base, _configuration(config), task_type="CAUSAL_LM")
+    except ValueError as error:
+        raise InputError(f"--adapter {config.adapter} does not fit {config.model}: {error}") from error
+
+
+def load(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The base with a saved bottleneck adapter."""
+    from ..adapters.bottleneck import BottleneckModel
+
+    return BottleneckModel.from_pretrained(base, folder)
+
+
+def _configuration(config: FinetuneConfig) -> BottleneckConfig:
+    from ..adapters.bottleneck import BottleneckConfig
+
+    name, bracket, options = config.adapter.partition("[")
+    try:
+        made = BottleneckConfig.parse(f"double_seq_bn{bracket}{options}" if name == _OF_R else config.adapter)
+    except ValueError as error:
+        raise InputError(f"--adapter {config.adapter}: {error}") from None
+    given: dict[str, Any] = {"dropout": config.dropout} if config.dropout else {}
+    if name == _OF_R and made.size is None and "reduction_factor" not in options:
+        given["size"] = config.r
+    return dataclasses.replace(made, **given)
