@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from peftkern.finetune.cli import add_arguments
     from peftkern.transfer import measure
     from peftkern.transfer.report import cli as report
+    from peftkern.transfer.data import commands as data
 
     parser = argparse.ArgumentParser(prog="peftkern", description="Fused LoRA and 4-bit kernels for PyTorch.")
     parser.add_argument("--version", action="version", version=f"peftkern {__version__}")
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure.add_commands(commands)
     report.add_commands(commands)
     merge_cli.add_commands(commands)
+    data.add_commands(commands)
     env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
     env.set_defaults(run=_env)
     tune = commands.add_parser("tune", help="measure on this GPU where each kernel pays, and keep the limits")

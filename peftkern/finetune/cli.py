@@ -24,6 +24,10 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
             "one or more of one kind: .jsonl, .json, .csv, .tsv, .parquet, plain text, datasets folders, or `sample`",
         ),
         "eval_data": (str, "held-out text, one or more of the same kinds, or `python-reference`; default: a part of --data"),
+        "filter_data": (
+            str,
+            "rows of --data to leave out: duplicates (near duplicates of others), overlap (they hold text of --eval-data)",
+        ),
         "output": (str, "folder for adapter, metrics, loss curve and checkpoints"),
     },
     "adapter": {

@@ -11,7 +11,7 @@ from typing import Any
 from .adapters import DEFAULT, check_adapter, is_lora
 from .errors import InputError
 
-__all__ = ["ALL", "ALL_LINEAR", "COMPLETIONS", "LENGTH", "SAMPLE", "FinetuneConfig"]
+__all__ = ["ALL", "ALL_LINEAR", "COMPLETIONS", "FILTERS", "LENGTH", "SAMPLE", "FinetuneConfig"]
 
 SAMPLE = "sample"
 ALL_LINEAR = "all-linear"
@@ -40,7 +40,7 @@ _GENERAL_DEFAULTS = {
 # How a run is started, not what it computes: these may differ between a run and its resumption.
 _NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
 # What runs did that were stored before there was the option.
-_BEFORE = {"adapter": DEFAULT}
+_BEFORE = {"adapter": DEFAULT, "filter_data": []}
 # What a resumption may change, because a run can be extended and because memory may not suffice: neither changes which rows a step takes.
 LENGTH = ("steps", "epochs")
 _MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation")
@@ -65,6 +65,7 @@ _WARMUPS = {"slanted": 0.1}  # ULMFiT's cut_frac
 _WARMUP = 0.05
 # --unfreeze: a number of steps, or LAYER:STEP pairs.
 _UNFREEZE = re.compile(r"\d+|\d+:\d+(,\d+:\d+)*")
+FILTERS = ("duplicates", "overlap")
 _DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -75,6 +76,7 @@ class FinetuneConfig:
     model: str = SAMPLE
     data: str | tuple[str, ...] = (SAMPLE,)
     eval_data: str | tuple[str, ...] = ()
+    filter_data: str | tuple[str, ...] = ()
     output: str = "out"
     adapter: str = DEFAULT
     r: int = 16
@@ -117,7 +119,7 @@ class FinetuneConfig:
     compare: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data", "eval_data", "targets"):
+        for name in ("data", "eval_data", "filter_data", "targets"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         self._check_strings()
@@ -133,6 +135,8 @@ class FinetuneConfig:
             raise InputError("give --resume (go on) or --overwrite (start again), not both")
         if self.compare and not self.patch:
             raise InputError("--compare sets peftkern against the unpatched libraries: drop --no-patch")
+        if not set(self.filter_data) <= set(FILTERS):
+            raise InputError(f"--filter-data must be of {', '.join(FILTERS)}; got {' '.join(self.filter_data)}")
         if self.unfreeze is not None and not _UNFREEZE.fullmatch(self.unfreeze):
             raise InputError(
                 f"--unfreeze must be the steps between two layers (10), or LAYER:STEP pairs (24:0,12:40), got {self.unfreeze!r}"
@@ -152,7 +156,7 @@ class FinetuneConfig:
                     raise InputError(f"{_flag(field.name)} must be valid Unicode (half a surrogate pair or no UTF-8), got {text!a}")
                 if isinstance(text, str) and not text and field.name != "prompt":
                     raise InputError(f"{_flag(field.name)} must not be empty: leave the option out for its default")
-            if isinstance(value, tuple) and not value and field.name != "eval_data":
+            if isinstance(value, tuple) and not value and field.name not in ("eval_data", "filter_data"):
                 raise InputError(f"{_flag(field.name)} needs at least one value")
 
     def _check_numbers(self) -> None:

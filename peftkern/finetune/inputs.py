@@ -34,9 +34,14 @@ def is_packed(config: FinetuneConfig, kind: str) -> bool:
 
 
 def load_rows(config: FinetuneConfig) -> tuple[Dataset, dict[str, Dataset]]:
-    """The rows to train on and, by name, those of each evaluation text."""
+    """The rows to train on, without those that --filter-data leaves out, and, by name, those of each evaluation text."""
     names = evaluation_names(config.eval_data)
-    return load_data(config.data), {name: load_data(source, option="--eval-data") for name, source in names.items()}
+    train, named = load_data(config.data), {name: load_data(source, option="--eval-data") for name, source in names.items()}
+    if config.filter_data:
+        from ..transfer.data.filtering import filtered
+
+        train = filtered(train, named, config.filter_data)
+    return train, named
 
 
 def prepare(config: FinetuneConfig, train: Dataset, evaluations: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> Inputs:

@@ -22,7 +22,7 @@ from ..patching.methods import of_module
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["adapter_on_head_hidden", "install_model_loss", "summed_nll"]
+__all__ = ["adapter_on_head_hidden", "install_model_loss", "summed_nll", "token_nll"]
 
 
 def install_model_loss(model: nn.Module) -> str | None:
@@ -48,6 +48,22 @@ def summed_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     # One row at a time: their fp32 copies are as large as the logits.
     rows = zip(logits, labels.to(logits.device), strict=True)
     return torch.stack([F.cross_entropy(row[:-1].float(), label[1:].long(), reduction="sum") for row, label in rows]).sum()
+
+
+def token_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The negative log-likelihood of each next-token label: [batch, length - 1] fp32, 0 where the label is -100. Without gradients.
+
+    As `summed_nll`, which is its sum.
+    """
+    held = _loss_forward(model)
+    fused = None if held is None else held.token_losses(**inputs, use_cache=False)
+    if fused is not None:
+        return fused[:, :-1]
+    labels = inputs["labels"]
+    with torch.no_grad():
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False).logits
+    rows = zip(logits, labels.to(logits.device), strict=True)
+    return torch.stack([F.cross_entropy(row[:-1].float(), label[1:].long(), reduction="none") for row, label in rows])
 
 
 def _loss_forward(model: nn.Module) -> LossForward | None:

@@ -35,20 +35,24 @@ _CHUNK = 65536  # characters of a row of a plain text file: rows are shuffled, a
 Row = tuple[str, Any]  # the place, such as "rows.jsonl:3", and what stands there
 
 
-def read_rows(path: Path, option: str) -> Iterator[Row]:
-    """The rows of a file or folder, unchecked, each with its place; raises InputError for what cannot be read as such."""
+def read_rows(path: Path, option: str, *, also: tuple[str, ...] = ()) -> Iterator[Row]:
+    """The rows of a file or folder, unchecked, each with its place; raises InputError for what cannot be read as such.
+
+    Of tables the columns that the recipe knows are read, and those of `also` (a label).
+    """
+    columns = (*COLUMNS, *also)
     if path.is_dir():
-        return _read_folder(path, option)
+        return _read_folder(path, option, columns)
     if not path.is_file():
         raise InputError(f"{option} {path} is a pipe or a device, which can be read only once: write it to a file first")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
     suffix = suffixes[-1] if suffixes else ""
     if suffix == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, columns)
     lines = _lines(path, _OPENERS.get(compression, open))
     if suffix in _SEPARATED:
-        return _read_separated(path, lines, _SEPARATED[suffix])
+        return _read_separated(path, lines, _SEPARATED[suffix], columns)
     if suffix in _JSON_LINES:
         return _read_array(path, lines) if suffix == ".json" and _starts_array(path, compression) else _read_json_lines(path, lines)
     return _read_unnamed(path, option, compression, suffix)
@@ -131,7 +135,7 @@ def _first_line_is_row(path: Path, opener: Callable[..., Any]) -> bool:
     return True
 
 
-def _read_separated(path: Path, lines: Iterator[tuple[int, str]], separator: str) -> Iterator[Row]:
+def _read_separated(path: Path, lines: Iterator[tuple[int, str]], separator: str, columns: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a table whose first line names the columns; chats stand in their cells as JSON."""
     limit = csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader((line for _, line in lines), delimiter=separator, strict=True)
@@ -142,7 +146,7 @@ def _read_separated(path: Path, lines: Iterator[tuple[int, str]], separator: str
                 raise InputError(
                     f"{place}: more cells than the first line has names ({', '.join(reader.fieldnames or ())}): quote the commas"
                 )
-            kept = {key: row[key] for key in COLUMNS if key in row} or dict(row)
+            kept = {key: row[key] for key in columns if key in row} or dict(row)
             yield place, {key: _parse(cell, place) if key == "messages" and cell else cell for key, cell in kept.items()}
     except csv.Error as error:
         raise InputError(f"{path}:{reader.reader.line_num}: not CSV ({error}): mend the quotes of this row") from error
@@ -150,13 +154,13 @@ def _read_separated(path: Path, lines: Iterator[tuple[int, str]], separator: str
         csv.field_size_limit(limit)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, known: tuple[str, ...]) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
-        columns = [name for name in file.schema_arrow.names if name in COLUMNS]
+        columns = [name for name in file.schema_arrow.names if name in known]
         form_of(dict.fromkeys(columns or file.schema_arrow.names), str(path))
         number = 0
         for batch in file.iter_batches(batch_size=256, columns=columns):
@@ -167,7 +171,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise InputError(f"{path}: no whole Parquet file ({str(error).splitlines()[0]}): write or copy it again") from error
 
 
-def _read_folder(path: Path, option: str) -> Iterator[Row]:
+def _read_folder(path: Path, option: str, known: tuple[str, ...]) -> Iterator[Row]:
     """The rows of a folder that `datasets` wrote; of several splits, those of train."""
     from datasets import DatasetDict, load_from_disk
 
@@ -184,7 +188,7 @@ def _read_folder(path: Path, option: str) -> Iterator[Row]:
         if "train" not in dataset:
             raise InputError(f"{option} {path} has no split named train but {', '.join(dataset)}: give the folder of one split")
         dataset = dataset["train"]
-    columns = [name for name in dataset.column_names if name in COLUMNS]
+    columns = [name for name in dataset.column_names if name in known]
     form_of(dict.fromkeys(columns or dataset.column_names), str(path))
     return ((f"{path}, row {number}", without_nulls(row)) for number, row in enumerate(dataset.select_columns(columns), 1))
 

@@ -73,8 +73,24 @@ class LossForward(Forward):
         _, head = self._run(args, kwargs, items=1)
         return head.value
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], items: int | None = None) -> tuple[Any, _Head]:
-        head = _Head(getattr(self.module, self.cache.head), self.cache, items)
+    def token_losses(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As `negative_log_likelihood`, but of each label: fp32, the labels' shape, at the place that predicts it,
+        0 where there is none. Without gradients.
+        """
+        if self.reason(kwargs) is not None:
+            return None
+        with torch.no_grad():
+            _, head = self._run(args, kwargs, reduction="none")
+        return head.value
+
+    def _run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        items: int | None = None,
+        reduction: str = "mean",
+    ) -> tuple[Any, _Head]:
+        head = _Head(getattr(self.module, self.cache.head), self.cache, items, reduction)
         stand_in = StandIn(self.module, {self.cache.head: head, "loss_function": head.loss})
         return type(self.module).forward(stand_in, *args, **kwargs), head
 
@@ -136,10 +152,13 @@ def _parts(head: nn.Module) -> _Parts | str:
 
 
 class _Head:
-    """Stands in for the head and the loss function during one forward. `value`: the fused loss alone; `items` overrules its divisor."""
+    """Stands in for the head and the loss function during one forward. `value`: the fused loss alone; `items` overrules its divisor.
 
-    def __init__(self, head: nn.Module, plan: LossPlan, items: int | None = None) -> None:
-        self.head, self.plan, self.items, self.value = head, plan, items, None
+    With the reduction "none" the value is that of each label, and the model is given their sum.
+    """
+
+    def __init__(self, head: nn.Module, plan: LossPlan, items: int | None = None, reduction: str = "mean") -> None:
+        self.head, self.plan, self.items, self.value, self.reduction = head, plan, items, None, reduction
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["head"], name)
@@ -168,8 +187,11 @@ class _Head:
             self.value = None
             return self.plan.loss_function(made(logits), labels, vocab_size, **options, **kwargs)
         items = num_items_in_batch if self.items is None else self.items
-        loss = self._fused(logits.hidden, form, shifted(labels, shift_labels, ignore_index), ignore_index, items)
+        targets = shifted(labels, shift_labels, ignore_index)
+        loss = self._fused(logits.hidden, form, targets, ignore_index, items)
         self.value = loss.detach().clone()  # models of several experts add the router's loss in place
+        if self.reduction == "none":
+            self.value, loss = self.value.reshape(targets.shape), loss.sum()
         return loss
 
     def _fused(self, hidden: Tensor, form: LogitForm, labels: Tensor, ignore_index: int, items: Tensor | int | None) -> Tensor:
@@ -184,7 +206,8 @@ class _Head:
                 bias=_bias(bias, adapter, form.scale),
                 ignore_index=ignore_index,
                 softcap=form.softcap,
-                num_items_in_batch=items,
+                num_items_in_batch=items if self.reduction == "mean" else None,
+                reduction=self.reduction,
                 **low_rank,
             )
 
