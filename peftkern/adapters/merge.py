@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from ..merging import Branch
 from ..nf4 import NF4Weight
 from ..patching.merged import Unmerged, base_weight, branches_of, install_merge, reason_against, unmerged
-from .merge_layers import Residual, Task, adapter_bytes, as_before, base_alone, lora_layers, merge_layer, only_adapters, stored_bytes
+from .merge_layers import (
+    Residual,
+    Task,
+    adapter_bytes,
+    as_before,
+    base_alone,
+    lora_layers,
+    merge_layer,
+    only_adapters,
+    stored_bytes,
+)
 from .merge_original import Originals
 from .merge_probe import Reference, input_moments, probe_rows
 from .merge_report import FORM_NAMES, MergeComparison, MergedLayer, MergeReport
@@ -47,10 +57,11 @@ def merge(
     original: Source | None = None,
     rank: int = 8,
     probe: Tensor | Sequence[Tensor] | None = None,
+    calibration: Tensor | Sequence[Tensor] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> MergeReport:
-    """Merge LoRA adapters into the weights of a PEFT model, in place and reversibly, and report what that does.
+    """Merge LoRA adapters into the weights of a PEFT model, reversibly, and report what that does.
 
     Layers on a dense base are merged in its dtype whatever the form. PEFT counts the adapters as merged:
     its `unmerge_adapter`, `merge_and_unload` and `disable_adapter` go on from here. `unmerge` puts every
@@ -60,7 +71,7 @@ def merge(
         model: a PEFT model with LoRA (rsLoRA, rank and alpha patterns, lora_bias, DoRA; linear layers,
             Conv1D and embeddings).
         form: of 4-bit layers: "requantize" to the nearest codes; "stochastic" rounding, unbiased and
-            noisier; "feedback" of rounding errors along the inputs that the probe shows (GPTQ); "residual":
+            noisier; "feedback" of rounding errors along the layers' inputs (GPTQ); "residual":
             requantize, and the rounding error as an adapter of rank `rank` named "merge_residual", which
             takes the adapters' place; "dense": a plain linear in the dtype that was quantized.
         base: "dequantized": the 4-bit weights as the adapter was trained on them; "original": the weights
@@ -69,8 +80,8 @@ def merge(
         original: the original weights, a safetensors folder or a mapping: for base="original", and for the
             mismatch in the report.
         rank: of the residual.
-        probe: token ids, int64 [B, T] or a list of [T]: perplexity, KL and the verdict; needed for
-            "feedback".
+        probe: token ids, int64 [B, T] or a list of [T]: perplexity, KL and the verdict.
+        calibration: token ids whose inputs "feedback" serves; default: the probe's, which then flatters it.
         seed: of "stochastic" and of the residual's first subspace; each layer draws by its own name.
         progress: show a bar.
     Returns: MergeReport.
@@ -81,19 +92,20 @@ def merge(
     >>> print(report)                                                   # doctest: +SKIP
     >>> unmerge(model)                                                  # doctest: +SKIP
     """
-    _check(form, base, original, probe)
+    _check(form, base, original, probe if calibration is None else calibration)
     tasks, left = _tasks(model, adapters, base, original)
     names = list(dict.fromkeys(name for task in tasks for name in task.adapters))
     untied = _shared(model, tasks)
     if form == "residual":
         _check_residual(model, tasks, left)
     rows = None if probe is None else probe_rows(probe)
+    inputs = rows if calibration is None else probe_rows(calibration)
     reference = None
     if rows is not None:
         with only_adapters(model, names):
             reference = Reference(model, rows, lambda: base_alone(model))
     try:
-        done, residuals = _merge_all(model, tasks, names, form, rows, rank, seed, progress)
+        done, residuals = _merge_all(model, tasks, names, form, inputs, rank, seed, progress)
         if residuals:
             _add_residual(model, names, residuals)
         report = MergeReport(form, base, tuple(done), None, untied, left)
@@ -106,7 +118,7 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> int:
-    """Take out what `merge`, or PEFT's `merge_adapter` on a patched model, put in; returns how many layers were merged.
+    """Take out what `merge`, or PEFT's `merge_adapter` on a patched model, put in; how many layers were merged.
 
     Every byte is as it was: the old weights themselves are put back.
     """
@@ -132,20 +144,28 @@ def compare_merges(
     adapters: Sequence[str] | None = None,
     original: Source | None = None,
     rank: int = 8,
+    calibration: Tensor | Sequence[Tensor] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> MergeComparison:
     """Merge in each of several forms, measure, and unmerge again: which form to take.
 
     Args:
-        model, probe, adapters, original, rank, seed, progress: as of `merge`.
+        model, probe, adapters, original, rank, calibration, seed, progress: as of `merge`.
         forms: names, or pairs of a form and a base ("dense", "original").
     Returns: MergeComparison; the model is as it was.
     """
     reports = []
     for item in forms:
         form, base = (item, "dequantized") if isinstance(item, str) else item
-        common = dict(adapters=adapters, original=original, rank=rank, seed=seed, progress=progress)
+        common = dict(
+            adapters=adapters,
+            original=original,
+            rank=rank,
+            seed=seed,
+            progress=progress,
+            calibration=calibration,
+        )
         try:
             reports.append(merge(model, form=form, base=base, probe=probe, **common))
         finally:
@@ -161,9 +181,9 @@ def _check(form: str, base: str, original: Source | None, probe: Any) -> None:
     if base not in _BASES:
         raise ValueError(f"base: got {base!r}, expected one of {', '.join(_BASES)}")
     if base == "original" and original is None:
-        raise ValueError("original: is missing; base='original' needs the folder, or the tensors, of the 16-bit model")
+        raise ValueError("original: is missing; base='original' needs the 16-bit model's folder, or its tensors")
     if form == "feedback" and probe is None:
-        raise ValueError("probe: is missing; form='feedback' needs token ids, which show it the layers' inputs")
+        raise ValueError("probe: is missing; form='feedback' needs its token ids, or calibration's")
 
 
 def _tasks(
@@ -179,15 +199,17 @@ def _tasks(
     if any(layer.merged for layer in layers.values()) or _SLOT in model.__dict__:
         raise ValueError("model: adapters are merged already; call unmerge(model) first")
     if isinstance(adapters, str):
-        raise ValueError(f"adapters: got the string {adapters!r}, expected a list of names; write [{adapters!r}]")
+        raise ValueError(f"adapters: got the string {adapters!r}, expected a list; write [{adapters!r}]")
     known = {name for layer in layers.values() for name in (*layer.lora_A, *layer.lora_embedding_A)}
     unknown = sorted(set(adapters or ()) - known)
     if unknown or (adapters is not None and not adapters):
-        raise ValueError(f"adapters: got {', '.join(map(repr, unknown)) or 'none'}; the model has {', '.join(sorted(known))}")
+        got = ", ".join(map(repr, unknown)) or "none"
+        raise ValueError(f"adapters: got {got}; the model has {', '.join(sorted(known))}")
     source = None if original is None else Originals(original)
     tasks, left = [], []
     for name, layer in layers.items():
-        names = [n for n in (adapters or layer.active_adapters) if n in layer.lora_A or n in layer.lora_embedding_A]
+        held = {*layer.lora_A, *layer.lora_embedding_A}
+        names = [name for name in (adapters or layer.active_adapters) if name in held]
         reason = reason_against(layer, names) if names else None
         if names and reason is None and not install_merge(layer):
             reason = f"{type(layer).__name__} has a merge of its own"
@@ -200,7 +222,13 @@ def _tasks(
     return tasks, tuple(left)
 
 
-def _task(name: str, layer: nn.Module, adapters: tuple[str, ...], source: Originals | None, onto: bool) -> Task:
+def _task(
+    name: str,
+    layer: nn.Module,
+    adapters: tuple[str, ...],
+    source: Originals | None,
+    onto: bool,
+) -> Task:
     weight = base_weight(Unmerged.of(layer), layer)
     branches = branches_of(layer, adapters)
     _check_shapes(name, weight, branches)
@@ -216,7 +244,8 @@ def _check_shapes(name: str, weight: NF4Weight | Tensor, branches: Sequence[Bran
     for branch in branches:
         got = (branch.up.shape[0], branch.down.shape[1])
         if got != (n, k):
-            raise ValueError(f"adapters: one of {name} is made for {got}, the weight is {(n, k)}: it belongs to another base")
+            made = f"one of {name} is made for {got}, the weight is {(n, k)}"
+            raise ValueError(f"adapters: {made}: it belongs to another base")
 
 
 def _shared(model: nn.Module, tasks: Sequence[Task]) -> tuple[str, ...]:
@@ -234,15 +263,16 @@ def _check_residual(model: nn.Module, tasks: Sequence[Task], left: Sequence[tupl
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if not isinstance(model, PeftModel):
-        raise ValueError(f"model: got {type(model).__name__}; form='residual' adds an adapter, which needs a PeftModel")
+        raise ValueError(f"model: got {type(model).__name__}; form='residual' needs a PeftModel to add an adapter to")
     if RESIDUAL in model.peft_config:
         raise ValueError(f"model: already has an adapter {RESIDUAL!r}; delete or rename it")
-    other = next((name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)), None)
+    wrappers = (name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    other = next(wrappers, None)
     if left or other:
         what = left[0][0] if left else other
-        raise ValueError(f"form: 'residual' replaces the adapters, but {what} stays with them; take another form")
+        raise ValueError(f"form: 'residual' replaces the adapters, but {what} is part of them; take another")
     if all(isinstance(task.weight, Tensor) for task in tasks):
-        raise ValueError("form: 'residual' is of 4-bit weights, and none of the merged layers has one; take 'dense'")
+        raise ValueError("form: 'residual' is of 4-bit weights, and no merged layer has one; take 'dense'")
 
 
 def _merge_all(
@@ -288,7 +318,12 @@ def _chunks(tasks: Sequence[Task], form: str) -> Iterator[list[Task]]:
     yield chunk
 
 
-def _moments(model: nn.Module, names: Sequence[str], chunk: Sequence[Task], rows: list[Tensor]) -> dict[str, Tensor]:
+def _moments(
+    model: nn.Module,
+    names: Sequence[str],
+    chunk: Sequence[Task],
+    rows: list[Tensor],
+) -> dict[str, Tensor]:
     """Of the inputs that the chunk's 4-bit layers see in the unmerged model."""
     chosen = [task for task in chunk if isinstance(task.weight, NF4Weight)]
     with as_before(model, names):
@@ -297,7 +332,7 @@ def _moments(model: nn.Module, names: Sequence[str], chunk: Sequence[Task], rows
 
 
 def _activations(model: nn.Module) -> torch.dtype | None:
-    """The dtype that the model computes in, by its embeddings, which no quantization touches; None where it has none."""
+    """The dtype that the model computes in: its embeddings', which no quantization touches; None without."""
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(getattr(embeddings, "base_layer", embeddings), "weight", None)
     return None if weight is None or not weight.is_floating_point() else weight.dtype

@@ -38,7 +38,12 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--rank", type=int, default=8, help="of the residual adapter (default: 8)")
     parser.add_argument("--probe", nargs="+", help="texts like the adapter's, as --eval-data of finetune, to measure on")
-    parser.add_argument("--probe-tokens", type=int, default=4096, help="most tokens of the probe (default: 4096)")
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        help="texts for --form feedback; default: the probe, which then flatters it",
+    )
+    parser.add_argument("--probe-tokens", type=int, default=4096, help="most tokens of each text of the probe (default: 4096)")
     parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier merge wrote to --output")
     parser.add_argument("--other-base", action="store_true", help="merge though the base is not the adapter's own")
@@ -106,14 +111,18 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--rank must be at least 1, got {args.rank}")
     if args.probe_tokens < 2:
         raise InputError(f"--probe-tokens must be at least 2, got {args.probe_tokens}")
-    if args.form in ("auto", "compare", "feedback") and not args.probe:
+    calibrated = args.form == "feedback" and args.calibration
+    if args.form in ("auto", "compare", "feedback") and not args.probe and not calibrated:
         raise InputError(f"--form {args.form} needs --probe: texts like those the adapter was trained on")
     if args.form == "compare":
         return
     if not args.output:
         raise InputError("give --output, the folder to write the merged model to")
     output = Path(args.output)
-    if os.path.abspath(output) in (os.path.abspath(args.adapter), os.path.abspath(args.model or args.adapter)):
+    if os.path.abspath(output) in (
+        os.path.abspath(args.adapter),
+        os.path.abspath(args.model or args.adapter),
+    ):
         raise InputError(f"--output {output} is the folder of the adapter or of its base: name another")
     if output.is_dir() and not any(output.iterdir()):
         return
@@ -142,18 +151,25 @@ def _same_base(args: argparse.Namespace, model: LoadedModel) -> None:
 def _merge(args: argparse.Namespace, model: LoadedModel) -> None:
     from .merge import compare_merges, merge
 
-    rows, original = _probe(args, model), _original(args, model)
-    common = dict(original=original, rank=args.rank, probe=rows, seed=args.seed, progress=sys.stderr.isatty())
+    rows, calibration = _tokens(args, model, "probe"), _tokens(args, model, "calibration")
+    original = _original(args, model)
+    common = dict(
+        original=original,
+        rank=args.rank,
+        seed=args.seed,
+        progress=sys.stderr.isatty(),
+        calibration=calibration,
+    )
     form, base = args.form, args.base
     if form in ("auto", "compare"):
         forms = [item for item in _COMPARED if original is not None or isinstance(item, str)]
-        comparison = compare_merges(model.model, rows, forms=forms, **{k: v for k, v in common.items() if k != "probe"})
+        comparison = compare_merges(model.model, rows, forms=forms, **common)
         print(comparison)
         if form == "compare":
             return
         form, base = _chosen(comparison)
     _check_space(args, model, form)
-    report = merge(model.model, form=form, base=base, **common)
+    report = merge(model.model, form=form, base=base, probe=rows, **common)
     print(report)
     _write(args, model, report, original)
 
@@ -166,9 +182,10 @@ def _chosen(comparison: MergeComparison) -> tuple[str, str]:
     return comparison.best.form, comparison.best.base
 
 
-def _probe(args: argparse.Namespace, model: LoadedModel) -> list[Any] | None:
-    """Token ids of the probe's sequences, of all texts in turn."""
-    if not args.probe:
+def _tokens(args: argparse.Namespace, model: LoadedModel, option: str) -> list[Any] | None:
+    """Token ids of the sequences of --probe or --calibration, of all its texts in turn."""
+    sources = getattr(args, option)
+    if not sources:
         return None
     import torch
 
@@ -177,14 +194,14 @@ def _probe(args: argparse.Namespace, model: LoadedModel) -> list[Any] | None:
     from ..finetune.inputs import prepare_evaluations
     from ..finetune.trainer import spread
 
-    texts = evaluation_names(tuple(args.probe))
-    rows = {name: load_data(source, option="--probe") for name, source in texts.items()}
+    texts = evaluation_names(tuple(sources))
+    rows = {name: load_data(source, option=f"--{option}") for name, source in texts.items()}
     windows = max(2, args.probe_tokens // model.config.seq_length)
     prepared = prepare_evaluations(model.config, rows, model.tokenizer)
     found = [torch.tensor(row["input_ids"]) for data in prepared.values() for row in spread(data, windows)]
     found = [row for row in found if row.numel() > 1]
     if not found:
-        raise InputError("--probe has no text of two tokens: give more text")
+        raise InputError(f"--{option} has no text of two tokens: give more text")
     return found
 
 

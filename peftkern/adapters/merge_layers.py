@@ -1,4 +1,4 @@
-"""One layer merged in each of the forms, and the ways back: PEFT's layers as `peftkern.adapters.merge` uses them."""
+"""One layer merged in each of the forms, and what lets a model run as it was before."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def merge_layer(
             rank = min(rank, *weight.shape)
             residual = rounding_residual(weight, branches, merged, rank, seed=seed, base=rows)
     if isinstance(stored, Tensor) and not bool(torch.isfinite(stored).all()):
-        raise ValueError(f"{task.name}: the merged weight is beyond the range of {stored.dtype}; merge in another dtype")
+        raise ValueError(f"{task.name}: its merged weight is beyond the range of {stored.dtype}; use another dtype")
     bias = None
     if any(branch.bias is not None for branch in branches):
         bias = folded_bias(origin.bias.data, weight, branches)
@@ -114,7 +114,12 @@ def merge_layer(
     return MergedLayer(task.name, shape, _described(weight), task.adapters, measures, size, note), residual
 
 
-def _dense_in_place(layer: nn.Module, origin: Unmerged, weight: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, Tensor]:
+def _dense_in_place(
+    layer: nn.Module,
+    origin: Unmerged,
+    weight: Tensor,
+    branches: Sequence[Branch],
+) -> tuple[Tensor, Tensor]:
     """The merged weight as the module keeps it, and as [N, K]."""
     stored = torch.empty_like(origin.weight.data)
     merged = stored.t() if getattr(layer, "fan_in_fan_out", False) else stored

@@ -1,4 +1,4 @@
-"""The 16-bit weights that a 4-bit base was quantized from, read rows at a time from their safetensors files."""
+"""The 16-bit weights that a 4-bit base was quantized from, read rows at a time from safetensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ class Originals:
         self._handles: dict[Path, Any] = {}
         self.source = "the mapping" if isinstance(source, Mapping) else str(source)
 
-    def rows(self, name: str, shape: tuple[int, int], device: torch.device, *, transposed: bool = False) -> Rows:
+    def rows(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        device: torch.device,
+        *,
+        transposed: bool = False,
+    ) -> Rows:
         """What gives rows of the weight of the module `name`, of `shape` [N, K], as fp32 on `device`.
 
         Raises ValueError where no tensor, or more than one, fits the name, or it has another shape.
@@ -69,8 +76,8 @@ class Originals:
             return fitting[0]
         problem = f"has {len(fitting)} tensors that could be" if fitting else "has no"
         raise ValueError(
-            f"original: {self.source} {problem} {wanted}; give the folder of the model that the 4-bit base was "
-            "quantized from, or merge into the dequantized base"
+            f"original: {self.source} {problem} {wanted}; give the folder of the model that the 4-bit base "
+            "was quantized from, or merge into the dequantized base"
         )
 
 
@@ -81,7 +88,8 @@ def _files(folder: Path) -> dict[str, Path]:
         names = _index(index)
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
-            raise ValueError(f"original: {folder} lacks {', '.join(missing)}, which {index.name} names; download it again")
+            lacks = f"{folder} lacks {', '.join(missing)}, which {index.name} names"
+            raise ValueError(f"original: {lacks}; download it again")
         return {name: folder / file for name, file in names.items()}
     from safetensors import SafetensorError, safe_open
 
@@ -93,7 +101,7 @@ def _files(folder: Path) -> dict[str, Path]:
         except SafetensorError as error:
             raise ValueError(f"original: {path} is damaged ({error}); download it again") from None
     if not found:
-        raise ValueError(f"original: {folder} holds no .safetensors file; give a folder that save_pretrained wrote")
+        raise ValueError(f"original: {folder} holds no .safetensors file; give a model's folder")
     return found
 
 

@@ -15,14 +15,14 @@ from .merge_report import Probe
 
 __all__ = ["Reference", "input_moments", "probe_rows"]
 
-_LOGITS_LIMIT = 1 << 30  # bytes of the adapter's logits that are kept; beyond, they are computed again for each form
+_LOGITS_LIMIT = 1 << 30  # bytes of the adapter's logits that are kept; others are computed again for each form
 
 
 def probe_rows(probe: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Sequences of token ids, int64 [T], without padding, from a tensor [B, T] or a list of tensors."""
     rows = [row.reshape(-1) for row in probe]
     if not rows or any(row.dtype not in (torch.int64, torch.int32) or row.numel() < 2 for row in rows):
-        raise ValueError("probe: expected token ids, int64 [B, T] or a list of [T], each of at least two tokens")
+        raise ValueError("probe: expected token ids, int64 [B, T] or a list of [T], of at least two tokens each")
     return rows
 
 
@@ -61,7 +61,8 @@ class Reference:
                 divergence.append(_kl(self._adapter_logits(index, before), logits))
         tokens = [row.numel() - 1 for row in self.rows]
         difference = [(a - b) for a, b in zip(merged, self.nll, strict=True)]
-        base, adapter, now, kl = (_mean(values, tokens) for values in (self.base_nll, self.nll, merged, divergence))
+        measured = (self.base_nll, self.nll, merged, divergence)
+        base, adapter, now, kl = (_mean(values, tokens) for values in measured)
         errors = _standard_error(difference, tokens), _standard_error(divergence, tokens)
         return Probe(sum(tokens), len(tokens), base, adapter, now, errors[0], kl, errors[1])
 
@@ -90,7 +91,7 @@ def input_moments(model: nn.Module, layers: Sequence[nn.Module], rows: list[Tens
         for row in rows:
             _logits(model, row)
     return [
-        torch.zeros(layer.in_features, layer.in_features, device=rows[0].device) if moments is None else moments
+        torch.zeros(layer.in_features, layer.in_features) if moments is None else moments
         for layer, moments in zip(layers, found, strict=True)
     ]
 
@@ -113,7 +114,7 @@ def _logits(model: nn.Module, row: Tensor) -> Tensor:
     output = model(input_ids=row[None].to(device), use_cache=False)
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3 or logits.shape[1] != row.numel():
-        raise ValueError(f"probe: {type(model).__name__} gives no logits of the next token; merge without a probe")
+        raise ValueError(f"probe: {type(model).__name__} gives no logits of the next token; merge without one")
     return logits[0].float()
 
 

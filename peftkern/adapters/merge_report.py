@@ -86,7 +86,7 @@ class Probe:
         return tuple(_exp(nll) for nll in (self.base_nll, self.adapter_nll, self.merged_nll))
 
     def faithful(self, tolerance: float = TOLERANCE) -> bool | None:
-        """Whether at most `tolerance` of the gain is lost, by the whole interval; None where it cannot be told."""
+        """Whether at most `tolerance` of the gain is lost, by the whole interval; None: cannot be told."""
         if self.gain <= 0:
             return None
         low, high = self.interval
@@ -137,8 +137,8 @@ class MergeReport:
         told = [_survived(total), _on_probe(self.probe) if self.probe else _without_probe(total)]
         if self.base == "original" and total.mismatch_ratio and total.mismatch_ratio > 1:
             told.append(
-                f"The original weights differ from those the adapter was trained on by {total.mismatch_ratio:.1f} "
-                "times what the adapter adds."
+                "The original weights differ from those the adapter was trained on by "
+                f"{total.mismatch_ratio:.1f} times what the adapter adds."
             )
         return " ".join(told)
 
@@ -162,7 +162,7 @@ class MergeReport:
         return "\n".join([*lines, self.verdict])
 
     def plot(self, axes: Any) -> None:
-        """Draw how much of each layer's change survives, by depth, one line for each kind of layer, on matplotlib axes."""
+        """Draw how much of each layer's change survives, by depth, a line for each kind of layer, on `axes`."""
         kinds: dict[str, list[float]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer.measures.survival)
@@ -201,18 +201,19 @@ class MergeComparison:
         if not probes:
             return "Cannot tell which form to take: no probe was given."
         if probes[0].gain <= 0:
-            return "Cannot tell which form to take: the adapter gains nothing on this probe; give text like its own."
+            return "Cannot tell which form to take: the adapter gains nothing on the probe; give text like its own."
         limit, best = f"{TOLERANCE:.0%} of what the adapter gained", self.best
         if best is None:
-            open_ = [report.name for report in self.reports if report.probe and report.probe.faithful() is None]
+            probed = [report for report in self.reports if report.probe]
+            open_ = [report.name for report in probed if report.probe.faithful() is None]
             more = f" ({', '.join(open_)}: cannot tell; give a longer probe)" if open_ else ""
             return f"Keep the adapter beside its base: no form is sure to lose at most {limit}{more}."
         told = f"Take {best.name}: it loses {_percent(best.probe.lost)} of what the adapter gained"
         told += f", and no smaller form is sure to lose at most {limit}."
         if best.bytes > self.adapter_bytes:
             told += (
-                f" It takes {best.bytes / self.adapter_bytes:.1f} times the bytes of the 4-bit base with the "
-                "adapter beside it, which loses nothing: merge for speed or for other software, not for space."
+                f" It takes {best.bytes / self.adapter_bytes:.1f} times the bytes of the 4-bit base with the adapter "
+                "beside it, which loses nothing: merge for speed or for other software, not for space."
             )
         return told
 
@@ -245,7 +246,7 @@ def _survived(total: Measures) -> str:
 
 def _on_probe(probe: Probe) -> str:
     if probe.gain <= 0:
-        return "On the probe the adapter gains nothing, so that it cannot tell what is lost; give text like its own."
+        return "The adapter gains nothing on the probe, which cannot tell what is lost; give text like its own."
     told = {
         True: "The merge is faithful",
         False: "The merge is not faithful",
@@ -276,7 +277,8 @@ def _probe_line(probe: Probe) -> str:
     base, adapter, merged = probe.perplexities
     return (
         f"On {probe.tokens} tokens: perplexity {merged:.3f} (base {base:.3f}, adapter {adapter:.3f}); "
-        f"KL {probe.kl:.4g} ± {probe.kl_error:.2g} nats; loss {probe.difference:+.4f} ± {probe.difference_error:.2g}"
+        f"KL {probe.kl:.4g} ± {probe.kl_error:.2g} nats; "
+        f"loss {probe.difference:+.4f} ± {probe.difference_error:.2g}"
     )
 
 
@@ -304,4 +306,5 @@ def _form_cells(report: MergeReport) -> tuple[str, ...]:
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return ["  ".join(line).rstrip() for line in lines]

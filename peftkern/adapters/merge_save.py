@@ -38,8 +38,9 @@ def save_merged(
 ) -> None:
     """Write a model that `merge` has merged, as transformers loads it: whole, or not at all.
 
-    The model is used up: its LoRA layers are taken out. "dense" has no 4-bit layer left: those without an adapter are dequantized, or
-    read from `original` where the merge was into that. "residual" writes the adapter that goes with the base into `folder/adapter`.
+    The model is used up: its LoRA layers are taken out. "dense" has no 4-bit layer left: those without an
+    adapter are dequantized, or read from `original` where the merge was into that. "residual" writes the
+    adapter that goes with the base into `folder/adapter`.
 
     Args:
         model: a PeftModel of a transformers model.
@@ -48,7 +49,8 @@ def save_merged(
         tokenizer: written beside it where given.
         original: as `merge` had it, for base="original".
         also: writes further files into the folder it is given.
-    Raises: OSError where the disk is full or the folder cannot be written; ValueError where the model has nothing that fits the report.
+    Raises: OSError where the disk is full or the folder cannot be written; ValueError where the model has
+        nothing that fits the report.
     """
     folder = Path(folder)
     with atomic_directory(folder) as temporary:

@@ -1,4 +1,4 @@
-"""Adapters folded into a weight, dense or 4-bit, slab by slab of rows: `peftkern.adapters` does it to models."""
+"""Adapters folded into a weight, dense or 4-bit, slab by slab of rows: `adapters.merge` does it to models."""
 
 from .branches import Branch, fold, folded_bias
 from .dense import merge_dense

@@ -1,4 +1,4 @@
-"""What adapters add to a weight: low-rank branches one after the other, as PEFT's forward in evaluation runs them."""
+"""What adapters add to a weight: low-rank branches in turn, as PEFT's forward in evaluation runs them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folded_rows(
 
 
 def folded_bias(bias: Tensor, weight: NF4Weight | Tensor, branches: Sequence[Branch]) -> Tensor:
-    """The merged bias [N], in bias's dtype: bias + sum of the branches' own; DoRA scales what the branches before it added."""
+    """The merged bias [N], in bias's dtype: DoRA scales what the branches before it added."""
     rows, work = dense_rows(weight), torch.promote_types(bias.dtype, torch.float32)
     added = torch.zeros_like(bias, dtype=work)
     for index, branch in enumerate(branches):

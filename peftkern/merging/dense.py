@@ -34,7 +34,9 @@ def merge_dense(
         out: [N, K] to fill; may be the dense weight itself, or a transposed view.
     Returns: [N, K] of `dtype`; `out` where it is given. Scratch: a few slabs of rows.
     """
-    merged = torch.empty(tuple(weight.shape), dtype=dtype or weight.dtype, device=weight.device) if out is None else out
+    merged = out
+    if merged is None:
+        merged = torch.empty(tuple(weight.shape), dtype=dtype or weight.dtype, device=weight.device)
     rows = folded_rows(weight, branches, base)
     for start, stop in row_slabs(weight):
         merged[start:stop] = rows(start, stop)

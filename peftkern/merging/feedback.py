@@ -40,7 +40,7 @@ def feedback_4bit(
     """
     k = weight.shape[1]
     if tuple(moments.shape) != (k, k):
-        raise ValueError(f"moments: got {tuple(moments.shape)}, expected {(k, k)}, the layer's in_features squared")
+        raise ValueError(f"moments: got {tuple(moments.shape)}, expected {(k, k)}, in_features squared")
     if not bool(torch.isfinite(moments).all()):
         raise ValueError("moments: hold NaN or inf; check the probe's inputs")
     order, factor = _factor(moments.to(weight.device, torch.float32), damping)

@@ -42,7 +42,7 @@ class Measures:
 
     @property
     def error_ratio(self) -> float:
-        """The rounding error over ||delta||: above 1, rounding moves the weight more than the adapter does."""
+        """The error over ||delta||: above 1, rounding moves the weight more than the adapter does."""
         return _over(self.error, self.delta)
 
     @property
@@ -63,7 +63,8 @@ class Measures:
     @classmethod
     def total(cls, parts: Sequence[Measures]) -> Measures:
         """Of several weights as if they were one."""
-        norms = [[getattr(part, name) for part in parts] for name in ("weight", "delta", "error", "effective")]
+        names = ("weight", "delta", "error", "effective")
+        norms = [[getattr(part, name) for part in parts] for name in names]
         mismatch = [part.mismatch for part in parts]
         known = None if None in mismatch else math.hypot(*mismatch)
         return cls(*(math.hypot(*norm) for norm in norms), sum(part.along for part in parts), known)

@@ -48,7 +48,7 @@ def stochastic_4bit(
     *,
     base: Rows | None = None,
 ) -> NF4Weight:
-    """As `requantize_4bit`, but each element goes to one of the two codes around it, with the chance that makes its mean right.
+    """As `requantize_4bit`, but each element is drawn from the two codes around it so that its mean is right.
 
     The mean over draws is the merged weight, except where rounding of a nested absmax puts an element
     outside the codes' range. The error of one draw is larger than the nearest code's.
@@ -69,7 +69,7 @@ def stochastic_4bit(
 
 
 def coded(weight: NF4Weight, rows: Rows, choose: Callable[[Tensor, Tensor], Tensor]) -> NF4Weight:
-    """A weight in the format of `weight` whose absmax is that of `rows`, and whose codes are chosen for the absmax as it decodes.
+    """A weight in the format of `weight` with the absmax of `rows`, and codes chosen for the absmax as it decodes.
 
     choose: (rows, the absmax of each of their elements; both fp32 [n, K]) -> int64 codes [n, K].
     """
@@ -92,7 +92,7 @@ def _element_scales(weight: NF4Weight, start: int, stop: int) -> Tensor:
 
 
 def _packed(codes: Tensor, code: Tensor) -> Tensor:
-    """int64 codes of any shape -> uint8 [(numel + 1) // 2], the first in the high nibble; an odd count ends with the code of 0."""
+    """int64 codes of any shape -> uint8 [(numel + 1) // 2]; an odd count ends with the code of 0."""
     flat = codes.reshape(-1).to(torch.uint8)
     if flat.numel() % 2:
         flat = torch.cat([flat, code.abs().argmin().to(torch.uint8).view(1)])
@@ -106,7 +106,14 @@ def _empty(weight: NF4Weight) -> tuple[Tensor, Tensor]:
     return torch.empty((n * k + 1) // 2, dtype=torch.uint8, device=weight.device), absmax
 
 
-def _put(packed: Tensor, absmax: Tensor, weight: NF4Weight, start: int, codes: Tensor | None, scales: Tensor | None) -> None:
+def _put(
+    packed: Tensor,
+    absmax: Tensor,
+    weight: NF4Weight,
+    start: int,
+    codes: Tensor | None,
+    scales: Tensor | None,
+) -> None:
     first = start * weight.shape[1]
     if codes is not None:
         packed[first // 2 : first // 2 + codes.numel()] = codes.reshape(-1)

@@ -1,4 +1,4 @@
-"""The rounding error of a merged weight as an adapter: the best low-rank approximation, found without forming the error."""
+"""The rounding error of a merged weight as an adapter, found without forming the error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rounding_residual(
     seed: int = 0,
     base: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """up [N, rank], down [rank, K], fp32, of the rank-`rank` part of (W0 + delta) - merged that takes most of its norm.
+    """up [N, rank], down [rank, K], fp32: the best approximation of (W0 + delta) - merged of that rank.
 
     Subspace iteration: the error is decoded again in slabs for each of its passes and never held. The
     singular values are split evenly.

@@ -69,7 +69,7 @@ class Unmerged:
 
 
 class LayerMerge(Ours):
-    """The `merge` and `unmerge` that stand on a LoRA layer's instance. Copies and pickles of the layer have their own."""
+    """The `merge` or `unmerge` on a LoRA layer's instance; copies and pickles of the layer have their own."""
 
     __slots__ = ("layer", "name", "released")
 
@@ -139,7 +139,7 @@ def install_merge(layer: nn.Module) -> bool:
 
 
 def release_merge(layer: nn.Module) -> None:
-    """Give the layer its class's `merge` and `unmerge` back; a merged one keeps ours until it is unmerged, which alone can undo it."""
+    """Give the layer its class's `merge` and `unmerge` back; a merged one first when it has been unmerged."""
     for name in ("merge", "unmerge"):
         held = layer.__dict__.get(name)
         if not isinstance(held, LayerMerge):
@@ -156,7 +156,7 @@ def reason_against(layer: nn.Module, names: Sequence[str]) -> str | None:
     weight = getattr(base, "weight", None) if origin is None else origin.weight
     for name in names:
         variant = layer.lora_variant.get(name)
-        if variant is not None and (type(variant).__name__ != "DoraLinearVariant" or not hasattr(layer, "lora_magnitude_vector")):
+        if variant is not None and type(variant).__name__ != "DoraLinearVariant":
             return f"adapter {name!r} is {type(variant).__name__}, which has no merged form here"
         if name in layer.lora_bias and layer.lora_bias[name] and getattr(base, "bias", None) is None:
             return f"adapter {name!r} has a bias, but the base layer has none to take it up"
@@ -167,13 +167,14 @@ def reason_against(layer: nn.Module, names: Sequence[str]) -> str | None:
     if weight is None or weight.device.type == "meta" or weight.requires_grad:
         return "its base weight is trainable, or not there"
     if is_4bit(base):
-        return None if getattr(weight, "quant_state", None) is not None else "its base weight is not quantized yet, or lost its quant_state"
+        quantized = getattr(weight, "quant_state", None) is not None
+        return None if quantized else "its base weight is not quantized yet, or lost its quant_state"
     plain = type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.dim() == 2
     return None if plain else f"its base weight is {type(weight).__name__} {weight.dtype}"
 
 
 def base_weight(origin: Unmerged, layer: nn.Module) -> NF4Weight | Tensor:
-    """The weight before the merge as [N, K]: 4-bit, or dense (a view where PEFT's layer keeps it transposed)."""
+    """The weight before the merge, [N, K]: 4-bit, or dense (a view where the layer keeps it transposed)."""
     if is_4bit(origin.base):
         if origin.base.weight is origin.weight and repacked(origin.base):
             unpack(origin.base)
@@ -198,7 +199,7 @@ def branches_of(layer: nn.Module, names: Sequence[str]) -> list[Branch]:
             )
         parts = [part for part in (a, b, bias, magnitude) if part is not None]
         if not all(bool(torch.isfinite(part).all()) for part in parts):
-            raise ValueError(f"adapter {name!r} holds NaN or inf; train it again, or load an earlier checkpoint")
+            raise ValueError(f"adapter {name!r} holds NaN or inf; load an earlier checkpoint")
         work = torch.promote_types(b.dtype, torch.float32)
         up = b.detach().to(work) * scaling
         own = None if bias is None else bias.detach().to(work) * scaling
@@ -207,7 +208,7 @@ def branches_of(layer: nn.Module, names: Sequence[str]) -> list[Branch]:
 
 
 def put_weight(layer: nn.Module, origin: Unmerged, weight: NF4Weight | Tensor, bias: Tensor | None) -> None:
-    """Let the layer's base have a merged weight, and remember `origin`; a dense one of a 4-bit base comes in a plain linear.
+    """Let the layer's base have a merged weight, and remember `origin`; a plain linear takes a dense one.
 
     A tied weight is untied: its other owner keeps the old one.
     """
@@ -241,7 +242,12 @@ def _adapters(layer: nn.Module) -> set[str]:
     return {*layer.lora_A, *layer.lora_embedding_A}
 
 
-def _merged(layer: nn.Module, origin: Unmerged, names: Sequence[str], check: bool) -> tuple[NF4Weight | Tensor, Tensor | None]:
+def _merged(
+    layer: nn.Module,
+    origin: Unmerged,
+    names: Sequence[str],
+    check: bool,
+) -> tuple[NF4Weight | Tensor, Tensor | None]:
     """The merged weight in the form that the base has, and the merged bias where an adapter has one."""
     weight, branches = base_weight(origin, layer), branches_of(layer, names)
     if isinstance(weight, NF4Weight):
@@ -250,7 +256,7 @@ def _merged(layer: nn.Module, origin: Unmerged, names: Sequence[str], check: boo
         merged = torch.empty_like(origin.weight.data)
         merge_dense(weight, branches, out=merged.t() if getattr(layer, "fan_in_fan_out", False) else merged)
         if check and not bool(torch.isfinite(merged).all()):
-            raise ValueError(f"the merged weight of adapter {', '.join(names)} is beyond the range of {merged.dtype}")
+            raise ValueError(f"the weight merged with {', '.join(names)} is beyond the range of {merged.dtype}")
     has_bias = any(branch.bias is not None for branch in branches)
     return merged, folded_bias(origin.bias.data, weight, branches) if has_bias else None
 

@@ -28,9 +28,7 @@ def adapted(kind: str = "lora", *, four_bit: bool = True, dtype: torch.dtype = t
     bias = kind == "bias"
     lora = KINDS[kind]
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if bias else "all-linear"
-    model = models.lora(
-        models.llama(dtype, four_bit=four_bit, bias=bias, **options), **{"target_modules": targets} | lora
-    )
+    model = models.lora(models.llama(dtype, four_bit=four_bit, bias=bias, **options), **{"target_modules": targets} | lora)
     fill(model)
     return model.eval()
 

@@ -123,9 +123,7 @@ def test_onto_the_original_weights(form):
     model = adapted()
     quantized_from = originals(model)
     goals = {
-        name: merging.defined(
-            quantized_from[name.removeprefix("base_model.model.") + ".weight"], merging.branches(layer)
-        )
+        name: merging.defined(quantized_from[name.removeprefix("base_model.model.") + ".weight"], merging.branches(layer))
         for name, layer in layers(model).items()
     }
     report = merge(model, form=form, base="original", original=quantized_from, probe=IDS, progress=False)
@@ -326,7 +324,13 @@ def probe_of(difference: float, error: float, gain: float = 1.0) -> Probe:
 
 @pytest.mark.parametrize(
     ("difference", "error", "gain", "faithful"),
-    [(0.01, 0.001, 1.0, True), (0.2, 0.01, 1.0, False), (0.04, 0.1, 1.0, None), (0.0, 0.0, -0.1, None), (0.01, math.inf, 1.0, None)],
+    [
+        (0.01, 0.001, 1.0, True),
+        (0.2, 0.01, 1.0, False),
+        (0.04, 0.1, 1.0, None),
+        (0.0, 0.0, -0.1, None),
+        (0.01, math.inf, 1.0, None),
+    ],
 )
 def test_faithful_means_the_whole_interval(difference, error, gain, faithful):
     assert probe_of(difference, error, gain).faithful() is faithful
@@ -369,11 +373,14 @@ def test_plots_say_their_answer():
 
 def test_shared_weights_are_named():
     config = models.transformers.LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=True
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
     )
-    model = models.peft.get_peft_model(
-        models.transformers.LlamaForCausalLM(config), models.config(target_modules=["lm_head"])
-    )
+    model = models.peft.get_peft_model(models.transformers.LlamaForCausalLM(config), models.config(target_modules=["lm_head"]))
     merging.fill(model.eval())
     report = merge(model, probe=IDS, progress=False)
     assert report.untied == ("base_model.model.lm_head",) and "Untied" in str(report)

@@ -18,7 +18,12 @@ from tests.patching import models
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BASES = pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-FORMATS = {"nested": {}, "plain": {"nested": False}, "fp4": {"quant_type": "fp4"}, "bf16 storage": {"storage": torch.bfloat16}}
+FORMATS = {
+    "nested": {},
+    "plain": {"nested": False},
+    "fp4": {"quant_type": "fp4"},
+    "bf16 storage": {"storage": torch.bfloat16},
+}
 
 
 @BASES
@@ -89,7 +94,8 @@ def test_several_kinds_merge_to_what_they_compute(kinds, four_bit):
         return
     layer = models.first(model)
     goal = merging.defined(
-        NF4Weight.from_bnb(layer.base_layer).dequantize(torch.float32), merging.branches(layer, ("default", "second"))
+        NF4Weight.from_bnb(layer.base_layer).dequantize(torch.float32),
+        merging.branches(layer, ("default", "second")),
     )
     x = torch.randn(3, layer.in_features)
     with torch.no_grad():
@@ -180,12 +186,15 @@ def test_unload_leaves_no_trace(four_bit):
 
 def test_a_tied_head_is_untied_and_tied_again():
     config = models.transformers.LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=True
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    model = models.peft.get_peft_model(
-        models.transformers.LlamaForCausalLM(config), models.config(target_modules=["lm_head", "q_proj"])
-    )
+    model = models.peft.get_peft_model(models.transformers.LlamaForCausalLM(config), models.config(target_modules=["lm_head", "q_proj"]))
     models.randomize(model)
     merging.fill(model)
     peftkern.patch(model.eval())
