@@ -52,6 +52,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
     "training": {
         "seq_length": (int, "tokens of a sequence; default 1024 (sample: 256)"),
         "packing": (bool, "fill sequences from several rows; default: for text rows only"),
+        "document_boundaries": (bool, "text rows in a window are kept apart, in positions and attention"),
         "loss_on": (str, "completions (what the assistant says) or all; default: completions of prompt rows, all of messages"),
         "batch_size": (int, "sequences at a time; default 1 (sample: 2)"),
         "grad_accumulation": (int, "batches of a step; default 8 (sample: 1)"),

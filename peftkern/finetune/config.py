@@ -40,7 +40,7 @@ _GENERAL_DEFAULTS = {
 # How a run is started, not what it computes: these may differ between a run and its resumption.
 _NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
 # What runs did that were stored before there was the option.
-_BEFORE = {"adapter": DEFAULT, "filter_data": []}
+_BEFORE = {"adapter": DEFAULT, "filter_data": [], "document_boundaries": False}
 # What a resumption may change, because a run can be extended and because memory may not suffice: neither changes which rows a step takes.
 LENGTH = ("steps", "epochs")
 _MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation")
@@ -91,6 +91,7 @@ class FinetuneConfig:
     trust_remote_code: bool = False
     seq_length: int | None = None
     packing: bool | None = None
+    document_boundaries: bool = False
     loss_on: str | None = None
     batch_size: int | None = None
     grad_accumulation: int | None = None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Inputs", "is_packed", "load_rows", "prepare", "prepare_evaluations"]
+__all__ = ["Inputs", "is_packed", "is_running_text", "load_rows", "packing_strategy", "prepare", "prepare_evaluations"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,18 @@ class Inputs:
 def is_packed(config: FinetuneConfig, kind: str) -> bool:
     """Whether rows of this kind are put together in windows: texts by default, separate examples on request."""
     return kind == "text" if config.packing is None else config.packing
+
+
+def is_running_text(config: FinetuneConfig, kind: str) -> bool:
+    """Whether windows are cut from the texts as one stream, whole sequences with a causal mask."""
+    return kind == "text" and not config.document_boundaries
+
+
+def packing_strategy(config: FinetuneConfig, kind: str) -> str:
+    """TRL's name: a stream cut into windows; texts kept apart, long ones in pieces; or examples kept apart, long ones cut."""
+    if is_running_text(config, kind):
+        return "wrapped"
+    return "bfd_split" if kind == "text" else "bfd"
 
 
 def load_rows(config: FinetuneConfig) -> tuple[Dataset, dict[str, Dataset]]:
@@ -82,7 +94,17 @@ def prepare_evaluations(
 
 
 def _windows(tokens: Dataset, kind: str, config: FinetuneConfig) -> Dataset:
+    tokens = tokens.select_columns(["input_ids", "labels"])
+    if kind != "text" or not is_packed(config, kind):
+        return tokens
+    if not is_running_text(config, kind):
+        return tokens.map(_pieces, batched=True, fn_kwargs={"length": config.seq_length}, load_from_cache_file=False)
     from trl import pack_dataset
 
-    tokens = tokens.select_columns(["input_ids", "labels"])
-    return pack_dataset(tokens, config.seq_length, "wrapped") if kind == "text" and is_packed(config, kind) else tokens
+    return pack_dataset(tokens, config.seq_length, "wrapped")
+
+
+def _pieces(columns: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
+    """Each row in pieces of at most `length` tokens; one token alone, of which nothing is predicted, is left out."""
+    cut = {name: [row[i : i + length] for row in rows for i in range(0, len(row), length)] for name, rows in columns.items()}
+    return {name: [piece for piece in pieces if len(piece) > 1] for name, pieces in cut.items()}

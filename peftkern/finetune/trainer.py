@@ -18,7 +18,7 @@ from .checkpoints import checkpoints, write_checksums
 from .config import FinetuneConfig
 from .errors import InputError
 from .fit import require_fit
-from .inputs import Inputs, is_packed
+from .inputs import Inputs, is_packed, is_running_text, packing_strategy
 from .layer_rates import install_rates
 from .loss import adapter_on_head_hidden, install_model_loss, summed_nll
 from .metrics import MetricsCallback
@@ -191,7 +191,7 @@ def make_trainer(
             parameter.data = parameter.data.float()
     install_rates(trainer, config)
     require_causal(trainer, config.model)
-    if packing and inputs.kind != "text":
+    if packing and not is_running_text(config, inputs.kind):
         require_separation(trainer)
     windows = max(1, config.eval_tokens // config.seq_length)
     trainer.eval_dataset = {name: spread(dataset, windows) for name, dataset in trainer.eval_dataset.items()}
@@ -208,8 +208,7 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
         max_length=config.seq_length,
         packing=packing,
         eval_packing=False,
-        # Whole sequences with a causal mask for running text; examples kept apart where they are separate tasks.
-        packing_strategy="wrapped" if kind == "text" else "bfd",
+        packing_strategy=packing_strategy(config, kind),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accumulation,

@@ -16,7 +16,16 @@ from ..finetune.errors import InputError
 from .features import pool_mean
 from .mmd import MMDLoss
 
-__all__ = ["Alignment", "FeatureTap", "MMDAlignment", "backbone", "rows_of_step", "step_seed"]
+__all__ = [
+    "Alignment",
+    "FeatureTap",
+    "MMDAlignment",
+    "backbone",
+    "divides_loss",
+    "rows_of_step",
+    "step_seed",
+    "unlabelled",
+]
 
 # A module that, called with source features [m, D], target features [n, D] and progress=..., gives a scalar
 # loss, and whose `metrics` then say what it saw: `dann.DANNLoss` and `MMDAlignment`.
@@ -117,6 +126,15 @@ def rows_of_step(count: int, size: int, step: int, *, seed: int = 0) -> list[int
 def _order(count: int, turn: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(step_seed(seed, turn, count))
     return torch.randperm(count, generator=generator).tolist()
+
+
+def divides_loss(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether a transformers' Trainer divides what its compute_loss gives by the batches of a step."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        known = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = known or trainer.compute_loss_func is not None
+    return not scaled
 
 
 def unlabelled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

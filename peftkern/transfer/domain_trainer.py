@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune.errors import InputError
-from .alignment import Alignment, FeatureTap, backbone, rows_of_step, unlabelled
+from .alignment import Alignment, FeatureTap, backbone, divides_loss, rows_of_step, unlabelled
 from .features import pool_mean
 
 if TYPE_CHECKING:
@@ -96,17 +96,10 @@ class DomainAdaptationMixin:
         self._count(self._alignment.metrics)
         # The loss of a step is the sum over its batches, each already divided where the number of items was
         # known.
-        if not self._divides(num_items_in_batch):
+        if not divides_loss(self, num_items_in_batch):
             aligned = aligned / self.current_gradient_accumulation_steps
         loss = loss + aligned.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
-
-    def _divides(self, num_items_in_batch: Any) -> bool:
-        """Whether the trainer divides what compute_loss gives by the batches of a step."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
-        return not scaled
 
     def _target_batch(self, size: int) -> dict[str, Any]:
         step = self.state.global_step
