@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, nf4
+from .attention import prefix_attention, prefix_gated
 from .blocks import add_rms_norm, glu, rms_norm, rope
 from .dora import dora_group, dora_linear, dora_norm, row_squares
 from .group import Adapter, Member, qlora_group
@@ -31,6 +32,8 @@ __all__ = [
     "linear_4bit",
     "linear_cross_entropy",
     "lora_add",
+    "prefix_attention",
+    "prefix_gated",
     "qlora_group",
     "qlora_linear",
     "quantize_4bit",
