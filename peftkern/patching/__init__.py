@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from .. import backends
-from .attention import install_attention, rope_candidates, wide_candidates
+from .attention import install_attention, restore_surrounded, rope_candidates, surrounded_alone, wide_candidates
 from .blocks import install_norms, norm_candidates
 from .detect import Candidate, candidates, excluded
 from .dora import drops
@@ -64,6 +64,7 @@ def patch(
     groups = form_groups(model)
     extra = _install_blocks(model, patterns) if blocks else []
     extra += _install_loss(model, patterns) if fused_loss else []
+    restore_surrounded(model)
     fused = {f"{item.row.name}.base_layer" for item in found if item.row.got in ("qlora_linear", "dora_linear")}
     rows = tuple(_grouped(item, groups) for item in found if item.row.name not in fused)
     return PatchReport((*rows, *extra), _kernels(found))
@@ -105,7 +106,10 @@ def unpatch(model: nn.Module) -> int:
     """Give every module of the model the forward it had before `patch`; returns how many were patched."""
     for module in model.modules():
         release_merge(module)
-    return sum(remove(module) for module in model.modules())
+    others = sum(surrounded_alone(module) for module in model.modules())
+    count = sum(remove(module) for module in model.modules()) - others
+    restore_surrounded(model)
+    return count
 
 
 def _install_merges(found: list[Candidate], exclude: tuple[str, ...]) -> None:

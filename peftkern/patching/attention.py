@@ -16,14 +16,28 @@ from .. import functional
 from ..ops import transformed
 from ..ops.rope import reference as rope_reference
 from .blocks import _ON_CPU, Block, _replaced
-from .forwards import _autocast_off, _served, install
+from .forwards import _autocast_off, _served, find, install, remove
 from .weights import FLOATS, autocast_dtype, slow_products
 from .wrappers import UNKNOWN, WrappedForward, innermost
 
-__all__ = ["AttentionForward", "RopeMode", "WideMode", "in_fp32", "install_attention", "rope_candidates", "wide_candidates"]
+__all__ = [
+    "AttentionForward",
+    "RopeMode",
+    "WideMode",
+    "in_fp32",
+    "install_attention",
+    "release",
+    "restore_surrounded",
+    "rope_candidates",
+    "surround",
+    "surroundable",
+    "surrounded_alone",
+    "wide_candidates",
+]
 
 _ROTARY = "apply_rotary_pos_emb"
 _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
+_AROUND = "_peftkern_around_attention"  # of the module, which holds what `surround` put there
 
 
 class RopeMode(NamedTuple):
@@ -39,15 +53,16 @@ class RopeMode(NamedTuple):
 
 
 class WideMode(NamedTuple):
-    """The dtypes in whose place attention is computed in fp32."""
+    """The dtypes in whose place attention is computed in fp32; and what stands around the attention function, as `surround` takes it."""
 
     slow: tuple[torch.dtype, ...]
+    around: Callable[..., Any] | None = None
 
     name = _FUNCTIONS
 
     def replace(self, stock: Any) -> Any:
         """As RopeMode's."""
-        return _Interfaces(stock, self.slow)
+        return _Interfaces(stock, self.slow, self.around)
 
 
 def install_attention(found: Iterable[Block]) -> int:
@@ -59,8 +74,17 @@ def install_attention(found: Iterable[Block]) -> int:
             modules[id(block.module)] = block.module
             modes.setdefault(id(block.module), []).append(block.mode)
     for key, module in modules.items():
-        install(module, AttentionForward, tuple(modes[key])).build()
+        _install(module, modes[key])
     return len(modules)
+
+
+def _install(module: nn.Module, modes: list[NamedTuple]) -> None:
+    """What stands around the module's attention function stays there."""
+    around = module.__dict__.get(_AROUND)
+    if around is not None:
+        slow = next((mode.slow for mode in modes if isinstance(mode, WideMode)), ())
+        modes = [*(mode for mode in modes if not isinstance(mode, WideMode)), WideMode(slow, around)]
+    install(module, AttentionForward, tuple(modes)).build()
 
 
 # ---- rotary embeddings
@@ -169,21 +193,27 @@ def _no_interfaces(module: nn.Module) -> str | None:
 
 
 class _Interfaces:
-    """transformers' attention functions, the eager and the SDPA one in fp32; all else of it as it is."""
+    """transformers' attention functions, the eager and the SDPA one in fp32, `around` around each; all else of it as it is."""
 
-    def __init__(self, stock: Any, slow: tuple[torch.dtype, ...]) -> None:
-        self._stock, self._slow = stock, slow
+    def __init__(self, stock: Any, slow: tuple[torch.dtype, ...], around: Callable[..., Any] | None = None) -> None:
+        self._stock, self._slow, self._around = stock, slow, around
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         function = self._stock.get_interface(name, default)
-        known = function is default or (name == "sdpa" and function.__module__.startswith("transformers."))
-        return functools.partial(in_fp32, function, self._slow) if known else function
+        kind = "eager" if function is default else "sdpa" if _is_sdpa(name, function) else "other"
+        if self._around is not None:
+            function = functools.partial(self._around, function, kind)
+        return functools.partial(in_fp32, function, self._slow) if self._slow and kind != "other" else function
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stock, name)
 
     def __getitem__(self, name: str) -> Any:
         return self._stock[name]
+
+
+def _is_sdpa(name: str, function: Callable[..., Any]) -> bool:
+    return name == "sdpa" and function.__module__.startswith("transformers.")
 
 
 def in_fp32(
@@ -217,7 +247,62 @@ def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-# ---- the forward of both
+# ---- something around the attention function
+
+
+def surround(module: nn.Module, around: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Let `around(function, kind, module, query, key, value, attention_mask, **kwargs)` run in place of the attention function that the
+    module's class looks up; kind is "eager", "sdpa" or "other". It stays through `patch` and `unpatch`, until `release`. Returns what was
+    there before.
+
+    Raises ValueError where the module cannot be served (see `surroundable`).
+    """
+    reason = surroundable(module)
+    if reason is not None:
+        raise ValueError(f"{type(module).__name__}: {reason}")
+    before = module.__dict__.get(_AROUND)
+    module.__dict__[_AROUND] = around
+    _install(module, _modes(module))
+    return before
+
+
+def release(module: nn.Module) -> None:
+    """Undo `surround`; what `patch` did stays."""
+    if module.__dict__.pop(_AROUND, None) is None:
+        return
+    modes = [mode for mode in _modes(module) if not isinstance(mode, WideMode) or mode.slow]
+    if modes:
+        _install(module, [WideMode(mode.slow) if isinstance(mode, WideMode) else mode for mode in modes])
+    else:
+        remove(module)
+
+
+def restore_surrounded(model: nn.Module) -> None:
+    """Put back what was around attention functions where the forward that held it was taken off."""
+    for module in model.modules():
+        if _AROUND in module.__dict__ and not _modes(module):
+            _install(module, [])
+
+
+def surrounded_alone(module: nn.Module) -> bool:
+    """Whether the module has a forward of ours for nothing but what stands around its attention function."""
+    modes = _modes(module)
+    return _AROUND in module.__dict__ and len(modes) == 1 and not modes[0].slow
+
+
+def surroundable(module: nn.Module) -> str | None:
+    """Why `surround` cannot serve a module; None where it can."""
+    if not _uses(module, _FUNCTIONS):
+        return f"its forward does not ask transformers' {_FUNCTIONS}"
+    return _not_ours(module) or _no_interfaces(module)
+
+
+def _modes(module: nn.Module) -> list[NamedTuple]:
+    held = find(module)
+    return list(held[1].cache) if held is not None and isinstance(held[1], AttentionForward) else []
+
+
+# ---- the forward of all
 
 
 def _uses(module: nn.Module, name: str) -> bool:
@@ -241,7 +326,13 @@ class AttentionForward(WrappedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._refresh()
-        if self._function is None or transformed():
+        surrounded = any(isinstance(mode, WideMode) and mode.around is not None for mode in self.cache)
+        if self._function is None and surrounded:
+            raise RuntimeError(
+                f"{type(self.module).__name__}.forward was replaced since something was put around its attention function, and cannot be "
+                "served any more: remove that (a prefix, say), or the replacement"
+            )
+        if self._function is None or (transformed() and not surrounded):
             return self.stock(*args, **kwargs)
         return self._function(self.module, *args, **kwargs)
 
@@ -267,9 +358,11 @@ class AttentionForward(WrappedForward):
         scope, source = self.scope, self._stock.__globals__
         for name in self._names:
             scope[name] = source[name]
-        for name, stock, ours in self._replacements:
+        for (name, stock, ours), mode in zip(self._replacements, self.cache, strict=True):
             if source[name] is stock:
                 scope[name] = ours
+            elif isinstance(mode, WideMode) and mode.around is not None:
+                scope[name] = WideMode((), mode.around).replace(source[name])
 
 
 def _global_names(code: types.CodeType) -> frozenset[str]:
