@@ -150,7 +150,9 @@ def _run(model: nn.Module, modules: Any, ids: Tensor, **inputs: Any) -> list[_Se
 
 @contextlib.contextmanager
 def _tapped(modules: Any, seen: list[_Seen]) -> Iterator[None]:
-    def tap(function: Callable[..., Any], kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:
+    def tap(
+        function: Callable[..., Any], kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
+    ) -> Any:
         seen.append(_Seen(module, query, key, value))
         return function(module, query, key, value, *args, **kw)
 

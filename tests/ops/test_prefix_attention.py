@@ -22,14 +22,8 @@ SHAPES = [
     (2, 6, 1, 33, 33, 20, 24, 24),
     (2, 2, 1, 6, 6, 4, 24, 16),
 ]
+DRAWS = {torch.float64: 1, torch.float32: 20, torch.bfloat16: 3}  # the worst of few elements is noise
 NAMES = ("y", "dq", "dk", "dv", "d_prefix_k", "d_prefix_v")
-
-
-@pytest.fixture(params=["fused", "plain"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(own, "_kernels", lambda *_: (own._plain, own._plain_backward))
-    return request.param
 
 
 def case(shape, dtype: torch.dtype) -> list[Tensor]:
@@ -93,17 +87,24 @@ def split(q, k, v, pk, pv, mask, causal, scale) -> Tensor:
 
 
 CASES = [
-    *((shape, "none") for shape in SHAPES[:3]),
-    *((shape, "causal") for shape in (SHAPES[0], SHAPES[3], SHAPES[4])),
-    *((SHAPES[0], kind) for kind in ("bool", "min", "inf")),
-    (SHAPES[1], "bool"),
-    (SHAPES[4], "bool"),
+    ("fused", SHAPES[0], "none"),
+    ("fused", SHAPES[1], "bool"),
+    ("fused", SHAPES[2], "none"),
+    ("fused", SHAPES[3], "causal"),
+    *(("fused", SHAPES[0], kind) for kind in ("bool", "min", "inf")),
+    ("plain", SHAPES[0], "causal"),
+    ("plain", SHAPES[0], "bool"),
+    ("plain", SHAPES[4], "causal"),
+    ("plain", SHAPES[4], "bool"),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, kind", CASES, ids=str)
-def test_every_output_and_gradient(kernels: str, shape, dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize("kernels, shape, kind", CASES, ids=str)
+def test_every_output_and_gradient(kernels: str, shape, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's fused kernel and by plain products, which are all that serves widths that differ."""
+    if kernels == "plain":
+        monkeypatch.setattr(own, "_kernels", lambda *_: (own._plain, own._plain_backward))
     torch.manual_seed(0)
     mask, causal = masks(shape, kind), kind == "causal"
     exact_mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
@@ -118,7 +119,7 @@ def test_every_output_and_gradient(kernels: str, shape, dtype: torch.dtype, kind
         return reference.joint(q, k, v, exact_mask, pk, pv, causal, 0.3)
 
     runs = []
-    for _ in range(8):
+    for _ in range(DRAWS[dtype]):
         args = case(shape, dtype)
         plain = (run(stock(how), args) for how in (concatenated, split))
         runs.append((run(ours, args), run(exactly, [each.double() for each in args]), *plain))
@@ -144,7 +145,7 @@ def test_against_the_definition_written_once_more() -> None:
 def test_gated(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     runs = []
-    for _ in range(8):
+    for _ in range(DRAWS[dtype]):
         q, _, _, pk, pv, dy = case(SHAPES[1], dtype)
         args = [torch.randn_like(dy), q, pk, pv, torch.randn(9).to(pk.dtype)]
         trio = []
@@ -216,11 +217,11 @@ def test_opcheck_and_compile() -> None:
 
 
 def test_second_derivatives() -> None:
-    q, k, v, pk, pv, _ = (each.requires_grad_() for each in case((1, 2, 1, 3, 3, 2, 4, 4), torch.float64))
+    q, k, v, pk, pv, _ = (each.requires_grad_() for each in case((1, 2, 1, 2, 2, 1, 2, 2), torch.float64))
     gate = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda *a: functional.prefix_attention(*a, causal=True), (q, k, v, pk, pv))
-    y = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(functional.prefix_gated, (y, q, pk, pv, gate))
+    assert torch.autograd.gradgradcheck(lambda *a: functional.prefix_attention(*a, causal=True), (q, k, v, pk, pv), fast_mode=True)
+    y = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(functional.prefix_gated, (y, q, pk, pv, gate), fast_mode=True)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,10 @@ def _bwd(dy, q, k, v, mask, prefix_k, prefix_v, y, lse, causal, scale):
     with autocast_off(q):
         dq, dk, dv = own.backward(dy, q, k, v, mask, y, lse, causal, scale)
         grads, delta = _rows(dy, prefix_k), _rows((dy.to(lse.dtype) * y).sum(-1, keepdim=True), prefix_k)
-        weights = (_scores(q, prefix_k, scale) - _rows(lse[..., None], prefix_k)).exp_()
+        scores = _scores(q, prefix_k, scale)
+        # As softmax times the prefix's share, which is exactly 1 where a query sees nothing else: the lse is rounded.
+        share = (torch.logsumexp(scores, -1, keepdim=True) - _rows(lse[..., None], prefix_k)).exp_()
+        weights = torch.softmax(scores, -1).mul_(share)
         d_prefix_v = weights.transpose(1, 2) @ grads
         d_scores = weights.mul_(grads @ prefix_v.to(grads.dtype).transpose(1, 2) - delta).mul_(scale)
         d_prefix_k = d_scores.transpose(1, 2) @ _rows(q, prefix_k)
