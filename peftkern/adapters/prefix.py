@@ -12,24 +12,34 @@ import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..patching.attention import release, surround
+from .prefix_files import gate_in, mark_gated, read_gated
 from .prefix_layers import Survey, keys_and_values, survey
 from .prefix_state import AroundLayer, PrefixState, ShiftedPositions, gate_of
 
 if TYPE_CHECKING:
     from peft import PeftModel, PrefixTuningConfig
 
-__all__ = ["INITS", "PrefixReport", "initialize_prefix", "inside_attention", "outside_attention", "prefix_model"]
+__all__ = [
+    "INITS",
+    "PrefixReport",
+    "initialize_prefix",
+    "inside_attention",
+    "load_prefix",
+    "outside_attention",
+    "prefix_model",
+]
 
 INITS = ("text", "random", "zero", "gate")
 _STATE = "_peftkern_prefix"
 # PEFT's methods that ours stand in place of, on the instance.
-_METHODS = ("forward", "prepare_inputs_for_generation", "disable_adapter", "add_adapter")
+_METHODS = ("forward", "prepare_inputs_for_generation", "disable_adapter", "add_adapter", "load_adapter", "save_pretrained")
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,32 @@ def prefix_model(
     return model
 
 
+def load_prefix(base: nn.Module, folder: str | Path, *, is_trainable: bool = False, adapter_name: str = "default") -> PeftModel:
+    """A PEFT model of `base` with the prefix that `folder` holds, PEFT's or a gated one of ours, computed inside attention.
+
+    Raises ValueError where the folder holds no prefix, or one of another shape.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if not _is_prefix(config):
+        raise ValueError(f"{folder} holds an adapter of the kind {config.peft_type}, expected PREFIX_TUNING")
+    found = survey(base)
+    config.inference_mode = not is_trainable
+    with _checkpointing_unseen(base):
+        model = get_peft_model(base, config, adapter_name=adapter_name)
+    _install(model, found)
+    if gate_in(folder):
+        _add_gate(model.prompt_encoder[adapter_name], config, found)
+    model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+    return model
+
+
 def inside_attention(model: PeftModel) -> PrefixReport:
     """Compute the prefixes of a PEFT model inside attention from now on; `outside_attention` gives them back to PEFT.
 
     Changes this instance alone: around the attention functions of its layers, positions before its backbone, and the PEFT model's own
-    `forward`, `prepare_inputs_for_generation`, `disable_adapter` and `add_adapter`. Parameters, state_dict and files stay PEFT's.
+    methods that call, add, load and save. Parameters, state_dict and the files of a prefix without a gate stay PEFT's.
     Raises ValueError where no adapter is a prefix or no layer fits it.
     """
     if not any(_is_prefix(config) for config in model.peft_config.values()):
@@ -157,11 +188,9 @@ def _install(model: PeftModel, found: Survey) -> PrefixReport:
             surround(layer.module, AroundLayer(state, layer))
         hook = ShiftedPositions(state, found.backbone)
         state.handle = found.backbone.register_forward_pre_hook(hook, with_kwargs=True)
-        model.__dict__["forward"] = functools.partial(_forward, model)
-        model.__dict__["disable_adapter"] = functools.partial(_disable_adapter, model)
-        model.__dict__["add_adapter"] = functools.partial(_add_adapter, model)
-        if hasattr(model, "base_model_prepare_inputs_for_generation"):
-            model.__dict__["prepare_inputs_for_generation"] = functools.partial(_prepare_inputs, model)
+        for name, method in zip(_METHODS, _OURS, strict=True):
+            if hasattr(type(model), name):  # only causal language models prepare inputs
+                model.__dict__[name] = functools.partial(method, model)
     return _serve(model)
 
 
@@ -225,6 +254,44 @@ def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: A
         result = type(model).add_adapter(model, adapter_name, peft_config, *args, **kwargs)
     _serve(model)
     return result
+
+
+def _load_adapter(model: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+    """PEFT's, and of a gated prefix in a local folder."""
+    from peft import PeftConfig
+
+    gated = gate_in(model_id)
+    known = adapter_name in model.peft_config
+    if known and gated != (gate_of(model.prompt_encoder[adapter_name]) is not None):
+        raise ValueError(f"{model_id} holds a prefix {'with' if gated else 'without'} a gate, unlike the adapter {adapter_name!r}")
+    config = model.peft_config[adapter_name] if known else PeftConfig.from_pretrained(model_id)
+    if is_trainable and getattr(config, "prefix_projection", False):
+        raise ValueError(f"{model_id}: of a prefix_projection PEFT saves the result alone, which cannot be trained on: start anew")
+    if not gated:
+        result = type(model).load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+        _serve(model)
+        return result
+    if not known:
+        config.inference_mode = not is_trainable
+        model.add_adapter(adapter_name, config)
+        _add_gate(model.prompt_encoder[adapter_name], config, _state(model).found)
+    read_gated(model_id, model.prompt_encoder[adapter_name])
+    if not is_trainable:
+        model.eval()
+    return None
+
+
+def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if not kwargs.get("is_main_process", True):
+        return
+    for name in kwargs.get("selected_adapters") or list(model.peft_config):
+        gate = gate_of(model.prompt_encoder[name]) if name in _state(model).serving else None
+        if gate is not None:
+            mark_gated(Path(save_directory) / ("" if name == "default" else name), gate)
+
+
+_OURS = (_forward, _prepare_inputs, _disable_adapter, _add_adapter, _load_adapter, _save_pretrained)
 
 
 def _state(model: nn.Module) -> PrefixState | None:

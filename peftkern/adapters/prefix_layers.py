@@ -91,7 +91,7 @@ def survey(model: nn.Module) -> Survey:
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    return surroundable(module) is None or ("attention" in type(module).__name__.lower() and not list(module.children()) == [])
+    return surroundable(module) is None or ("attention" in type(module).__name__.lower() and list(module.children()) != [])
 
 
 def _layers(seen: list[_Seen], names: dict[int, str]) -> tuple[list[Layer], dict[str, str]]:

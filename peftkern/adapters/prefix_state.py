@@ -138,8 +138,9 @@ def _concatenated(
     dropout, a model's own function with capped scores or sinks)."""
     if kind == "other" or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 4) or kwargs.get("position_bias") is not None:
         raise ValueError(
-            f"{type(module).__name__}: a prefix without a gate needs the attention implementation 'sdpa' or 'eager', got "
-            f"{getattr(module.config, '_attn_implementation', None)!r}; call model.set_attn_implementation('sdpa'), or start with init='gate'"
+            f"{type(module).__name__}: a prefix without a gate needs the attention implementation 'sdpa' or 'eager' and no position "
+            f"bias, got {getattr(module.config, '_attn_implementation', None)!r}; call model.set_attn_implementation('sdpa'), or "
+            "start with init='gate'"
         )
     if mask is None and kind == "sdpa" and query.shape[2] > 1 and _is_causal(module, kwargs.get("is_causal")):
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
