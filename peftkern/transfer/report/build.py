@@ -12,6 +12,7 @@ from pathlib import Path
 from ...finetune.config import FinetuneConfig
 from ...finetune.errors import InputError, require
 from ..extras import require_transfer
+from .data_section import DataFound, check_data, data_section
 from .page import Line, Page, Section, check_path, write_page
 from .sections import cut_section, distance_section, forgetting_section, measured, pretraining_section, run_shortly
 from .short_runs import ShortRuns
@@ -54,7 +55,7 @@ class _Clock:
         print(f"{question} ...", file=sys.stderr, flush=True)
         try:
             return measured(question, measure)
-        except InputError as error:  # one section that the texts are too few for leaves the others as they are
+        except (InputError, ModuleNotFoundError) as error:  # one section that the texts are too few for leaves the others as they are
             return Section(question, missing=str(error))
 
 
@@ -68,12 +69,18 @@ def transfer_report(config: FinetuneConfig, options: ReportOptions, *, progress:
     config, clock = config.resolved(), _Clock(options.minutes)
     subject = load_subject(config, options.source_data, windows=_WINDOWS, steps=options.steps)
     held: list[ShortRuns] = []
+    checked: list[DataFound] = []
 
     def cut() -> Section:
         held.append(run_shortly(subject, arms=options.arms, progress=progress))
         return cut_section(held[0])
 
+    def data() -> Section:
+        checked.append(check_data(subject))
+        return data_section(checked[0])
+
     sections = [
+        clock.section("What is wrong in the data?", data),
         clock.section("How far is the target from the source?", lambda: distance_section(subject, seed=config.seed)),
         clock.section("Does pretraining help?", lambda: pretraining_section(subject)),
         clock.section("Where to cut?", cut),
@@ -83,7 +90,7 @@ def transfer_report(config: FinetuneConfig, options: ReportOptions, *, progress:
         sections.append(clock.section(question, lambda: forgetting_section(held[0], budget=BUDGET)))
     else:
         sections.append(Section(question, missing="there was no short run to measure it on"))
-    command, reasons = recommended(config, options, held[0] if held else None)
+    command, reasons = recommended(config, options, held[0] if held else None, checked[0].filters if checked else ())
     page = Page(f"Before fine-tuning {config.model}", _facts(subject, options), tuple(sections), command, reasons)
     write_page(page, options.output)
     return page
@@ -98,7 +105,9 @@ def _facts(subject: Subject, options: ReportOptions) -> tuple[Line, ...]:
     )
 
 
-def recommended(config: FinetuneConfig, options: ReportOptions, runs: ShortRuns | None) -> tuple[str, tuple[str, ...]]:
+def recommended(
+    config: FinetuneConfig, options: ReportOptions, runs: ShortRuns | None, filters: tuple[str, ...] = ()
+) -> tuple[str, tuple[str, ...]]:
     """The command line, and a reason for each option that was measured."""
     words, reasons = ["peftkern", "finetune", "--model", config.model, "--data", *config.data], []
     if config.eval_data:
@@ -109,6 +118,9 @@ def recommended(config: FinetuneConfig, options: ReportOptions, runs: ShortRuns 
     if runs is not None and runs.forgotten.sign == 1:
         words += ["--source-data", *options.source_data, "--forget-budget", f"{BUDGET:g}"]
         reasons.append(f"--forget-budget: the short run lost {runs.forgotten.mean:.3f} nats a token on the source")
+    if filters:
+        words += ["--filter-data", *filters]
+        reasons.append(f"--filter-data: {' and '.join(filters)} were found in the rows")
     if not reasons:
         reasons.append("nothing measured speaks for an option beyond the defaults")
     return shlex.join(words), tuple(reasons)

@@ -83,9 +83,9 @@ def load_subject(config: FinetuneConfig, source_data: Sequence[str], *, windows:
         config=config,
         model=model,
         tokenizer=tokenizer,
-        train=_texts(rows, tokenizer),
-        held_out=_texts(next(iter(named.values())), tokenizer),
-        source=_texts(source_rows, tokenizer),
+        train=_texts(rows),
+        held_out=_texts(next(iter(named.values()))),
+        source=_texts(source_rows),
         batches=tuple(_batches(_packed(inputs.train, inputs.kind, config), config.batch_size, steps, tokenizer, device)),
         target_windows=tuple(_batches(held_tokens, 1, windows, tokenizer, device)),
         source_windows=tuple(_batches(source_tokens, 1, windows, tokenizer, device)),
@@ -130,17 +130,7 @@ def _padded(rows: list[dict[str, Any]], padding: int, device: torch.device) -> d
     return {name: value.to(device) for name, value in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
 
 
-def _texts(rows: Dataset, tokenizer: Any) -> tuple[str, ...]:
-    """What each row says: its text, prompt and completion, or the conversation as the chat template writes it."""
-    from ...finetune.tokens import render
+def _texts(rows: Dataset) -> tuple[str, ...]:
+    from ..data.rows import row_text
 
-    texts = []
-    for record in rows:
-        row = decode_row(record)
-        if "text" in row:
-            texts.append(row["text"])
-        elif isinstance(row.get("prompt"), str):
-            texts.append(row["prompt"] + row["completion"])
-        else:
-            texts.append(render(row, tokenizer, row["messages"] if "messages" in row else row["prompt"] + row["completion"]))
-    return tuple(texts)
+    return tuple(row_text(decode_row(row)) for row in rows)
