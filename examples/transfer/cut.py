@@ -153,10 +153,17 @@ def _write_layers(report: CutReport, runs: dict[int, list[float]]) -> None:
     figure.savefig(RESULTS / "cut_layers.png", dpi=110)
 
 
-def arms() -> None:
-    """Yosinski's four arms on MNIST's halves."""
+def small_vit(seed: int, *, classes: int) -> nn.Module:
+    """A vision transformer of 6 layers of width 64 for images [B, 1, 8, 8], with weights of this seed."""
     from transformers import ViTConfig, ViTForImageClassification
 
+    torch.manual_seed(seed)
+    sizes = dict(image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128)
+    return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=6, num_attention_heads=4, num_labels=classes))
+
+
+def arms() -> None:
+    """Yosinski's four arms on MNIST's halves."""
     images = mnist()
     pixels = torch.tensor(images.images)[:, None] / 8 - 1
     labels = torch.tensor(images.labels)
@@ -164,12 +171,6 @@ def arms() -> None:
     held_out, training = order[:2000], order[2000:]
     sets = {task: training[(labels[training] < 5) == (task == "A")] for task in "AB"}
     test = held_out[labels[held_out] >= 5]
-    sizes = dict(image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128)
-    config = ViTConfig(**sizes, num_hidden_layers=6, num_attention_heads=4, num_labels=5)
-
-    def make(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return ViTForImageClassification(config)
 
     def train(model: nn.Module, task: str, seed: int) -> None:
         steps, generator = 250, torch.Generator().manual_seed(seed)
@@ -189,7 +190,7 @@ def arms() -> None:
         with torch.no_grad():
             return float((model.eval()(pixel_values=pixels[test]).logits.argmax(1) == labels[test] % 5).float().mean())
 
-    report = four_arms(make, train, score, depths=(1, 2, 4, 6), seeds=SEEDS, progress=True)
+    report = four_arms(lambda seed: small_vit(seed, classes=5), train, score, depths=(1, 2, 4, 6), seeds=SEEDS, progress=True)
     print(report.table())
     rows = [
         {"arm": arm, "n": n, "seed": seed, "accuracy": round(value, 4)}
