@@ -2,7 +2,8 @@
 
 `layers`: MiniLM on the movie sentences: probe, LogME and CKA of every depth, and the time and memory of a step cut there; then LoRA
 trained from that layer on, which is what the scores are to forecast. `arms`: Yosinski's four arms on MNIST, a small vision transformer,
-digits 0-4 as task A and 5-9 as task B. Run as `python -m examples.transfer.cut layers` (or arms, or both without a name).
+digits 0-4 as task A and 5-9 as task B. `language`: SmolLM2 on the King James Bible, LoRA trained from each of some layers on. Run as
+`python -m examples.transfer.cut layers` (or arms, language, or all without a name).
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from peftkern.transfer.arms import four_arms
 from peftkern.transfer.cut import CutReport, step_cost, where_to_cut
 from peftkern.transfer.features import pool_mean
 from peftkern.transfer.intervals import over_runs
+from peftkern.transfer.tasks import language_modelling
+from peftkern.transfer.trained_cuts import trained_cuts
 
-from .samples import minilm, mnist, sentences
+from .samples import kjv, minilm, mnist, sentences, smollm2
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -205,6 +208,33 @@ def arms() -> None:
     figure.savefig(RESULTS / "cut_arms.png", dpi=110)
 
 
+def language() -> None:
+    """SmolLM2 on the King James Bible: short LoRA runs from some layers on."""
+    model, tokenizer = smollm2()
+    chapters = kjv(held_out=False)
+    chosen = np.random.default_rng(0).permutation(len(chapters))[:90]
+    tokens = [tokenizer(chapters[index])["input_ids"][:256] for index in chosen]
+    windows = torch.tensor([ids for ids in tokens if len(ids) == 256][:64])
+    task = language_modelling(windows, groups=list(range(len(windows))), batch_size=2)
+    report = trained_cuts(model, task, firsts=(0, 10, 20, 26), steps=20, seeds=SEEDS, budget=1500, progress=True)
+    print(report.table())
+    rows = [
+        {
+            "first": cut.first,
+            "seed": seed,
+            "loss": round(loss, 4),
+            "step_seconds": round(cut.cost.seconds, 3),
+            "saved_bytes": cut.cost.saved_bytes,
+        }
+        for cut in report.cuts
+        for seed, loss in zip(SEEDS, cut.losses, strict=True)
+    ]
+    _save("cut_language.csv", rows)
+    figure, axes = _figure()
+    report.draw(axes)
+    figure.savefig(RESULTS / "cut_language.png", dpi=110)
+
+
 def _figure() -> tuple:
     import matplotlib
 
@@ -223,8 +253,8 @@ def _save(name: str, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    """Run the parts that are named, or both."""
-    parts = {"layers": layers, "arms": arms}
+    """Run the parts that are named, or all."""
+    parts = {"layers": layers, "arms": arms, "language": language}
     for name in sys.argv[1:] or parts:
         parts[name]()
 

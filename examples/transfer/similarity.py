@@ -1,0 +1,106 @@
+"""How far apart are four domains of sentences, measured before training, and does the distance forecast what a transfer loses?
+
+MiniLM's pooled features of movie, Amazon, New York Times and tweet sentences: proxy A-distance with its null, MMD with p, words in
+common, and beside them the accuracy of a linear sentiment probe on the other domain. CSV and PNG go into examples/transfer/results. Run as
+`python -m examples.transfer.similarity`.
+"""
+
+from __future__ import annotations
+
+import csv
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from peftkern.transfer.features import pooled_features
+from peftkern.transfer.lexical import lexicon, surface
+from peftkern.transfer.mmd import mmd_test
+from peftkern.transfer.similarity import proxy_a_distance
+
+from .samples import DOMAINS, minilm, sentences
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = 1000
+
+
+def main() -> None:
+    """Measure the six pairs, and the twelve transfers."""
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model, tokenizer = minilm()
+    domains = {}
+    for name in DOMAINS:
+        data = sentences(name)
+        rows = np.sort(np.random.default_rng(0).permutation(len(data.texts))[:ROWS])
+        texts = [data.texts[row] for row in rows]
+        features = pooled_features(model, texts, tokenizer=tokenizer, pools=("mean",), depths=[-1], max_length=64, progress=True)
+        domains[name] = (texts, features.at(-1), data.labels[rows], data.documents[rows].tolist())
+    accuracy = {}
+    for source, (_, x, y, _) in domains.items():
+        probe = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(0, 5, 11))).fit(x, y)
+        for target, (_, other, labels, _) in domains.items():
+            accuracy[source, target] = float(probe.score(other, labels))
+    table = []
+    for first, second in combinations(domains, 2):
+        (texts, x, _, ours), (others, z, _, theirs) = domains[first], domains[second]
+        owners = {"source_documents": ours, "target_documents": theirs, "repeats": 2, "null_draws": 6}
+        distance = proxy_a_distance(x, z, **owners)
+        form = proxy_a_distance(surface(texts), surface(others), **owners)
+        test = mmd_test(torch.tensor(x), torch.tensor(z), documents=(ours, theirs))
+        words = lexicon(texts, others)
+        table.append(
+            {
+                "first": first,
+                "second": second,
+                "a_distance": round(distance.value, 3),
+                "low": round(distance.interval.low, 3),
+                "high": round(distance.interval.high, 3),
+                "null_high": round(distance.null_high, 3),
+                "a_distance_of_form": round(form.value, 3),
+                "mmd2": round(test.value, 4),
+                "mmd_p": round(test.p_value, 4),
+                "words_in_common": round(words.overlap, 3),
+                "words_within": round(words.within_overlap, 3),
+                "accuracy_there": round(accuracy[first, second], 4),
+                "accuracy_back": round(accuracy[second, first], 4),
+            }
+        )
+        print(table[-1])
+    _written(table)
+
+
+def _written(table: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from scipy.stats import kendalltau
+
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / "similarity.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, table[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    distances = [row["a_distance"] for row in table]
+    means = [(row["accuracy_there"] + row["accuracy_back"]) / 2 for row in table]
+    tau = kendalltau(distances, means)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    errors = [[row["a_distance"] - row["low"] for row in table], [min(2, row["high"]) - row["a_distance"] for row in table]]
+    axes.errorbar(distances, means, xerr=errors, fmt="o")
+    for row, x, y in zip(table, distances, means, strict=True):
+        axes.annotate(f"{row['first']}, {row['second']}", (x, y), textcoords="offset points", xytext=(5, 5))
+    axes.axvline(max(row["null_high"] for row in table), color="gray", linestyle=":", label="halves of one domain (95 %)")
+    title = f"Distance and accuracy across domains: Kendall's τ = {tau.statistic:.2f} (p = {tau.pvalue:.2f}, 6 pairs)"
+    axes.set(
+        xlabel="proxy A-distance of MiniLM's features (95 % interval)", ylabel="accuracy of a probe across, mean of both ways", title=title
+    )
+    axes.legend()
+    figure.savefig(RESULTS / "similarity.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
