@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import peftkern
 from peftkern.finetune.errors import InputError
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'peftkern[transfer]'")
@@ -158,6 +159,29 @@ def test_adapters_off_is_the_base() -> None:
     with adapters_disabled(inner):
         pass
     assert not np.allclose(pooled_features(inner, [batch]).at(1), base.at(1), atol=1e-4)
+
+
+def test_a_patched_model_gives_the_same() -> None:
+    model, batch = _llama(), _batch(6, 3)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    peftkern.patch(tuned)
+    for adapters in (True, False):
+        patched = pooled_features(tuned, [batch], adapters=adapters)
+        peftkern.unpatch(tuned)
+        stock = pooled_features(tuned, [batch], adapters=adapters)
+        np.testing.assert_allclose(patched.at(3), stock.at(3), atol=2e-5)
+        peftkern.patch(tuned)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_not_pooled(kind: str) -> None:
+    model, batch = _llama(), _batch(6, 3, 1)
+    base = pooled_features(model, [batch])
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    np.testing.assert_array_equal(pooled_features(tuned, [batch], adapters=False).at(3), base.at(3))
+    features = pooled_features(tuned, [batch])
+    np.testing.assert_allclose(features.at(0), base.at(0), atol=1e-6)  # the embeddings of the text alone
+    assert not np.allclose(features.at(3), base.at(3), atol=1e-3)  # which see the virtual tokens in attention
 
 
 def test_memory_is_bounded(tmp_path) -> None:
