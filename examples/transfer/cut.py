@@ -1,9 +1,11 @@
-"""Where to cut, on real data: each part is a few minutes on two cores, and writes CSV and PNG into examples/transfer/results.
+"""Where to cut, on real data: each part is a few minutes on two cores, and writes CSV and PNG into
+examples/transfer/results.
 
-`layers`: MiniLM on the movie sentences: probe, LogME and CKA of every depth, and the time and memory of a step cut there; then LoRA
-trained from that layer on, which is what the scores are to forecast. `arms`: Yosinski's four arms on MNIST, a small vision transformer,
-digits 0-4 as task A and 5-9 as task B. `language`: SmolLM2 on the King James Bible, LoRA trained from each of some layers on. Run as
-`python -m examples.transfer.cut layers` (or arms, language, or all without a name).
+`layers`: MiniLM on the movie sentences: probe, LogME and CKA of every depth, and the time and memory of a
+step cut there; then LoRA trained from that layer on, which is what the scores are to forecast. `arms`:
+Yosinski's four arms on MNIST, a small vision transformer, digits 0-4 as task A and 5-9 as task B. `language`:
+SmolLM2 on the King James Bible, LoRA trained from each of some layers on. Run as `python -m
+examples.transfer.cut layers` (or arms, language, or all without a name).
 """
 
 from __future__ import annotations
@@ -55,7 +57,13 @@ def _adapted(first: int, seed: int) -> Classifier:
     layers = list(range(first, encoder.config.num_hidden_layers))
     targets = ["query", "key", "value", "dense"]
     if layers:
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, layers_to_transform=layers, layers_pattern="layer")
+        config = LoraConfig(
+            r=8,
+            lora_alpha=16,
+            target_modules=targets,
+            layers_to_transform=layers,
+            layers_pattern="layer",
+        )
         encoder = get_peft_model(encoder, config)
     else:
         encoder.requires_grad_(False)
@@ -64,7 +72,9 @@ def _adapted(first: int, seed: int) -> Classifier:
 
 def _encoded(texts: list[str]) -> dict[str, Tensor]:
     _, tokenizer = minilm()
-    return dict(tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"))
+    return dict(
+        tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"),
+    )
 
 
 def _rows(batch: dict[str, Tensor], index: np.ndarray) -> dict[str, Tensor]:
@@ -74,11 +84,21 @@ def _rows(batch: dict[str, Tensor], index: np.ndarray) -> dict[str, Tensor]:
     return {"input_ids": batch["input_ids"][index, :width], "attention_mask": mask[:, :width]}
 
 
-def _lora_accuracy(first: int, seed: int, batch: dict[str, Tensor], labels: Tensor, train: np.ndarray, test: np.ndarray) -> float:
+def _lora_accuracy(
+    first: int,
+    seed: int,
+    batch: dict[str, Tensor],
+    labels: Tensor,
+    train: np.ndarray,
+    test: np.ndarray,
+) -> float:
     model = _adapted(first, seed).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1, (step + 1) / 10) * (1 - step / STEPS),
+    )
     rng = np.random.default_rng(seed)
     for _ in range(STEPS):
         index = rng.choice(train, BATCH, replace=False)
@@ -89,7 +109,17 @@ def _lora_accuracy(first: int, seed: int, batch: dict[str, Tensor], labels: Tens
         schedule.step()
     model.eval()
     with torch.no_grad():
-        right = [(model(**_rows(batch, part)).argmax(1) == labels[part]).float().sum() for part in np.array_split(test, 24)]
+        right = [
+            (
+                model(
+                    **_rows(batch, part),
+                ).argmax(1)
+                == labels[part]
+            )
+            .float()
+            .sum()
+            for part in np.array_split(test, 24)
+        ]
     return float(sum(right)) / len(test)
 
 
@@ -108,12 +138,35 @@ def layers() -> None:
         few = np.sort(train[:BATCH])
         model = _adapted(first, 0).train()
         wrapped = {**_rows(batch, few)}
-        costs.append(step_cost(model, wrapped, 0, loss=lambda logits, y=labels[few]: cross_entropy(logits, y), repeats=5))
-    costs = [type(cost)(first, cost.seconds, cost.saved_bytes) for first, cost in zip(CUTS, costs, strict=True)]
+        costs.append(
+            step_cost(
+                model,
+                wrapped,
+                0,
+                loss=lambda logits, y=labels[few]: cross_entropy(logits, y),
+                repeats=5,
+            ),
+        )
+    costs = [
+        type(cost)(
+            first,
+            cost.seconds,
+            cost.saved_bytes,
+        )
+        for first, cost in zip(CUTS, costs, strict=True)
+    ]
     model, tokenizer = minilm()
     texts, own = [data.texts[i] for i in train], [data.documents[i] for i in train]
     report = where_to_cut(
-        model, texts, labels[train].tolist(), tokenizer=tokenizer, groups=own, max_length=LENGTH, repeats=2, costs=costs, progress=True
+        model,
+        texts,
+        labels[train].tolist(),
+        tokenizer=tokenizer,
+        groups=own,
+        max_length=LENGTH,
+        repeats=2,
+        costs=costs,
+        progress=True,
     )
     print(report.table())
     runs = {first: [] for first in CUTS}
@@ -151,7 +204,13 @@ def _write_layers(report: CutReport, runs: dict[int, list[float]]) -> None:
     figure, axes = _figure()
     report.draw(axes)
     means = [over_runs(runs[row.depth]) for row in report.rows]
-    axes.errorbar([r.depth for r in report.rows], [m.mean for m in means], [m.se for m in means], marker="s", label="LoRA from here on")
+    axes.errorbar(
+        [r.depth for r in report.rows],
+        [m.mean for m in means],
+        [m.se for m in means],
+        marker="s",
+        label="LoRA from here on",
+    )
     axes.legend()
     figure.savefig(RESULTS / "cut_layers.png", dpi=110)
 
@@ -162,7 +221,9 @@ def small_vit(seed: int, *, classes: int) -> nn.Module:
 
     torch.manual_seed(seed)
     sizes = dict(image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128)
-    return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=6, num_attention_heads=4, num_labels=classes))
+    return ViTForImageClassification(
+        ViTConfig(**sizes, num_hidden_layers=6, num_attention_heads=4, num_labels=classes),
+    )
 
 
 def arms() -> None:
@@ -191,9 +252,18 @@ def arms() -> None:
 
     def score(model: nn.Module) -> float:
         with torch.no_grad():
-            return float((model.eval()(pixel_values=pixels[test]).logits.argmax(1) == labels[test] % 5).float().mean())
+            return float(
+                (model.eval()(pixel_values=pixels[test]).logits.argmax(1) == labels[test] % 5).float().mean(),
+            )
 
-    report = four_arms(lambda seed: small_vit(seed, classes=5), train, score, depths=(1, 2, 4, 6), seeds=SEEDS, progress=True)
+    report = four_arms(
+        lambda seed: small_vit(seed, classes=5),
+        train,
+        score,
+        depths=(1, 2, 4, 6),
+        seeds=SEEDS,
+        progress=True,
+    )
     print(report.table())
     rows = [
         {"arm": arm, "n": n, "seed": seed, "accuracy": round(value, 4)}
@@ -201,7 +271,15 @@ def arms() -> None:
         for n, values in by.items()
         for seed, value in zip(SEEDS, values, strict=True)
     ]
-    base = [{"arm": "base", "n": 0, "seed": seed, "accuracy": round(v, 4)} for seed, v in zip(SEEDS, report.base, strict=True)]
+    base = [
+        {
+            "arm": "base",
+            "n": 0,
+            "seed": seed,
+            "accuracy": round(v, 4),
+        }
+        for seed, v in zip(SEEDS, report.base, strict=True)
+    ]
     _save("cut_arms.csv", base + rows)
     figure, axes = _figure()
     report.draw(axes)
@@ -216,7 +294,15 @@ def language() -> None:
     tokens = [tokenizer(chapters[index])["input_ids"][:256] for index in chosen]
     windows = torch.tensor([ids for ids in tokens if len(ids) == 256][:64])
     task = language_modelling(windows, groups=list(range(len(windows))), batch_size=2)
-    report = trained_cuts(model, task, firsts=(0, 10, 20, 26), steps=20, seeds=SEEDS, budget=1500, progress=True)
+    report = trained_cuts(
+        model,
+        task,
+        firsts=(0, 10, 20, 26),
+        steps=20,
+        seeds=SEEDS,
+        budget=1500,
+        progress=True,
+    )
     print(report.table())
     rows = [
         {

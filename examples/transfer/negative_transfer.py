@@ -1,9 +1,10 @@
-"""Does pretraining help, or poison? Arms on one budget, on real data; CSV and PNG go into examples/transfer/results.
+"""Does pretraining help, or poison? Arms on one budget, on real data; CSV and PNG go into
+examples/transfer/results.
 
-`digits`: a small vision transformer on scikit-learn's digits, from MNIST weights, from MNIST weights whose labels were random, from
-shuffled MNIST weights, from the first layers alone, and from random weights. `sentences`: MiniLM, all weights trained, on the movie
-sentences, against its shuffled and its random twin. Run as `python -m examples.transfer.negative_transfer digits` (or sentences, or both
-without a name).
+`digits`: a small vision transformer on scikit-learn's digits, from MNIST weights, from MNIST weights whose
+labels were random, from shuffled MNIST weights, from the first layers alone, and from random weights.
+`sentences`: MiniLM, all weights trained, on the movie sentences, against its shuffled and its random twin.
+Run as `python -m examples.transfer.negative_transfer digits` (or sentences, or both without a name).
 """
 
 from __future__ import annotations
@@ -61,7 +62,16 @@ def digits() -> None:
     head = ("classifier",)
     arms = arms_of(source, head=head, depths=(2, 4))
     arms["random labels"] = arms_of(memorised, head=head)["pretrained"]
-    report = compare_arms(arms, task, steps=120, seeds=SEEDS, rates=(3e-4, 1e-3, 3e-3), evaluations=6, budget=1500, progress=True)
+    report = compare_arms(
+        arms,
+        task,
+        steps=120,
+        seeds=SEEDS,
+        rates=(3e-4, 1e-3, 3e-3),
+        evaluations=6,
+        budget=1500,
+        progress=True,
+    )
     _written("negative_digits", report)
 
 
@@ -77,7 +87,16 @@ def sentiment() -> None:
     task = classification(inputs, torch.tensor(data.labels[rows]), groups=documents, batch_size=16)
     model = Classifier(encoder, encoder.config.hidden_size, 2)
     arms = arms_of(model, head=("head",))
-    report = compare_arms(arms, task, steps=72, seeds=SEEDS, rates=(5e-5, 2e-4, 5e-4), evaluations=4, budget=1500, progress=True)
+    report = compare_arms(
+        arms,
+        task,
+        steps=72,
+        seeds=SEEDS,
+        rates=(5e-5, 2e-4, 5e-4),
+        evaluations=4,
+        budget=1500,
+        progress=True,
+    )
     _written("negative_sentences", report)
 
 
@@ -96,7 +115,9 @@ def _written(name: str, report: NegativeReport) -> None:
         for run in report.runs:
             for examples, score in zip(run.examples, run.scores, strict=True):
                 values = (score.loss, score.accuracy, score.ece, score.brier)
-                writer.writerow([run.arm, run.seed, run.rate, examples, *(round(value, 4) for value in values)])
+                writer.writerow(
+                    [run.arm, run.seed, run.rate, examples, *(round(value, 4) for value in values)],
+                )
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     report.draw(axes)
     figure.savefig(RESULTS / f"{name}.png", dpi=110)

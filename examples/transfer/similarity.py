@@ -1,8 +1,9 @@
-"""How far apart are four domains of sentences, measured before training, and does the distance forecast what a transfer loses?
+"""How far apart are four domains of sentences, measured before training, and does the distance forecast what
+a transfer loses?
 
-MiniLM's pooled features of movie, Amazon, New York Times and tweet sentences: proxy A-distance with its null, MMD with p, words in
-common, and beside them the accuracy of a linear sentiment probe on the other domain. CSV and PNG go into examples/transfer/results. Run as
-`python -m examples.transfer.similarity`.
+MiniLM's pooled features of movie, Amazon, New York Times and tweet sentences: proxy A-distance with its null,
+MMD with p, words in common, and beside them the accuracy of a linear sentiment probe on the other domain. CSV
+and PNG go into examples/transfer/results. Run as `python -m examples.transfer.similarity`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ def main() -> None:
         data = sentences(name)
         rows = np.sort(np.random.default_rng(0).permutation(len(data.texts))[:ROWS])
         texts = [data.texts[row] for row in rows]
-        features = pooled_features(model, texts, tokenizer=tokenizer, pools=("mean",), depths=[-1], max_length=64, progress=True)
+        features = pooled_features(
+            model,
+            texts,
+            tokenizer=tokenizer,
+            pools=("mean",),
+            depths=[-1],
+            max_length=64,
+            progress=True,
+        )
         domains[name] = (texts, features.at(-1), data.labels[rows], data.documents[rows].tolist())
     accuracy = {}
     for source, (_, x, y, _) in domains.items():
@@ -89,14 +98,24 @@ def _written(table: list[dict]) -> None:
     means = [(row["accuracy_there"] + row["accuracy_back"]) / 2 for row in table]
     tau = kendalltau(distances, means)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    errors = [[row["a_distance"] - row["low"] for row in table], [min(2, row["high"]) - row["a_distance"] for row in table]]
+    errors = [
+        [row["a_distance"] - row["low"] for row in table],
+        [min(2, row["high"]) - row["a_distance"] for row in table],
+    ]
     axes.errorbar(distances, means, xerr=errors, fmt="o")
     for row, x, y in zip(table, distances, means, strict=True):
         axes.annotate(f"{row['first']}, {row['second']}", (x, y), textcoords="offset points", xytext=(5, 5))
-    axes.axvline(max(row["null_high"] for row in table), color="gray", linestyle=":", label="halves of one domain (95 %)")
+    axes.axvline(
+        max(row["null_high"] for row in table),
+        color="gray",
+        linestyle=":",
+        label="halves of one domain (95 %)",
+    )
     title = f"Distance and accuracy across domains: Kendall's τ = {tau.statistic:.2f} (p = {tau.pvalue:.2f}, 6 pairs)"
     axes.set(
-        xlabel="proxy A-distance of MiniLM's features (95 % interval)", ylabel="accuracy of a probe across, mean of both ways", title=title
+        xlabel="proxy A-distance of MiniLM's features (95 % interval)",
+        ylabel="accuracy of a probe across, mean of both ways",
+        title=title,
     )
     axes.legend()
     figure.savefig(RESULTS / "similarity.png", dpi=110)

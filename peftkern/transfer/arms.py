@@ -1,4 +1,6 @@
-"""Yosinski's four arms: what is lost when layers of one network are put under new ones, and whether by specificity or co-adaptation."""
+"""Yosinski's four arms: what is lost when layers of one network are put under new ones, and whether by
+specificity or co-adaptation.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ ARMS = ("BnB", "BnB+", "AnB", "AnB+")
 
 @dataclass(frozen=True)
 class ArmsReport:
-    """Scores on task B, one a seed: `scores[arm][n]` with n layers transferred, and `base` of networks trained on B alone.
+    """Scores on task B, one a seed: `scores[arm][n]` with n layers transferred, and `base` of networks
+    trained on B alone.
 
-    BnB: layers of a network trained on B itself, frozen; AnB: of one trained on A, frozen; with +: fine-tuned too.
+    BnB: layers of a network trained on B itself, frozen; AnB: of one trained on A, frozen; with +: fine-tuned
+    too.
     """
 
     base: tuple[float, ...]
@@ -31,7 +35,9 @@ class ArmsReport:
         return paired_runs(self.scores[arm][n], self.base)
 
     def coadaptation(self, n: int) -> Interval:
-        """BnB - base: what freezing loses although the layers are B's own, as those above were made together with them."""
+        """BnB - base: what freezing loses although the layers are B's own, as those above were made together
+        with them.
+        """
         return self.minus_base("BnB", n)
 
     def specificity(self, n: int) -> Interval:
@@ -59,7 +65,9 @@ class ArmsReport:
         lines = ["| arm | " + " | ".join(f"n = {n}" for n in depths) + " |", "|---|" + "--:|" * len(depths)]
         for arm in self.scores:
             cells = (over_runs(self.scores[arm][n]) for n in depths)
-            lines.append(f"| {arm} | " + " | ".join(f"{cell.mean:.4f} ± {cell.se:.4f}" for cell in cells) + " |")
+            lines.append(
+                f"| {arm} | " + " | ".join(f"{cell.mean:.4f} ± {cell.se:.4f}" for cell in cells) + " |",
+            )
         base = over_runs(self.base)
         return "\n".join([*lines, "", f"Base: {base.mean:.4f} ± {base.se:.4f}. {self.verdict}"])
 
@@ -70,9 +78,23 @@ class ArmsReport:
         for arm in self.scores:
             depths = sorted(self.scores[arm])
             cells = [over_runs(self.scores[arm][n]) for n in depths]
-            style = {"color": "tab:blue" if arm[0] == "A" else "tab:gray", "linestyle": "--" if arm.endswith("+") else "-"}
-            axes.errorbar(depths, [cell.mean for cell in cells], [cell.se for cell in cells], marker="o", label=arm, **style)
-        axes.set(xlabel="layers transferred", ylabel="score on task B (± s.e.)", title=self.verdict.split(";")[0].split(" (")[0])
+            style = {
+                "color": "tab:blue" if arm[0] == "A" else "tab:gray",
+                "linestyle": "--" if arm.endswith("+") else "-",
+            }
+            axes.errorbar(
+                depths,
+                [cell.mean for cell in cells],
+                [cell.se for cell in cells],
+                marker="o",
+                label=arm,
+                **style,
+            )
+        axes.set(
+            xlabel="layers transferred",
+            ylabel="score on task B (± s.e.)",
+            title=self.verdict.split(";")[0].split(" (")[0],
+        )
         axes.legend()
 
 
@@ -86,14 +108,17 @@ def four_arms(
     arms: Sequence[str] = ARMS,
     progress: bool = False,
 ) -> ArmsReport:
-    """Train a network on task A and one on task B, transfer the first n layers of each into new ones, train those on B, score them.
+    """Train a network on task A and one on task B, transfer the first n layers of each into new ones, train
+    those on B, score them.
 
     Args:
         make: a new network for a seed.
-        train: trains a network's trainable parameters in place on task "A" or "B", with a seed for its order of data.
+        train: trains a network's trainable parameters in place on task "A" or "B", with a seed for its order
+            of data.
         score: of a network on held-out data of B, higher is better.
         depths: the n to try.
-    Source: Yosinski, Clune, Bengio and Lipson, 2014, How transferable are features in deep neural networks?, section 2.
+    Source: Yosinski, Clune, Bengio and Lipson, 2014, How transferable are features in deep neural networks?,
+    section 2.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
@@ -113,10 +138,19 @@ def four_arms(
                     parameter.requires_grad_(arm.endswith("+"))
                 scores[arm][n].append(score(_trained(model, train, "B", seed, bar)))
     bar.close()
-    return ArmsReport(tuple(base), {arm: {n: tuple(values) for n, values in by.items()} for arm, by in scores.items()})
+    return ArmsReport(
+        tuple(base),
+        {arm: {n: tuple(values) for n, values in by.items()} for arm, by in scores.items()},
+    )
 
 
-def _trained(model: nn.Module, train: Callable[[nn.Module, str, int], None], task: str, seed: int, bar: Any) -> nn.Module:
+def _trained(
+    model: nn.Module,
+    train: Callable[[nn.Module, str, int], None],
+    task: str,
+    seed: int,
+    bar: Any,
+) -> nn.Module:
     train(model, task, seed)
     bar.update()
     return model

@@ -1,4 +1,6 @@
-"""Whether probabilities mean what they say: expected calibration error and the Brier score, for any number of classes."""
+"""Whether probabilities mean what they say: expected calibration error and the Brier score, for any number of
+classes.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ __all__ = ["brier_score", "expected_calibration_error"]
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> float:
-    """Mean |accuracy - confidence| over bins of equal width of the greatest probability, weighted by their rows.
+    """Mean |accuracy - confidence| over bins of equal width of the greatest probability, weighted by their
+    rows.
 
-    Args: probabilities [n, C], labels [n] of 0 ... C - 1. Biased upwards where rows are few (about 1 / sqrt(n / bins) for a good model).
+    Args: probabilities [n, C], labels [n] of 0 ... C - 1. Biased upwards where rows are few (about 1 / sqrt(n
+    / bins) for a good model).
     Source: Guo, Pleiss, Sun and Weinberger, 2017, On Calibration of Modern Neural Networks, equation 5.
     """
     import numpy as np

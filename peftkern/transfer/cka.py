@@ -1,7 +1,7 @@
 """Debiased linear CKA: how alike two sets of features of the same texts are, up to rotation, scale and shift.
 
-Written by hand, as the packages at hand use the biased HSIC, by which independent features are alike where texts are few, or average
-the quotient over batches, which is biased again.
+Written by hand, as the packages at hand use the biased HSIC, by which independent features are alike where
+texts are few, or average the quotient over batches, which is biased again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _BLOCKS = 10  # of the jackknife
 
 @dataclass(frozen=True)
 class Cka:
-    """An estimate, about in [0, 1] (unbiased terms can make it slightly negative), and its standard error by a jackknife."""
+    """An estimate, about in [0, 1] (unbiased terms can make it slightly negative), and its standard error by
+    a jackknife.
+    """
 
     value: float
     se: float
@@ -29,10 +31,12 @@ class Cka:
 def hsic(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased HSIC_1 of linear kernels, in fp64 and without an n x n matrix where the features are few.
 
-    [tr(K L) + 1'K1 1'L1 / ((n - 1)(n - 2)) - 2 / (n - 2) 1'KL1] / (n (n - 3)), K = x x' and L = y y' with zero diagonals.
+    [tr(K L) + 1'K1 1'L1 / ((n - 1)(n - 2)) - 2 / (n - 2) 1'KL1] / (n (n - 3)), K = x x' and L = y y' with
+    zero diagonals.
 
     Args: x [n, Dx], y [n, Dy], n > 3.
-    Source: Song, Smola, Gretton, Bedo and Borgwardt, 2012, Feature Selection via Dependence Maximization, equation 5.
+    Source: Song, Smola, Gretton, Bedo and Borgwardt, 2012, Feature Selection via Dependence Maximization,
+    equation 5.
     """
     import numpy as np
 
@@ -62,9 +66,11 @@ def _centred(x: np.ndarray) -> np.ndarray:
 def cka(x: np.ndarray, y: np.ndarray) -> Cka:
     """HSIC_1(x, y) / sqrt(HSIC_1(x, x) HSIC_1(y, y)) of features x [n, Dx] and y [n, Dy] of the same n texts.
 
-    0 in the mean for independent features, where the biased estimate is about D / (D + n); 1 where y is x rotated, scaled, shifted.
-    NaN where a set of features varies no more than by chance. The standard error is a jackknife's, over 10 blocks of rows.
-    Source: Kornblith et al., 2019, Similarity of Neural Network Representations Revisited; debiased as Nguyen et al., 2021.
+    0 in the mean for independent features, where the biased estimate is about D / (D + n); 1 where y is x
+    rotated, scaled, shifted. NaN where a set of features varies no more than by chance. The standard error is
+    a jackknife's, over 10 blocks of rows.
+    Source: Kornblith et al., 2019, Similarity of Neural Network Representations Revisited; debiased as Nguyen
+    et al., 2021.
     """
     import numpy as np
 
@@ -77,7 +83,8 @@ def cka(x: np.ndarray, y: np.ndarray) -> Cka:
 
 
 def cka_batches(batches: Iterable[tuple[Any, Any]]) -> float:
-    """CKA from batches of features (x, y) that never lie in memory together: the three HSIC terms are averaged, then divided.
+    """CKA from batches of features (x, y) that never lie in memory together: the three HSIC terms are
+    averaged, then divided.
 
     Source: Nguyen, Raghu and Kornblith, 2021, Do Wide and Deep Networks Learn the Same Things?, section 3.
     """

@@ -1,4 +1,6 @@
-"""Networks to compare a pretrained one with: of its shape and moments without its structure, or with its first layers alone."""
+"""Networks to compare a pretrained one with: of its shape and moments without its structure, or with its
+first layers alone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ __all__ = ["below", "copy_first", "freeze_first", "matched_random", "shuffled"]
 
 
 def matched_random(model: nn.Module, *, seed: int = 0, keep: Sequence[str] = ()) -> nn.Module:
-    """A copy whose parameters are normal draws, shifted and scaled to the mean and standard deviation (so the norm too) of each tensor.
+    """A copy whose parameters are normal draws, shifted and scaled to the mean and standard deviation (so the
+    norm too) of each tensor.
 
     Args:
         seed: of the draws; a tensor's depend on the seed and its name alone.
@@ -28,11 +31,18 @@ def matched_random(model: nn.Module, *, seed: int = 0, keep: Sequence[str] = ())
 
 
 def shuffled(model: nn.Module, *, seed: int = 0, keep: Sequence[str] = ()) -> nn.Module:
-    """A copy with the entries of each parameter permuted: its weights' distribution, none of their structure. As `matched_random`."""
+    """A copy with the entries of each parameter permuted: its weights' distribution, none of their structure.
+    As `matched_random`.
+    """
     return _replaced(model, seed, keep, _permuted)
 
 
-def _replaced(model: nn.Module, seed: int, keep: Sequence[str], new: Callable[[Tensor, torch.Generator], Tensor]) -> nn.Module:
+def _replaced(
+    model: nn.Module,
+    seed: int,
+    keep: Sequence[str],
+    new: Callable[[Tensor, torch.Generator], Tensor],
+) -> nn.Module:
     _check_dense(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -44,7 +54,10 @@ def _replaced(model: nn.Module, seed: int, keep: Sequence[str], new: Callable[[T
 
 
 def _check_dense(model: nn.Module) -> None:
-    packed = next((name for name, parameter in model.named_parameters() if not parameter.is_floating_point()), None)
+    packed = next(
+        (name for name, parameter in model.named_parameters() if not parameter.is_floating_point()),
+        None,
+    )
     if packed is not None:
         raise InputError(f"{packed} is quantized: a random or shuffled twin needs dense weights; load the model without quantization")
 
@@ -64,10 +77,11 @@ def _permuted(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def below(model: nn.Module, first: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that a cut at `first` leaves frozen: of the layers before it and, from 1 on, of what runs before the layers.
+    """The parameters that a cut at `first` leaves frozen: of the layers before it and, from 1 on, of what
+    runs before the layers.
 
-    What is registered before the stack (embeddings) runs before it, as in every transformer of transformers; a head that is tied to the
-    embeddings is frozen with them.
+    What is registered before the stack (embeddings) runs before it, as in every transformer of transformers;
+    a head that is tied to the embeddings is frozen with them.
     """
     name, layers = layer_stack(model)
     if not 0 <= first <= len(layers):
@@ -83,7 +97,9 @@ def below(model: nn.Module, first: int) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def freeze_first(model: nn.Module, first: int) -> list[str]:
-    """Freeze what lies below a cut at `first` (in place), so that no backward pass runs there; the names that were trainable."""
+    """Freeze what lies below a cut at `first` (in place), so that no backward pass runs there; the names that
+    were trainable.
+    """
     frozen = [(name, parameter) for name, parameter in below(model, first) if parameter.requires_grad]
     for _, parameter in frozen:
         parameter.requires_grad_(False)
@@ -91,7 +107,9 @@ def freeze_first(model: nn.Module, first: int) -> list[str]:
 
 
 def copy_first(source: nn.Module, target: nn.Module, first: int) -> nn.Module:
-    """Give `target` (in place) the parameters of `source` below a cut at `first`; returns it. Yosinski's transfer of n layers."""
+    """Give `target` (in place) the parameters of `source` below a cut at `first`; returns it. Yosinski's
+    transfer of n layers.
+    """
     theirs: dict[str, Any] = dict(source.named_parameters())
     with torch.no_grad():
         for name, parameter in below(target, first):

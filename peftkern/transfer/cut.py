@@ -1,8 +1,10 @@
-"""Where to cut: what the features after each layer are worth for a task, beside what freezing the layers below saves.
+"""Where to cut: what the features after each layer are worth for a task, beside what freezing the layers
+below saves.
 
-A cut at depth n freezes the first n layers and trains the others; no backward pass runs below it. Its features are scored by a linear
-probe, by LogME and by CKA with the last layer's, and read against the same probe on a random network of the same shape and on a bag of
-words. scikit-learn fits the probes; LogME and debiased CKA are this package's own.
+A cut at depth n freezes the first n layers and trains the others; no backward pass runs below it. Its
+features are scored by a linear probe, by LogME and by CKA with the last layer's, and read against the same
+probe on a random network of the same shape and on a bag of words. scikit-learn fits the probes; LogME and
+debiased CKA are this package's own.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _MOST_DEPTHS = 13  # of a deep model, unless they are chosen
 
 @dataclass(frozen=True)
 class StepCost:
-    """One training step with the layers below a cut frozen: seconds (the least of the repetitions) and bytes saved for backward."""
+    """One training step with the layers below a cut frozen: seconds (the least of the repetitions) and bytes
+    saved for backward.
+    """
 
     first: int
     seconds: float
@@ -43,9 +47,10 @@ class StepCost:
 class CutRow:
     """What is known of one depth.
 
-    `behind`: the paired difference of the best depth's accuracy and this one's. `gain`: that of this depth and the random network's at
-    the same depth. `step`: a cut's step time as a share of an uncut one's, computed from the number of layers (`step_share`);
-    `activations`: the share of the layers' activations that stay.
+    `behind`: the paired difference of the best depth's accuracy and this one's. `gain`: that of this depth
+    and the random network's at the same depth. `step`: a cut's step time as a share of an uncut one's,
+    computed from the number of layers (`step_share`); `activations`: the share of the layers' activations
+    that stay.
     """
 
     depth: int
@@ -62,7 +67,9 @@ class CutRow:
 
 @dataclass(frozen=True)
 class CutReport:
-    """The rows by depth, the controls, and the cut they speak for: `recommended` is None where they speak for none."""
+    """The rows by depth, the controls, and the cut they speak for: `recommended` is None where they speak for
+    none.
+    """
 
     rows: tuple[CutRow, ...]
     layers: int
@@ -96,16 +103,33 @@ class CutReport:
     def draw(self, axes: Any) -> None:
         """Probe accuracy by depth with its standard errors, beside the controls; the cut is marked."""
         depths = [row.depth for row in self.rows]
-        axes.errorbar(depths, [r.accuracy.mean for r in self.rows], [r.accuracy.se for r in self.rows], marker="o", label="pretrained")
+        axes.errorbar(
+            depths,
+            [r.accuracy.mean for r in self.rows],
+            [r.accuracy.se for r in self.rows],
+            marker="o",
+            label="pretrained",
+        )
         if all(row.random for row in self.rows):
             spread = [row.random.se for row in self.rows]
-            axes.errorbar(depths, [row.random.mean for row in self.rows], spread, marker=".", color="gray", label="random twin")
+            axes.errorbar(
+                depths,
+                [row.random.mean for row in self.rows],
+                spread,
+                marker=".",
+                color="gray",
+                label="random twin",
+            )
         if self.words:
             axes.axhline(self.words.mean, color="tab:green", linestyle="--", label="bag of words")
         axes.axhline(self.majority, color="black", linestyle=":", label="majority")
         if self.recommended is not None:
             axes.axvline(self.recommended, color="tab:red", alpha=0.5, label=f"cut at {self.recommended}")
-        axes.set(xlabel="layers below the cut", ylabel="accuracy of a linear probe (± s.e.)", title=self._title())
+        axes.set(
+            xlabel="layers below the cut",
+            ylabel="accuracy of a linear probe (± s.e.)",
+            title=self._title(),
+        )
         axes.legend()
 
     def _title(self) -> str:
@@ -116,10 +140,11 @@ class CutReport:
 
 
 def step_share(first: int, layers: int, *, trained: str = "adapters", recompute: bool = False) -> float:
-    """The time of a step cut at `first` of `layers` equal layers, as a share of the uncut step's; embeddings and head left out.
+    """The time of a step cut at `first` of `layers` equal layers, as a share of the uncut step's; embeddings
+    and head left out.
 
-    In forward passes of a layer: 1 forward, 1 for the gradient of the input, 1 more for the weights' where all are trained
-    (`trained="all"`), 1 more where activations are recomputed; below the cut only the first.
+    In forward passes of a layer: 1 forward, 1 for the gradient of the input, 1 more for the weights' where
+    all are trained (`trained="all"`), 1 more where activations are recomputed; below the cut only the first.
     """
     if trained not in ("adapters", "all"):
         raise ValueError(f"trained: got {trained!r}, expected 'adapters' or 'all'")
@@ -128,11 +153,18 @@ def step_share(first: int, layers: int, *, trained: str = "adapters", recompute:
 
 
 def step_cost(
-    model: nn.Module, batch: Mapping[str, Tensor], first: int, *, loss: Callable[[Any], Tensor] | None = None, repeats: int = 3
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    first: int,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    repeats: int = 3,
 ) -> StepCost:
-    """Time forward and backward of one batch with the layers below `first` frozen, and count the bytes saved for backward.
+    """Time forward and backward of one batch with the layers below `first` frozen, and count the bytes saved
+    for backward.
 
-    Every storage is counted once; parameters, which are there anyway, are not. The model's flags and gradients are put back.
+    Every storage is counted once; parameters, which are there anyway, are not. The model's flags and
+    gradients are put back.
 
     Args:
         batch: what the model's forward takes.
@@ -177,7 +209,8 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
 
 
 def scaled(features: np.ndarray) -> np.ndarray:
-    """[n, D] in fp64 with each dimension divided by its standard deviation: some in Llama-like models are a thousand times the others.
+    """[n, D] in fp64 with each dimension divided by its standard deviation: some in Llama-like models are a
+    thousand times the others.
 
     (Sun et al., 2024, Massive Activations.) Without it they alone decide CKA, LogME and every distance.
     """
@@ -195,7 +228,6 @@ def where_to_cut(
     *,
     tokenizer: Any = None,
     groups: Sequence[Any] | None = None,
-    features: Features | None = None,
     depths: Sequence[int] | None = None,
     pool: str = "mean",
     kind: str = "ridge",
@@ -204,51 +236,64 @@ def where_to_cut(
     random_twin: bool = True,
     seed: int = 0,
     costs: Sequence[StepCost] = (),
-    trained: str = "adapters",
-    recompute: bool = False,
+    share: Callable[[int, int], float] = step_share,
     progress: bool = False,
     **options: Any,
 ) -> CutReport:
     """Score every depth of a model for a labelled task, and say where to cut.
 
-    The recommended cut is the smallest depth whose probe cannot be told from the best one's: the layers below build what the task uses,
-    those above add nothing to it that a linear classifier sees, and are the ones to train. There is none where the best depth cannot be
-    told from a random network's. The best of many depths is chosen on the same folds, hence slightly flattered.
+    The recommended cut is the smallest depth whose probe cannot be told from the best one's: the layers below
+    build what the task uses, those above add nothing to it that a linear classifier sees, and are the ones to
+    train. There is none where the best depth cannot be told from a random network's. The best of many depths
+    is chosen on the same folds, hence slightly flattered.
 
     Args:
         inputs, tokenizer, `options`: as `pooled_features`; texts get a bag of words as a control.
         labels: a class each.
         groups: the document of each text, so that none is on both sides of a split.
-        features: those of `inputs`, where they are there already.
         depths: default: all, or 13 evenly spaced ones.
         pool, kind: "mean" or "last"; "ridge" or "logistic".
         random_twin: probe `matched_random(model)` too (one more pass over the data).
         costs: of `step_cost`, shown beside the computed shares.
-        trained, recompute: of `step_share`.
+        share: of a step, by first trained layer and number of layers; `functools.partial(step_share,
+            recompute=True)` with recomputation.
     Raises: InputError for missing labels, one class, fewer documents or rows of a class than folds.
     """
     where = splits(labels, groups=groups, folds=folds, repeats=repeats, seed=seed)
-    if features is None:
-        features = pooled_features(model, inputs, tokenizer=tokenizer, pools=(pool,), progress=progress, **options)
+    options |= {"tokenizer": tokenizer, "pools": (pool,), "progress": progress}
+    features = pooled_features(model, inputs, **options)
     layers = features.depths[-1]
     chosen = tuple(depths) if depths is not None else _spaced(layers)
-    twin = None
+
+    def probed(values: Features) -> dict[int, Probe]:
+        return {
+            depth: probe(
+                values.at(depth, pool),
+                labels,
+                where,
+                kind=kind,
+            )
+            for depth in _shown(chosen, progress)
+        }
+
+    probes, randoms = probed(features), {}
     if random_twin:
-        fresh = matched_random(model, seed=seed)
-        twin = pooled_features(fresh, inputs, tokenizer=tokenizer, pools=(pool,), depths=chosen, progress=progress, **options)
-    probes = {depth: probe(features.at(depth, pool), labels, where, kind=kind) for depth in _shown(chosen, progress)}
-    randoms = {depth: probe(twin.at(depth, pool), labels, where, kind=kind) for depth in chosen} if twin else {}
-    words = probe(bag_of_words(list(inputs)), labels, where, kind=kind) if isinstance(inputs[0], str) else None
-    rows = [
-        _row(depth, features, pool, labels, probes, randoms, step_share(depth, layers, trained=trained, recompute=recompute), costs)
-        for depth in chosen
-    ]
+        randoms = probed(pooled_features(matched_random(model, seed=seed), inputs, depths=chosen, **options))
+    words = probe(bag_of_words(list(inputs)), labels, where) if isinstance(inputs[0], str) else None
+    scored = _Scored(features, pool, labels, probes, randoms)
+    rows = [scored.row(depth, share(depth, layers), costs) for depth in chosen]
     return _report(rows, layers, labels, probes, words)
 
 
 def _spaced(layers: int) -> tuple[int, ...]:
     count = min(layers + 1, _MOST_DEPTHS)
-    return tuple(dict.fromkeys(round(index * layers / (count - 1)) for index in range(count))) if layers else (0,)
+    return (
+        tuple(
+            dict.fromkeys(round(index * layers / (count - 1)) for index in range(count)),
+        )
+        if layers
+        else (0,)
+    )
 
 
 def _shown(depths: Sequence[int], progress: bool) -> Any:
@@ -259,35 +304,44 @@ def _shown(depths: Sequence[int], progress: bool) -> Any:
     return tqdm(depths, desc="probes", unit="depth")
 
 
-def _row(
-    depth: int,
-    features: Features,
-    pool: str,
+@dataclass(frozen=True)
+class _Scored:
+    """What the rows are made of."""
+
+    features: Features
+    pool: str
+    labels: Sequence[Any]
+    probes: Mapping[int, Probe]
+    randoms: Mapping[int, Probe]
+
+    def row(self, depth: int, step: float, costs: Sequence[StepCost]) -> CutRow:
+        import numpy as np
+
+        layers, probes = self.features.depths[-1], self.probes
+        here, last = (scaled(self.features.at(d, self.pool)) for d in (depth, layers))
+        best = max(probes.values(), key=lambda item: item.accuracy.mean)
+        random = self.randoms.get(depth)
+        return CutRow(
+            depth=depth,
+            accuracy=probes[depth].accuracy,
+            behind=best.minus(probes[depth]),
+            logme=logme(here, np.unique(np.asarray(self.labels), return_inverse=True)[1]),
+            to_last=cka(here, last),
+            random=random.accuracy if random else None,
+            gain=probes[depth].minus(random) if random else None,
+            step=step,
+            activations=(layers - depth) / layers if layers else 1.0,
+            cost=next((cost for cost in costs if cost.first == depth), None),
+        )
+
+
+def _report(
+    rows: list[CutRow],
+    layers: int,
     labels: Sequence[Any],
     probes: Mapping[int, Probe],
-    randoms: Mapping[int, Probe],
-    step: float,
-    costs: Sequence[StepCost],
-) -> CutRow:
-    import numpy as np
-
-    here, best = scaled(features.at(depth, pool)), max(probes.values(), key=lambda item: item.accuracy.mean)
-    layers = features.depths[-1]
-    return CutRow(
-        depth=depth,
-        accuracy=probes[depth].accuracy,
-        behind=best.minus(probes[depth]),
-        logme=logme(here, np.unique(np.asarray(labels), return_inverse=True)[1]),
-        to_last=cka(here, scaled(features.at(layers, pool))),
-        random=randoms[depth].accuracy if randoms else None,
-        gain=probes[depth].minus(randoms[depth]) if randoms else None,
-        step=step,
-        activations=(layers - depth) / layers if layers else 1.0,
-        cost=next((cost for cost in costs if cost.first == depth), None),
-    )
-
-
-def _report(rows: list[CutRow], layers: int, labels: Sequence[Any], probes: Mapping[int, Probe], words: Probe | None) -> CutReport:
+    words: Probe | None,
+) -> CutReport:
     import numpy as np
 
     best = max(rows, key=lambda row: row.accuracy.mean)
@@ -307,7 +361,16 @@ def _report(rows: list[CutRow], layers: int, labels: Sequence[Any], probes: Mapp
         )
     if behind is not None and behind.sign != 1:
         verdict += f" Beware: a bag of words does as well (the best depth minus it: {behind})."
-    return CutReport(tuple(rows), layers, len(labels), majority, words.accuracy if words else None, behind, recommended, verdict)
+    return CutReport(
+        tuple(rows),
+        layers,
+        len(labels),
+        majority,
+        words.accuracy if words else None,
+        behind,
+        recommended,
+        verdict,
+    )
 
 
 def _against(best: CutRow, row: CutRow) -> str:

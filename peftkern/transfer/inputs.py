@@ -55,10 +55,19 @@ def texts_of(path: str, option: str, column: str) -> list[str]:
 
 
 def labelled(args: argparse.Namespace, *, labels: bool) -> LabelledTexts:
-    """At most --rows rows of --data, drawn at random; without `labels` the label column may be missing from all rows."""
+    """At most --rows rows of --data, drawn at random; without `labels` the label column may be missing from
+    all rows.
+    """
     rows = _rows(args.data, "--data")
     if len(rows) > args.rows:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))[: args.rows].sort().values
+        order = (
+            torch.randperm(
+                len(rows),
+                generator=torch.Generator().manual_seed(args.seed),
+            )[: args.rows]
+            .sort()
+            .values
+        )
         rows = [rows[index] for index in order.tolist()]
     wanted = labels or any(row.get(args.label_column) is not None for _, row in rows)
     if labels and all(row.get(args.label_column) is None for _, row in rows):
@@ -81,7 +90,9 @@ def load_features_model(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def load_model(model: str, trust_remote_code: bool) -> tuple[Any, Any, bool]:
-    """A causal language model with its head where it is one, else a model without a head; its tokenizer; whether it is causal."""
+    """A causal language model with its head where it is one, else a model without a head; its tokenizer;
+    whether it is causal.
+    """
     from transformers import AutoModel, AutoModelForCausalLM
 
     causal = _is_causal(model, trust_remote_code)
@@ -101,7 +112,12 @@ def _loaded(kind: Any, model: str, trust_remote_code: bool, **options: Any) -> t
     path = resolve_model(model)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with load_errors(model, path):
-        loaded = kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code, **options)
+        loaded = kind.from_pretrained(
+            path,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.to(device).eval(), tokenizer
 
@@ -109,7 +125,8 @@ def _loaded(kind: Any, model: str, trust_remote_code: bool, **options: Any) -> t
 def task_of(args: argparse.Namespace) -> tuple[Any, Task, tuple[str, ...]]:
     """A model with the head that --data needs, the task, and the head's prefix where it is new.
 
-    Labelled rows make a task of classification, others one of language modelling in windows of --max-length tokens.
+    Labelled rows make a task of classification, others one of language modelling in windows of --max-length
+    tokens.
     """
     rows = labelled(args, labels=False)
     if rows.labels is None:
@@ -123,11 +140,23 @@ def _classification_task(args: argparse.Namespace, rows: LabelledTexts) -> tuple
     names = sorted(set(rows.labels or ()), key=str)
     if len(names) < 2:
         raise InputError(f"all {len(rows.texts)} labels are {names[0]!r}: at least two classes are needed")
-    model, tokenizer = _loaded(AutoModelForSequenceClassification, args.model, args.trust_remote_code, num_labels=len(names))
+    model, tokenizer = _loaded(
+        AutoModelForSequenceClassification,
+        args.model,
+        args.trust_remote_code,
+        num_labels=len(names),
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    encoded = tokenizer(rows.texts, padding=True, truncation=True, max_length=args.max_length, padding_side="right", return_tensors="pt")
+    encoded = tokenizer(
+        rows.texts,
+        padding=True,
+        truncation=True,
+        max_length=args.max_length,
+        padding_side="right",
+        return_tensors="pt",
+    )
     labels = torch.tensor([names.index(label) for label in rows.labels or ()])
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     task = classification(inputs, labels, groups=rows.documents, batch_size=args.batch_size, seed=args.seed)
@@ -153,7 +182,19 @@ def _language_task(args: argparse.Namespace, rows: LabelledTexts) -> tuple[Any, 
     if not windows:
         raise InputError(f"no text of --data {args.data} has {args.max_length} tokens: give longer ones, or a smaller --max-length")
     if len(windows) > args.rows:
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(args.seed))[: args.rows].sort().values.tolist()
+        order = (
+            torch.randperm(
+                len(windows),
+                generator=torch.Generator().manual_seed(args.seed),
+            )[: args.rows]
+            .sort()
+            .values.tolist()
+        )
         windows, owners = [windows[i] for i in order], [owners[i] for i in order]
-    task = language_modelling(torch.tensor(windows), groups=owners, batch_size=args.batch_size, seed=args.seed)
+    task = language_modelling(
+        torch.tensor(windows),
+        groups=owners,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
     return model, task, ()

@@ -10,7 +10,9 @@ __all__ = ["Interval", "cross_validated", "over_runs", "paired_runs"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, its standard error, and the two-sided confidence interval [low, high]; `count` values went into it."""
+    """A mean, its standard error, and the two-sided confidence interval [low, high]; `count` values went into
+    it.
+    """
 
     mean: float
     se: float
@@ -20,7 +22,9 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where zero lies below or above the interval, 0 where the interval holds it: then one cannot tell."""
+        """1 or -1 where zero lies below or above the interval, 0 where the interval holds it: then one cannot
+        tell.
+        """
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
     def __str__(self) -> str:
@@ -28,7 +32,9 @@ class Interval:
 
 
 def over_runs(values: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Student's interval of the mean of independent values, runs with other seeds say; one value alone has an infinite one."""
+    """Student's interval of the mean of independent values, runs with other seeds say; one value alone has an
+    infinite one.
+    """
     import numpy as np
 
     array = np.asarray(values, dtype=float)
@@ -44,9 +50,10 @@ def paired_runs(ours: Sequence[float], theirs: Sequence[float], *, level: float 
 def cross_validated(scores: Sequence[float], *, folds: int, level: float = 0.95) -> Interval:
     """The interval of a mean over the folds of a repeated cross-validation, whose training sets overlap.
 
-    The variance of the mean is s^2 (1 / J + n_test / n_train) with J scores and n_test / n_train = 1 / (folds - 1): the s^2 / J of
-    independent scores is too small, as the overlap is not seen in s. For differences of two models give the scores' differences on
-    the same splits. Source: Nadeau and Bengio, 2003, Inference for the Generalization Error, section 3.
+    The variance of the mean is s^2 (1 / J + n_test / n_train) with J scores and n_test / n_train = 1 / (folds
+    - 1): the s^2 / J of independent scores is too small, as the overlap is not seen in s. For differences of
+    two models give the scores' differences on the same splits. Source: Nadeau and Bengio, 2003, Inference for
+    the Generalization Error, section 3.
     """
     import numpy as np
 

@@ -1,4 +1,6 @@
-"""How two sets of texts differ as text: their words, how a tokenizer cuts them, and what a language model makes of them."""
+"""How two sets of texts differ as text: their words, how a tokenizer cuts them, and what a language model
+makes of them.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,11 @@ class TextRate:
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Of two texts: the share of their most frequent words that is common, and the Jensen-Shannon divergence of their words, in bits.
+    """Of two texts: the share of their most frequent words that is common, and the Jensen-Shannon divergence
+    of their words, in bits.
 
-    `within_overlap`, `within_divergence`: the same between halves of the first text, of as many words: what two samples of one source
-    have. Both depend on the number of `words`.
+    `within_overlap`, `within_divergence`: the same between halves of the first text, of as many words: what
+    two samples of one source have. Both depend on the number of `words`.
     """
 
     overlap: float
@@ -44,8 +47,15 @@ class Lexicon:
     words: int
 
 
-def passages(texts: Sequence[str], *, words: int = 60, most: int | None = None, seed: int = 0) -> tuple[list[str], list[int]]:
-    """Cut texts into passages of `words` words; returns them with the index of the text each is from, `most` of them drawn at random.
+def passages(
+    texts: Sequence[str],
+    *,
+    words: int = 60,
+    most: int | None = None,
+    seed: int = 0,
+) -> tuple[list[str], list[int]]:
+    """Cut texts into passages of `words` words; returns them with the index of the text each is from, `most`
+    of them drawn at random.
 
     A remainder shorter than half a passage is left out, unless it is all there is of a text.
     """
@@ -63,7 +73,8 @@ def passages(texts: Sequence[str], *, words: int = 60, most: int | None = None, 
 
 
 def lexicon(source: Sequence[str], target: Sequence[str], *, top: int = _TOP, seed: int = 0) -> Lexicon:
-    """Overlap of the `top` most frequent words without stop words (Gururangan et al., 2020, section 3.1) and divergence of all words.
+    """Overlap of the `top` most frequent words without stop words (Gururangan et al., 2020, section 3.1) and
+    divergence of all words.
 
     Texts are drawn at random until all sides have as many words as the shortest, half of the source at most.
     """
@@ -78,7 +89,11 @@ def lexicon(source: Sequence[str], target: Sequence[str], *, top: int = _TOP, se
     first, second, third = (Counter(side[:size]) for side in (*halves, other))
     stop = ENGLISH_STOP_WORDS
     return Lexicon(
-        _overlap(first, third, stop, top), _divergence(first, third), _overlap(first, second, stop, top), _divergence(first, second), size
+        _overlap(first, third, stop, top),
+        _divergence(first, third),
+        _overlap(first, second, stop, top),
+        _divergence(first, second),
+        size,
     )
 
 
@@ -92,7 +107,17 @@ def _words(texts: Sequence[str]) -> list[str]:
 
 
 def _overlap(first: Counter[str], second: Counter[str], stop: frozenset[str], top: int) -> float:
-    ranked = [[word for word, _ in sorted(c.items(), key=lambda item: (-item[1], item[0])) if word not in stop] for c in (first, second)]
+    ranked = [
+        [
+            word
+            for word, _ in sorted(
+                c.items(),
+                key=lambda item: (-item[1], item[0]),
+            )
+            if word not in stop
+        ]
+        for c in (first, second)
+    ]
     count = min(top, *map(len, ranked))
     return len(set(ranked[0][:count]) & set(ranked[1][:count])) / max(count, 1)
 
@@ -101,17 +126,26 @@ def _divergence(first: Counter[str], second: Counter[str]) -> float:
     from scipy.spatial.distance import jensenshannon
 
     names = sorted({*first, *second})
-    return float(jensenshannon([first[name] for name in names], [second[name] for name in names], base=2) ** 2)
+    return float(
+        jensenshannon([first[name] for name in names], [second[name] for name in names], base=2) ** 2,
+    )
 
 
 def fertility(texts: Sequence[str], tokenizer: Any) -> TextRate:
     """Tokens a word: how finely a tokenizer cuts these texts."""
-    tokens = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    tokens = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
     return _rate([len(ids) for ids in tokens], [len(text.split()) for text in texts])
 
 
 def surface(texts: Sequence[str]) -> Any:
-    """[n, 6] of lengths and shares of kinds of characters: what differs between texts that differ in form alone."""
+    """[n, 6] of lengths and shares of kinds of characters: what differs between texts that differ in form
+    alone.
+    """
     import numpy as np
 
     def share(text: str, of: Any) -> float:
@@ -132,10 +166,19 @@ def surface(texts: Sequence[str]) -> Any:
     )
 
 
-def bits_per_byte(model: nn.Module, texts: Sequence[str], tokenizer: Any, *, max_length: int = 256, progress: bool = False) -> TextRate:
-    """A causal language model's bits for a byte of these texts, the first `max_length` tokens of each; comparable between tokenizers.
+def bits_per_byte(
+    model: nn.Module,
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    max_length: int = 256,
+    progress: bool = False,
+) -> TextRate:
+    """A causal language model's bits for a byte of these texts, the first `max_length` tokens of each;
+    comparable between tokenizers.
 
-    The first token, which nothing precedes, is not counted, nor are its bytes. The standard error is that of the ratio over texts.
+    The first token, which nothing precedes, is not counted, nor are its bytes. The standard error is that of
+    the ratio over texts.
     """
     from tqdm import tqdm
 
@@ -147,7 +190,14 @@ def bits_per_byte(model: nn.Module, texts: Sequence[str], tokenizer: Any, *, max
     try:
         with torch.no_grad():
             for text in tqdm(texts, desc="bits per byte", unit="text", disable=not progress):
-                ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")["input_ids"].to(device)
+                ids = tokenizer(
+                    text,
+                    truncation=True,
+                    max_length=max_length,
+                    return_tensors="pt",
+                )["input_ids"].to(
+                    device,
+                )
                 if ids.shape[1] > 1:
                     bits.append(_nats(model, ids) / math.log(2))
                     sizes.append(len(tokenizer.decode(ids[0, 1:], skip_special_tokens=True).encode()))

@@ -1,8 +1,10 @@
-"""LogME: the log evidence of a Bayesian linear model of the labels given the features, a score of a layer without training a head.
+"""LogME: the log evidence of a Bayesian linear model of the labels given the features, a score of a layer
+without training a head.
 
-Written by hand: no maintained package has it (the `logme` of the package index is a logger). Fixed-point iteration, fp64, one SVD a
-layer for all classes. Where there are more dimensions than texts the prior of the directions that no text spans integrates to one and
-must cancel: the evidence has min(n, D) / 2 log(alpha), not D / 2.
+Written by hand: no maintained package has it (the `logme` of the package index is a logger). Fixed-point
+iteration, fp64, one SVD a layer for all classes. Where there are more dimensions than texts the prior of the
+directions that no text spans integrates to one and must cancel: the evidence has min(n, D) / 2 log(alpha),
+not D / 2.
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ _STEPS, _TOLERANCE = 500, 1e-10
 
 
 def logme(features: np.ndarray, labels: np.ndarray) -> float:
-    """The greatest log evidence per text, averaged over the classes (one against the rest) or, for real labels, over their columns.
+    """The greatest log evidence per text, averaged over the classes (one against the rest) or, for real
+    labels, over their columns.
 
-    y = F w + e, w ~ N(0, I / alpha), e ~ N(0, I / beta): max over alpha, beta of log p(y | F, alpha, beta) / n. Higher is better;
-    comparable between features of the same texts and labels only. There is no intercept and the prior treats all dimensions alike:
-    features whose scales differ by orders of magnitude are to be divided by their standard deviations before.
+    y = F w + e, w ~ N(0, I / alpha), e ~ N(0, I / beta): max over alpha, beta of log p(y | F, alpha, beta) /
+    n. Higher is better; comparable between features of the same texts and labels only. There is no intercept
+    and the prior treats all dimensions alike: features whose scales differ by orders of magnitude are to be
+    divided by their standard deviations before.
 
     Args:
         features: [n, D].
         labels: [n] of classes (integers or strings), or [n] or [n, T] of floats.
-    Source: You, Liu, Wang, Jordan and Long, 2022, Ranking and Tuning Pre-trained Models, JMLR 23, algorithm 3 (2021: LogME).
+    Source: You, Liu, Wang, Jordan and Long, 2022, Ranking and Tuning Pre-trained Models, JMLR 23, algorithm 3
+    (2021: LogME).
     """
     import numpy as np
 
@@ -44,7 +49,11 @@ def logme(features: np.ndarray, labels: np.ndarray) -> float:
     u, s, _ = np.linalg.svd(features, full_matrices=False)
     projected = np.square(u.T @ targets)  # [k, T]
     outside = np.maximum(np.square(targets).sum(0) - projected.sum(0), 0.0)
-    return float(np.mean([evidence(s**2, projected[:, t], outside[t], len(features)) for t in range(targets.shape[1])]))
+    return float(
+        np.mean(
+            [evidence(s**2, projected[:, t], outside[t], len(features)) for t in range(targets.shape[1])],
+        ),
+    )
 
 
 def evidence(sigma: np.ndarray, projected: np.ndarray, outside: float, n: int) -> float:
@@ -74,8 +83,17 @@ def evidence(sigma: np.ndarray, projected: np.ndarray, outside: float, n: int) -
     return best
 
 
-def _log_evidence(alpha: float, beta: float, sigma: np.ndarray, projected: np.ndarray, outside: float, n: int) -> float:
-    """log N(y; 0, F F' / alpha + I / beta) / n: along each direction of U a variance sigma / alpha + 1 / beta, else 1 / beta."""
+def _log_evidence(
+    alpha: float,
+    beta: float,
+    sigma: np.ndarray,
+    projected: np.ndarray,
+    outside: float,
+    n: int,
+) -> float:
+    """log N(y; 0, F F' / alpha + I / beta) / n: along each direction of U a variance sigma / alpha + 1 /
+    beta, else 1 / beta.
+    """
     import numpy as np
 
     variance = sigma / alpha + 1 / beta

@@ -1,4 +1,6 @@
-"""The sub-commands of `peftkern measure`: where to cut, how far a domain lies, whether pretraining helps. Imports little until one runs."""
+"""The sub-commands of `peftkern measure`: where to cut, how far a domain lies, whether pretraining helps.
+Imports little until one runs.
+"""
 
 from __future__ import annotations
 
@@ -15,41 +17,82 @@ __all__ = ["add_commands"]
 
 def add_commands(commands: Any) -> None:
     """Add `measure` to the sub-parsers of `peftkern`."""
-    measure = commands.add_parser("measure", help="measure a model and data before training: cut, similarity, negative")
+    measure = commands.add_parser(
+        "measure",
+        help="measure a model and data before training: cut, similarity, negative",
+    )
     kinds = measure.add_subparsers(metavar="WHAT", required=True)
-    cut = kinds.add_parser("cut", help="which layers to freeze: probes by depth of labelled texts; --train: short runs instead")
+    cut = kinds.add_parser(
+        "cut",
+        help="which layers to freeze: probes by depth of labelled texts; --train: short runs instead",
+    )
     _add_model(cut)
     _add_data(cut)
     cut.add_argument("--folds", type=int, default=5, help="folds of the cross-validation (default: 5)")
     cut.add_argument("--repeats", type=int, default=3, help="times it is repeated (default: 3)")
     cut.add_argument("--probe", default="ridge", help="ridge (the default) or logistic, which is slower")
-    cut.add_argument("--depths", type=int, nargs="+", help="layers to score; default: all, or 13 evenly spaced ones")
-    cut.add_argument("--train", action="store_true", help="train LoRA from each of --depths on instead; needs no labels")
+    cut.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        help="layers to score; default: all, or 13 evenly spaced ones",
+    )
+    cut.add_argument(
+        "--train",
+        action="store_true",
+        help="train LoRA from each of --depths on instead; needs no labels",
+    )
     _add_budget(cut, steps=30)
     cut.set_defaults(run=lambda args: _guarded("measure cut", _cut, args))
-    similarity = kinds.add_parser("similarity", help="how far a target domain lies from a source, before training")
+    similarity = kinds.add_parser(
+        "similarity",
+        help="how far a target domain lies from a source, before training",
+    )
     _add_model(similarity)
     similarity.add_argument("--source", required=True, help="texts of the source domain, a file of rows")
     similarity.add_argument("--target", required=True, help="texts of the target domain, a file of rows")
     similarity.add_argument("--text-column", default="text", help="the column of the texts (default: text)")
-    similarity.add_argument("--words", type=int, default=60, help="words of a passage that texts are cut into (default: 60)")
+    similarity.add_argument(
+        "--words",
+        type=int,
+        default=60,
+        help="words of a passage that texts are cut into (default: 60)",
+    )
     similarity.add_argument("--rows", type=int, default=400, help="most passages of a domain (default: 400)")
     similarity.add_argument("--folds", type=int, default=5, help="folds of the cross-validation (default: 5)")
     similarity.add_argument("--seed", type=int, default=0, help="seed of draws and splits")
     similarity.add_argument("--output", help="folder for the report and its plot")
     similarity.set_defaults(run=lambda args: _guarded("measure similarity", _similarity, args))
-    negative = kinds.add_parser("negative", help="whether pretrained weights help or hurt: three arms on one budget")
+    negative = kinds.add_parser(
+        "negative",
+        help="whether pretrained weights help or hurt: three arms on one budget",
+    )
     _add_model(negative)
     _add_data(negative)
-    negative.add_argument("--depths", type=int, nargs="+", default=[], help="also transfer only the first n layers, for each n")
-    negative.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from, for each arm")
+    negative.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        default=[],
+        help="also transfer only the first n layers, for each n",
+    )
+    negative.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        help="learning rates to choose from, for each arm",
+    )
     _add_budget(negative, steps=200)
     negative.set_defaults(run=lambda args: _guarded("measure negative", _negative, args))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub id, folder, .gguf file or `sample`")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model brings along")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model brings along",
+    )
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (default: 128)")
 
 
@@ -57,17 +100,30 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a file of rows: .jsonl, .json, .csv, .tsv, .parquet")
     parser.add_argument("--text-column", default="text", help="the column of the texts (default: text)")
     parser.add_argument("--label-column", default="label", help="the column of the labels (default: label)")
-    parser.add_argument("--document-column", help="the column of the document a row is from: none is on both sides of a split")
+    parser.add_argument(
+        "--document-column",
+        help="the column of the document a row is from: none is on both sides of a split",
+    )
     parser.add_argument("--rows", type=int, default=2000, help="most rows, drawn at random (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of draws and splits")
     parser.add_argument("--output", help="folder for the report and its plot")
 
 
 def _add_budget(parser: argparse.ArgumentParser, *, steps: int) -> None:
-    parser.add_argument("--steps", type=int, default=steps, help=f"training steps of a run (default: {steps})")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=steps,
+        help=f"training steps of a run (default: {steps})",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs with other seeds (default: 3)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a step (default: 8)")
-    parser.add_argument("--budget", type=float, default=600, help="seconds training may take; the cost is printed first (default: 600)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=600,
+        help="seconds training may take; the cost is printed first (default: 600)",
+    )
 
 
 def _guarded(name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

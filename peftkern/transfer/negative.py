@@ -1,8 +1,10 @@
-"""Negative transfer: whether pretrained weights help on a task, hurt, or make no difference that a given budget shows.
+"""Negative transfer: whether pretrained weights help on a task, hurt, or make no difference that a given
+budget shows.
 
-Three arms get the same data, steps and learning-rate search: the pretrained weights, random ones with the same moments tensor by
-tensor, and the pretrained ones shuffled within each tensor. Curves are compared, not end points: given long enough, training from
-scratch catches up (He, Girshick and Dollar, 2019). All parameters are trained, as adapters on a frozen random base would be no rival.
+Three arms get the same data, steps and learning-rate search: the pretrained weights, random ones with the
+same moments tensor by tensor, and the pretrained ones shuffled within each tensor. Curves are compared, not
+end points: given long enough, training from scratch catches up (He, Girshick and Dollar, 2019). All
+parameters are trained, as adapters on a frozen random base would be no rival.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Run:
         return sum(pieces) / (x[-1] - x[0])
 
     def reaches(self, loss: float) -> float:
-        """After how many examples the loss was first at most so much, interpolated; infinite where it never was."""
+        """After how many examples the loss was first at most so much, interpolated; infinite where it never
+        was.
+        """
         values = [score.loss for score in self.scores]
         for index, value in enumerate(values):
             if value <= loss:
@@ -73,7 +77,8 @@ class NegativeReport:
         return found
 
     def gain(self, arm: str = "pretrained", against: str = "random", *, of: str = "area") -> Interval:
-        """The paired difference in favour of `arm`: of the mean loss over the budget ("area"), or the last loss, accuracy, ece, brier.
+        """The paired difference in favour of `arm`: of the mean loss over the budget ("area"), or the last
+        loss, accuracy, ece, brier.
 
         Positive: `arm` is better, by less loss, a greater accuracy, a smaller calibration error.
         """
@@ -88,8 +93,10 @@ class NegativeReport:
     def worth(self, arm: str = "pretrained", against: str = "random") -> tuple[float, bool]:
         """How many times the data the arm is worth, and whether that is a bound.
 
-        The examples that `against` needed for the loss both reach, divided by those that `arm` needed: the geometric mean over seeds.
-        A bound (at least, above 1; at most, below) where the faster arm was there before its first evaluation.
+        The examples that `against` needed for the loss both reach, divided by those that `arm` needed: the
+            geometric mean over seeds.
+        A bound (at least, above 1; at most, below) where the faster arm was there before its first
+        evaluation.
         """
         logs, bound = [], False
         for ours, theirs in zip(self.of(arm), self.of(against), strict=True):
@@ -119,7 +126,16 @@ class NegativeReport:
         arms = list(dict.fromkeys(run.arm for run in self.runs))
         for arm in arms:
             runs = self.of(arm)
-            cells = [_cell([_value(run, of) for run in runs]) for of in ("area", "loss", "accuracy", "ece", "brier")]
+            cells = [
+                _cell([_value(run, of) for run in runs])
+                for of in (
+                    "area",
+                    "loss",
+                    "accuracy",
+                    "ece",
+                    "brier",
+                )
+            ]
             lines.append(f"| {arm} | {runs[0].rate:g} | " + " | ".join(cells) + " |")
         said = [self.describe(arm, "random") for arm in arms if arm != "random"] if "random" in arms else []
         return "\n".join([*lines, "", *said])
@@ -129,7 +145,10 @@ class NegativeReport:
         for arm in dict.fromkeys(run.arm for run in self.runs):
             runs = self.of(arm)
             points = [over_runs([run.scores[i].loss for run in runs]) for i in range(len(runs[0].scores))]
-            means, errors = [point.mean for point in points], [point.se if point.count > 1 else 0.0 for point in points]
+            means, errors = (
+                [point.mean for point in points],
+                [point.se if point.count > 1 else 0.0 for point in points],
+            )
             (line,) = axes.plot(runs[0].examples, means, marker=".", label=arm)
             low, high = ([m + side * e for m, e in zip(means, errors, strict=True)] for side in (-1, 1))
             axes.fill_between(runs[0].examples, low, high, color=line.get_color(), alpha=0.2)
@@ -154,14 +173,19 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _named(arm: str) -> str:
-    return {"pretrained": "The pretrained weights", "shuffled": "Shuffled weights"}.get(arm, f"The weights of arm '{arm}'")
+    return {"pretrained": "The pretrained weights", "shuffled": "Shuffled weights"}.get(
+        arm,
+        f"The weights of arm '{arm}'",
+    )
 
 
 def arms_of(model: nn.Module, *, head: Sequence[str] = (), depths: Sequence[int] = ()) -> dict[str, Arm]:
-    """The arms "pretrained", "random" and "shuffled", and "first n" of each n of `depths`, whose other layers are random.
+    """The arms "pretrained", "random" and "shuffled", and "first n" of each n of `depths`, whose other layers
+    are random.
 
     Args:
-        head: prefixes of the names of the parameters that are new for the task: drawn anew for each seed, alike in all arms.
+        head: prefixes of the names of the parameters that are new for the task: drawn anew for each seed,
+            alike in all arms.
     """
     arms: dict[str, Arm] = {
         "pretrained": lambda seed: _with_head(copy.deepcopy(model), head, seed),
@@ -169,7 +193,11 @@ def arms_of(model: nn.Module, *, head: Sequence[str] = (), depths: Sequence[int]
         "shuffled": lambda seed: _with_head(shuffled(model, seed=seed, keep=head), head, seed),
     }
     for n in depths:
-        arms[f"first {n}"] = lambda seed, n=n: _with_head(copy_first(model, matched_random(model, seed=seed, keep=head), n), head, seed)
+        arms[f"first {n}"] = lambda seed, n=n: _with_head(
+            copy_first(model, matched_random(model, seed=seed, keep=head), n),
+            head,
+            seed,
+        )
     return arms
 
 
@@ -186,7 +214,9 @@ def _with_head(model: nn.Module, head: Sequence[str], seed: int) -> nn.Module:
 def negative_transfer(
     model: nn.Module, task: Task, *, head: Sequence[str] = (), depths: Sequence[int] = (), **options: Any
 ) -> NegativeReport:
-    """Train the three arms of `model` (and partial transfer of the first n layers) on a task and compare them; `compare_arms`' options."""
+    """Train the three arms of `model` (and partial transfer of the first n layers) on a task and compare
+    them; `compare_arms`' options.
+    """
     return compare_arms(arms_of(model, head=head, depths=depths), task, **options)
 
 
@@ -202,20 +232,32 @@ def compare_arms(
     budget: float = 600.0,
     progress: bool = False,
 ) -> NegativeReport:
-    """Train each arm with each seed for `steps` steps of AdamW (a tenth warm-up, cosine to zero) at its own best learning rate.
+    """Train each arm with each seed for `steps` steps of AdamW (a tenth warm-up, cosine to zero) at its own
+    best learning rate.
 
-    The rate is the one of `rates` with the least validation loss after `range_steps` (default: a fifth of the steps) with a seed of its
-    own; the test set plays no part. Before anything is trained the cost is measured on a few steps and printed.
+    The rate is the one of `rates` with the least validation loss after `range_steps` (default: a fifth of the
+    steps) with a seed of its own; the test set plays no part. Before anything is trained the cost is measured
+    on a few steps and printed.
 
-    Raises: InputError where it would take more than `budget` seconds, with what would fit; for fewer than two seeds.
-    Source: Wang, Dai, Poczos and Carbonell, 2019, Characterizing and Avoiding Negative Transfer, section 3 (same algorithm and budget).
+    Raises: InputError where it would take more than `budget` seconds, with what would fit; for fewer than two
+    seeds.
+    Source: Wang, Dai, Poczos and Carbonell, 2019, Characterizing and Avoiding Negative Transfer, section 3
+    (same algorithm and budget).
     """
     if len(set(seeds)) < 2:
         raise InputError(f"seeds: got {tuple(seeds)}, at least two are needed for an interval")
     if steps < 2 or evaluations < 2:
         raise InputError(f"steps and evaluations must be at least 2, got {steps} and {evaluations}")
     searched = (range_steps or max(2, steps // 5)) if len(rates) > 1 else 0
-    seconds, text = cost(arms, task, steps=steps, seeds=len(seeds), rates=len(rates), range_steps=searched, evaluations=evaluations)
+    seconds, text = cost(
+        arms,
+        task,
+        steps=steps,
+        seeds=len(seeds),
+        rates=len(rates),
+        range_steps=searched,
+        evaluations=evaluations,
+    )
     print(text, file=sys.stderr)
     if seconds > budget:
         raise InputError(
@@ -232,9 +274,18 @@ def compare_arms(
 
 
 def cost(
-    arms: Mapping[str, Arm], task: Task, *, steps: int, seeds: int, rates: int, range_steps: int, evaluations: int
+    arms: Mapping[str, Arm],
+    task: Task,
+    *,
+    steps: int,
+    seeds: int,
+    rates: int,
+    range_steps: int,
+    evaluations: int,
 ) -> tuple[float, str]:
-    """The seconds a comparison will take, from two timed steps and one timed evaluation batch, and a line that says so."""
+    """The seconds a comparison will take, from two timed steps and one timed evaluation batch, and a line
+    that says so.
+    """
     model = next(iter(arms.values()))(0).train()
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
@@ -250,7 +301,13 @@ def cost(
     return seconds, f"{counts} = {total} steps, about {seconds:.0f} s"
 
 
-def _timed_step(model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, step: int, device: torch.device) -> float:
+def _timed_step(
+    model: nn.Module,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    device: torch.device,
+) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -286,7 +343,15 @@ def _trained(model: nn.Module, task: Task, seed: int, rate: float, steps: int, b
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / max(1, steps // 10)) * (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = (
+                rate
+                * min(
+                    1.0,
+                    (step + 1) / max(1, steps // 10),
+                )
+                * (1 + math.cos(math.pi * step / steps))
+                / 2
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)  # dropout
             _step(model, task, optimizer, seed, step)
@@ -294,7 +359,16 @@ def _trained(model: nn.Module, task: Task, seed: int, rate: float, steps: int, b
         yield step + 1
 
 
-def _run(name: str, make: Arm, task: Task, seed: int, rate: float, steps: int, evaluations: int, bar: Any) -> Run:
+def _run(
+    name: str,
+    make: Arm,
+    task: Task,
+    seed: int,
+    rate: float,
+    steps: int,
+    evaluations: int,
+    bar: Any,
+) -> Run:
     model = make(seed).train()
     marks = {round(index * steps / evaluations) for index in range(1, evaluations + 1)}
     examples, scores = [0], [task.score(model, task.test)]

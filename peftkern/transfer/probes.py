@@ -1,4 +1,6 @@
-"""Linear probes under grouped, repeated cross-validation, and the controls they are read against. scikit-learn does the fitting."""
+"""Linear probes under grouped, repeated cross-validation, and the controls they are read against.
+scikit-learn does the fitting.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,28 @@ _SPARSE_CS = (0.1, 1.0)
 
 @dataclass(frozen=True)
 class Probe:
-    """Held-out accuracies of a probe, one a fold of each repetition, in the order of the splits, and their mean with its interval."""
+    """Held-out accuracies of a probe, one a fold of each repetition, in the order of the splits, and their
+    mean with its interval.
+    """
 
     scores: tuple[float, ...]
     folds: int
 
     @property
     def accuracy(self) -> Interval:
-        """Mean accuracy; the standard error allows for training sets that overlap (`intervals.cross_validated`)."""
+        """Mean accuracy; the standard error allows for training sets that overlap
+        (`intervals.cross_validated`).
+        """
         return cross_validated(self.scores, folds=self.folds)
 
     def minus(self, other: Probe) -> Interval:
         """The paired difference of two probes on the same splits."""
         if len(self.scores) != len(other.scores):
             raise ValueError(f"other: got {len(other.scores)} scores, expected {len(self.scores)}: probes on the same splits")
-        return cross_validated([a - b for a, b in zip(self.scores, other.scores, strict=True)], folds=self.folds)
+        return cross_validated(
+            [a - b for a, b in zip(self.scores, other.scores, strict=True)],
+            folds=self.folds,
+        )
 
 
 @dataclass(frozen=True)
@@ -51,17 +60,29 @@ class Splits:
     groups: np.ndarray | None
 
 
-def splits(labels: Sequence[Any], *, groups: Sequence[Any] | None = None, folds: int = 5, repeats: int = 5, seed: int = 0) -> Splits:
-    """Stratified folds, `repeats` times shuffled anew; rows of one group (a document) are never on both sides.
+def splits(
+    labels: Sequence[Any],
+    *,
+    groups: Sequence[Any] | None = None,
+    folds: int = 5,
+    repeats: int = 5,
+    seed: int = 0,
+) -> Splits:
+    """Stratified folds, `repeats` times shuffled anew; rows of one group (a document) are never on both
+    sides.
 
-    Raises InputError for labels that are missing, for one class, and for fewer documents or rows of a class than folds.
+    Raises InputError for labels that are missing, for one class, and for fewer documents or rows of a class
+    than folds.
     """
     require_transfer()
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     check_labels(labels, groups, folds)
-    y, named = np.asarray(labels), None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    y, named = (
+        np.asarray(labels),
+        None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1],
+    )
     kind = StratifiedKFold if named is None else StratifiedGroupKFold
     rows: list[tuple[Any, Any]] = []
     for repeat in range(repeats):
@@ -105,12 +126,14 @@ def probe(
     components: int | None = None,
     balanced: bool = False,
 ) -> Probe:
-    """Standardize on the training rows, fit a linear classifier whose L2 penalty an inner cross-validation picks, score the rest.
+    """Standardize on the training rows, fit a linear classifier whose L2 penalty an inner cross-validation
+    picks, score the rest.
 
     Args:
-        features: [n, D]; sparse ones are left unscaled, and a linear support vector machine is fitted to them, whatever `kind`.
-        kind: "ridge" (RidgeClassifierCV: with leave-one-out in closed form for rows without groups, seconds) or "logistic"
-            (LogisticRegressionCV: multinomial, slower).
+        features: [n, D]; sparse ones are left unscaled, and a linear support vector machine is fitted to
+            them, whatever `kind`.
+        kind: "ridge" (RidgeClassifierCV: with leave-one-out in closed form for rows without groups, seconds)
+            or "logistic" (LogisticRegressionCV: multinomial, slower).
         components: keep so many principal components (of dense features), fitted on the training rows.
         balanced: score the mean of the classes' accuracies instead of the accuracy.
     """
@@ -129,7 +152,13 @@ def probe(
     return Probe(tuple(scores), where.folds)
 
 
-def _model(kind: str, features: Any, inner: list[tuple[Any, Any]], independent: bool, components: int | None) -> Any:
+def _model(
+    kind: str,
+    features: Any,
+    inner: list[tuple[Any, Any]],
+    independent: bool,
+    components: int | None,
+) -> Any:
     from scipy.sparse import issparse
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegressionCV, RidgeClassifierCV
@@ -166,24 +195,40 @@ def _inner(labels: np.ndarray, groups: np.ndarray | None, seed: int) -> list[tup
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    most = min(_INNER, int(np.bincount(labels)[np.unique(labels)].min()), len(labels) if groups is None else len(np.unique(groups)))
+    most = min(
+        _INNER,
+        int(np.bincount(labels)[np.unique(labels)].min()),
+        len(labels) if groups is None else len(np.unique(groups)),
+    )
     if most < 2:
         raise InputError("a fold's training rows leave a class or document alone: give more documents, or fewer folds")
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    return list(kind(n_splits=most, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups))
+    return list(
+        kind(n_splits=most, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups),
+    )
 
 
 def bag_of_words(texts: Sequence[str], *, characters: bool = False) -> Any:
-    """A sparse [n, V] matrix of tf-idf weights of words (or of character 1- to 3-grams): what a probe sees without any model.
+    """A sparse [n, V] matrix of tf-idf weights of words (or of character 1- to 3-grams): what a probe sees
+    without any model.
 
     The vocabulary and the document frequencies are those of all texts; they use no labels.
     """
     require_transfer()
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    options: dict[str, Any] = {"analyzer": "char", "ngram_range": (1, 3)} if characters else {"token_pattern": r"(?u)\b\w+\b"}
+    options: dict[str, Any] = (
+        {
+            "analyzer": "char",
+            "ngram_range": (1, 3),
+        }
+        if characters
+        else {"token_pattern": r"(?u)\b\w+\b"}
+    )
     fewest = 2 if len(texts) >= 100 else 1
     try:
-        return TfidfVectorizer(min_df=fewest, max_features=20000, sublinear_tf=True, **options).fit_transform(texts)
+        return TfidfVectorizer(min_df=fewest, max_features=20000, sublinear_tf=True, **options).fit_transform(
+            texts,
+        )
     except ValueError as error:
         raise InputError(f"the texts hold no words to count ({error}): give texts of words") from None

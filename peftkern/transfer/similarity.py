@@ -1,7 +1,8 @@
-"""How far a target domain lies from a source, measured before training: in features, on the surface, in words, and for the model.
+"""How far a target domain lies from a source, measured before training: in features, on the surface, in
+words, and for the model.
 
-The proxy A-distance comes with what it is between halves of one domain (its null), and with the same distance of surfaces (characters,
-lengths): domains that these tell apart as well may differ in form alone.
+The proxy A-distance comes with what it is between halves of one domain (its null), and with the same distance
+of surfaces (characters, lengths): domains that these tell apart as well may differ in form alone.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from .probes import Probe, Splits, bag_of_words, probe, splits
 if TYPE_CHECKING:
     import numpy as np
 
+    from .mmd import MMDTest
+
 __all__ = ["DomainReport", "ProxyDistance", "domain_similarity", "proxy_a_distance"]
 
 
 @dataclass(frozen=True)
 class ProxyDistance:
-    """A proxy A-distance: 0 where a linear classifier cannot tell two domains apart, 2 where it does without an error.
+    """A proxy A-distance: 0 where a linear classifier cannot tell two domains apart, 2 where it does without
+    an error.
 
-    `interval` is of 2 (1 - 2 error) unclamped, which lies around 0 (also below) for one domain; `null` holds those of halves of one.
+    `interval` is of 2 (1 - 2 error) unclamped, which lies around 0 (also below) for one domain; `null` holds
+    those of halves of one.
     """
 
     interval: Interval
@@ -73,12 +78,14 @@ def proxy_a_distance(
     kind: str = "ridge",
     seed: int = 0,
 ) -> ProxyDistance:
-    """2 (1 - 2 error), error: the balanced held-out error of a linear classifier that tells source rows from target rows.
+    """2 (1 - 2 error), error: the balanced held-out error of a linear classifier that tells source rows from
+    target rows.
 
-    As many rows of both are used; rows of one document are never on both sides of a split. The features are standardized and reduced
-    to a tenth as many principal components as there are training rows, as in more dimensions anything is separable by chance; the
-    L2 penalty comes from an inner cross-validation. The null: each domain's documents are halved at random, `null_draws` times in all,
-    and the halves told apart in the same manner. They have half as many rows, hence a wider spread than the distance itself.
+    As many rows of both are used; rows of one document are never on both sides of a split. The features are
+    standardized and reduced to a tenth as many principal components as there are training rows, as in more
+    dimensions anything is separable by chance; the L2 penalty comes from an inner cross-validation. The null:
+    each domain's documents are halved at random, `null_draws` times in all, and the halves told apart in the
+    same manner. They have half as many rows, hence a wider spread than the distance itself.
 
     Args:
         source, target: [m, D] and [n, D], dense or both sparse.
@@ -126,13 +133,23 @@ def _stacked(parts: Sequence[Any]) -> Any:
 
 
 def _told_apart(
-    both: Any, size: int, documents: Sequence[np.ndarray], single: bool, folds: int, repeats: int, kind: str, seed: int
+    both: Any,
+    size: int,
+    documents: Sequence[np.ndarray],
+    single: bool,
+    folds: int,
+    repeats: int,
+    kind: str,
+    seed: int,
 ) -> Probe:
     import numpy as np
 
     labels = np.repeat([0, 1], [size, both.shape[0] - size])
     owners = np.concatenate([documents[0], documents[0].max() + 1 + documents[1]])
-    where = _usable(splits(labels, groups=None if single else owners, folds=folds, repeats=repeats, seed=seed), labels)
+    where = _usable(
+        splits(labels, groups=None if single else owners, folds=folds, repeats=repeats, seed=seed),
+        labels,
+    )
     components = max(2, int(both.shape[0] * (1 - 1 / folds)) // 10)
     return probe(both, labels, where, kind=kind, seed=seed, components=components, balanced=True)
 
@@ -146,7 +163,13 @@ def _usable(where: Splits, labels: np.ndarray) -> Splits:
 
 
 def _null(
-    domains: Sequence[Any], documents: Sequence[np.ndarray], single: bool, folds: int, draws: int, kind: str, rng: Any
+    domains: Sequence[Any],
+    documents: Sequence[np.ndarray],
+    single: bool,
+    folds: int,
+    draws: int,
+    kind: str,
+    rng: Any,
 ) -> list[float]:
     """Distances between random halves of a domain's documents, the domains in turn."""
     import numpy as np
@@ -167,12 +190,14 @@ def _null(
 
 @dataclass(frozen=True)
 class DomainReport:
-    """The distances of two domains: of features, of characters, of lengths; MMD; words; and the base model's bits a byte, if it has."""
+    """The distances of two domains: of features, of characters, of lengths; MMD; words; and the base model's
+    bits a byte, if it has.
+    """
 
     features: ProxyDistance
     characters: ProxyDistance
     lengths: ProxyDistance
-    mmd: Any  # peftkern.transfer.mmd.MMDTest
+    mmd: MMDTest
     words: Lexicon
     source_bits: TextRate | None
     target_bits: TextRate | None
@@ -192,7 +217,11 @@ class DomainReport:
     def table(self) -> str:
         """The report as a table of Markdown."""
         lines = ["| measure | value | 95 % interval | halves of one domain |", "|---|--:|--:|--:|"]
-        for name, distance in (("features", self.features), ("characters", self.characters), ("lengths", self.lengths)):
+        for name, distance in (
+            ("features", self.features),
+            ("characters", self.characters),
+            ("lengths", self.lengths),
+        ):
             low, high = (min(2.0, max(0.0, x)) for x in (distance.interval.low, distance.interval.high))
             lines.append(f"| A-distance, {name} | {distance.value:.2f} | {low:.2f} - {high:.2f} | up to {max(0, distance.null_high):.2f} |")
         lines.append(f"| MMD² | {self.mmd.value:.3g} | p = {self.mmd.p_value:.3g} | |")
@@ -211,8 +240,21 @@ class DomainReport:
         names = ("features", "characters", "lengths")
         for place, distance in enumerate((self.features, self.characters, self.lengths)):
             half = distance.interval.high - distance.interval.mean
-            axes.errorbar(place, distance.value, min(half, 2.0), marker="o", color="tab:blue", label="source against target" * (place == 0))
-            axes.hlines(max(0.0, distance.null_high), place - 0.25, place + 0.25, color="gray", label="halves of one (95 %)" * (place == 0))
+            axes.errorbar(
+                place,
+                distance.value,
+                min(half, 2.0),
+                marker="o",
+                color="tab:blue",
+                label="source against target" * (place == 0),
+            )
+            axes.hlines(
+                max(0.0, distance.null_high),
+                place - 0.25,
+                place + 0.25,
+                color="gray",
+                label="halves of one (95 %)" * (place == 0),
+            )
         apart = "differ" if self.features.differs else "cannot be told apart"
         title = f"The domains {apart}: A-distance {self.features.value:.2f} of 2"
         axes.set(ylabel="proxy A-distance", ylim=(-0.1, 2.1), xticks=range(3), xticklabels=names, title=title)
@@ -239,35 +281,68 @@ def domain_similarity(
     """Measure how far the texts of a target domain lie from those of a source.
 
     Args:
-        model: its features after `depth` layers (-1: all), pooled by the mean, are told apart; its bits a byte are measured where its
-            forward pass gives logits over a vocabulary (`bits`).
+        model: its features after `depth` layers (-1: all), pooled by the mean, are told apart; its bits a
+            byte are measured where its forward pass gives logits over a vocabulary (`bits`).
         source_documents, target_documents, folds, repeats, null_draws: of `proxy_a_distance`.
         `options`: of `pooled_features`.
     """
-    import torch
-
-    from .cut import scaled
-    from .mmd import mmd_test
-
     require_transfer()
-    texts = [*source, *target]
-    found = pooled_features(model, texts, tokenizer=tokenizer, pools=("mean",), depths=[depth], progress=progress, **options)
+    sides, n = [*source, *target], len(source)
+    found = pooled_features(
+        model,
+        sides,
+        tokenizer=tokenizer,
+        pools=("mean",),
+        depths=[depth],
+        progress=progress,
+        **options,
+    )
+    documents = (source_documents, target_documents)
+    rates = [
+        bits_per_byte(
+            model,
+            texts,
+            tokenizer,
+            progress=progress,
+        )
+        if bits
+        else None
+        for texts in (source, target)
+    ]
+
+    def distance(values: Any) -> ProxyDistance:
+        return proxy_a_distance(
+            values[:n],
+            values[n:],
+            source_documents=documents[0],
+            target_documents=documents[1],
+            folds=folds,
+            repeats=repeats,
+            null_draws=null_draws,
+            seed=seed,
+        )
+
     values = found.at(found.depths[-1])
-    owners: dict[str, Any] = {"source_documents": source_documents, "target_documents": target_documents}
-    how: dict[str, Any] = {**owners, "folds": folds, "repeats": repeats, "null_draws": null_draws, "seed": seed}
-    n = len(source)
-    grams, forms = bag_of_words(texts, characters=True), surface(texts)
-    pooled = torch.tensor(scaled(values), dtype=torch.float32)
-    documents = None if source_documents is None or target_documents is None else (source_documents, target_documents)
-    rates = [bits_per_byte(model, side, tokenizer, progress=progress) for side in (source, target)] if bits else [None, None]
     return DomainReport(
-        features=proxy_a_distance(values[:n], values[n:], **how),
-        characters=proxy_a_distance(grams[:n], grams[n:], **how),
-        lengths=proxy_a_distance(forms[:n], forms[n:], **how),
-        mmd=mmd_test(pooled[:n], pooled[n:], documents=documents, seed=seed),
+        features=distance(values),
+        characters=distance(bag_of_words(sides, characters=True)),
+        lengths=distance(surface(sides)),
+        mmd=_mmd(values, n, documents, seed),
         words=lexicon(source, target, seed=seed),
         source_bits=rates[0],
         target_bits=rates[1],
         source_fertility=fertility(source, tokenizer),
         target_fertility=fertility(target, tokenizer),
     )
+
+
+def _mmd(values: np.ndarray, n: int, documents: tuple[Any, Any], seed: int) -> MMDTest:
+    """Of features scaled to unit spread; whole documents change sides where they are known."""
+    import torch
+
+    from .cut import scaled
+    from .mmd import mmd_test
+
+    pooled = torch.tensor(scaled(values), dtype=torch.float32)
+    known = documents if all(side is not None for side in documents) else None
+    return mmd_test(pooled[:n], pooled[n:], documents=known, seed=seed)

@@ -1,4 +1,6 @@
-"""What the arms of a comparison are trained and scored on: batches as a pure function of seed and step, and held-out data."""
+"""What the arms of a comparison are trained and scored on: batches as a pure function of seed and step, and
+held-out data.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Task:
-    """Inputs and labels of a training set, a validation set for the learning rate, and a test set that decides nothing.
+    """Inputs and labels of a training set, a validation set for the learning rate, and a test set that
+    decides nothing.
 
-    `train`, `validation` and `test` are (inputs, labels): inputs a mapping of tensors [n, ...], labels [n] of classes, or [n, S] of
-    tokens, -100 where there is none. `logits` takes them from the model's output.
+    `train`, `validation` and `test` are (inputs, labels): inputs a mapping of tensors [n, ...], labels [n] of
+    classes, or [n, S] of tokens, -100 where there is none. `logits` takes them from the model's output.
     """
 
     train: Batch
@@ -44,7 +47,9 @@ class Task:
     logits: Callable[[Any], Tensor] = lambda output: output if isinstance(output, Tensor) else output.logits
 
     def batch(self, seed: int, step: int, device: torch.device) -> Batch:
-        """The batch of a step: each pass over the data is a permutation of its own, of the seed and its number alone."""
+        """The batch of a step: each pass over the data is a permutation of its own, of the seed and its
+        number alone.
+        """
         n = len(self.train[1])
         start = step * self.batch_size
         places = torch.arange(start, start + self.batch_size)
@@ -75,7 +80,12 @@ class Task:
             return Score(total / count)
         probabilities, labels = torch.cat(all_logits).softmax(1).numpy(), torch.cat(all_labels).numpy()
         right = float((probabilities.argmax(1) == labels).mean())
-        return Score(total / count, right, expected_calibration_error(probabilities, labels), brier_score(probabilities, labels))
+        return Score(
+            total / count,
+            right,
+            expected_calibration_error(probabilities, labels),
+            brier_score(probabilities, labels),
+        )
 
     def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, labels = self.logits(model(**batch[0])), batch[1]
@@ -102,14 +112,19 @@ def classification(
     seed: int = 0,
     **options: Any,
 ) -> Task:
-    """A task of inputs [n, ...] and class labels [n]: `held_out` of the documents are the test set, a tenth validation, the rest training.
+    """A task of inputs [n, ...] and class labels [n]: `held_out` of the documents are the test set, a tenth
+    validation, the rest training.
 
     Raises InputError for one class, or where a part would be empty or lack a class.
     """
     n = len(labels)
     if len(labels.unique()) < 2:
         raise InputError(f"all {n} labels are of one class: a task needs at least two")
-    parts = _divided(list(range(n)) if groups is None else list(groups), (1 - held_out - 0.1, 0.1, held_out), seed)
+    parts = _divided(
+        list(range(n)) if groups is None else list(groups),
+        (1 - held_out - 0.1, 0.1, held_out),
+        seed,
+    )
     for name, rows in zip(("training", "validation", "test"), parts, strict=True):
         if not len(rows):
             raise InputError(f"the {name} part of {n} rows is empty: give more rows, or more documents")
@@ -120,8 +135,17 @@ def classification(
     return Task(made[0], made[1], made[2], batch_size, **options)
 
 
-def language_modelling(windows: Tensor, *, groups: Sequence[Any], batch_size: int = 4, held_out: float = 0.3, seed: int = 0) -> Task:
-    """A causal language model's task of token windows [n, S], which `groups` says the document of; divided as in `classification`."""
+def language_modelling(
+    windows: Tensor,
+    *,
+    groups: Sequence[Any],
+    batch_size: int = 4,
+    held_out: float = 0.3,
+    seed: int = 0,
+) -> Task:
+    """A causal language model's task of token windows [n, S], which `groups` says the document of; divided as
+    in `classification`.
+    """
     parts = _divided(list(groups), (1 - held_out - 0.1, 0.1, held_out), seed)
     if min(map(len, parts)) == 0:
         raise InputError(f"{len(windows)} windows of {len(set(groups))} documents do not fill three parts: give more documents")
@@ -137,5 +161,16 @@ def _divided(groups: list[Any], shares: tuple[float, ...], seed: int) -> list[Te
     for share in shares:
         total += share
         ends.append(round(total * len(names)))
-    part = {names[index]: next(p for p, end in enumerate(ends) if place < end) for place, index in enumerate(order)}
-    return [torch.tensor([row for row, name in enumerate(groups) if part[name] == p], dtype=torch.long) for p in range(len(shares))]
+    part = {
+        names[index]: next(p for p, end in enumerate(ends) if place < end)
+        for place, index in enumerate(
+            order,
+        )
+    }
+    return [
+        torch.tensor(
+            [row for row, name in enumerate(groups) if part[name] == p],
+            dtype=torch.long,
+        )
+        for p in range(len(shares))
+    ]

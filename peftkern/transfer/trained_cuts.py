@@ -1,6 +1,8 @@
-"""Cuts tried out: short LoRA runs from each of some layers on, on the task itself, beside the time and memory of their steps.
+"""Cuts tried out: short LoRA runs from each of some layers on, on the task itself, beside the time and memory
+of their steps.
 
-The probes of `where_to_cut` need labels and see what a linear classifier sees; these runs need neither, and cost training.
+The probes of `where_to_cut` need labels and see what a linear classifier sees; these runs need neither, and
+cost training.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ __all__ = ["TrainedCut", "TrainedCuts", "trained_cuts"]
 
 @dataclass(frozen=True)
 class TrainedCut:
-    """Runs that trained the layers from `first` on: held-out loss by seed, the median step and the bytes saved for backward."""
+    """Runs that trained the layers from `first` on: held-out loss by seed, the median step and the bytes
+    saved for backward.
+    """
 
     first: int
     losses: tuple[float, ...]
@@ -45,7 +49,9 @@ class TrainedCuts:
     steps: int
 
     def behind(self, cut: TrainedCut) -> Interval:
-        """The paired difference in loss of a cut and of the least cut that was tried; positive: the cut costs loss."""
+        """The paired difference in loss of a cut and of the least cut that was tried; positive: the cut costs
+        loss.
+        """
         return paired_runs(cut.losses, self.cuts[0].losses)
 
     @property
@@ -72,7 +78,10 @@ class TrainedCuts:
 
     def table(self) -> str:
         """The cuts as a table of Markdown."""
-        lines = ["| from layer | held-out loss | s.e. | behind the first | step | saved for backward |", "|--:|--:|--:|--:|--:|--:|"]
+        lines = [
+            "| from layer | held-out loss | s.e. | behind the first | step | saved for backward |",
+            "|--:|--:|--:|--:|--:|--:|",
+        ]
         for cut in self.cuts:
             loss = over_runs(cut.losses)
             step = f"{cut.cost.seconds:.3f} s (×{cut.cost.seconds / self.cuts[0].cost.seconds:.2f})"
@@ -84,10 +93,25 @@ class TrainedCuts:
     def draw(self, axes: Any) -> None:
         """Held-out loss by cut with standard errors, beside the loss before training."""
         points = [over_runs(cut.losses) for cut in self.cuts]
-        axes.errorbar([cut.first for cut in self.cuts], [p.mean for p in points], [p.se for p in points], marker="o", label="trained")
+        axes.errorbar(
+            [cut.first for cut in self.cuts],
+            [p.mean for p in points],
+            [p.se for p in points],
+            marker="o",
+            label="trained",
+        )
         axes.axhline(self.before, color="black", linestyle=":", label="before")
-        axes.axvline(self.recommended.first, color="tab:red", alpha=0.5, label=f"cut at {self.recommended.first}")
-        axes.set(xlabel="first trained layer", ylabel="held-out loss, nats (± s.e.)", title=self.verdict.split(":")[0])
+        axes.axvline(
+            self.recommended.first,
+            color="tab:red",
+            alpha=0.5,
+            label=f"cut at {self.recommended.first}",
+        )
+        axes.set(
+            xlabel="first trained layer",
+            ylabel="held-out loss, nats (± s.e.)",
+            title=self.verdict.split(":")[0],
+        )
         axes.legend()
 
 
@@ -105,7 +129,8 @@ def trained_cuts(
     budget: float = 600.0,
     progress: bool = False,
 ) -> TrainedCuts:
-    """Train LoRA adapters of the layers from each of `firsts` on, with the same data in the same order for each seed, and compare.
+    """Train LoRA adapters of the layers from each of `firsts` on, with the same data in the same order for
+    each seed, and compare.
 
     Args:
         model: a dense or 4-bit model without adapters; it is as it was afterwards.
@@ -119,7 +144,13 @@ def trained_cuts(
     from peft import LoraConfig, get_peft_model
 
     layers = len(layer_stack(model)[1])
-    chosen = sorted(set(firsts)) if firsts is not None else sorted({round(index * layers / 5) for index in range(5)})
+    chosen = (
+        sorted(set(firsts))
+        if firsts is not None
+        else sorted(
+            {round(index * layers / 5) for index in range(5)},
+        )
+    )
     if len(set(seeds)) < 2 or len(chosen) < 2:
         raise InputError(f"seeds, firsts: got {tuple(seeds)} and {tuple(chosen)}, at least two of each are needed to compare")
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -156,7 +187,14 @@ def _costs(model: nn.Module, task: Task, firsts: Sequence[int], initial: dict[st
     for first in firsts:
         _reset(model, initial, first, 0)
         model.train()
-        costs.append(step_cost(model, inputs, first, loss=lambda output: task.loss(lambda **_: output, (inputs, labels))))
+        costs.append(
+            step_cost(
+                model,
+                inputs,
+                first,
+                loss=lambda output: task.loss(lambda **_: output, (inputs, labels)),
+            ),
+        )
     return costs
 
 
@@ -195,7 +233,12 @@ def _tried(
         model.train()
         if parameters:  # none where everything lies below the cut and there is no head
             optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-            for step in tqdm(range(steps), desc=f"from layer {cost.first}, seed {seed}", disable=not progress, leave=False):
+            for step in tqdm(
+                range(steps),
+                desc=f"from layer {cost.first}, seed {seed}",
+                disable=not progress,
+                leave=False,
+            ):
                 times.append(_step(model, task, optimizer, seed, step, rate, steps))
         score = task.score(model, task.test)
         losses.append(score.loss)
@@ -204,7 +247,15 @@ def _tried(
     return TrainedCut(cost.first, tuple(losses), tuple(accuracies), median)
 
 
-def _step(model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, seed: int, step: int, rate: float, steps: int) -> float:
+def _step(
+    model: nn.Module,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    step: int,
+    rate: float,
+    steps: int,
+) -> float:
     """One step; the seconds it took."""
     begin = time.perf_counter()
     for group in optimizer.param_groups:

@@ -32,7 +32,13 @@ def test_each_arm_gets_its_layers() -> None:
                 if layer.weight.requires_grad:
                     layer.weight.add_(100 if task == "A" else 200)
 
-    report = four_arms(lambda seed: _Net(float(seed)), train, lambda model: sum(_weights(model)), depths=[2], seeds=[0, 3])
+    report = four_arms(
+        lambda seed: _Net(float(seed)),
+        train,
+        lambda model: sum(_weights(model)),
+        depths=[2],
+        seeds=[0, 3],
+    )
     of_seed_3 = seen[6:]  # networks of seed 6 as donors, of seed 7 as targets
     assert of_seed_3[:2] == [("A", [6, 6, 6], [True] * 3), ("B", [6, 6, 6], [True] * 3)]
     assert of_seed_3[2] == ("B", [206, 206, 7], [False, False, True])  # BnB
@@ -49,7 +55,10 @@ def test_the_verdict_names_the_reason() -> None:
     same = {1: fine, 2: fine}
     report = ArmsReport(base, {"BnB": same, "BnB+": same, "AnB": {1: fine, 2: lost}, "AnB+": same})
     assert report.verdict.startswith("1 frozen layers of A lose nothing") and report.verdict.endswith("by specificity.")
-    both = ArmsReport(base, {"BnB": {1: fine, 2: lost}, "BnB+": same, "AnB": {1: fine, 2: lost}, "AnB+": same})
+    both = ArmsReport(
+        base,
+        {"BnB": {1: fine, 2: lost}, "BnB+": same, "AnB": {1: fine, 2: lost}, "AnB+": same},
+    )
     assert both.verdict.endswith("by no measurable specificity and broken co-adaptation.")
     nothing = ArmsReport(base, {arm: same for arm in ("BnB", "BnB+", "AnB", "AnB+")})
     assert "nothing measurable on B, up to all 2" in nothing.verdict

@@ -9,13 +9,24 @@ from torch import nn
 from peftkern.finetune.errors import InputError
 from peftkern.transfer.controls import below, copy_first, freeze_first, matched_random, shuffled
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'peftkern[transfer]'")
+transformers = pytest.importorskip(
+    "transformers",
+    reason="transformers is not installed: pip install 'peftkern[transfer]'",
+)
 
 
 def _model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=40)
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, max_position_embeddings=16))
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=40,
+    )
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**sizes, max_position_embeddings=16),
+    )
 
 
 def test_a_random_twin_has_the_moments_and_nothing_else() -> None:
@@ -28,7 +39,12 @@ def test_a_random_twin_has_the_moments_and_nothing_else() -> None:
         torch.testing.assert_close(new.mean(), old.mean(), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(new.norm(), old.norm(), rtol=1e-5, atol=1e-6)
         if old.std() > 0:
-            assert abs(torch.corrcoef(torch.stack([new.flatten(), old.flatten()]))[0, 1]) < 4 / old.numel() ** 0.5
+            assert (
+                abs(
+                    torch.corrcoef(torch.stack([new.flatten(), old.flatten()]))[0, 1],
+                )
+                < 4 / old.numel() ** 0.5
+            )
     again, other = matched_random(model, seed=1), matched_random(model, seed=2)
     weight = "bert.encoder.layer.1.output.dense.weight"
     assert torch.equal(again.get_parameter(weight), twin.get_parameter(weight))

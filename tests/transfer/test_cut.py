@@ -74,20 +74,37 @@ def test_without_structure_there_is_no_cut() -> None:
 def test_shares_of_a_step() -> None:
     assert step_share(0, 30) == 1.0 and step_share(30, 30) == 0.5
     assert step_share(30, 30, trained="all") == pytest.approx(1 / 3) == step_share(30, 30, recompute=True)
-    assert step_share(77, 80, recompute=True) == pytest.approx(86 / 240)  # LlamaFactory#5398's arithmetic: 240 / 86 = 2.79
+    assert step_share(
+        77,
+        80,
+        recompute=True,
+    ) == pytest.approx(86 / 240)  # LlamaFactory#5398's arithmetic: 240 / 86 = 2.79
     with pytest.raises(ValueError, match="trained: got"):
         step_share(0, 1, trained="some")
 
 
 def test_below_a_cut_nothing_is_saved() -> None:
     transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, vocab_size=40)
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        vocab_size=40,
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=False))
     model.lm_head.weight.requires_grad_(False)
     ids = torch.arange(20).view(2, 10)
     costs = [step_cost(model, {"input_ids": ids, "labels": ids}, first, repeats=1) for first in range(5)]
     sizes = [cost.saved_bytes for cost in costs]
-    assert np.diff(sizes[:4]) == pytest.approx(sizes[1] - sizes[0], rel=0.2) and sizes[4] < sizes[3] < sizes[0]
+    assert (
+        np.diff(sizes[:4])
+        == pytest.approx(
+            sizes[1] - sizes[0],
+            rel=0.2,
+        )
+        and sizes[4] < sizes[3] < sizes[0]
+    )
     assert all(p.grad is None for p in model.parameters())
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
 

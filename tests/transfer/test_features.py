@@ -10,7 +10,10 @@ from torch import Tensor, nn
 import peftkern
 from peftkern.finetune.errors import InputError
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'peftkern[transfer]'")
+transformers = pytest.importorskip(
+    "transformers",
+    reason="transformers is not installed: pip install 'peftkern[transfer]'",
+)
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'peftkern[transfer]'")
 
 from peftkern.transfer.features import adapters_disabled, layer_stack, pool_last, pool_mean, pooled_features  # noqa: E402
@@ -20,7 +23,9 @@ _SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_att
 
 def _llama() -> nn.Module:
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, num_key_value_heads=2, pad_token_id=0))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_SIZES, num_key_value_heads=2, pad_token_id=0),
+    )
 
 
 def _bert() -> nn.Module:
@@ -30,7 +35,15 @@ def _bert() -> nn.Module:
 
 def _t5() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=96,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=3,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -39,7 +52,14 @@ class _Letters:
 
     pad_token_id, eos_token_id = None, 1
 
-    def __call__(self, texts: list[str], *, truncation: bool, max_length: int = 512, **_: object) -> dict[str, list[list[int]]]:
+    def __call__(
+        self,
+        texts: list[str],
+        *,
+        truncation: bool,
+        max_length: int = 512,
+        **_: object,
+    ) -> dict[str, list[list[int]]]:
         length = max_length if truncation else None
         return {"input_ids": [[2 + ord(letter) % 90 for letter in text][:length] for text in texts]}
 
@@ -120,7 +140,11 @@ def test_the_encoder_of_an_encoder_decoder() -> None:
     batch = _batch(5, 2)
     with torch.no_grad():
         states = model.eval().encoder(**batch, output_hidden_states=True).hidden_states
-    np.testing.assert_allclose(pooled_features(model, [batch]).at(1), _by_hand(states[1], batch["attention_mask"])[0], atol=1e-6)
+    np.testing.assert_allclose(
+        pooled_features(model, [batch]).at(1),
+        _by_hand(states[1], batch["attention_mask"])[0],
+        atol=1e-6,
+    )
 
 
 def test_layers_that_a_model_shares_count_as_often_as_they_are_called() -> None:
@@ -131,12 +155,21 @@ def test_layers_that_a_model_shares_count_as_often_as_they_are_called() -> None:
     features = pooled_features(model, [batch])
     assert features.depths == (0, 1, 2, 3)
     for depth in features.depths:
-        np.testing.assert_allclose(features.at(depth), _by_hand(states[depth], batch["attention_mask"])[0], atol=1e-6)
+        np.testing.assert_allclose(
+            features.at(depth),
+            _by_hand(states[depth], batch["attention_mask"])[0],
+            atol=1e-6,
+        )
 
 
 def test_the_pass_ends_at_the_last_depth_and_leaves_the_model_as_it_was() -> None:
     model, ran = _llama().train(), []
-    handles = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(model.model.layers)]
+    handles = [
+        layer.register_forward_hook(
+            lambda *_, i=i: ran.append(i),
+        )
+        for i, layer in enumerate(model.model.layers)
+    ]
     handles.append(model.lm_head.register_forward_hook(lambda *_: ran.append("head")))
     few = pooled_features(model, [_batch(5, 5)], depths=[1])
     assert ran == [0, 1, 2, "head", 0]  # once with a few tokens, to count
@@ -163,7 +196,10 @@ def test_adapters_off_is_the_base() -> None:
 
 def test_a_patched_model_gives_the_same() -> None:
     model, batch = _llama(), _batch(6, 3)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    tuned = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    )
     peftkern.patch(tuned)
     for adapters in (True, False):
         patched = pooled_features(tuned, [batch], adapters=adapters)

@@ -19,8 +19,26 @@ class _Bytes:
 
     pad_token_id, eos_token_id = 0, 0
 
-    def __call__(self, texts, *, max_length: int = 512, truncation: bool = False, return_tensors: str | None = None, **_: object):
-        rows = [list(text.encode())[: max_length if truncation else None] for text in ([texts] if isinstance(texts, str) else texts)]
+    def __call__(
+        self,
+        texts,
+        *,
+        max_length: int = 512,
+        truncation: bool = False,
+        return_tensors: str | None = None,
+        **_: object,
+    ):
+        rows = [
+            list(text.encode())[: max_length if truncation else None]
+            for text in (
+                [texts]
+                if isinstance(
+                    texts,
+                    str,
+                )
+                else texts
+            )
+        ]
         return {"input_ids": torch.tensor(rows) if return_tensors else rows}
 
     def decode(self, ids: Tensor, **_: object) -> str:
@@ -52,7 +70,15 @@ def test_the_standard_error_is_that_of_fresh_texts() -> None:
     rng = np.random.default_rng(0)
 
     def draw() -> list[str]:
-        return ["".join("a" if rng.random() < share else "b" for _ in range(rng.integers(5, 40))) for share in rng.random(40)]
+        return [
+            "".join(
+                "a" if rng.random() < share else "b"
+                for _ in range(
+                    rng.integers(5, 40),
+                )
+            )
+            for share in rng.random(40)
+        ]
 
     rates = [bits_per_byte(_Guess(), draw(), _Bytes()) for _ in range(60)]
     assert 0.75 < np.mean([rate.se for rate in rates]) / np.std([rate.value for rate in rates]) < 1.33
@@ -68,11 +94,18 @@ def test_bits_per_byte_refuses_what_has_none() -> None:
 def test_words_in_common() -> None:
     source = ["the red fox sees red hens"] * 10
     same, none = lexicon(source, source), lexicon(source, ["blue whales swim along north coasts"] * 10)
-    assert (same.overlap, same.within_overlap) == (1.0, 1.0) and same.divergence == pytest.approx(0, abs=1e-12)
+    assert (
+        same.overlap,
+        same.within_overlap,
+    ) == (1.0, 1.0) and same.divergence == pytest.approx(0, abs=1e-12)
     assert none.overlap == 0.0 and none.divergence == pytest.approx(1.0) and none.words == 30
     half = lexicon(source, ["the red fox sees red cats"] * 10)
-    assert half.overlap == pytest.approx(3 / 4)  # red, fox, sees of red, fox, sees, hens; "the" is a stop word
-    assert half.divergence == pytest.approx(1 / 6)  # a sixth of the words is of one side alone, the others agree
+    assert half.overlap == pytest.approx(
+        3 / 4,
+    )  # red, fox, sees of red, fox, sees, hens; "the" is a stop word
+    assert half.divergence == pytest.approx(
+        1 / 6,
+    )  # a sixth of the words is of one side alone, the others agree
     with pytest.raises(InputError, match="only"):
         lexicon(["one two"], ["three"])
 

@@ -11,7 +11,9 @@ from peftkern.transfer.logme import logme
 
 
 def _direct(features: np.ndarray, target: np.ndarray) -> float:
-    """max over alpha, beta of log N(y; 0, F F' / alpha + I / beta) / n, nothing of linear algebra shared with logme."""
+    """max over alpha, beta of log N(y; 0, F F' / alpha + I / beta) / n, nothing of linear algebra shared with
+    logme.
+    """
     gram, n = features @ features.T, len(target)
 
     def negative(logs: np.ndarray) -> float:

@@ -1,4 +1,6 @@
-"""Arms on one budget: known help and harm are found, equal arms are not told apart, and numbers are those of the curves."""
+"""Arms on one budget: known help and harm are found, equal arms are not told apart, and numbers are those of
+the curves.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,11 @@ def test_weights_that_block_learning_hurt_and_equal_arms_cannot_be_told(trained:
             model.layers[1].bias.add_(30)  # tanh is 1 whatever comes in, and its gradient is zero
         return model
 
-    report = compare_arms({"source": constant, "random": arms["random"], "again": arms["random"]}, _task(), **_QUICK)
+    report = compare_arms(
+        {"source": constant, "random": arms["random"], "again": arms["random"]},
+        _task(),
+        **_QUICK,
+    )
     assert report.verdict("again") == "cannot tell" and report.gain("again").mean == 0.0
     assert report.verdict("source") == "hurts" and report.worth("source")[0] < 1
     assert report.describe("source").startswith("The weights of arm 'source' hurt against random ones")
@@ -88,7 +94,13 @@ def test_weights_that_block_learning_hurt_and_equal_arms_cannot_be_told(trained:
 
 
 def _run(arm: str, seed: int, losses: list[float]) -> Run:
-    return Run(arm, seed, 1e-3, tuple(range(0, 100 * len(losses), 100)), tuple(Score(loss, 0.5, 0.1, 0.2) for loss in losses))
+    return Run(
+        arm,
+        seed,
+        1e-3,
+        tuple(range(0, 100 * len(losses), 100)),
+        tuple(Score(loss, 0.5, 0.1, 0.2) for loss in losses),
+    )
 
 
 def test_areas_verdicts_and_worth_are_those_of_the_curves() -> None:
@@ -101,7 +113,10 @@ def test_areas_verdicts_and_worth_are_those_of_the_curves() -> None:
     value, bound = report.worth()  # the loss of 1.0 after 300 examples against 100, 102 and 104
     assert not bound and value == pytest.approx((3 * 300 / 102 * 300 / 104) ** (1 / 3), rel=1e-3)
     assert report.worth("random", "pretrained")[0] == pytest.approx(1 / value)
-    ready = NegativeReport((*slow, *(_run("pretrained", seed, [0.9, 0.5, 0.4, 0.3]) for seed in range(3))), 0.0)
+    ready = NegativeReport(
+        (*slow, *(_run("pretrained", seed, [0.9, 0.5, 0.4, 0.3]) for seed in range(3))),
+        0.0,
+    )
     assert ready.worth() == (pytest.approx(3.0), True) and "worth at least 3.0 times" in ready.describe()
     noisy = [_run("pretrained", seed, [4.0, 3.0 + (-1) ** seed, 2.0, 1.0]) for seed in range(3)]
     report = NegativeReport((*slow, *noisy), 0.0)
@@ -118,7 +133,10 @@ def test_the_cost_is_said_before_and_refused(capsys: pytest.CaptureFixture[str])
         made.append(seed)
         return _Net()
 
-    with pytest.raises(InputError, match=r"2 arms x \(3 seeds x 1000 steps \+ 4 rates x 200 steps\) = 7600 steps.*steps would fit"):
+    with pytest.raises(
+        InputError,
+        match=r"2 arms x \(3 seeds x 1000 steps \+ 4 rates x 200 steps\) = 7600 steps.*steps would fit",
+    ):
         compare_arms({"a": arm, "random": arm}, _task(), steps=1000, budget=1e-3)
     assert made == [0] and "7600 steps, about" in capsys.readouterr().err
 
@@ -154,7 +172,13 @@ def test_documents_are_in_one_part_alone() -> None:
 def test_language_models_have_arms_too() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=32,
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     windows = torch.randint(0, 32, (40, 8))
     task = language_modelling(windows, groups=[i // 2 for i in range(40)], batch_size=4)
@@ -169,8 +193,14 @@ def test_calibration_by_hand() -> None:
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.45, 0.55]])
     labels = np.array([0, 1, 1, 1])
     sklearn = pytest.importorskip("sklearn.metrics")
-    assert brier_score(probabilities, labels) == pytest.approx(2 * sklearn.brier_score_loss(labels, probabilities[:, 1]))
-    assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx((0.1 + 0.8 + 0.3 + 0.45) / 4)
+    assert brier_score(probabilities, labels) == pytest.approx(
+        2 * sklearn.brier_score_loss(labels, probabilities[:, 1]),
+    )
+    assert expected_calibration_error(
+        probabilities,
+        labels,
+        bins=10,
+    ) == pytest.approx((0.1 + 0.8 + 0.3 + 0.45) / 4)
     rng = np.random.default_rng(0)
     fair = rng.random(200_000)
     pairs = np.stack([1 - fair, fair], axis=1)

@@ -30,7 +30,11 @@ def test_a_probe_finds_what_is_linear_and_nothing_in_noise(kind: str) -> None:
 def test_documents_stay_on_one_side() -> None:
     rng = np.random.default_rng(0)
     documents = np.repeat(np.arange(40), 10)
-    labels = rng.integers(0, 2, 40)[documents]  # a document has one label, and features that give away the document alone
+    labels = rng.integers(
+        0,
+        2,
+        40,
+    )[documents]  # a document has one label, and features that give away the document alone
     features = rng.standard_normal((40, 30))[documents] + 0.01 * rng.standard_normal((400, 30))
     leaking = probe(features, labels, splits(labels, folds=4, repeats=1)).accuracy
     grouped = splits(labels, groups=documents, folds=4, repeats=1)

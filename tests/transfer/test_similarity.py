@@ -70,7 +70,13 @@ def test_bad_input_is_named() -> None:
 def test_a_report_on_texts() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=128,
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     rng = np.random.default_rng(0)
 
@@ -86,7 +92,15 @@ def test_a_report_on_texts() -> None:
     axes = Figure().subplots()
     report.draw(axes)
     assert "A-distance" in axes.get_title()
-    same = domain_similarity(model, texts(sea), texts(sea), tokenizer=_Letters(), folds=3, bits=False, **_QUICK)
+    same = domain_similarity(
+        model,
+        texts(sea),
+        texts(sea),
+        tokenizer=_Letters(),
+        folds=3,
+        bits=False,
+        **_QUICK,
+    )
     assert not same.features.differs and same.mmd.p_value > 0.01 and same.source_bits is None
 
 
@@ -95,7 +109,15 @@ class _Letters:
 
     pad_token_id, eos_token_id = 0, 1
 
-    def __call__(self, texts, *, max_length: int = 512, truncation: bool = False, return_tensors: str | None = None, **_: object):
+    def __call__(
+        self,
+        texts,
+        *,
+        max_length: int = 512,
+        truncation: bool = False,
+        return_tensors: str | None = None,
+        **_: object,
+    ):
         many = [texts] if isinstance(texts, str) else texts
         rows = [[ord(letter) % 128 for letter in text][: max_length if truncation else None] for text in many]
         return {"input_ids": torch.tensor(rows) if return_tensors else rows}

@@ -12,13 +12,22 @@ from peftkern.transfer.cut import StepCost
 from peftkern.transfer.tasks import Task, language_modelling
 from peftkern.transfer.trained_cuts import TrainedCut, TrainedCuts, trained_cuts
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'peftkern[transfer]'")
+transformers = pytest.importorskip(
+    "transformers",
+    reason="transformers is not installed: pip install 'peftkern[transfer]'",
+)
 pytest.importorskip("peft", reason="peft is not installed: pip install 'peftkern[transfer]'")
 
 
 def _model() -> nn.Module:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, vocab_size=32)
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        vocab_size=32,
+    )
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
 
@@ -39,7 +48,13 @@ def test_runs_train_the_layers_above_the_cut_alone() -> None:
     assert none.cost.saved_bytes < half.cost.saved_bytes < uncut.cost.saved_bytes
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    assert after.keys() == before.keys() and all(
+        torch.equal(
+            after[name],
+            value,
+        )
+        for name, value in before.items()
+    )
     again = trained_cuts(model, task, firsts=(0, 2), steps=15, seeds=(0, 1), rate=1e-2)
     assert [cut.losses for cut in again.cuts] == [cut.losses for cut in tried.cuts[:2]]
 
@@ -49,7 +64,12 @@ def _cut(first: int, losses: tuple[float, ...]) -> TrainedCut:
 
 
 def test_the_verdict_is_the_deepest_cut_that_loses_nothing() -> None:
-    cuts = (_cut(0, (2.0, 2.1, 2.2)), _cut(4, (2.01, 2.09, 2.2)), _cut(8, (2.3, 2.41, 2.5)), _cut(12, (2.0, 2.1, 2.2)))
+    cuts = (
+        _cut(0, (2.0, 2.1, 2.2)),
+        _cut(4, (2.01, 2.09, 2.2)),
+        _cut(8, (2.3, 2.41, 2.5)),
+        _cut(12, (2.0, 2.1, 2.2)),
+    )
     tried = TrainedCuts(cuts, 16, 3.0, 30)
     assert tried.recommended.first == 4 and "Cut at 4 of 16" in tried.verdict and "×0.80 of the time" in tried.verdict
     nowhere = TrainedCuts((cuts[0], cuts[2]), 16, 3.0, 30)
