@@ -100,10 +100,21 @@ def measure(seed: int) -> Iterator[dict[str, Any]]:
         with scaled_adapters(model, adapter, values) as names:
             losses = {name: losses_by_adapter(model, names, ids) for name, ids in held_out.items()}
         control = "prose" if what == "-kjv" else None
-        print(seed, what, Sweep(values, losses, "kjv", control, BUDGET, maximize=what == "-kjv").verdict, flush=True)
+        print(
+            seed,
+            what,
+            Sweep(values, losses, "kjv", control, BUDGET, maximize=what == "-kjv").verdict,
+            flush=True,
+        )
         for name, found in losses.items():
             for value, row in zip(values, found, strict=True):
-                yield {"seed": seed, "what": what, "lambda": f"{value:g}", "set": name, "nats": f"{row.mean().item():.5f}"}
+                yield {
+                    "seed": seed,
+                    "what": what,
+                    "lambda": f"{value:g}",
+                    "set": name,
+                    "nats": f"{row.mean().item():.5f}",
+                }
     yield from timing(model, of_model(model, "sum").name, held_out["kjv"][:1, :128], seed)
 
 
@@ -120,7 +131,13 @@ def timing(model: Any, adapter: str, ids: Tensor, seed: int) -> Iterator[dict[st
                 start = time.perf_counter()
                 run()
                 spent.append(time.perf_counter() - start)
-            yield {"seed": seed, "what": what, "lambda": "", "set": "", "nats": f"{statistics.median(spent):.3f}"}
+            yield {
+                "seed": seed,
+                "what": what,
+                "lambda": "",
+                "set": "",
+                "nats": f"{statistics.median(spent):.3f}",
+            }
 
 
 def curve(rows: list[dict[str, str]], what: str, name: str) -> list[tuple[float, float, float]]:
@@ -140,12 +157,19 @@ def draw(rows: list[dict[str, str]]) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     seeds = len({row["seed"] for row in rows})
-    titles = {"kjv + code": "What {} x (KJV + code) does to each text", "-kjv": "Negation: what {} x KJV does to each text"}
+    titles = {
+        "kjv + code": "What {} x (KJV + code) does to each text",
+        "-kjv": "Negation: what {} x KJV does to each text",
+    }
     for axes, (what, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for name in SETS:
             x, mean, error = zip(*curve(rows, what, name), strict=True)
             axes.errorbar(x, mean, yerr=error, marker="o", capsize=3, label=name)
-            print(what, name, " ".join(f"{a:g}: {b:.3f} ± {c:.3f}" for a, b, c in zip(x, mean, error, strict=True)))
+            print(
+                what,
+                name,
+                " ".join(f"{a:g}: {b:.3f} ± {c:.3f}" for a, b, c in zip(x, mean, error, strict=True)),
+            )
         axes.set(xlabel="lambda", ylabel="held-out loss, nats a token", title=title.format("lambda"))
         axes.legend()
     figure.suptitle(f"SmolLM2-135M, LoRA r = 8, {STEPS} steps; mean and s.e. of {seeds} seeds")

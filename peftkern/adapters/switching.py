@@ -65,7 +65,10 @@ class _Slot:
         if module.shape != own.shape:
             shapes = f"A {tuple(module.a.shape)} and B {tuple(module.b.shape)}, the model {tuple(self.a.shape)} and {tuple(self.b.shape)}"
             raise ValueError(f"adapter {adapter}: it does not fit the model at {self.name}: it has {shapes}")
-        for part, mine, what in ((module.bias, self.bias, "lora_bias"), (module.magnitude, self.magnitude, "DoRA")):
+        for part, mine, what in (
+            (module.bias, self.bias, "lora_bias"),
+            (module.magnitude, self.magnitude, "DoRA"),
+        ):
             if part is not None and mine is None:
                 raise ValueError(f"adapter {adapter}: it has {what} at {self.name}, which the slot has not; make the slot of that kind")
         if module.magnitude is None and self.magnitude is not None:
@@ -94,7 +97,7 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, slot: str = "default") -> None:
-        """Args: model: a PeftModel; slot: the LoRA adapter of it whose place the others take. Raises: ValueError without such an adapter."""
+        """A bank for a PeftModel, whose LoRA adapter `slot` lends its place to the others; ValueError without such an adapter."""
         from peft.tuners.lora import LoraLayer
 
         self.model, self.slot = model, slot
@@ -224,6 +227,13 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 def _take_out(place: _Slot, label: str) -> None:
     layer = place.layer
-    for table in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.lora_embedding_A, layer.lora_embedding_B, layer.scaling):
+    for table in (
+        layer.lora_A,
+        layer.lora_B,
+        layer.lora_dropout,
+        layer.lora_embedding_A,
+        layer.lora_embedding_B,
+        layer.scaling,
+    ):
         if label in table:
             del table[label]

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_commands"]
+__all__ = ["add_commands", "folders_of"]
 
 _METHODS = ("sum", "ties", "dare", "dare_ties")
 _EPILOG = """examples:
   peftkern arithmetic "a + 0.5*b - c" a=runs/a b=runs/b c=runs/c --output runs/mixed
   peftkern arithmetic "0.5*(kjv + code)" --rank 16 --output mixed      (kjv and code are folders)
   peftkern arithmetic "(-a)" a=runs/toxic --output runs/less-toxic     (a leading - needs parentheses)
+  peftkern arithmetic "x*(kjv + code)" --sweep x=0:1:11 --data val.txt --control other.txt --output best
   peftkern arithmetic "a + b" a=models/a b=models/b --base models/base --method ties --output models/merged
 """
 
@@ -28,11 +29,17 @@ def add_commands(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("expression", help='such as "a + 0.5*b - c"; names of other than letters, digits, _ and . in quotes')
-    parser.add_argument("folders", nargs="*", metavar="NAME=PATH", help="the folder of a name; default: the folder of that name")
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        metavar="NAME=PATH",
+        help="the folder of a name; default: the folder of that name",
+    )
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that this command wrote there before")
     _add_merging(parser.add_argument_group("merging"))
     _add_adapters(parser.add_argument_group("adapters"))
+    _add_sweep(parser.add_argument_group("which lambda (adapters)"))
     checkpoints = parser.add_argument_group("full checkpoints")
     checkpoints.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the output; default: the base's")
     parser.set_defaults(run=_run)
@@ -49,9 +56,29 @@ def _add_merging(group: Any) -> None:
 def _add_adapters(group: Any) -> None:
     group.add_argument("--rank", type=int, help="the most ranks a module may have; default: the sum of the ranks")
     group.add_argument("--max-error", type=float, help="the fewest ranks within this relative error of each module's update")
-    group.add_argument("--space", choices=("core", "weights"), default="core", help="where TIES and DARE act on adapters (default: core)")
-    group.add_argument("--base", help="the base's folder: for DoRA and adapters that replace tensors; always for full checkpoints")
+    group.add_argument(
+        "--space",
+        choices=("core", "weights"),
+        default="core",
+        help="where TIES and DARE act on adapters (default: core)",
+    )
+    group.add_argument(
+        "--base",
+        help="the base's folder: for DoRA and adapters that replace tensors; always for full checkpoints",
+    )
     group.add_argument("--any-base", action="store_true", help="combine adapters that name different bases")
+
+
+def _add_sweep(group: Any) -> None:
+    group.add_argument("--sweep", metavar="NAME=FROM:TO:COUNT", help="let NAME in the expression run over these numbers; keep the best")
+    group.add_argument("--data", help="validation text for --sweep, as --eval-data of finetune: its loss is to fall")
+    group.add_argument("--maximize", action="store_true", help="its loss is to rise instead, as for negation")
+    group.add_argument("--control", help="text whose loss must not rise by more than --budget")
+    group.add_argument("--budget", type=float, default=0.05, help="part of the control loss (default: 0.05)")
+    group.add_argument("--model", help="the base to sweep on: hub id, folder or `sample`; default: the adapter's")
+    group.add_argument("--quantization", help="nf4, fp4 or none; default: the run's, else nf4")
+    group.add_argument("--seq-length", type=int, help="tokens of a window; default: the run's, else 1024")
+    group.add_argument("--eval-tokens", type=int, help="most tokens of each text; default: the run's, else 32768")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -70,8 +97,12 @@ def _combined(args: argparse.Namespace) -> str:
     from .expression import parse
     from .rules import Method
 
+    if args.sweep is not None:
+        from .sweep_command import swept
+
+        return swept(args)
     coefficients = parse(args.expression)
-    folders = _folders(coefficients, args.folders)
+    folders = folders_of(coefficients, args.folders)
     method = Method(args.method, density=args.density, drop=args.drop, seed=args.seed, scale=args.scale)
     if any((folder / "adapter_config.json").is_file() for folder in folders.values()):
         if args.dtype:
@@ -82,7 +113,7 @@ def _combined(args: argparse.Namespace) -> str:
     return _checkpoints(args, coefficients, folders, method)
 
 
-def _folders(names: Iterable[str], given: Iterable[str]) -> dict[str, Path]:
+def folders_of(names: Iterable[str], given: Iterable[str]) -> dict[str, Path]:
     """The folder of every name."""
     named = {}
     for pair in given:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -281,8 +281,16 @@ def state_of(adapter: LoraWeights) -> dict[str, Tensor]:
     return state
 
 
-def write_adapter(adapter: LoraWeights, folder: str | Path, *, overwrite: bool = False) -> Path:
+def write_adapter(
+    adapter: LoraWeights,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    beside: Callable[[Path], None] | None = None,
+) -> Path:
     """Write an adapter as PEFT would, whole or not at all, with arithmetic.json beside it where it was computed.
+
+    `beside` writes more files into the folder that it is given, before the whole appears.
 
     Raises: ValueError where the folder exists and is not empty, unless `overwrite` and it holds an adapter; OSError where it cannot be
         written.
@@ -297,6 +305,8 @@ def write_adapter(adapter: LoraWeights, folder: str | Path, *, overwrite: bool =
         write_json(temporary / _CONFIG, adapter.config)
         if adapter.record:
             write_json(temporary / _RECORD, adapter.record)
+        if beside is not None:
+            beside(temporary)
     return folder
 
 

@@ -89,7 +89,11 @@ class Sweep:
             mean, error = self.mean(name), self.change(name)[1]
             axes.errorbar(self.values, mean, yerr=_CONFIDENCE * error, marker="o", color=colour, capsize=3, label=name)
         axes.axvline(self.best, color="grey", linestyle=":", label=f"best, {self.best:g}")
-        axes.set(xlabel="lambda, times the task vector", ylabel="loss, nats a token", title=self.verdict.split(":")[0] + " is best")
+        axes.set(
+            xlabel="lambda, times the task vector",
+            ylabel="loss, nats a token",
+            title=self.verdict.split(":")[0] + " is best",
+        )
         axes.legend()
 
     def write_csv(self, path: str | Path) -> None:
@@ -97,7 +101,12 @@ class Sweep:
         names = [name for name in (self.target, self.control) if name is not None]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["lambda", *(f"{name} {what}" for name in names for what in ("nats", "change", "change s.e."))])
+            writer.writerow(
+                [
+                    "lambda",
+                    *(f"{name} {what}" for name in names for what in ("nats", "change", "change s.e.")),
+                ]
+            )
             for i, value in enumerate(self.values):
                 columns = [part[i].item() for name in names for part in (self.mean(name), *self.change(name))]
                 writer.writerow([f"{value:g}", *(f"{column:.5f}" for column in columns)])
@@ -202,7 +211,7 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 def sweep(
     model: nn.Module,
-    adapter: str,
+    adapter: str | Mapping[float, str],
     windows: Mapping[str, Tensor],
     *,
     values: Sequence[float] = tuple(i / 10 for i in range(11)),
@@ -217,7 +226,7 @@ def sweep(
 
     Args:
         model: a patched PEFT causal LM with the adapter, a sum of several by `combine` and `add_to_model`, say.
-        adapter: its name.
+        adapter: its name; or, where lambda does not scale the whole, the adapter's name for each lambda (`values` is then not used).
         windows: validation windows by set, [windows, length] of token ids.
         values: the lambdas.
         target: the set whose loss decides; default the first.
@@ -237,10 +246,13 @@ def sweep(
     for role, name in (("target", target), ("control", control)):
         if name not in windows and not (role == "control" and name is None):
             raise ValueError(f"{role}: got {name!r}, expected one of {', '.join(map(repr, names)) or 'no set at all: windows is empty'}")
+    if not isinstance(adapter, str):
+        values = tuple(adapter)
     if not values or not all(math.isfinite(value) for value in values):
         raise ValueError(f"values: got {tuple(values)}, expected finite numbers")
     found: dict[str, Tensor] = {}
-    with scaled_adapters(model, adapter, values) as aliases:
+    scaled = scaled_adapters(model, adapter, values) if isinstance(adapter, str) else None
+    with scaled or contextlib.nullcontext(list(adapter.values() if isinstance(adapter, Mapping) else ())) as aliases:
         for name in tqdm([n for n in (target, control) if n is not None], disable=not progress, file=sys.stderr, desc="sweep"):
             found[name] = losses_by_adapter(model, aliases, windows[name], rows=rows)
     return Sweep(tuple(values), found, str(target), control, budget, maximize)

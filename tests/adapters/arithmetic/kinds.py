@@ -76,7 +76,11 @@ class Kind(NamedTuple):
 ATTENTION = ["q_proj", "v_proj"]
 PATTERNS = {"rank_pattern": {"layers.1.self_attn.q_proj": 6}, "alpha_pattern": {"v_proj": 20}}
 KINDS = {
-    "lora": Kind(llama, {"r": 4, "target_modules": ATTENTION}, {"r": 3, "lora_alpha": 9, "target_modules": ["v_proj", "down_proj"]}),
+    "lora": Kind(
+        llama,
+        {"r": 4, "target_modules": ATTENTION},
+        {"r": 3, "lora_alpha": 9, "target_modules": ["v_proj", "down_proj"]},
+    ),
     "rslora": Kind(llama, {"target_modules": "all-linear", "use_rslora": True}, {"r": 2, "target_modules": "all-linear"}),
     "patterns": Kind(llama, {"target_modules": ATTENTION} | PATTERNS, {"target_modules": ATTENTION, "use_rslora": True}),
     "lora_bias": Kind(llama, {"target_modules": ATTENTION, "lora_bias": True}, {"r": 3, "target_modules": ATTENTION}),
@@ -85,18 +89,30 @@ KINDS = {
         {"target_modules": ATTENTION, "lora_bias": True},
         {"r": 3, "target_modules": ["k_proj", "v_proj"], "lora_bias": True},
     ),
-    "regex": Kind(llama, {"target_modules": r".*layers\.1\..*_proj"}, {"target_modules": ATTENTION, "layers_to_transform": [0]}),
+    "regex": Kind(
+        llama,
+        {"target_modules": r".*layers\.1\..*_proj"},
+        {"target_modules": ATTENTION, "layers_to_transform": [0]},
+    ),
     "conv1d": Kind(
         gpt2,
         {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
         {"r": 3, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_rslora": True},
     ),
     "embeddings": Kind(llama, {"target_modules": ["embed_tokens", "q_proj"]}, {"r": 3, "target_modules": ["embed_tokens"]}),
-    "conv2d": Kind(convolutions, {"target_modules": ["first", "second", "head"]}, {"r": 3, "target_modules": ["first", "head"]}),
+    "conv2d": Kind(
+        convolutions,
+        {"target_modules": ["first", "second", "head"]},
+        {"r": 3, "target_modules": ["first", "head"]},
+    ),
 }
 REPLACING = {
     "modules_to_save": Kind(llama, {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, {"target_modules": ATTENTION}),
-    "bias": Kind(llama, {"target_modules": ATTENTION, "bias": "lora_only"}, {"target_modules": ATTENTION, "bias": "lora_only"}),
+    "bias": Kind(
+        llama,
+        {"target_modules": ATTENTION, "bias": "lora_only"},
+        {"target_modules": ATTENTION, "bias": "lora_only"},
+    ),
 }
 
 

@@ -33,7 +33,10 @@ SHAPES = {
 
 
 def tensors(
-    seed: int, dtype: torch.dtype = torch.float32, spread: float = 1.0, around: dict[str, Tensor] | None = None
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    spread: float = 1.0,
+    around: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     found = {name: spread * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
@@ -70,7 +73,11 @@ def read(folder: Path) -> dict[str, Tensor]:
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Any]:
     base = tensors(0)
-    values = {"base": base, "a": tensors(1, spread=0.1, around=base), "b": tensors(2, spread=0.1, around=base)}
+    values = {
+        "base": base,
+        "a": tensors(1, spread=0.1, around=base),
+        "b": tensors(2, spread=0.1, around=base),
+    }
     for name, shards in (("base", 2), ("a", 1), ("b", 3)):
         save(tmp_path / name, values[name], shards)
     return {"folder": tmp_path} | values
@@ -100,7 +107,12 @@ def flat(values: dict[str, Tensor]) -> Tensor:
 def test_identities(tmp_path: Path, piece: int, dtype: torch.dtype) -> None:
     base = tensors(0, dtype)
     base["layers.0.norm.weight"][0] = -0.0
-    models = {"folder": tmp_path, "base": base, "a": tensors(1, dtype, 0.1, base), "b": tensors(2, dtype, 0.1, base)}
+    models = {
+        "folder": tmp_path,
+        "base": base,
+        "a": tensors(1, dtype, 0.1, base),
+        "b": tensors(2, dtype, 0.1, base),
+    }
     for name in ("base", "a", "b"):
         save(tmp_path / name, models[name], 2)
     assert_equal(run(models, {"a": 1.0}, "one", piece=piece), models["a"])
@@ -182,12 +194,23 @@ def test_memory_is_bounded_by_the_piece_and_not_by_the_model(tmp_path: Path, met
     for rows in (64, 1024):
         values = {"w": torch.randn(rows, 256), "v": torch.randn(rows, 64)}
         for name, shift in (("base", 0.0), ("a", 0.1), ("b", -0.2)):
-            save(tmp_path / str(rows) / name, {key: (value + shift).bfloat16() for key, value in values.items()})
+            save(
+                tmp_path / str(rows) / name,
+                {key: (value + shift).bfloat16() for key, value in values.items()},
+            )
         folder = tmp_path / str(rows)
         folders = {name: folder / name for name in ("a", "b")}
         with monkeypatch.context() as patch, LiveBytes() as live:
             patch.setattr(module.Checkpoint, "read", counted)
-            combine_checkpoints({"a": 1.0, "b": 0.5}, folder / "base", folders, folder / "out", method=method, piece=piece, progress=False)
+            combine_checkpoints(
+                {"a": 1.0, "b": 0.5},
+                folder / "base",
+                folders,
+                folder / "out",
+                method=method,
+                piece=piece,
+                progress=False,
+            )
         most[rows] = live.most
     assert most[64] == most[1024] <= module.peak_bytes(2, piece)
 
@@ -223,7 +246,11 @@ def test_a_killed_run_goes_on_at_the_tensor_where_it_was(models: dict[str, Any],
     assert not (folder / "out").exists(), "nothing half-written under the output's name"
     written: list[str] = []
     original = module.ShardWriter.write
-    monkeypatch.setattr(module.ShardWriter, "write", lambda self, name, *args: (written.append(name), original(self, name, *args)))
+    monkeypatch.setattr(
+        module.ShardWriter,
+        "write",
+        lambda self, name, *args: (written.append(name), original(self, name, *args)),
+    )
     monkeypatch.setattr(module, "prepare_rule", lambda *args: pytest.fail("the thresholds were known"))
     assert_equal(run(models, {"a": 1.0, "b": 0.5}, method=Method("ties", density=0.4), piece=50), whole)
     assert 0 < len(set(written)) < len(whole), "only what was left"
@@ -239,11 +266,26 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     base = tensors(0)
     tuned = tensors(1, around=base)
     folders = {name: tmp_path / name for name in ("base", "a", "twice")}
-    save(folders["base"], base | {"lm_head.weight": base["embed_tokens.weight"].clone()}, tie_word_embeddings=True)
+    save(
+        folders["base"],
+        base | {"lm_head.weight": base["embed_tokens.weight"].clone()},
+        tie_word_embeddings=True,
+    )
     save(folders["a"], tuned, tie_word_embeddings=True)
-    save(folders["twice"], tuned | {"lm_head.weight": tuned["embed_tokens.weight"].clone()}, tie_word_embeddings=True)
+    save(
+        folders["twice"],
+        tuned | {"lm_head.weight": tuned["embed_tokens.weight"].clone()},
+        tie_word_embeddings=True,
+    )
     for name in ("a", "twice"):
-        made = combine_checkpoints({name: 1.0}, folders["base"], folders, tmp_path / f"out-{name}", method=Method("ties"), progress=False)
+        made = combine_checkpoints(
+            {name: 1.0},
+            folders["base"],
+            folders,
+            tmp_path / f"out-{name}",
+            method=Method("ties"),
+            progress=False,
+        )
         result = read(made)
         assert "lm_head.weight" not in result
         delta = flat(tuned) - flat(base)

@@ -45,7 +45,10 @@ def test_adapters_by_folder_and_by_name(folders: Path, capsys: pytest.CaptureFix
     record = json.loads((folders / "named" / "arithmetic.json").read_text())
     assert record["expression"] == "x + 0.5*y" and record["adapters"] == {"x": "the first", "y": "b"}
     exact = combine("a + 0.5*b", {"a": read_adapter("the first"), "b": read_adapter("b")}).adapter
-    assert torch.equal(read_adapter("out").modules["model.layers.0.self_attn.v_proj"].b, exact.modules["model.layers.0.self_attn.v_proj"].b)
+    assert torch.equal(
+        read_adapter("out").modules["model.layers.0.self_attn.v_proj"].b,
+        exact.modules["model.layers.0.self_attn.v_proj"].b,
+    )
     output(loaded(KINDS["lora"], folders / "out"))
 
 
@@ -68,7 +71,11 @@ def test_an_earlier_result_is_replaced_only_when_asked(folders: Path, capsys: py
 
 def test_the_character_is_pointed_at(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = refused(capsys, "a + 0.5**b", "--output", "out").splitlines()
-    assert lines == ["expression, character 9: expected an adapter's name or a number, got '*'", "    a + 0.5**b", "            ^"]
+    assert lines == [
+        "expression, character 9: expected an adapter's name or a number, got '*'",
+        "    a + 0.5**b",
+        "            ^",
+    ]
 
 
 def test_full_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +116,10 @@ def broken(folders: Path, how: str) -> None:
             from safetensors.torch import load_file, save_file
 
             tensors = load_file(weights)
-            save_file({n: t[:, :-1].contiguous() if "v_proj.lora_A" in n else t for n, t in tensors.items()}, weights)
+            save_file(
+                {n: t[:, :-1].contiguous() if "v_proj.lora_A" in n else t for n, t in tensors.items()},
+                weights,
+            )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +132,10 @@ def broken(folders: Path, how: str) -> None:
         ("weights", "adapter_model.safetensors is damaged"),
         ("pissa", "init_lora_weights='pissa' also changed the base"),
         ("unknown", "its configuration has use_qalora"),
-        ("shape", "they do not fit each other at model.layers.0.self_attn.v_proj: a has A (4, 32) and B (16, 4), b has A (3, 31)"),
+        (
+            "shape",
+            "they do not fit each other at model.layers.0.self_attn.v_proj: a has A (4, 32) and B (16, 4), b has A (3, 31)",
+        ),
     ],
 )
 def test_bad_adapters(folders: Path, capsys: pytest.CaptureFixture[str], how: str, words: str) -> None:

@@ -77,7 +77,13 @@ def test_a_minus_a_is_the_base(case: tuple[Kind, dict[str, LoraWeights]], tmp_pa
 
 def test_a_plus_b_minus_b_is_a(case: tuple[Kind, dict[str, LoraWeights]], tmp_path: Path) -> None:
     kind, adapters = case
-    assert_runs_as(kind, combine("(a + b) - b", adapters).adapter, output(adapted(kind, kind.one, 3)), tmp_path / "one", 0.0)
+    assert_runs_as(
+        kind,
+        combine("(a + b) - b", adapters).adapter,
+        output(adapted(kind, kind.one, 3)),
+        tmp_path / "one",
+        0.0,
+    )
     write_adapter(combine("a + b", adapters).adapter, tmp_path / "sum")
     both = {"sum": read_adapter(tmp_path / "sum"), "b": adapters["b"]}
     back = combine("sum - b", both).adapter
@@ -135,14 +141,20 @@ def test_recompression_is_each_updates_truncated_svd(case: tuple[Kind, dict[str,
     output(loaded(kind, write_adapter(result.adapter, tmp_path / "out")))
 
 
-def test_ties_and_dare_in_the_weights_space_are_their_rule_on_the_updates(case: tuple[Kind, dict[str, LoraWeights]]) -> None:
+def test_ties_and_dare_in_the_weights_space_are_their_rule_on_the_updates(
+    case: tuple[Kind, dict[str, LoraWeights]],
+) -> None:
     from peftkern.adapters.arithmetic import Method
     from peftkern.adapters.arithmetic.rules import Piece, prepare_rule
 
     _, adapters = case
     parts = [updates(adapters["a"]), {name: -0.5 * update for name, update in updates(adapters["b"]).items()}]
     names = dict.fromkeys(name for part in parts for name in part)
-    for method in (Method("ties", density=0.3), Method("dare", drop=0.5, seed=1), Method("dare_ties", drop=0.5)):
+    for method in (
+        Method("ties", density=0.3),
+        Method("dare", drop=0.5, seed=1),
+        Method("dare_ties", drop=0.5),
+    ):
         vectors = {n: [p.get(n, torch.zeros_like(next(q[n] for q in parts if n in q))).float() for p in parts] for n in names}
         rule = prepare_rule(method, ["a", "b"], lambda _, v=vectors: (Piece(n, 0, taus) for n, taus in v.items()))
         expected = {n: rule.merge(Piece(n, 0, taus)).double() for n, taus in vectors.items()}
@@ -177,7 +189,13 @@ def test_dora_alone_is_itself_and_cancels(dora: tuple[Kind, dict[str, LoraWeight
     for number, what in enumerate(("a", "(a + b) - b", "a + 0*b")):
         assert_runs_as(kind, combine(what, adapters).adapter, output(adapted(kind, DORA, 3)), tmp_path / str(number), 0.0)
     assert_runs_as(kind, combine("a - a", adapters).adapter, output(kind.base()), tmp_path / "base", 0.0)
-    assert_runs_as(kind, combine("b + a - a", adapters).adapter, output(adapted(kind, kind.other, 4)), tmp_path / "b", 0.0)
+    assert_runs_as(
+        kind,
+        combine("b + a - a", adapters).adapter,
+        output(adapted(kind, kind.other, 4)),
+        tmp_path / "b",
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("what", ["0.5*a", "-a", "a + b", "b - a"])

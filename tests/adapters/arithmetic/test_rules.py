@@ -147,7 +147,15 @@ def test_scale_comes_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"name": "mean"}, {"density": 0.0}, {"density": 1.5}, {"drop": 1.0}, {"drop": -0.1}, {"scale": float("nan")}]
+    "options",
+    [
+        {"name": "mean"},
+        {"density": 0.0},
+        {"density": 1.5},
+        {"drop": 1.0},
+        {"drop": -0.1},
+        {"scale": float("nan")},
+    ],
 )
 def test_wrong_options(options: dict) -> None:
     argument = {"name": "method"}.get(next(iter(options)), next(iter(options)))

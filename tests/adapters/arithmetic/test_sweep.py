@@ -135,4 +135,9 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="not linear in its scaling"):
         sweep(dora, "default", {"t": IDS}, progress=False)
     with pytest.raises(ValueError, match="is patched"):
-        sweep(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])), "default", {"t": IDS}, progress=False)
+        sweep(
+            peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])),
+            "default",
+            {"t": IDS},
+            progress=False,
+        )
