@@ -56,6 +56,7 @@ TARGETS = (
     Target("step", 1.6, over=("peft dense",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
     Target("switching", 1.0, under=("alone",)),
     Target("linear_cross_entropy", 1.15, under=("GEMMs alone",), shapes=("49152x576",), m=(512,)),
+    Target("bottleneck step", 1.05, under=("LoRA",), m=(512,)),
     *(Target(f"options {what}", 1.03, under=("without dropout",), m=(512,)) for what in ("layer", "linear", "step")),
     *(Target(f"options {what}", 1.10, under=("LoRA",), m=(512,)) for what in ("layer", "linear", "step")),
     *(Target(f"options {what}", 1.08, under=("1 adapter",), m=(512,)) for what in ("layer", "linear", "step")),

@@ -25,6 +25,7 @@ BENCHMARKS = (
     "attention",
     "options",
     "option_steps",
+    "bottleneck",
     "generate",
 )
 
