@@ -1,7 +1,8 @@
 """What SmolLM2 forgets of Python's reference prose while a LoRA adapter learns the King James Bible: EWC, L2-SP, replay and nothing.
 
 Run as `python -m examples.transfer.forgetting` (again to go on: finished runs are read from the CSV; `--minutes 5` stops in time).
-Each run has 30 steps of one window of 256 tokens; the strengths of each method span a frontier of target loss against source loss.
+Each run has 30 steps of one window of 128 tokens. The weights of EWC and L2-SP are such that the penalty of the unregularized run's last
+adapter would be so many nats (the strength), so that the two are compared at equal size; replay's strength is source rows a row.
 Writes results/forgetting.csv, forgetting_frontier.png and forgetting_forecast.png.
 """
 
@@ -36,17 +37,16 @@ from peftkern.transfer.forgetting.overlap import overlapping
 from .samples import kjv, pydoc_prose, smollm2
 
 RESULTS = Path(__file__).parent / "results"
-LENGTH, STEPS, RATE, EVERY = 256, 30, 1e-3, 15
-FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS = 48, 12, 16
-# (method, strength): EWC in target nats a nat of forecast, L2-SP in nats a unit of 1/2 |dW|^2, replay in source rows a row.
+LENGTH, STEPS, RATE, EVERY = 128, 30, 1e-3, 15
+FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS, SOURCE_WINDOWS = 32, 12, 16, 24
 ARMS = [
     ("nothing", 0.0),
-    ("EWC", 30.0),
-    ("L2-SP", 0.03),
-    ("replay", 0.1),
-    ("EWC", 300.0),
+    ("EWC", 0.3),
     ("L2-SP", 0.3),
     ("replay", 0.3),
+    ("EWC", 3.0),
+    ("L2-SP", 3.0),
+    ("replay", 0.1),
 ]
 SEEDS = (0, 1, 2)
 
@@ -57,6 +57,7 @@ class Row:
 
     method: str
     strength: float
+    weight: float
     seed: int
     step: int
     target_loss: float
@@ -73,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """Windows [n, 256]: to learn, to measure the target and the source on, to measure the Fisher on and to replay."""
+    """Windows [n, 128]: to learn, to measure the target and the source on, to measure the Fisher on and to replay."""
 
     learned: Tensor
     target: Tensor
@@ -97,7 +98,7 @@ def load() -> tuple[nn.Module, Task]:
     task = Task(
         windows(tokenizer, kjv(held_out=False)),
         windows(tokenizer, kjv(held_out=True), TARGET_WINDOWS),
-        windows(tokenizer, held_out),
+        windows(tokenizer, held_out, SOURCE_WINDOWS),
         windows(tokenizer, kept),
     )
     return model, task
@@ -130,16 +131,24 @@ def fisher_of(model: nn.Module, task: Task) -> FisherFactors:
     return fisher
 
 
-def train(model: nn.Module, task: Task, fisher: FisherFactors, method: str, strength: float, seed: int) -> Iterator[Row]:
+def weight_of(method: str, strength: float, rows: Sequence[Row]) -> float:
+    """The weight of a penalty, from the first unregularized run."""
+    free = next((row for row in rows if row.method == "nothing" and row.step == STEPS), None)
+    size = {"EWC": free and free.forecast, "L2-SP": free and free.distance}.get(method)
+    return strength / size if size else 0.0
+
+
+def train(model: nn.Module, task: Task, fisher: FisherFactors, arm: tuple[str, float, float, int], before: dict[str, Any]) -> Iterator[Row]:
     """The measurements of one run."""
+    method, strength, weight, seed = arm
     begin = time.perf_counter()
     guard = ForgettingGuard(
         model,
         source=batches(task.source),
         target=batches(task.target),
         fisher=fisher,
-        ewc=strength if method == "EWC" else 0.0,
-        l2_sp=strength if method == "L2-SP" else 0.0,
+        ewc=weight if method == "EWC" else 0.0,
+        l2_sp=weight if method == "L2-SP" else 0.0,
         every=EVERY,
         planned=STEPS,
     )
@@ -148,7 +157,9 @@ def train(model: nn.Module, task: Task, fisher: FisherFactors, method: str, stre
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     order = torch.randperm(len(task.learned), generator=torch.Generator().manual_seed(seed))
+    guard.before = before.get("losses")
     guard.start()
+    before["losses"] = guard.before
     for step in range(1, STEPS + 1):
         model.train()
         for group in optimizer.param_groups:
@@ -170,7 +181,7 @@ def train(model: nn.Module, task: Task, fisher: FisherFactors, method: str, stre
             terms = expansion_terms(model, batches(spaced)) if last else None
             values = (terms.linear, terms.fisher, terms.blocks, terms.diagonal) if terms else (float("nan"),) * 4
             measured = (point.target, point.rise, point.standard_error, point.forecast, distance.value().item())
-            yield Row(method, strength, seed, step, *measured, *values, time.perf_counter() - begin)
+            yield Row(method, strength, weight, seed, step, *measured, *values, time.perf_counter() - begin)
 
 
 def read(path: Path) -> list[Row]:
@@ -198,7 +209,7 @@ def missing(rows: Sequence[Row]) -> Iterator[tuple[str, float, int]]:
 def run(path: Path, minutes: float) -> list[Row]:
     """Do the missing runs as long as there is time for one more."""
     rows, begin, longest = read(path), time.perf_counter(), 0.0
-    base, task = None, None
+    base, task, before = None, None, {}
     for method, strength, seed in list(missing(rows)):
         if time.perf_counter() - begin + longest > 60 * minutes:
             break
@@ -206,7 +217,8 @@ def run(path: Path, minutes: float) -> list[Row]:
             base, task = load()
         start = time.perf_counter()
         model = adapted(base, seed)
-        new = list(train(model, task, fisher_of(model, task), method, strength, seed))
+        arm = (method, strength, weight_of(method, strength, rows), seed)
+        new = list(train(model, task, fisher_of(model, task), arm, before))
         peftkern.unpatch(model)
         base = model.unload()
         longest = max(longest, time.perf_counter() - start)

@@ -11,6 +11,7 @@ from typing import Any
 from .compare import compare
 from .config import FinetuneConfig
 from .errors import InputError
+from .forgetting import forgetting_lines
 from .recipe import FinetuneResult, finetune
 from .signals import Interrupted
 
@@ -72,6 +73,15 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "max_grad_norm": (float, "gradients are clipped to this norm"),
         "gradient_checkpointing": (bool, "recompute activations: less memory, slower"),
         "seed": (int, "seed of everything random"),
+    },
+    "forgetting": {
+        "source_data": (str, "text of what must not be forgotten, of the kinds of --data, or `python-reference`: a quarter is measured on"),
+        "forget_budget": (float, "the most nats per token that its loss may rise, as 0.02: sets the penalty's weight, ends training"),
+        "ewc": (float, "fixed weight of the penalty on forgetting, in nats a nat, instead of a budget"),
+        "l2_sp": (float, "weight of half the squared distance from the base's weights"),
+        "replay": (float, "source rows to train on for each training row, as 0.05"),
+        "fisher": (str, "labels that the Fisher information is measured with: true (the model's own) or empirical (the text's)"),
+        "source_steps": (int, "steps between measurements of the source loss; default: --save-steps"),
     },
     "evaluation": {
         "eval_fraction": (float, "part of --data to hold out without --eval-data"),
@@ -157,6 +167,7 @@ def summary(result: FinetuneResult) -> str:
     lines = ["", f"Prompt:  {result.sample_prompt!r}", f"  before: {result.sample_before!r}", f"  after:  {result.sample_after!r}", ""]
     for name, before in result.perplexity_before.items():
         lines.append(f"Perplexity ({name}):  {before:.2f} -> {result.perplexity_after[name]:.2f}")
+    lines += forgetting_lines(result.forgetting)
     lines += [
         f"Trained:  {result.steps} steps, {result.tokens} tokens in {result.train_seconds:.0f} s, last loss {result.final_loss:.4f}",
         f"Speed:  {result.tokens_per_second:.0f} tokens/s",

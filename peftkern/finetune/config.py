@@ -10,6 +10,7 @@ from typing import Any
 
 from .adapters import DEFAULT, check_adapter, is_lora
 from .errors import InputError
+from .forgetting import check_forgetting
 
 __all__ = ["ALL", "ALL_LINEAR", "COMPLETIONS", "FILTERS", "LENGTH", "SAMPLE", "FinetuneConfig"]
 
@@ -40,7 +41,7 @@ _GENERAL_DEFAULTS = {
 # How a run is started, not what it computes: these may differ between a run and its resumption.
 _NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
 # What runs did that were stored before there was the option.
-_BEFORE = {"adapter": DEFAULT, "filter_data": [], "document_boundaries": False}
+_BEFORE = {"adapter": DEFAULT, "filter_data": [], "document_boundaries": False, "source_data": [], "fisher": "true"}
 # What a resumption may change, because a run can be extended and because memory may not suffice: neither changes which rows a step takes.
 LENGTH = ("steps", "epochs")
 _MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation")
@@ -57,6 +58,7 @@ _WHOLE = {
     "eval_tokens": 1,
     "sample_tokens": 0,
     "save_steps": 1,
+    "source_steps": 1,
     "keep_checkpoints": 1,
 }
 _QUANTIZATIONS = ("nf4", "fp4", "none")
@@ -77,6 +79,7 @@ class FinetuneConfig:
     data: str | tuple[str, ...] = (SAMPLE,)
     eval_data: str | tuple[str, ...] = ()
     filter_data: str | tuple[str, ...] = ()
+    source_data: str | tuple[str, ...] = ()
     output: str = "out"
     adapter: str = DEFAULT
     r: int = 16
@@ -108,6 +111,12 @@ class FinetuneConfig:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     seed: int = 0
+    forget_budget: float | None = None
+    ewc: float | None = None
+    l2_sp: float | None = None
+    replay: float | None = None
+    fisher: str = "true"
+    source_steps: int | None = None
     eval_fraction: float = 0.05
     eval_tokens: int | None = None
     prompt: str | None = None
@@ -120,7 +129,7 @@ class FinetuneConfig:
     compare: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data", "eval_data", "filter_data", "targets"):
+        for name in ("data", "eval_data", "filter_data", "source_data", "targets"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         self._check_strings()
@@ -146,6 +155,7 @@ class FinetuneConfig:
             others = " ".join(target for target in self.targets if target != ALL_LINEAR)
             raise InputError(f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep {others}")
         check_adapter(self)
+        check_forgetting(self)
         if not self._on_sample() and not self.eval_data and not self.eval_fraction:
             raise InputError("nothing to evaluate on: give --eval-data, or an --eval-fraction above 0")
 
@@ -157,7 +167,7 @@ class FinetuneConfig:
                     raise InputError(f"{_flag(field.name)} must be valid Unicode (half a surrogate pair or no UTF-8), got {text!a}")
                 if isinstance(text, str) and not text and field.name != "prompt":
                     raise InputError(f"{_flag(field.name)} must not be empty: leave the option out for its default")
-            if isinstance(value, tuple) and not value and field.name not in ("eval_data", "filter_data"):
+            if isinstance(value, tuple) and not value and field.name not in ("eval_data", "filter_data", "source_data"):
                 raise InputError(f"{_flag(field.name)} needs at least one value")
 
     def _check_numbers(self) -> None:
@@ -167,7 +177,7 @@ class FinetuneConfig:
                 raise InputError(f"{_flag(name)} must be a whole number of at least {least}, got {value!r}")
             if value is not None and value >= 2**31:
                 raise InputError(f"{_flag(name)} must be less than 2^31, got {value}")
-        for name in ("alpha", "epochs", "lr", "max_grad_norm", "layer_rates", "lora_plus"):
+        for name in ("alpha", "forget_budget", "ewc", "l2_sp", "replay", "epochs", "lr", "max_grad_norm", "layer_rates", "lora_plus"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise InputError(f"{_flag(name)} must be greater than 0 and finite, got {value!r}")

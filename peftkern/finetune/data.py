@@ -124,7 +124,7 @@ def _source_rows(source: str, option: str) -> Iterator[tuple[str, Any]]:
     if source == SAMPLE:
         return ((SAMPLE, row) for row in sample_text(held_out=option == "--eval-data"))
     if source == PYTHON_REFERENCE:
-        return ((PYTHON_REFERENCE, row) for row in python_reference())
+        return ((PYTHON_REFERENCE, row) for row in python_reference(held_out=option != "--source-data"))
     return _file_rows(source, option)
 
 

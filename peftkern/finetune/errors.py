@@ -11,11 +11,11 @@ class InputError(ValueError):
     """Something in the command, the data or the model that the user can change; the message says how."""
 
 
-def require(*names: str) -> None:
-    """Say which packages of the `finetune` extra are missing and how to get them; imports none, so that it is quick."""
+def require(*names: str, extra: str = "finetune") -> None:
+    """Say which packages of the extra are missing and how to get them; imports none, so that it is quick."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ModuleNotFoundError(
-            f"`peftkern finetune` needs {', '.join(missing)}, which {verb} not installed: run pip install 'peftkern[finetune]'"
+            f"`peftkern finetune` needs {', '.join(missing)}, which {verb} not installed: run pip install 'peftkern[{extra}]'"
         )

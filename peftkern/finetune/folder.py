@@ -199,7 +199,7 @@ def _refuse_inputs_among(config: FinetuneConfig, output: Path) -> None:
     """What a run reads must still be there when it is resumed."""
     replaced = {output.resolve(), *(path.resolve() for path in _own(output))}
     data = (config.data,) if isinstance(config.data, str) else config.data
-    inputs = {"--model": (config.model,), "--data": data, "--eval-data": config.eval_data}
+    inputs = {"--model": (config.model,), "--data": data, "--eval-data": config.eval_data, "--source-data": config.source_data}
     for option, sources in inputs.items():
         for place in (Path(source).resolve() for source in sources if Path(source).exists()):
             if place in replaced or any(parent in replaced - {output.resolve()} for parent in place.parents):

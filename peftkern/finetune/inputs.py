@@ -75,7 +75,11 @@ def prepare(config: FinetuneConfig, train: Dataset, evaluations: Mapping[str, Da
 
 
 def prepare_evaluations(
-    config: FinetuneConfig, evaluations: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase
+    config: FinetuneConfig,
+    evaluations: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    option: str = "--eval-data",
 ) -> dict[str, Dataset]:
     """Tokenize evaluation rows: texts as windows as in training, separate examples one by one however training packs them."""
     prepared = {}
@@ -87,7 +91,7 @@ def prepare_evaluations(
             length=config.seq_length,
             wrapped=is_packed(config, kind),
             loss_on=None if kind == "text" else config.loss_on,
-            option=f"--eval-data {name}",
+            option=f"{option} {name}".rstrip(),
         )
         prepared[name] = _windows(tokens, kind, config)
     return prepared

@@ -23,6 +23,10 @@ __all__ = ["MetricsCallback", "RandomState", "plot_loss", "read_metrics", "resto
 _ROW = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "peak_memory", "wall")
 
 
+# What a run with --source-data has besides, in nats per token but for the weight.
+_FORGETTING = ("forgetting", "forgetting_weight", "source_rise", "source_rise_error", "target_loss")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every complete line up to the first that is none: a killed process leaves its last one unfinished."""
     rows: list[dict[str, Any]] = []
@@ -119,14 +123,17 @@ class MetricsCallback(TrainerCallback):
             "peak_memory": peak_memory(),
             "wall": self._wall_before + time.perf_counter() - self._begin,
         }
+        row |= {name: value for name, value in logs.items() if name in _FORGETTING}
         self.rows.append(row)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self.path}: {error}. Free some disk space, then go on with --resume") from error
+        forgotten = f", forgets {row['forgetting']:.3f} nats" if "forgetting" in row else ""
         self._bar.set_postfix_str(
-            f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, {current_memory() / 2**30:.2f} GiB", refresh=False
+            f"loss {row['loss']:.3f}{forgotten}, {row['tokens_per_second']:.0f} tok/s, {current_memory() / 2**30:.2f} GiB",
+            refresh=False,
         )
         self._bar.update(state.global_step - self._bar.n)
 

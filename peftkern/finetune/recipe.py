@@ -14,6 +14,7 @@ from .card import model_card
 from .config import LENGTH, FinetuneConfig
 from .errors import InputError, require
 from .folder import RunFolder, open_run, read_record
+from .forgetting import FOLDER, choose_adapter, install_forgetting, load_source
 from .generation import generate
 from .memory import memory_errors, peak_memory
 from .resume import changed_options, check_length, check_same_run, stored_run
@@ -47,6 +48,7 @@ class FinetuneResult:
     sample_prompt: str
     sample_before: str
     sample_after: str
+    forgetting: dict[str, Any] | None = None
 
 
 def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
@@ -82,17 +84,22 @@ class _Run:
         stored = stored_run(self.folder)
         result = self._result(stored)
         train, named = load_rows(self.config)
-        contents = {source: fingerprint(source) for source in (*self.config.data, *self.config.eval_data)}
+        read = (*self.config.data, *self.config.eval_data, *self.config.source_data)
+        contents = {source: fingerprint(source) for source in read}
         check_same_run(stored, self.config, contents, self.folder.output)
         if result and self._has_length_of(result, stored):
             self._say(f"{self.folder.output} holds a finished run: nothing to resume. More --steps or --epochs extend it.")
             return result
+        source = load_source(self.config, named, train)
         self._choose_checkpoint(extends=result is not None)
         trainer = self._trainer(train, named)
         planned = trainer.planned_steps()
         if result and planned == result.steps:
             return result
         self._begin(trainer, stored, contents, planned, result)
+        if source is not None:
+            place = self.folder.work / FOLDER
+            install_forgetting(trainer, self.config, source, folder=place, planned=planned, say=self._say)
         self._train(trainer, planned)
         return self._finish(trainer, stored_run(self.folder))
 
@@ -150,6 +157,8 @@ class _Run:
         """Write run.json: of a new run with the evaluation before it, of a resumed one with the options that change."""
         if not stored:
             record = {"config": self.config.to_dict(), "data": contents, "base": base_fingerprint(self.config.model)}
+            if self.config.source_data:
+                record["files"] = [FOLDER]
             self.folder.begin(record | self._before(trainer))
             if self.folder.replaces:
                 self._say(f"The earlier run in {self.folder.output} stays until this one, in {self.folder.work}, is complete.")
@@ -180,7 +189,7 @@ class _Run:
                 self.folder.metrics.unlink()
         else:
             self._say(f"Resuming from step {self.checkpoint.step}.")
-            if self.checkpoint.step >= planned:
+            if self.checkpoint.step >= planned or trainer.budget_spent(self.checkpoint.state):
                 trainer.load_adapter_of(self.checkpoint.path)
                 return
         set_seed(self.config.seed)
@@ -198,8 +207,10 @@ class _Run:
 
     def _finish(self, trainer: RecipeTrainer, stored: dict[str, Any]) -> FinetuneResult:
         """Evaluate, save the adapter and the curve, and last result.json, which marks the run as finished."""
+        from ..transfer.forgetting.plots import plot_forgetting
         from .metrics import plot_loss
 
+        forgetting = choose_adapter(trainer, self._say)
         self._say("Evaluating after training ...")
         rows = self.metrics.rows
         tokens = sum(row["tokens"] for row in rows)
@@ -217,13 +228,17 @@ class _Run:
             sample_prompt=self.prompt,
             sample_before=stored["sample_before"],
             sample_after=generate(trainer, self.prompt, self.config.sample_tokens),
+            forgetting=forgetting,
         )
         with atomic_files(self.folder.work) as temporary:
             trainer.model.save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
             plot_loss(rows, temporary / "loss.png")
+            if forgetting:
+                plot_forgetting(trainer.guard, temporary / "forgetting.png", rows)
             (temporary / "README.md").write_text(model_card(self.config, result, stored), encoding="utf-8")
-            self.folder.list_files(path.name for path in temporary.iterdir())
+            kept = [FOLDER] if self.config.source_data else []
+            self.folder.list_files([*kept, *(path.name for path in temporary.iterdir())])
         (self.folder.work / "compare.json").unlink(missing_ok=True)  # of the run before it was extended
         write_json(self.folder.result, dataclasses.asdict(result))
         self.folder.settle()

@@ -66,12 +66,20 @@ def sample_text(*, held_out: bool) -> list[dict[str, str]]:
     ]
 
 
-def python_reference() -> list[dict[str, str]]:
-    """Held-out topics of Python's own reference: what adapting to another text should not make the model forget."""
+def python_reference(*, held_out: bool = True) -> list[dict[str, str]]:
+    """Topics of Python's own reference, what adapting to another text should not make the model forget: the last tenth of the sorted
+    names where `held_out`, else the others that share no passage with those."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)
-    return [{"text": topics[name]} for name in names[-(len(names) // 10) :]]
+    first = len(names) - len(names) // 10
+    last, others = ([topics[name] for name in chosen] for chosen in (names[first:], names[:first]))
+    if held_out:
+        return [{"text": text} for text in last]
+    from ..transfer.forgetting.overlap import overlapping
+
+    shared = set(overlapping(others, last))
+    return [{"text": text} for index, text in enumerate(others) if index not in shared]
 
 
 def _locate(wanted: _PackagedFile) -> Path:

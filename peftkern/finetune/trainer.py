@@ -12,6 +12,7 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..files import atomic_directory, remove_directory
+from ..transfer.forgetting.trainer import ForgettingMixin
 from ..transfer.trainer import RatesMixin
 from .causality import require_causal
 from .checkpoints import checkpoints, write_checksums
@@ -40,7 +41,7 @@ class TrainingStopped(Exception):
     """Training ended between two batches because `RecipeTrainer.stop` has a signal."""
 
 
-class RecipeTrainer(RatesMixin, SFTTrainer):
+class RecipeTrainer(ForgettingMixin, RatesMixin, SFTTrainer):
     """SFTTrainer that counts tokens for `metrics` and renames each checkpoint into place once it is complete."""
 
     metrics: MetricsCallback

@@ -39,6 +39,14 @@ class ForgettingMixin:
             guard.autocast = self.accelerator.autocast
             self.add_callback(_GuardCallback(guard))
 
+    def budget_spent(self, state: Mapping[str, Any]) -> bool:
+        """Take the guard's state from what a checkpoint's trainer_state.json holds, without training on; whether it ended the training."""
+        stored = (state.get("stateful_callbacks") or {}).get(_STATE)
+        if self.guard is None or stored is None:
+            return False
+        self.guard.load_state_dict(stored)
+        return self.guard.stopped
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the Trainer's; with the last batch of a step the gradients of replay and penalties are added."""
         loss = super().training_step(model, inputs, *args, **kwargs)
