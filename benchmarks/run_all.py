@@ -26,6 +26,7 @@ BENCHMARKS = (
     "options",
     "option_steps",
     "bottleneck",
+    "forgetting",
     "generate",
 )
 

@@ -1,9 +1,11 @@
-"""What SmolLM2 forgets of Python's reference prose while a LoRA adapter learns the King James Bible: EWC, L2-SP, replay and nothing.
+"""What SmolLM2 forgets of Python's reference prose while a LoRA adapter learns the King James Bible: EWC,
+L2-SP, replay and nothing.
 
-Run as `python -m examples.transfer.forgetting` (again to go on: finished runs are read from the CSV; `--minutes 5` stops in time).
-Each run has 30 steps of one window of 128 tokens. The weights of EWC and L2-SP are such that the penalty of the unregularized run's last
-adapter would be so many nats (the strength), so that the two are compared at equal size; replay's strength is source rows a row.
-Writes results/forgetting.csv, forgetting_frontier.png and forgetting_forecast.png.
+Run as `python -m examples.transfer.forgetting` (again to go on: finished runs are read from the CSV;
+`--minutes 5` stops in time). Each run has 20 steps of one window of 128 tokens. The weights of EWC and L2-SP
+are such that the penalty of the unregularized run's last adapter would be so many nats (the strength), so
+that the two are compared at equal size; replay's strength is source rows a row. Writes
+results/forgetting.csv, forgetting_frontier.png and forgetting_forecast.png.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ from peftkern.transfer.forgetting.overlap import overlapping
 from .samples import kjv, pydoc_prose, smollm2
 
 RESULTS = Path(__file__).parent / "results"
-LENGTH, STEPS, RATE, EVERY = 128, 30, 1e-3, 15
-FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS, SOURCE_WINDOWS = 32, 12, 16, 24
+LENGTH, STEPS, RATE = 128, 20, 2e-3
+FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS, SOURCE_WINDOWS = 24, 6, 16, 24
 ARMS = [
     ("nothing", 0.0),
     ("EWC", 0.3),
@@ -46,20 +48,20 @@ ARMS = [
     ("replay", 0.3),
     ("EWC", 3.0),
     ("L2-SP", 3.0),
-    ("replay", 0.1),
 ]
 SEEDS = (0, 1, 2)
+COLORS = {"nothing": "black", "EWC": "tab:blue", "L2-SP": "tab:orange", "replay": "tab:green"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: losses and rises in nats per token; forecasts before calibration; terms of the expansion on source text."""
+    """One measurement: losses and rises in nats per token; forecasts before calibration; terms of the
+    expansion on source text."""
 
     method: str
     strength: float
     weight: float
     seed: int
-    step: int
     target_loss: float
     source_rise: float
     source_rise_error: float
@@ -74,7 +76,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """Windows [n, 128]: to learn, to measure the target and the source on, to measure the Fisher on and to replay."""
+    """Windows [n, 128]: to learn, to measure the target and the source on, to measure the Fisher on and to
+    replay."""
 
     learned: Tensor
     target: Tensor
@@ -90,13 +93,14 @@ def windows(tokenizer: Any, texts: Sequence[str], most: int = 1 << 30) -> Tensor
 
 
 def load() -> tuple[nn.Module, Task]:
-    """The base in bf16, and the task; source topics that share passages with the held-out ones are left out."""
+    """The base in bf16, and the task; source topics that share passages with the held-out ones are left
+    out."""
     model, tokenizer = smollm2(torch.bfloat16)
     held_out, others = pydoc_prose(held_out=True), pydoc_prose(held_out=False)
     shared = set(overlapping(others, held_out))
     kept = [text for index, text in enumerate(others) if index not in shared]
     task = Task(
-        windows(tokenizer, kjv(held_out=False)),
+        windows(tokenizer, kjv(held_out=False)[::8]),
         windows(tokenizer, kjv(held_out=True), TARGET_WINDOWS),
         windows(tokenizer, held_out, SOURCE_WINDOWS),
         windows(tokenizer, kept),
@@ -133,13 +137,19 @@ def fisher_of(model: nn.Module, task: Task) -> FisherFactors:
 
 def weight_of(method: str, strength: float, rows: Sequence[Row]) -> float:
     """The weight of a penalty, from the first unregularized run."""
-    free = next((row for row in rows if row.method == "nothing" and row.step == STEPS), None)
+    free = next((row for row in rows if row.method == "nothing"), None)
     size = {"EWC": free and free.forecast, "L2-SP": free and free.distance}.get(method)
     return strength / size if size else 0.0
 
 
-def train(model: nn.Module, task: Task, fisher: FisherFactors, arm: tuple[str, float, float, int], before: dict[str, Any]) -> Iterator[Row]:
-    """The measurements of one run."""
+def train(
+    model: nn.Module,
+    task: Task,
+    fisher: FisherFactors,
+    arm: tuple[str, float, float, int],
+    before: dict[str, Any],
+) -> Row:
+    """The measurements after one run."""
     method, strength, weight, seed = arm
     begin = time.perf_counter()
     guard = ForgettingGuard(
@@ -149,7 +159,7 @@ def train(model: nn.Module, task: Task, fisher: FisherFactors, arm: tuple[str, f
         fisher=fisher,
         ewc=weight if method == "EWC" else 0.0,
         l2_sp=weight if method == "L2-SP" else 0.0,
-        every=EVERY,
+        every=STEPS,
         planned=STEPS,
     )
     replay = Replay(rows=len(task.kept), ratio=strength, slots=1, seed=seed) if method == "replay" else None
@@ -174,14 +184,12 @@ def train(model: nn.Module, task: Task, fisher: FisherFactors, arm: tuple[str, f
         optimizer.step()
         optimizer.zero_grad()
         guard.end_of_step(step)
-        if step % EVERY == 0:
-            point = guard.front.points[-1]
-            last = step == STEPS and method == "nothing"
-            spaced = task.kept[:: max(1, len(task.kept) // TERM_WINDOWS)][:TERM_WINDOWS]
-            terms = expansion_terms(model, batches(spaced)) if last else None
-            values = (terms.linear, terms.fisher, terms.blocks, terms.diagonal) if terms else (float("nan"),) * 4
-            measured = (point.target, point.rise, point.standard_error, point.forecast, distance.value().item())
-            yield Row(method, strength, weight, seed, step, *measured, *values, time.perf_counter() - begin)
+    point = guard.front.points[-1]
+    spaced = task.kept[:: max(1, len(task.kept) // TERM_WINDOWS)][:TERM_WINDOWS]
+    terms = expansion_terms(model, batches(spaced)) if method == "nothing" and seed == SEEDS[0] else None
+    values = (terms.linear, terms.fisher, terms.blocks, terms.diagonal) if terms else (float("nan"),) * 4
+    measured = (point.target, point.rise, point.standard_error, point.forecast, distance.value().item())
+    return Row(method, strength, weight, seed, *measured, *values, time.perf_counter() - begin)
 
 
 def read(path: Path) -> list[Row]:
@@ -202,7 +210,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 def missing(rows: Sequence[Row]) -> Iterator[tuple[str, float, int]]:
     """The runs that are still to do, seed by seed."""
-    done = {(row.method, row.strength, row.seed) for row in rows if row.step == STEPS}
+    done = {(row.method, row.strength, row.seed) for row in rows}
     yield from ((*arm, seed) for seed in SEEDS for arm in ARMS if (*arm, seed) not in done)
 
 
@@ -218,31 +226,121 @@ def run(path: Path, minutes: float) -> list[Row]:
         start = time.perf_counter()
         model = adapted(base, seed)
         arm = (method, strength, weight_of(method, strength, rows), seed)
-        new = list(train(model, task, fisher_of(model, task), arm, before))
+        rows.append(train(model, task, fisher_of(model, task), arm, before))
         peftkern.unpatch(model)
         base = model.unload()
         longest = max(longest, time.perf_counter() - start)
-        rows += new
         write(path, rows)
-        print(new[-1], flush=True)
+        print(rows[-1], flush=True)
     return rows
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error over seeds; 0 for a single one."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return statistics.mean(values), error
+
+
+def arms(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
+    """The runs of each method and strength."""
+    grouped = defaultdict(list)
+    for row in rows:
+        grouped[row.method, row.strength].append(row)
+    return dict(grouped)
+
+
+def paired(rows: Sequence[Row], one: str, other: str, strength: float) -> dict[str, tuple[float, float]]:
+    """Mean and error over seeds of one method's target loss and source rise less the other's."""
+    by_seed = [{row.seed: row for row in rows if (row.method, row.strength) == (method, strength)} for method in (one, other)]
+    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    names = ("target_loss", "source_rise")
+    return {name: mean_error([getattr(by_seed[0][s], name) - getattr(by_seed[1][s], name) for s in seeds]) for name in names}
+
+
+def calibrated(rows: Sequence[Row]) -> tuple[float, float]:
+    """The slope through the origin of measured on forecast rises, and their correlation."""
+    forecast, measured = [row.forecast for row in rows], [row.source_rise for row in rows]
+    slope = sum(f * m for f, m in zip(forecast, measured, strict=True)) / sum(f * f for f in forecast)
+    return slope, statistics.correlation(forecast, measured)
+
+
+def plot(rows: Sequence[Row], folder: Path) -> None:
+    """The frontier and the forecast."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    draw_frontier(figure.subplots(), rows)
+    figure.savefig(folder / "forgetting_frontier.png", dpi=120)
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    draw_forecast(figure.subplots(), rows)
+    figure.savefig(folder / "forgetting_forecast.png", dpi=120)
+
+
+def draw_frontier(axes: Any, rows: Sequence[Row]) -> None:
+    for method, color in COLORS.items():
+        points = sorted((strength, runs) for (name, strength), runs in arms(rows).items() if name == method)
+        values = [[mean_error([getattr(row, n) for row in runs]) for n in ("source_rise", "target_loss")] for _, runs in points]
+        xs, ys = ([pair[side][0] for pair in values] for side in (0, 1))
+        errors = [[pair[side][1] for pair in values] for side in (0, 1)]
+        axes.errorbar(xs, ys, errors[1], errors[0], marker="o", capsize=3, color=color, label=method)
+        for x, y, (strength, _) in zip(xs, ys, points, strict=True):
+            axes.annotate(
+                f"{strength:g}" if strength else "",
+                (x, y),
+                xytext=(5, 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.set(
+        xlabel="forgotten of Python's reference (nats per token)",
+        ylabel="loss on held-out King James (nats per token)",
+        title=verdict(rows),
+    )
+    axes.legend(title="strength beside the mark")
+    axes.grid(alpha=0.3)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Whether EWC dominates L2-SP where both were run."""
+    words = []
+    for strength in sorted({row.strength for row in rows if row.method == "EWC"} & {r.strength for r in rows if r.method == "L2-SP"}):
+        difference = paired(rows, "EWC", "L2-SP", strength)
+        target, rise = difference["target_loss"][0], difference["source_rise"][0]
+        words.append("both lower" if target < 0 and rise < 0 else "both higher" if target > 0 and rise > 0 else "a trade")
+    return f"EWC against L2-SP at equal strength: {', '.join(words)}"
+
+
+def draw_forecast(axes: Any, rows: Sequence[Row]) -> None:
+    slope, correlation = calibrated(rows)
+    for method, color in COLORS.items():
+        of = [row for row in rows if row.method == method]
+        values = [[getattr(row, name) for row in of] for name in ("forecast", "source_rise", "source_rise_error")]
+        axes.errorbar(*values, linestyle="none", marker="o", capsize=3, color=color, label=method)
+    most = max(row.forecast for row in rows)
+    axes.plot(
+        [0, most],
+        [0, slope * most],
+        color="black",
+        linestyle="--",
+        label=f"measured = {slope:.1f} x forecast",
+    )
+    axes.set(
+        xlabel="forecast: factored Fisher (nats per token)",
+        ylabel="measured on held-out source (nats per token)",
+        title=f"Forecast and measured forgetting correlate by {correlation:.2f}",
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run that would not fit in this time")
     rows = run(RESULTS / "forgetting.csv", parser.parse_args().minutes)
-    by_arm = defaultdict(list)
-    for row in rows:
-        by_arm[row.method, row.strength, row.step].append(row)
-    for (method, strength, step), runs in by_arm.items():
+    for (method, strength), runs in arms(rows).items():
         target, rise = (mean_error([getattr(row, name) for row in runs]) for name in ("target_loss", "source_rise"))
-        print(f"{method:8s} {strength:6g} step {step}: target {target[0]:.4f} ({target[1]:.4f}), source {rise[0]:+.4f} ({rise[1]:.4f})")
+        print(f"{method:8s} {strength:4g}: target {target[0]:.4f} ({target[1]:.4f}), source {rise[0]:+.4f} ({rise[1]:.4f})")
+    plot(rows, RESULTS)
 
 
 if __name__ == "__main__":

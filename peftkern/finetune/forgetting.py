@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from .config import FinetuneConfig
     from .trainer import RecipeTrainer
 
-__all__ = ["FOLDER", "check_forgetting", "choose_adapter", "forgetting_lines", "install_forgetting", "load_source"]
+__all__ = [
+    "FOLDER",
+    "check_forgetting",
+    "choose_adapter",
+    "forgetting_lines",
+    "install_forgetting",
+    "load_source",
+]
 
 FOLDER = "forgetting"  # in the output: the Fisher information, and the adapters on the Pareto front
 _OPTION = "--source-data"
@@ -48,7 +55,8 @@ def check_forgetting(config: FinetuneConfig) -> None:
 def load_source(config: FinetuneConfig, evaluations: dict[str, Dataset], train: Dataset) -> tuple[Dataset, Dataset] | None:
     """The rows to keep and the held-out ones to measure on; None without --source-data.
 
-    Raises InputError where there are fewer than two rows, or where they share passages with what the run is evaluated on.
+    Raises InputError where there are fewer than two rows, or where they share passages with what the run is
+    evaluated on.
     """
     if not config.source_data:
         return None
@@ -79,7 +87,8 @@ def install_forgetting(
     planned: int,
     say: Callable[[str], None],
 ) -> None:
-    """Let the trainer watch over the source: Fisher information in `folder` (read if it is there), penalties, replay, measurements."""
+    """Let the trainer watch over the source: Fisher information in `folder` (read if it is there), penalties,
+    replay, measurements."""
     from ..transfer.forgetting import ForgettingGuard, Replay
     from ..transfer.forgetting.guard import unprotected
 
@@ -112,7 +121,8 @@ def install_forgetting(
 
 
 def choose_adapter(trainer: RecipeTrainer, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """With a budget put the adapter of the best point within it into the model; what a result tells of forgetting."""
+    """With a budget put the adapter of the best point within it into the model; what a result tells of
+    forgetting."""
     guard = trainer.guard
     if guard is None or not guard.front.points:
         return None
@@ -167,7 +177,11 @@ def _fisher(trainer: RecipeTrainer, config: FinetuneConfig, kept: _Rows, folder:
             say(f"{error}.")
     say("Measuring what to keep ...")
     fisher = collect_fisher(
-        trainer.model, kept.spread(_FISHER_WINDOWS), labels=config.fisher, seed=config.seed, progress=sys.stderr.isatty()
+        trainer.model,
+        kept.spread(_FISHER_WINDOWS),
+        labels=config.fisher,
+        seed=config.seed,
+        progress=sys.stderr.isatty(),
     )
     folder.mkdir(parents=True, exist_ok=True)
     fisher.save(path)

@@ -29,7 +29,14 @@ def options(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A run of 6 steps that is measured after each second, with dropout so that the random state matters."""
     texts = [f"{number} " + " ".join(f"w{number * 1000 + place * place}" for place in range(60)) for number in range(12)]
     source = write_jsonl(tmp_path / "source.jsonl", [{"text": text} for text in texts])
-    changes = {"steps": 6, "save_steps": 2, "dropout": 0.1, "source_data": str(source), "patch": True, "quantization": "none"}
+    changes = {
+        "steps": 6,
+        "save_steps": 2,
+        "dropout": 0.1,
+        "source_data": str(source),
+        "patch": True,
+        "quantization": "none",
+    }
     return options | changes
 
 
@@ -51,7 +58,10 @@ def test_a_run_measures_forecasts_and_plots_what_it_forgets(options: dict[str, A
     result = run(options, **HELD)
     logged = rows(options["output"])
     assert all(row["forgetting_weight"] == 2.0 and row["forgetting"] >= 0 for row in logged)
-    assert [("source_rise" in row, "target_loss" in row) for row in logged] == [(False, False), (True, True)] * 3
+    assert [("source_rise" in row, "target_loss" in row) for row in logged] == [
+        (False, False),
+        (True, True),
+    ] * 3
     found = result.forgetting
     assert found["step"] == 6 and found["source_rise"] == logged[-1]["source_rise"] and found["budget"] is None
     output = Path(options["output"])
@@ -130,7 +140,10 @@ def test_overlap_with_the_evaluation_text_is_refused(options: dict[str, Any], tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source_data": (), "forget_budget": 0.02}, "--forget-budget needs text of what must not be forgotten"),
+        (
+            {"source_data": (), "forget_budget": 0.02},
+            "--forget-budget needs text of what must not be forgotten",
+        ),
         ({"source_data": (), "replay": 0.1}, "--replay needs text"),
         ({"forget_budget": 0.02, "ewc": 1.0}, "not both"),
         ({"forget_budget": -1.0}, "--forget-budget must be greater than 0"),

@@ -1,4 +1,5 @@
-"""A budget of forgetting, in nats: the weight of the penalty follows from it by dual ascent, and measurements calibrate the forecast."""
+"""A budget of forgetting, in nats: the weight of the penalty follows from it by dual ascent, and measurements
+calibrate the forecast."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ from .measure import SourceRise
 
 __all__ = ["Calibration", "ForgetBudget"]
 
-# The forecast starts as if it were exact to within this factor of ten or so; what is measured weighs by its error.
+# The forecast starts as if it were exact to within this factor of ten or so; what is measured weighs by its
+# error.
 _PRIOR_ERROR = 10.0
 _LEAST_SLOPE = 0.05
 
 
 class Calibration:
-    """Measured nats for each forecast one: the slope through the origin of the measurements so far, each weighted by its error."""
+    """Measured nats for each forecast one: the slope through the origin of the measurements so far, each
+    weighted by its error."""
 
     def __init__(self) -> None:
         self.points: list[tuple[float, float, float]] = []  # forecast, measured, standard error
@@ -26,7 +29,8 @@ class Calibration:
 
     @property
     def slope(self) -> float:
-        """1 before the first measurement; never below 0.05, so that a lucky one does not switch the penalty off."""
+        """1 before the first measurement; never below 0.05, so that a lucky one does not switch the penalty
+        off."""
         weight = 1 / _PRIOR_ERROR**2
         products = squares = 0.0
         for forecast, measured, error in self.points:
@@ -39,10 +43,11 @@ class Calibration:
 class ForgetBudget:
     """min loss(target) such that slope * forecast <= nats, by dual ascent on the weight of the penalty.
 
-    With v = slope * forecast / aim - 1, the relative violation, each step raises the multiplier by gain * v (never below 0), and the
-    weight of the penalty is multiplier + stiffness * v where that is positive: an augmented Lagrangian, whose second part answers at
-    once. A weight is in nats of target loss for each nat forgotten, so neither depends on the model or the data. It aims at nine tenths
-    of the budget, as the measured rise scatters around the forecast.
+    With v = slope * forecast / aim - 1, the relative violation, each step raises the multiplier by gain * v
+    (never below 0), and the weight of the penalty is multiplier + stiffness * v where that is positive: an
+    augmented Lagrangian, whose second part answers at once. A weight is in nats of target loss for each nat
+    forgotten, so neither depends on the model or the data. It aims at nine tenths of the budget, as the
+    measured rise scatters around the forecast.
 
     Its state is a few numbers that a checkpoint holds: a resumed run goes on exactly as it would have.
     """

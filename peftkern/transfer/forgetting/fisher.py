@@ -1,4 +1,5 @@
-"""The diagonal Fisher information of the weights under LoRA layers, kept as row and column sums: N + K numbers a layer, not N K."""
+"""The diagonal Fisher information of the weights under LoRA layers, kept as row and column sums: N + K
+numbers a layer, not N K."""
 
 from __future__ import annotations
 
@@ -25,11 +26,14 @@ _FORMAT = "peftkern-fisher-1"
 
 @dataclass(frozen=True)
 class FisherFactors:
-    """Row sums [N] and column sums [K] of each layer's diagonal Fisher, per prediction: sum F dW^2 / 2 is in nats per prediction.
+    """Row sums [N] and column sums [K] of each layer's diagonal Fisher, per prediction: sum F dW^2 / 2 is in
+    nats per prediction.
 
-    rows, columns: by the layer's name, on the CPU, in fp32 (fp64 of fp64 models). predictions and examples: how many it was measured on.
-    labels: "true" (drawn from the model) or "empirical" (the data's). unit: "sequence" (gradients of whole examples are squared, the
-    definition) or "token" (of single positions). base: what tells each layer's base weight from another, see `base_identity`.
+    rows, columns: by the layer's name, on the CPU, in fp32 (fp64 of fp64 models). predictions and examples:
+        how many it was measured on.
+    labels: "true" (drawn from the model) or "empirical" (the data's). unit: "sequence" (gradients of whole
+        examples are squared, the definition) or "token" (of single positions). base: what tells each layer's
+        base weight from another, see `base_identity`.
     """
 
     rows: dict[str, Tensor]
@@ -68,7 +72,13 @@ class FisherFactors:
         final = Path(path)
         tensors = {f"{name}.rows": vector for name, vector in self.rows.items()}
         tensors |= {f"{name}.columns": vector for name, vector in self.columns.items()}
-        facts = {"predictions": self.predictions, "examples": self.examples, "labels": self.labels, "unit": self.unit, "base": self.base}
+        facts = {
+            "predictions": self.predictions,
+            "examples": self.examples,
+            "labels": self.labels,
+            "unit": self.unit,
+            "base": self.base,
+        }
         temporary = final.with_name(f"{TEMP_PREFIX}{final.name}")
         try:
             save_file(tensors, temporary, metadata={"format": _FORMAT, "facts": json.dumps(facts)})
@@ -106,20 +116,24 @@ def collect_fisher(
     seed: int = 0,
     progress: bool = False,
 ) -> FisherFactors:
-    """Measure the Fisher information of the pretrained weights (adapters off, evaluation mode) on source text.
+    """Measure the Fisher information of the pretrained weights (adapters off, evaluation mode) on source
+    text.
 
-    One forward and one backward a batch; no gradient of a weight is formed. A batch may hold several examples in the first dimension of
-    every tensor; where layers see positions without that dimension (experts), give one example a batch. 64 to 256 examples suffice.
+    One forward and one backward a batch; no gradient of a weight is formed. A batch may hold several examples
+    in the first dimension of every tensor; where layers see positions without that dimension (experts), give
+    one example a batch. 64 to 256 examples suffice.
 
     Args:
         model: with LoRA layers (see `lora_factors`), patched or not; it is left as it was.
         batches: what `predictions` takes; tensors are moved to the model's device.
-        labels: "true": drawn from the model's own predictions, as the definition has it; "empirical": the data's labels.
+        labels: "true": drawn from the model's own predictions, as the definition has it; "empirical": the
+            data's labels.
         unit: "sequence": the gradient of each example is squared; "token": of each position.
         predictions: logits and labels of a batch; `causal_lm`, `classifier`, or your own.
         adapter: which adapter's layers; None: the active one's.
         seed: of the labels' draws, which depend on it and the batch's number alone.
-    Raises: ValueError for empty batches, for layers whose update is not s B A, or for a layer that is called twice in one pass.
+    Raises: ValueError for empty batches, for layers whose update is not s B A, or for a layer that is called
+    twice in one pass.
     """
     if unit not in UNITS:
         raise ValueError(f"unit: got {unit!r}, expected one of {UNITS}")
@@ -135,7 +149,7 @@ def collect_fisher(
     counted = examples = 0
     for number in source_gradients(model, batches, factors, receive, labels=labels, predictions=predictions, seed=seed, progress=progress):
         counted, examples = counted + number.predictions, examples + number.examples
-    rows, columns = ({name: (vector / counted).cpu() for name, vector in each.items()} for each in (rows, columns))
+    rows, columns = ({name: vector.div_(counted).cpu() for name, vector in each.items()} for each in (rows, columns))
     return FisherFactors(rows, columns, counted, examples, labels, unit, base_identity(factors))
 
 

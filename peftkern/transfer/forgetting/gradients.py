@@ -17,7 +17,8 @@ from .predictions import LABELS, Predictions, labels_of, step_generator, summed_
 
 __all__ = ["Receive", "Seen", "as_pretrained", "source_gradients"]
 
-# (layer, x [E, T, K], delta [E, T, N]): what the layer read, and the gradient of the summed loss w.r.t. what it gave.
+# (layer, x [E, T, K], delta [E, T, N]): what the layer read, and the gradient of the summed loss w.r.t. what
+# it gave.
 Receive = Callable[[str, Tensor, Tensor], None]
 
 
@@ -40,10 +41,12 @@ def source_gradients(
     seed: int = 0,
     progress: bool = False,
 ) -> Iterator[Seen]:
-    """Run forward and backward over every batch with adapters off, handing each layer's x and delta to `receive` as backward reaches
-    it; yields after each batch. No gradient of a weight is formed, and every x lives only until its layer's turn.
+    """Run forward and backward over every batch with adapters off, handing each layer's x and delta to
+    `receive` as backward reaches it; yields after each batch. No gradient of a weight is formed, and every x
+    lives only until its layer's turn.
 
-    Raises: ValueError for an unknown kind of labels, for batches without any prediction, or for a layer that is called twice in one pass.
+    Raises: ValueError for an unknown kind of labels, for batches without any prediction, or for a layer that
+    is called twice in one pass.
     """
     if labels not in LABELS:
         raise ValueError(f"labels: got {labels!r}, expected one of {LABELS}")
@@ -65,7 +68,8 @@ def source_gradients(
 
 @contextlib.contextmanager
 def as_pretrained(model: nn.Module) -> Iterator[None]:
-    """Within it: adapters off, evaluation mode. After it every module's mode and every parameter's requires_grad are as before."""
+    """Within it: adapters off, evaluation mode. After it every module's mode and every parameter's
+    requires_grad are as before."""
     modes = [(module, module.training) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()

@@ -1,4 +1,5 @@
-"""Everything that watches over forgetting in one training run: penalties, forecast, measurements, budget, checkpoints worth keeping."""
+"""Everything that watches over forgetting in one training run: penalties, forecast, measurements, budget,
+checkpoints worth keeping."""
 
 from __future__ import annotations
 
@@ -23,17 +24,20 @@ __all__ = ["ForgettingGuard"]
 class ForgettingGuard:
     """Holds a LoRA adapter near the pretrained model while it is trained, and measures what it forgets.
 
-    A training loop calls `start()` once, `add_gradients()` after each step's backward and before its clipping, and `end_of_step(step)`
-    after the optimizer; it stops where that returns True. `state_dict()` goes into its checkpoints.
+    A training loop calls `start()` once, `add_gradients()` after each step's backward and before its
+    clipping, and `end_of_step(step)` after the optimizer; it stops where that returns True. `state_dict()`
+    goes into its checkpoints.
 
     Example:
-        guard = ForgettingGuard(model, source=windows, fisher=collect_fisher(model, batches), budget=0.02, planned=100)
+        fisher = collect_fisher(model, source_batches)
+        guard = ForgettingGuard(model, source=windows, fisher=fisher, budget=0.02, planned=100)
         guard.start()
         for step, batch in enumerate(loader, 1):
             model(**batch).loss.backward()
             guard.add_gradients()
             clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(); optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             if guard.end_of_step(step):
                 break
     """
@@ -57,14 +61,16 @@ class ForgettingGuard:
         """Take the model with its adapter, before or in the middle of training.
 
         Args:
-            source: held-out windows of source text, batches of one sequence each: what must not be forgotten, and is not trained on.
+            source: held-out windows of source text, batches of one sequence each: what must not be forgotten,
+                and is not trained on.
             planned: the number of steps; the last one is measured too.
             target: held-out windows of the target; without them no checkpoints are kept.
             fisher: of other source text, for the forecast, `ewc` and `budget`.
             ewc: weight of the forecast in the loss, in nats of target loss a nat of forecast.
             l2_sp: weight of 1/2 |dW|^2.
-            budget: the most nats per token that the source loss may rise: sets the weight of the penalty as it goes, and ends training
-                once a one-sided test, of `level` for all measurements together, says that more is forgotten.
+            budget: the most nats per token that the source loss may rise: sets the weight of the penalty as
+                it goes, and ends training once a one-sided test, of `level` for all measurements together,
+                says that more is forgotten.
             every: steps between measurements.
             folder: where adapters on the Pareto front of target and source loss are kept.
         Raises: ValueError for options that need a Fisher or an adapter of another kind.
@@ -90,13 +96,15 @@ class ForgettingGuard:
         self._measured: dict[str, float] = {}
 
     def start(self) -> None:
-        """Measure the source loss before training, with the adapters off; once, also in a run that is resumed."""
+        """Measure the source loss before training, with the adapters off; once, also in a run that is
+        resumed."""
         if self.before is None:
             with as_pretrained(self.model):
                 self.before = self._losses(self.source)
 
     def add_gradients(self, scale: float = 1.0) -> None:
-        """Add the penalties' gradients, times the loss scale where gradients are scaled (fp16), and note the forecast."""
+        """Add the penalties' gradients, times the loss scale where gradients are scaled (fp16), and note the
+        forecast."""
         self._weight = self.ewc + (self.budget.weight * self.calibration.slope if self.budget else 0.0)
         if self.penalty is not None:
             self._forecast = self.penalty.add_gradients(self._weight * scale).item()
@@ -118,13 +126,19 @@ class ForgettingGuard:
         return self.planned // self.every + (1 if self.planned % self.every else 0)
 
     def metrics(self) -> dict[str, float]:
-        """For the log of a step: nats forecast (calibrated) and the penalty's weight, and what was measured in this step."""
+        """For the log of a step: nats forecast (calibrated) and the penalty's weight, and what was measured
+        in this step."""
         if self.penalty is None:
             return dict(self._measured)
-        return {"forgetting": self.calibration.slope * self._forecast, "forgetting_weight": self._weight, **self._measured}
+        return {
+            "forgetting": self.calibration.slope * self._forecast,
+            "forgetting_weight": self._weight,
+            **self._measured,
+        }
 
     def best(self) -> Point | None:
-        """The point to keep: the least target loss within the budget; None without a budget or where no point is within it."""
+        """The point to keep: the least target loss within the budget; None without a budget or where no point
+        is within it."""
         return self.front.best(self.budget.nats) if self.budget is not None else None
 
     def rise(self) -> SourceRise:

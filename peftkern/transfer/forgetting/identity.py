@@ -20,8 +20,9 @@ _SAMPLES = 64
 def base_identity(factors: Mapping[str, Factors]) -> dict[str, str]:
     """For each layer by name a short hash over the shape and 64 sampled values of its base weight.
 
-    Values are compared as bf16, so that a base loaded in fp32 or bf16 is the same one; of a 4-bit weight they are its blocks' absolute
-    maxima. A base in 4 bits and the dense one it was quantized from are two bases: their Fisher information differs.
+    Values are compared as bf16, so that a base loaded in fp32 or bf16 is the same one; of a 4-bit weight they
+    are its blocks' absolute maxima. A base in 4 bits and the dense one it was quantized from are two bases:
+    their Fisher information differs.
     """
     return {name: _hash(layer) for name, layer in factors.items()}
 
@@ -41,7 +42,8 @@ def _sampled(base: nn.Module) -> Tensor:
 
 
 def _absmax(state: Any) -> Tensor:
-    """The blocks' maxima of a 4-bit weight, flat, whether they are nested, or repacked for a CPU, or neither."""
+    """The blocks' maxima of a 4-bit weight, flat, whether they are nested, or repacked for a CPU, or
+    neither."""
     if state.nested:
         from bitsandbytes.functional import dequantize_blockwise
 

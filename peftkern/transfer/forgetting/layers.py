@@ -1,4 +1,5 @@
-"""Which layers of a model move by dW = s B A, with their factors: what a penalty on dW can hold, and what it cannot."""
+"""Which layers of a model move by dW = s B A, with their factors: what a penalty on dW can hold, and what it
+cannot."""
 
 from __future__ import annotations
 
@@ -34,9 +35,11 @@ class Factors:
 def lora_factors(model: nn.Module, *, adapter: str | None = None) -> dict[str, Factors]:
     """The factors of every LoRA layer by name, those of the active adapter unless one is named.
 
-    Exact for LoRA and rsLoRA with any pattern of ranks and alphas, on dense, 8-bit and 4-bit linear layers and transformers' Conv1D.
-    Raises ValueError for what is no s B A on the pretrained weight: DoRA and other variants, a LoRA bias, embeddings, convolutions,
-    experts in one tensor, initializations that change the base (PiSSA, OLoRA, CorDA, LoftQ), merged or several active adapters.
+    Exact for LoRA and rsLoRA with any pattern of ranks and alphas, on dense, 8-bit and 4-bit linear layers
+    and transformers' Conv1D.
+    Raises ValueError for what is no s B A on the pretrained weight: DoRA and other variants, a LoRA bias,
+    embeddings, convolutions, experts in one tensor, initializations that change the base (PiSSA, OLoRA,
+    CorDA, LoftQ), merged or several active adapters.
     """
     _require_plain_start(model, adapter)
     found = {name: module for name, module in model.named_modules() if is_lora(module)}
@@ -49,7 +52,8 @@ def lora_factors(model: nn.Module, *, adapter: str | None = None) -> dict[str, F
 
 
 def trained_elsewhere(model: nn.Module, factors: Mapping[str, Factors]) -> list[str]:
-    """Names of trainable parameters that are no factor of `factors`: what they change, no penalty on dW sees."""
+    """Names of trainable parameters that are no factor of `factors`: what they change, no penalty on dW
+    sees."""
     held = {id(tensor) for layer in factors.values() for tensor in (layer.a, layer.b)}
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in held]
 

@@ -1,4 +1,5 @@
-"""Row and column sums of a layer's diagonal Fisher, from what the layer reads and the gradient of what it gives."""
+"""Row and column sums of a layer's diagonal Fisher, from what the layer reads and the gradient of what it
+gives."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 __all__ = ["SEQUENCE", "TOKEN", "UNITS", "marginals"]
 
-# The unit whose gradients are squared: whole examples, by the definition, or single positions, as if each were independent.
+# The unit whose gradients are squared: whole examples, by the definition, or single positions, as if each
+# were independent.
 SEQUENCE, TOKEN = "sequence", "token"
 UNITS = (SEQUENCE, TOKEN)
 _SLAB_BYTES = 2 << 20
@@ -16,12 +18,14 @@ _SLAB_BYTES = 2 << 20
 def marginals(x: Tensor, delta: Tensor, *, unit: str = SEQUENCE) -> tuple[Tensor, Tensor]:
     """(rows [N], columns [K]) of sum_e G_e^2, the squares taken entry by entry, in fp32 (fp64 for fp64).
 
-    With unit "sequence" G_e = sum_t delta_et x_et^T is the whole gradient of example e: the exact sums, from two T x T Gram matrices and
-    without G: sum_j G_ij^2 = (delta^T X X^T delta)_ii, and likewise for the columns. With "token" every position counts for itself,
-    rows_i = sum_t delta_ti^2 |x_t|^2, columns_j = sum_t x_tj^2 |delta_t|^2: this drops the products of two positions of one example.
+    With unit "sequence" G_e = sum_t delta_et x_et^T is the whole gradient of example e: the exact sums, from
+    two T x T Gram matrices and without G: sum_j G_ij^2 = (delta^T X X^T delta)_ii, and likewise for the
+    columns. With "token" every position counts for itself, rows_i = sum_t delta_ti^2 |x_t|^2, columns_j =
+    sum_t x_tj^2 |delta_t|^2: this drops the products of two positions of one example.
 
     Args:
-        x: [E, T, K], the layer's input for E examples of T positions; padding counts for nothing where its delta is 0.
+        x: [E, T, K], the layer's input for E examples of T positions; padding counts for nothing where its
+            delta is 0.
         delta: [E, T, N], the gradient of the summed loss with respect to the layer's output.
     Scratch: E T^2 and some 4 MB.
     """

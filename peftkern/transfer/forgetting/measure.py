@@ -1,18 +1,30 @@
-"""Forgetting, measured: the rise of the loss on held-out source text against the pretrained model, paired window by window."""
+"""Forgetting, measured: the rise of the loss on held-out source text against the pretrained model, paired
+window by window."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .gradients import as_pretrained
 
-__all__ = ["Nll", "SourceRise", "WindowLosses", "language_nll", "measure_forgetting", "source_rise", "window_losses"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "Nll",
+    "SourceRise",
+    "WindowLosses",
+    "language_nll",
+    "measure_forgetting",
+    "source_rise",
+    "window_losses",
+]
 
 # (model, batch) -> (negative log-likelihood summed over the batch's predictions, their number)
 Nll = Callable[[nn.Module, Mapping[str, Any]], "tuple[Tensor, int]"]
@@ -34,9 +46,11 @@ class WindowLosses:
 
 @dataclass(frozen=True)
 class SourceRise:
-    """How much the source loss rose, in nats per prediction, with the standard error of the paired difference.
+    """How much the source loss rose, in nats per prediction, with the standard error of the paired
+    difference.
 
-    Windows are taken as independent: those that follow each other in one document are not quite, and the error is a little larger.
+    Windows are taken as independent: those that follow each other in one document are not quite, and the
+    error is a little larger.
     """
 
     nats: float
@@ -45,7 +59,8 @@ class SourceRise:
     predictions: int
 
     def bounds(self, level: float = 0.05) -> tuple[float, float]:
-        """The two-sided interval that holds the true rise but for a share `level` of all samples (Student's t)."""
+        """The two-sided interval that holds the true rise but for a share `level` of all samples (Student's
+        t)."""
         from scipy.stats import t
 
         half = float(t.ppf(1 - level / 2, self.windows - 1)) * self.standard_error
@@ -65,6 +80,16 @@ class SourceRise:
             return f"Within {budget:g} nats: {shown}."
         return f"Cannot tell whether it forgets more than {budget:g} nats: {shown}; more held-out windows would."
 
+    def draw(self, axes: Axes, budget: float = 0.0, *, level: float = 0.05) -> None:
+        """The rise with its interval, beside the budget."""
+        low, high = self.bounds(level)
+        errors = [[self.nats - low], [high - self.nats]]
+        axes.errorbar([self.nats], [0], xerr=errors, marker="o", capsize=4, color="tab:red")
+        axes.axvline(budget, color="black", linestyle="--", label=f"budget {budget:g}")
+        title = self.verdict(budget, level=level).partition(":")[0]
+        axes.set(xlabel="rise of the source loss (nats per token)", yticks=[], title=title)
+        axes.legend()
+
 
 def language_nll(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
     """Of a causal language model's batch: without logits where the model's patched loss can."""
@@ -77,9 +102,11 @@ def language_nll(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
 
 @torch.no_grad()
 def window_losses(model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll: Nll = language_nll) -> WindowLosses:
-    """The loss of each window, in evaluation mode, with the adapters as they are; modes are left as they were.
+    """The loss of each window, in evaluation mode, with the adapters as they are; modes are left as they
+    were.
 
-    windows: batches, the units of the paired test: one sequence each. Raises: ValueError where there is none, or none with a prediction.
+    windows: batches, the units of the paired test: one sequence each. Raises: ValueError where there is none,
+        or none with a prediction.
     """
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
@@ -112,7 +139,8 @@ def source_rise(before: WindowLosses, now: WindowLosses) -> SourceRise:
 
 
 def measure_forgetting(model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll: Nll = language_nll) -> SourceRise:
-    """How much the active adapter raises the loss on source text: "before" is the same model with its adapters off."""
+    """How much the active adapter raises the loss on source text: "before" is the same model with its
+    adapters off."""
     with as_pretrained(model):
         before = window_losses(model, windows, nll=nll)
     return source_rise(before, window_losses(model, windows, nll=nll))

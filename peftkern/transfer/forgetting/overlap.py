@@ -1,4 +1,5 @@
-"""Whether two texts share passages: source text that is also evaluated on would measure memory, not knowledge."""
+"""Whether two texts share passages: source text that is also evaluated on would measure memory, not
+knowledge."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ __all__ = ["ParetoFront", "Point"]
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured after a step: the target loss, the rise of the source loss with its standard error and its forecast, in nats."""
+    """What was measured after a step: the target loss, the rise of the source loss with its standard error
+    and its forecast, in nats."""
 
     step: int
     target: float
@@ -43,7 +44,8 @@ class ParetoFront:
         return [point for point in self.points if not any(other.dominates(point) for other in self.points)]
 
     def add(self, point: Point, save: Callable[[Path], None] | None = None) -> None:
-        """Note a point; `save` writes its adapter where it is on the front, and adapters that it dominates are removed."""
+        """Note a point; `save` writes its adapter where it is on the front, and adapters that it dominates
+        are removed."""
         self.points.append(point)
         if self.folder is None:
             return
@@ -54,7 +56,8 @@ class ParetoFront:
         self._remove(lambda step: step not in front)
 
     def best(self, budget: float) -> Point | None:
-        """The least target loss among the kept points whose measured rise is within the budget; None where no point is."""
+        """The least target loss among the kept points whose measured rise is within the budget; None where no
+        point is."""
         within = [point for point in self.front if point.rise <= budget and (self.folder is None or self.path(point.step).is_dir())]
         return min(within, key=lambda point: point.target, default=None)
 

@@ -1,11 +1,13 @@
-"""Quadratic penalties on dW = s B A around the pretrained weights, in O((N + K) r) and without any N x K matrix.
+"""Quadratic penalties on dW = s B A around the pretrained weights, in O((N + K) r) and without any N x K
+matrix.
 
 With the Fisher's row sums r, column sums c and total S, F_ij ~ r_i c_j / S has the same sums as F, and
 
     1/2 sum_ij F_ij (s B A)_ij^2 = s^2 / (2 S) <B^T diag(r) B, A diag(c) A^T>,
 
-of which the gradients are s^2/S diag(r) B (A diag(c) A^T) and s^2/S (B^T diag(r) B) A diag(c). With r = c = 1 and S = 1 it is L2-SP,
-1/2 |s B A|^2. Penalties on A and B themselves are no substitute: at B = 0 the loss's gradient of A, and with it A's Fisher, is 0.
+of which the gradients are s^2/S diag(r) B (A diag(c) A^T) and s^2/S (B^T diag(r) B) A diag(c). With r = c = 1
+and S = 1 it is L2-SP, 1/2 |s B A|^2. Penalties on A and B themselves are no substitute: at B = 0 the loss's
+gradient of A, and with it A's Fisher, is 0.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _CHUNK_BYTES = 2 << 20
 
 @dataclass
 class _Chunk:
-    """Layers of one shape. rows [L, N] (with s^2 / S in them) and columns [L, K], None for all ones; scale [L, 1, 1] is s^2 where None."""
+    """Layers of one shape. rows [L, N] (with s^2 / S in them) and columns [L, K], None for all ones; scale
+    [L, 1, 1] is s^2 where None."""
 
     names: list[str]
     a: list[Tensor]
@@ -39,7 +42,8 @@ class _Chunk:
     scale: Tensor
 
     def products(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Values [L]; M = B^T diag(r) B and C = A diag(c) A^T [L, r, r]; diag(r) B and A diag(c), the scale within the rows."""
+        """Values [L]; M = B^T diag(r) B and C = A diag(c) A^T [L, r, r]; diag(r) B and A diag(c), the scale
+        within the rows."""
         wide = torch.promote_types(a[0].dtype, torch.float32)
         stacked_a, stacked_b = torch.stack(list(a)).to(wide), torch.stack(list(b)).to(wide)
         rb = stacked_b * (self.scale if self.rows is None else self.rows[:, :, None])
@@ -54,7 +58,8 @@ class _Chunk:
 
 
 class DeltaPenalty:
-    """1/2 sum F dW^2 of an adapter in nats per prediction (EWC), or 1/2 |dW|^2 (L2-SP) without a Fisher; `weight` is the caller's.
+    """1/2 sum F dW^2 of an adapter in nats per prediction (EWC), or 1/2 |dW|^2 (L2-SP) without a Fisher;
+    `weight` is the caller's.
 
     Example:
         penalty = DeltaPenalty(model, collect_fisher(model, source_batches))
@@ -63,7 +68,12 @@ class DeltaPenalty:
     """
 
     def __init__(
-        self, model: nn.Module, fisher: FisherFactors | None = None, *, adapter: str | None = None, allow_others: bool = False
+        self,
+        model: nn.Module,
+        fisher: FisherFactors | None = None,
+        *,
+        adapter: str | None = None,
+        allow_others: bool = False,
     ) -> None:
         """Hold the factors of `model`'s layers, and copies of the sums on their devices.
 
@@ -105,9 +115,11 @@ class DeltaPenalty:
 
     @torch.no_grad()
     def add_gradients(self, weight: float) -> Tensor:
-        """Add weight times the gradient to every factor's .grad, after backward and before clipping; returns the penalty.
+        """Add weight times the gradient to every factor's .grad, after backward and before clipping; returns
+        the penalty.
 
-        It is what `(weight * value()).backward()` does, without autograd and with some 6 MB of scratch at any size of model.
+        It is what `(weight * value()).backward()` does, without autograd and with some 6 MB of scratch at any
+        size of model.
         """
         values = []
         for chunk in self._chunks:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from .guard import ForgettingGuard
 
-__all__ = ["draw_losses", "draw_rise", "plot_forgetting"]
+__all__ = ["draw_layers", "draw_losses", "draw_rise", "plot_forgetting"]
 
 _TARGET, _SOURCE = "tab:blue", "tab:red"
 
@@ -22,7 +22,13 @@ def draw_losses(axes: Axes, guard: ForgettingGuard) -> None:
     steps = [point.step for point in points]
     before = guard.before.mean
     axes.plot(steps, [point.target for point in points], marker="o", color=_TARGET, label="target")
-    axes.plot([0, *steps], [before, *(before + point.rise for point in points)], marker="o", color=_SOURCE, label="source")
+    axes.plot(
+        [0, *steps],
+        [before, *(before + point.rise for point in points)],
+        marker="o",
+        color=_SOURCE,
+        label="source",
+    )
     axes.set(xlabel="step", ylabel="held-out loss (nats per token)", title=_title(guard))
     axes.legend()
     axes.grid(alpha=0.3)
@@ -48,6 +54,17 @@ def draw_rise(axes: Axes, guard: ForgettingGuard, rows: Sequence[Mapping[str, An
     axes.set(xlabel="step", ylabel="rise of the source loss (nats per token)", title="What was forgotten")
     axes.legend()
     axes.grid(alpha=0.3)
+
+
+def draw_layers(axes: Axes, by_layer: Mapping[str, float]) -> None:
+    """Where the forecast comes from: the nats of each of the model's layers, from `DeltaPenalty.by_layer()`."""
+    depths: dict[int, float] = {}
+    for name, value in by_layer.items():
+        depth = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+        depths[depth] = depths.get(depth, 0.0) + value
+    axes.bar(list(depths), list(depths.values()), color="tab:gray")
+    most = max(depths, key=lambda depth: depths[depth])
+    axes.set(xlabel="layer", ylabel="forecast (nats per token)", title=f"Layer {most} forgets most, by the forecast")
 
 
 def plot_forgetting(guard: ForgettingGuard, path: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["EMPIRICAL", "LABELS", "TRUE", "Predictions", "causal_lm", "classifier", "labels_of", "step_generator"]
+__all__ = [
+    "EMPIRICAL",
+    "LABELS",
+    "TRUE",
+    "Predictions",
+    "causal_lm",
+    "classifier",
+    "labels_of",
+    "step_generator",
+]
 
 # Whose labels the gradients are taken at: drawn from the model itself, or the data's.
 TRUE, EMPIRICAL = "true", "empirical"
@@ -24,8 +33,8 @@ Predictions = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, "Tensor | N
 def causal_lm(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The next-token predictions of a language model of transformers: logits [M, vocabulary], labels [M].
 
-    batch: what its forward takes, input_ids [E, T] among it; labels [E, T], -100 where nothing is predicted, else every token that
-    attention_mask does not leave out.
+    batch: what its forward takes, input_ids [E, T] among it; labels [E, T], -100 where nothing is predicted,
+        else every token that attention_mask does not leave out.
     """
     labels = batch.get("labels")
     if labels is None:
@@ -46,7 +55,8 @@ def classifier(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tens
 
 
 def labels_of(logits: Tensor, labels: Tensor | None, kind: str, generator: torch.Generator) -> Tensor:
-    """The labels [M] to take gradients at: one draw each from softmax(logits) for "true", the data's for "empirical"."""
+    """The labels [M] to take gradients at: one draw each from softmax(logits) for "true", the data's for
+    "empirical"."""
     if kind == TRUE:
         return torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
     if labels is None:

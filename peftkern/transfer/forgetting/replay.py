@@ -13,10 +13,12 @@ __all__ = ["Replay"]
 class Replay:
     """The plan of which of `rows` source rows each step takes beside its `slots` training rows.
 
-    ratio: source rows for each training row, exactly so over the whole run (0.05: every twentieth row brings one source row along).
-    weight: of their loss, beside the sampling: the replay term of a step is weight / slots times the sum of the drawn rows' mean losses,
-    in expectation ratio * weight times the source loss. The rows are drawn without replacement and shuffled anew each time round.
-    Everything is a function of (seed, step): a resumed run draws what the unbroken one does.
+    ratio: source rows for each training row, exactly so over the whole run (0.05: every twentieth row brings
+        one source row along).
+    weight: of their loss, beside the sampling: the replay term of a step is weight / slots times the sum of
+        the drawn rows' mean losses, in expectation ratio * weight times the source loss. The rows are drawn
+        without replacement and shuffled anew each time round. Everything is a function of (seed, step): a
+        resumed run draws what the unbroken one does.
     """
 
     rows: int

@@ -1,10 +1,11 @@
-"""Where a forecast is lost: the terms of the source loss's expansion along an adapter's dW, each less exact than the one before."""
+"""Where a forecast is lost: the terms of the source loss's expansion along an adapter's dW, each less exact
+than the one before."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from .gradients import source_gradients
 from .layers import Factors, lora_factors
 from .predictions import EMPIRICAL, TRUE, Predictions, causal_lm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ExpansionTerms", "expansion_terms"]
 
@@ -22,8 +26,9 @@ _SLAB_BYTES = 2 << 20
 class ExpansionTerms:
     """Nats per prediction, of the loss L(W + dW) - L(W) on a source text.
 
-    linear: <E g, dW> with the data's labels (0 at a minimum of the source loss, of either sign elsewhere). fisher: 1/2 dW^T F dW with
-    the whole Fisher, all layers together. blocks: the same without products of two layers. diagonal: without products of two weights.
+    linear: <E g, dW> with the data's labels (0 at a minimum of the source loss, of either sign elsewhere).
+        fisher: 1/2 dW^T F dW with the whole Fisher, all layers together. blocks: the same without products of
+        two layers. diagonal: without products of two weights.
     """
 
     linear: float
@@ -36,9 +41,17 @@ class ExpansionTerms:
         if self.diagonal <= 0:
             return "The adapter does not move the model on this text."
         return (
-            f"First order {self.linear:+.4f} nats, second order {self.fisher:+.4f}. Without products of two layers {self.blocks:.4f}, and "
-            f"of the diagonal alone {self.diagonal:.4f}: the diagonal shows {self.diagonal / self.fisher:.1%} of the second order."
+            f"First order {self.linear:+.4f} nats, second order {self.fisher:+.4f}; without products of two layers "
+            f"{self.blocks:.4f}, and of the diagonal alone {self.diagonal:.4f}, {self.diagonal / self.fisher:.1%} of "
+            "the second order."
         )
+
+    def draw(self, axes: Axes) -> None:
+        """One bar a term."""
+        names = ("first order", "second order", "layer by layer", "diagonal")
+        axes.bar(names, [self.linear, self.fisher, self.blocks, self.diagonal], color="tab:gray")
+        share = self.diagonal / self.fisher if self.fisher else 0.0
+        axes.set(ylabel="nats per prediction", title=f"The diagonal shows {share:.1%} of the second order")
 
 
 def expansion_terms(
@@ -49,16 +62,24 @@ def expansion_terms(
     adapter: str | None = None,
     seed: int = 0,
 ) -> ExpansionTerms:
-    """Measure the terms along the adapter's dW by two passes over `batches` (see `collect_fisher`), without any N x K matrix but slabs.
+    """Measure the terms along the adapter's dW by two passes over `batches` (see `collect_fisher`), without
+    any N x K matrix but slabs.
 
-    The gradient of example e has the product <G_e, dW> = sum_t delta_et^T dW x_et with dW, of which the whole Fisher needs the square.
+    The gradient of example e has the product <G_e, dW> = sum_t delta_et^T dW x_et with dW, of which the whole
+    Fisher needs the square.
     """
     factors, batches = lora_factors(model, adapter=adapter), list(batches)
     sums = _Sums(factors)
     for label in (TRUE, EMPIRICAL):
         counted = 0
         for seen in source_gradients(
-            model, batches, factors, sums.second if label == TRUE else sums.first, labels=label, predictions=predictions, seed=seed
+            model,
+            batches,
+            factors,
+            sums.second if label == TRUE else sums.first,
+            labels=label,
+            predictions=predictions,
+            seed=seed,
         ):
             counted += seen.predictions
             sums.end_of_batch()

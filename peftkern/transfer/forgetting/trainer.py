@@ -1,4 +1,5 @@
-"""A guard in the Hugging Face Trainer: `class Guarded(ForgettingMixin, Trainer)`, then `trainer.guard_with(guard)`."""
+"""A guard in the Hugging Face Trainer: `class Guarded(ForgettingMixin, Trainer)`, then
+`trainer.guard_with(guard)`."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ _STATE = "peftkern_forgetting"
 
 
 class ForgettingMixin:
-    """Put before the Trainer's class: penalties and replay join the gradients of each step before they are clipped.
+    """Put before the Trainer's class: penalties and replay join the gradients of each step before they are
+    clipped.
 
-    Callbacks cannot do this: the Trainer's `on_pre_optimizer_step` comes after the clipping. With gradient accumulation they are added
-    once, with the last batch of a step; under fp16 they are scaled as the loss is. The logs get what the guard's `metrics()` gives, and
-    the guard's state lies in every checkpoint's trainer_state.json. One process: not with DeepSpeed or FSDP, whose gradients are sharded.
+    Callbacks cannot do this: the Trainer's `on_pre_optimizer_step` comes after the clipping. With gradient
+    accumulation they are added once, with the last batch of a step; under fp16 they are scaled as the loss
+    is. The logs get what the guard's `metrics()` gives, and the guard's state lies in every checkpoint's
+    trainer_state.json. One process: not with DeepSpeed or FSDP, whose gradients are sharded.
     """
 
     guard: ForgettingGuard | None = None
@@ -29,9 +32,14 @@ class ForgettingMixin:
     replay_rows: Sequence[Mapping[str, Any]] = ()
 
     def guard_with(
-        self, guard: ForgettingGuard | None, *, replay: Replay | None = None, replay_rows: Sequence[Mapping[str, Any]] = ()
+        self,
+        guard: ForgettingGuard | None,
+        *,
+        replay: Replay | None = None,
+        replay_rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Watch over the training to come; `replay_rows`, batches of one row with labels, are what `replay` draws from."""
+        """Watch over the training to come; `replay_rows`, batches of one row with labels, are what `replay`
+        draws from."""
         if replay is not None and replay.rows != len(replay_rows):
             raise ValueError(f"replay_rows: got {len(replay_rows)}, but the plan is for {replay.rows} rows")
         self.guard, self.replay, self.replay_rows = guard, replay, replay_rows
@@ -40,7 +48,8 @@ class ForgettingMixin:
             self.add_callback(_GuardCallback(guard))
 
     def budget_spent(self, state: Mapping[str, Any]) -> bool:
-        """Take the guard's state from what a checkpoint's trainer_state.json holds, without training on; whether it ended the training."""
+        """Take the guard's state from what a checkpoint's trainer_state.json holds, without training on;
+        whether it ended the training."""
         stored = (state.get("stateful_callbacks") or {}).get(_STATE)
         if self.guard is None or stored is None:
             return False

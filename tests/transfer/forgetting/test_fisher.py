@@ -155,7 +155,11 @@ def test_saved_and_loaded_it_is_the_same_and_only_for_its_base(tmp_path) -> None
     fisher.save(tmp_path / "fisher.safetensors")
     loaded = FisherFactors.load(tmp_path / "fisher.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]
-    assert (loaded.predictions, loaded.base, loaded.labels) == (fisher.predictions, fisher.base, fisher.labels)
+    assert (loaded.predictions, loaded.base, loaded.labels) == (
+        fisher.predictions,
+        fisher.base,
+        fisher.labels,
+    )
     assert all(torch.equal(loaded.rows[name], fisher.rows[name]) for name in fisher.rows)
     loaded.require_base(lora_factors(model))
     loaded.require_base(lora_factors(tiny.lora(tiny.base(torch.float32), r=2, target_modules=["q_proj"])))
@@ -182,4 +186,8 @@ def test_bad_input_is_named() -> None:
     twice.forward = lambda x: twice.inner(twice.inner(x))
     shared = tiny.peft.get_peft_model(twice, tiny.peft.LoraConfig(r=2, target_modules=["inner"]))
     with pytest.raises(ValueError, match="called twice"):
-        collect_fisher(shared, [{"x": torch.ones(2, 4)}], predictions=lambda m, b: (shared.base_model.model.forward(b["x"]), None))
+        collect_fisher(
+            shared,
+            [{"x": torch.ones(2, 4)}],
+            predictions=lambda m, b: (shared.base_model.model.forward(b["x"]), None),
+        )

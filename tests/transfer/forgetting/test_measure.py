@@ -116,7 +116,8 @@ def test_the_multiplier_rises_while_the_budget_is_exceeded_and_its_state_is_exac
 
 
 def test_the_budget_is_met_on_a_quadratic_by_its_optimum() -> None:
-    """min (w - 1)^2 with a forecast of w^2 <= 0.09: gradient descent with the weight settles at nine tenths of the budget."""
+    """min (w - 1)^2 with a forecast of w^2 <= 0.09: gradient descent with the weight settles at nine tenths
+    of the budget."""
     budget, w = ForgetBudget(0.1), torch.tensor(0.0, dtype=torch.float64)
     for _ in range(3000):
         w = w - 0.02 * (2 * (w - 1) + budget.weight * 2 * w)
@@ -131,13 +132,38 @@ def test_only_adapters_on_the_front_are_kept_and_the_best_is_within_the_budget(t
     def save(folder: Path) -> None:
         (folder / "adapter").write_text("weights")
 
-    points = [Point(1, 3.0, 0.0, 0.1), Point(2, 2.0, 0.01, 0.1), Point(3, 2.5, 0.02, 0.1), Point(4, 1.5, 0.05, 0.1)]
+    points = [
+        Point(1, 3.0, 0.0, 0.1),
+        Point(2, 2.0, 0.01, 0.1),
+        Point(3, 2.5, 0.02, 0.1),
+        Point(4, 1.5, 0.05, 0.1),
+    ]
     for point in points:
         front.add(point, save)
     assert [point.step for point in front.front] == [1, 2, 4]
     front.add(Point(5, 1.9, 0.01, 0.1), save)
-    assert sorted(path.name for path in (tmp_path / "pareto").iterdir()) == ["step-00001", "step-00004", "step-00005"]
+    assert sorted(path.name for path in (tmp_path / "pareto").iterdir()) == [
+        "step-00001",
+        "step-00004",
+        "step-00005",
+    ]
     assert front.best(0.02).step == 5 and front.best(-0.01) is None and front.best(1.0).step == 4
     resumed = ParetoFront(tmp_path / "pareto")
     resumed.load_state_dict(json.loads(json.dumps(front.state_dict()[:4])))
     assert not (tmp_path / "pareto" / "step-00005").exists() and resumed.points == points
+
+
+def test_results_draw_themselves() -> None:
+    from matplotlib.figure import Figure
+
+    from peftkern.transfer.forgetting import DeltaPenalty, ExpansionTerms
+    from peftkern.transfer.forgetting.plots import draw_layers
+
+    figure = Figure()
+    axes = figure.subplots(1, 3)
+    SourceRise(0.05, 0.001, 30, 900).draw(axes[0], 0.02)
+    ExpansionTerms(0.01, 0.04, 0.03, 0.02).draw(axes[1])
+    draw_layers(axes[2], DeltaPenalty(tiny.lora(tiny.base())).by_layer())
+    titles = [each.get_title() for each in axes]
+    assert titles[:2] == ["Forgets more than 0.02 nats", "The diagonal shows 50.0% of the second order"]
+    assert titles[2] in ("Layer 0 forgets most, by the forecast", "Layer 1 forgets most, by the forecast")

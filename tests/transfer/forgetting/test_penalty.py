@@ -1,4 +1,5 @@
-"""The factored penalty against its definition on N x K matrices, in fp64: values, gradients, and what it refuses."""
+"""The factored penalty against its definition on N x K matrices, in fp64: values, gradients, and what it
+refuses."""
 
 from __future__ import annotations
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from peftkern.transfer.forgetting import DeltaPenalty, collect_fisher, expansion_terms, lora_factors, reference
+from peftkern.transfer.forgetting import (
+    DeltaPenalty,
+    collect_fisher,
+    expansion_terms,
+    lora_factors,
+    reference,
+)
 from peftkern.transfer.forgetting.predictions import causal_lm, labels_of, step_generator, summed_loss
 
 from . import tiny
@@ -62,7 +68,9 @@ def test_where_single_weights_move_apart_the_diagonal_is_all_there_is() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 3)).double()
     wrapped = tiny.peft.get_peft_model(
-        model, tiny.peft.LoraConfig(r=1, target_modules=["0"], init_lora_weights=False), autocast_adapter_dtype=False
+        model,
+        tiny.peft.LoraConfig(r=1, target_modules=["0"], init_lora_weights=False),
+        autocast_adapter_dtype=False,
     )
     made = [{"x": torch.randn(4, 1, dtype=torch.float64)}]
 

@@ -1,4 +1,5 @@
-"""The guard in a plain loop and in the Hugging Face Trainer: before clipping, once a step, and bit-equal after a resumption."""
+"""The guard in a plain loop and in the Hugging Face Trainer: before clipping, once a step, and bit-equal
+after a resumption."""
 
 from __future__ import annotations
 
@@ -38,7 +39,14 @@ def source() -> list[dict[str, Tensor]]:
     return [{key: value[None] for key, value in row.items()} for row in rows(6, 8)]
 
 
-def trainer(folder: Path, model: nn.Module, guard: ForgettingGuard | None, *, replay: Replay | None = None, **options: Any) -> Guarded:
+def trainer(
+    folder: Path,
+    model: nn.Module,
+    guard: ForgettingGuard | None,
+    *,
+    replay: Replay | None = None,
+    **options: Any,
+) -> Guarded:
     plain = dict(
         output_dir=str(folder),
         use_cpu=True,
@@ -73,7 +81,14 @@ def test_penalties_and_replay_are_in_the_loss_before_it_is_clipped(tmp_path: Pat
     options = {"ewc": 5.0, "l2_sp": 0.7}
     model = tiny.lora(tiny.base(torch.float64))
     replay = Replay(rows=6, ratio=0.25, slots=2 * accumulation, weight=2.0)
-    made = trainer(tmp_path, model, guarded(model, **options), replay=replay, max_steps=3, gradient_accumulation_steps=accumulation)
+    made = trainer(
+        tmp_path,
+        model,
+        guarded(model, **options),
+        replay=replay,
+        max_steps=3,
+        gradient_accumulation_steps=accumulation,
+    )
     made.train()
 
     twin = tiny.lora(tiny.base(torch.float64))
@@ -154,7 +169,10 @@ def test_a_checkpoint_without_the_guard_s_state_is_refused(tmp_path: Path) -> No
 
 def test_a_plain_loop_holds_the_forecast_near_the_budget() -> None:
     model = tiny.lora(tiny.base(torch.float32), moved=False)
-    free, held = _final_forecast(model, None), _final_forecast(tiny.lora(tiny.base(torch.float32), moved=False), 0.002)
+    free, held = (
+        _final_forecast(model, None),
+        _final_forecast(tiny.lora(tiny.base(torch.float32), moved=False), 0.002),
+    )
     assert free > 0.004 and held < 0.003
 
 
