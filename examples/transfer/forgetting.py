@@ -4,14 +4,16 @@ L2-SP, replay and nothing.
 Run as `python -m examples.transfer.forgetting` (again to go on: finished runs are read from the CSV;
 `--minutes 5` stops in time). Each run has 20 steps of one window of 128 tokens. The weights of EWC and L2-SP
 are such that the penalty of the unregularized run's last adapter would be so many nats (the strength), so
-that the two are compared at equal size; replay's strength is source rows a row. Writes
-results/forgetting.csv, forgetting_frontier.png and forgetting_forecast.png.
+that the two are compared at equal size; replay's strength is source rows a row, and a budget's the share of
+the unregularized run's rise that is allowed. Writes results/forgetting.csv, forgetting_frontier.png and
+forgetting_forecast.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -39,18 +41,19 @@ from peftkern.transfer.forgetting.overlap import overlapping
 from .samples import kjv, pydoc_prose, smollm2
 
 RESULTS = Path(__file__).parent / "results"
-LENGTH, STEPS, RATE = 128, 20, 2e-3
+LENGTH, STEPS, RATE, BUDGET_EVERY = 128, 20, 2e-3, 5
 FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS, SOURCE_WINDOWS = 24, 6, 16, 24
 ARMS = [
     ("nothing", 0.0),
     ("EWC", 0.3),
     ("L2-SP", 0.3),
     ("replay", 0.3),
+    ("budget", 0.5),
     ("EWC", 3.0),
     ("L2-SP", 3.0),
 ]
 SEEDS = (0, 1, 2)
-COLORS = {"nothing": "black", "EWC": "tab:blue", "L2-SP": "tab:orange", "replay": "tab:green"}
+COLORS = {"nothing": "black", "EWC": "tab:blue", "L2-SP": "tab:orange", "replay": "tab:green", "budget": "tab:red"}
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,13 @@ def fisher_of(model: nn.Module, task: Task) -> FisherFactors:
 
 
 def weight_of(method: str, strength: float, rows: Sequence[Row]) -> float:
-    """The weight of a penalty, from the first unregularized run."""
+    """The weight of a penalty, or the nats of a budget, from the first unregularized run."""
     free = next((row for row in rows if row.method == "nothing"), None)
-    size = {"EWC": free and free.forecast, "L2-SP": free and free.distance}.get(method)
-    return strength / size if size else 0.0
+    if free is None or method in ("nothing", "replay"):
+        return 0.0
+    if method == "budget":
+        return max(1e-4, strength * free.source_rise)
+    return strength / (free.forecast if method == "EWC" else free.distance)
 
 
 def train(
@@ -159,7 +165,8 @@ def train(
         fisher=fisher,
         ewc=weight if method == "EWC" else 0.0,
         l2_sp=weight if method == "L2-SP" else 0.0,
-        every=STEPS,
+        budget=weight if method == "budget" else None,
+        every=BUDGET_EVERY if method == "budget" else STEPS,
         planned=STEPS,
     )
     replay = Replay(rows=len(task.kept), ratio=strength, slots=1, seed=seed) if method == "replay" else None
@@ -183,8 +190,9 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        guard.end_of_step(step)
-    point = guard.front.points[-1]
+        if guard.end_of_step(step):
+            break
+    point = guard.best() or guard.front.points[-1]
     spaced = task.kept[:: max(1, len(task.kept) // TERM_WINDOWS)][:TERM_WINDOWS]
     terms = expansion_terms(model, batches(spaced)) if method == "nothing" and seed == SEEDS[0] else None
     values = (terms.linear, terms.fisher, terms.blocks, terms.diagonal) if terms else (float("nan"),) * 4
@@ -336,6 +344,7 @@ def draw_forecast(axes: Any, rows: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run that would not fit in this time")
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
     rows = run(RESULTS / "forgetting.csv", parser.parse_args().minutes)
     for (method, strength), runs in arms(rows).items():
         target, rise = (mean_error([getattr(row, name) for row in runs]) for name in ("target_loss", "source_rise"))
