@@ -42,7 +42,7 @@ def check_folder(model: str, path: Path) -> None:
         raise InputError(
             f"--model {model} holds a LoRA adapter ({adapter.name}), which training would leave out: "
             + (f"give its base model (--model {base}), or " if base and not config.is_file() else "move the adapter's files away, or ")
-            + "merge the adapter into the base (peft's merge_and_unload) and give the merged model"
+            + "merge the adapter into the base (`peftkern merge`) and give the merged model"
         )
     if not config.is_file():
         raise InputError(f"--model {model}: this folder has no config.json: give a folder that save_pretrained wrote, or a .gguf file")
@@ -61,7 +61,7 @@ def require_all_weights(model: str, base: PreTrainedModel, report: dict[str, Any
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(
             f"--model {model} holds a LoRA adapter beside the base model, which training would leave out: give the base model alone, or "
-            "merge the adapter into it (peft's merge_and_unload)"
+            "merge the adapter into it (`peftkern merge`)"
         )
     unused = sorted(report["unexpected_keys"])
     return f"--model {model}: not used from its files: {_listing(unused)}." if unused else ""

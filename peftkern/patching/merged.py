@@ -7,6 +7,7 @@ the bytes are lost.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ _MERGES = {
     ("peft.tuners.lora.layer", "Embedding.merge"),
     ("peft.tuners.lora.bnb", "Linear4bit.merge"),
 }
+_COLLECTED_FROM = 1 << 30
 _SLOT = "_peftkern_unmerged"  # of the layer; no parameter of it, so that no state_dict has it
 
 
@@ -103,6 +105,8 @@ class LayerMerge(Ours):
         every = [*layer.merged_adapters, *names]
         origin = before or Unmerged.of(layer)
         put_weight(layer, origin, *_merged(layer, origin, every, safe_merge))
+        if before is None and not is_4bit(origin.base):
+            _collect(origin.weight)
         layer.merged_adapters[:] = every
         return None
 
@@ -236,6 +240,19 @@ def restore_state(layer: nn.Module, origin: Unmerged | None, merged: Sequence[st
     if origin is not None:
         layer.__dict__[_SLOT] = origin
     layer.merged_adapters[:] = list(merged)
+
+
+_kept = 0  # bytes of dense weights that merges have replaced since the last collection
+
+
+def _collect(weight: Tensor) -> None:
+    """Free dense weights of layers that `merge_and_unload` has dropped: a layer and its forward refer to each other, so that only
+    the garbage collector finds them, which counts objects and not bytes."""
+    global _kept
+    _kept += weight.numel() * weight.element_size()
+    if _kept > _COLLECTED_FROM:
+        _kept = 0
+        gc.collect()
 
 
 def _adapters(layer: nn.Module) -> set[str]:

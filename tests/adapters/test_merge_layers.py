@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 import peftkern
 from peftkern import NF4Weight
 from peftkern.functional import quantize_4bit
+from peftkern.patching import merged
 from tests.adapters import merging
 from tests.adapters.merging import KINDS, adapted, assert_same, layers, logits, snapshot
 from tests.patching import models
@@ -168,6 +171,22 @@ def test_disabling_merged_adapters_unmerges_them(four_bit):
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
     assert_same(model, before)
+
+
+def test_unloading_a_dense_model_frees_the_old_weights_as_it_goes(monkeypatch):
+    """A layer and its forward refer to each other: nothing but the garbage collector would free the weights."""
+    model = adapted(four_bit=False)
+    peftkern.patch(model)
+    old = [weakref.ref(layer.base_layer.weight) for layer in layers(model).values()]
+    monkeypatch.setattr(merged, "_COLLECTED_FROM", 30_000)  # two weights
+    gc.collect()
+    gc.disable()
+    try:
+        model.merge_and_unload()
+        alive = sum(reference() is not None for reference in old)
+    finally:
+        gc.enable()
+    assert alive <= 4
 
 
 @BASES
