@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += found
         if seed == args.seeds[0]:
             print(f"Bytes that PEFT's own merge and unmerge change: {lost_bytes(model):.1%}")
-    write(rows)
-    draw(rows, report)
+    rows = write(rows)
+    draw(rows, report if 0 in args.seeds else None)
 
 
 def adapted(seed: int) -> tuple[Any, Any]:
@@ -171,17 +171,33 @@ def four_bit_bytes(model: Any) -> list[Tensor]:
     return [part.clone().flatten() for weight in weights for part in (weight.data, weight.quant_state.absmax)]
 
 
-def write(rows: Sequence[dict[str, Any]]) -> None:
-    """The table, and its means over seeds with standard errors."""
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "merging.csv").open("w", newline="", encoding="utf-8") as file:
+def write(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table with the rows of other seeds that it had, and its means over seeds with standard errors; all rows."""
+    path = RESULTS / "merging.csv"
+    path.parent.mkdir(exist_ok=True)
+    seeds = {one["seed"] for one in rows}
+    every = sorted([*(one for one in read(path) if one["seed"] not in seeds), *rows], key=lambda one: one["seed"])
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in one.items()} for one in rows)
-    for form in dict.fromkeys(one["form"] for one in rows):
-        numbers = {key: mean_error([one[key] for one in rows if one["form"] == form]) for key in COLUMNS[2:]}
+        for one in every:
+            writer.writerow({key: f"{one[key]:.6g}" if key not in COLUMNS[:2] else one[key] for key in COLUMNS})
+    for form in dict.fromkeys(one["form"] for one in every):
+        numbers = {key: mean_error([one[key] for one in every if one["form"] == form]) for key in COLUMNS[2:]}
         told = "  ".join(f"{key} {mean:.4g} ± {error:.2g}" for key, (mean, error) in numbers.items())
         print(f"{form}: {told}")
+    return every
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier table."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {key: int(value) if key == "seed" else value if key == "form" else float(value) for key, value in one.items()}
+            for one in csv.DictReader(file)
+        ]
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
@@ -191,7 +207,7 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def draw(rows: Sequence[dict[str, Any]], report: Any) -> None:
-    """How much of the adapter's gain each form loses; and how much of the change survives requantizing, by layer."""
+    """How much of the gain each form loses; of seed 0, how much of the change survives requantizing, by layer."""
     from matplotlib.figure import Figure
 
     forms = list(dict.fromkeys(one["form"] for one in rows))
@@ -208,6 +224,8 @@ def draw(rows: Sequence[dict[str, Any]], report: Any) -> None:
     nearest = lost[0][0]
     axes.set_title(f"Requantizing loses {nearest:.0f} % of what the adapter learnt; dense loses none")
     figure.savefig(RESULTS / "merging.png", dpi=110)
+    if report is None:
+        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     report.plot(figure.subplots())
     figure.savefig(RESULTS / "merging-layers.png", dpi=110)

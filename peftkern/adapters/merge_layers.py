@@ -96,7 +96,7 @@ def merge_layer(
         raise ValueError(f"{task.name}: its merged weight is beyond the range of {stored.dtype}; use another dtype")
     bias = None
     if any(branch.bias is not None for branch in branches):
-        bias = folded_bias(origin.bias.data, weight, branches)
+        bias = folded_bias(weight, branches, origin.bias.data)
     measures = measure(
         weight,
         branches,

@@ -80,7 +80,8 @@ def input_moments(model: nn.Module, layers: Sequence[nn.Module], rows: list[Tens
     def watch(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            product = x.t() @ x
+            with torch.autocast(x.device.type, enabled=False):
+                product = x.t() @ x
             found[index] = product if found[index] is None else found[index].add_(product)
 
         return hook

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nf4 import NF4Weight
-from .slabs import Rows, dense_rows, row_slabs
+from .slabs import Rows, dense_rows, full_precision, row_slabs
 
 __all__ = ["Branch", "fold", "folded_bias", "folded_rows"]
 
@@ -57,7 +57,8 @@ def folded_rows(
     return lambda start, stop: fold(rows(start, stop), branches, start)
 
 
-def folded_bias(bias: Tensor, weight: NF4Weight | Tensor, branches: Sequence[Branch]) -> Tensor:
+@full_precision
+def folded_bias(weight: NF4Weight | Tensor, branches: Sequence[Branch], bias: Tensor) -> Tensor:
     """The merged bias [N], in bias's dtype: DoRA scales what the branches before it added."""
     rows, work = dense_rows(weight), torch.promote_types(bias.dtype, torch.float32)
     added = torch.zeros_like(bias, dtype=work)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..nf4 import NF4Weight
 from .branches import Branch, folded_rows
-from .slabs import Rows, row_slabs
+from .slabs import Rows, full_precision, row_slabs
 
 __all__ = ["merge_dense"]
 
 
-@torch.no_grad()
+@full_precision
 def merge_dense(
     weight: NF4Weight | Tensor,
     branches: Sequence[Branch],

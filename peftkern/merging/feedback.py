@@ -10,14 +10,14 @@ from torch import Tensor
 from ..nf4 import NF4Weight
 from .branches import Branch, folded_rows
 from .quantize import coded
-from .slabs import Rows
+from .slabs import Rows, full_precision
 
 __all__ = ["feedback_4bit"]
 
 _BATCH = 128  # columns whose effect on the later ones is applied in one product
 
 
-@torch.no_grad()
+@full_precision
 def feedback_4bit(
     weight: NF4Weight,
     branches: Sequence[Branch],
@@ -59,8 +59,8 @@ def _factor(moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     damped = moments[order][:, order].clone()
     floor = diagonal.mean()
     damped.diagonal().add_(torch.where(floor > 0, damping * floor, 1.0))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return order, torch.linalg.cholesky(inverse, upper=True)
+    lower = torch.linalg.cholesky(damped)
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
 def _rounded(rows: Tensor, scale: Tensor, order: Tensor, factor: Tensor, ordered: Tensor) -> Tensor:

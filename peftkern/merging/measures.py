@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..nf4 import NF4Weight
 from .branches import Branch, fold
-from .slabs import Rows, dense_rows, row_slabs
+from .slabs import Rows, dense_rows, full_precision, row_slabs
 
 __all__ = ["Measures", "measure"]
 
@@ -70,7 +70,7 @@ class Measures:
         return cls(*(math.hypot(*norm) for norm in norms), sum(part.along for part in parts), known)
 
 
-@torch.no_grad()
+@full_precision
 def measure(
     weight: NF4Weight | Tensor,
     branches: Sequence[Branch],
@@ -120,13 +120,14 @@ def _slab(
         goal = fold(other, branches, start)
     error = stored - goal
     mismatch = origin.new_zeros(1) if other is None else other - origin
-    squares = [_dot(part, part) for part in (origin, delta, error, effective)]
-    return torch.stack([*squares, _dot(delta, effective), _dot(mismatch, mismatch)])
+    along = (delta * effective).sum(-1).double().sum()
+    squares = [_square(part) for part in (origin, delta, error, effective)]
+    return torch.stack([*squares, along, _square(mismatch)])
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b>: products summed over rows in their own dtype, over the rows in fp64."""
-    return (a * b).sum(-1).double().sum()
+def _square(part: Tensor) -> Tensor:
+    """||part||^2: the norms of its rows in their own dtype, their squares summed in fp64."""
+    return torch.linalg.vector_norm(part, dim=-1).double().square().sum()
 
 
 def _over(part: float, whole: float) -> float:

@@ -12,12 +12,12 @@ from ..nf4 import NF4Weight
 from ..ops.quantize import quantize_4bit as _quantize
 from ..ops.quantize import quantize_absmax as _quantize_absmax
 from .branches import Branch, folded_rows
-from .slabs import Rows, block_scales, row_slabs
+from .slabs import Rows, block_scales, full_precision, row_slabs
 
 __all__ = ["coded", "requantize_4bit", "stochastic_4bit"]
 
 
-@torch.no_grad()
+@full_precision
 def requantize_4bit(
     weight: NF4Weight,
     branches: Sequence[Branch],
@@ -40,7 +40,7 @@ def requantize_4bit(
     return _with_absmax(replace(weight, packed=packed.view_as(weight.packed)), absmax)
 
 
-@torch.no_grad()
+@full_precision
 def stochastic_4bit(
     weight: NF4Weight,
     branches: Sequence[Branch],

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..nf4 import NF4Weight
 from .branches import Branch, folded_rows
-from .slabs import Rows, dense_rows, row_slabs
+from .slabs import Rows, dense_rows, full_precision, row_slabs
 
 __all__ = ["rounding_residual"]
 
 _OVERSAMPLING, _PASSES = 8, 4
 
 
-@torch.no_grad()
+@full_precision
 def rounding_residual(
     weight: NF4Weight,
     branches: Sequence[Branch],

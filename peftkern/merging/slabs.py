@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..nf4 import NF4Weight
 
-__all__ = ["SLAB_ELEMENTS", "Rows", "block_scales", "decode_rows", "dense_rows", "row_slabs"]
+__all__ = ["SLAB_ELEMENTS", "Rows", "block_scales", "decode_rows", "dense_rows", "full_precision", "row_slabs"]
 
 SLAB_ELEMENTS = 1 << 22  # 16 MiB of fp32: past the caches, so that a launch's cost is nothing beside it
 
 Rows = Callable[[int, int], Tensor]
 """What gives the rows start ... stop - 1 of a dense weight."""
+
+
+def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without gradients, and outside the autocast that the caller may be in, which would round the products to 16 bits."""
+
+    @functools.wraps(function)
+    def exact(weight: NF4Weight | Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            return function(weight, *args, **kwargs)
+
+    return exact
 
 
 def row_slabs(weight: NF4Weight | Tensor, elements: int = SLAB_ELEMENTS) -> Iterator[tuple[int, int]]:

@@ -275,7 +275,7 @@ def _merged(
         if check and not bool(torch.isfinite(merged).all()):
             raise ValueError(f"the weight merged with {', '.join(names)} is beyond the range of {merged.dtype}")
     has_bias = any(branch.bias is not None for branch in branches)
-    return merged, folded_bias(origin.bias.data, weight, branches) if has_bias else None
+    return merged, folded_bias(weight, branches, origin.bias.data) if has_bias else None
 
 
 def _params4bit(old: nn.Parameter, weight: NF4Weight) -> nn.Parameter:

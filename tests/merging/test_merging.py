@@ -243,6 +243,16 @@ def test_stochastic_rounding_is_right_on_average():
     assert torch.equal(first.packed, second.packed)
 
 
+def test_autocast_rounds_nothing():
+    weight, branches = weight_of(96, 64), branches_for(96, 64, "lora+dora")
+    made = [merge_dense(weight, branches, dtype=torch.float32), requantize_4bit(weight, branches).packed]
+    made += [measure(weight, branches, requantize_4bit(weight, branches)), feedback_4bit(weight, branches, torch.eye(64)).packed]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = [merge_dense(weight, branches, dtype=torch.float32), requantize_4bit(weight, branches).packed]
+        again += [measure(weight, branches, requantize_4bit(weight, branches)), feedback_4bit(weight, branches, torch.eye(64)).packed]
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(made, again, strict=True))
+
+
 def test_a_zero_weight_stays_zero():
     weight = quantize_4bit(torch.zeros(64, 64), nested=False)
     none = [Branch(torch.zeros(64, 3), torch.ones(3, 64))]
@@ -259,7 +269,7 @@ def test_bias_of_several_adapters():
     gain = dora.magnitude.double() / (base + dora.up.double() @ dora.down.double()).norm(dim=1)
     bias = torch.randn(96)
     want = bias.double() + first.bias.double() * gain + last.bias.double()
-    torch.testing.assert_close(folded_bias(bias, weight, branches).double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(folded_bias(weight, branches, bias).double(), want, rtol=1e-5, atol=1e-6)
 
 
 class Sizes(TorchDispatchMode):
