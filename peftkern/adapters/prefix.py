@@ -91,6 +91,7 @@ def prefix_model(
         config.init_weights = "zero"
     with _checkpointing_unseen(base):
         model = get_peft_model(base, config, adapter_name=adapter_name)
+        _fit(model, adapter_name, found)
     _install(model, found)
     if init in ("text", "gate"):
         initialize_prefix(model, text, tokenizer=tokenizer, adapter_name=adapter_name, gate=init == "gate")
@@ -111,6 +112,7 @@ def load_prefix(base: nn.Module, folder: str | Path, *, is_trainable: bool = Fal
     config.inference_mode = not is_trainable
     with _checkpointing_unseen(base):
         model = get_peft_model(base, config, adapter_name=adapter_name)
+        _fit(model, adapter_name, found)
     _install(model, found)
     if gate_in(folder):
         _add_gate(model.prompt_encoder[adapter_name], config, found)
@@ -182,8 +184,7 @@ def initialize_prefix(
 def _install(model: PeftModel, found: Survey) -> PrefixReport:
     state = _state(model)
     if state is None:
-        state = model.__dict__[_STATE] = PrefixState(model)
-        state.found = found
+        state = model.__dict__[_STATE] = PrefixState(model, found)
         for layer in found.layers:
             surround(layer.module, AroundLayer(state, layer))
         hook = ShiftedPositions(state, found.backbone)
@@ -192,6 +193,18 @@ def _install(model: PeftModel, found: Survey) -> PrefixReport:
             if hasattr(type(model), name):  # only causal language models prepare inputs
                 model.__dict__[name] = functools.partial(method, model)
     return _serve(model)
+
+
+def _fit(model: PeftModel, name: str, found: Survey) -> None:
+    """Where PEFT has taken from the model's configuration a width that no layer has (latent attention, of which it knows a part): the
+    encoder anew, of the widest keys there are."""
+    config = model.peft_config[name]
+    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
+    if any(layer.heads <= heads and max(layer.width, layer.value_width) <= width for layer in found.layers):
+        return
+    widest = max(found.layers, key=lambda layer: layer.heads * max(layer.width, layer.value_width))
+    config.num_attention_heads, config.token_dim = widest.heads, widest.heads * max(widest.width, widest.value_width)
+    model._setup_prompt_encoder(name)
 
 
 def _serve(model: PeftModel) -> PrefixReport:
@@ -252,6 +265,8 @@ def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: A
         _fill(peft_config, state.found)
     with _checkpointing_unseen(model):
         result = type(model).add_adapter(model, adapter_name, peft_config, *args, **kwargs)
+        if _is_prefix(peft_config):
+            _fit(model, adapter_name, state.found)
     _serve(model)
     return result
 

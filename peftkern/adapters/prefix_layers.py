@@ -41,12 +41,15 @@ class Survey:
     """What a model offers a prefix.
 
     layers: in the order of the computation. backbone: the module that makes positions for all of them. rotary: whether positions enter
-    by rotation, where any whole number will do. refused: the other attention modules, each with the reason.
+    by rotation, where any whole number will do. positions: how the backbone counts where it is given none, "tokens" (from the first
+    one on, padding too) or "mask" (of the attention mask's ones); None for an encoder, beside whose prefix they stay as they are.
+    refused: the other attention modules, each with the reason.
     """
 
     layers: tuple[Layer, ...]
     backbone: nn.Module
     rotary: bool
+    positions: str | None
     refused: dict[str, str]
 
 
@@ -70,9 +73,8 @@ def survey(model: nn.Module) -> Survey:
             "prefix tuning for it, which puts the prefix into the decoder"
         )
     modules = [(name, module) for name, module in model.named_modules() if hasattr(type(module), "forward")]
-    candidates = {name: (module, surroundable(module)) for name, module in modules if _is_attention(name, module)}
-    usable = {name: module for name, (module, reason) in candidates.items() if reason is None}
-    refused = {name: reason for name, (_, reason) in candidates.items() if reason is not None}
+    usable = {name: module for name, module in modules if surroundable(module) is None}
+    refused = {name: str(surroundable(module)) for name, module in modules if _is_other_attention(name, module, usable)}
     if not usable:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3])
         raise ValueError(
@@ -84,14 +86,33 @@ def survey(model: nn.Module) -> Survey:
     layers, more = _layers(seen, names)
     if not layers:
         raise ValueError(f"no attention module of {type(model).__name__} looked from a text at itself: {more or 'none was called'}")
-    modules = [layer.module for layer in layers]
-    rotary = all(_mentions_rotary(module) for module in modules)
+    inside = [layer.module for layer in layers]
+    rotary = all("position_embeddings" in inspect.signature(module.forward).parameters for module in inside)
+    positions = _positions(model, inside) if all(getattr(module, "is_causal", True) for module in inside) else None
     uncalled = {name: "it is not called for text" for name in usable if name not in {layer.name for layer in layers}}
-    return Survey(tuple(layers), _backbone(model, modules), rotary, refused | uncalled | more)
+    return Survey(tuple(layers), _backbone(model, inside), rotary, positions, refused | uncalled | more)
 
 
-def _is_attention(name: str, module: nn.Module) -> bool:
-    return surroundable(module) is None or ("attention" in type(module).__name__.lower() and list(module.children()) != [])
+def _is_other_attention(name: str, module: nn.Module, usable: dict[str, nn.Module]) -> bool:
+    """Whether it calls itself an attention, and neither holds nor is one that can be used."""
+    called = "attention" in type(module).__name__.lower() and next(module.children(), None) is not None
+    return called and not any(f"{other}.".startswith(f"{name}.") for other in usable)
+
+
+def _positions(model: nn.Module, modules: list[nn.Module]) -> str:
+    """By what the model gives for a text and a padded one without positions, and with those that it may count itself."""
+    ids = torch.zeros(2, 3, dtype=torch.long, device=_device(model)) + torch.arange(1, 4, device=_device(model))
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=ids.device)
+    counted = {"tokens": torch.arange(3, device=ids.device).expand(2, -1), "mask": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    def last(**positions: Tensor) -> Tensor:
+        return _run(model, modules, ids, attention_mask=mask, use_cache=False, **positions)[-1].query[:, :, -1].float()
+
+    own = last()
+    for name, positions in counted.items():
+        if torch.allclose(last(position_ids=positions), own, rtol=1e-3, atol=1e-4):
+            return name
+    raise ValueError(f"{type(model).__name__} counts positions in another way than from 0 on: use PEFT's own prefix tuning")
 
 
 def _layers(seen: list[_Seen], names: dict[int, str]) -> tuple[list[Layer], dict[str, str]]:
@@ -173,10 +194,6 @@ def _backbone(model: nn.Module, modules: list[nn.Module]) -> nn.Module:
     if found is None:
         raise ValueError(f"no module of {type(model).__name__} takes position_ids, which follow the prefix: use PEFT's own prefix tuning")
     return found
-
-
-def _mentions_rotary(module: nn.Module) -> bool:
-    return "position_embeddings" in inspect.signature(module.forward).parameters
 
 
 def _device(model: nn.Module) -> torch.device:

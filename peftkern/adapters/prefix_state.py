@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..patching.weights import autocast_dtype
-from .prefix_layers import Layer
+from .prefix_layers import Layer, Survey
 
 __all__ = ["AroundLayer", "PrefixState", "ShiftedPositions", "gate_of", "layer_prefix"]
 
@@ -21,11 +21,12 @@ __all__ = ["AroundLayer", "PrefixState", "ShiftedPositions", "gate_of", "layer_p
 class PrefixState:
     """What the layers of one PEFT model look up at each call; copied with it.
 
-    enabled: False within `disable_adapter`. serving: for each adapter that is a prefix, the indices of the layers that get it.
+    found: what of the model can hold a prefix. enabled: False within `disable_adapter`. serving: for each adapter that is a prefix, the
+    indices of the layers that get it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.enabled = model, True
+    def __init__(self, model: nn.Module, found: Survey) -> None:
+        self.model, self.found, self.enabled = model, found, True
         self.serving: dict[str, frozenset[int]] = {}
 
     def active(self) -> str | None:
@@ -34,10 +35,10 @@ class PrefixState:
         return name if self.enabled and name in self.serving else None
 
     def shift(self) -> int:
-        """By how much the tokens' positions follow the prefix: its length, as in PEFT; 0 for a gated one, beside which the tokens keep
-        the positions they have without it."""
+        """By how much the tokens' positions follow the prefix: its length, as in PEFT; 0 in an encoder, and for a gated one, beside which
+        the tokens keep the positions they have without it."""
         name = self.active()
-        if name is None or gate_of(self.model.prompt_encoder[name]) is not None:
+        if name is None or self.found.positions is None or gate_of(self.model.prompt_encoder[name]) is not None:
             return 0
         return self.model.peft_config[name].num_virtual_tokens
 
@@ -180,8 +181,18 @@ class ShiftedPositions:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         positions = given.get("position_ids")
         if positions is None:
-            positions = _positions(given)
+            positions = _counted(given) if self.state.found.positions == "mask" else _positions(given)
         return (), given | {"position_ids": positions + shift}
+
+
+def _counted(given: dict[str, Any]) -> Tensor:
+    """As a decoder counts them that looks at its attention mask."""
+    mask = given.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return _positions(given)
+    tokens = given.get("input_ids")
+    tokens = given["inputs_embeds"] if tokens is None else tokens
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
 
 
 def _positions(given: dict[str, Any]) -> Tensor:
