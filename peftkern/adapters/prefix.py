@@ -33,6 +33,7 @@ __all__ = [
     "inside_attention",
     "load_prefix",
     "outside_attention",
+    "position_shift",
     "prefix_model",
 ]
 
@@ -130,6 +131,12 @@ def inside_attention(model: PeftModel) -> PrefixReport:
     if not any(_is_prefix(config) for config in model.peft_config.values()):
         raise ValueError(f"model: none of its adapters {list(model.peft_config)} is a prefix; make one with PrefixTuningConfig")
     return _install(model, survey(model.get_base_model()))
+
+
+def position_shift(model: nn.Module) -> int:
+    """By how much the tokens' positions are moved by the active prefix of a PEFT model; 0 for any other model."""
+    state = _state(model)
+    return 0 if state is None else state.shift()
 
 
 def outside_attention(model: PeftModel) -> None:

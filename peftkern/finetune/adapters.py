@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import bottleneck
+from . import bottleneck, prefix
 from .errors import InputError
 from .layer_rates import excluded_layers
 
@@ -158,5 +158,13 @@ _KINDS: dict[str, Kind] = {
             load=bottleneck.load,
             check=bottleneck.check,
         ),
+    ),
+    prefix.NAME: Kind(
+        title="Prefix",
+        peft_type="PREFIX_TUNING",
+        loader="peftkern.adapters.prefix.load_prefix",
+        add=prefix.add,
+        load=prefix.load,
+        check=prefix.check,
     ),
 }

@@ -34,7 +34,8 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
     "adapter": {
         "adapter": (
             str,
-            "lora, bottleneck, or AdapterHub's double_seq_bn, seq_bn, par_bn, scaled_par_bn with options: seq_bn[reduction_factor=8]",
+            "lora, bottleneck, AdapterHub's double_seq_bn, seq_bn, par_bn, scaled_par_bn with options: seq_bn[reduction_factor=8], "
+            "or prefix[tokens=32,init=text] (init: text, random, zero, gate)",
         ),
         "r": (int, "LoRA rank; width of `bottleneck`"),
         "alpha": (float, "LoRA alpha; default: 2 r"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from .tables import write_table
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["PYTHON_REFERENCE", "data_kind", "evaluation_names", "fingerprint", "load_data", "split"]
+__all__ = ["PYTHON_REFERENCE", "data_kind", "evaluation_names", "fingerprint", "first_rows", "load_data", "split"]
 
 PYTHON_REFERENCE = "python-reference"
 
@@ -36,6 +37,12 @@ def load_data(source: str | Sequence[str], *, option: str = "--data") -> Dataset
     if first is None:
         raise InputError(f"{option} {' '.join(sources)} is empty: it needs at least one row of text")
     return write_table(_after(first, rows), _schema(tuple(first)))
+
+
+def first_rows(source: str | Sequence[str], count: int, *, option: str = "--data") -> Iterator[dict[str, Any]]:
+    """The first rows of what `load_data` reads, without reading the rest."""
+    sources = (source,) if isinstance(source, str) else tuple(source)
+    return (decode_row(row) for row in itertools.islice(_checked(sources, option), count))
 
 
 def data_kind(dataset: Dataset) -> str:

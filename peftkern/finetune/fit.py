@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..adapters.prefix import position_shift
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -34,15 +35,17 @@ def require_fit(config: FinetuneConfig, model: PeftModel, inputs: Inputs) -> Non
             "only: give the tokenizer that belongs to the model, or enlarge the model (resize_token_embeddings) and save it"
         )
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if not positions or config.seq_length <= positions:
+    length = config.seq_length + position_shift(model)
+    if not positions or length <= positions:
         return
+    asked = f"--seq-length {config.seq_length}" + (f" after a prefix of {position_shift(model)}" if position_shift(model) else "")
     learned = any(
         isinstance(module, torch.nn.Embedding) and module is not table and 0 <= module.num_embeddings - positions <= _SPARE_POSITIONS
         for module in base.modules()
     )
     if learned:
-        raise InputError(f"--seq-length {config.seq_length} is more than the {positions} positions that {config.model} has: lower it")
-    print(f"--seq-length {config.seq_length} is more than the {positions} positions that {config.model} was trained on.", file=sys.stderr)
+        raise InputError(f"{asked} is more than the {positions} positions that {config.model} has: lower it")
+    print(f"{asked} is more than the {positions} positions that {config.model} was trained on.", file=sys.stderr)
 
 
 def _largest(dataset: Dataset) -> int:

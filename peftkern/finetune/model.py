@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .adapters import add_adapter
+from .adapters import add_adapter, is_lora
 from .config import SAMPLE, FinetuneConfig
 from .conversion import dense_folder
 from .errors import InputError
@@ -96,7 +96,12 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
     if config.patch:
         import peftkern
 
-        print(peftkern.patch(model).summary, file=sys.stderr)
+        try:
+            print(peftkern.patch(model).summary, file=sys.stderr)
+        except ValueError as error:
+            if is_lora(config):
+                raise
+            print(f"Nothing of this model was patched, it runs as it is: {error}", file=sys.stderr)
     else:
         prepare_stock(model)
     return model

@@ -81,3 +81,54 @@ def test_a_layer_that_is_not_there_is_told_before_training(options: dict[str, An
     with pytest.raises(InputError, match=r"does not fit .*: leave_out: got \[9\], the layers are 0 to 1"):
         run(options, adapter="bottleneck[leave_out=[9]]")
     assert not Path(options["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    "adapter", ["prefix[tokens=6]", *(pytest.param(f"prefix[tokens=6,init={init}]", marks=pytest.mark.slow) for init in ("gate", "random"))]
+)
+def test_a_prefix_run_breaks_resumes_and_is_put_to_use(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str
+) -> None:
+    options = options | {"adapter": adapter, "prompt": "The statement", "lr": 2e-2, "gradient_checkpointing": True}
+    whole = run(options, output=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        break_at(patch, 5)
+        run(options)
+    result = run(options, resume=True)
+    assert losses(options["output"]) == losses(whole.output)
+    assert (result.perplexity_after, result.sample_after) == (whole.perplexity_after, whole.sample_after)
+    before, after = result.perplexity_before, result.perplexity_after
+    assert all(after[name] < before[name] for name in before)
+    output = Path(options["output"])
+    tensors = load_file(output / "adapter_model.safetensors")
+    gated = {"gated_prompt_embeddings", "prompt_gate"}
+    assert set(tensors) == (gated if "gate" in adapter else {"prompt_embeddings"})
+    card = (output / "README.md").read_text()
+    assert "# Prefix adapter for" in card and "peftkern.adapters.prefix.load_prefix" in card
+    capsys.readouterr()
+    assert command("evaluate", "--adapter", str(output), "--data", options["data"], "--eval-tokens", "512", "--base") == 0
+    assert "(base: " in capsys.readouterr().out
+    assert command("generate", "--adapter", str(output), "--prompt", result.sample_prompt, "--tokens", "4") == 0
+    assert capsys.readouterr().out.strip() == result.sample_after.strip()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"adapter": "prefix[tokens=0]"}, "'tokens=0' is no option of a prefix"),
+        ({"adapter": "prefix[init=best]"}, "init=text, random, zero, gate"),
+        ({"adapter": "prefix[tokens=3"}, "bracket is not closed"),
+        ({"adapter": "prefix", "r": 8}, "--r is no option of --adapter prefix"),
+        ({"adapter": "prefix", "rslora": True}, "--rslora is an option of LoRA"),
+    ],
+)
+def test_options_that_a_prefix_does_not_have(options: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words.replace("[", r"\[")):
+        FinetuneConfig(**(options | changes))
+
+
+def test_a_prefix_longer_than_the_data_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("one\ntwo\n")
+    with pytest.raises(InputError, match="the first 1000 rows of --data have 8 tokens, the prefix 32"):
+        run(options, adapter="prefix", data=str(short), eval_data=options["data"])
