@@ -37,6 +37,10 @@ def check(config: FinetuneConfig) -> None:
     for name in ("r", "dropout"):
         if getattr(config, name) != default[name].default:
             raise InputError(f"--{name} is no option of --adapter prefix: drop it; its length is given as prefix[tokens=50]")
+    for name in ("layer_rates", "unfreeze"):
+        if getattr(config, name) != default[name].default:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} treats layers apart, and the prefix is one parameter for all of them: drop it")
 
 
 def add(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:

@@ -120,6 +120,7 @@ def test_a_prefix_run_breaks_resumes_and_is_put_to_use(
         ({"adapter": "prefix[tokens=3"}, "bracket is not closed"),
         ({"adapter": "prefix", "r": 8}, "--r is no option of --adapter prefix"),
         ({"adapter": "prefix", "rslora": True}, "--rslora is an option of LoRA"),
+        ({"adapter": "prefix", "layer_rates": 2.0}, "--layer-rates treats layers apart"),
     ],
 )
 def test_options_that_a_prefix_does_not_have(options: dict[str, Any], changes: dict[str, Any], words: str) -> None:
