@@ -9,9 +9,7 @@ Run as `python -m examples.transfer.negative_transfer digits` (or sentences, or 
 
 from __future__ import annotations
 
-import csv
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,10 +19,11 @@ from torch.nn.functional import cross_entropy
 from peftkern.transfer.negative import NegativeReport, arms_of, compare_arms
 from peftkern.transfer.tasks import classification
 
-from .cut import Classifier, small_vit
+from .cut import Classifier
+from .cut_arms import small_vit
+from .results_files import save_plot, save_rows
 from .samples import minilm, mnist, scikit_digits, sentences
 
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 LENGTH, ROWS = 48, 1600
 
@@ -101,26 +100,24 @@ def sentiment() -> None:
 
 
 def _written(name: str, report: NegativeReport) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     print(report.table())
     print(f"{report.seconds:.0f} s")
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["arm", "seed", "learning_rate", "examples", "loss", "accuracy", "ece", "brier"])
-        for run in report.runs:
-            for examples, score in zip(run.examples, run.scores, strict=True):
-                values = (score.loss, score.accuracy, score.ece, score.brier)
-                writer.writerow(
-                    [run.arm, run.seed, run.rate, examples, *(round(value, 4) for value in values)],
-                )
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    report.draw(axes)
-    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+    rows = [
+        {
+            "arm": run.arm,
+            "seed": run.seed,
+            "learning_rate": f"{run.rate:g}",
+            "examples": examples,
+            "loss": score.loss,
+            "accuracy": score.accuracy,
+            "ece": score.ece,
+            "brier": score.brier,
+        }
+        for run in report.runs
+        for examples, score in zip(run.examples, run.scores, strict=True)
+    ]
+    save_rows(name, rows)
+    save_plot(name, report.draw)
 
 
 def main() -> None:

@@ -3,14 +3,13 @@ a transfer loses?
 
 MiniLM's pooled features of movie, Amazon, New York Times and tweet sentences: proxy A-distance with its null,
 MMD with p, words in common, and beside them the accuracy of a linear sentiment probe on the other domain. CSV
-and PNG go into examples/transfer/results. Run as `python -m examples.transfer.similarity`.
+and PNG go into results/. Run as `python -m examples.transfer.similarity`.
 """
 
 from __future__ import annotations
 
-import csv
 from itertools import combinations
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ from peftkern.transfer.lexical import lexicon, surface
 from peftkern.transfer.mmd import mmd_test
 from peftkern.transfer.similarity import proxy_a_distance
 
+from .results_files import save_plot, save_rows
 from .samples import DOMAINS, minilm, sentences
 
-RESULTS = Path(__file__).parent / "results"
 ROWS = 1000
 
 
@@ -82,43 +81,32 @@ def main() -> None:
     _written(table)
 
 
-def _written(table: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def _written(table: list[dict[str, Any]]) -> None:
     from scipy.stats import kendalltau
 
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "similarity.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    save_rows("similarity", table)
     distances = [row["a_distance"] for row in table]
     means = [(row["accuracy_there"] + row["accuracy_back"]) / 2 for row in table]
     tau = kendalltau(distances, means)
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    errors = [
-        [row["a_distance"] - row["low"] for row in table],
-        [min(2, row["high"]) - row["a_distance"] for row in table],
-    ]
-    axes.errorbar(distances, means, xerr=errors, fmt="o")
-    for row, x, y in zip(table, distances, means, strict=True):
-        axes.annotate(f"{row['first']}, {row['second']}", (x, y), textcoords="offset points", xytext=(5, 5))
-    axes.axvline(
-        max(row["null_high"] for row in table),
-        color="gray",
-        linestyle=":",
-        label="halves of one domain (95 %)",
-    )
-    title = f"Distance and accuracy across domains: Kendall's τ = {tau.statistic:.2f} (p = {tau.pvalue:.2f}, 6 pairs)"
-    axes.set(
-        xlabel="proxy A-distance of MiniLM's features (95 % interval)",
-        ylabel="accuracy of a probe across, mean of both ways",
-        title=title,
-    )
-    axes.legend()
-    figure.savefig(RESULTS / "similarity.png", dpi=110)
+    print(f"Kendall's tau of distance and accuracy: {tau.statistic:.2f}, p = {tau.pvalue:.2f}")
+
+    def draw(axes: Any) -> None:
+        lower = [row["a_distance"] - row["low"] for row in table]
+        upper = [min(2, row["high"]) - row["a_distance"] for row in table]
+        axes.errorbar(distances, means, xerr=[lower, upper], fmt="o")
+        for row, x, y in zip(table, distances, means, strict=True):
+            name = f"{row['first']}, {row['second']}"
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5))
+        null = max(row["null_high"] for row in table)
+        axes.axvline(null, color="gray", linestyle=":", label="halves of one domain (95 %)")
+        axes.set(
+            xlabel="proxy A-distance of MiniLM's features (95 % interval)",
+            ylabel="accuracy of a probe across, mean of both ways",
+            title=f"Six pairs of domains: τ of distance and accuracy {tau.statistic:.2f}, p = {tau.pvalue:.2f}",
+        )
+        axes.legend()
+
+    save_plot("similarity", draw)
 
 
 if __name__ == "__main__":

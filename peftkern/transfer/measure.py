@@ -60,6 +60,12 @@ def add_commands(commands: Any) -> None:
     )
     similarity.add_argument("--rows", type=int, default=400, help="most passages of a domain (default: 400)")
     similarity.add_argument("--folds", type=int, default=5, help="folds of the cross-validation (default: 5)")
+    similarity.add_argument(
+        "--null-draws",
+        type=int,
+        default=10,
+        help="times a domain is halved, for what chance gives (default: 10)",
+    )
     similarity.add_argument("--seed", type=int, default=0, help="seed of draws and splits")
     similarity.add_argument("--output", help="folder for the report and its plot")
     similarity.set_defaults(run=lambda args: _guarded("measure similarity", _similarity, args))
@@ -209,6 +215,7 @@ def _similarity(args: argparse.Namespace) -> None:
         target_documents=theirs,
         max_length=args.max_length,
         folds=args.folds,
+        null_draws=args.null_draws,
         bits=causal,
         seed=args.seed,
         progress=True,

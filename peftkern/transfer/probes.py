@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["PROBES", "Probe", "Splits", "bag_of_words", "probe", "splits"]
 
 PROBES = ("ridge", "logistic")
-_ALPHAS = tuple(10.0**power for power in range(-1, 6))
+_ALPHAS = tuple(10.0**power for power in range(5))  # of standardized features
 _INNER = 3  # folds of the inner cross-validation
 _CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _SPARSE_CS = (0.1, 1.0)

@@ -85,6 +85,8 @@ def test_similarity(
         "3",
         "--max-length",
         "32",
+        "--null-draws",
+        "2",
     ]
     assert main(["measure", "similarity", *arguments]) == 0
     printed = capsys.readouterr().out
