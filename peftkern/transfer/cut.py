@@ -360,7 +360,7 @@ def _report(
             f"and the layers keep ×{row.activations:.2f} of their activations."
         )
     if behind is not None and behind.sign != 1:
-        verdict += f" Beware: a bag of words does as well (the best depth minus it: {behind})."
+        verdict += f" Beware: a bag of words cannot be told from the best depth (which is ahead by {behind})."
     return CutReport(
         tuple(rows),
         layers,

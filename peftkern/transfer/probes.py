@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..finetune.errors import InputError
 from .extras import require_transfer
+from .grouped_ridge import choose_penalty
 from .intervals import Interval, cross_validated
 
 if TYPE_CHECKING:
@@ -147,34 +148,43 @@ def probe(
     scores = []
     for train, test in where.rows:
         inner = _inner(y[train], None if where.groups is None else where.groups[train], seed)
-        model = _model(kind, features, inner, where.groups is None, components).fit(features[train], y[train])
-        scores.append(float(score(y[test], model.predict(features[test]))))
+        before = _preprocessing(features, components)
+        x, other = features[train], features[test]
+        if before is not None:
+            x, other = before.fit_transform(x), before.transform(other)
+        model = _classifier(kind, x, y[train], inner, where.groups is None).fit(x, y[train])
+        scores.append(float(score(y[test], model.predict(other))))
     return Probe(tuple(scores), where.folds)
 
 
-def _model(
-    kind: str,
-    features: Any,
-    inner: list[tuple[Any, Any]],
-    independent: bool,
-    components: int | None,
-) -> Any:
+def _preprocessing(features: Any, components: int | None) -> Any:
+    """Standardize, and keep so many principal components; nothing for sparse features."""
     from scipy.sparse import issparse
     from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegressionCV, RidgeClassifierCV
-    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import LinearSVC
 
     if issparse(features):
-        return GridSearchCV(LinearSVC(dual=True, max_iter=2000, random_state=0), {"C": _SPARSE_CS}, cv=inner)
-    steps: list[Any] = [StandardScaler()]
-    if components is not None and components < features.shape[1]:
-        steps.append(PCA(components, random_state=0))
-    if kind == "ridge":
-        return make_pipeline(*steps, RidgeClassifierCV(alphas=_ALPHAS, cv=None if independent else inner))
-    return make_pipeline(*steps, LogisticRegressionCV(Cs=_CS, cv=inner, max_iter=1000, **_logistic_options()))
+        return None
+    fewer = components is not None and components < features.shape[1]
+    return make_pipeline(StandardScaler(), *([PCA(components, random_state=0)] if fewer else []))
+
+
+def _classifier(kind: str, x: Any, y: np.ndarray, inner: list[tuple[Any, Any]], independent: bool) -> Any:
+    """A linear classifier, not fitted, that chooses its penalty by the inner splits, or has it."""
+    from scipy.sparse import issparse
+    from sklearn.linear_model import LogisticRegressionCV, RidgeClassifier, RidgeClassifierCV
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.svm import LinearSVC
+
+    if issparse(x):
+        machine = LinearSVC(dual=True, max_iter=2000, random_state=0)
+        return GridSearchCV(machine, {"C": _SPARSE_CS}, cv=inner)
+    if kind == "logistic":
+        return LogisticRegressionCV(Cs=_CS, cv=inner, max_iter=1000, **_logistic_options())
+    if independent:
+        return RidgeClassifierCV(alphas=_ALPHAS)
+    return RidgeClassifier(alpha=choose_penalty(x, y, inner, _ALPHAS))
 
 
 def _logistic_options() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from peftkern.finetune.errors import InputError
+from peftkern.transfer.grouped_ridge import choose_penalty
 from peftkern.transfer.intervals import cross_validated, over_runs, paired_runs
 from peftkern.transfer.probes import bag_of_words, probe, splits
 
@@ -40,6 +41,23 @@ def test_documents_stay_on_one_side() -> None:
     grouped = splits(labels, groups=documents, folds=4, repeats=1)
     assert all(not set(documents[train]) & set(documents[test]) for train, test in grouped.rows)
     assert leaking.mean > 0.85 and probe(features, labels, grouped).accuracy.mean < 0.7
+
+
+def test_the_penalty_is_chosen_as_by_fitting_each() -> None:
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import GroupKFold, cross_val_score
+
+    for seed, classes in ((0, 2), (1, 3), (2, 2)):
+        rng = np.random.default_rng(seed)
+        groups = np.repeat(np.arange(15), 6)
+        features = rng.standard_normal((90, 40))
+        labels = rng.integers(0, classes, 90)
+        features[:, 0] += 2 * labels
+        inner = list(GroupKFold(3).split(features, labels, groups))
+        penalties = (0.1, 1.0, 10.0, 100.0, 1000.0)
+        means = [cross_val_score(RidgeClassifier(alpha=a), features, labels, cv=inner).mean() for a in penalties]
+        best = max(zip(means, penalties, strict=True))[1]
+        assert choose_penalty(features, labels, inner, penalties) == best
 
 
 def test_bags_of_words_are_probed_too() -> None:
