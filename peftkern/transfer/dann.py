@@ -81,14 +81,11 @@ class Discriminator(nn.Module):
     """Tells domains apart by one logit [rows] (above 0: source) of features [rows, D], in fp32 whatever they
     are in.
 
-    Two hidden layers with ReLU (Ganin et al.). The features are first shifted and scaled as a whole to those
-    of `fit`: a layer's hidden states can be hundreds in size, which would saturate it. The weights are drawn
-    by `seed` alone.
+    Two hidden layers with ReLU (Ganin et al.). It sees the features shifted by the batch's mean [D] and
+    divided by the batch's
+    root mean square about it, one number, both without a gradient: hidden states may be hundreds in size, and
+    grow in training, which would saturate it. The weights are drawn by `seed` alone.
     """
-
-    mean: Tensor
-    scale: Tensor
-    fitted: Tensor
 
     def __init__(self, width: int, *, hidden: int = 256, dropout: float = 0.0, seed: int = 0) -> None:
         super().__init__()
@@ -99,26 +96,13 @@ class Discriminator(nn.Module):
             layers: list[nn.Module] = [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
             layers += [nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1)]
             self.layers = nn.Sequential(*layers).float()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-
-    def fit(self, features: Tensor) -> None:
-        """Fix the shift [D] (their mean) and the scale (their root mean square about it) by features [rows,
-        D].
-        """
-        centred = features.detach().float() - features.detach().float().mean(0)
-        scale = centred.square().mean().sqrt()
-        if not scale > 0:
-            raise ValueError("features: got rows that are all equal: there is nothing to tell apart")
-        self.mean.copy_(features.detach().float().mean(0))
-        self.scale.copy_(scale)
-        self.fitted.fill_(True)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits [rows] in fp32."""
+        """Logits [rows] in fp32; of rows of both domains, or their means are taken for one."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.layers((features.float() - self.mean) / self.scale)[:, 0]
+            centred = features.float() - features.detach().float().mean(0)
+            size = centred.detach().square().mean().sqrt().clamp(min=1e-12)
+            return self.layers(centred / size)[:, 0]
 
 
 class DANNLoss(nn.Module):
@@ -139,6 +123,7 @@ class DANNLoss(nn.Module):
         super().__init__()
         if not 0 < strength < math.inf:
             raise ValueError(f"strength: got {strength}, expected above 0 and finite")
+        self.width = width
         self.discriminator = Discriminator(width, hidden=hidden, dropout=dropout, seed=seed)
         self.strength = strength
         self.metrics: dict[str, float | Tensor] = {}
@@ -152,9 +137,7 @@ class DANNLoss(nn.Module):
             progress: step / steps, in [0, 1].
         Raises: ValueError for a domain without rows, other widths, NaN or infinite features.
         """
-        _check_features(source, target, self.discriminator.mean.shape[0])
-        if not self.discriminator.fitted:
-            self.discriminator.fit(torch.cat([source, target]))
+        _check_features(source, target, self.width)
         weight = self.strength * reversal_weight(progress)
         features = torch.cat([source.float(), target.float()])
         logits = self.discriminator(reverse_gradient(features, weight))

@@ -94,7 +94,10 @@ class LabelShift:
         """In words."""
         measured = f"total variation distance {self.distance:.2f} [{self.low:.2f}, {self.high:.2f}]"
         if self.shifted:
-            return f"the classes' proportions differ ({measured}): aligning the domains may hurt, weight the source's classes first"
+            return (
+                f"the predictions speak for other class proportions in the target ({measured}): either they differ, and aligning the "
+                "domains may hurt, or the model errs on some classes"
+            )
         if self.high < _WORTH_A_WARNING:
             return f"the classes' proportions are alike ({measured})"
         return f"cannot tell whether the classes' proportions differ ({measured})"

