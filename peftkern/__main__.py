@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from peftkern.adapters.arithmetic import commands as arithmetic
     from peftkern.finetune import use
     from peftkern.finetune.cli import add_arguments
-    from peftkern.transfer import measure
-    from peftkern.transfer.report import cli as report
+    from peftkern.transfer import measure, pretrain
     from peftkern.transfer.data import commands as data
+    from peftkern.transfer.report import cli as report
 
     parser = argparse.ArgumentParser(prog="peftkern", description="Fused LoRA and 4-bit kernels for PyTorch.")
     parser.add_argument("--version", action="version", version=f"peftkern {__version__}")
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use.add_commands(commands)
     arithmetic.add_commands(commands)
     measure.add_commands(commands)
+    pretrain.add_commands(commands)
     report.add_commands(commands)
     merge_cli.add_commands(commands)
     data.add_commands(commands)

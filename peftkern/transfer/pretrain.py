@@ -1,0 +1,156 @@
+"""`peftkern pretrain`: continued pretraining on unlabelled text, by the recipe of finetune, beside a control
+on other text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..finetune.config import FinetuneConfig
+from ..finetune.errors import InputError, require
+
+if TYPE_CHECKING:
+    from .pretraining import PretrainingReport
+
+__all__ = ["add_commands", "continued_pretraining"]
+
+# Adapters of a low rank learn little of a new domain's text (Biderman et al., 2024, LoRA Learns Less and
+# Forgets Less).
+RANK = 64
+
+
+def add_commands(commands: Any) -> None:
+    """Add `pretrain` to the sub-parsers of `peftkern`."""
+    from ..finetune.cli import add_arguments
+
+    parser = commands.add_parser("pretrain", help="continue pretraining on unlabelled text, beside a control on other text")
+    add_arguments(parser)
+    parser.add_argument(
+        "--control-data",
+        nargs="+",
+        help="text of another domain: the same steps on it show what any text does",
+    )
+    parser.set_defaults(r=RANK, document_boundaries=True, run=_main)
+
+
+def _main(args: argparse.Namespace) -> int:
+    from ..finetune.signals import Interrupted
+
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
+    try:
+        config = FinetuneConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        report = continued_pretraining(config, tuple(args.control_data or ()))
+        print(f"\n{report.table()}\n\n{report.verdict}\n\nAdapter:  {Path(config.output) / 'adapted'}")
+    except Interrupted as error:
+        print(f"\n{error}.", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
+        print(f"peftkern pretrain: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def continued_pretraining(config: FinetuneConfig, control_data: Sequence[str] = (), *, quiet: bool = False) -> PretrainingReport:
+    """Fine-tune on `config.data`, as many steps on `control_data`, and measure both and the base on the
+    held-out documents.
+
+    The adapters are in the folders adapted and control of `config.output`, beside bits_per_byte.csv, .png and
+    report.md. A run that was killed goes on with `resume`, whichever of the two it was in.
+
+    Raises: InputError for rows that are no plain text, no held-out documents, or a control that is the target
+    itself.
+    """
+    require("transformers", "peft", "trl", "datasets", "accelerate", "matplotlib", "scipy")
+    from ..finetune.data import load_data
+    from ..finetune.recipe import finetune
+
+    config = config.resolved()
+    if not config.eval_data:
+        raise InputError("--eval-data is needed: held-out documents of the target, to count their bits per byte")
+    overlap = set(config.data) & set(control_data)
+    if overlap:
+        raise InputError(f"--control-data {min(overlap)} is --data too: the control must be text of another domain")
+    texts = _documents(config)
+    for option, sources in (("--data", config.data), ("--control-data", control_data)):
+        if sources and "text" not in load_data(sources, option=option).column_names:
+            raise InputError(f"{option}: pretraining needs rows of text; rows with answers are for `peftkern finetune`")
+    result = finetune(_of_arm(config, "adapted"), quiet=quiet)
+    folders = {"adapted": Path(result.output)}
+    if control_data:
+        same = {"data": tuple(control_data), "steps": result.steps, "epochs": None, "filter_data": ()}
+        folders["control"] = Path(finetune(dataclasses.replace(_of_arm(config, "control"), **same), quiet=quiet).output)
+    report = _measured(config, folders, texts, result.steps)
+    _write(Path(config.output), report)
+    return report
+
+
+def _of_arm(config: FinetuneConfig, arm: str) -> FinetuneConfig:
+    """The configuration of one run; one that has not begun is begun, also with --resume."""
+    folder = Path(config.output) / arm
+    resume = config.resume and (folder / "run.json").exists()
+    return dataclasses.replace(config, output=str(folder), resume=resume)
+
+
+def _documents(config: FinetuneConfig) -> list[str]:
+    """Whole held-out documents at equal distances, of about `eval_tokens` tokens (at four bytes each)."""
+    from ..finetune.data import load_data
+
+    texts = []
+    for source in config.eval_data:
+        rows = load_data(source, option="--eval-data")
+        if "text" not in rows.column_names:
+            raise InputError(f"--eval-data {source}: bits per byte are of rows of text, without answers")
+        texts += [text for text in rows["text"] if text.strip()]
+    if len(texts) < 2:
+        raise InputError(f"--eval-data has {len(texts)} document(s), expected at least 2: their spread gives the interval")
+    share = min(1.0, 4 * config.eval_tokens / sum(len(text.encode()) for text in texts))
+    count = max(2, round(share * len(texts)))
+    return [texts[index * len(texts) // count] for index in range(count)]
+
+
+def _measured(config: FinetuneConfig, folders: dict[str, Path], texts: list[str], steps: int) -> PretrainingReport:
+    from ..finetune.inference import loaded
+    from .pretraining import PretrainingReport, document_bits
+
+    arms: dict[str, Any] = {}
+    taken = ("model", "quantization", "double_quant", "dtype", "trust_remote_code", "patch", "seq_length")
+    options = {name: getattr(config, name) for name in taken}
+    for arm, folder in folders.items():
+        with loaded(str(folder), **options) as model:
+            how = {"window": config.seq_length, "autocast": model.autocast, "progress": sys.stderr.isatty()}
+            if not arms:
+                with model.base():
+                    arms["before"] = document_bits(model.model, model.tokenizer, texts, **how)
+            arms[arm] = document_bits(model.model, model.tokenizer, texts, **how)
+    return PretrainingReport(arms, steps)
+
+
+def _write(folder: Path, report: PretrainingReport) -> None:
+    """All three files, or none."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from ..files import atomic_files
+
+    with atomic_files(folder) as temporary:
+        with (temporary / "bits_per_byte.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["document", "bytes", *report.arms])
+            sizes = next(iter(report.arms.values())).sizes
+            for number, size in enumerate(sizes):
+                writer.writerow([number, size, *(f"{arm.bits[number]:.6g}" for arm in report.arms.values())])
+        text = f"# Continued pretraining, {report.steps} steps\n\n{report.table()}\n\n{report.verdict}.\n\n![](bits_per_byte.png)\n"
+        (temporary / "report.md").write_text(text, encoding="utf-8")
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        report.draw(figure.add_subplot())
+        figure.savefig(temporary / "bits_per_byte.png", dpi=110)
