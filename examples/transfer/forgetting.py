@@ -42,15 +42,15 @@ from .samples import kjv, pydoc_prose, smollm2
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH, STEPS, RATE, BUDGET_EVERY = 128, 20, 2e-3, 5
-FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS, SOURCE_WINDOWS = 24, 6, 16, 24
+FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS, SOURCE_WINDOWS = 20, 4, 12, 20
 ARMS = [
     ("nothing", 0.0),
     ("EWC", 0.3),
     ("L2-SP", 0.3),
-    ("replay", 0.3),
-    ("budget", 0.5),
     ("EWC", 3.0),
     ("L2-SP", 3.0),
+    ("replay", 0.3),
+    ("budget", 0.5),
 ]
 SEEDS = (0, 1, 2)
 COLORS = {"nothing": "black", "EWC": "tab:blue", "L2-SP": "tab:orange", "replay": "tab:green", "budget": "tab:red"}
