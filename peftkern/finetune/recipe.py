@@ -189,7 +189,7 @@ class _Run:
                 self.folder.metrics.unlink()
         else:
             self._say(f"Resuming from step {self.checkpoint.step}.")
-            if self.checkpoint.step >= planned or trainer.budget_spent(self.checkpoint.state):
+            if trainer.budget_spent(self.checkpoint.state) or self.checkpoint.step >= planned:
                 trainer.load_adapter_of(self.checkpoint.path)
                 return
         set_seed(self.config.seed)

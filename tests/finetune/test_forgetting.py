@@ -88,6 +88,21 @@ def test_a_resumed_run_equals_the_unbroken_one(
     assert fronts[0] == fronts[1]
 
 
+def test_a_run_killed_after_its_last_step_still_tells_what_it_forgot(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(options, output=str(tmp_path / "whole"), l2_sp=0.1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        break_at(patch, 6, "perplexity")
+        run(options, l2_sp=0.1)
+    assert run(options, l2_sp=0.1, resume=True).forgetting == whole.forgetting is not None
+    without = {"source_data": (), "overwrite": True, "steps": 2}
+    (Path(options["output"]) / "mine.txt").write_text("not the run's")
+    run(options, **without)
+    names = {path.name for path in Path(options["output"]).iterdir()}
+    assert "mine.txt" in names and not any("forgetting" in name for name in names)
+
+
 @pytest.mark.slow
 def test_a_killed_run_equals_the_unbroken_one(options: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 of the process that trains, once a checkpoint is there."""

@@ -149,6 +149,11 @@ def collect_fisher(
     counted = examples = 0
     for number in source_gradients(model, batches, factors, receive, labels=labels, predictions=predictions, seed=seed, progress=progress):
         counted, examples = counted + number.predictions, examples + number.examples
+    if not any(vector.any() for vector in rows.values()):
+        raise ValueError(
+            "model: no gradient reached any of its LoRA layers: if it is compiled, pass the model itself and compile later; else check "
+            "that the predictions depend on them"
+        )
     rows, columns = ({name: vector.div_(counted).cpu() for name, vector in each.items()} for each in (rows, columns))
     return FisherFactors(rows, columns, counted, examples, labels, unit, base_identity(factors))
 

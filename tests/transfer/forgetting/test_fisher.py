@@ -181,6 +181,9 @@ def test_bad_input_is_named() -> None:
         collect_fisher(model, tiny.batches(), labels="sampled")
     with pytest.raises(ValueError, match="needs labels"):
         collect_fisher(model, tiny.batches(), labels="empirical", predictions=lambda m, b: (causal_lm(m, b)[0], None))
+    with pytest.raises(ValueError, match="no gradient reached any"):
+        logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+        collect_fisher(model, tiny.batches((1,)), predictions=lambda m, b: (logits, None))
     twice = nn.Module()
     twice.inner = nn.Linear(4, 4)
     twice.forward = lambda x: twice.inner(twice.inner(x))
