@@ -16,11 +16,13 @@ from .places import Place, find_places
 
 __all__ = [
     "Attached",
+    "adapted_at",
     "add_bottleneck",
     "attached",
     "bottleneck_disabled",
     "bottleneck_parameters",
     "bottlenecks",
+    "chosen_places",
     "place_key",
     "remove_bottleneck",
     "set_bottleneck",
@@ -172,6 +174,16 @@ def bottleneck_parameters(model: nn.Module, name: str = "default") -> dict[str, 
     }
 
 
+def chosen_places(model: nn.Module, config: BottleneckConfig) -> tuple[Place, ...]:
+    """The places of a model with adapters that a configuration means."""
+    return _chosen(_required(model).places, config)
+
+
+def adapted_at(place: Place, config: BottleneckConfig) -> str:
+    """The path of the module on which the adapter stands."""
+    return {"output": place.output, "sum": place.sum, "input": place.input and place.input.added_at}[config.reads]
+
+
 def _required(model: nn.Module) -> Attached:
     held = attached(model)
     if held is None:
@@ -189,23 +201,21 @@ def _chosen(places: tuple[Place, ...], config: BottleneckConfig) -> tuple[Place,
     if not chosen:
         kinds = ", ".join(sorted({place.kind for place in places}))
         raise ValueError(f"config: leaves no place for an adapter; the model's sublayers are {kinds} in {len(layers)} layers")
-    seen: dict[tuple[str, str], Place] = {}
+    seen: dict[str, Place] = {}
     for place in chosen:
         if (config.reads == "input" and place.input is None) or (config.reads == "sum" and place.sum is None):
             what = "what this sublayer reads" if config.reads == "input" else "the stream after this sublayer's residual addition"
             raise ValueError(f"reads: got {config.reads!r}, but no module is given {what} ({place.kind} of {place.output}); use 'output'")
-        key = (config.reads, place.sum if config.reads == "sum" else place.output)
-        seen.setdefault(key, place)  # sublayers side by side share their sum
+        seen.setdefault(adapted_at(place, config), place)  # sublayers side by side share their sum
     return tuple(seen.values())
 
 
 def _install(model: nn.Module, place: Place, config: BottleneckConfig, name: str, dtype: torch.dtype | None) -> None:
-    path, source = place.output, Source("output")
-    if config.reads == "sum":
-        path, source = place.sum, Source("norm" if place.normed else "output")
+    path, source = adapted_at(place, config), Source("output")
+    if config.reads == "sum" and place.normed:
+        source = Source("norm")
     elif config.reads == "input":
         reader = place.input
-        path = reader.added_at
         source = Source("argument", reader.name, reader.index)
         if reader.path != reader.added_at:
             source = Source("handover", reader.name, reader.index, Handover())

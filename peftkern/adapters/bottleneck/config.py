@@ -161,7 +161,7 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
 # What only matters with the keys above.
 _IGNORED = ("adapter_residual_before_ln", "inv_adapter_reduction_factor", "phm_dim", "factorized_phm_W", "shared_W_phm", "architecture")
 _IGNORED += ("shared_phm_rule", "factorized_phm_rule", "phm_c_init", "phm_init_range", "learn_phm", "hypercomplex_nonlinearity")
-_IGNORED += ("phm_rank", "phm_bias")
+_IGNORED += ("phm_rank", "phm_bias", "init_weights_seed")
 
 _DOUBLE = {"mh_adapter": True, "output_adapter": True, "non_linearity": "swish", "reduction_factor": 16.0}
 _SINGLE = {"output_adapter": True, "original_ln_before": True, "non_linearity": "relu", "reduction_factor": 16.0}

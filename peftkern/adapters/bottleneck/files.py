@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ...files import atomic_files
-from .attach import add_bottleneck, attached, bottleneck_parameters, remove_bottleneck, set_bottleneck
+from .adapterhub import adapterhub_tensors
+from .attach import (
+    adapted_at,
+    add_bottleneck,
+    attached,
+    bottleneck_parameters,
+    chosen_places,
+    remove_bottleneck,
+    set_bottleneck,
+)
 from .config import PEFT_TYPE, BottleneckConfig
 
 __all__ = ["CONFIG", "WEIGHTS", "load_bottleneck", "read_config", "save_bottleneck"]
@@ -79,29 +88,39 @@ def load_bottleneck(
 ) -> None:
     """Put a saved adapter on the model and make it active; one of that name that is there already takes the saved values.
 
+    The folder is one of `save_bottleneck`, or one that AdapterHub's library wrote (`model.save_adapter`).
+
     Raises: FileNotFoundError, ValueError where the folder holds no bottleneck adapter, or one of another base; the model is left as
     it was.
     """
-    config, _ = read_config(folder)
-    tensors = _read(Path(folder) / WEIGHTS)
+    folder = Path(folder)
+    config, values = read_config(folder)
+    foreign = "peft_type" not in values
+    tensors = {} if foreign else _read(folder / WEIGHTS)
     held = attached(model)
     if held is not None and name in held.configs:
         if held.configs[name] != config:
             raise ValueError(f"name: the adapter {name!r} on the model has another configuration than {folder}; load it under another name")
-        _fill(model, name, tensors, folder)
+        _fill(model, name, _foreign(model, name, folder) if foreign else tensors, folder)
         return
     before = held.active if held is not None else ()
     random = torch.get_rng_state()  # what add_bottleneck draws is not used
     add_bottleneck(model, config, name=name, example_inputs=example_inputs)
     torch.set_rng_state(random)
     try:
-        _fill(model, name, tensors, folder)
-    except ValueError:
+        _fill(model, name, _foreign(model, name, folder) if foreign else tensors, folder)
+    except (ValueError, FileNotFoundError):
         remove_bottleneck(model, name)
         if before:
             set_bottleneck(model, before)
         raise
     set_bottleneck(model, name, trainable=trainable)
+
+
+def _foreign(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]:
+    """What AdapterHub's library saved, for the places where the adapter is."""
+    config = attached(model).configs[name]
+    return adapterhub_tensors(folder, config, [(place, adapted_at(place, config)) for place in chosen_places(model, config)])
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class BottleneckModel(PeftModel):
         self._is_prompt_learning = False
         self._adapters_disabled = False
         self._configs = {name: self._describe(config, task_type) for name, config in attached(model).configs.items()}
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self._prepare_model_for_gradient_checkpointing(model)
 
     @property
