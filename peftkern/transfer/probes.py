@@ -79,6 +79,7 @@ def splits(
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+    labels, groups = _plain(labels), None if groups is None else _plain(groups)
     check_labels(labels, groups, folds)
     y, named = (
         np.asarray(labels),
@@ -93,6 +94,11 @@ def splits(
         if len(np.unique(y[train])) < 2:
             raise InputError("a fold's training rows are of one class, as its documents are: give more documents, or fewer folds")
     return Splits(tuple(rows), folds, named)
+
+
+def _plain(values: Any) -> Sequence[Any]:
+    """A list of Python's own values for an array or a tensor, whose elements would not compare as keys."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def check_labels(labels: Sequence[Any], groups: Sequence[Any] | None, folds: int) -> None:
@@ -143,7 +149,7 @@ def probe(
 
     if kind not in PROBES:
         raise ValueError(f"kind: got {kind!r}, expected one of {PROBES}")
-    y = np.unique(np.asarray(labels), return_inverse=True)[1]
+    y = np.unique(np.asarray(_plain(labels)), return_inverse=True)[1]
     score = balanced_accuracy_score if balanced else accuracy_score
     scores = []
     for train, test in where.rows:
@@ -151,7 +157,8 @@ def probe(
         before = _preprocessing(features, components)
         x, other = features[train], features[test]
         if before is not None:
-            x, other = before.fit_transform(x), before.transform(other)
+            with np.errstate(invalid="ignore"):  # components of features that do not vary
+                x, other = before.fit_transform(x), before.transform(other)
         model = _classifier(kind, x, y[train], inner, where.groups is None).fit(x, y[train])
         scores.append(float(score(y[test], model.predict(other))))
     return Probe(tuple(scores), where.folds)

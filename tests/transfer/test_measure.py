@@ -66,6 +66,17 @@ def test_cut_by_training_needs_no_labels(
     assert "| from layer | held-out loss |" in found.out and "2 cuts x 2 seeds x 2 steps" in found.err
 
 
+def test_cut_by_training_with_labels(
+    tiny: str,
+    data: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--train", "--steps", "2", "--seeds", "2", "--max-length", "16", "--depths", "0", "2"]
+    assert main(["measure", "cut", "--model", tiny, "--data", data, *options]) == 0
+    found = capsys.readouterr()
+    assert "| from layer | held-out loss |" in found.out and "| 2 | " in found.out
+
+
 def test_similarity(
     tiny: str,
     tmp_path: Path,

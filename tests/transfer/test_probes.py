@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from peftkern.finetune.errors import InputError
 from peftkern.transfer.grouped_ridge import choose_penalty
@@ -41,6 +42,14 @@ def test_documents_stay_on_one_side() -> None:
     grouped = splits(labels, groups=documents, folds=4, repeats=1)
     assert all(not set(documents[train]) & set(documents[test]) for train, test in grouped.rows)
     assert leaking.mean > 0.85 and probe(features, labels, grouped).accuracy.mean < 0.7
+
+
+def test_labels_may_be_tensors() -> None:
+    features, labels = _task(60)
+    plain = splits(labels.tolist(), groups=list(range(60)), folds=3, repeats=1)
+    where = splits(torch.tensor(labels), groups=torch.arange(60), folds=3, repeats=1)
+    assert all(np.array_equal(a, b) for a, b in zip(plain.rows[0], where.rows[0], strict=True))
+    assert probe(features, torch.tensor(labels), where) == probe(features, labels, plain)
 
 
 def test_the_penalty_is_chosen_as_by_fitting_each() -> None:
