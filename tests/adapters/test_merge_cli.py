@@ -61,9 +61,7 @@ def adapter_logits(made: Path) -> torch.Tensor:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    base = AutoModelForCausalLM.from_pretrained(
-        made / "base", dtype=torch.float32, device_map={"": "cpu"}, quantization_config=four_bit
-    )
+    base = AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.float32, device_map={"": "cpu"}, quantization_config=four_bit)
     model = models.peft.PeftModel.from_pretrained(base, made / "adapter").eval()
     peftkern.patch(model)
     return merging.logits(model, IDS)
