@@ -36,7 +36,7 @@ def test_wrong_labels_are_found_and_counted() -> None:
     assert hits / len(wrong) > 0.8 and hits / len(found.suspects) > 0.9
     assert found.low <= 0.1 <= found.high and abs(found.rate - 0.1) < 0.03
     assert (found.suggested[wrong] == labels[wrong]).mean() > 0.9
-    assert "labels are probably wrong" in found.verdict
+    assert "labels are suspected" in found.verdict
     assert list(found.confidence[list(found.suspects)]) == sorted(found.confidence[list(found.suspects)])
 
 

@@ -35,8 +35,9 @@ class LabelNoise:
     confidence   [n], the out-of-fold probability of the given label
     thresholds   [c], t_j: the mean probability of class j over the rows that are labelled j
     joint        [c, c], estimated joint distribution of given (rows) and true label (columns); sums to 1
-    rate         the share of wrong labels: 1 - trace(joint); low and high: its 95 % bootstrap interval over rows,
-                 which leaves out the error of the probes themselves
+    rate         the share of wrong labels, 1 - trace(joint): an upper bound where the features do not foretell the
+                 true label, as rows that are hard for them count as wrong; low and high: its 95 % bootstrap
+                 interval over rows, which leaves out the error of the probes themselves
     accuracy     of the out-of-fold probes on the given labels
     majority     the share of the largest class among them
     """
@@ -61,13 +62,16 @@ class LabelNoise:
     @property
     def verdict(self) -> str:
         """One sentence for people."""
-        found = f"{len(self.suspects)} of {len(self.confidence)} labels are probably wrong"
         interval = f"estimated share {self.rate:.1%} [{self.low:.1%}, {self.high:.1%}]"
         if self.high < _LEAST_SHARE:
             return f"the labels are clean as far as these features tell ({interval})"
         if self.accuracy < self.majority + 2 * self.accuracy_se:
             return "cannot tell: probes of these features foretell the labels no better than the largest class does"
-        return f"{found} ({interval})"
+        said = f"{len(self.suspects)} of {len(self.confidence)} labels are suspected ({interval})"
+        if 1 - self.accuracy < 2 * self.rate:
+            # The probes err on hardly more rows than are called wrong: nothing tells a wrong label from a hard row.
+            said += f"; the probes agree with {self.accuracy:.0%} of the labels, so hard rows are among them: look first"
+        return said
 
     def draw(self, axes: Any) -> None:
         """How sure the probes are of the given labels, suspects apart."""
