@@ -58,8 +58,8 @@ def test_every_format_comes_back_and_is_rounded_once(name):
     model.merge_adapter()
     for path, layer in layers(model).items():
         got = NF4Weight.from_bnb(layer.base_layer).dequantize(torch.float32)
-        apart = ~torch.isclose(got, want[path], rtol=1e-5, atol=1e-6)  # an absmax, or a code at a tie, to either side
-        assert apart.float().mean() < 0.005
+        # The sum in fp64 may put a code, or the 8-bit code of a block's absmax, to the other side of a tie.
+        assert (got - want[path]).norm() <= 2e-3 * want[path].norm()
         assert layer.base_layer.weight.dtype == (torch.bfloat16 if name == "bf16 storage" else torch.uint8)
     model.unmerge_adapter()
     assert_same(model, before)
