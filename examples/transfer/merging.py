@@ -32,7 +32,6 @@ FORMS = (
     "residual",
     "dense",
     ("requantize", "original"),
-    ("feedback", "original"),
     ("dense", "original"),
 )
 COLUMNS = ("seed", "form", "MB", "delta_ratio", "error_ratio", "survival", "cosine", "mismatch_ratio")
@@ -43,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, merge in every form, write the table and the plots."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40, help="of 512 tokens")
-    parser.add_argument("--probe", type=int, default=12, help="sequences of 256 tokens from held-out books")
+    parser.add_argument("--steps", type=int, default=30, help="of 512 tokens")
+    parser.add_argument("--probe", type=int, default=8, help="sequences of 256 tokens from held-out books")
     args = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     report = None
