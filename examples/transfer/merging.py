@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         probe = held_out[:: max(1, len(held_out) // args.probe)][: args.probe]
         found, first = measured(model, probe, train[:: len(train) // 16][:16], seed)
         report = report or first
-        rows += found
+        rows = store([*rows, *found])
         if seed == args.seeds[0]:
             print(f"Bytes that PEFT's own merge and unmerge change: {lost_bytes(model):.1%}")
-    rows = write(rows)
+    tell(rows)
     draw(rows, report if 0 in args.seeds else None)
 
 
@@ -170,8 +170,8 @@ def four_bit_bytes(model: Any) -> list[Tensor]:
     return [part.clone().flatten() for weight in weights for part in (weight.data, weight.quant_state.absmax)]
 
 
-def write(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table with the rows of other seeds that it had, and its means over seeds with standard errors; all rows."""
+def store(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the table, with the rows of other seeds that it had; returns all of them."""
     path = RESULTS / "merging.csv"
     path.parent.mkdir(exist_ok=True)
     seeds = {one["seed"] for one in rows}
@@ -181,11 +181,15 @@ def write(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         writer.writeheader()
         for one in every:
             writer.writerow({key: f"{one[key]:.6g}" if key not in COLUMNS[:2] else one[key] for key in COLUMNS})
-    for form in dict.fromkeys(one["form"] for one in every):
-        numbers = {key: mean_error([one[key] for one in every if one["form"] == form]) for key in COLUMNS[2:]}
+    return every
+
+
+def tell(rows: Sequence[dict[str, Any]]) -> None:
+    """Print means over seeds with standard errors."""
+    for form in dict.fromkeys(one["form"] for one in rows):
+        numbers = {key: mean_error([one[key] for one in rows if one["form"] == form]) for key in COLUMNS[2:]}
         told = "  ".join(f"{key} {mean:.4g} ± {error:.2g}" for key, (mean, error) in numbers.items())
         print(f"{form}: {told}")
-    return every
 
 
 def read(path: Path) -> list[dict[str, Any]]:

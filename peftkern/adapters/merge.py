@@ -56,7 +56,7 @@ def merge(
     adapters: Sequence[str] | None = None,
     original: Source | None = None,
     rank: int = 8,
-    probe: Tensor | Sequence[Tensor] | None = None,
+    probe: Tensor | Sequence[Tensor] | Reference | None = None,
     calibration: Tensor | Sequence[Tensor] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -80,7 +80,8 @@ def merge(
         original: the original weights, a safetensors folder or a mapping: for base="original", and for the
             mismatch in the report.
         rank: of the residual.
-        probe: token ids, int64 [B, T] or a list of [T]: perplexity, KL and the verdict.
+        probe: token ids, int64 [B, T] or a list of [T]: perplexity, KL and the verdict; or what base and
+            adapters give on them, which several merges then share.
         calibration: token ids whose inputs "feedback" serves; default: the probe's, which then flatters it.
         seed: of "stochastic" and of the residual's first subspace; each layer draws by its own name.
         progress: show a bar.
@@ -94,16 +95,11 @@ def merge(
     """
     _check(form, base, original, probe if calibration is None else calibration)
     tasks, left = _tasks(model, adapters, base, original)
-    names = list(dict.fromkeys(name for task in tasks for name in task.adapters))
-    untied = _shared(model, tasks)
+    names, untied = _names(tasks), _shared(model, tasks)
     if form == "residual":
         _check_residual(model, tasks, left)
-    rows = None if probe is None else probe_rows(probe)
-    inputs = rows if calibration is None else probe_rows(calibration)
-    reference = None
-    if rows is not None:
-        with only_adapters(model, names):
-            reference = Reference(model, rows, lambda: base_alone(model))
+    reference = probe if probe is None or isinstance(probe, Reference) else _reference(model, names, probe)
+    inputs = probe_rows(calibration) if calibration is not None else reference.rows if reference else None
     try:
         done, residuals = _merge_all(model, tasks, names, form, inputs, rank, seed, progress)
         if residuals:
@@ -155,6 +151,9 @@ def compare_merges(
         forms: names, or pairs of a form and a base ("dense", "original").
     Returns: MergeComparison; the model is as it was.
     """
+    tasks, _ = _tasks(model, adapters, "dequantized", None)
+    kept = sum(stored_bytes(task.weight) + adapter_bytes(task) for task in tasks)
+    reference = _reference(model, _names(tasks), probe)
     reports = []
     for item in forms:
         form, base = (item, "dequantized") if isinstance(item, str) else item
@@ -167,11 +166,9 @@ def compare_merges(
             calibration=calibration,
         )
         try:
-            reports.append(merge(model, form=form, base=base, probe=probe, **common))
+            reports.append(merge(model, form=form, base=base, probe=reference, **common))
         finally:
             unmerge(model)
-    tasks, _ = _tasks(model, adapters, "dequantized", None)
-    kept = sum(stored_bytes(task.weight) + adapter_bytes(task) for task in tasks)
     return MergeComparison(tuple(reports), kept)
 
 
@@ -246,6 +243,16 @@ def _check_shapes(name: str, weight: NF4Weight | Tensor, branches: Sequence[Bran
         if got != (n, k):
             made = f"one of {name} is made for {got}, the weight is {(n, k)}"
             raise ValueError(f"adapters: {made}: it belongs to another base")
+
+
+def _names(tasks: Sequence[Task]) -> list[str]:
+    """The adapters, in the order they run."""
+    return list(dict.fromkeys(name for task in tasks for name in task.adapters))
+
+
+def _reference(model: nn.Module, names: Sequence[str], probe: Tensor | Sequence[Tensor]) -> Reference:
+    with only_adapters(model, names):
+        return Reference(model, probe_rows(probe), lambda: base_alone(model))
 
 
 def _shared(model: nn.Module, tasks: Sequence[Task]) -> tuple[str, ...]:
