@@ -11,6 +11,7 @@ from . import (
     bench_dequantize,
     bench_gemv,
     bench_linear_cross_entropy,
+    bench_mmd,
     bench_qlora_linear,
     bench_quantize,
     bench_switching,
@@ -18,11 +19,24 @@ from . import (
 )
 from .harness import Spec
 
-MODULES = (bench_dequantize, bench_quantize, bench_gemv, bench_qlora_linear, bench_switching, bench_linear_cross_entropy, bench_attention)
+MODULES = (
+    bench_dequantize,
+    bench_quantize,
+    bench_gemv,
+    bench_qlora_linear,
+    bench_switching,
+    bench_linear_cross_entropy,
+    bench_attention,
+    bench_mmd,
+)
 CASES = [(module, spec, number) for module in MODULES for spec in module.specs(True) for number in range(5)]
 
 
-@pytest.mark.parametrize(("module", "spec", "number"), CASES, ids=lambda v: v.id if isinstance(v, Spec) else getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize(
+    ("module", "spec", "number"),
+    CASES,
+    ids=lambda v: v.id if isinstance(v, Spec) else getattr(v, "__name__", str(v)),
+)
 def test_benchmark(benchmark, module, spec: Spec, number: int) -> None:
     if not peers.has("bitsandbytes") and number > 2:
         pytest.skip("bitsandbytes is not installed")

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from peftkern.adapters.arithmetic import commands as arithmetic
     from peftkern.finetune import use
     from peftkern.finetune.cli import add_arguments
-    from peftkern.transfer import measure, pretrain
+    from peftkern.transfer import adapt, measure, pretrain
     from peftkern.transfer.data import commands as data
     from peftkern.transfer.report import cli as report
 
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arithmetic.add_commands(commands)
     measure.add_commands(commands)
     pretrain.add_commands(commands)
+    adapt.add_commands(commands)
     report.add_commands(commands)
     merge_cli.add_commands(commands)
     data.add_commands(commands)

@@ -6,7 +6,8 @@ film reviews, for those of another domain. Of the target's labels none is used i
 one part of the target (by document) is adapted to, the other is scored. `strengths`: what weight of the
 alignment a validator chooses that sees no target label; the other tasks use it. Run as `python -m
 examples.transfer.domain_adaptation images` (or another name, or all without one): a few minutes each on two
-cores, CSV and PNG into examples/transfer/results.
+cores, CSV and PNG into examples/transfer/results. Runs that a CSV has are not repeated: remove it to begin
+anew.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from .samples import minilm, mnist, scikit_digits, sentences
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("source only", "DANN", "MMD")
-SEEDS = {"images": (0, 1, 2, 3, 4), "sentences": (0, 1, 2)}
-STEPS = {"images": 800, "sentences": 120}
+SEEDS = (0, 1, 2)
+STEPS = {"images": 800, "sentences": 80}
 BATCH = {"images": 64, "sentences": 16}
 RATE = {"images": 1e-3, "sentences": 1e-3}
 # What `strengths` chose: the highest mutual information of the target's predictions, on the images, with a
@@ -190,10 +191,10 @@ def measured(
     source: Split,
     target: Split,
     *,
-    strength: float | None = None,
+    strength: float,
 ) -> Run:
-    """One run, of the method's own strength or another."""
-    kind, strength = _kind(task), STRENGTHS[method] if strength is None else strength
+    """One run."""
+    kind = _kind(task)
     begin = time.perf_counter()
     torch.manual_seed(seed)
     model = Digits() if kind == "images" else Sentiment(seed)
@@ -265,23 +266,32 @@ def _domains(task: str) -> tuple[Split, Split]:
     return _sentences(source), _sentences(target)
 
 
-def run(task: str) -> list[Run]:
-    """All methods and seeds of one task, or all strengths, into its CSV as they come."""
-    source, target = _domains(task)
-    wanted = [(method, seed, None) for seed in SEEDS[_kind(task)] for method in METHODS]
+def run(task: str, most: int | None = None) -> list[Run]:
+    """All methods and seeds of one task, or all strengths; of those that its CSV lacks at most `most` are run
+    now.
+    """
+    wanted = [(method, seed, STRENGTHS[method]) for seed in SEEDS for method in METHODS]
     if task == "strengths":
-        wanted = [(method, CHOOSING_SEED, strength) for method, strengths in TRIED.items() for strength in strengths]
+        wanted = [(method, CHOOSING_SEED, strength) for method in TRIED for strength in TRIED[method]]
+    runs = _read(task)
+    done = {(run.method, run.seed, run.strength) for run in runs}
+    missing = [one for one in wanted if one not in done][:most]
+    if missing:
+        source, target = _domains(task)
+    for method, seed, strength in missing:
+        runs.append(measured(task, method, seed, source, target, strength=strength))
+        _write(task, runs)
+    return runs
+
+
+def _write(task: str, runs: Sequence[Run]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    runs: list[Run] = []
     with (RESULTS / f"domain_adaptation_{task}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Run)])
         writer.writeheader()
-        for method, seed, strength in wanted:
-            runs.append(measured(task, method, seed, source, target, strength=strength))
-            values = asdict(runs[-1]).items()
+        for run in runs:
+            values = asdict(run).items()
             writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in values})
-            file.flush()
-    return runs
 
 
 def chosen(runs: Sequence[Run]) -> str:
@@ -363,14 +373,17 @@ def _title(results: dict[str, list[Run]]) -> str:
 TASKS = ("strengths", "images", "movie-amazon", "movie-nyt", "movie-tweets")
 
 
-def main(names: Sequence[str]) -> int:
-    """Run these tasks, or all."""
+def main(arguments: Sequence[str]) -> int:
+    """Run these tasks, or all; with --next only the first run of each that is missing."""
+    names, most = [name for name in arguments if name != "--next"], 1 if "--next" in arguments else None
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         print(f"there is no task {unknown[0]!r}: choose among {', '.join(TASKS)}", file=sys.stderr)
         return 2
     for task in names or TASKS:
-        print(chosen(run(task)) if task == "strengths" else summary(run(task)))
+        runs = run(task, most)
+        if most is None:
+            print(chosen(runs) if task == "strengths" else summary(runs))
     plot()
     return 0
 

@@ -247,3 +247,22 @@ def test_bad_tests_are_named() -> None:
         mmd_test(x, y, documents=([1, 2, 3], [1, 2, 3, 4]))
     with pytest.raises(ValueError, match="fewer than 2 documents"):
         mmd_test(x, y, documents=([1, 1, 1, 1], [1, 2, 3, 4]))
+
+
+@pytest.mark.slow
+def test_loss_and_gradients_of_20000_rows_take_less_than_a_gigabyte() -> None:
+    """In a process of its own, above what it has before: the gradients, three copies of the rows, and a tile."""
+    import subprocess
+    import sys
+
+    code = """if True:
+        import resource, torch
+        from peftkern.transfer.mmd import GaussianKernels, mmd2
+        x, y = torch.randn(20_000, 384, requires_grad=True), torch.randn(20_000, 384, requires_grad=True)
+        mmd2(x[:100], y[:100], GaussianKernels.fit(x, y)).backward()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        mmd2(x, y, GaussianKernels.fit(x, y)).backward()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 600, done.stdout  # MiB; measured on a CPU: see docs/transfer/adaptation.md

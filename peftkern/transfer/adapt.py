@@ -1,0 +1,188 @@
+"""`peftkern adapt`: a text classifier for a domain without labels, from labelled text of another, by DANN or
+MMD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..finetune.errors import InputError, require
+
+if TYPE_CHECKING:
+    from .dann import DomainProbe
+    from .validators import LabelShift
+
+__all__ = ["METHODS", "AdaptConfig", "AdaptReport", "adapt", "add_commands"]
+
+METHODS = ("dann", "mmd", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Options of `adapt`: rows of text and label to learn from, rows of text to adapt to, and how."""
+
+    model: str
+    data: str
+    target_data: str
+    output: str = "out"
+    test_data: str | None = None
+    method: str = "dann"
+    strength: float = 1.0
+    r: int = 8
+    seq_length: int = 128
+    batch_size: int = 16
+    steps: int = 300
+    lr: float = 1e-3
+    eval_fraction: float = 0.1
+    seed: int = 0
+    patch: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name, least in (("r", 1), ("seq_length", 2), ("batch_size", 2), ("steps", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        for name in ("strength", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not 0 < self.eval_fraction < 1:
+            raise InputError(f"--eval-fraction must be between 0 and 1, got {self.eval_fraction}")
+
+
+@dataclass(frozen=True)
+class AdaptReport:
+    """What is known of the adapted model: accuracies where there are labels, and what needs none."""
+
+    source_accuracy: float
+    target_accuracy: float | None
+    information: float
+    density: float
+    shift: LabelShift
+    probe: DomainProbe
+
+    @property
+    def verdict(self) -> str:
+        """In words, a line each."""
+        lines = [f"Accuracy on held-out source rows:  {self.source_accuracy:.3f}"]
+        if self.target_accuracy is not None:
+            lines.append(f"Accuracy on --test-data:  {self.target_accuracy:.3f}")
+        lines.append(f"Target without labels:  information {self.information:.3f} nats, density {self.density:.3f} (higher is better)")
+        lines += [f"Classes:  {self.shift.verdict}", f"Domains:  {self.probe.verdict}"]
+        return "\n".join(lines)
+
+
+def add_commands(commands: Any) -> None:
+    """Add `adapt` to the sub-parsers of `peftkern`."""
+    parser = commands.add_parser("adapt", help="a text classifier for a domain without labels, from labelled text of another")
+    helps = {
+        "model": "an encoder: hub id or folder",
+        "data": "labelled source rows: text and label, .jsonl, .csv, .tsv, .json, .parquet",
+        "target_data": "target rows to adapt to: text; a label among them is not read",
+        "output": "folder for adapter and report",
+        "test_data": "labelled target rows to score with at the end, and for nothing else",
+        "method": "dann (domain-adversarial), mmd (maximum mean discrepancy) or none (the source alone)",
+        "strength": "weight of the alignment's loss beside the task's",
+        "r": "LoRA rank",
+        "seq_length": "most tokens of a text",
+        "batch_size": "source rows of a step, and as many target rows",
+        "steps": "optimizer steps",
+        "lr": "learning rate at the start",
+        "eval_fraction": "part of the source rows to hold out",
+        "seed": "seed of everything random",
+        "patch": "use peftkern's kernels",
+    }
+    types = {"strength": float, "lr": float, "eval_fraction": float, "patch": bool} | dict.fromkeys(("r", "seq_length"), int)
+    types |= dict.fromkeys(("batch_size", "steps", "seed"), int)
+    for field in dataclasses.fields(AdaptConfig):
+        flag, required = "--" + field.name.replace("_", "-"), field.default is dataclasses.MISSING
+        default = None if required else field.default
+        shown = "" if default is None or isinstance(default, bool) else f" (default: {default})"
+        options: dict[str, Any] = {
+            "help": helps[field.name] + shown,
+            "default": default,
+            "required": required,
+        }
+        if types.get(field.name) is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = types.get(field.name, str)
+        parser.add_argument(flag, **options)
+    parser.set_defaults(run=_main)
+
+
+def _main(args: argparse.Namespace) -> int:
+    try:
+        config = AdaptConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(AdaptConfig)})
+        print(f"\n{adapt(config).verdict}\nAdapter:  {config.output}")
+    except KeyboardInterrupt:
+        return 130
+    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
+        print(f"peftkern adapt: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def adapt(config: AdaptConfig) -> AdaptReport:
+    """Train LoRA and a classifier on the source's labels, aligned with the target's texts; save both, and
+    report.
+
+    Raises: InputError for rows without text or label, one class, fewer than two target rows, or a folder that
+    exists.
+    """
+    require("transformers", "peft", "accelerate", "tqdm")
+    from ..files import atomic_directory
+    from .extras import require_transfer
+
+    require_transfer()
+    output = Path(config.output)
+    if output.exists():
+        raise InputError(f"--output {output} exists: name a folder that does not, as nothing is overwritten")
+    source = _rows(config.data, "--data", labelled=True)
+    target = _rows(config.target_data, "--target-data", labelled=False)
+    test = [] if config.test_data is None else _rows(config.test_data, "--test-data", labelled=True)
+    labels = sorted({label for _, label in source})
+    if len(labels) < 2:
+        raise InputError(f"--data: all {len(source)} labels are {labels[0]!r}: a classifier needs at least two classes")
+    unknown = {label for _, label in test} - set(labels)
+    if unknown:
+        raise InputError(f"--test-data has the label {min(unknown)!r}, which --data has not: its labels are {', '.join(labels)}")
+    if len(target) < 2:
+        raise InputError(f"--target-data has {len(target)} row(s), expected at least 2")
+    from .classifier import train
+
+    model, tokenizer, report = train(config, source, target, test, labels)
+    with atomic_directory(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        values = dataclasses.asdict(config) | {"labels": labels, "report": report.verdict.split("\n")}
+        (folder / "adapt.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def _rows(source: str, option: str, *, labelled: bool) -> list[tuple[str, str]]:
+    """(text, label) of each row; the label is "" where none is wanted."""
+    from ..finetune.readers import read_rows
+
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"{option} {source}: no such file or folder")
+    rows = []
+    for place, row in read_rows(path, option, also=("label",)):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{place}: the row has no text: {option} needs rows with the field text")
+        label = row.get("label")
+        if labelled and (label is None or label == "" or isinstance(label, (dict, list))):
+            raise InputError(f"{place}: the row has no label: {option} needs rows with text and label")
+        rows.append((text, str(label) if labelled else ""))
+    if not rows:
+        raise InputError(f"{option} {source} is empty: it needs at least one row")
+    return rows
