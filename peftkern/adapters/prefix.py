@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..patching.attention import release, surround
 from .prefix_files import gate_in, mark_gated, read_gated
-from .prefix_layers import Survey, keys_and_values, survey
+from .prefix_layers import Layer, Survey, keys_and_values, survey
 from .prefix_state import AroundLayer, PrefixState, ShiftedPositions, gate_of
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ def prefix_model(
 
     _check_init(init, text, tokenizer, config)
     found = survey(base)
-    _fill(config, found)
-    if init == "zero":
-        config.init_weights = "zero"
+    wanted = _fill(config, found)
     with _checkpointing_unseen(base):
         model = get_peft_model(base, config, adapter_name=adapter_name)
-        _fit(model, adapter_name, found)
+        _fit(model, adapter_name, found, wanted)
     _install(model, found)
+    if init == "zero":
+        _zero(model.prompt_encoder[adapter_name])
     if init in ("text", "gate"):
         initialize_prefix(model, text, tokenizer=tokenizer, adapter_name=adapter_name, gate=init == "gate")
     return model
@@ -111,9 +111,10 @@ def load_prefix(base: nn.Module, folder: str | Path, *, is_trainable: bool = Fal
         raise ValueError(f"{folder} holds an adapter of the kind {config.peft_type}, expected PREFIX_TUNING")
     found = survey(base)
     config.inference_mode = not is_trainable
+    wanted = _fill(config, found)
     with _checkpointing_unseen(base):
         model = get_peft_model(base, config, adapter_name=adapter_name)
-        _fit(model, adapter_name, found)
+        _fit(model, adapter_name, found, wanted)
     _install(model, found)
     if gate_in(folder):
         _add_gate(model.prompt_encoder[adapter_name], config, found)
@@ -202,36 +203,36 @@ def _install(model: PeftModel, found: Survey) -> PrefixReport:
     return _serve(model)
 
 
-def _fit(model: PeftModel, name: str, found: Survey) -> None:
-    """Where PEFT has taken from the model's configuration a width that no layer has (latent attention, of which it knows a part): the
-    encoder anew, of the widest keys there are."""
+def _fit(model: PeftModel, name: str, found: Survey, wanted: tuple[int, int]) -> None:
+    """Where PEFT has taken from the model's configuration a width that leaves layers out (of latent attention it knows a part; some
+    versions do not know that layers differ): the encoder anew, of the heads and token_dim that are wanted."""
     config = model.peft_config[name]
-    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
-    if any(layer.heads <= heads and max(layer.width, layer.value_width) <= width for layer in found.layers):
+    if (config.num_attention_heads, config.token_dim) == wanted or not any(_unfit(layer, config) for layer in found.layers):
         return
-    widest = max(found.layers, key=lambda layer: layer.heads * max(layer.width, layer.value_width))
-    config.num_attention_heads, config.token_dim = widest.heads, widest.heads * max(widest.width, widest.value_width)
+    config.num_attention_heads, config.token_dim = wanted
     model._setup_prompt_encoder(name)
+
+
+def _unfit(layer: Layer, config: PrefixTuningConfig) -> str | None:
+    """Why a prefix has nothing for a layer's keys."""
+    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
+    widest = max(layer.width, layer.value_width)
+    if layer.source >= config.num_layers:
+        return f"it is layer {layer.source}, and the prefix has {config.num_layers}"
+    if layer.heads > heads or widest > width:
+        return f"its keys have {layer.heads} heads of {widest}, the prefix {heads} of {width}"
+    return None
 
 
 def _serve(model: PeftModel) -> PrefixReport:
     """Note for each prefix which layers get it; the report is of the active one."""
     state, found = _state(model), _state(model).found
-    by_index = {layer.index: layer for layer in found.layers}
     refused = dict(found.refused)
     for name, config in model.peft_config.items():
         if not _is_prefix(config) or name not in model.prompt_encoder:
             continue
-        heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
-        unfit = {}
-        for layer in found.layers:
-            source = by_index.get(layer.source, layer)
-            if source.index >= config.num_layers:
-                unfit[layer.name] = f"it is layer {source.index}, and the prefix has {config.num_layers}"
-            elif source.heads > heads or max(source.width, source.value_width) > width:
-                unfit[layer.name] = (
-                    f"its keys have {source.heads} heads of {max(source.width, source.value_width)}, the prefix {heads} of {width}"
-                )
+        reasons = {layer.name: _unfit(layer, config) for layer in found.layers}
+        unfit = {name: reason for name, reason in reasons.items() if reason is not None}
         state.serving[name] = frozenset(layer.index for layer in found.layers if layer.name not in unfit)
         if not state.serving[name]:
             raise ValueError(f"prefix {name!r} fits no layer: {next(iter(unfit.values()))}; set token_dim and num_attention_heads to match")
@@ -268,12 +269,11 @@ def _disable_adapter(model: PeftModel) -> Iterator[None]:
 def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
     """PEFT's, of a prefix of this model's layers."""
     state = _state(model)
-    if _is_prefix(peft_config):
-        _fill(peft_config, state.found)
+    wanted = _fill(peft_config, state.found) if _is_prefix(peft_config) else None
     with _checkpointing_unseen(model):
         result = type(model).add_adapter(model, adapter_name, peft_config, *args, **kwargs)
-        if _is_prefix(peft_config):
-            _fit(model, adapter_name, state.found)
+        if wanted is not None:
+            _fit(model, adapter_name, state.found, wanted)
     _serve(model)
     return result
 
@@ -324,8 +324,9 @@ def _is_prefix(config: Any) -> bool:
     return getattr(config.peft_type, "value", config.peft_type) == "PREFIX_TUNING"
 
 
-def _fill(config: PrefixTuningConfig, found: Survey) -> None:
-    """What the configuration leaves open, of the widest keys there are; PEFT would derive it from the model's configuration."""
+def _fill(config: PrefixTuningConfig, found: Survey) -> tuple[int, int]:
+    """Fill in what the configuration leaves open, of the widest keys there are; returns its heads and token_dim. PEFT then derives them
+    anew from the model's configuration."""
     if config.num_layers is None:
         config.num_layers = 1 + max(layer.index for layer in found.layers)
     widest = max(found.layers, key=lambda layer: layer.heads * max(layer.width, layer.value_width))
@@ -334,6 +335,15 @@ def _fill(config: PrefixTuningConfig, found: Survey) -> None:
         config.token_dim = widest.heads * max(widest.width, widest.value_width)
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 1
+    return config.num_attention_heads, config.token_dim
+
+
+@torch.no_grad()
+def _zero(encoder: nn.Module) -> None:
+    """As PEFT's init_weights="zero", which PEFT 0.18 does not have."""
+    transform = getattr(encoder, "transform", None)
+    for parameter in encoder.embedding.parameters() if transform is None else transform[-1].parameters():
+        parameter.zero_()
 
 
 def _add_gate(encoder: nn.Module, config: PrefixTuningConfig, found: Survey) -> None:

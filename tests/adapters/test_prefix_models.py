@@ -86,6 +86,8 @@ def after_text(base: nn.Module, **inputs: Any) -> Tensor:
 @torch.no_grad()
 def test_a_text_prefix_is_the_base_after_that_text(kind: str) -> None:
     base = build(kind)
+    if not any(attention.surroundable(module) is None for module in base.modules()):
+        pytest.skip(f"the attention of {kind} has no interface in this transformers")
     model = prefix_model(copy.deepcopy(base), config(), text=TEXT)
     torch.testing.assert_close(model(IDS).logits, after_text(base), rtol=1e-4, atol=1e-5)
     report = inside_attention(model)
