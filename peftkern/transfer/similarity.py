@@ -15,7 +15,7 @@ from torch import nn
 
 from ..finetune.errors import InputError
 from .extras import require_transfer
-from .features import pooled_features
+from .features import Features, pooled_features
 from .intervals import Interval, cross_validated
 from .lexical import Lexicon, TextRate, bits_per_byte, fertility, lexicon, surface
 from .probes import Probe, Splits, bag_of_words, probe, splits
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
     from .mmd import MMDTest
 
-__all__ = ["DomainReport", "ProxyDistance", "domain_similarity", "proxy_a_distance"]
+__all__ = [
+    "DomainReport",
+    "ProxyDistance",
+    "distance_by_depth",
+    "domain_similarity",
+    "proxy_a_distance",
+]
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,23 @@ def _null(
         told = _told_apart(both, size, [owners[half] for half in halves], single, folds, 1, kind, draw)
         values.append(2 * (1 - 2 * (1 - sum(told.scores) / len(told.scores))))
     return values
+
+
+def distance_by_depth(
+    features: Features,
+    rows: int,
+    *,
+    pool: str = "mean",
+    **options: Any,
+) -> dict[int, ProxyDistance]:
+    """The distance after every depth of one pass over source and target: where in a model the domains part.
+
+    Args:
+        features: of the source's texts, `rows` of them, followed by the target's.
+        options: of `proxy_a_distance`.
+    """
+    found = {depth: features.at(depth, pool) for depth in features.depths}
+    return {depth: proxy_a_distance(x[:rows], x[rows:], **options) for depth, x in found.items()}
 
 
 @dataclass(frozen=True)

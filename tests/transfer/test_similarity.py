@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 
 from peftkern.finetune.errors import InputError
-from peftkern.transfer.similarity import domain_similarity, proxy_a_distance
+from peftkern.transfer.features import Features
+from peftkern.transfer.similarity import distance_by_depth, domain_similarity, proxy_a_distance
 
 _QUICK = {"repeats": 2, "null_draws": 2}
 
@@ -57,6 +58,12 @@ def test_documents_do_not_leak() -> None:
 def test_more_dimensions_than_rows_separate_nothing() -> None:
     distance = proxy_a_distance(_draw(60, 500, 0), _draw(60, 500, 1), **_QUICK)
     assert not distance.differs and distance.value < 1
+
+
+def test_distances_by_depth() -> None:
+    layers = np.stack([_draw(120, 4, 0), np.vstack([_draw(60, 4, 1), _draw(60, 4, 2, shift=30)])])
+    found = distance_by_depth(Features({"mean": layers}, (0, 3)), 60, **_QUICK)
+    assert found.keys() == {0, 3} and not found[0].differs and found[3].value == 2.0
 
 
 def test_bad_input_is_named() -> None:
