@@ -14,7 +14,7 @@ from peftkern.transfer.arms import four_arms
 from .results_files import save_plot, save_rows
 from .samples import mnist
 
-SEEDS, STEPS, DEPTHS = (0, 1, 2), 200, (1, 3, 6)
+SEEDS, STEPS, DEPTHS = (0, 1, 2), 150, (1, 3, 6)
 
 
 def small_vit(seed: int, *, classes: int) -> nn.Module:

@@ -22,7 +22,7 @@ from peftkern.transfer.similarity import proxy_a_distance
 from .results_files import save_plot, save_rows
 from .samples import DOMAINS, minilm, sentences
 
-ROWS = 1000
+ROWS = 600
 
 
 def main() -> None:

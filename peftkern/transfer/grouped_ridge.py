@@ -33,9 +33,12 @@ def choose_penalty(
     right = np.zeros(len(penalties))
     for train, test in splits:
         mean, offset = x[train].mean(0), signs[train].mean(0)
-        u, s, vt = np.linalg.svd(x[train] - mean, full_matrices=False)
-        projected, rotated = u.T @ (signs[train] - offset), (x[test] - mean) @ vt.T
+        inside, outside = x[train] - mean, x[test] - mean
+        wide = inside.shape[1] > inside.shape[0]  # then by the kernel: X' (X X' + a)^-1 instead of (X' X + a)^-1 X'
+        values, vectors = np.linalg.eigh(inside @ inside.T if wide else inside.T @ inside)
+        rotated = (outside @ inside.T if wide else outside) @ vectors
+        targets = vectors.T @ ((signs[train] - offset) if wide else inside.T @ (signs[train] - offset))
         for index, penalty in enumerate(penalties):
-            scores = rotated @ ((s / (s**2 + penalty))[:, None] * projected) + offset
+            scores = rotated @ (targets / (np.maximum(values, 0) + penalty)[:, None]) + offset
             right[index] += (classes[scores.argmax(1)] == labels[test]).mean()
     return penalties[len(penalties) - 1 - int(right[::-1].argmax())]

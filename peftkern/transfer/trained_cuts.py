@@ -72,7 +72,7 @@ class TrainedCuts:
             return f"Cut nowhere above {uncut.first}: {self.cuts[1].first} of {self.layers} already loses {self.behind(self.cuts[1])} nats."
         return (
             f"Cut at {cut.first} of {self.layers}: after {self.steps} steps its loss cannot be told from an uncut run's "
-            f"({self.behind(cut)} nats); a step takes ×{cut.cost.seconds / uncut.cost.seconds:.2f} of the time and saves "
+            f"({self.behind(cut)} nats); a step takes ×{cut.cost.seconds / uncut.cost.seconds:.2f} of the time and keeps "
             f"×{cut.cost.saved_bytes / uncut.cost.saved_bytes:.2f} of the bytes for backward."
         )
 

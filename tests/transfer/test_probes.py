@@ -56,10 +56,10 @@ def test_the_penalty_is_chosen_as_by_fitting_each() -> None:
     from sklearn.linear_model import RidgeClassifier
     from sklearn.model_selection import GroupKFold, cross_val_score
 
-    for seed, classes in ((0, 2), (1, 3), (2, 2)):
+    for seed, classes, width in ((0, 2, 40), (1, 3, 20), (2, 2, 200)):
         rng = np.random.default_rng(seed)
         groups = np.repeat(np.arange(15), 6)
-        features = rng.standard_normal((90, 40))
+        features = rng.standard_normal((90, width))
         labels = rng.integers(0, classes, 90)
         features[:, 0] += 2 * labels
         inner = list(GroupKFold(3).split(features, labels, groups))
