@@ -1,4 +1,6 @@
-"""The public functions of attention with a learned prefix; reached as `peftkern.functional.prefix_attention` and so on."""
+"""The public functions of attention with a learned prefix; reached as `peftkern.functional.prefix_attention`
+and so on.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,20 @@ def prefix_attention(
 ) -> Tensor:
     """Attention in which every query also sees a prefix of P learned keys and values that all samples share.
 
-    y = softmax([scale q prefix_k^T, scale q k^T + mask]) [prefix_v; v], in one softmax. k and v are read where they lie, also where
-    they have fewer heads than q; the prefix is neither copied behind them nor for each sample, and its gradients are summed over the
-    batch in fp32 (fp64 for fp64).
+    y = softmax([scale q prefix_k^T, scale q k^T + mask]) [prefix_v; v], in one softmax. k and v are read
+    where they lie, also where they have fewer heads than q; the prefix is neither copied behind them nor for
+    each sample, and its gradients are summed over the batch in fp32 (fp64 for fp64).
 
     Args:
-        q: [B, H, S, D]; k: [B, Hkv, T, D]; v: [B, Hkv, T, Dv], of one dtype (fp64, fp32, bf16, fp16), H a multiple of Hkv.
+        q: [B, H, S, D]; k: [B, Hkv, T, D]; v: [B, Hkv, T, Dv], of one dtype (fp64, fp32, bf16, fp16), H a
+            multiple of Hkv.
         prefix_k: [Hkv, P, D]; prefix_v: [Hkv, P, Dv], of any floating dtype; P >= 1.
-        mask: of k alone, [1 or B, 1 or H, S, T], bool (True is seen) or floating (added). The prefix is never masked.
+        mask: of k alone, [1 or B, 1 or H, S, T], bool (True is seen) or floating (added). The prefix is never
+            masked.
         causal: query i sees the keys 0 ... i; S = T then, and no mask.
         scale: 1 / sqrt(D) by default.
-    Returns: [B, H, S, Dv], in memory [B, S, H, Dv]. Saved for backward: what attention without a prefix saves.
+    Returns: [B, H, S, Dv], in memory [B, S, H, Dv]. Saved for backward: what attention without a prefix
+    saves.
     Raises: TypeError, ValueError naming the argument, what was got and what was expected.
     Source: Prefix-Tuning (Li and Liang, 2021), equation 7 of He et al. (2022) for the split of the softmax.
 
@@ -50,10 +55,20 @@ def prefix_attention(
     return _prefix_attention.joint(q, k, v, mask, prefix_k, prefix_v, causal, scale)
 
 
-def prefix_gated(y: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attention's output plus what a prefix gives in a softmax of its own: y + tanh(gate) softmax(scale q prefix_k^T) prefix_v.
+def prefix_gated(
+    y: Tensor,
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    gate: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention's output plus what a prefix gives in a softmax of its own: y + tanh(gate) softmax(scale q
+    prefix_k^T) prefix_v.
 
-    Where the gate is 0 the result is y, bit for bit, and the gate's gradient is not 0: a start that changes nothing.
+    Where the gate is 0 the result is y, bit for bit, and the gate's gradient is not 0: a start that changes
+    nothing.
 
     Args:
         y: [B, H, S, Dv]; q: [B, H, S, D].

@@ -1,9 +1,11 @@
-"""How a prefix begins decides what it learns: random, zero, a text's keys and values, or a gate of zero, beside LoRA of as many weights.
+"""How a prefix begins decides what it learns: random, zero, a text's keys and values, or a gate of zero,
+beside LoRA of as many weights.
 
-SmolLM2 learns the King James Bible for a few steps from each start, inside attention, and is measured on held-out books and, for what it
-forgets, on held-out prose of Python's reference. LoRA of rank 2 on all linear layers has as many weights as a prefix of 53 tokens. The
-rate of each start is the best of a sweep on a seed that is not reported. Writes prefix_start.csv, prefix_start_rates.csv and
-prefix_start.png into results/; rows that a file has already are not made again, so that it can be run in parts.
+SmolLM2 learns the King James Bible for a few steps from each start, inside attention, and is measured on
+held-out books and, for what it forgets, on held-out prose of Python's reference. LoRA of rank 2 on all linear
+layers has as many weights as a prefix of 53 tokens. The rate of each start is the best of a sweep on a seed
+that is not reported. Writes prefix_start.csv, prefix_start_rates.csv and prefix_start.png into results/; rows
+that a file has already are not made again, so that it can be run in parts.
 
     python -m examples.transfer.prefix_start
     python -m examples.transfer.prefix_start --time
@@ -92,7 +94,10 @@ def adapted(arm: str, seed: int, texts: Texts) -> nn.Module:
     base = samples.smollm2(torch.bfloat16)[0].requires_grad_(False)
     torch.manual_seed(seed)
     if arm == "LoRA":
-        model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            base,
+            LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
     else:
         config = PrefixTuningConfig(num_virtual_tokens=TOKENS, task_type="CAUSAL_LM")
         model = prefix_model(base, config, init=arm, text=texts.train[seed * 37 % len(texts.train)])
@@ -110,14 +115,24 @@ def once(table: Path, texts: Texts, arm: str, seed: int, rate: float, steps: int
     for step, seconds in training(model, weights, texts, seed, rate, steps):
         target, source = (measured(model, windows) for windows in (texts.target, texts.source))
         rows.append(dict(zip(COLUMNS, (arm, seed, rate, count, step, target, source, seconds), strict=True)))
-        print(f"{arm} seed {seed} rate {rate:g} step {step}: target {target:.4f} source {source:.4f}, {seconds:.2f} s a step", flush=True)
+        print(
+            f"{arm} seed {seed} rate {rate:g} step {step}: target {target:.4f} source {source:.4f}, {seconds:.2f} s a step",
+            flush=True,
+        )
     write(table, read(table) + rows)
 
 
 def training(
-    model: nn.Module, weights: list[nn.Parameter], texts: Texts, seed: int, rate: float, steps: int
+    model: nn.Module,
+    weights: list[nn.Parameter],
+    texts: Texts,
+    seed: int,
+    rate: float,
+    steps: int,
 ) -> Iterator[tuple[int, float]]:
-    """Yields (step, seconds a step so far) before the first step and after some of them; AdamW, a warm-up of 3 steps, then a cosine."""
+    """Yields (step, seconds a step so far) before the first step and after some of them; AdamW, a warm-up of
+    3 steps, then a cosine.
+    """
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     rows = torch.randperm(len(texts.train), generator=torch.Generator().manual_seed(seed))
     spent = 0.0
@@ -179,7 +194,11 @@ def times(texts: Texts, steps: int = 6) -> None:
         batch = texts.train[step * BATCH : (step + 1) * BATCH]
         for name, model in models.items():  # in turn, so that a busy machine slows all of them
             start = time.perf_counter()
-            model(input_ids=batch, labels=batch, **({} if name.startswith("PEFT") else {"use_cache": False})).loss.backward()
+            model(
+                input_ids=batch,
+                labels=batch,
+                **({} if name.startswith("PEFT") else {"use_cache": False}),
+            ).loss.backward()
             taken[name].append(time.perf_counter() - start)
     for name, seconds in taken.items():
         print(f"{name}: {statistics.median(seconds[1:]):.3f} s a step")
@@ -200,7 +219,10 @@ def write(table: Path, rows: list[dict[str, Any]]) -> None:
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        rows = sorted(rows, key=lambda row: (list(SWEEP).index(row["arm"]), row["rate"], row["seed"], row["step"]))
+        rows = sorted(
+            rows,
+            key=lambda row: (list(SWEEP).index(row["arm"]), row["rate"], row["seed"], row["step"]),
+        )
         writer.writerows({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows)
 
 
@@ -224,11 +246,26 @@ def draw(rows: list[dict[str, Any]]) -> None:
         before, after = (mean_and_error(found, step, "source_nats") for step in (0, last))
         end = mean_and_error(found, last, "target_nats")
         base = mean_and_error([row for row in rows if row["arm"] == "LoRA"] or found, 0, "source_nats")[0]
-        ends.errorbar(after[0] - base, end[0], xerr=after[1], yerr=end[1], marker="o", capsize=2, color=line.lines[0].get_color())
+        ends.errorbar(
+            after[0] - base,
+            end[0],
+            xerr=after[1],
+            yerr=end[1],
+            marker="o",
+            capsize=2,
+            color=line.lines[0].get_color(),
+        )
         ends.annotate(arm, (after[0] - base, end[0]), textcoords="offset points", xytext=(6, 4))
-    curves.set(xlabel=f"steps of {LENGTH * BATCH} tokens", ylabel="held-out King James, nats a token", ylim=(None, 3.6))
+    curves.set(
+        xlabel=f"steps of {LENGTH * BATCH} tokens",
+        ylabel="held-out King James, nats a token",
+        ylim=(None, 3.6),
+    )
     curves.legend()
-    ends.set(xlabel="forgotten: Python's reference, nats a token above the base", ylabel="held-out King James, nats a token")
+    ends.set(
+        xlabel="forgotten: Python's reference, nats a token above the base",
+        ylabel="held-out King James, nats a token",
+    )
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(
         f"{title(rows, last)}\nSmolLM2-135M, {TOKENS} virtual tokens, LoRA r = {RANK}; {seeds} seeds, bars: standard errors; 2 cores"

@@ -1,8 +1,8 @@
 """Prefix tuning with PEFT's own configuration and files, computed inside attention.
 
-PEFT puts a prefix into a new cache at every step, expanded over the batch and in the base's dtype, which gradient checkpointing cannot
-repeat and a sliding window forgets. Here the model stays PEFT's `PeftModel` with PEFT's parameters, and each attention layer joins its
-part of the prefix to its own softmax.
+PEFT puts a prefix into a new cache at every step, expanded over the batch and in the base's dtype, which
+gradient checkpointing cannot repeat and a sliding window forgets. Here the model stays PEFT's `PeftModel`
+with PEFT's parameters, and each attention layer joins its part of the prefix to its own softmax.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..patching.attention import release, surround
+from .prefix_config import add_gate, fill, fit, is_prefix, set_zero, unfit
 from .prefix_files import gate_in, mark_gated, read_gated
-from .prefix_layers import Layer, Survey, keys_and_values, survey
+from .prefix_layers import Survey, keys_and_values, survey
 from .prefix_state import AroundLayer, PrefixState, ShiftedPositions, gate_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,14 @@ __all__ = [
 INITS = ("text", "random", "zero", "gate")
 _STATE = "_peftkern_prefix"
 # PEFT's methods that ours stand in place of, on the instance.
-_METHODS = ("forward", "prepare_inputs_for_generation", "disable_adapter", "add_adapter", "load_adapter", "save_pretrained")
+_METHODS = (
+    "forward",
+    "prepare_inputs_for_generation",
+    "disable_adapter",
+    "add_adapter",
+    "load_adapter",
+    "save_pretrained",
+)
 
 
 @dataclass(frozen=True)
@@ -71,71 +79,84 @@ def prefix_model(
     """A PEFT model of `base` with a new prefix that is computed inside attention.
 
     Args:
-        base: a frozen transformers decoder or encoder, dense or 4-bit, patched or not; gradient checkpointing may be on.
-        config: PEFT's. What it leaves open (num_layers, token_dim, num_attention_heads) is filled in from the keys that the model's
-            attention is seen to get.
-        init: "text", the keys and values that the base computes for a text, which has been found to matter most; "random" and "zero",
-            PEFT's; "gate", a start that changes nothing: the text's keys and values behind a gate a head and layer that is 0 at first,
-            and beside which the tokens keep their own positions.
-        text: for "text" and "gate": a string, for which `tokenizer` is needed, or token ids [P or more]. The first
-            `num_virtual_tokens` tokens are taken.
+        base: a frozen transformers decoder or encoder, dense or 4-bit, patched or not; gradient checkpointing
+            may be on.
+        config: PEFT's. What it leaves open (num_layers, token_dim, num_attention_heads) is filled in from the
+            keys that the model's attention is seen to get.
+        init: "text", the keys and values that the base computes for a text, which matters most of all
+            choices; "random" and "zero", PEFT's; "gate", a start that changes nothing: the text's keys and
+            values behind a gate a head and layer that is 0 at first, and beside which the tokens keep their
+            own positions.
+        text: for "text" and "gate": a string, for which `tokenizer` is needed, or token ids [P or more]. The
+            first `num_virtual_tokens` tokens are taken.
     Returns: peft.PeftModel, whose only trainable parameters are the prefix's.
-    Raises: ValueError where the model has no layer for a prefix, the text is too short or missing, or an argument is unknown.
+    Raises: ValueError where the model has no layer for a prefix, the text is too short or missing, or an
+    argument is unknown.
     Source: Prefix-Tuning (Li and Liang, 2021); "gate": LLaMA-Adapter (Zhang et al., 2023).
     """
     from peft import get_peft_model
 
     _check_init(init, text, tokenizer, config)
-    found = survey(base)
-    wanted = _fill(config, found)
+    surveyed = survey(base)
+    wanted = fill(config, surveyed)
     with _checkpointing_unseen(base):
         model = get_peft_model(base, config, adapter_name=adapter_name)
-        _fit(model, adapter_name, found, wanted)
-    _install(model, found)
+        fit(model, adapter_name, surveyed, wanted)
+    _install(model, surveyed)
     if init == "zero":
-        _zero(model.prompt_encoder[adapter_name])
+        set_zero(model.prompt_encoder[adapter_name])
     if init in ("text", "gate"):
         initialize_prefix(model, text, tokenizer=tokenizer, adapter_name=adapter_name, gate=init == "gate")
     return model
 
 
-def load_prefix(base: nn.Module, folder: str | Path, *, is_trainable: bool = False, adapter_name: str = "default") -> PeftModel:
-    """A PEFT model of `base` with the prefix that `folder` holds, PEFT's or a gated one of ours, computed inside attention.
+def load_prefix(
+    base: nn.Module,
+    folder: str | Path,
+    *,
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """A PEFT model of `base` with the prefix that `folder` holds, PEFT's or a gated one of ours, computed
+    inside attention.
 
     Raises ValueError where the folder holds no prefix, or one of another shape.
     """
     from peft import PeftConfig, get_peft_model
 
     config = PeftConfig.from_pretrained(str(folder))
-    if not _is_prefix(config):
+    if not is_prefix(config):
         raise ValueError(f"{folder} holds an adapter of the kind {config.peft_type}, expected PREFIX_TUNING")
-    found = survey(base)
+    surveyed = survey(base)
     config.inference_mode = not is_trainable
-    wanted = _fill(config, found)
+    wanted = fill(config, surveyed)
     with _checkpointing_unseen(base):
         model = get_peft_model(base, config, adapter_name=adapter_name)
-        _fit(model, adapter_name, found, wanted)
-    _install(model, found)
+        fit(model, adapter_name, surveyed, wanted)
+    _install(model, surveyed)
     if gate_in(folder):
-        _add_gate(model.prompt_encoder[adapter_name], config, found)
+        add_gate(model.prompt_encoder[adapter_name], config, surveyed)
     model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
     return model
 
 
 def inside_attention(model: PeftModel) -> PrefixReport:
-    """Compute the prefixes of a PEFT model inside attention from now on; `outside_attention` gives them back to PEFT.
+    """Compute the prefixes of a PEFT model inside attention from now on; `outside_attention` gives them back
+    to PEFT.
 
-    Changes this instance alone: around the attention functions of its layers, positions before its backbone, and the PEFT model's own
-    methods that call, add, load and save. Parameters, state_dict and the files of a prefix without a gate stay PEFT's.
-    Raises ValueError where no adapter is a prefix or no layer fits it.
+    Changes this instance alone: around the attention functions of its layers, positions before its backbone,
+    and the PEFT model's own methods that call, add, load and save. Parameters, state_dict and the files of a
+    prefix without a gate stay PEFT's. Raises ValueError where no adapter is a prefix or no layer fits it.
     """
-    if not any(_is_prefix(config) for config in model.peft_config.values()):
+    if not any(is_prefix(config) for config in model.peft_config.values()):
         raise ValueError(f"model: none of its adapters {list(model.peft_config)} is a prefix; make one with PrefixTuningConfig")
     return _install(model, survey(model.get_base_model()))
 
 
 def position_shift(model: nn.Module) -> int:
-    """By how much the tokens' positions are moved by the active prefix of a PEFT model; 0 for any other model."""
+    """By how much the tokens' positions are moved by the active prefix of a PEFT model; 0 for any other
+    model.
+    """
     state = _state(model)
     return 0 if state is None else state.shift()
 
@@ -157,12 +178,19 @@ def outside_attention(model: PeftModel) -> None:
 
 @torch.no_grad()
 def initialize_prefix(
-    model: PeftModel, text: str | Tensor, *, tokenizer: Any = None, adapter_name: str | None = None, gate: bool = False
+    model: PeftModel,
+    text: str | Tensor,
+    *,
+    tokenizer: Any = None,
+    adapter_name: str | None = None,
+    gate: bool = False,
 ) -> None:
-    """Set a prefix to the keys and values that the base computes for the first tokens of a text; with `gate`, behind a gate of 0.
+    """Set a prefix to the keys and values that the base computes for the first tokens of a text; with `gate`,
+    behind a gate of 0.
 
-    Without a gate the model then gives, token for token, what the base gives after that text. Raises ValueError for a text of fewer
-    tokens than the prefix has, or a prefix with a projection, which cannot be inverted.
+    Without a gate the model then gives, token for token, what the base gives after that text. Raises
+    ValueError for a text of fewer tokens than the prefix has, or a prefix with a projection, which cannot be
+    inverted.
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     config, encoder, state = model.peft_config[name], model.prompt_encoder[name], _state(model)
@@ -174,13 +202,13 @@ def initialize_prefix(
     if ids.shape[1] < count:
         raise ValueError(f"text: has {ids.shape[1]} tokens, the prefix {count}: give a longer text, or fewer num_virtual_tokens")
     if gate:
-        _add_gate(encoder, config, state.found)
-    first = -count if gate and state.found.rotary else 0
+        add_gate(encoder, config, state.surveyed)
+    first = -count if gate and state.surveyed.rotary else 0
     ids = ids[:, :count].to(encoder.embedding.weight.device)
     with _disable_adapter(model):  # its positions too
-        found = keys_and_values(model.get_base_model(), state.found, ids, first_position=first)
+        pairs = keys_and_values(model.get_base_model(), state.surveyed, ids, first_position=first)
     weight = encoder.embedding.weight.view(count, config.num_layers, 2, config.num_attention_heads, -1)
-    for index, (k, v) in found.items():
+    for index, (k, v) in pairs.items():
         if index in state.serving[name]:
             for slot, value in enumerate((k, v)):
                 weight[:, index, slot, : value.shape[0], : value.shape[2]] = value.transpose(0, 1).to(weight)
@@ -189,57 +217,38 @@ def initialize_prefix(
 # ---- putting it in
 
 
-def _install(model: PeftModel, found: Survey) -> PrefixReport:
+def _install(model: PeftModel, surveyed: Survey) -> PrefixReport:
     state = _state(model)
     if state is None:
-        state = model.__dict__[_STATE] = PrefixState(model, found)
-        for layer in found.layers:
+        state = model.__dict__[_STATE] = PrefixState(model, surveyed)
+        for layer in surveyed.layers:
             surround(layer.module, AroundLayer(state, layer))
-        hook = ShiftedPositions(state, found.backbone)
-        state.handle = found.backbone.register_forward_pre_hook(hook, with_kwargs=True)
+        hook = ShiftedPositions(state, surveyed.backbone)
+        state.handle = surveyed.backbone.register_forward_pre_hook(hook, with_kwargs=True)
         for name, method in zip(_METHODS, _OURS, strict=True):
             if hasattr(type(model), name):  # only causal language models prepare inputs
                 model.__dict__[name] = functools.partial(method, model)
     return _serve(model)
 
 
-def _fit(model: PeftModel, name: str, found: Survey, wanted: tuple[int, int]) -> None:
-    """Where PEFT has taken from the model's configuration a width that leaves layers out (of latent attention it knows a part; some
-    versions do not know that layers differ): the encoder anew, of the heads and token_dim that are wanted."""
-    config = model.peft_config[name]
-    if (config.num_attention_heads, config.token_dim) == wanted or not any(_unfit(layer, config) for layer in found.layers):
-        return
-    config.num_attention_heads, config.token_dim = wanted
-    model._setup_prompt_encoder(name)
-
-
-def _unfit(layer: Layer, config: PrefixTuningConfig) -> str | None:
-    """Why a prefix has nothing for a layer's keys."""
-    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
-    widest = max(layer.width, layer.value_width)
-    if layer.source >= config.num_layers:
-        return f"it is layer {layer.source}, and the prefix has {config.num_layers}"
-    if layer.heads > heads or widest > width:
-        return f"its keys have {layer.heads} heads of {widest}, the prefix {heads} of {width}"
-    return None
-
-
 def _serve(model: PeftModel) -> PrefixReport:
     """Note for each prefix which layers get it; the report is of the active one."""
-    state, found = _state(model), _state(model).found
-    refused = dict(found.refused)
+    state, surveyed = _state(model), _state(model).surveyed
+    refused = dict(surveyed.refused)
     for name, config in model.peft_config.items():
-        if not _is_prefix(config) or name not in model.prompt_encoder:
+        if not is_prefix(config) or name not in model.prompt_encoder:
             continue
-        reasons = {layer.name: _unfit(layer, config) for layer in found.layers}
-        unfit = {name: reason for name, reason in reasons.items() if reason is not None}
-        state.serving[name] = frozenset(layer.index for layer in found.layers if layer.name not in unfit)
+        reasons = {layer.name: unfit(layer, config) for layer in surveyed.layers}
+        left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+        state.serving[name] = frozenset(layer.index for layer in surveyed.layers if layer.name not in left_out)
         if not state.serving[name]:
-            raise ValueError(f"prefix {name!r} fits no layer: {next(iter(unfit.values()))}; set token_dim and num_attention_heads to match")
+            raise ValueError(
+                f"prefix {name!r} fits no layer: {next(iter(left_out.values()))}; set token_dim and num_attention_heads to match"
+            )
         if name == model.active_adapter:
-            refused |= unfit
+            refused |= left_out
     serving = state.serving.get(model.active_adapter, frozenset())
-    layers = [layer for layer in found.layers if layer.index in serving]
+    layers = [layer for layer in surveyed.layers if layer.index in serving]
     shared = tuple(layer.name for layer in layers if layer.source != layer.index)
     return PrefixReport(tuple(layer.name for layer in layers), shared, refused)
 
@@ -269,16 +278,22 @@ def _disable_adapter(model: PeftModel) -> Iterator[None]:
 def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
     """PEFT's, of a prefix of this model's layers."""
     state = _state(model)
-    wanted = _fill(peft_config, state.found) if _is_prefix(peft_config) else None
+    wanted = fill(peft_config, state.surveyed) if is_prefix(peft_config) else None
     with _checkpointing_unseen(model):
         result = type(model).add_adapter(model, adapter_name, peft_config, *args, **kwargs)
         if wanted is not None:
-            _fit(model, adapter_name, state.found, wanted)
+            fit(model, adapter_name, state.surveyed, wanted)
     _serve(model)
     return result
 
 
-def _load_adapter(model: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+def _load_adapter(
+    model: PeftModel,
+    model_id: str,
+    adapter_name: str,
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> Any:
     """PEFT's, and of a gated prefix in a local folder."""
     from peft import PeftConfig
 
@@ -296,7 +311,7 @@ def _load_adapter(model: PeftModel, model_id: str, adapter_name: str, is_trainab
     if not known:
         config.inference_mode = not is_trainable
         model.add_adapter(adapter_name, config)
-        _add_gate(model.prompt_encoder[adapter_name], config, _state(model).found)
+        add_gate(model.prompt_encoder[adapter_name], config, _state(model).surveyed)
     read_gated(model_id, model.prompt_encoder[adapter_name])
     if not is_trainable:
         model.eval()
@@ -320,40 +335,6 @@ def _state(model: nn.Module) -> PrefixState | None:
     return model.__dict__.get(_STATE)
 
 
-def _is_prefix(config: Any) -> bool:
-    return getattr(config.peft_type, "value", config.peft_type) == "PREFIX_TUNING"
-
-
-def _fill(config: PrefixTuningConfig, found: Survey) -> tuple[int, int]:
-    """Fill in what the configuration leaves open, of the widest keys there are; returns its heads and token_dim. PEFT then derives them
-    anew from the model's configuration."""
-    if config.num_layers is None:
-        config.num_layers = 1 + max(layer.index for layer in found.layers)
-    widest = max(found.layers, key=lambda layer: layer.heads * max(layer.width, layer.value_width))
-    if config.token_dim is None and config.num_attention_heads is None:
-        config.num_attention_heads = widest.heads
-        config.token_dim = widest.heads * max(widest.width, widest.value_width)
-    if config.num_transformer_submodules is None:
-        config.num_transformer_submodules = 1
-    return config.num_attention_heads, config.token_dim
-
-
-@torch.no_grad()
-def _zero(encoder: nn.Module) -> None:
-    """As PEFT's init_weights="zero", which PEFT 0.18 does not have."""
-    transform = getattr(encoder, "transform", None)
-    for parameter in encoder.embedding.parameters() if transform is None else transform[-1].parameters():
-        parameter.zero_()
-
-
-def _add_gate(encoder: nn.Module, config: PrefixTuningConfig, found: Survey) -> None:
-    heads = max(layer.query_heads for layer in found.layers)
-    if len({layer.query_heads for layer in found.layers}) > 1:
-        raise ValueError("init='gate': the layers have different numbers of heads: use init='text'")
-    weight = encoder.embedding.weight
-    encoder.gate = nn.Parameter(torch.zeros(config.num_layers, heads, device=weight.device))
-
-
 def _tokens(text: str | Tensor, tokenizer: Any) -> Tensor:
     """Ids [1, N] of a text."""
     if isinstance(text, str):
@@ -365,7 +346,7 @@ def _tokens(text: str | Tensor, tokenizer: Any) -> Tensor:
 def _check_init(init: str, text: str | Tensor | None, tokenizer: Any, config: PrefixTuningConfig) -> None:
     if init not in INITS:
         raise ValueError(f"init: got {init!r}, expected one of {', '.join(INITS)}")
-    if not _is_prefix(config):
+    if not is_prefix(config):
         raise ValueError(f"config: got a {type(config).__name__}, expected peft.PrefixTuningConfig")
     if init in ("text", "gate") and text is None:
         raise ValueError(f"text: init={init!r} takes the keys and values of a text: give one of the kind to adapt to, or init='random'")

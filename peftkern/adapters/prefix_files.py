@@ -1,4 +1,6 @@
-"""A prefix's files: PEFT's own, and for a gated one, which PEFT does not know, the same with the gate and under names that PEFT refuses."""
+"""A prefix's files: PEFT's own, and for a gated one, which PEFT does not know, the same with the gate and
+under names that PEFT refuses.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ _EMBEDDINGS, _GATE = "gated_prompt_embeddings", "prompt_gate"
 
 
 def mark_gated(folder: Path, gate: Tensor) -> None:
-    """Add the gate to what PEFT has saved in `folder`, whose embeddings get another name: PEFT then fails to load them (KeyError
-    'prompt_embeddings') instead of taking them for a prefix without a gate."""
+    """Add the gate to what PEFT has saved in `folder`, whose embeddings get another name: PEFT then fails to
+    load them (KeyError 'prompt_embeddings') instead of taking them for a prefix without a gate."""
     from safetensors.torch import load_file, save_file
 
     if not (folder / WEIGHTS).is_file():

@@ -1,4 +1,6 @@
-"""The attention layers of a model that can hold a prefix, found by running it on two tokens; and the keys and values of a text."""
+"""The attention layers of a model that can hold a prefix, found by running it on two tokens; and the keys and
+values of a text.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ _ROTARY = "apply_rotary_pos_emb"
 class Layer:
     """An attention module and its place among the prefix's layers.
 
-    index: as `layer_idx` of the module; source: the layer whose keys and values it reads, itself unless they are shared; heads, width,
+    index: as `layer_idx` of the module; source: the layer whose keys and values it reads, itself unless they
+    are shared; heads, width,
     value_width: of its keys and values; query_heads: of its queries.
     """
 
@@ -40,9 +43,10 @@ class Layer:
 class Survey:
     """What a model offers a prefix.
 
-    layers: in the order of the computation. backbone: the module that makes positions for all of them. rotary: whether positions enter
-    by rotation, where any whole number will do. positions: how the backbone counts where it is given none, "tokens" (from the first
-    one on, padding too) or "mask" (of the attention mask's ones); None for an encoder, beside whose prefix they stay as they are.
+    layers: in the order of the computation. backbone: the module that makes positions for all of them.
+    rotary: whether positions enter by rotation, where any whole number will do. positions: how the backbone
+    counts where it is given none, "tokens" (from the first one on, padding too) or "mask" (of the attention
+    mask's ones); None for an encoder, beside whose prefix they stay as they are.
     refused: the other attention modules, each with the reason.
     """
 
@@ -64,8 +68,8 @@ class _Seen:
 def survey(model: nn.Module) -> Survey:
     """The self-attention layers of a decoder that ask transformers' attention interface, in order.
 
-    Runs the model on two tokens, so that what its code does decides, not a list of families. Raises ValueError where there is none, or
-    the model is an encoder-decoder.
+    Runs the model on two tokens, so that what its code does decides, not a list of families. Raises
+    ValueError where there is none, or the model is an encoder-decoder.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -100,10 +104,19 @@ def _is_other_attention(name: str, module: nn.Module, usable: dict[str, nn.Modul
 
 
 def _positions(model: nn.Module, modules: list[nn.Module]) -> str:
-    """By what the model gives for a text and a padded one without positions, and with those that it may count itself."""
-    ids = torch.zeros(2, 3, dtype=torch.long, device=_device(model)) + torch.arange(1, 4, device=_device(model))
+    """By what the model gives for a text and a padded one without positions, and with those that it may count
+    itself.
+    """
+    ids = torch.zeros(2, 3, dtype=torch.long, device=_device(model)) + torch.arange(
+        1,
+        4,
+        device=_device(model),
+    )
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=ids.device)
-    counted = {"tokens": torch.arange(3, device=ids.device).expand(2, -1), "mask": (mask.cumsum(1) - 1).clamp(min=0)}
+    counted = {
+        "tokens": torch.arange(3, device=ids.device).expand(2, -1),
+        "mask": (mask.cumsum(1) - 1).clamp(min=0),
+    }
 
     def last(**positions: Tensor) -> Tensor:
         return _run(model, modules, ids, attention_mask=mask, use_cache=False, **positions)[-1].query[:, :, -1].float()
@@ -142,10 +155,18 @@ def _shape(layer: Layer) -> tuple[int, int, int, int]:
     return layer.heads, layer.width, layer.value_width, layer.query_heads
 
 
-def keys_and_values(model: nn.Module, found: Survey, ids: Tensor, *, first_position: int = 0) -> dict[int, tuple[Tensor, Tensor]]:
-    """The keys and values [Hkv, P, D] that each source layer's attention gets for the text `ids` [1, P], by its index.
+def keys_and_values(
+    model: nn.Module,
+    found: Survey,
+    ids: Tensor,
+    *,
+    first_position: int = 0,
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The keys and values [Hkv, P, D] that each source layer's attention gets for the text `ids` [1, P], by
+    its index.
 
-    first_position: of the text's first token; rotary models take any. The prefix that the model has, if any, is not seen.
+    first_position: of the text's first token; rotary models take any. The prefix that the model has, if any,
+    is not seen.
     """
     positions = torch.arange(ids.shape[1], device=ids.device)[None] + first_position
     seen = _run(model, [layer.module for layer in found.layers], ids, position_ids=positions)
@@ -155,7 +176,9 @@ def keys_and_values(model: nn.Module, found: Survey, ids: Tensor, *, first_posit
 
 
 def _run(model: nn.Module, modules: Any, ids: Tensor, **inputs: Any) -> list[_Seen]:
-    """What each attention module gets when the model reads `ids`, in evaluation mode, in the order of the calls."""
+    """What each attention module gets when the model reads `ids`, in evaluation mode, in the order of the
+    calls.
+    """
     seen: list[_Seen] = []
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -172,7 +195,14 @@ def _run(model: nn.Module, modules: Any, ids: Tensor, **inputs: Any) -> list[_Se
 @contextlib.contextmanager
 def _tapped(modules: Any, seen: list[_Seen]) -> Iterator[None]:
     def tap(
-        function: Callable[..., Any], kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
+        function: Callable[..., Any],
+        kind: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kw: Any,
     ) -> Any:
         seen.append(_Seen(module, query, key, value))
         return function(module, query, key, value, *args, **kw)

@@ -1,5 +1,5 @@
-"""A prefix inside attention while the model runs: what stands around each layer's attention function, and where the tokens' positions
-begin."""
+"""A prefix inside attention while the model runs: what stands around each layer's attention function, and
+where the tokens' positions begin."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["AroundLayer", "PrefixState", "ShiftedPositions", "gate_of", "layer_p
 class PrefixState:
     """What the layers of one PEFT model look up at each call; copied with it.
 
-    found: what of the model can hold a prefix. enabled: False within `disable_adapter`. serving: for each adapter that is a prefix, the
-    indices of the layers that get it.
+    surveyed: what of the model can hold a prefix. enabled: False within `disable_adapter`. serving: for each
+    adapter that is a prefix, the indices of the layers that get it.
     """
 
-    def __init__(self, model: nn.Module, found: Survey) -> None:
-        self.model, self.found, self.enabled = model, found, True
+    def __init__(self, model: nn.Module, surveyed: Survey) -> None:
+        self.model, self.surveyed, self.enabled = model, surveyed, True
         self.serving: dict[str, frozenset[int]] = {}
 
     def active(self) -> str | None:
@@ -35,10 +35,10 @@ class PrefixState:
         return name if self.enabled and name in self.serving else None
 
     def shift(self) -> int:
-        """By how much the tokens' positions follow the prefix: its length, as in PEFT; 0 in an encoder, and for a gated one, beside which
-        the tokens keep the positions they have without it."""
+        """By how much the tokens' positions follow the prefix: its length, as in PEFT; 0 in an encoder, and
+        for a gated one, beside which the tokens keep the positions they have without it."""
         name = self.active()
-        if name is None or self.found.positions is None or gate_of(self.model.prompt_encoder[name]) is not None:
+        if name is None or self.surveyed.positions is None or gate_of(self.model.prompt_encoder[name]) is not None:
             return 0
         return self.model.peft_config[name].num_virtual_tokens
 
@@ -49,8 +49,9 @@ def gate_of(encoder: nn.Module) -> nn.Parameter | None:
 
 
 def layer_prefix(encoder: nn.Module, config: Any, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Keys [Hkv, P, D] and values [Hkv, P, Dv] of a layer, in the parameters' dtype: views of PEFT's embedding; with a projection that
-    is still being trained, computed for this layer alone, so that any way of checkpointing can compute it again."""
+    """Keys [Hkv, P, D] and values [Hkv, P, Dv] of a layer, in the parameters' dtype: views of PEFT's
+    embedding; with a projection that is still being trained, computed for this layer alone, so that any way
+    of checkpointing can compute it again."""
     heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
     transform = getattr(encoder, "transform", None)
     if transform is None:
@@ -90,11 +91,29 @@ class AroundLayer:
         if gate is not None:
             y, weights = function(module, query, key, value, attention_mask, **kwargs)
             scale = kwargs.get("scaling")
-            y = functional.prefix_gated(y.transpose(1, 2), query, prefix_k, prefix_v, gate[self.layer.index], scale=scale)
+            y = functional.prefix_gated(
+                y.transpose(1, 2),
+                query,
+                prefix_k,
+                prefix_v,
+                gate[self.layer.index],
+                scale=scale,
+            )
             return y.transpose(1, 2), weights
         if kind == "sdpa" and not any(kwargs.get(option) for option in ("dropout", "softcap")) and kwargs.get("position_bias") is None:
             return _joint(module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs), None
-        return _concatenated(function, kind, module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs)
+        return _concatenated(
+            function,
+            kind,
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            prefix_k,
+            prefix_v,
+            **kwargs,
+        )
 
 
 def _joint(
@@ -115,7 +134,16 @@ def _joint(
     causal = mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)
     if causal and key.shape[2] > query.shape[2]:  # an empty static cache, of which only the first tokens are written
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    y = functional.prefix_attention(query, key, value, prefix_k, prefix_v, mask=mask, causal=causal, scale=scaling)
+    y = functional.prefix_attention(
+        query,
+        key,
+        value,
+        prefix_k,
+        prefix_v,
+        mask=mask,
+        causal=causal,
+        scale=scaling,
+    )
     return y.transpose(1, 2)
 
 
@@ -135,8 +163,8 @@ def _concatenated(
     prefix_v: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function itself on the prefix followed by the keys: for what no split of the softmax can give (attention weights,
-    dropout, a model's own function with capped scores or sinks)."""
+    """The attention function itself on the prefix followed by the keys: for what no split of the softmax can
+    give (attention weights, dropout, a model's own function with capped scores or sinks)."""
     if kind == "other" or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 4) or kwargs.get("position_bias") is not None:
         raise ValueError(
             f"{type(module).__name__}: a prefix without a gate needs the attention implementation 'sdpa' or 'eager' and no position "
@@ -153,7 +181,9 @@ def _concatenated(
 
 
 class _ToBatch(torch.autograd.Function):
-    """A prefix for each sample of a batch, in its dtype; the gradients are summed over the batch in the prefix's own."""
+    """A prefix for each sample of a batch, in its dtype; the gradients are summed over the batch in the
+    prefix's own.
+    """
 
     @staticmethod
     def forward(ctx: Any, prefix: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
@@ -172,7 +202,12 @@ class ShiftedPositions:
         self.state, self.backbone = state, backbone
         self.names = list(inspect.signature(backbone.forward).parameters)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if module is not self.backbone:
             raise RuntimeError("a prefix inside attention does not work in replicas (nn.DataParallel): use DistributedDataParallel")
         shift = self.state.shift()
@@ -181,7 +216,7 @@ class ShiftedPositions:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         positions = given.get("position_ids")
         if positions is None:
-            positions = _counted(given) if self.state.found.positions == "mask" else _positions(given)
+            positions = _counted(given) if self.state.surveyed.positions == "mask" else _positions(given)
         return (), given | {"position_ids": positions + shift}
 
 

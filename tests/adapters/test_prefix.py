@@ -1,4 +1,6 @@
-"""Prefix tuning inside attention: against PEFT's own where that is right, and against the base model that reads the text itself."""
+"""Prefix tuning inside attention: against PEFT's own where that is right, and against the base model that
+reads the text itself.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,12 @@ def test_values_and_gradients_are_pefts(implementation: str, options: dict[str, 
     if version.parse(peft.__version__) < version.parse("0.21"):
         return  # it leaves given positions out, with a warning
     positions = torch.arange(3, 15)[None]
-    assert_same(results(ours, position_ids=positions), results(stock, position_ids=positions), rtol=1e-4, atol=1e-6)
+    assert_same(
+        results(ours, position_ids=positions),
+        results(stock, position_ids=positions),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("projection", [{}, {"prefix_projection": True, "encoder_hidden_size": 24}], ids=str)
@@ -103,7 +110,10 @@ def test_a_gated_start_is_the_base_bit_for_bit_and_learns(dtype: torch.dtype) ->
     assert torch.equal(model(IDS).logits, base(IDS).logits)
     assert torch.equal(model(IDS, attention_mask=PADDED).logits, base(IDS, attention_mask=PADDED).logits)
     encoder = model.prompt_encoder["default"]
-    embedding, gate = torch.autograd.grad(model(IDS, labels=IDS).loss, (encoder.embedding.weight, encoder.gate))
+    embedding, gate = torch.autograd.grad(
+        model(IDS, labels=IDS).loss,
+        (encoder.embedding.weight, encoder.gate),
+    )
     assert gate.abs().min() > 0 and not embedding.any()
     encoder.gate.data.fill_(0.5)
     assert not torch.equal(model(IDS).logits, base(IDS).logits)
@@ -112,7 +122,10 @@ def test_a_gated_start_is_the_base_bit_for_bit_and_learns(dtype: torch.dtype) ->
 def greedy(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     """Without a cache."""
     for _ in range(count):
-        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        ids = torch.cat(
+            [ids, model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)],
+            1,
+        )
     return ids
 
 
@@ -168,7 +181,12 @@ def test_compiled_in_one_graph(init: str, implementation: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out = compiled(input_ids=IDS, labels=IDS, use_cache=False)
-    assert_same([out.logits, out.loss, *torch.autograd.grad(out.loss, trained(model))], want, rtol=1e-4, atol=1e-6)
+    assert_same(
+        [out.logits, out.loss, *torch.autograd.grad(out.loss, trained(model))],
+        want,
+        rtol=1e-4,
+        atol=1e-6,
+    )
     assert torch.equal(model(IDS).logits, want[0])
     with model.disable_adapter():  # recompiles
         torch.testing.assert_close(compiled(input_ids=IDS, use_cache=False).logits, model(IDS).logits)
@@ -283,11 +301,16 @@ def test_taken_out_again() -> None:
 
 
 def test_the_batch_is_no_copy_of_the_prefix() -> None:
-    """Nothing of a sample's prefix is kept for backward: saved tensors grow with the batch by what the base saves alone."""
+    """Nothing of a sample's prefix is kept for backward: saved tensors grow with the batch by what the base
+    saves alone.
+    """
 
     def saved(model: nn.Module, batch: int) -> int:
         sizes: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.setdefault(t.data_ptr(), t.numel()) and t,
+            lambda t: t,
+        ):
             model(IDS[:1].expand(batch, -1).contiguous(), use_cache=False)
         return sum(sizes.values())
 

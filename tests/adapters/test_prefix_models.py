@@ -1,4 +1,6 @@
-"""A prefix inside the attention of many kinds of model: each against the base that reads the text itself, and what is refused."""
+"""A prefix inside the attention of many kinds of model: each against the base that reads the text itself, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,9 @@ LATENT = dict(
     moe_intermediate_size=16,
     first_k_dense_replace=4,
 )
-# By model type: absolute positions, norms on heads wider than hidden_size / heads, capped scores, windows, layers that share keys, sinks,
-# latent attention whose values are narrower than its keys, one projection for all, positions counted by the mask, part of a head rotated.
+# By model type: absolute positions, norms on heads wider than hidden_size / heads, capped scores, windows,
+# layers that share keys, sinks, latent attention whose values are narrower than its keys, one projection for
+# all, positions counted by the mask, part of a head rotated.
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": SIZES | dict(n_embd=64, n_layer=2, n_head=4, n_positions=64),
     "qwen3": DECODER | dict(head_dim=32),
@@ -59,7 +62,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": DECODER | LATENT,
     "phi3": DECODER,
     "opt": SIZES
-    | dict(hidden_size=64, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=64),
+    | dict(
+        hidden_size=64,
+        ffn_dim=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=64,
+    ),
     "gptj": SIZES | dict(n_embd=64, n_layer=2, n_head=4, n_positions=64, rotary_dim=8),
 }
 SHARING = ("gemma3n_text", "gemma4_text")
@@ -91,7 +101,10 @@ def test_a_text_prefix_is_the_base_after_that_text(kind: str) -> None:
     model = prefix_model(copy.deepcopy(base), config(), text=TEXT)
     torch.testing.assert_close(model(IDS).logits, after_text(base), rtol=1e-4, atol=1e-5)
     report = inside_attention(model)
-    assert (len(report.layers), len(report.shared)) == (base.config.num_hidden_layers, 2 if kind in SHARING else 0)
+    assert (len(report.layers), len(report.shared)) == (
+        base.config.num_hidden_layers,
+        2 if kind in SHARING else 0,
+    )
     mask = torch.cat([torch.ones(2, 5, dtype=torch.long), PADDED], 1)
     seen, want = PADDED.bool(), after_text(base, attention_mask=mask)
     if kind == "opt":  # padding does not count, so that a padded row goes on where the text ended
@@ -129,9 +142,19 @@ def test_packed_texts_each_see_the_prefix_and_themselves() -> None:
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
 def test_an_encoder_keeps_its_positions(kind: str) -> None:
     """RoBERTa counts from its padding index on, which no shift may touch."""
-    sizes = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
+    sizes = dict(
+        vocab_size=96,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=80,
+    )
     torch.manual_seed(0)
-    made = transformers.AutoConfig.for_model(kind.partition("For")[0].lower(), **sizes, max_position_embeddings=64)
+    made = transformers.AutoConfig.for_model(
+        kind.partition("For")[0].lower(),
+        **sizes,
+        max_position_embeddings=64,
+    )
     base = getattr(transformers, kind)(made).eval()
     options = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
     model = prefix_model(copy.deepcopy(base), options, init="random").eval()
@@ -187,10 +210,20 @@ def test_the_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_what_is_refused() -> None:
-    t5 = transformers.T5Config(vocab_size=96, d_model=64, d_ff=80, num_layers=2, num_heads=4, d_kv=16, decoder_start_token_id=0)
+    t5 = transformers.T5Config(
+        vocab_size=96,
+        d_model=64,
+        d_ff=80,
+        num_layers=2,
+        num_heads=4,
+        d_kv=16,
+        decoder_start_token_id=0,
+    )
     with pytest.raises(ValueError, match="is an encoder-decoder"):
         prefix_model(transformers.T5ForConditionalGeneration(t5), config(), init="random")
-    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4))
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4),
+    )
     with pytest.raises(ValueError, match="has no attention module that a prefix can be put into"):
         prefix_model(bloom, config(), init="random")
     with pytest.raises(ValueError, match="has 7 tokens, the prefix 9: give a longer text"):

@@ -1,4 +1,6 @@
-"""Attention with a learned prefix: against the definition in fp64, by torch's fused kernel and by plain products."""
+"""Attention with a learned prefix: against the definition in fp64, by torch's fused kernel and by plain
+products.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from peftkern.ops.prefix_attention import own, reference
 from .bounds import assert_as_accurate
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-# (batch, heads, heads of k, queries, keys, prefix, width, width of v): one query on a cache, ragged sizes, one virtual
-# token, unlike widths.
+# (batch, heads, heads of k, queries, keys, prefix, width, width of v): one query on a cache, ragged sizes,
+# one virtual token, unlike widths.
 SHAPES = [
     (2, 4, 2, 7, 7, 3, 16, 16),
     (3, 9, 3, 1, 33, 5, 64, 64),
@@ -31,7 +33,14 @@ def case(shape, dtype: torch.dtype) -> list[Tensor]:
     b, h, hkv, s, t, p, d, dv = shape
     q, k, v = (torch.randn(b, n, heads, w).to(dtype).transpose(1, 2) for n, heads, w in ((s, h, d), (t, hkv, d), (t, hkv, dv)))
     wide = torch.promote_types(dtype, torch.float32)
-    return [q, k, v, torch.randn(hkv, p, d).to(wide), torch.randn(hkv, p, dv).to(wide), torch.randn(b, h, s, dv).to(dtype)]
+    return [
+        q,
+        k,
+        v,
+        torch.randn(hkv, p, d).to(wide),
+        torch.randn(hkv, p, dv).to(wide),
+        torch.randn(b, h, s, dv).to(dtype),
+    ]
 
 
 def masks(shape, kind: str) -> Tensor | None:
@@ -53,7 +62,9 @@ def run(f, args: list[Tensor]) -> dict[str, Tensor]:
 
 
 def concatenated(q, k, v, pk, pv, mask, causal, scale) -> Tensor:
-    """As it is done with torch alone: the prefix, in q's dtype and expanded over the batch, before the keys; one mask for both."""
+    """As it is done with torch alone: the prefix, in q's dtype and expanded over the batch, before the keys;
+    one mask for both.
+    """
     b, length = len(q), pk.shape[1]
     k, v = (torch.cat([each.to(q.dtype).expand(b, -1, -1, -1), own], 2) for each, own in ((pk, k), (pv, v)))
     if causal:
@@ -72,7 +83,9 @@ def assert_close_or_as_accurate(name: str, got: Tensor, plain: Tensor, exact: Te
 
 
 def split(q, k, v, pk, pv, mask, causal, scale) -> Tensor:
-    """The same split of the softmax in torch alone, in the prefix's dtype: two softmaxes, joined by their denominators."""
+    """The same split of the softmax in torch alone, in the prefix's dtype: two softmaxes, joined by their
+    denominators.
+    """
     dtype, (q, k, v) = q.dtype, (each.to(pk.dtype) for each in (q, k, v))
     k, v, pk, pv = (each.repeat_interleave(q.shape[1] // each.shape[-3], -3) for each in (k, v, pk, pv))
     scores = q @ k.transpose(-1, -2) * scale
@@ -101,7 +114,13 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernels, shape, kind", CASES, ids=str)
-def test_every_output_and_gradient(kernels: str, shape, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_output_and_gradient(
+    kernels: str,
+    shape,
+    dtype: torch.dtype,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """By torch's fused kernel and by plain products, which are all that serves widths that differ."""
     if kernels == "plain":
         monkeypatch.setattr(own, "_kernels", lambda *_: (own._plain, own._plain_backward))
@@ -130,7 +149,9 @@ def test_every_output_and_gradient(kernels: str, shape, dtype: torch.dtype, kind
 
 
 def test_against_the_definition_written_once_more() -> None:
-    """One query and head at a time, in words of the paper: p = softmax of all scores, y = sum of p times the values."""
+    """One query and head at a time, in words of the paper: p = softmax of all scores, y = sum of p times the
+    values.
+    """
     q, k, v, pk, pv, _ = case((2, 4, 2, 5, 5, 3, 8, 8), torch.float64)
     y = functional.prefix_attention(q, k, v, pk, pv, causal=True)
     for b in range(2):
@@ -219,7 +240,11 @@ def test_opcheck_and_compile() -> None:
 def test_second_derivatives() -> None:
     q, k, v, pk, pv, _ = (each.requires_grad_() for each in case((1, 2, 1, 2, 2, 1, 2, 2), torch.float64))
     gate = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda *a: functional.prefix_attention(*a, causal=True), (q, k, v, pk, pv), fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *a: functional.prefix_attention(*a, causal=True),
+        (q, k, v, pk, pv),
+        fast_mode=True,
+    )
     y = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(functional.prefix_gated, (y, q, pk, pv, gate), fast_mode=True)
 
@@ -227,7 +252,10 @@ def test_second_derivatives() -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"k": torch.zeros(2, 3, 7, 16), "v": torch.zeros(2, 3, 7, 16)}, "k: got 3 heads, expected a divisor of q's 4"),
+        (
+            {"k": torch.zeros(2, 3, 7, 16), "v": torch.zeros(2, 3, 7, 16)},
+            "k: got 3 heads, expected a divisor of q's 4",
+        ),
         ({"v": torch.zeros(2, 2, 6, 16)}, "k, v: got shapes"),
         ({"prefix_k": torch.zeros(2, 3, 15)}, r"prefix_k: got shape \(2, 3, 15\), expected \[2, P, 16\]"),
         ({"prefix_v": torch.zeros(2, 4, 16)}, "prefix_v: got 4 virtual tokens, expected prefix_k's 3"),

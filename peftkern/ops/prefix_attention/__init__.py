@@ -1,4 +1,5 @@
-"""Attention with a learned prefix of keys and values that all samples share, without copying the other keys and without a copy of the
+"""Attention with a learned prefix of keys and values that all samples share, without copying the other keys
+and without a copy of the
 prefix for each sample: the two softmaxes are computed apart and joined by their denominators."""
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def _fwd(q, k, v, mask, prefix_k, prefix_v, causal, scale):
         y, lse = own.forward(q, k, v, mask, causal, scale)
         scores = _scores(q, prefix_k, scale)
         prefix_lse = _heads(torch.logsumexp(scores, -1, keepdim=True), q)[..., 0]
-        # Of the two roundings of the lse a share takes a quarter at most, the slope of the sigmoid; exp(lse - total) takes all.
+        # Of the two roundings of the lse a share takes a quarter at most, the slope of the sigmoid; exp(lse -
+        # total) takes all.
         share = torch.sigmoid(lse - prefix_lse)[..., None]
         prefix_y = _heads(torch.softmax(scores, -1) @ prefix_v.to(scores.dtype), q)
         joined = torch.lerp(prefix_y, y.to(share.dtype), share)
@@ -46,7 +48,8 @@ def _bwd(dy, q, k, v, mask, prefix_k, prefix_v, y, lse, causal, scale):
         dq, dk, dv = own.backward(dy, q, k, v, mask, y, lse, causal, scale)
         grads, delta = _rows(dy, prefix_k), _rows((dy.to(lse.dtype) * y).sum(-1, keepdim=True), prefix_k)
         scores = _scores(q, prefix_k, scale)
-        # As softmax times the prefix's share, which is exactly 1 where a query sees nothing else: the lse is rounded.
+        # As softmax times the prefix's share, which is exactly 1 where a query sees nothing else: the lse is
+        # rounded.
         share = (torch.logsumexp(scores, -1, keepdim=True) - _rows(lse[..., None], prefix_k)).exp_()
         weights = torch.softmax(scores, -1).mul_(share)
         d_prefix_v = weights.transpose(1, 2) @ grads
@@ -61,7 +64,9 @@ def _bwd(dy, q, k, v, mask, prefix_k, prefix_v, y, lse, causal, scale):
 def _gated_fwd(y, q, prefix_k, prefix_v, gate, scale):
     with autocast_off(q):
         weights = torch.softmax(_scores(q, prefix_k, scale), -1)
-        added = _heads(weights @ prefix_v.to(weights.dtype), q) * torch.tanh(gate)[:, None, None].to(weights.dtype)
+        added = _heads(weights @ prefix_v.to(weights.dtype), q) * torch.tanh(gate)[:, None, None].to(
+            weights.dtype,
+        )
         return _tokens_first(y + added.to(y.dtype))
 
 
@@ -82,7 +87,9 @@ def _gated_bwd(dy, q, prefix_k, prefix_v, gate, scale):
 
 
 def _rows(x: Tensor, prefix_k: Tensor) -> Tensor:
-    """[B, H, S, E] as [Hkv, H / Hkv x B x S, E] in the accumulation dtype: the products with a prefix sum over the whole batch."""
+    """[B, H, S, E] as [Hkv, H / Hkv x B x S, E] in the accumulation dtype: the products with a prefix sum
+    over the whole batch.
+    """
     return x.transpose(0, 1).to(accumulation(x)).reshape(prefix_k.shape[0], -1, x.shape[-1])
 
 
@@ -135,7 +142,12 @@ def _again(ctx, dy):
         return [reference.joint(q, k, v, mask, prefix_k.to(q.dtype), prefix_v.to(q.dtype), ctx.causal, ctx.scale)]
 
     needs = ctx.needs_input_grad
-    dq, dk, dv, d_prefix_k, d_prefix_v = derived(plain, (q, k, v, prefix_k, prefix_v), (*needs[:3], *needs[4:6]), (dy,))
+    dq, dk, dv, d_prefix_k, d_prefix_v = derived(
+        plain,
+        (q, k, v, prefix_k, prefix_v),
+        (*needs[:3], *needs[4:6]),
+        (dy,),
+    )
     return dq, dk, dv, None, d_prefix_k, d_prefix_v, None, None
 
 
@@ -150,7 +162,12 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     @twice_differentiable(_again)
     def backward(ctx, dy):
-        dq, dk, dv, d_prefix_k, d_prefix_v = torch.ops.peftkern.prefix_attention_bwd(dy, *ctx.saved_tensors, ctx.causal, ctx.scale)
+        dq, dk, dv, d_prefix_k, d_prefix_v = torch.ops.peftkern.prefix_attention_bwd(
+            dy,
+            *ctx.saved_tensors,
+            ctx.causal,
+            ctx.scale,
+        )
         return dq, dk, dv, None, d_prefix_k, d_prefix_v, None, None
 
 
@@ -196,7 +213,9 @@ def joint(
 
 
 def gated(y: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, scale: float) -> Tensor:
-    """As the reference's; where the gate is 0, y bit for bit (of a zero perhaps the sign). Saved for backward: q and the prefix."""
+    """As the reference's; where the gate is 0, y bit for bit (of a zero perhaps the sign). Saved for
+    backward: q and the prefix.
+    """
     if transformed():
         return reference.gated(y, q, prefix_k.to(q.dtype), prefix_v.to(q.dtype), gate.to(q.dtype), scale)
     return _Gated.apply(y, q, prefix_k, prefix_v, gate, scale)

@@ -1,8 +1,10 @@
-"""Attention to the keys that a sequence has itself, with the logarithm of its softmax's denominator, and its gradients for a denominator
+"""Attention to the keys that a sequence has itself, with the logarithm of its softmax's denominator, and its
+gradients for a denominator
 and an output that hold more than these keys: torch's fused kernels where they serve, else plain products.
 
-A fused backward computes exp(score - lse) and the sum of dy y by what it is given. With the lse and the output of all keys it therefore
-gives the exact gradients of those that it knows (as in ring attention: Liu et al., 2023).
+A fused backward computes exp(score - lse) and the sum of dy y by what it is given. With the lse and the
+output of all keys it therefore gives the exact gradients of those that it knows (as in ring attention: Liu et
+al., 2023).
 """
 
 from __future__ import annotations
@@ -28,14 +30,29 @@ _Forward = Callable[..., tuple[Tensor, Tensor]]
 _Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """y [B, H, S, Dv] and lse [B, H, S], this in the accumulation dtype."""
     y, lse = _kernels(q, k, v, mask)[0](q, k, v, _additive(mask, q), causal, scale)
     return y, lse[..., : q.shape[2]]  # a kernel may pad the queries
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, y: Tensor, lse: Tensor, causal: bool, scale: float
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv for the output y and the lse [B, H, S] over these keys and any others."""
     return _kernels(q, k, v, mask)[1](dy, q, k, v, _additive(mask, q), y, lse, causal, scale)
@@ -59,7 +76,13 @@ def _kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[_For
         return _cpu, _cpu_backward
     if q.is_cuda:
         for name, serves in (("flash", _flash_serves), ("efficient", _efficient_serves)):
-            if serves(q, mask) and _trusted(name, q.device, q.dtype, mask is not None, q.shape[1] == k.shape[1]):
+            if serves(q, mask) and _trusted(
+                name,
+                q.device,
+                q.dtype,
+                mask is not None,
+                q.shape[1] == k.shape[1],
+            ):
                 return _CUDA[name]
     return _plain, _plain_backward
 
@@ -68,7 +91,15 @@ def _kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[_For
 
 
 def _cpu(q, k, v, mask, causal, scale):
-    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    return _aten._scaled_dot_product_flash_attention_for_cpu(
+        q,
+        k,
+        v,
+        0.0,
+        causal,
+        attn_mask=mask,
+        scale=scale,
+    )
 
 
 def _cpu_backward(dy, q, k, v, mask, y, lse, causal, scale):
@@ -90,7 +121,10 @@ def _flash(q, k, v, mask, causal, scale):
 
 
 def _flash_backward(dy, q, k, v, mask, y, lse, causal, scale):
-    random_state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)
+    random_state = (
+        torch.zeros(2, dtype=torch.uint64, device=q.device),
+        torch.zeros((), dtype=torch.uint64, device=q.device),
+    )
     lengths = (None, None, q.shape[2], k.shape[2])
     run = _aten._scaled_dot_product_flash_attention_backward
     return run(dy, q, k, v, y, lse, *lengths, 0.0, causal, *random_state, scale=scale)
@@ -102,7 +136,16 @@ def _efficient_serves(q: Tensor, mask: Tensor | None) -> bool:
 
 def _efficient(q, k, v, mask, causal, scale):
     k, v = _repeated(q, k, v)
-    return _aten._scaled_dot_product_efficient_attention(q, k, v, _aligned(mask, q, k), True, 0.0, causal, scale=scale)[:2]
+    return _aten._scaled_dot_product_efficient_attention(
+        q,
+        k,
+        v,
+        _aligned(mask, q, k),
+        True,
+        0.0,
+        causal,
+        scale=scale,
+    )[:2]
 
 
 def _efficient_backward(dy, q, k, v, mask, y, lse, causal, scale):
@@ -111,7 +154,20 @@ def _efficient_backward(dy, q, k, v, mask, y, lse, causal, scale):
     run = _aten._scaled_dot_product_efficient_attention_backward
     needs = [True, True, True, False]
     lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)  # as the forward pads it
-    dq, dk, dv, _ = run(dy, q, wide_k, wide_v, _aligned(mask, q, k), y, lse, *random_state, 0.0, needs, causal, scale=scale)
+    dq, dk, dv, _ = run(
+        dy,
+        q,
+        wide_k,
+        wide_v,
+        _aligned(mask, q, k),
+        y,
+        lse,
+        *random_state,
+        0.0,
+        needs,
+        causal,
+        scale=scale,
+    )
     return dq, _summed(dk, k), _summed(dv, v)
 
 
@@ -145,7 +201,8 @@ _CUDA: dict[str, tuple[_Forward, _Backward]] = {
 
 @functools.cache
 def _trusted(name: str, device: torch.device, dtype: torch.dtype, masked: bool, same_heads: bool) -> bool:
-    """Whether a CUDA kernel, called as here, gives what plain products give on a small problem; asked once a process.
+    """Whether a CUDA kernel, called as here, gives what plain products give on a small problem; asked once a
+    process.
 
     Not measured on a GPU by us: a kernel that is not there or wants other arguments is passed over.
     """
@@ -197,7 +254,10 @@ def _grouped(x: Tensor, k: Tensor) -> Tensor:
 def _scores(grouped: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     scores = grouped @ k.to(grouped.dtype)[:, :, None].transpose(-1, -2) * scale
     if causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=k.device).tril(), -math.inf)
+        scores = scores.masked_fill(
+            ~torch.ones(scores.shape[-2:], dtype=torch.bool, device=k.device).tril(),
+            -math.inf,
+        )
     if mask is None:
         return scores
     mask = mask.to(scores.dtype)

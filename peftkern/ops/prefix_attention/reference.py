@@ -20,10 +20,12 @@ def joint(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """softmax over [q prefix_k^T scale, q k^T scale + mask] of [prefix_v, v]: the prefix is seen by every query and never masked.
+    """softmax over [q prefix_k^T scale, q k^T scale + mask] of [prefix_v, v]: the prefix is seen by every
+    query and never masked.
 
-    q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], prefix_k [Hkv, P, D], prefix_v [Hkv, P, Dv]; mask is broadcast to
-    [B, H, S, T], bool (True is seen) or added; `causal`: query i sees the keys 0 ... i. Returns [B, H, S, Dv].
+    q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], prefix_k [Hkv, P, D], prefix_v [Hkv, P, Dv]; mask is
+    broadcast to [B, H, S, T], bool (True is seen) or added; `causal`: query i sees the keys 0 ... i. Returns
+    [B, H, S, Dv].
     """
     groups = q.shape[1] // k.shape[1]
     k, v = (each.repeat_interleave(groups, 1) for each in (k, v))
@@ -39,7 +41,8 @@ def joint(
 
 
 def gated(y: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, scale: float) -> Tensor:
-    """y + tanh(gate) softmax(q prefix_k^T scale) prefix_v: what attention gives for its own keys stays as it is.
+    """y + tanh(gate) softmax(q prefix_k^T scale) prefix_v: what attention gives for its own keys stays as it
+    is.
 
     y [B, H, S, Dv], q [B, H, S, D], prefix_k [Hkv, P, D], prefix_v [Hkv, P, Dv], gate [H].
     """
