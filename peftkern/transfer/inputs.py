@@ -11,7 +11,7 @@ import torch
 
 from ..finetune.errors import InputError
 from ..finetune.loading import load_errors
-from ..finetune.model import load_tokenizer, resolve_model
+from ..finetune.model import resolve_model
 from ..finetune.readers import read_rows
 from .tasks import Task, classification, language_modelling
 
@@ -109,8 +109,11 @@ def _is_causal(model: str, trust_remote_code: bool) -> bool:
 
 
 def _loaded(kind: Any, model: str, trust_remote_code: bool, **options: Any) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
     path = resolve_model(model)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    with load_errors(model, path, files="tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     with load_errors(model, path):
         loaded = kind.from_pretrained(
             path,
