@@ -86,7 +86,7 @@ class AroundLayer:
         if name is None or self.layer.index not in self.state.serving[name]:
             return function(module, query, key, value, attention_mask, **kwargs)
         encoder, config = self.state.model.prompt_encoder[name], self.state.model.peft_config[name]
-        prefix_k, prefix_v = layer_prefix(encoder, config, self.layer)
+        prefix_k, prefix_v = (part.to(query.device) for part in layer_prefix(encoder, config, self.layer))
         gate = gate_of(encoder)
         if gate is not None:
             y, weights = function(module, query, key, value, attention_mask, **kwargs)
@@ -96,7 +96,7 @@ class AroundLayer:
                 query,
                 prefix_k,
                 prefix_v,
-                gate[self.layer.index],
+                gate[self.layer.index].to(query.device),
                 scale=scale,
             )
             return y.transpose(1, 2), weights

@@ -240,3 +240,34 @@ def test_what_is_refused() -> None:
     other.base_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="needs the attention implementation 'sdpa' or 'eager'"):
         other(IDS)
+
+
+def test_dropout_of_attention_goes_over_the_prefix_too() -> None:
+    """By the model's own function on the prefix and the keys: with a probability of all but nothing, the values without it."""
+    model = prefix_model(dense(), config(), text=TEXT)
+    want = results(model)
+    for layer in model.base_model.model.layers:
+        layer.self_attn.attention_dropout = 1e-12
+    assert_same(results(model.train()), want, rtol=1e-4, atol=1e-6)
+    for layer in model.base_model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert not torch.allclose(results(model)[0], want[0], atol=1e-2)
+
+
+def test_replicas_are_refused() -> None:
+    model = prefix_model(dense(), config(), text=TEXT)
+    (hook,) = model.base_model.model._forward_pre_hooks.values()
+    with pytest.raises(RuntimeError, match="does not work in replicas"):
+        hook(copy.copy(model.base_model.model), (), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_compiled_layers_under_checkpointing(reentrant: bool) -> None:
+    model = prefix_model(dense(), config(), text=TEXT).train()
+    want = results(model, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch._dynamo.reset()
+    for layer in model.base_model.model.layers:
+        layer.self_attn.compile(backend="aot_eager")
+    assert_same(results(model, use_cache=False), want, rtol=1e-4, atol=1e-6)
