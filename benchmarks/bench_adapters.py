@@ -22,12 +22,12 @@ from .peers import close, has
 __all__ = ["build", "specs"]
 
 DISTINCT = 4  # adapters of other numbers; more of them are other tensors of the same numbers
-PEFT_UP_TO = 100  # each adapter that PEFT loads takes longer than the one before
+PEFT_UP_TO = 30  # each adapter that PEFT loads takes longer than the one before
 IDS = torch.tensor([[7]])
 
 
 def specs(small: bool) -> list[Spec]:
-    width, counts = (64, (3,)) if small else (576, (10, 100, 1000))
+    width, counts = (64, (3,)) if small else (576, (10, 30, 1000))
     return [Spec("adapters", mode, "float32", width, width, n) for n in counts for mode in ("switch", "switch, one token")]
 
 

@@ -22,7 +22,7 @@ from .shards import DTYPES, Checkpoint, Entry, ShardWriter, layout, open_checkpo
 
 __all__ = ["PIECE", "combine_checkpoints", "peak_bytes"]
 
-PIECE = 1 << 22  # elements of a tensor that are in memory at a time: 16 MiB of fp32 for each checkpoint
+PIECE = 1 << 20  # elements of a tensor in memory at a time: 4 MiB of fp32 for each checkpoint, which caches hold
 _JOURNAL, _RECORD, _LOCK = "arithmetic-progress.json", "arithmetic.json", ".lock"
 _DTYPE_NAMES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
