@@ -1,4 +1,5 @@
-"""Switching adapters on one base of SmolLM2's shape (LoRA r = 8 on q and v, 60 layers): a bank, PEFT's set_adapter, PEFT's hot swap.
+"""Switching adapters on one base of SmolLM2's shape (LoRA r = 8 on q and v, 60 layers): a bank, PEFT's
+set_adapter, PEFT's hot swap.
 
 "switch": the next adapter is active. "switch, one token": and a token has run through it, on a patched model.
 """
@@ -39,7 +40,9 @@ def build(spec: Spec) -> list[Provider]:
     expected = [_logits(model, adapter) for adapter in adapters]
     token = spec.mode != "switch"
     providers = [_provider(OURS, model, _bank(model, adapters, spec.m), expected, token)]
-    peers: list[tuple[str, Callable[[Any, list[LoraWeights], int], Callable[[int], None]]]] = [("PEFT hot swap", _hot_swap)]
+    peers: list[tuple[str, Callable[[Any, list[LoraWeights], int], Callable[[int], None]]]] = [
+        ("PEFT hot swap", _hot_swap),
+    ]
     if spec.m <= PEFT_UP_TO:
         peers.append(("PEFT set_adapter", _set_adapter))
     for name, make in peers:
@@ -50,7 +53,13 @@ def build(spec: Spec) -> list[Provider]:
     return providers
 
 
-def _provider(name: str, model: Any, switch: Callable[[int], None], expected: list[Tensor], token: bool) -> Provider:
+def _provider(
+    name: str,
+    model: Any,
+    switch: Callable[[int], None],
+    expected: list[Tensor],
+    token: bool,
+) -> Provider:
     numbers: Iterator[int] = itertools.count()
     last = [0]
 

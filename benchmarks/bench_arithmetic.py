@@ -1,4 +1,5 @@
-"""A sum of four LoRA adapters of rank 16 cut to rank 16: QR and an SVD of 64 x 64, against PEFT's SVD of the whole update."""
+"""A sum of four LoRA adapters of rank 16 cut to rank 16: QR and an SVD of 64 x 64, against PEFT's SVD of the
+whole update."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def build(spec: Spec) -> list[Provider]:
 
 
 def same_error(b: Tensor, a: Tensor) -> Callable[[tuple[Tensor, Tensor]], None]:
-    """A check that a result's error is that of the best cut, known from the eigenvalues of the Gram matrices in fp64."""
+    """A check that a result's error is that of the best cut, known from the eigenvalues of the Gram matrices
+    in fp64."""
     gram_b, gram_a = b.double().T @ b.double(), a.double() @ a.double().T
     squares = torch.linalg.eigvals(gram_b @ gram_a).real.clamp(min=0).sort(descending=True).values
     best = (squares[RANK:].sum() / squares.sum()).sqrt().item()
@@ -59,7 +61,11 @@ def same_error(b: Tensor, a: Tensor) -> Callable[[tuple[Tensor, Tensor]], None]:
     return check
 
 
-def by_peft(factors: list[tuple[Tensor, Tensor]], *, full_matrices: bool) -> Callable[[], tuple[Tensor, Tensor]]:
+def by_peft(
+    factors: list[tuple[Tensor, Tensor]],
+    *,
+    full_matrices: bool,
+) -> Callable[[], tuple[Tensor, Tensor]]:
     """PEFT's add_weighted_adapter on a model of this one layer, which is made beforehand."""
     from peft import LoraConfig, get_peft_model
 
@@ -77,7 +83,14 @@ def by_peft(factors: list[tuple[Tensor, Tensor]], *, full_matrices: bool) -> Cal
     def call() -> tuple[Tensor, Tensor]:
         if "sum" in model.peft_config:
             model.delete_adapter("sum")
-        model.add_weighted_adapter(names, [1.0] * ADAPTERS, "sum", "svd", svd_rank=RANK, svd_full_matrices=full_matrices)
+        model.add_weighted_adapter(
+            names,
+            [1.0] * ADAPTERS,
+            "sum",
+            "svd",
+            svd_rank=RANK,
+            svd_full_matrices=full_matrices,
+        )
         return lora.lora_B["sum"].weight.data, lora.lora_A["sum"].weight.data
 
     return call

@@ -1,7 +1,9 @@
-"""Many adapters of one base, any of them active at once: their tensors take the place of one slot's in the model, without a copy.
+"""Many adapters of one base, any of them active at once: their tensors take the place of one slot's in the
+model, without a copy.
 
-PEFT keeps every adapter as modules in every layer and walks over all of them when it switches; a switch here touches the slot alone, so
-that it costs the same with three adapters as with a thousand. What `peftkern.patch` has put on the model stays.
+PEFT keeps every adapter as modules in every layer and walks over all of them when it switches; a switch here
+touches the slot alone, so that it costs the same with three adapters as with a thousand. What
+`peftkern.patch` has put on the model stays.
 """
 
 from __future__ import annotations
@@ -38,7 +40,14 @@ class _Slot:
     def __init__(self, layer: Any, name: str, adapter: str) -> None:
         self.layer, self.name, self.adapter = layer, name, adapter
         self.embedding = adapter in layer.lora_embedding_A
-        parts = (layer.lora_embedding_A, layer.lora_embedding_B) if self.embedding else (layer.lora_A, layer.lora_B)
+        parts = (
+            (layer.lora_embedding_A, layer.lora_embedding_B)
+            if self.embedding
+            else (
+                layer.lora_A,
+                layer.lora_B,
+            )
+        )
         self.a, self.b = (part[adapter] if self.embedding else part[adapter].weight for part in parts)
         self.bias = None if self.embedding else layer.lora_B[adapter].bias
         magnitudes = layer.lora_magnitude_vector
@@ -47,7 +56,10 @@ class _Slot:
     def content(self) -> _Content:
         """What it holds now."""
         held = (self.a, self.b, self.bias, self.magnitude)
-        return _Content(*(None if part is None else part.data for part in held), self.layer.scaling[self.adapter])
+        return _Content(
+            *(None if part is None else part.data for part in held),
+            self.layer.scaling[self.adapter],
+        )
 
     def put(self, content: _Content) -> None:
         """Let it hold something else."""
@@ -60,7 +72,8 @@ class _Slot:
         self.layer.r[self.adapter] = content.a.shape[0]
 
     def of_module(self, module: LoraModule, adapter: str) -> _Content:
-        """A module's tensors on the slot's device and in its dtype: its own where these are the same. ValueError where it does not fit."""
+        """A module's tensors on the slot's device and in its dtype: its own where these are the same.
+        ValueError where it does not fit."""
         own = LoraModule(self.a.data, self.b.data, 1.0, kind="embedding" if self.embedding else "linear")
         if module.shape != own.shape:
             shapes = f"A {tuple(module.a.shape)} and B {tuple(module.b.shape)}, the model {tuple(self.a.shape)} and {tuple(self.b.shape)}"
@@ -75,21 +88,34 @@ class _Slot:
             raise ValueError(f"adapter {adapter}: it is no DoRA at {self.name}, which the slot is; keep it in a bank of its own")
         tensors = [None if part is None else part.to(self.a.device, self.a.dtype) for part in (module.a, module.b, module.bias)]
         bias = torch.zeros_like(self.bias.data) if self.bias is not None and tensors[2] is None else tensors[2]
-        magnitude = None if module.magnitude is None else module.magnitude.to(self.magnitude.data).reshape(self.magnitude.shape)
+        magnitude = (
+            None
+            if module.magnitude is None
+            else module.magnitude.to(self.magnitude.data).reshape(
+                self.magnitude.shape,
+            )
+        )
         return _Content(tensors[0], tensors[1], bias, magnitude, module.scaling)
 
     def nothing(self) -> _Content:
         """A branch of rank 1 that adds exactly nothing."""
         bias = None if self.bias is None else torch.zeros_like(self.bias.data)
-        return _Content(torch.zeros_like(self.a.data[:1]), torch.zeros_like(self.b.data[:, :1]), bias, None, 0.0)
+        return _Content(
+            torch.zeros_like(self.a.data[:1]),
+            torch.zeros_like(self.b.data[:, :1]),
+            bias,
+            None,
+            0.0,
+        )
 
 
 class AdapterBank:
-    """Adapters of one base by name, of which the model's slot holds one at a time. For inference: gradients belong to the slot.
+    """Adapters of one base by name, of which the model's slot holds one at a time. For inference: gradients
+    belong to the slot.
 
-    Adapters may differ in rank, scaling and in the modules that they adapt, within those that the slot adapts. Files are read through
-    the page cache: what a thousand adapters take of memory is what of them has been used. `use` changes pointers, two a layer; a patched
-    model goes on with the kernels that it has.
+    Adapters may differ in rank, scaling and in the modules that they adapt, within those that the slot
+    adapts. Files are read through the page cache: what a thousand adapters take of memory is what of them has
+    been used. `use` changes pointers, two a layer; a patched model goes on with the kernels that it has.
 
     >>> bank = AdapterBank(model)                       # doctest: +SKIP
     >>> for folder in folders: bank.add(folder.name, folder)   # doctest: +SKIP
@@ -97,7 +123,8 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, slot: str = "default") -> None:
-        """A bank for a PeftModel, whose LoRA adapter `slot` lends its place to the others; ValueError without such an adapter."""
+        """A bank for a PeftModel, whose LoRA adapter `slot` lends its place to the others; ValueError without
+        such an adapter."""
         from peft.tuners.lora import LoraLayer
 
         self.model, self.slot = model, slot
@@ -124,7 +151,8 @@ class AdapterBank:
     def add(self, name: str, adapter: str | Path | LoraWeights) -> None:
         """Take an adapter in: a folder that PEFT saved, or one in memory. The model is not changed.
 
-        Raises: ValueError where the name is taken, or the adapter is no LoRA, replaces modules, or does not fit the slot.
+        Raises: ValueError where the name is taken, or the adapter is no LoRA, replaces modules, or does not
+            fit the slot.
         """
         if name in self._contents or name == _BASE:
             raise ValueError(f"name: {name!r} is taken; choose another")
@@ -180,8 +208,9 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def mixed(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it each sample of a batch runs through the adapter of the bank that is named for it ("__base__": none), see
-        `peftkern.mixed_adapters`. The layers get the adapters of this batch, and lose them at its end; nothing is copied.
+        """Within it each sample of a batch runs through the adapter of the bank that is named for it
+        ("__base__": none), see `peftkern.mixed_adapters`. The layers get the adapters of this batch, and lose
+        them at its end; nothing is copied.
         """
         distinct = [name for name in dict.fromkeys(names) if name != _BASE]
         contents = {name: self._known(name) for name in distinct}

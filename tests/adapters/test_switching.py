@@ -109,7 +109,10 @@ def test_a_mixed_batch_from_the_bank(folders: dict[str, Path]) -> None:
     assert set(bank.model.state_dict()) == state
 
 
-@pytest.mark.parametrize(("kind", "slot"), [("embeddings", {}), ("lora_bias", {}), ("conv1d", {}), ("conv2d", {})])
+@pytest.mark.parametrize(
+    ("kind", "slot"),
+    [("embeddings", {}), ("lora_bias", {}), ("conv1d", {}), ("conv2d", {})],
+)
 def test_other_kinds(kind: str, slot: dict, tmp_path: Path) -> None:
     case = KINDS[kind]
     a, _ = saved(case, tmp_path)

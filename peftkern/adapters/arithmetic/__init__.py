@@ -1,4 +1,5 @@
-"""Task arithmetic: adapters and full checkpoints added, scaled, negated, interpolated and merged; which lambda, by a sweep."""
+"""Task arithmetic: adapters and full checkpoints added, scaled, negated, interpolated and merged; which
+lambda, by a sweep."""
 
 from .checkpoints import combine_checkpoints
 from .combine import Combined, combine, interpolate, negate, scale

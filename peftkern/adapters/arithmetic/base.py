@@ -1,4 +1,5 @@
-"""The base's own weights, for adapters whose change of the base is not their b @ a alone: DoRA, and what an adapter replaces."""
+"""The base's own weights, for adapters whose change of the base is not their b @ a alone: DoRA, and what an
+adapter replaces."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ class BaseWeights:
             return _of_model(self.source, name, self.place)
         found = _named(name, self.source)
         if found is None:
-            raise ValueError(f"base: the {self.place} has no {name}; give the base that the adapters were trained on")
+            raise ValueError(
+                f"base: the {self.place} has no {name}; give the base that the adapters were trained on",
+            )
         return self.source.read(found).reshape(self.source.entries[found].shape)
 
 
@@ -64,7 +67,8 @@ def _of_model(model: Any, name: str, place: str) -> Tensor:
 
 
 def dora_update(weight: Tensor, module: LoraModule, *, transposed: bool) -> Tensor:
-    """What a DoRA module adds to its base weight: m (W + s b a) / ||W + s b a|| - W, the norm of each row; [N, K], fp32.
+    """What a DoRA module adds to its base weight: m (W + s b a) / ||W + s b a|| - W, the norm of each row;
+    [N, K], fp32.
 
     Args:
         weight: the base's, [N, K], or with `transposed` (Conv1D) [K, N].
@@ -76,7 +80,9 @@ def dora_update(weight: Tensor, module: LoraModule, *, transposed: bool) -> Tens
         raise ValueError("DoRA on an embedding or a convolution cannot be combined")
     weight = (weight.T if transposed else weight).double().to(b.device)
     if weight.shape != (b.shape[0], a.shape[1]):
-        raise ValueError(f"the base's weight is {tuple(weight.shape)}, the adapter's update {(b.shape[0], a.shape[1])}")
+        raise ValueError(
+            f"the base's weight is {tuple(weight.shape)}, the adapter's update {(b.shape[0], a.shape[1])}",
+        )
     adapted = weight + b @ a
     norm = torch.linalg.vector_norm(adapted, dim=1)
     return (adapted * (module.magnitude.double().reshape(-1) / norm)[:, None] - weight).float()

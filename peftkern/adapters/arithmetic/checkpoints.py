@@ -1,8 +1,10 @@
-"""Task arithmetic on full checkpoints, streamed from shards to shards in bounded memory, and gone on with where it was interrupted."""
+"""Task arithmetic on full checkpoints, streamed from shards to shards in bounded memory, and gone on with
+where it was interrupted."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -33,8 +35,8 @@ _HEADS, _EMBEDDINGS = (
 
 
 def peak_bytes(terms: int, piece: int = PIECE) -> int:
-    """An upper bound of the tensors that are alive at once, whatever the model's size: per checkpoint a piece as read and in fp32, and for
-    the rule two of each in fp32 with a count in int64; the histograms beside."""
+    """An upper bound of the tensors that are alive at once, whatever the model's size: per checkpoint a piece
+    as read and in fp32, and for the rule two of each in fp32 with a count in int64; the histograms beside."""
     return (terms + 1) * piece * 12 + terms * piece * 8 + piece * 40 + (terms + 2) * (1 << 20)
 
 
@@ -49,11 +51,13 @@ def combine_checkpoints(
     piece: int = PIECE,
     progress: bool = True,
 ) -> Path:
-    """Write base + scale * method(w_1 (W_1 - base), ..., w_T (W_T - base)) as a checkpoint with the base's shards and other files.
+    """Write base + scale * method(w_1 (W_1 - base), ..., w_T (W_T - base)) as a checkpoint with the base's
+    shards and other files.
 
-    A sum is computed as (1 - sum of w) base + sum of w W, so that 1.0*a is a and a - a is the base, to the bit. Everything is fp32 and
-    rounded once. TIES' thresholds are those of the whole flattened vector; tied weights are in it once. The folder appears under its name
-    when it is complete; an interrupted call, made again with the same arguments, goes on at the tensor where it was.
+    A sum is computed as (1 - sum of w) base + sum of w W, so that 1.0*a is a and a - a is the base, to the
+    bit. Everything is fp32 and rounded once. TIES' thresholds are those of the whole flattened vector; tied
+    weights are in it once. The folder appears under its name when it is complete; an interrupted call, made
+    again with the same arguments, goes on at the tensor where it was.
 
     Args:
         coefficients: w by name, as `parse` gives it; zeros are left out.
@@ -65,8 +69,8 @@ def combine_checkpoints(
         piece: elements that are read at a time.
         progress: show a bar on stderr.
     Returns: the output folder.
-    Raises: ValueError where checkpoints differ in their tensors or shapes, are quantized, damaged or incomplete, or the output exists;
-        OSError where there is no space or right to write.
+    Raises: ValueError where checkpoints differ in their tensors or shapes, are quantized, damaged or
+        incomplete, or the output exists; OSError where there is no space or right to write.
     """
     job = _plan(coefficients, Path(base), checkpoints, Path(output), method or Method(), dtype, piece)
     if job.output.exists():
@@ -124,7 +128,9 @@ def _plan(
         raise ValueError(f"dtype: got {dtype!r}, expected fp32, bf16 or fp16")
     unknown = [name for name in coefficients if name not in folders]
     if unknown:
-        raise ValueError(f"checkpoints: no folder is given for {unknown[0]!r}; known are {', '.join(folders) or 'none'}")
+        raise ValueError(
+            f"checkpoints: no folder is given for {unknown[0]!r}; known are {', '.join(folders) or 'none'}",
+        )
     source = open_checkpoint(base, "base")
     named = {name: weight for name, weight in coefficients.items() if weight}
     others = [open_checkpoint(folders[name], name) for name in named]
@@ -247,14 +253,22 @@ def _bar(job: _Job, journal: dict[str, Any], progress: bool) -> Any:
     from tqdm import tqdm
 
     total = sum(entry.numel for tensors in job.files.values() for entry in tensors.values())
-    return tqdm(total=total, unit="", unit_scale=True, disable=not progress, file=sys.stderr, desc="arithmetic")
+    return tqdm(
+        total=total,
+        unit="",
+        unit_scale=True,
+        disable=not progress,
+        file=sys.stderr,
+        desc="arithmetic",
+    )
 
 
 def _rule(job: _Job, journal: dict[str, Any], work: Path, bar: Any) -> Rule:
     """The rule, from the journal where an interrupted run has made it."""
     terms = [other.name for other in job.others]
     if "rule" not in journal:
-        rule = Rule(Method(), terms) if not job.others else prepare_rule(job.method, terms, lambda purpose: _pieces(job, purpose, bar))
+        pieces = functools.partial(_pieces, job, bar=bar)
+        rule = prepare_rule(job.method, terms, pieces) if job.others else Rule(Method(), terms)
         journal["rule"] = {"thresholds": rule.thresholds, "majority": rule.majority}
         write_json(work / _JOURNAL, journal)
         bar.reset()
@@ -279,14 +293,25 @@ def _piece(job: _Job, name: str, start: int, count: int) -> tuple[Tensor, Piece]
     return base, Piece(name, start, vectors)
 
 
-def _write(job: _Job, rule: Rule, writers: Mapping[str, ShardWriter], journal: dict[str, Any], work: Path, bar: Any) -> None:
+def _write(
+    job: _Job,
+    rule: Rule,
+    writers: Mapping[str, ShardWriter],
+    journal: dict[str, Any],
+    work: Path,
+    bar: Any,
+) -> None:
     bar.set_description("writing")
     done = journal["done"]
     for number, (file, name) in enumerate((file, name) for file, tensors in job.files.items() for name in tensors):
         entry = job.files[file][name]
         if number >= done:
             for start, count in pieces_of(entry.numel, job.piece):
-                writers[file].write(name, start, _values(job, rule, name, start, count).to(DTYPES[entry.dtype]))
+                writers[file].write(
+                    name,
+                    start,
+                    _values(job, rule, name, start, count).to(DTYPES[entry.dtype]),
+                )
                 bar.update(count)
             writers[file].sync()
             journal["done"] = number + 1
@@ -325,7 +350,10 @@ def _finish(job: _Job, rule: Rule, work: Path) -> None:
     if len(job.files) > 1 or next(iter(job.files)) != "model.safetensors":
         places = {name: file for file, tensors in job.files.items() for name in tensors}
         size = sum(entry.nbytes for tensors in job.files.values() for entry in tensors.values())
-        write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+        write_json(
+            work / "model.safetensors.index.json",
+            {"metadata": {"total_size": size}, "weight_map": places},
+        )
     _note_dtype(job, work / "config.json")
     made = {"thresholds": list(rule.thresholds), "majority": rule.majority} if job.method.elects else {}
     record = {

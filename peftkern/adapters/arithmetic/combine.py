@@ -1,4 +1,5 @@
-"""Adapters added, scaled, negated and merged: exactly by concatenated ranks, or by TIES and DARE in a stated space."""
+"""Adapters added, scaled, negated and merged: exactly by concatenated ranks, or by TIES and DARE in a stated
+space."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ SPACES = ("core", "weights")
 
 @dataclass(frozen=True)
 class Combined:
-    """The adapter, and of every module the relative Frobenius error of what was cut from its update; 0 where nothing was."""
+    """The adapter, and of every module the relative Frobenius error of what was cut from its update; 0 where
+    nothing was."""
 
     adapter: LoraWeights
     errors: dict[str, float]
@@ -55,11 +57,13 @@ def combine(
 ) -> Combined:
     """One adapter from several: scale * method(w_1 D_1, ..., w_T D_T), D_i what adapter i adds to the base.
 
-    A sum is exact: ranks side by side, scaling 1, fp32; 1.0*a is a with its own ranks, alpha and variants, a - a adds exactly nothing,
-    and (a + b) - b is a, in one expression to the bit and over a saved a + b to fp32 rounding. With `rank` or `max_error` the sum is
-    recompressed (see `recompress`), no matrix of N x K is made. TIES and DARE are not invariant to a change of basis: space "core" lets
-    them act on the R x R cores of every module (see `core_space`), "weights" on the N x K updates themselves, whose result is then cut
-    to `rank` ranks (default: the sum of the ranks), one module's matrices in memory at a time. Their threshold is that of all modules.
+    A sum is exact: ranks side by side, scaling 1, fp32; 1.0*a is a with its own ranks, alpha and variants,
+    a - a adds exactly nothing, and (a + b) - b is a, in one expression to the bit and over a saved a + b to
+    fp32 rounding. With `rank` or `max_error` the sum is recompressed (see `recompress`), no matrix of N x K
+    is made. TIES and DARE are not invariant to a change of basis: space "core" lets them act on the R x R
+    cores of every module (see `core_space`), "weights" on the N x K updates themselves, whose result is then
+    cut to `rank` ranks (default: the sum of the ranks), one module's matrices in memory at a time. Their
+    threshold is that of all modules.
 
     Args:
         what: an expression ("a + 0.5*b - c"), or a coefficient for each name.
@@ -68,10 +72,11 @@ def combine(
         space: "core" or "weights"; for TIES and DARE.
         rank: the most ranks a module may have.
         max_error: of the ranks, the fewest whose relative error is at most this.
-        base: the base's weights, a folder or a model; needed where an adapter is DoRA, or replaces tensors of the base. A combined DoRA
-            becomes a plain LoRA of `rank` ranks, with its error.
+        base: the base's weights, a folder or a model; needed where an adapter is DoRA, or replaces tensors of
+            the base. A combined DoRA becomes a plain LoRA of `rank` ranks, with its error.
         any_base: combine adapters whose configurations name different bases.
-    Raises: ValueError where adapters differ in base or shapes, or are of a kind whose sum would be wrong; ExpressionError.
+    Raises: ValueError where adapters differ in base or shapes, or are of a kind whose sum would be wrong;
+        ExpressionError.
     """
     from .rules import Method
 
@@ -83,7 +88,10 @@ def combine(
     live = [Term(name, weight * factor, adapters[name]) for name, weight in coefficients.items() if weight * factor]
     if not live:
         empty = zeros_like(adapters[next(iter(coefficients))])
-        return Combined(replace(empty, record=_record(coefficients, method)), dict.fromkeys(empty.modules, 0.0))
+        return Combined(
+            replace(empty, record=_record(coefficients, method)),
+            dict.fromkeys(empty.modules, 0.0),
+        )
     cut = rank is not None or max_error is not None
     if len(live) == 1 and method.name == "sum" and not cut and (one := _alone(live[0])) is not None:
         return Combined(replace(one, record=_record(coefficients, method)), dict.fromkeys(one.modules, 0.0))
@@ -121,14 +129,22 @@ def _check_options(space: str, rank: int | None, max_error: float | None) -> Non
         raise ValueError(f"max_error: got {max_error}, expected at least 0 and less than 1")
 
 
-def _check_adapters(coefficients: Mapping[str, float], adapters: Mapping[str, LoraWeights], any_base: bool) -> None:
+def _check_adapters(
+    coefficients: Mapping[str, float],
+    adapters: Mapping[str, LoraWeights],
+    any_base: bool,
+) -> None:
     if not coefficients:
         raise ValueError("what: it names no adapter")
     unknown = [name for name in coefficients if name not in adapters]
     if unknown:
-        raise ValueError(f"adapters: {unknown[0]!r} is unknown; there are {', '.join(map(repr, adapters)) or 'none'}")
+        raise ValueError(
+            f"adapters: {unknown[0]!r} is unknown; there are {', '.join(map(repr, adapters)) or 'none'}",
+        )
     if wrong := [name for name, weight in coefficients.items() if not abs(weight) < float("inf")]:
-        raise ValueError(f"what: the coefficient of {wrong[0]} is {coefficients[wrong[0]]}, expected a finite number")
+        raise ValueError(
+            f"what: the coefficient of {wrong[0]} is {coefficients[wrong[0]]}, expected a finite number",
+        )
     bases = {name: adapters[name].config.get("base_model_name_or_path") for name in coefficients}
     named = {name: base for name, base in bases.items() if base}
     if len(set(named.values())) > 1 and not any_base:
@@ -161,10 +177,13 @@ def _require_plain(term: Term, base: BaseWeights | None, rank: int | None) -> No
     """Raise where a term cannot be combined, or not without the base."""
     adapter, name = term.adapter, term.name
     if adapter.obstacle:
-        raise ValueError(f"adapter {name}: {adapter.obstacle}. Alone and unscaled (1.0*{name}) it can be copied")
+        raise ValueError(
+            f"adapter {name}: {adapter.obstacle}. Alone and unscaled (1.0*{name}) it can be copied",
+        )
     if adapter.is_dora and (base is None or rank is None):
         raise ValueError(
-            f"adapter {name}: it is DoRA, whose change of the base is no b @ a: give the base's weights (--base) and --rank, to take the "
+            f"adapter {name}: it is DoRA, whose change of the base is no b @ a: give "
+            "the base's weights (--base) and --rank, to take the "
             "nearest plain LoRA, or combine plain LoRA adapters"
         )
     if adapter.trained and base is None:
@@ -178,7 +197,13 @@ def _names(live: Iterable[Term]) -> list[str]:
     return list(dict.fromkeys(name for term in live for name in term.adapter.modules))
 
 
-def _summed(name: str, live: list[Term], base: BaseWeights | None, rank: int | None, max_error: float | None) -> tuple[LoraModule, float]:
+def _summed(
+    name: str,
+    live: list[Term],
+    base: BaseWeights | None,
+    rank: int | None,
+    max_error: float | None,
+) -> tuple[LoraModule, float]:
     """One module of the sum, and its relative error."""
     terms = [term for term in live if name in term.adapter.modules]
     like = terms[0].adapter.modules[name]
@@ -189,7 +214,9 @@ def _summed(name: str, live: list[Term], base: BaseWeights | None, rank: int | N
         total: Tensor = sum(update_of(term, name, base) for term in terms)  # type: ignore[assignment]
         found = compress_dense(total, rank or 1)
         return like.with_factors(found.b, found.a, bias), found.error
-    b, a = concatenate([(b * term.weight, a) for term in terms for b, a in [term.adapter.modules[name].factors()]])
+    b, a = concatenate(
+        [(b * term.weight, a) for term in terms for b, a in [term.adapter.modules[name].factors()]],
+    )
     if rank is None and max_error is None:
         return like.with_factors(b, a, bias), 0.0
     found = _cut(b, a, rank, max_error)
@@ -226,21 +253,29 @@ def _finish(
         config |= {"modules_to_save": list(saved) or None, "bias": kinds.pop() if len(kinds) == 1 else "all"}
     errors = {name: error for name, (_, error) in modules.items()}
     record = record | {"errors": {name: error for name, error in errors.items() if error}}
-    return Combined(LoraWeights("+".join(term.name for term in live), config, plain, replaced, record), errors)
+    return Combined(
+        LoraWeights("+".join(term.name for term in live), config, plain, replaced, record),
+        errors,
+    )
 
 
 def _with_bias(module: LoraModule) -> LoraModule:
-    return module if module.bias is not None else replace(module, bias=torch.zeros(module.b.shape[0], device=module.b.device))
+    if module.bias is not None:
+        return module
+    return replace(module, bias=torch.zeros(module.b.shape[0], device=module.b.device))
 
 
 def _replaced(live: list[Term], base: BaseWeights | None) -> dict[str, Tensor]:
-    """base + sum of w (value - base) of every tensor that an adapter has trained; a frozen weight's copy as it is."""
+    """base + sum of w (value - base) of every tensor that an adapter has trained; a frozen weight's copy as
+    it is."""
     result: dict[str, Tensor] = {}
     for term in live:
         for key in term.adapter.replaced.keys() - term.adapter.trained.keys():
             value = term.adapter.replaced[key]
             if key in result and not torch.equal(result[key], value):
-                raise ValueError(f"adapter {term.name}: its copy of {key} is not the others'; they are of different bases")
+                raise ValueError(
+                    f"adapter {term.name}: its copy of {key} is not the others'; they are of different bases",
+                )
             result[key] = value
     for key in dict.fromkeys(key for term in live for key in term.adapter.trained):
         if base is not None:  # _require_plain has seen to it

@@ -28,7 +28,10 @@ def add_commands(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("expression", help='such as "a + 0.5*b - c"; names of other than letters, digits, _ and . in quotes')
+    parser.add_argument(
+        "expression",
+        help='such as "a + 0.5*b - c"; names of other than letters, digits, _ and . in quotes',
+    )
     parser.add_argument(
         "folders",
         nargs="*",
@@ -36,26 +39,57 @@ def add_commands(commands: Any) -> None:
         help="the folder of a name; default: the folder of that name",
     )
     parser.add_argument("--output", required=True, help="the folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that this command wrote there before")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an adapter that this command wrote there before",
+    )
     _add_merging(parser.add_argument_group("merging"))
     _add_adapters(parser.add_argument_group("adapters"))
     _add_sweep(parser.add_argument_group("which lambda (adapters)"))
     checkpoints = parser.add_argument_group("full checkpoints")
-    checkpoints.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the output; default: the base's")
+    checkpoints.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the output; default: the base's",
+    )
     parser.set_defaults(run=_run)
 
 
 def _add_merging(group: Any) -> None:
     group.add_argument("--method", choices=_METHODS, default="sum", help="default: sum, which is exact")
-    group.add_argument("--density", type=float, default=0.2, help="the part of all entries that TIES keeps (default: 0.2)")
-    group.add_argument("--drop", type=float, default=0.9, help="the part of the entries that DARE drops (default: 0.9)")
+    group.add_argument(
+        "--density",
+        type=float,
+        default=0.2,
+        help="the part of all entries that TIES keeps (default: 0.2)",
+    )
+    group.add_argument(
+        "--drop",
+        type=float,
+        default=0.9,
+        help="the part of the entries that DARE drops (default: 0.9)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of DARE's drops (default: 0)")
-    group.add_argument("--scale", type=float, default=1.0, help="lambda: times the merged task vector (default: 1)")
+    group.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="lambda: times the merged task vector (default: 1)",
+    )
 
 
 def _add_adapters(group: Any) -> None:
-    group.add_argument("--rank", type=int, help="the most ranks a module may have; default: the sum of the ranks")
-    group.add_argument("--max-error", type=float, help="the fewest ranks within this relative error of each module's update")
+    group.add_argument(
+        "--rank",
+        type=int,
+        help="the most ranks a module may have; default: the sum of the ranks",
+    )
+    group.add_argument(
+        "--max-error",
+        type=float,
+        help="the fewest ranks within this relative error of each module's update",
+    )
     group.add_argument(
         "--space",
         choices=("core", "weights"),
@@ -70,15 +104,29 @@ def _add_adapters(group: Any) -> None:
 
 
 def _add_sweep(group: Any) -> None:
-    group.add_argument("--sweep", metavar="NAME=FROM:TO:COUNT", help="let NAME in the expression run over these numbers; keep the best")
-    group.add_argument("--data", help="validation text for --sweep, as --eval-data of finetune: its loss is to fall")
+    group.add_argument(
+        "--sweep",
+        metavar="NAME=FROM:TO:COUNT",
+        help="let NAME in the expression run over these numbers; keep the best",
+    )
+    group.add_argument(
+        "--data",
+        help="validation text for --sweep, as --eval-data of finetune: its loss is to fall",
+    )
     group.add_argument("--maximize", action="store_true", help="its loss is to rise instead, as for negation")
     group.add_argument("--control", help="text whose loss must not rise by more than --budget")
     group.add_argument("--budget", type=float, default=0.05, help="part of the control loss (default: 0.05)")
-    group.add_argument("--model", help="the base to sweep on: hub id, folder or `sample`; default: the adapter's")
+    group.add_argument(
+        "--model",
+        help="the base to sweep on: hub id, folder or `sample`; default: the adapter's",
+    )
     group.add_argument("--quantization", help="nf4, fp4 or none; default: the run's, else nf4")
     group.add_argument("--seq-length", type=int, help="tokens of a window; default: the run's, else 1024")
-    group.add_argument("--eval-tokens", type=int, help="most tokens of each text; default: the run's, else 32768")
+    group.add_argument(
+        "--eval-tokens",
+        type=int,
+        help="most tokens of each text; default: the run's, else 32768",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -109,7 +157,9 @@ def _combined(args: argparse.Namespace) -> str:
             raise ValueError("--dtype is for full checkpoints; an adapter's sum is fp32")
         return _adapters(args, coefficients, folders, method)
     if args.base is None and any((folder / "config.json").is_file() for folder in folders.values()):
-        raise ValueError("--base is needed for full checkpoints: the folder of the model that they were trained from")
+        raise ValueError(
+            "--base is needed for full checkpoints: the folder of the model that they were trained from",
+        )
     return _checkpoints(args, coefficients, folders, method)
 
 
@@ -119,12 +169,16 @@ def folders_of(names: Iterable[str], given: Iterable[str]) -> dict[str, Path]:
     for pair in given:
         name, separator, path = pair.partition("=")
         if not separator or not name or not path:
-            raise ValueError(f"got {pair!r}, expected NAME=PATH, as a=runs/a (the expression comes first, in quotes)")
+            raise ValueError(
+                f"got {pair!r}, expected NAME=PATH, as a=runs/a (the expression comes first, in quotes)",
+            )
         if name in named:
             raise ValueError(f"{name} is given two folders, {named[name]} and {path}")
         named[name] = path
     if unused := [name for name in named if name not in set(names)]:
-        raise ValueError(f"{unused[0]}={named[unused[0]]} is not in the expression, which names {', '.join(names)}")
+        raise ValueError(
+            f"{unused[0]}={named[unused[0]]} is not in the expression, which names {', '.join(names)}",
+        )
     found = {name: Path(named.get(name, name)) for name in names}
     for name, folder in found.items():
         if not folder.is_dir():
@@ -133,7 +187,12 @@ def folders_of(names: Iterable[str], given: Iterable[str]) -> dict[str, Path]:
     return found
 
 
-def _adapters(args: argparse.Namespace, coefficients: dict[str, float], folders: dict[str, Path], method: Any) -> str:
+def _adapters(
+    args: argparse.Namespace,
+    coefficients: dict[str, float],
+    folders: dict[str, Path],
+    method: Any,
+) -> str:
     from .combine import combine
     from .lora import check_output, read_adapter, write_adapter
 
@@ -146,13 +205,27 @@ def _adapters(args: argparse.Namespace, coefficients: dict[str, float], folders:
     return f"{write_adapter(result.adapter, args.output, overwrite=args.overwrite)}: {result}"
 
 
-def _checkpoints(args: argparse.Namespace, coefficients: dict[str, float], folders: dict[str, Path], method: Any) -> str:
+def _checkpoints(
+    args: argparse.Namespace,
+    coefficients: dict[str, float],
+    folders: dict[str, Path],
+    method: Any,
+) -> str:
     from .checkpoints import combine_checkpoints
 
     for option in ("rank", "max_error"):
         if getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} is for adapters; {next(iter(folders.values()))} is none")
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for adapters; {next(iter(folders.values()))} is none",
+            )
     if args.base is None:
         raise ValueError(f"{next(iter(folders.values()))} is neither an adapter that PEFT saved nor a checkpoint with a --base")
-    output = combine_checkpoints(coefficients, args.base, folders, args.output, method=method, dtype=args.dtype)
+    output = combine_checkpoints(
+        coefficients,
+        args.base,
+        folders,
+        args.output,
+        method=method,
+        dtype=args.dtype,
+    )
     return f"{output}: a checkpoint of the base's shards and tokenizer"

@@ -1,4 +1,5 @@
-"""Expressions such as "a + 0.5*b - c": a linear combination of named adapters, read exactly; an error points at its character."""
+"""Expressions such as "a + 0.5*b - c": a linear combination of named adapters, read exactly; an error points
+at its character."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ class ExpressionError(ValueError):
     def __init__(self, expression: str, position: int, reason: str) -> None:
         self.position = position
         shown = expression.replace("\n", " ").replace("\t", " ")
-        super().__init__(f"expression, character {position + 1}: {reason}\n    {shown}\n    {' ' * position}^")
+        super().__init__(
+            f"expression, character {position + 1}: {reason}\n    {shown}\n    {' ' * position}^",
+        )
 
 
 class _Token(NamedTuple):
@@ -44,14 +47,16 @@ class _Value(NamedTuple):
 def parse(expression: str, variables: Mapping[str, float] | None = None) -> dict[str, float]:
     """The coefficient of every adapter in an expression, in the order of their first mention.
 
-    Numbers, names, + - * /, parentheses; one factor of a product at most may hold adapters, and only numbers divide. A name is a
-    Python identifier, with dots if need be; any other name, a path say, stands in quotes. Sums are exact, so that
-    "a + 0.1*b + 0.2*b - 0.3*b" is {"a": 1.0, "b": 0.0}; what cancels stays, with the coefficient 0.
+    Numbers, names, + - * /, parentheses; one factor of a product at most may hold adapters, and only numbers
+    divide. A name is a Python identifier, with dots if need be; any other name, a path say, stands in quotes.
+    Sums are exact, so that "a + 0.1*b + 0.2*b - 0.3*b" is {"a": 1.0, "b": 0.0}; what cancels stays, with the
+    coefficient 0.
 
     Args:
         expression: such as "0.5*(a + b) - 'runs/c-1'/3".
         variables: names that stand for numbers, as x in "x*(a + b)".
-    Raises: ExpressionError, which names the character, where it does not parse, is no linear combination, or overflows.
+    Raises: ExpressionError, which names the character, where it does not parse, is no linear combination, or
+        overflows.
 
     >>> parse("a + 0.5*b - c")
     {'a': 1.0, 'b': 0.5, 'c': -1.0}
@@ -173,7 +178,9 @@ class _Parser:
         mantissa, _, exponent = token.text.lower().partition("e")
         if len(mantissa) > _MOST_DIGITS or (exponent and (len(exponent) > 4 or abs(int(exponent)) > _MOST_DIGITS)):
             raise self.error(token, f"this number is out of range; expected at most {_MOST_DIGITS} digits")
-        return _Value(Fraction(token.text.rstrip(".") if not exponent else f"{mantissa.rstrip('.')}e{exponent}"))
+        return _Value(
+            Fraction(token.text.rstrip(".") if not exponent else f"{mantissa.rstrip('.')}e{exponent}"),
+        )
 
     def _name(self, token: _Token) -> _Value:
         name = token.text[1:-1] if token.kind == "quoted" else token.text
@@ -187,7 +194,10 @@ class _Parser:
 def _scale(value: _Value, factor: Fraction) -> _Value:
     if value.coefficients is None:
         return _Value(value.number * factor)
-    return _Value(Fraction(0), {name: coefficient * factor for name, coefficient in value.coefficients.items()})
+    return _Value(
+        Fraction(0),
+        {name: coefficient * factor for name, coefficient in value.coefficients.items()},
+    )
 
 
 def _add(one: _Value, other: _Value) -> _Value:
@@ -195,4 +205,7 @@ def _add(one: _Value, other: _Value) -> _Value:
         return _Value(one.number + other.number)
     names = dict.fromkeys((*one.coefficients, *other.coefficients))
     zero = Fraction(0)
-    return _Value(zero, {name: one.coefficients.get(name, zero) + other.coefficients.get(name, zero) for name in names})
+    return _Value(
+        zero,
+        {name: one.coefficients.get(name, zero) + other.coefficients.get(name, zero) for name in names},
+    )

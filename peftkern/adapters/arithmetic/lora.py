@@ -31,7 +31,8 @@ __all__ = [
 _CONFIG, _WEIGHTS, _RECORD = "adapter_config.json", "adapter_model.safetensors", "arithmetic.json"
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-# What of a configuration says where LoRA is put, how large it is and how it was trained, and changes nothing of what A and B mean.
+# What of a configuration says where LoRA is put, how large it is and how it was trained, and changes nothing
+# of what A and B mean.
 _UNDERSTOOD = {
     *(
         "task_type",
@@ -77,9 +78,11 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "kaiming")
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted module: W + scaling * b @ a. a [r, K], b [N, r]; an embedding's K is its vocabulary, a convolution's are 4-D and so on.
+    """One adapted module: W + scaling * b @ a. a [r, K], b [N, r]; an embedding's K is its vocabulary, a
+    convolution's are 4-D and so on.
 
-    bias [N]: of b, scaled as well (lora_bias). magnitude: DoRA's. kind: "linear" (Conv1D and convolutions too) or "embedding".
+    bias [N]: of b, scaled as well (lora_bias). magnitude: DoRA's. kind: "linear" (Conv1D and convolutions
+        too) or "embedding".
     """
 
     a: Tensor
@@ -100,11 +103,14 @@ class LoraModule:
         return tuple(self.a.shape[1:]), (self.b.shape[0], *self.b.shape[2:]), self.kind
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """b [N, r] with its scaling, and a [r, K], as matrices in fp64; a convolution's kernel is flattened into K."""
+        """b [N, r] with its scaling, and a [r, K], as matrices in fp64; a convolution's kernel is flattened
+        into K."""
         if self.b.shape[1] != self.rank:
             raise ValueError(f"got b {tuple(self.b.shape)} for a of rank {self.rank}: a grouped convolution's LoRA cannot be combined")
         if self.b[0, 0].numel() != 1:
-            raise ValueError(f"got b {tuple(self.b.shape)}, expected a convolution of 1 x 1: it cannot be combined")
+            raise ValueError(
+                f"got b {tuple(self.b.shape)}, expected a convolution of 1 x 1: it cannot be combined",
+            )
         return self.b.flatten(1).double() * self.scaling, self.a.flatten(1).double()
 
     def with_factors(self, b: Tensor, a: Tensor, bias: Tensor | None = None) -> LoraModule:
@@ -122,9 +128,11 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A LoRA adapter: PEFT's configuration, its modules by the name they have in the base, and what it replaces in the base.
+    """A LoRA adapter: PEFT's configuration, its modules by the name they have in the base, and what it
+    replaces in the base.
 
-    replaced: tensors that take the place of the base's (modules_to_save, trained biases, trained tokens), by their name in the file.
+    replaced: tensors that take the place of the base's (modules_to_save, trained biases, trained tokens), by
+        their name in the file.
     record: how the adapter was made, for its arithmetic.json.
     """
 
@@ -136,11 +144,13 @@ class LoraWeights:
 
     @property
     def obstacle(self) -> str | None:
-        """Why b @ a is not all that this adapter adds to the base; None where it is, DoRA and `replaced` aside."""
+        """Why b @ a is not all that this adapter adds to the base; None where it is, DoRA and `replaced`
+        aside."""
         start = self.config.get("init_lora_weights", True)
         if start not in _PLAIN_STARTS:
             return (
-                f"init_lora_weights={start!r} also changed the base when it was made; save it as a plain LoRA first "
+                f"init_lora_weights={start!r} also changed the base when it "
+                "was made; save it as a plain LoRA first "
                 "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
             )
         unknown = [key for key, value in self.config.items() if value and key not in _UNDERSTOOD]
@@ -148,7 +158,8 @@ class LoraWeights:
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """What of `replaced` was trained; the rest are copies of frozen weights, which PEFT saves with LoRA on an embedding."""
+        """What of `replaced` was trained; the rest are copies of frozen weights, which PEFT saves with LoRA
+        on an embedding."""
         saved = tuple(self.config.get("modules_to_save") or ())
 
         def is_trained(key: str) -> bool:
@@ -171,7 +182,9 @@ def read_adapter(folder: str | Path, name: str | None = None) -> LoraWeights:
     folder = Path(folder)
     if not (folder / _CONFIG).is_file():
         there = "it has no" if folder.is_dir() else "there is no such folder, hence no"
-        raise ValueError(f"adapter {folder}: {there} {_CONFIG}; give a folder that PEFT saved, or the --output of a run")
+        raise ValueError(
+            f"adapter {folder}: {there} {_CONFIG}; give a folder that PEFT saved, or the --output of a run",
+        )
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         kind = config.get("peft_type")
@@ -187,7 +200,9 @@ def _load(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not (folder / _WEIGHTS).is_file():
-        raise ValueError(f"adapter {folder}: it has no {_WEIGHTS} (an older .bin file has to be saved anew by PEFT)")
+        raise ValueError(
+            f"adapter {folder}: it has no {_WEIGHTS} (an older .bin file has to be saved anew by PEFT)",
+        )
     try:
         return load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -205,11 +220,17 @@ def assemble(name: str, config: dict[str, Any], state: Mapping[str, Tensor], pla
             parts.setdefault(module, {})[part] = tensor.detach()
     if not parts:
         raise ValueError(f"{place}: it holds no LoRA weights (lora_A, lora_B)")
-    return LoraWeights(name, config, {module: _module(module, own, config, place) for module, own in parts.items()}, replaced)
+    return LoraWeights(
+        name,
+        config,
+        {module: _module(module, own, config, place) for module, own in parts.items()},
+        replaced,
+    )
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    """The module of a key of PEFT's state, and which of LoRA's tensors it is: "base_model.model.x.lora_A.weight" -> "x", "lora_A"."""
+    """The module of a key of PEFT's state, and which of LoRA's tensors it is:
+    "base_model.model.x.lora_A.weight" -> "x", "lora_A"."""
     stem = key.removesuffix(".weight")
     for part in _PARTS:
         if stem.endswith(f".{part}"):
@@ -232,19 +253,28 @@ def _module(name: str, parts: dict[str, Tensor], config: dict[str, Any], place: 
 
 
 def _scaling(name: str, config: dict[str, Any], place: str, rank: int) -> float:
-    """PEFT's own reading of r, lora_alpha, their patterns and use_rslora, checked against the rank that the file has."""
+    """PEFT's own reading of r, lora_alpha, their patterns and use_rslora, checked against the rank that the
+    file has."""
     from peft.utils.other import get_pattern_key
 
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     r = ranks.get(get_pattern_key(ranks, name), config["r"])
     alpha = alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
     if r != rank:
-        raise ValueError(f"{place}: {name} has rank {rank} in the file, {r} in {_CONFIG}; the two do not belong together")
+        raise ValueError(
+            f"{place}: {name} has rank {rank} in the file, {r} in {_CONFIG}; the two do not belong together",
+        )
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def plain_config(config: dict[str, Any], modules: Mapping[str, LoraModule], *, same_targets: bool) -> dict[str, Any]:
-    """`config` for plain modules of scaling 1; where they may be at other places than it says, they are targeted by their full names."""
+def plain_config(
+    config: dict[str, Any],
+    modules: Mapping[str, LoraModule],
+    *,
+    same_targets: bool,
+) -> dict[str, Any]:
+    """`config` for plain modules of scaling 1; where they may be at other places than it says, they are
+    targeted by their full names."""
     (common, _), *_ = Counter(module.rank for module in modules.values()).most_common(1)
     # PEFT matches a pattern with the end of a name: ^ keeps a name from matching a longer one.
     ranks = {f"^{name}": module.rank for name, module in modules.items() if module.rank != common}
@@ -288,12 +318,13 @@ def write_adapter(
     overwrite: bool = False,
     beside: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write an adapter as PEFT would, whole or not at all, with arithmetic.json beside it where it was computed.
+    """Write an adapter as PEFT would, whole or not at all, with arithmetic.json beside it where it was
+    computed.
 
     `beside` writes more files into the folder that it is given, before the whole appears.
 
-    Raises: ValueError where the folder exists and is not empty, unless `overwrite` and it holds an adapter; OSError where it cannot be
-        written.
+    Raises: ValueError where the folder exists and is not empty, unless `overwrite` and it holds an adapter;
+        OSError where it cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -317,13 +348,16 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     if not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: name a folder")
     if not overwrite:
-        raise ValueError(f"--output {folder} exists and is not empty: name another folder, or give --overwrite")
+        raise ValueError(
+            f"--output {folder} exists and is not empty: name another folder, or give --overwrite",
+        )
     if not (folder / _CONFIG).is_file() or not (folder / _RECORD).is_file():
         raise ValueError(f"--output {folder} is no earlier result of peftkern arithmetic: name another folder, or empty it")
 
 
 def scaled(adapter: LoraWeights, weight: float) -> LoraWeights:
-    """The adapter times a number, its ranks, alphas and places as they are: b and its bias are scaled, and in fp32 unless by -1."""
+    """The adapter times a number, its ranks, alphas and places as they are: b and its bias are scaled, and in
+    fp32 unless by -1."""
 
     def times(tensor: Tensor) -> Tensor:
         return -tensor if weight == -1.0 else (tensor.double() * weight).float()

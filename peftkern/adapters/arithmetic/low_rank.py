@@ -1,4 +1,5 @@
-"""Sums of low-rank updates as concatenated ranks, brought to fewer ranks and to a common core, with no matrix of out x in."""
+"""Sums of low-rank updates as concatenated ranks, brought to fewer ranks and to a common core, with no matrix
+of out x in."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ _OVERSAMPLES, _POWER_ITERATIONS = 16, 4
 
 @dataclass(frozen=True)
 class Recompressed:
-    """b [N, r] and a [r, K], fp32, whose product is nearest to a given update; `error` is relative, in the Frobenius norm.
+    """b [N, r] and a [r, K], fp32, whose product is nearest to a given update; `error` is relative, in the
+    Frobenius norm.
 
-    `singular_values` are all of the update's that were computed, greatest first; `norm` is the update's Frobenius norm.
+    `singular_values` are all of the update's that were computed, greatest first; `norm` is the update's
+    Frobenius norm.
     """
 
     b: Tensor
@@ -51,14 +54,17 @@ def concatenate(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
 
 def recompress(b: Tensor, a: Tensor, *, rank: int | None = None, max_error: float = 0.0) -> Recompressed:
-    """The best approximation of b @ a by fewer ranks: QR of b and of a.T, then an SVD of R x R. O((N + K) R^2) operations.
+    """The best approximation of b @ a by fewer ranks: QR of b and of a.T, then an SVD of R x R. O((N + K)
+    R^2) operations.
 
     Args:
         b: [N, R], any float dtype; a: [R, K].
         rank: the most ranks to keep; None: as many as `max_error` asks for.
-        max_error: of those, keep the fewest whose relative Frobenius error is at most this; 0 drops null directions only.
+        max_error: of those, keep the fewest whose relative Frobenius error is at most this; 0 drops null
+            directions only.
     Returns: Recompressed, its error sqrt(sum of the dropped singular values squared) / norm.
-    Raises: ValueError for a rank below 1, a negative or non-finite max_error, or factors that do not multiply.
+    Raises: ValueError for a rank below 1, a negative or non-finite max_error, or factors that do not
+        multiply.
     Source: Eckart and Young (1936) for the truncation.
 
     >>> b, a = torch.randn(50, 4), torch.randn(4, 30)
@@ -71,7 +77,9 @@ def recompress(b: Tensor, a: Tensor, *, rank: int | None = None, max_error: floa
     if not 0.0 <= max_error < math.inf:
         raise ValueError(f"max_error: got {max_error}, expected a number of 0 or more")
     if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0]:
-        raise ValueError(f"b, a: got shapes {tuple(b.shape)} and {tuple(a.shape)}, expected [N, R] and [R, K]")
+        raise ValueError(
+            f"b, a: got shapes {tuple(b.shape)} and {tuple(a.shape)}, expected [N, R] and [R, K]",
+        )
     left, left_core = torch.linalg.qr(b.double())
     right, right_core = torch.linalg.qr(a.double().T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T)
@@ -93,7 +101,8 @@ def _error(values: Tensor, kept: int) -> tuple[float, float]:
 
 
 def _enough(values: Tensor, rank: int | None, max_error: float) -> int:
-    """The fewest singular values whose rest is within max_error and whose rest spans nothing, at most `rank`, at least 1."""
+    """The fewest singular values whose rest is within max_error and whose rest spans nothing, at most `rank`,
+    at least 1."""
     tails = values.square().flip(0).cumsum(0).flip(0).sqrt()  # of values[i:]
     allowed = max(max_error, _NULL) * tails[0]
     needed = int((tails > allowed).sum())
@@ -101,11 +110,14 @@ def _enough(values: Tensor, rank: int | None, max_error: float) -> int:
 
 
 def core_space(factors: Sequence[tuple[Tensor, Tensor]]) -> Core:
-    """Every b_i @ a_i in the basis of the singular vectors of all of them: left ones of [D_1 ... D_T], right ones of [D_1; ...; D_T].
+    """Every b_i @ a_i in the basis of the singular vectors of all of them: left ones of [D_1 ... D_T], right
+    ones of [D_1; ...; D_T].
 
-    The basis depends on the updates alone, not on how each is factored. Its size is at most the sum of the ranks.
+    The basis depends on the updates alone, not on how each is factored. Its size is at most the sum of the
+    ranks.
 
-    Source: Core Space (Panariello et al., 2025), which takes the singular vectors of the stacked factors instead.
+    Source: Core Space (Panariello et al., 2025), which takes the singular vectors of the stacked factors
+        instead.
     """
     b, a = concatenate([(b.double(), a.double()) for b, a in factors])
     left, left_core = torch.linalg.qr(b)
@@ -124,8 +136,8 @@ def _basis(columns: Tensor) -> Tensor:
 def compress_dense(update: Tensor, rank: int, *, seed: int = 0) -> Recompressed:
     """The nearest update of `rank` ranks to a dense one [N, K], for what is not low-rank itself.
 
-    A full SVD where a side is at most 1024; else a randomized one (16 oversamples, 4 power iterations, seeded), whose reported error is
-    that of the result it returns.
+    A full SVD where a side is at most 1024; else a randomized one (16 oversamples, 4 power iterations,
+    seeded), whose reported error is that of the result it returns.
     Source: Halko, Martinsson and Tropp (2011), algorithm 4.4.
     """
     if rank < 1:
@@ -136,7 +148,13 @@ def compress_dense(update: Tensor, rank: int, *, seed: int = 0) -> Recompressed:
         kept = min(rank, len(values))
         root = values[:kept].sqrt()
         error, norm = _error(values, kept)
-        return Recompressed((u[:, :kept] * root).float(), (root[:, None] * vh[:kept]).float(), error, norm, values)
+        return Recompressed(
+            (u[:, :kept] * root).float(),
+            (root[:, None] * vh[:kept]).float(),
+            error,
+            norm,
+            values,
+        )
     generator = torch.Generator().manual_seed(seed)
     columns = min(rank + _OVERSAMPLES, min(update.shape))
     basis = torch.linalg.qr(update @ torch.randn(update.shape[1], columns, generator=generator).to(update))[0]

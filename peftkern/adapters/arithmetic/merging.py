@@ -63,7 +63,13 @@ class _Merger:
             return None
         return [torch.zeros_like(there, dtype=torch.float32) if part is None else part.float() for part in parts]
 
-    def merged(self, name: str, rule: Rule, rank: int | None, max_error: float | None) -> tuple[LoraModule, float]:
+    def merged(
+        self,
+        name: str,
+        rule: Rule,
+        rank: int | None,
+        max_error: float | None,
+    ) -> tuple[LoraModule, float]:
         """The module of the merged update, and its error."""
         result = self.factors(name, rule.merge(Piece(name, 0, self.vectors(name))), rank, max_error)
         biases = self.biases(name)
@@ -80,7 +86,9 @@ class _InCore(_Merger):
 
     def space(self, name: str) -> Core:
         if name not in self.spaces:
-            self.spaces[name] = core_space([term.adapter.modules[name].factors() for term in self.live if name in term.adapter.modules])
+            self.spaces[name] = core_space(
+                [term.adapter.modules[name].factors() for term in self.live if name in term.adapter.modules],
+            )
         return self.spaces[name]
 
     def vectors(self, name: str) -> list[Tensor]:

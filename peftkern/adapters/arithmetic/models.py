@@ -20,7 +20,9 @@ def of_model(model: nn.Module, name: str = "default") -> LoraWeights:
 
     configs = getattr(model, "peft_config", {})
     if name not in configs:
-        raise ValueError(f"name: the model has no adapter {name!r}; it has {', '.join(map(repr, configs)) or 'none'}")
+        raise ValueError(
+            f"name: the model has no adapter {name!r}; it has {', '.join(map(repr, configs)) or 'none'}",
+        )
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in configs[name].to_dict().items()}
     config = {key: value.value if hasattr(value, "value") else value for key, value in config.items()}
     if config.get("peft_type") != "LORA":
@@ -30,8 +32,8 @@ def of_model(model: nn.Module, name: str = "default") -> LoraWeights:
 
 
 def add_to_model(model: nn.Module, adapter: LoraWeights, name: str) -> None:
-    """Give a PeftModel this adapter under a new name, inactive. A patched model runs it after the next `peftkern.patch(model)` where it
-    adapts modules that had no LoRA before; on the others it runs at once.
+    """Give a PeftModel this adapter under a new name, inactive. A patched model runs it after the next
+    `peftkern.patch(model)` where it adapts modules that had no LoRA before; on the others it runs at once.
 
     Raises: ValueError where the name is taken, or the adapter does not fit the model.
     """

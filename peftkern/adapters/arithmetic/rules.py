@@ -1,4 +1,5 @@
-"""How several task vectors become one: their sum, TIES with one threshold for the whole vector, DARE by a seeded mask.
+"""How several task vectors become one: their sum, TIES with one threshold for the whole vector, DARE by a
+seeded mask.
 
 A task vector is seen in pieces, in the same order at every pass, so that none is ever whole in memory.
 """
@@ -33,7 +34,8 @@ _A_BLOCK = 8  # numbers of 32 bits that one step of Philox's counter gives
 
 
 class Piece(NamedTuple):
-    """Elements `start`, `start + 1`, ... of the tensor `name`: of each task vector, fp32, all of one shape, scaled by its coefficient."""
+    """Elements `start`, `start + 1`, ... of the tensor `name`: of each task vector, fp32, all of one shape,
+    scaled by its coefficient."""
 
     name: str
     start: int
@@ -42,8 +44,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """What becomes of the task vectors: "sum"; "ties" (trim, elect, disjoint mean); "dare" (drop, rescale, sum); "dare_ties" (drop,
-    rescale, elect, disjoint mean). density: the part that TIES keeps. drop: DARE's probability. scale: the lambda of the result."""
+    """What becomes of the task vectors: "sum"; "ties" (trim, elect, disjoint mean); "dare" (drop, rescale,
+    sum); "dare_ties" (drop, rescale, elect, disjoint mean). density: the part that TIES keeps. drop: DARE's
+    probability. scale: the lambda of the result."""
 
     name: str = "sum"
     density: float = 0.2
@@ -68,8 +71,8 @@ class Method:
 
 
 class KthMagnitude:
-    """The exact k-th greatest magnitude of an fp32 vector, seen twice in pieces: a histogram of the upper 16 bits, then one of the lower 15
-    bits within the bin that holds it."""
+    """The exact k-th greatest magnitude of an fp32 vector, seen twice in pieces: a histogram of the upper 16
+    bits, then one of the lower 15 bits within the bin that holds it."""
 
     def __init__(self) -> None:
         self.coarse = torch.zeros(1 << 16, dtype=torch.int64)
@@ -115,21 +118,22 @@ def trim(vector: Tensor, threshold: float) -> Tensor:
     """The entries whose magnitude reaches the threshold, a number of fp32; 0 elsewhere."""
     if threshold == 0.0:
         return vector
-    # hardshrink keeps what is greater than its bound, and is fifteen times as fast as torch.where (Emerald Rapids, torch 2.13).
+    # hardshrink keeps what is greater than its bound, and is fifteen times as fast as torch.where (Emerald
+    # Rapids, torch 2.13).
     below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item()
     return torch.nn.functional.hardshrink(vector, below)
 
 
 def elect(total: Tensor, majority: float) -> Tensor:
-    """The sign of every entry of the summed task vectors; where they cancel, the sign of the sum of all signs, as in
-    the code of TIES' authors."""
+    """The sign of every entry of the summed task vectors; where they cancel, the sign of the sum of all
+    signs, as in the code of TIES' authors."""
     signs = total.sign()
     return signs.add_(1.0 - signs.abs(), alpha=majority)
 
 
 def disjoint_mean(vectors: Sequence[Tensor], signs: Tensor) -> Tensor:
-    """The mean, entry by entry, of those task vectors that are not zero there and have the elected sign; 0 where none
-    has."""
+    """The mean, entry by entry, of those task vectors that are not zero there and have the elected sign; 0
+    where none has."""
     total, count = torch.zeros_like(signs), torch.zeros_like(signs)
     for vector in vectors:
         agreeing = (vector * signs).clamp_(min=0.0)
@@ -139,10 +143,11 @@ def disjoint_mean(vectors: Sequence[Tensor], signs: Tensor) -> Tensor:
 
 
 def dare_keeps(count: int, start: int, *, drop: float, seed: int, tensor: str, term: str) -> Tensor:
-    """Which of the elements start, ..., start + count - 1 of a tensor DARE keeps: bool [count], each by itself with probability 1 - drop.
+    """Which of the elements start, ..., start + count - 1 of a tensor DARE keeps: bool [count], each by
+    itself with probability 1 - drop.
 
-    A pure function of its arguments: Philox 4x64-10, its key a hash of seed, tensor and term, its counter the element. It does not depend
-    on how the tensor is cut into pieces, nor on the device.
+    A pure function of its arguments: Philox 4x64-10, its key a hash of seed, tensor and term, its counter the
+    element. It does not depend on how the tensor is cut into pieces, nor on the device.
     """
     import numpy
 
@@ -155,9 +160,16 @@ def dare_keeps(count: int, start: int, *, drop: float, seed: int, tensor: str, t
 
 
 class Rule:
-    """A method made ready for its task vectors: with TIES it knows the thresholds and the majority sign of the whole."""
+    """A method made ready for its task vectors: with TIES it knows the thresholds and the majority sign of
+    the whole."""
 
-    def __init__(self, method: Method, terms: Sequence[str], thresholds: Sequence[float] = (), majority: float = 0.0) -> None:
+    def __init__(
+        self,
+        method: Method,
+        terms: Sequence[str],
+        thresholds: Sequence[float] = (),
+        majority: float = 0.0,
+    ) -> None:
         self.method, self.terms = method, tuple(terms)
         self.thresholds, self.majority = tuple(thresholds), majority
 
@@ -172,13 +184,26 @@ class Rule:
 
     def _dropped(self, piece: Piece, vector: Tensor, term: str) -> Tensor:
         method = self.method
-        keeps = dare_keeps(vector.numel(), piece.start, drop=method.drop, seed=method.seed, tensor=piece.name, term=term)
+        keeps = dare_keeps(
+            vector.numel(),
+            piece.start,
+            drop=method.drop,
+            seed=method.seed,
+            tensor=piece.name,
+            term=term,
+        )
         return (vector * keeps.to(vector.device).view(vector.shape)).div_(1.0 - method.drop)
 
     def merge(self, piece: Piece) -> Tensor:
         """The merged entries of the piece."""
         vectors = self.sparse(piece)
-        merged = disjoint_mean(vectors, elect(_total(vectors), self.majority)) if self.method.elects else _total(vectors)
+        merged = (
+            disjoint_mean(vectors, elect(_total(vectors), self.majority))
+            if self.method.elects
+            else _total(
+                vectors,
+            )
+        )
         return merged if self.method.scale == 1.0 else merged * self.method.scale
 
 
@@ -190,9 +215,11 @@ def _total(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def prepare_rule(method: Method, terms: Sequence[str], pieces: Callable[[str], Iterable[Piece]]) -> Rule:
-    """The rule of a method for the task vectors `terms`; `pieces(purpose)` gives all of their pieces, once for each pass.
+    """The rule of a method for the task vectors `terms`; `pieces(purpose)` gives all of their pieces, once
+    for each pass.
 
-    "ties" takes three passes: two histograms for the thresholds, exact to the bit, and the sum of the signs; "dare_ties" the last only.
+    "ties" takes three passes: two histograms for the thresholds, exact to the bit, and the sum of the signs;
+    "dare_ties" the last only.
     """
     rule = Rule(method, terms)
     if method.name == "ties":

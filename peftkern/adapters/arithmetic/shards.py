@@ -1,7 +1,8 @@
 """Checkpoints of safetensors shards, read and written in pieces of a few megabytes.
 
-`safetensors` writes a shard from tensors that are all in memory, and maps what it reads, so that resident memory is not bounded by what
-one asks for. Here tensors are read into buffers and written to their place in a file whose header is known beforehand.
+`safetensors` writes a shard from tensors that are all in memory, and maps what it reads, so that resident
+memory is not bounded by what one asks for. Here tensors are read into buffers and written to their place in a
+file whose header is known beforehand.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _MOST_HEADER = 100 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a shard: its file, safetensors' name of its dtype, its shape, and its bytes' place in the file."""
+    """A tensor in a shard: its file, safetensors' name of its dtype, its shape, and its bytes' place in the
+    file."""
 
     file: Path
     dtype: str
@@ -101,9 +103,11 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path, name: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder with model.safetensors, or with shards and their index; only the headers are read.
+    """The checkpoint in a folder with model.safetensors, or with shards and their index; only the headers are
+    read.
 
-    Raises: ValueError where a shard is missing, cut or damaged, there is no checkpoint, or it is none of safetensors.
+    Raises: ValueError where a shard is missing, cut or damaged, there is no checkpoint, or it is none of
+        safetensors.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -119,7 +123,8 @@ def open_checkpoint(folder: str | Path, name: str | None = None) -> Checkpoint:
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
-    """The shards, and for each the tensors that the index says it holds; an empty list for all that it holds."""
+    """The shards, and for each the tensors that the index says it holds; an empty list for all that it
+    holds."""
     if (folder / _INDEX).is_file():
         try:
             places = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -155,16 +160,21 @@ def _header(file: Path) -> dict[str, Entry]:
             raise ValueError(f"{file}: its header is garbled ({error!r}); download or copy it again") from None
     end = max((end for *_, end in places.values()), default=0)
     if end != size - 8 - length:
-        raise ValueError(f"{file}: cut or padded ({size} bytes, {end + 8 + length} expected); download or copy it again")
+        raise ValueError(
+            f"{file}: cut or padded ({size} bytes, {end + 8 + length} expected); download or copy it again",
+        )
     unknown = {dtype for dtype, *_ in places.values()} - set(DTYPES)
     if unknown:
-        raise ValueError(f"{file}: it holds tensors of dtype {', '.join(sorted(unknown))}, which cannot be combined")
+        raise ValueError(
+            f"{file}: it holds tensors of dtype {', '.join(sorted(unknown))}, which cannot be combined",
+        )
     ordered = sorted(places.items(), key=lambda item: item[1][2])
     return {name: Entry(file, dtype, shape, 8 + length + start) for name, (dtype, shape, start, _) in ordered}
 
 
 def layout(entries: Mapping[str, Entry], dtype: str | None) -> dict[str, dict[str, Entry]]:
-    """For every output file, by name, its tensors: as `entries` has them, their floats in another dtype where one is given."""
+    """For every output file, by name, its tensors: as `entries` has them, their floats in another dtype where
+    one is given."""
     files: dict[str, dict[str, Entry]] = {}
     for name, entry in entries.items():
         kind = dtype if dtype and entry.is_float else entry.dtype
@@ -194,7 +204,8 @@ class ShardWriter:
         return struct.pack("<Q", len(encoded)) + encoded, 8 + len(encoded) + position
 
     def create(self) -> None:
-        """Write the header and take the whole file's space, so that a full disk shows now; OSError where there is none."""
+        """Write the header and take the whole file's space, so that a full disk shows now; OSError where
+        there is none."""
         with self.path.open("wb") as file:
             file.write(self.header)
             if hasattr(os, "posix_fallocate"):
@@ -204,7 +215,14 @@ class ShardWriter:
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Put flat values, of the tensor's dtype, to its elements start, start + 1, ..."""
         entry = self.tensors[name]
-        raw = values.detach().cpu().contiguous().view(torch.uint8) if values.numel() else torch.empty(0, dtype=torch.uint8)
+        raw = (
+            values.detach().cpu().contiguous().view(torch.uint8)
+            if values.numel()
+            else torch.empty(
+                0,
+                dtype=torch.uint8,
+            )
+        )
         with self.path.open("r+b", buffering=0) as file:
             file.seek(self.offsets[name] + start * entry.itemsize)
             view = memoryview(raw.numpy())

@@ -1,4 +1,5 @@
-"""Which lambda: the losses of many mixtures of adapters in one batched pass, the base's weights read once for all of them."""
+"""Which lambda: the losses of many mixtures of adapters in one batched pass, the base's weights read once for
+all of them."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ _CONFIDENCE = 1.96  # standard errors of a 95 % interval
 
 @dataclass(frozen=True)
 class Sweep:
-    """The losses of an adapter's task vector times each lambda, on the target's and perhaps a control's windows.
+    """The losses of an adapter's task vector times each lambda, on the target's and perhaps a control's
+    windows.
 
-    values: the lambdas. losses: by set, [lambdas, windows], mean nats a token of each window. best: the lambda of the least target loss
-    among those whose control loss is within the budget. budget: how far the control loss may rise above lambda = 0, as a part of it.
+    values: the lambdas. losses: by set, [lambdas, windows], mean nats a token of each window. best: the
+    lambda of the least target loss among those whose control loss is within the budget. budget: how far the
+    control loss may rise above lambda = 0, as a part of it.
     """
 
     values: tuple[float, ...]
@@ -52,10 +55,19 @@ class Sweep:
         return self.losses[name].double().mean(1)
 
     def change(self, name: str) -> tuple[Tensor, Tensor]:
-        """How far each lambda's loss is from that of the lambda nearest to 0, window by window: mean and standard error, [lambdas]."""
+        """How far each lambda's loss is from that of the lambda nearest to 0, window by window: mean and
+        standard error, [lambdas]."""
         losses = self.losses[name].double()
         paired = losses - losses[self._none()]
-        spread = paired.std(1) if paired.shape[1] > 1 else torch.full((len(paired),), math.nan, dtype=torch.float64)
+        spread = (
+            paired.std(1)
+            if paired.shape[1] > 1
+            else torch.full(
+                (len(paired),),
+                math.nan,
+                dtype=torch.float64,
+            )
+        )
         return paired.mean(1), spread / math.sqrt(paired.shape[1])
 
     def _none(self) -> int:
@@ -87,7 +99,15 @@ class Sweep:
             if name is None:
                 continue
             mean, error = self.mean(name), self.change(name)[1]
-            axes.errorbar(self.values, mean, yerr=_CONFIDENCE * error, marker="o", color=colour, capsize=3, label=name)
+            axes.errorbar(
+                self.values,
+                mean,
+                yerr=_CONFIDENCE * error,
+                marker="o",
+                color=colour,
+                capsize=3,
+                label=name,
+            )
         axes.axvline(self.best, color="grey", linestyle=":", label=f"best, {self.best:g}")
         axes.set(
             xlabel="lambda, times the task vector",
@@ -97,7 +117,8 @@ class Sweep:
         axes.legend()
 
     def write_csv(self, path: str | Path) -> None:
-        """One line a lambda: each set's mean loss, its change from lambda = 0 and that change's standard error."""
+        """One line a lambda: each set's mean loss, its change from lambda = 0 and that change's standard
+        error."""
         names = [name for name in (self.target, self.control) if name is not None]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -114,7 +135,8 @@ class Sweep:
 
 @contextlib.contextmanager
 def scaled_adapters(model: nn.Module, adapter: str, values: Sequence[float]) -> Iterator[list[str]]:
-    """Within it a PEFT model has the adapter times each value under a name of its own; yields the names. No weight is copied.
+    """Within it a PEFT model has the adapter times each value under a name of its own; yields the names. No
+    weight is copied.
 
     The names share the adapter's tensors and have other scalings; they are for `peftkern.mixed_adapters`.
     Raises: ValueError where the adapter is unknown, or is not linear in its scaling (DoRA, modules_to_save).
@@ -162,11 +184,18 @@ def _drop(layer: Any, name: str) -> None:
             del entries[name]
 
 
-def losses_by_adapter(model: nn.Module, adapters: Sequence[str], ids: Tensor, *, rows: int | None = None) -> Tensor:
-    """Mean next-token loss of every window under every adapter, in nats: [adapters, windows], fp32 on the CPU.
+def losses_by_adapter(
+    model: nn.Module,
+    adapters: Sequence[str],
+    ids: Tensor,
+    *,
+    rows: int | None = None,
+) -> Tensor:
+    """Mean next-token loss of every window under every adapter, in nats: [adapters, windows], fp32 on the
+    CPU.
 
-    A batch holds each of some windows once for every adapter, adapter by adapter, so that the base's weights are read (and 4-bit ones
-    decoded) once for all adapters and each adapter's rows are one low-rank product.
+    A batch holds each of some windows once for every adapter, adapter by adapter, so that the base's weights
+    are read (and 4-bit ones decoded) once for all adapters and each adapter's rows are one low-rank product.
 
     Args:
         model: a patched PEFT causal LM; it runs in evaluation mode.
@@ -178,7 +207,9 @@ def losses_by_adapter(model: nn.Module, adapters: Sequence[str], ids: Tensor, *,
     from ...patching import mixed_adapters
 
     if ids.dim() != 2 or ids.shape[1] < 2:
-        raise ValueError(f"ids: got shape {tuple(ids.shape)}, expected [windows, length] with a length of 2 or more")
+        raise ValueError(
+            f"ids: got shape {tuple(ids.shape)}, expected [windows, length] with a length of 2 or more",
+        )
     words = model.get_output_embeddings().weight.shape[0] if hasattr(model, "get_output_embeddings") else 1
     rows = rows or max(1, _LOGIT_BYTES // (4 * words * ids.shape[1]))
     result = torch.empty(len(adapters), len(ids))
@@ -192,7 +223,9 @@ def losses_by_adapter(model: nn.Module, adapters: Sequence[str], ids: Tensor, *,
                 labels = [name for name in names for _ in range(len(part))]
                 with torch.no_grad(), mixed_adapters(model, labels):
                     logits = model(input_ids=part.repeat(len(names), 1), use_cache=False).logits
-                losses = torch.stack([_loss(row, own) for row, own in zip(logits, part.repeat(len(names), 1), strict=True)])
+                losses = torch.stack(
+                    [_loss(row, own) for row, own in zip(logits, part.repeat(len(names), 1), strict=True)],
+                )
                 result[start : start + len(names), window : window + len(part)] = losses.view(len(names), len(part)).cpu()
     finally:
         model.train(training)
@@ -222,11 +255,14 @@ def sweep(
     rows: int | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """The losses of lambda * adapter for every lambda, in batched passes that hold all lambdas at once; nothing is merged or reloaded.
+    """The losses of lambda * adapter for every lambda, in batched passes that hold all lambdas at once;
+    nothing is merged or reloaded.
 
     Args:
-        model: a patched PEFT causal LM with the adapter, a sum of several by `combine` and `add_to_model`, say.
-        adapter: its name; or, where lambda does not scale the whole, the adapter's name for each lambda (`values` is then not used).
+        model: a patched PEFT causal LM with the adapter, a sum of several by `combine` and `add_to_model`,
+            say.
+        adapter: its name; or, where lambda does not scale the whole, the adapter's name for each lambda
+            (`values` is then not used).
         windows: validation windows by set, [windows, length] of token ids.
         values: the lambdas.
         target: the set whose loss decides; default the first.

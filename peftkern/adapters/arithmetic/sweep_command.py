@@ -1,4 +1,5 @@
-"""`peftkern arithmetic --sweep`: an expression with a variable, run over its values on validation text; the best adapter is written."""
+"""`peftkern arithmetic --sweep`: an expression with a variable, run over its values on validation text; the
+best adapter is written."""
 
 from __future__ import annotations
 
@@ -46,7 +47,13 @@ def swept(args: argparse.Namespace) -> str:
     def mixture(value: float) -> LoraWeights:
         return combine(parse(args.expression, {variable: value}), adapters, method=method, **options).adapter
 
-    result = _sweep(args, mixture, values, next(iter(folders.values())), scales=_scales(args.expression, variable, method))
+    result = _sweep(
+        args,
+        mixture,
+        values,
+        next(iter(folders.values())),
+        scales=_scales(args.expression, variable, method),
+    )
     best = mixture(result.best)
     best.record.update({"expression": args.expression, variable: result.best, "adapters": {n: str(f) for n, f in folders.items()}})
     write_adapter(best, args.output, overwrite=args.overwrite, beside=lambda folder: _write(result, folder))
@@ -72,7 +79,14 @@ def _scales(expression: str, variable: str, method: Method) -> bool:
     return method.name == "sum" and all(two[name] == 2 * one[name] for name in one)
 
 
-def _sweep(args: argparse.Namespace, mixture: Any, values: Sequence[float], adapter: Path, *, scales: bool) -> Sweep:
+def _sweep(
+    args: argparse.Namespace,
+    mixture: Any,
+    values: Sequence[float],
+    adapter: Path,
+    *,
+    scales: bool,
+) -> Sweep:
     import peftkern
 
     from ...finetune.inference import loaded

@@ -34,7 +34,15 @@ def llama(seed: int = 0) -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=48,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return _spread(transformers.GPT2LMHeadModel(config).eval())
 
 
@@ -81,9 +89,21 @@ KINDS = {
         {"r": 4, "target_modules": ATTENTION},
         {"r": 3, "lora_alpha": 9, "target_modules": ["v_proj", "down_proj"]},
     ),
-    "rslora": Kind(llama, {"target_modules": "all-linear", "use_rslora": True}, {"r": 2, "target_modules": "all-linear"}),
-    "patterns": Kind(llama, {"target_modules": ATTENTION} | PATTERNS, {"target_modules": ATTENTION, "use_rslora": True}),
-    "lora_bias": Kind(llama, {"target_modules": ATTENTION, "lora_bias": True}, {"r": 3, "target_modules": ATTENTION}),
+    "rslora": Kind(
+        llama,
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"r": 2, "target_modules": "all-linear"},
+    ),
+    "patterns": Kind(
+        llama,
+        {"target_modules": ATTENTION} | PATTERNS,
+        {"target_modules": ATTENTION, "use_rslora": True},
+    ),
+    "lora_bias": Kind(
+        llama,
+        {"target_modules": ATTENTION, "lora_bias": True},
+        {"r": 3, "target_modules": ATTENTION},
+    ),
     "lora_biases": Kind(
         llama,
         {"target_modules": ATTENTION, "lora_bias": True},
@@ -99,7 +119,11 @@ KINDS = {
         {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
         {"r": 3, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_rslora": True},
     ),
-    "embeddings": Kind(llama, {"target_modules": ["embed_tokens", "q_proj"]}, {"r": 3, "target_modules": ["embed_tokens"]}),
+    "embeddings": Kind(
+        llama,
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"r": 3, "target_modules": ["embed_tokens"]},
+    ),
     "conv2d": Kind(
         convolutions,
         {"target_modules": ["first", "second", "head"]},
@@ -107,7 +131,11 @@ KINDS = {
     ),
 }
 REPLACING = {
-    "modules_to_save": Kind(llama, {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, {"target_modules": ATTENTION}),
+    "modules_to_save": Kind(
+        llama,
+        {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]},
+        {"target_modules": ATTENTION},
+    ),
     "bias": Kind(
         llama,
         {"target_modules": ATTENTION, "bias": "lora_only"},

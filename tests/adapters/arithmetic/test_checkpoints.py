@@ -1,4 +1,5 @@
-"""Full checkpoints, streamed: what is computed, in how much memory, and what an interruption or bad input leaves."""
+"""Full checkpoints, streamed: what is computed, in how much memory, and what an interruption or bad input
+leaves."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def save(folder: Path, values: dict[str, Tensor], shards: int = 1, **config: Any
         places = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
         for file in set(places.values()):
             save_file({name: values[name] for name in names if places[name] == file}, folder / file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": places}),
+        )
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"} | config))
     (folder / "tokenizer.json").write_text("{}")
     return folder
@@ -83,10 +86,22 @@ def models(tmp_path: Path) -> dict[str, Any]:
     return {"folder": tmp_path} | values
 
 
-def run(models: dict[str, Any], coefficients: dict[str, float], output: str = "out", **options: Any) -> dict[str, Tensor]:
+def run(
+    models: dict[str, Any],
+    coefficients: dict[str, float],
+    output: str = "out",
+    **options: Any,
+) -> dict[str, Tensor]:
     folder = models["folder"]
     folders = {name: folder / name for name in coefficients}
-    made = combine_checkpoints(coefficients, folder / "base", folders, folder / output, progress=False, **options)
+    made = combine_checkpoints(
+        coefficients,
+        folder / "base",
+        folders,
+        folder / output,
+        progress=False,
+        **options,
+    )
     assert {path.name for path in made.iterdir()} >= {"config.json", "tokenizer.json", "arithmetic.json"}
     assert not list(folder.glob(".incomplete-*"))
     return read(made)
@@ -160,7 +175,13 @@ class LiveBytes(TorchDispatchMode):
         self.alive: dict[int, int] = {}
         self.now, self.most = 0, 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
@@ -182,7 +203,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", [Method(), Method("ties"), Method("dare_ties")])
-def test_memory_is_bounded_by_the_piece_and_not_by_the_model(tmp_path: Path, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_the_piece_and_not_by_the_model(
+    tmp_path: Path,
+    method: Method,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     original = module.Checkpoint.read
 
     def counted(self: Any, *args: Any) -> Tensor:
@@ -238,7 +263,10 @@ combine_checkpoints({"a": 1.0, "b": 0.5}, folder / "base", {"a": folder / "a", "
 """
 
 
-def test_a_killed_run_goes_on_at_the_tensor_where_it_was(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_at_the_tensor_where_it_was(
+    models: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     folder = models["folder"]
     whole = run(models, {"a": 1.0, "b": 0.5}, "whole", method=Method("ties", density=0.4), piece=50)
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), "16"], env=os.environ, check=False)
@@ -345,7 +373,10 @@ def test_bad_input_is_named_and_leaves_nothing(models: dict[str, Any], how: str,
     assert sorted(path.name for path in models["folder"].iterdir()) == ["a", "b", "base"]
 
 
-def test_no_space_is_said_before_anything_is_written(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_is_said_before_anything_is_written(
+    models: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Usage:
         free = 100
 

@@ -61,7 +61,10 @@ def test_options_reach_the_merge(folders: Path, capsys: pytest.CaptureFixture[st
     assert max(module.rank for module in read_adapter("out").modules.values()) == 3
 
 
-def test_an_earlier_result_is_replaced_only_when_asked(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_earlier_result_is_replaced_only_when_asked(
+    folders: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["arithmetic", "a", "--output", "out"]) == 0
     assert "give --overwrite" in refused(capsys, "b", "--output", "out")
     assert main(["arithmetic", "b", "--output", "out", "--overwrite"]) == 0
@@ -78,16 +81,32 @@ def test_the_character_is_pointed_at(folders: Path, capsys: pytest.CaptureFixtur
     ]
 
 
-def test_full_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_checkpoints(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     base = tensors(0)
     tuned = tensors(1, around=base)
     save(tmp_path / "base", base)
     save(tmp_path / "a", tuned)
     assert main(["arithmetic", "0.5*a", "--base", "base", "--output", "out", "--dtype", "bf16"]) == 0
-    assert torch.equal(flat(read(tmp_path / "out")), (0.5 * flat(base) + 0.5 * flat(tuned)).bfloat16().float())
+    assert torch.equal(
+        flat(read(tmp_path / "out")),
+        (0.5 * flat(base) + 0.5 * flat(tuned)).bfloat16().float(),
+    )
     assert "--base is needed" in refused(capsys, "0.5*a", "--output", "more")
-    assert "--rank is for adapters" in refused(capsys, "a", "--base", "base", "--rank", "3", "--output", "more")
+    assert "--rank is for adapters" in refused(
+        capsys,
+        "a",
+        "--base",
+        "base",
+        "--rank",
+        "3",
+        "--output",
+        "more",
+    )
     assert "exists" in refused(capsys, "a", "--base", "base", "--output", "out")
 
 
@@ -155,7 +174,12 @@ def test_bad_adapters(folders: Path, capsys: pytest.CaptureFixture[str], how: st
         (["a", "--dtype", "bf16"], "--dtype is for full checkpoints"),
     ],
 )
-def test_bad_commands(folders: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+def test_bad_commands(
+    folders: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
     assert words in refused(capsys, *arguments, "--output", "out")
 
 

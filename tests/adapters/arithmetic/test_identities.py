@@ -1,4 +1,5 @@
-"""1.0*a = a, a - a = the base, (a + b) - b = a: for every kind of LoRA, through PEFT's own loading, to fp32 rounding or a clear error."""
+"""1.0*a = a, a - a = the base, (a + b) - b = a: for every kind of LoRA, through PEFT's own loading, to fp32
+rounding or a clear error."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ DORA = {"target_modules": ["q_proj", "v_proj"], "use_dora": True}
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, dict[str, LoraWeights]]:
+def case(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Kind, dict[str, LoraWeights]]:
     """A kind with its two adapters."""
     kind = KINDS[request.param]
     a, b = saved(kind, tmp_path_factory.mktemp(request.param))
@@ -42,7 +46,8 @@ def updates(adapter: LoraWeights) -> dict[str, Tensor]:
 
 
 def assert_updates(adapter: LoraWeights, expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    """Each update is the expected one to fp32 rounding of the largest; where none is expected it is that small."""
+    """Each update is the expected one to fp32 rounding of the largest; where none is expected it is that
+    small."""
     got = updates(adapter)
     size = max(update.norm() for update in expected.values())
     for name in got.keys() | expected.keys():
@@ -51,7 +56,13 @@ def assert_updates(adapter: LoraWeights, expected: dict[str, Tensor], tolerance:
         assert (got.get(name, zero) - expected.get(name, zero)).norm() <= tolerance * size, name
 
 
-def assert_runs_as(kind: Kind, adapter: LoraWeights, expected: Tensor, folder: Path, tolerance: float = 2e-5) -> None:
+def assert_runs_as(
+    kind: Kind,
+    adapter: LoraWeights,
+    expected: Tensor,
+    folder: Path,
+    tolerance: float = 2e-5,
+) -> None:
     """PEFT loads what is written, and the model computes the expected output."""
     got = output(loaded(kind, write_adapter(adapter, folder)))
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
@@ -106,7 +117,10 @@ def test_a_sum_is_the_sum_of_the_updates(case: tuple[Kind, dict[str, LoraWeights
     assert_runs_as(kind, again, output(loaded(kind, tmp_path / "sum")), tmp_path / "again", 0.0)
 
 
-def test_merged_into_the_base_both_are_there(case: tuple[Kind, dict[str, LoraWeights]], tmp_path: Path) -> None:
+def test_merged_into_the_base_both_are_there(
+    case: tuple[Kind, dict[str, LoraWeights]],
+    tmp_path: Path,
+) -> None:
     """What PEFT computes when both adapters are active is what their sum computes."""
     kind, adapters = case
     write_adapter(adapters["a"], tmp_path / "a")
@@ -127,7 +141,10 @@ def test_scale_negate_interpolate(case: tuple[Kind, dict[str, LoraWeights]]) -> 
     assert_updates(interpolate(a, b, 0.0), updates(a), 0.0)
 
 
-def test_recompression_is_each_updates_truncated_svd(case: tuple[Kind, dict[str, LoraWeights]], tmp_path: Path) -> None:
+def test_recompression_is_each_updates_truncated_svd(
+    case: tuple[Kind, dict[str, LoraWeights]],
+    tmp_path: Path,
+) -> None:
     kind, adapters = case
     result = combine("a + b", adapters, rank=2)
     exact = total([(1.0, updates(adapters["a"])), (1.0, updates(adapters["b"]))])
@@ -137,7 +154,11 @@ def test_recompression_is_each_updates_truncated_svd(case: tuple[Kind, dict[str,
         assert module.rank <= 2
         assert result.errors[name] == pytest.approx(best, rel=1e-5, abs=1e-7)
         got = updates(result.adapter)[name]
-        assert ((got - exact[name]).norm() / exact[name].norm()).item() == pytest.approx(best, rel=1e-4, abs=1e-6)
+        assert ((got - exact[name]).norm() / exact[name].norm()).item() == pytest.approx(
+            best,
+            rel=1e-4,
+            abs=1e-6,
+        )
     output(loaded(kind, write_adapter(result.adapter, tmp_path / "out")))
 
 
@@ -156,14 +177,21 @@ def test_ties_and_dare_in_the_weights_space_are_their_rule_on_the_updates(
         Method("dare_ties", drop=0.5),
     ):
         vectors = {n: [p.get(n, torch.zeros_like(next(q[n] for q in parts if n in q))).float() for p in parts] for n in names}
-        rule = prepare_rule(method, ["a", "b"], lambda _, v=vectors: (Piece(n, 0, taus) for n, taus in v.items()))
+        rule = prepare_rule(
+            method,
+            ["a", "b"],
+            lambda _, v=vectors: (Piece(n, 0, taus) for n, taus in v.items()),
+        )
         expected = {n: rule.merge(Piece(n, 0, taus)).double() for n, taus in vectors.items()}
         result = combine("a - 0.5*b", adapters, method=method, space="weights", rank=200)
         # Entries at the threshold may fall to either side: the updates are rounded to fp32 along two ways.
         assert_updates(result.adapter, expected, 2e-2)
 
 
-def test_ties_and_dare_in_the_core_space_run(case: tuple[Kind, dict[str, LoraWeights]], tmp_path: Path) -> None:
+def test_ties_and_dare_in_the_core_space_run(
+    case: tuple[Kind, dict[str, LoraWeights]],
+    tmp_path: Path,
+) -> None:
     from peftkern.adapters.arithmetic import Method
 
     kind, adapters = case
@@ -187,7 +215,13 @@ def dora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, dict[str, Lora
 def test_dora_alone_is_itself_and_cancels(dora: tuple[Kind, dict[str, LoraWeights]], tmp_path: Path) -> None:
     kind, adapters = dora
     for number, what in enumerate(("a", "(a + b) - b", "a + 0*b")):
-        assert_runs_as(kind, combine(what, adapters).adapter, output(adapted(kind, DORA, 3)), tmp_path / str(number), 0.0)
+        assert_runs_as(
+            kind,
+            combine(what, adapters).adapter,
+            output(adapted(kind, DORA, 3)),
+            tmp_path / str(number),
+            0.0,
+        )
     assert_runs_as(kind, combine("a - a", adapters).adapter, output(kind.base()), tmp_path / "base", 0.0)
     assert_runs_as(
         kind,
@@ -207,7 +241,11 @@ def test_dora_is_refused_without_the_base(dora: tuple[Kind, dict[str, LoraWeight
 
 
 @pytest.mark.parametrize("source", ["model", "folder"])
-def test_dora_on_the_base_becomes_its_dense_update(dora: tuple[Kind, dict[str, LoraWeights]], source: str, tmp_path: Path) -> None:
+def test_dora_on_the_base_becomes_its_dense_update(
+    dora: tuple[Kind, dict[str, LoraWeights]],
+    source: str,
+    tmp_path: Path,
+) -> None:
     kind, adapters = dora
     base: nn.Module | Path = kind.base()
     exact = _merged_difference(kind, adapters["a"], tmp_path / "a")

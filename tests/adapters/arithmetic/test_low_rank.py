@@ -19,7 +19,10 @@ def relative(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-@pytest.mark.parametrize(("rank", "n", "k"), [(1, 40, 30), (3, 40, 30), (8, 40, 30), (5, 12, 30), (5, 40, 9), (16, 40, 30)])
+@pytest.mark.parametrize(
+    ("rank", "n", "k"),
+    [(1, 40, 30), (3, 40, 30), (8, 40, 30), (5, 12, 30), (5, 40, 9), (16, 40, 30)],
+)
 def test_recompression_is_the_truncated_svd(rank: int, n: int, k: int) -> None:
     b, a = concatenate(factors(4, n, k))
     dense = b.double() @ a.double()
@@ -29,7 +32,11 @@ def test_recompression_is_the_truncated_svd(rank: int, n: int, k: int) -> None:
     best = values[kept:].norm() / values.norm()
     assert result.b.shape == (n, kept) and result.a.shape == (kept, k)
     assert result.error == pytest.approx(best.item(), rel=1e-9, abs=1e-12)
-    assert relative(result.b.double() @ result.a.double(), dense) == pytest.approx(best.item(), rel=1e-5, abs=2e-7)
+    assert relative(result.b.double() @ result.a.double(), dense) == pytest.approx(
+        best.item(),
+        rel=1e-5,
+        abs=2e-7,
+    )
 
 
 def test_max_error_keeps_the_fewest_ranks() -> None:

@@ -23,7 +23,8 @@ def vectors(count: int = 3, length: int = 5000, seed: int = 0) -> list[Tensor]:
 
 
 def ties_by_definition(taus: list[Tensor], density: float) -> Tensor:
-    """TIES (Yadav et al., 2023), algorithm 1, with the majority sign of their code where an entry's sum is zero."""
+    """TIES (Yadav et al., 2023), algorithm 1, with the majority sign of their code where an entry's sum is
+    zero."""
     kept = []
     for tau in taus:
         k = max(1, int(density * len(tau)))
@@ -47,7 +48,12 @@ def cut(taus: list[Tensor], sizes: tuple[int, ...], piece: int) -> Iterator[Piec
         begin += size
 
 
-def merged(taus: list[Tensor], method: Method, sizes: tuple[int, ...] = (3000, 1, 1999), piece: int = 700) -> Tensor:
+def merged(
+    taus: list[Tensor],
+    method: Method,
+    sizes: tuple[int, ...] = (3000, 1, 1999),
+    piece: int = 700,
+) -> Tensor:
     terms = [f"term{i}" for i in range(len(taus))]
     rule = prepare_rule(method, terms, lambda purpose: cut(taus, sizes, piece))
     return torch.cat([rule.merge(part) for part in cut(taus, sizes, piece)])
@@ -125,10 +131,16 @@ def test_dare_drops_and_rescales() -> None:
 def test_dare_is_a_function_of_seed_tensor_term_and_element() -> None:
     whole = dare_keeps(100, 0, drop=0.5, seed=1, tensor="w", term="a")
     for start, count in ((0, 1), (3, 20), (8, 8), (63, 37), (99, 1)):
-        assert torch.equal(dare_keeps(count, start, drop=0.5, seed=1, tensor="w", term="a"), whole[start : start + count])
+        assert torch.equal(
+            dare_keeps(count, start, drop=0.5, seed=1, tensor="w", term="a"),
+            whole[start : start + count],
+        )
     others = ({"seed": 2}, {"tensor": "v"}, {"term": "b"})
     for other in others:
-        assert not torch.equal(dare_keeps(100, 0, **{"drop": 0.5, "seed": 1, "tensor": "w", "term": "a"} | other), whole)
+        assert not torch.equal(
+            dare_keeps(100, 0, **{"drop": 0.5, "seed": 1, "tensor": "w", "term": "a"} | other),
+            whole,
+        )
     assert whole[:16].int().tolist() == [1, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0], "pinned"
     assert dare_keeps(1000, 0, drop=0.0, seed=1, tensor="w", term="a").all()
 
@@ -138,7 +150,12 @@ def test_dare_ties_elects_among_what_was_kept() -> None:
     method = Method("dare_ties", drop=0.5, seed=2)
     kept = [dare_keeps(5000, 0, drop=0.5, seed=2, tensor="t0", term=f"term{i}") for i in range(3)]
     sparse = [torch.where(keep, tau / 0.5, 0) for keep, tau in zip(kept, taus, strict=True)]
-    torch.testing.assert_close(merged(taus, method, sizes=(5000,)), ties_by_definition(sparse, 1.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        merged(taus, method, sizes=(5000,)),
+        ties_by_definition(sparse, 1.0),
+        rtol=1e-6,
+        atol=0,
+    )
 
 
 def test_scale_comes_last() -> None:

@@ -35,7 +35,9 @@ def one_by_one(model: torch.nn.Module, values: tuple[float, ...]) -> torch.Tenso
             layer.scaling["default"] = scaling * value
         with torch.no_grad():
             logits = model(input_ids=IDS).logits
-        rows.append(torch.stack([F.cross_entropy(row[:-1], own[1:]) for row, own in zip(logits, IDS, strict=True)]))
+        rows.append(
+            torch.stack([F.cross_entropy(row[:-1], own[1:]) for row, own in zip(logits, IDS, strict=True)]),
+        )
     for layer, scaling in zip(layers, before, strict=True):
         layer.scaling["default"] = scaling
     return torch.stack(rows)
@@ -106,7 +108,10 @@ def test_changes_are_paired_window_by_window() -> None:
     losses = torch.tensor([[1.0, 2.0, 3.0], [1.5, 2.3, 3.4]])
     change, error = Sweep((0.0, 1.0), {"t": losses}, "t", None, 0.05).change("t")
     paired = torch.tensor([0.5, 0.3, 0.4], dtype=torch.float64)
-    assert change[1].item() == pytest.approx(0.4) and error[1].item() == pytest.approx((paired.std() / 3**0.5).item(), rel=1e-5)
+    assert change[1].item() == pytest.approx(0.4) and error[1].item() == pytest.approx(
+        (paired.std() / 3**0.5).item(),
+        rel=1e-5,
+    )
 
 
 def test_plot_and_table(tmp_path: Path) -> None:

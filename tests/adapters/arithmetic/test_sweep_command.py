@@ -41,12 +41,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(trained: Path, expression: str, output: Path, *more: str) -> int:
     folders = [f"a={trained / 'a'}", f"b={trained / 'b'}"]
-    options = ["--quantization", "none", "--seq-length", "64", "--output", str(output), "--data", str(trained / "data.txt")]
+    options = [
+        "--quantization",
+        "none",
+        "--seq-length",
+        "64",
+        "--output",
+        str(output),
+        "--data",
+        str(trained / "data.txt"),
+    ]
     return main(["arithmetic", expression, *folders, *options, *more])
 
 
 @pytest.mark.parametrize("expression", ["x*(a - 0.5*b)", "a + x*b"])
-def test_the_best_is_written_with_its_curve(trained: Path, expression: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_is_written_with_its_curve(
+    trained: Path,
+    expression: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     more = ("--sweep", "x=-1:1:5", "--control", str(trained / "control.txt"), "--budget", "0.5")
     assert command(trained, expression, tmp_path / "out", *more) == 0
     shown = capsys.readouterr().out
@@ -73,7 +87,13 @@ def test_the_best_is_written_with_its_curve(trained: Path, expression: str, tmp_
         (("--sweep", "x=0:1:3", "--data", "nowhere.txt"), "nowhere.txt"),
     ],
 )
-def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], words: str) -> None:
+def test_bad_input(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    words: str,
+) -> None:
     expression = "x*(a + b)" if more[1][0] == "x" else "0.5*(a + b)"
     assert command(trained, expression, tmp_path / "out", *more) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
