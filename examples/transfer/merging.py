@@ -1,8 +1,9 @@
 """Merging an adapter into its 4-bit base: what each form keeps of it, on SmolLM2 and the King James Bible.
 
-A LoRA adapter of rank 8 is trained for a few steps on NF4 weights, for each seed. Every form of merge is then measured
-on held-out books: rounding error, survival of the change, KL from the adapter, perplexity. The feedback's calibration
-text comes from the training books. Writes merging.csv, merging.png and merging-layers.png into results/.
+A LoRA adapter of rank 8 is trained for a few steps on NF4 weights, for each seed. Every form of merge is then
+measured on held-out books: rounding error, survival of the change, KL from the adapter, perplexity. The
+feedback's calibration text comes from the training books. Writes merging.csv, merging.png and
+merging-layers.png into results/.
 
     python -m examples.transfer.merging --seeds 0 1 2
 """
@@ -75,9 +76,11 @@ def adapted(seed: int) -> tuple[Any, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=four_bit)
+    options = dict(dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=four_bit)
+    base = AutoModelForCausalLM.from_pretrained(folder, **options)
     torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
     print(peftkern.patch(model, fused_loss=True).summary)
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -161,7 +164,8 @@ def lost_bytes(model: Any) -> float:
         model.merge_adapter()
         model.unmerge_adapter()
     after = four_bit_bytes(model)
-    return sum(int((a != b).sum()) for a, b in zip(before, after, strict=True)) / sum(a.numel() for a in before)
+    changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+    return changed / sum(part.numel() for part in before)
 
 
 def four_bit_bytes(model: Any) -> list[Tensor]:
@@ -175,12 +179,14 @@ def store(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     path = RESULTS / "merging.csv"
     path.parent.mkdir(exist_ok=True)
     seeds = {one["seed"] for one in rows}
-    every = sorted([*(one for one in read(path) if one["seed"] not in seeds), *rows], key=lambda one: one["seed"])
+    others = [one for one in read(path) if one["seed"] not in seeds]
+    every = sorted([*others, *rows], key=lambda one: one["seed"])
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for one in every:
-            writer.writerow({key: f"{one[key]:.6g}" if key not in COLUMNS[:2] else one[key] for key in COLUMNS})
+            numbers = {key: f"{one[key]:.6g}" for key in COLUMNS[2:]}
+            writer.writerow({"seed": one["seed"], "form": one["form"]} | numbers)
     return every
 
 
@@ -197,10 +203,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {key: int(value) if key == "seed" else value if key == "form" else float(value) for key, value in one.items()}
-            for one in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    return [{"seed": int(one["seed"]), "form": one["form"]} | {key: float(one[key]) for key in COLUMNS[2:]} for one in rows]
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
@@ -210,14 +214,15 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def draw(rows: Sequence[dict[str, Any]], report: Any) -> None:
-    """How much of the gain each form loses; of seed 0, how much of the change survives requantizing, by layer."""
+    """How much of the gain each form loses; of seed 0, how much survives requantizing, by layer."""
     from matplotlib.figure import Figure
 
     forms = list(dict.fromkeys(one["form"] for one in rows))
     lost = [mean_error([100 * one["lost"] for one in rows if one["form"] == form]) for form in forms]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.barh(forms, [mean for mean, _ in lost], xerr=[0 if math.isnan(e) else e for _, e in lost], color="tab:blue")
+    errors = [0 if math.isnan(error) else error for _, error in lost]
+    axes.barh(forms, [mean for mean, _ in lost], xerr=errors, color="tab:blue")
     for index, (mean, _) in enumerate(lost):
         axes.annotate(f" {mean:.1f} %", (max(mean, 0), index), va="center")
     axes.invert_yaxis()

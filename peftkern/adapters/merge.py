@@ -114,7 +114,7 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> int:
-    """Take out what `merge`, or PEFT's `merge_adapter` on a patched model, put in; how many layers were merged.
+    """Take out what `merge`, or PEFT's `merge_adapter` on a patched model, put in; of how many layers.
 
     Every byte is as it was: the old weights themselves are put back.
     """
@@ -178,7 +178,7 @@ def _check(form: str, base: str, original: Source | None, probe: Any) -> None:
     if base not in _BASES:
         raise ValueError(f"base: got {base!r}, expected one of {', '.join(_BASES)}")
     if base == "original" and original is None:
-        raise ValueError("original: is missing; base='original' needs the 16-bit model's folder, or its tensors")
+        raise ValueError("original: is missing; base='original' needs the 16-bit model's folder or tensors")
     if form == "feedback" and probe is None:
         raise ValueError("probe: is missing; form='feedback' needs its token ids, or calibration's")
 
@@ -270,11 +270,11 @@ def _check_residual(model: nn.Module, tasks: Sequence[Task], left: Sequence[tupl
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if not isinstance(model, PeftModel):
-        raise ValueError(f"model: got {type(model).__name__}; form='residual' needs a PeftModel to add an adapter to")
+        raise ValueError(f"model: got {type(model).__name__}; form='residual' adds an adapter to a PeftModel")
     if RESIDUAL in model.peft_config:
         raise ValueError(f"model: already has an adapter {RESIDUAL!r}; delete or rename it")
-    wrappers = (name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    other = next(wrappers, None)
+    named = model.named_modules()
+    other = next((name for name, module in named if isinstance(module, AuxiliaryTrainingWrapper)), None)
     if left or other:
         what = left[0][0] if left else other
         raise ValueError(f"form: 'residual' replaces the adapters, but {what} is part of them; take another")

@@ -34,35 +34,35 @@ def add_commands(commands: Any) -> None:
         "--base",
         choices=("dequantized", "original"),
         default="dequantized",
-        help="merge into the 4-bit weights the adapter was trained on (default), or into those they were quantized from",
+        help="merge into the 4-bit weights the adapter was trained on (default), or those they came from",
     )
     parser.add_argument("--rank", type=int, default=8, help="of the residual adapter (default: 8)")
-    parser.add_argument("--probe", nargs="+", help="texts like the adapter's, as --eval-data of finetune, to measure on")
+    parser.add_argument("--probe", nargs="+", help="texts to measure on, as --eval-data of finetune")
     parser.add_argument(
         "--calibration",
         nargs="+",
-        help="texts for --form feedback; default: the probe, which then flatters it",
+        help="texts for --form feedback; default: --probe",
     )
-    parser.add_argument("--probe-tokens", type=int, default=4096, help="most tokens of each text of the probe (default: 4096)")
+    parser.add_argument("--probe-tokens", type=int, default=4096, help="most of each text (default: 4096)")
     parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier merge wrote to --output")
-    parser.add_argument("--other-base", action="store_true", help="merge though the base is not the adapter's own")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge in --output")
+    parser.add_argument("--other-base", action="store_true", help="merge into a base not the adapter's own")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="the base: hub id, folder, .gguf file or `sample`; default: the adapter's")
+    group.add_argument("--model", help="the base: hub id, folder, .gguf or `sample`; default: the adapter's")
     group.add_argument("--quantization", help="nf4, fp4 or none; default: the run's, else nf4")
-    group.add_argument("--double-quant", action=switch, help="quantize the block maxima as well; default: as the run")
+    group.add_argument("--double-quant", action=switch, help="quantize block maxima too; default: as the run")
     group.add_argument("--dtype", help="auto, bf16, fp16 or fp32; default: the run's, else auto")
-    group.add_argument("--trust-remote-code", action=switch, help="run Python code that the model brings along")
-    group.add_argument("--patch", action=switch, default=True, help="--no-patch runs plain PEFT and bitsandbytes")
-    group.add_argument("--seq-length", type=int, help="tokens of a sequence of the probe; default: the run's, else 1024")
+    group.add_argument("--trust-remote-code", action=switch, help="run Python code of the model's")
+    group.add_argument("--patch", action=switch, default=True, help="--no-patch runs plain PEFT")
+    group.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the run's, else 1024")
     parser.set_defaults(run=_main)
 
 
 def _form_help() -> str:
     return (
-        "dense (default): 16 bits; requantize: 4 bits; feedback: 4 bits, rounding errors fed back along the probe's inputs; "
-        "stochastic: 4 bits, unbiased and noisier; residual: 4 bits and a small adapter of what rounding lost; auto: the "
-        "smallest that the probe finds faithful; compare: measure all, write nothing"
+        "dense (default): 16 bits; requantize: 4 bits; feedback: 4 bits, rounding errors fed back along the "
+        "inputs; stochastic: 4 bits, unbiased and noisier; residual: 4 bits and a small adapter of what "
+        "rounding lost; auto: the smallest that the probe finds faithful; compare: measure all, write nothing"
     )
 
 
@@ -127,7 +127,8 @@ def _check(args: argparse.Namespace) -> None:
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() and not (args.overwrite and (output / _REPORT).is_file()):
-        what = "give --overwrite" if (output / _REPORT).is_file() else "no merge wrote it: name another folder"
+        ours = (output / _REPORT).is_file()
+        what = "give --overwrite" if ours else "no merge wrote it: name another folder"
         raise InputError(f"--output {output} exists already: {what}")
 
 
@@ -214,10 +215,12 @@ def _original(args: argparse.Namespace, model: LoadedModel) -> str | None:
     if not os.path.isdir(path):
         path = _in_cache(path)
     config = Path(path or "") / "config.json"
-    if path and config.is_file() and "quantization_config" not in json.loads(config.read_text(encoding="utf-8")):
-        return path
+    if path and config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        if "quantization_config" not in values:
+            return path
     if args.base == "original":
-        raise InputError(f"--base original: {model.config.model} has no 16-bit weights: give a base that has, or leave it out")
+        raise InputError(f"--base original: {model.config.model} has no 16-bit weights: leave it out")
     return None
 
 
@@ -241,8 +244,8 @@ def _check_space(args: argparse.Namespace, model: LoadedModel, form: str) -> Non
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f"--output {args.output} needs about {needed / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free: "
-            "free some, name a folder on another disk, or take a 4-bit --form"
+            f"--output {args.output} needs about {needed / 1e9:.2f} GB, "
+            f"and {parent} has {free / 1e9:.2f} GB: free some, name a folder on another disk, or take a 4-bit --form"
         )
 
 
@@ -252,10 +255,11 @@ def _write(args: argparse.Namespace, model: LoadedModel, report: MergeReport, or
 
     lora = {id(task) for task in _adapted(model.model)}
     others = sum(is_4bit(module) and id(module) not in lora for module in model.model.modules())
-    save_merged(model.model, args.output, report, tokenizer=model.tokenizer, original=original, also=_files(report))
+    files = dict(tokenizer=model.tokenizer, original=original, also=_files(report))
+    save_merged(model.model, args.output, report, **files)
     print(f"Written to {args.output}.")
     if report.form == "dense" and others and report.base == "original":
-        print(f"{others} layers without an adapter are the original ones too, which the numbers above do not show.")
+        print(f"{others} layers without an adapter are the original ones too, which no number above shows.")
     if report.form == "residual":
         print(f"What rounding lost is the adapter in {Path(args.output) / ADAPTER_FOLDER}: load both.")
 

@@ -93,7 +93,7 @@ def merge_layer(
             rank = min(rank, *weight.shape)
             residual = rounding_residual(weight, branches, merged, rank, seed=seed, base=rows)
     if isinstance(stored, Tensor) and not bool(torch.isfinite(stored).all()):
-        raise ValueError(f"{task.name}: its merged weight is beyond the range of {stored.dtype}; use another dtype")
+        raise ValueError(f"{task.name}: merged, it is beyond the range of {stored.dtype}; use another dtype")
     bias = None
     if any(branch.bias is not None for branch in branches):
         bias = folded_bias(weight, branches, origin.bias.data)

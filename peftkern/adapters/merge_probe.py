@@ -15,14 +15,14 @@ from .merge_report import Probe
 
 __all__ = ["Reference", "input_moments", "probe_rows"]
 
-_LOGITS_LIMIT = 1 << 30  # bytes of the adapter's logits that are kept; others are computed again for each form
+_LOGITS_LIMIT = 1 << 30  # bytes of the adapter's logits that are kept; others are computed again each time
 
 
 def probe_rows(probe: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Sequences of token ids, int64 [T], without padding, from a tensor [B, T] or a list of tensors."""
     rows = [row.reshape(-1) for row in probe]
     if not rows or any(row.dtype not in (torch.int64, torch.int32) or row.numel() < 2 for row in rows):
-        raise ValueError("probe: expected token ids, int64 [B, T] or a list of [T], of at least two tokens each")
+        raise ValueError("probe: expected token ids, int64 [B, T] or a list of [T], each at least two tokens")
     return rows
 
 
@@ -115,7 +115,7 @@ def _logits(model: nn.Module, row: Tensor) -> Tensor:
     output = model(input_ids=row[None].to(device), use_cache=False)
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3 or logits.shape[1] != row.numel():
-        raise ValueError(f"probe: {type(model).__name__} gives no logits of the next token; merge without one")
+        raise ValueError(f"probe: {type(model).__name__} gives no logits of the next token; leave it out")
     return logits[0].float()
 
 

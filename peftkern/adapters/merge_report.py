@@ -162,7 +162,7 @@ class MergeReport:
         return "\n".join([*lines, self.verdict])
 
     def plot(self, axes: Any) -> None:
-        """Draw how much of each layer's change survives, by depth, a line for each kind of layer, on `axes`."""
+        """Draw how much of each layer's change survives, by depth, a line for each kind of layer."""
         kinds: dict[str, list[float]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer.measures.survival)
@@ -201,7 +201,7 @@ class MergeComparison:
         if not probes:
             return "Cannot tell which form to take: no probe was given."
         if probes[0].gain <= 0:
-            return "Cannot tell which form to take: the adapter gains nothing on the probe; give text like its own."
+            return "Cannot tell which to take: the adapter gains nothing on the probe; give text like its own."
         limit, best = f"{TOLERANCE:.0%} of what the adapter gained", self.best
         if best is None:
             probed = [report for report in self.reports if report.probe]
@@ -212,8 +212,8 @@ class MergeComparison:
         told += f", and no smaller form is sure to lose at most {limit}."
         if best.bytes > self.adapter_bytes:
             told += (
-                f" It takes {best.bytes / self.adapter_bytes:.1f} times the bytes of the 4-bit base with the adapter "
-                "beside it, which loses nothing: merge for speed or for other software, not for space."
+                f" It takes {best.bytes / self.adapter_bytes:.1f} times the bytes of the 4-bit base with the "
+                "adapter beside it, which loses nothing: merge for speed or other software, not for space."
             )
         return told
 
@@ -246,7 +246,7 @@ def _survived(total: Measures) -> str:
 
 def _on_probe(probe: Probe) -> str:
     if probe.gain <= 0:
-        return "The adapter gains nothing on the probe, which cannot tell what is lost; give text like its own."
+        return "The adapter gains nothing on the probe: cannot tell what is lost; give text like its own."
     told = {
         True: "The merge is faithful",
         False: "The merge is not faithful",

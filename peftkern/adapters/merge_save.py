@@ -110,7 +110,8 @@ def _dequantize_rest(model: nn.Module, originals: Originals | None) -> None:
         rows = None if originals is None else originals.rows(name, tuple(weight.shape), weight.device)
         has_bias = module.bias is not None
         dense = nn.Linear(module.in_features, module.out_features, bias=has_bias, device="meta")
-        dense.weight = nn.Parameter(merge_dense(weight, (), dtype=model.dtype, base=rows), requires_grad=False)
+        values = merge_dense(weight, (), dtype=model.dtype, base=rows)
+        dense.weight = nn.Parameter(values, requires_grad=False)
         if has_bias:
             dense.bias = nn.Parameter(module.bias.detach().to(model.dtype), requires_grad=False)
         parent, _, child = name.rpartition(".")

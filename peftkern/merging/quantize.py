@@ -69,7 +69,7 @@ def stochastic_4bit(
 
 
 def coded(weight: NF4Weight, rows: Rows, choose: Callable[[Tensor, Tensor], Tensor]) -> NF4Weight:
-    """A weight in the format of `weight` with the absmax of `rows`, and codes chosen for the absmax as it decodes.
+    """A weight in the format of `weight` with the absmax of `rows`, and codes chosen for that as it decodes.
 
     choose: (rows, the absmax of each of their elements; both fp32 [n, K]) -> int64 codes [n, K].
     """

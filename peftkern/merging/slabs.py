@@ -12,7 +12,15 @@ from torch import Tensor
 
 from ..nf4 import NF4Weight
 
-__all__ = ["SLAB_ELEMENTS", "Rows", "block_scales", "decode_rows", "dense_rows", "full_precision", "row_slabs"]
+__all__ = [
+    "SLAB_ELEMENTS",
+    "Rows",
+    "block_scales",
+    "decode_rows",
+    "dense_rows",
+    "full_precision",
+    "row_slabs",
+]
 
 SLAB_ELEMENTS = 1 << 22  # 16 MiB of fp32: past the caches, so that a launch's cost is nothing beside it
 
@@ -21,7 +29,7 @@ Rows = Callable[[int, int], Tensor]
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients, and outside the autocast that the caller may be in, which would round the products to 16 bits."""
+    """Without gradients, and without the caller's autocast, which would round products to 16 bits."""
 
     @functools.wraps(function)
     def exact(weight: NF4Weight | Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -99,7 +99,8 @@ class LayerMerge(Ours):
         if not names:
             return None
         if before is not None and not layer.merged:
-            raise ValueError("its rounding residual runs as an adapter: call peftkern.adapters.merge.unmerge(model) first")
+            told = "its rounding residual runs as an adapter"
+            raise ValueError(f"{told}: call peftkern.adapters.merge.unmerge(model) first")
         if reason_against(layer, names) is not None or (layer.merged and before is None):
             return self._stock(safe_merge=safe_merge, adapter_names=names)
         every = [*layer.merged_adapters, *names]
@@ -246,8 +247,10 @@ _kept = 0  # bytes of dense weights that merges have replaced since the last col
 
 
 def _collect(weight: Tensor) -> None:
-    """Free dense weights of layers that `merge_and_unload` has dropped: a layer and its forward refer to each other, so that only
-    the garbage collector finds them, which counts objects and not bytes."""
+    """Free dense weights of layers that `merge_and_unload` has dropped.
+
+    A layer and its forward refer to each other: only the garbage collector finds them, and it counts objects.
+    """
     global _kept
     _kept += weight.numel() * weight.element_size()
     if _kept > _COLLECTED_FROM:
@@ -273,7 +276,8 @@ def _merged(
         merged = torch.empty_like(origin.weight.data)
         merge_dense(weight, branches, out=merged.t() if getattr(layer, "fan_in_fan_out", False) else merged)
         if check and not bool(torch.isfinite(merged).all()):
-            raise ValueError(f"the weight merged with {', '.join(names)} is beyond the range of {merged.dtype}")
+            told = f"the weight merged with {', '.join(names)}"
+            raise ValueError(f"{told} is beyond the range of {merged.dtype}")
     has_bias = any(branch.bias is not None for branch in branches)
     return merged, folded_bias(weight, branches, origin.bias.data) if has_bias else None
 

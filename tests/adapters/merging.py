@@ -23,12 +23,19 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def adapted(kind: str = "lora", *, four_bit: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+def adapted(
+    kind: str = "lora",
+    *,
+    four_bit: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> nn.Module:
     """A PEFT model in evaluation whose every projection has an adapter of that kind, none of it zero."""
     bias = kind == "bias"
     lora = KINDS[kind]
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if bias else "all-linear"
-    model = models.lora(models.llama(dtype, four_bit=four_bit, bias=bias, **options), **{"target_modules": targets} | lora)
+    base = models.llama(dtype, four_bit=four_bit, bias=bias, **options)
+    model = models.lora(base, **{"target_modules": targets} | lora)
     fill(model)
     return model.eval()
 
@@ -55,7 +62,7 @@ def add(model: nn.Module, name: str, **options: Any) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Every byte that a checkpoint would have, 4-bit ones with their absmax, and which object each parameter is."""
+    """Every byte that a checkpoint would have, 4-bit ones with their absmax."""
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 

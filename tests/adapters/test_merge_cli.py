@@ -1,4 +1,4 @@
-"""`peftkern merge`: what it writes loads and computes the same; what it refuses, and that nothing is left of it."""
+"""`peftkern merge`: what it writes loads and computes the same; what it refuses, leaving nothing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def adapter_logits(made: Path) -> torch.Tensor:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    base = AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.float32, device_map={"": "cpu"}, quantization_config=four_bit)
+    options = dict(dtype=torch.float32, device_map={"": "cpu"}, quantization_config=four_bit)
+    base = AutoModelForCausalLM.from_pretrained(made / "base", **options)
     model = models.peft.PeftModel.from_pretrained(base, made / "adapter").eval()
     peftkern.patch(model)
     return merging.logits(model, IDS)
@@ -89,12 +90,14 @@ def test_what_is_written_loads_and_computes_what_was_measured(form, made, tmp_pa
 
 def test_a_dense_model_on_the_original_weights_has_them_everywhere(made, tmp_path):
     output = tmp_path / "merged"
-    assert run("--adapter", made / "adapter", "--output", output, "--base", "original", "--dtype", "fp32") == 0
+    options = ["--adapter", made / "adapter", "--output", output, "--dtype", "fp32"]
+    assert run(*options, "--base", "original") == 0
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.float32)
     model = models.peft.PeftModel.from_pretrained(model, made / "adapter").eval()
-    torch.testing.assert_close(merging.logits(loaded(output), IDS), merging.logits(model, IDS), rtol=1e-4, atol=1e-4)
+    got, want = merging.logits(loaded(output), IDS), merging.logits(model, IDS)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_compare_writes_nothing_and_auto_takes_the_best(made, tmp_path, capsys):
@@ -124,7 +127,8 @@ def test_an_earlier_output_is_replaced_on_request_only(made, tmp_path, capsys):
     mine.mkdir()
     (mine / "thesis.txt").write_text("do not lose")
     assert run(*common[:2], "--output", mine, "--overwrite") == 2
-    assert "no merge wrote it" in capsys.readouterr().err and (mine / "thesis.txt").read_text() == "do not lose"
+    assert "no merge wrote it" in capsys.readouterr().err
+    assert (mine / "thesis.txt").read_text() == "do not lose"
 
 
 BAD = {
@@ -170,7 +174,8 @@ def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
     assert run("--adapter", made / "adapter", "--output", tmp_path / "merged", "--dtype", "fp32") == 2
     error = capsys.readouterr().err
-    assert "No space left" in error and "Nothing incomplete was left" in error and not list(tmp_path.iterdir())
+    assert "No space left" in error and "Nothing incomplete was left" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_of_another_base_is_refused(made, tmp_path, capsys):

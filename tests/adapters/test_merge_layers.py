@@ -54,7 +54,8 @@ def test_every_format_comes_back_and_is_rounded_once(name):
     for path, layer in layers(model).items():
         weight = NF4Weight.from_bnb(layer.base_layer)
         goal = merging.defined(weight.dequantize(torch.float32), merging.branches(layer)).float()
-        want[path] = quantize_4bit(goal, quant_type=weight.quant_type, nested=weight.nested).dequantize(torch.float32)
+        once = quantize_4bit(goal, quant_type=weight.quant_type, nested=weight.nested)
+        want[path] = once.dequantize(torch.float32)
     model.merge_adapter()
     for path, layer in layers(model).items():
         got = NF4Weight.from_bnb(layer.base_layer).dequantize(torch.float32)
@@ -85,7 +86,7 @@ def test_adapters_merged_one_after_the_other_are_rounded_once(four_bit):
 @BASES
 @pytest.mark.parametrize("kinds", [("lora", "dora"), ("dora", "lora"), ("dora", "dora")])
 def test_several_kinds_merge_to_what_they_compute(kinds, four_bit):
-    """Against the stock forward with both active; the dense base to fp32 rounding, the 4-bit base by its definition."""
+    """Against the stock forward: the dense base to fp32 rounding, the 4-bit one by definition."""
     model = adapted(kinds[0], four_bit=four_bit)
     merging.add(model, "second", r=3, use_dora=kinds[1] == "dora")
     model.base_model.set_adapter(["default", "second"])
@@ -102,7 +103,8 @@ def test_several_kinds_merge_to_what_they_compute(kinds, four_bit):
     )
     x = torch.randn(3, layer.in_features)
     with torch.no_grad():
-        torch.testing.assert_close(models.first(stock)(x), (x.double() @ goal.t()).float(), rtol=1e-4, atol=1e-4)
+        want = (x.double() @ goal.t()).float()
+        torch.testing.assert_close(models.first(stock)(x), want, rtol=1e-4, atol=1e-4)
     layer.merge()
     error = NF4Weight.from_bnb(layer.base_layer).dequantize(torch.float32).double() - goal
     assert error.norm() < 0.12 * goal.norm()
@@ -174,7 +176,7 @@ def test_disabling_merged_adapters_unmerges_them(four_bit):
 
 
 def test_unloading_a_dense_model_frees_the_old_weights_as_it_goes(monkeypatch):
-    """A layer and its forward refer to each other: nothing but the garbage collector would free the weights."""
+    """A layer and its forward refer to each other: only the garbage collector frees the weights."""
     model = adapted(four_bit=False)
     peftkern.patch(model)
     old = [weakref.ref(layer.base_layer.weight) for layer in layers(model).values()]
@@ -213,7 +215,8 @@ def test_a_tied_head_is_untied_and_tied_again():
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    model = models.peft.get_peft_model(models.transformers.LlamaForCausalLM(config), models.config(target_modules=["lm_head", "q_proj"]))
+    base = models.transformers.LlamaForCausalLM(config)
+    model = models.peft.get_peft_model(base, models.config(target_modules=["lm_head", "q_proj"]))
     models.randomize(model)
     merging.fill(model)
     peftkern.patch(model.eval())
@@ -242,7 +245,8 @@ def test_embeddings_and_conv1d(target):
     before, outputs = snapshot(model), logits(model)
     model.merge_adapter()
     layer = next(layer for name, layer in layers(model).items() if target in name)
-    assert not torch.equal(layer.base_layer.weight, before[next(n for n in before if target in n and "base_layer.weight" in n)])
+    name = next(name for name in before if target in name and "base_layer.weight" in name)
+    assert not torch.equal(layer.base_layer.weight, before[name])
     torch.testing.assert_close(logits(model), outputs, rtol=1e-4, atol=1e-4)
     model.unmerge_adapter()
     assert_same(model, before)
@@ -272,7 +276,8 @@ def test_nan_is_named_and_nothing_is_merged():
     with pytest.raises(ValueError, match="'default' holds NaN or inf"):
         layer.merge()
     assert not layer.merged and layer.base_layer.weight is not None
-    layer.lora_B["default"].weight.data = before[next(n for n in before if n.endswith("0.self_attn.o_proj.lora_B.default.weight"))]
+    name = next(name for name in before if name.endswith("0.self_attn.o_proj.lora_B.default.weight"))
+    layer.lora_B["default"].weight.data = before[name]
     assert_same(model, before)
 
 
@@ -291,7 +296,7 @@ def test_warnings_are_pefts():
 
 
 def test_a_repacked_weight_is_merged_in_the_plain_format():
-    """bitsandbytes' CPU inference path repacks an excluded layer's weight; its bytes then are in another layout."""
+    """bitsandbytes' CPU inference path repacks a weight; its bytes then are in another layout."""
     model = adapted(dtype=torch.bfloat16)
     layer = models.first(model)
     weight = NF4Weight.from_bnb(layer.base_layer)

@@ -68,7 +68,8 @@ def small_slabs(request, monkeypatch):
 def test_dense(shape, kinds):
     weight, branches = weight_of(*shape), branches_for(*shape, kinds)
     exact = folded(weight.dequantize(torch.float32), branches)
-    torch.testing.assert_close(merge_dense(weight, branches, dtype=torch.float32).double(), exact, rtol=2e-6, atol=1e-7)
+    merged = merge_dense(weight, branches, dtype=torch.float32)
+    torch.testing.assert_close(merged.double(), exact, rtol=2e-6, atol=1e-7)
     assert merge_dense(weight, branches, dtype=torch.bfloat16).dtype is torch.bfloat16
     dense = weight.dequantize(torch.float32)
     torch.testing.assert_close(merge_dense(dense, branches).double(), exact, rtol=2e-6, atol=1e-7)
@@ -96,7 +97,8 @@ def test_requantized_in_slabs_has_the_bits_of_the_whole(shape, quant_type, neste
     weight = weight_of(*shape, quant_type=quant_type, nested=nested)
     branches = branches_for(*shape)
     got = requantize_4bit(weight, branches)
-    want = quantize_4bit(merge_dense(weight, branches, dtype=torch.float32), quant_type=quant_type, nested=nested)
+    whole = merge_dense(weight, branches, dtype=torch.float32)
+    want = quantize_4bit(whole, quant_type=quant_type, nested=nested)
     for name in ("packed", "absmax", "absmax_8bit", "nested_absmax", "absmax_offset"):
         left, right = getattr(got, name), getattr(want, name)
         assert (left is None and right is None) or torch.equal(left.flatten(), right.flatten()), name
@@ -108,7 +110,8 @@ def test_requantized_in_slabs_has_the_bits_of_the_whole(shape, quant_type, neste
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_measures_are_their_definitions(shape, kinds):
     weight, branches = weight_of(*shape), branches_for(*shape, kinds)
-    other = weight.dequantize(torch.float32) + 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    other = weight.dequantize(torch.float32) + 0.01 * noise
     merged = requantize_4bit(weight, branches)
     origin, stored = weight.dequantize(torch.float32).double(), merged.dequantize(torch.float32).double()
     delta, effective = folded(origin, branches) - origin, stored - origin
@@ -116,12 +119,15 @@ def test_measures_are_their_definitions(shape, kinds):
     assert got.mismatch is got.mismatch_ratio is None
     assert got.weight == pytest.approx(origin.norm().item(), rel=1e-6)
     assert got.delta_ratio == pytest.approx((delta.norm() / origin.norm()).item(), rel=1e-5)
-    assert got.error_ratio == pytest.approx(((stored - origin - delta).norm() / delta.norm()).item(), rel=1e-5)
+    error = (stored - origin - delta).norm()
+    assert got.error_ratio == pytest.approx((error / delta.norm()).item(), rel=1e-5)
     assert got.survival == pytest.approx(((delta * effective).sum() / delta.norm() ** 2).item(), rel=1e-4)
-    assert got.cosine == pytest.approx(((delta * effective).sum() / delta.norm() / effective.norm()).item(), rel=1e-4)
+    cosine = (delta * effective).sum() / delta.norm() / effective.norm()
+    assert got.cosine == pytest.approx(cosine.item(), rel=1e-4)
     onto = merge_dense(other, branches)
     got = measure(weight, branches, onto, original=lambda start, stop: other[start:stop], onto_original=True)
-    assert got.mismatch_ratio == pytest.approx(((other.double() - origin).norm() / delta.norm()).item(), rel=1e-5)
+    mismatch = (other.double() - origin).norm()
+    assert got.mismatch_ratio == pytest.approx((mismatch / delta.norm()).item(), rel=1e-5)
     assert got.effective == pytest.approx((folded(other, branches) - origin).norm().item(), rel=1e-5)
     assert got.error < 1e-6 * got.weight
     exact = measure(origin, branches, folded(origin, branches))
@@ -173,7 +179,8 @@ def test_feedback_serves_the_inputs_better_than_the_nearest_codes(shape, nested)
     n, k = shape
     weight, branches = weight_of(n, k, nested=nested), branches_for(n, k)
     g = torch.Generator().manual_seed(3)
-    x = torch.randn(4 * k, 8, generator=g) @ torch.randn(8, k, generator=g) + 0.3 * torch.randn(4 * k, k, generator=g)
+    x = torch.randn(4 * k, 8, generator=g) @ torch.randn(8, k, generator=g)
+    x += 0.3 * torch.randn(4 * k, k, generator=g)
     goal = folded(weight.dequantize(torch.float32), branches)
 
     def loss(merged: NF4Weight) -> float:
@@ -186,7 +193,7 @@ def test_feedback_serves_the_inputs_better_than_the_nearest_codes(shape, nested)
 
 @pytest.mark.parametrize("batch", [1, 7, 128])
 def test_feedback_is_gptq_column_by_column(monkeypatch, batch):
-    """Against the algorithm written out in fp64 with an explicit inverse for each step (optimal brain quantization)."""
+    """Against the algorithm in fp64 with an explicit inverse for each step (optimal brain quantization)."""
     from peftkern.merging import feedback
 
     monkeypatch.setattr(feedback, "_BATCH", batch)
@@ -218,8 +225,9 @@ def test_feedback_names_moments_that_cannot_be():
         feedback_4bit(weight, branches, torch.eye(3))
     with pytest.raises(ValueError, match="moments: hold NaN"):
         feedback_4bit(weight, branches, torch.full((64, 64), math.nan))
-    unseen = feedback_4bit(weight, branches, torch.zeros(64, 64))  # an input that is always zero: the nearest codes
-    assert measure(weight, branches, unseen).error <= 1.1 * measure(weight, branches, requantize_4bit(weight, branches)).error
+    unseen = feedback_4bit(weight, branches, torch.zeros(64, 64))  # no inputs: the nearest codes
+    nearest = measure(weight, branches, requantize_4bit(weight, branches))
+    assert measure(weight, branches, unseen).error <= 1.1 * nearest.error
 
 
 def test_stochastic_rounding_is_right_on_average():
@@ -235,7 +243,8 @@ def test_stochastic_rounding_is_right_on_average():
     width = (code[upper] - code[upper - 1]) * scale
     chance = ((goal / scale - code[upper - 1]) / (code[upper] - code[upper - 1])).clamp(0, 1)
     standard = width * (chance * (1 - chance) / draws).sqrt()
-    assert ((total / draws).abs() <= 4.5 * standard + 3 * width / draws).all()  # the last: chances of less than a draw
+    few = 3 * width / draws  # where the chance is less than of a draw
+    assert ((total / draws).abs() <= 4.5 * standard + few).all()
     assert (total / draws).mean().abs() < 4 * standard.square().sum().sqrt() / (32 * 64)
     survival = measure(weight, branches, stochastic_4bit(weight, branches, g)).survival
     assert survival == pytest.approx(1, abs=0.25)
@@ -245,12 +254,24 @@ def test_stochastic_rounding_is_right_on_average():
 
 def test_autocast_rounds_nothing():
     weight, branches = weight_of(96, 64), branches_for(96, 64, "lora+dora")
-    made = [merge_dense(weight, branches, dtype=torch.float32), requantize_4bit(weight, branches).packed]
-    made += [measure(weight, branches, requantize_4bit(weight, branches)), feedback_4bit(weight, branches, torch.eye(64)).packed]
+
+    def results() -> list:
+        made = requantize_4bit(weight, branches)
+        fed = feedback_4bit(weight, branches, torch.eye(64))
+        dense = merge_dense(weight, branches, dtype=torch.float32)
+        return [
+            dense,
+            made.packed,
+            fed.packed,
+            measure(weight, branches, made),
+            *rounding_residual(weight, branches, made, 2),
+        ]
+
+    made = results()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again = [merge_dense(weight, branches, dtype=torch.float32), requantize_4bit(weight, branches).packed]
-        again += [measure(weight, branches, requantize_4bit(weight, branches)), feedback_4bit(weight, branches, torch.eye(64)).packed]
-    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(made, again, strict=True))
+        again = results()
+    for a, b in zip(made, again, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def test_a_zero_weight_stays_zero():
@@ -280,7 +301,8 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, Tensor) and not value._is_view() and value.dtype in (torch.float32, torch.float64, torch.int64):
+            wide = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64, torch.int64)
+            if wide and not value._is_view():
                 self.largest = max(self.largest, value.numel())
         return out
 
