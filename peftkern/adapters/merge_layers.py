@@ -178,14 +178,15 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 def only_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Within it the LoRA layers run these adapters, in this order."""
     layers = list(lora_layers(model).values())
-    before = [layer.__dict__.get("_active_adapter") for layer in layers]
+    before = [dict(layer.__dict__) for layer in layers]
     for layer in layers:
         layer.__dict__["_active_adapter"] = list(names)
     try:
         yield
     finally:
-        for layer, names_before in zip(layers, before, strict=True):
-            layer.__dict__["_active_adapter"] = names_before
+        for layer, held in zip(layers, before, strict=True):
+            layer.__dict__.pop("_active_adapter", None)
+            layer.__dict__.update({"_active_adapter": held["_active_adapter"]} if "_active_adapter" in held else {})
 
 
 @contextlib.contextmanager
