@@ -1,7 +1,7 @@
 """LoRA, bottleneck, parallel and prefix adapters of equal parameters: SmolLM2 in 4 bit learns the King James Bible.
 
-Each kind is trained on 40 batches of 512 tokens with two learning rates (seed 0), and with the better of them on
-two further seeds, which draw other weights and other batches. Written to examples/transfer/results: a line of
+Each kind is trained on 20 sequences of 128 tokens with two learning rates (seed 0), and with the better of them on
+two further seeds, which draw other weights and other sequences. Written to examples/transfer/results: a line of
 adapter_kinds.csv for every run, as soon as it is done (a run that is there is not made again), and
 adapter_kinds.png. Run as `python -m examples.transfer.adapter_kinds` or with the names of some kinds.
 """
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from peftkern.finetune.model import compute_dtype, load_base, load_tokenizer, re
 
 from .samples import kjv, pydoc_prose
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 RESULTS = Path(__file__).parent / "results"
 TABLE, PLOT = RESULTS / "adapter_kinds.csv", RESULTS / "adapter_kinds.png"
 # --adapter and --r of each kind: 2.4 million parameters.
@@ -41,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "parallel": {"adapter": "par_bn[size=70]"},
 }
 RATES = {name: (1e-3, 3e-3) for name in KINDS}
-SEEDS, STEPS, BATCH, LENGTH, HELD_OUT, POOL = (0, 1, 2), 40, 2, 256, 4096, 400
+SEEDS, STEPS, BATCH, LENGTH, HELD_OUT, POOL = (0, 1, 2), 20, 1, 128, 1024, 200
 FIELDS = ("kind", "lr", "seed", "parameters", "kjv_nats", "pydoc_nats", "seconds_a_step")
 
 
@@ -103,23 +106,32 @@ def train(model: nn.Module, rows: Tensor, config: FinetuneConfig, rate: float, s
     return statistics.median(seconds)
 
 
+@functools.cache
+def base_model() -> PreTrainedModel:
+    """SmolLM2 in 4 bit, loaded once: every adapter is taken off it again."""
+    return load_base(resolve_model("sample"), FinetuneConfig().resolved())
+
+
 def run(kind: str, rate: float, seed: int) -> dict[str, Any]:
     """One line of the table."""
     config = FinetuneConfig(**KINDS[kind], seed=seed).resolved()
-    model = add_adapter(load_base(resolve_model("sample"), config), config)
+    model = add_adapter(base_model(), config)
     peftkern.patch(model, fused_loss=True)
     seconds = train(model, windows("train", POOL), config, rate, seed)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     values = (kind, rate, seed, count, *held_out(model, config), round(seconds, 3))
+    peftkern.unpatch(model)
+    model.unload()
     return dict(zip(FIELDS, values, strict=True))
 
 
 def base() -> dict[str, Any]:
     """The line of the base without an adapter."""
-    config = FinetuneConfig().resolved()
-    model = load_base(resolve_model("sample"), config)
+    model = base_model()
     peftkern.patch(model, fused_loss=True)
-    return dict(zip(FIELDS, ("base", 0, 0, 0, *held_out(model, config), 0), strict=True))
+    values = held_out(model, FinetuneConfig().resolved())
+    peftkern.unpatch(model)
+    return dict(zip(FIELDS, ("base", 0, 0, 0, *values, 0), strict=True))
 
 
 def table() -> list[dict[str, Any]]:

@@ -192,7 +192,9 @@ def _tasks(
     """What to merge, and what has to be left, with the reason."""
     layers = lora_layers(model)
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no LoRA layer; load an adapter with PEFT first")
+        bottleneck = getattr(model, "peft_type", None) == "BOTTLENECK"
+        hint = "a bottleneck is no linear change of weights and cannot be merged" if bottleneck else "load an adapter with PEFT first"
+        raise ValueError(f"model: {type(model).__name__} has no LoRA layer; {hint}")
     if any(layer.merged for layer in layers.values()) or _SLOT in model.__dict__:
         raise ValueError("model: adapters are merged already; call unmerge(model) first")
     if isinstance(adapters, str):
