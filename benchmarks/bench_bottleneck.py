@@ -1,5 +1,5 @@
-"""A whole step of SmolLM2-135M on a 4-bit base with bottleneck adapters, forward + backward, against LoRA (r 16, all linears) of as
-many parameters; both patched with `fused_loss=True`, 512 tokens."""
+"""A whole step of SmolLM2-135M on a 4-bit base with bottleneck adapters, forward + backward, against LoRA
+(r 16, all linears) of as many parameters; both patched with `fused_loss=True`, 512 tokens."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""LoRA, bottleneck, parallel and prefix adapters of equal parameters: SmolLM2 in 4 bit learns the King James Bible.
+"""LoRA, bottleneck, parallel and prefix adapters of equal parameters: SmolLM2 in 4 bit learns the King
+James Bible.
 
-Each kind is trained on 20 sequences of 128 tokens with two learning rates (seed 0), and with the better of them on
-two further seeds, which draw other weights and other sequences. Written to examples/transfer/results: a line of
-adapter_kinds.csv for every run, as soon as it is done (a run that is there is not made again), and
-adapter_kinds.png. Run as `python -m examples.transfer.adapter_kinds` or with the names of some kinds.
+Each kind is trained on 20 sequences of 128 tokens with two learning rates (seed 0), and with the better of
+them on two further seeds, which draw other weights and other sequences. Written to
+examples/transfer/results: a line of adapter_kinds.csv for every run, as soon as it is done (a run that is
+there is not made again), and adapter_kinds.png. Run as `python -m examples.transfer.adapter_kinds` or with
+the names of some kinds.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import peftkern
+from peftkern.adapters.prefix import outside_attention
 from peftkern.finetune import FinetuneConfig
 from peftkern.finetune.adapters import add_adapter
 from peftkern.finetune.errors import InputError
@@ -32,6 +35,7 @@ from peftkern.finetune.model import compute_dtype, load_base, load_tokenizer, re
 from .samples import kjv, pydoc_prose
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +46,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "Houlsby": {"adapter": "double_seq_bn[size=35]"},
     "Pfeiffer": {"adapter": "seq_bn[size=70]"},
     "parallel": {"adapter": "par_bn[size=70]"},
+    "prefix, from text": {"adapter": "prefix[tokens=212]"},
+    "prefix, random": {"adapter": "prefix[tokens=212,init=random]"},
 }
 RATES = {name: (1e-3, 3e-3) for name in KINDS}
 SEEDS, STEPS, BATCH, LENGTH, HELD_OUT, POOL = (0, 1, 2), 20, 1, 128, 1024, 200
@@ -50,7 +56,8 @@ FIELDS = ("kind", "lr", "seed", "parameters", "kjv_nats", "pydoc_nats", "seconds
 
 @functools.cache
 def windows(name: str, count: int) -> Tensor:
-    """[count, LENGTH] token ids of the texts of that name one after the other, each ended by the end-of-sequence token."""
+    """[count, LENGTH] token ids of the texts of that name one after the other, each ended by the
+    end-of-sequence token."""
     texts = {"train": kjv(held_out=False), "kjv": kjv(held_out=True), "pydoc": pydoc_prose(held_out=True)}[name]
     if name == "train":
         texts = random.Random(0).sample(texts, len(texts))  # chapters of all books
@@ -71,7 +78,8 @@ def precision(config: FinetuneConfig) -> Iterator[None]:
 
 
 def held_out(model: nn.Module, config: FinetuneConfig) -> list[float]:
-    """The loss on the held-out books and on the held-out topics of Python's reference, rounded for the table."""
+    """The loss on the held-out books and on the held-out topics of Python's reference, rounded for the
+    table."""
     return [round(nats(model, windows(name, HELD_OUT // LENGTH), config), 4) for name in ("kjv", "pydoc")]
 
 
@@ -120,9 +128,17 @@ def run(kind: str, rate: float, seed: int) -> dict[str, Any]:
     seconds = train(model, windows("train", POOL), config, rate, seed)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     values = (kind, rate, seed, count, *held_out(model, config), round(seconds, 3))
-    peftkern.unpatch(model)
-    model.unload()
+    take_off(model)
     return dict(zip(FIELDS, values, strict=True))
+
+
+def take_off(model: PeftModel) -> None:
+    """Leave the base as it was."""
+    peftkern.unpatch(model)
+    if model.active_peft_config.is_prompt_learning:
+        outside_attention(model)
+    else:
+        model.unload()
 
 
 def base() -> dict[str, Any]:
@@ -176,7 +192,8 @@ def measure(kinds: list[str]) -> None:
 
 
 def summary() -> list[tuple[str, float, float, float, float]]:
-    """Kind, mean and standard error of the held-out loss at the best rate over the seeds, and of the loss on the reference prose."""
+    """Kind, mean and standard error of the held-out loss at the best rate over the seeds, and of the loss
+    on the reference prose."""
     found = []
     for kind in dict.fromkeys(row["kind"] for row in table()):
         if kind != "base":
@@ -200,11 +217,17 @@ def plot() -> None:
     kinds = sorted(summary(), key=lambda row: row[1])
     before = next(row for row in table() if row["kind"] == "base")["kjv_nats"]
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.bar([row[0] for row in kinds], [before - row[1] for row in kinds], yerr=[row[2] for row in kinds], capsize=4)
+    axes.bar(
+        [row[0] for row in kinds],
+        [before - row[1] for row in kinds],
+        yerr=[row[2] for row in kinds],
+        capsize=4,
+    )
     axes.set_ylabel("nats a token below the base's\n(held-out books, more is better)")
     axes.set_title(f"At equal parameters {kinds[0][0]} learns most, {kinds[-1][0]} least", fontsize=11)
     axes.set_xlabel(
-        f"SmolLM2-135M in 4 bit, 2.4 M parameters, {STEPS} steps of {BATCH * LENGTH} tokens, better of 2 rates, 3 seeds", fontsize=8
+        f"SmolLM2-135M in 4 bit, 2.4 M parameters, {STEPS} steps of {BATCH * LENGTH} tokens, better of 2 rates, 3 seeds",
+        fontsize=8,
     )
     figure.savefig(PLOT, dpi=150)
 
@@ -221,7 +244,7 @@ def main(names: list[str]) -> int:
         print(f"adapter_kinds: error: {error}", file=sys.stderr)
         return 2
     for kind, kjv_mean, kjv_error, pydoc_mean, pydoc_error in summary():
-        print(f"{kind:9} KJV {kjv_mean:.3f} +- {kjv_error:.3f}   reference prose {pydoc_mean:.3f} +- {pydoc_error:.3f}")
+        print(f"{kind:18} KJV {kjv_mean:.3f} +- {kjv_error:.3f}   reference prose {pydoc_mean:.3f} +- {pydoc_error:.3f}")
     plot()
     return 0
 

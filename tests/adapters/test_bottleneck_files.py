@@ -55,7 +55,10 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, name: str, kind: str) -
     add_bottleneck(model, CONFIGS[kind])
     randomize(model)
     save_bottleneck(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     other = build(name)
     peftkern.patch(other, dense=True)
     state = torch.get_rng_state()
@@ -73,7 +76,11 @@ def test_the_files_are_in_pefts_manner(tmp_path: Path) -> None:
     model = trained()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["task_type"], config["inference_mode"]) == ("BOTTLENECK", "CAUSAL_LM", True)
+    assert (config["peft_type"], config["task_type"], config["inference_mode"]) == (
+        "BOTTLENECK",
+        "CAUSAL_LM",
+        True,
+    )
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert "base_model.model.model.layers.0.mlp.bottleneck.down" in keys
     assert len(keys) == 4 * 4  # two places in two layers; two matrices, two biases
@@ -162,7 +169,10 @@ def build_bert() -> nn.Module:
 def _other_width(folder: Path) -> None:
     _write(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({key: value[..., :-1].contiguous() for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {key: value[..., :-1].contiguous() for key, value in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,13 +180,21 @@ def _other_width(folder: Path) -> None:
     [
         (lambda folder: None, FileNotFoundError, "has no adapter_config.json; give a folder"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), ValueError, "is no JSON"),
-        (lambda folder: _write(folder, peft_type="LORA"), ValueError, "holds an adapter of the kind 'LORA', expected 'BOTTLENECK'"),
+        (
+            lambda folder: _write(folder, peft_type="LORA"),
+            ValueError,
+            "holds an adapter of the kind 'LORA', expected 'BOTTLENECK'",
+        ),
         (
             lambda folder: (_write(folder) / "adapter_model.safetensors").unlink(),
             FileNotFoundError,
             "adapter_model.safetensors: is missing",
         ),
-        (lambda folder: (_write(folder) / "adapter_model.safetensors").write_bytes(b"x" * 99), ValueError, "is damaged"),
+        (
+            lambda folder: (_write(folder) / "adapter_model.safetensors").write_bytes(b"x" * 99),
+            ValueError,
+            "is damaged",
+        ),
         (_other_base, ValueError, "was saved from another model: it lacks model.layers.0"),
         (_other_width, ValueError, "was saved from another model: .* is "),
     ],
@@ -196,7 +214,13 @@ def _trainer(folder: Path, **options: Any) -> Any:
     model.base_model.is_quantized = True  # as transformers marks a model that it has loaded in 4 bit
     peftkern.patch(model)
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(1, 96, (12, 10), generator=torch.Generator().manual_seed(0))]
-    options = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "logging_steps": 1, "learning_rate": 1e-2} | options
+    options = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+    } | options
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -232,7 +256,10 @@ def test_adapterhubs_adapters_compute_what_its_library_computes(tmp_path: Path, 
     """Recorded with adapters 1.3.0 in fp64."""
     folder, model = cases.SOURCE / f"{name}-{config}", cases.build(name)
     if config == "par_bn" and name != "bert":
-        with pytest.raises(ValueError, match="AdapterHub's parallel adapter reads the stream before the norm of a pre-norm layer"):
+        with pytest.raises(
+            ValueError,
+            match="AdapterHub's parallel adapter reads the stream before the norm of a pre-norm layer",
+        ):
             load_bottleneck(model, folder)
         return
     load_bottleneck(model, folder)

@@ -16,12 +16,27 @@ from ..ops.bounds import assert_as_accurate
 NAMES = ("y", "x", "down", "up", "down_bias", "up_bias", "scaling")
 
 
-def operands(m: int = 7, n: int = 12, k: int = 10, r: int = 3, *, same: bool = False, bias: bool = True, scaling: Any = 0.7, **options):
+def operands(
+    m: int = 7,
+    n: int = 12,
+    k: int = 10,
+    r: int = 3,
+    *,
+    same: bool = False,
+    bias: bool = True,
+    scaling: Any = 0.7,
+    **options,
+):
     """Random arguments of `bottleneck`, leaves that require grad."""
     options = {"dtype": torch.float64} | options
     y = torch.randn(m, n, **options)
     x = y if same else torch.randn(m, k, **options)
-    found = {"y": y, "x": x, "down": torch.randn(r, x.shape[-1], **options), "up": torch.randn(n, r, **options)}
+    found = {
+        "y": y,
+        "x": x,
+        "down": torch.randn(r, x.shape[-1], **options),
+        "up": torch.randn(n, r, **options),
+    }
     found["down_bias"] = torch.randn(r, **options) if bias else None
     found["up_bias"] = torch.randn(n, **options) if bias else None
     sizes = {"learned": 1, "channel": n}
@@ -46,7 +61,11 @@ def test_output_and_every_gradient_are_those_of_the_definition(activation: str, 
     exact = definition.bottleneck(*found.values(), activation=activation)
     torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(got)
-    for ours, theirs in zip(torch.autograd.grad(got, leaves(found), dy), torch.autograd.grad(exact, leaves(found), dy), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(got, leaves(found), dy),
+        torch.autograd.grad(exact, leaves(found), dy),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
@@ -110,7 +129,8 @@ def test_nothing_is_saved_for_gradients_that_are_not_wanted() -> None:
 
 
 def rounded(dtype: torch.dtype, weights: torch.dtype, *, same: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """fp64 arguments and a gradient of the result that are numbers of these dtypes, at the size of a trained adapter's."""
+    """fp64 arguments and a gradient of the result that are numbers of these dtypes, at the size of a
+    trained adapter's."""
     found = operands(64, 96, 80, 16, same=same, scaling="learned")
     with torch.no_grad():
         for name, value in found.items():
@@ -135,7 +155,13 @@ def test_errors_are_no_larger_than_those_of_plain_pytorch(dtype: torch.dtype, fp
     for _ in range(8):
         found, dy = rounded(dtype, weights, same=same)
         plain = [definition.bottleneck, found, dy, dtype, dtype]  # as autocast rounds the weights
-        runs.append((results(bottleneck, found, dy, dtype, weights), results(*plain), results(*plain[:3], torch.float64, torch.float64)))
+        runs.append(
+            (
+                results(bottleneck, found, dy, dtype, weights),
+                results(*plain),
+                results(*plain[:3], torch.float64, torch.float64),
+            )
+        )
     for i, name in enumerate(["out", *(name for name in NAMES if name != "x" or not same)]):
         ours, theirs, exact = (torch.cat([run[which][i].flatten() for run in runs]) for which in range(3))
         assert_as_accurate(name, ours, theirs, exact)
@@ -170,7 +196,11 @@ def test_compiles_to_one_graph(same: bool, scaling: Any) -> None:
     compiled = torch.compile(bottleneck, fullgraph=True, backend="aot_eager")
     out, expected = compiled(**found), bottleneck(**found)
     torch.testing.assert_close(out, expected)
-    for got, exact in zip(torch.autograd.grad(out.sum(), leaves(found)), torch.autograd.grad(expected.sum(), leaves(found)), strict=True):
+    for got, exact in zip(
+        torch.autograd.grad(out.sum(), leaves(found)),
+        torch.autograd.grad(expected.sum(), leaves(found)),
+        strict=True,
+    ):
         torch.testing.assert_close(got, exact)
 
 

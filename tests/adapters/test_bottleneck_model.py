@@ -1,4 +1,5 @@
-"""Bottleneck adapters on models at work: 4-bit bases, patched models, checkpointing, compiling, copies, several adapters."""
+"""Bottleneck adapters on models at work: 4-bit bases, patched models, checkpointing, compiling, copies,
+several adapters."""
 
 from __future__ import annotations
 
@@ -253,7 +254,12 @@ def test_generation_with_a_cache_is_generation_without() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [lambda m: set_bottleneck(m, "x"), lambda m: remove_bottleneck(m, "x"), lambda m: bottleneck_parameters(m, "x")]
+    "call",
+    [
+        lambda m: set_bottleneck(m, "x"),
+        lambda m: remove_bottleneck(m, "x"),
+        lambda m: bottleneck_parameters(m, "x"),
+    ],
 )
 def test_unknown_names_are_told(call: Any) -> None:
     with pytest.raises(ValueError, match="there is no adapter 'x'; there are 'default'"):

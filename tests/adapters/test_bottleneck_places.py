@@ -1,4 +1,5 @@
-"""Where bottleneck adapters act, found by how activations flow: against places written down by hand, and against the definition."""
+"""Where bottleneck adapters act, found by how activations flow: against places written down by hand, and
+against the definition."""
 
 from __future__ import annotations
 
@@ -39,14 +40,22 @@ GEMMA = {
     "mlp": ("{}.post_feedforward_layernorm", "{}.mlp", "{}.post_feedforward_layernorm", "{}"),
 }
 BERT = {
-    "attention": ("{}.attention.output.dropout", "{}.attention.self", "{}.attention.output.dropout", "{}.attention.output.LayerNorm"),
+    "attention": (
+        "{}.attention.output.dropout",
+        "{}.attention.self",
+        "{}.attention.output.dropout",
+        "{}.attention.output.LayerNorm",
+    ),
     "mlp": ("{}.output.dropout", "{}.intermediate", "{}.output.dropout", "{}.output.LayerNorm"),
 }
 BY_HAND = {
     "llama": ("model.layers.0", LLAMA),
     "gemma2": ("model.layers.0", GEMMA),
     "mixtral": ("model.layers.0", LLAMA),
-    "gpt2": ("transformer.h.0", {"attention": ("{}.attn", "{}.attn", "{}.attn", None), "mlp": ("{}.mlp", "{}.mlp", "{}.mlp", "{}")}),
+    "gpt2": (
+        "transformer.h.0",
+        {"attention": ("{}.attn", "{}.attn", "{}.attn", None), "mlp": ("{}.mlp", "{}.mlp", "{}.mlp", "{}")},
+    ),
     "gpt-neox": (
         "gpt_neox.layers.0",
         {
@@ -102,7 +111,8 @@ def test_an_encoder_and_a_decoder_are_numbered_one_after_the_other_and_cross_att
     ],
 )
 def test_every_architecture(name: str, kind: str) -> None:
-    """up = 0 leaves the model as it is, bit for bit; trained, every parameter has an effect and a gradient; removal leaves no trace."""
+    """up = 0 leaves the model as it is, bit for bit; trained, every parameter has an effect and a gradient;
+    removal leaves no trace."""
     model = build(name)
     before, tree = zoo.output(model), [(path, id(module)) for path, module in model.named_modules()]
     keys = list(model.state_dict())
@@ -245,9 +255,24 @@ def test_the_random_state_hooks_and_modes_are_as_they_were() -> None:
             "Sequential has no residual addition",
         ),
         (lambda: build("llama"), "seq_bn[leave_out=[7]]", {}, r"leave_out: got \[7\], the layers are 0 to 1"),
-        (lambda: build("llama"), "seq_bn[leave_out=[0,1]]", {}, "leaves no place for an adapter; the model's sublayers are attention, mlp"),
-        (lambda: build("llama"), BottleneckConfig(places=("cross_attention",)), {}, "leaves no place for an adapter"),
-        (lambda: build("llama"), "seq_bn[mh_adapter=True]", {}, "reads: got 'sum', but no module is given the stream"),
+        (
+            lambda: build("llama"),
+            "seq_bn[leave_out=[0,1]]",
+            {},
+            "leaves no place for an adapter; the model's sublayers are attention, mlp",
+        ),
+        (
+            lambda: build("llama"),
+            BottleneckConfig(places=("cross_attention",)),
+            {},
+            "leaves no place for an adapter",
+        ),
+        (
+            lambda: build("llama"),
+            "seq_bn[mh_adapter=True]",
+            {},
+            "reads: got 'sum', but no module is given the stream",
+        ),
         (lambda: build("llama"), "seq_bn", {"name": "a.b"}, "name: got 'a.b', expected a name without dots"),
     ],
 )

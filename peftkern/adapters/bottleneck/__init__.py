@@ -1,7 +1,8 @@
-"""Bottleneck adapters (Houlsby, Pfeiffer, parallel) on a frozen 4-bit or dense base of any structure with residual additions.
+"""Bottleneck adapters (Houlsby, Pfeiffer, parallel) on a frozen 4-bit or dense base of any structure with
+residual additions.
 
-`add_bottleneck(model, "double_seq_bn")` puts one on any module in place; `get_bottleneck_model` gives a `peft.PeftModel` for trainers.
-They are no linear maps of weights and cannot be merged into the base.
+`add_bottleneck(model, "double_seq_bn")` puts one on any module in place; `get_bottleneck_model` gives a
+`peft.PeftModel` for trainers. They are no linear maps of weights and cannot be merged into the base.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Adapters that AdapterHub's library saved (`model.save_adapter`), onto the places found here.
 
-Its files name the module that holds an adapter, in its own classes: "encoder.layer.0.attention.output.adapters.NAME.adapter_up.weight",
-"model.layers.0.output_adapters.adapters.NAME...". The layer is told by the path up to its number, and within a layer the names come in
-the alphabetical order of attention, cross-attention and MLP.
+Its files name the module that holds an adapter, in its own classes:
+"encoder.layer.0.attention.output.adapters.NAME.adapter_up.weight",
+"model.layers.0.output_adapters.adapters.NAME...". The layer is told by the path up to its number, and
+within a layer the names come in the alphabetical order of attention, cross-attention and MLP.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ _PARTS = {"weight": ("down", "up"), "bias": ("down_bias", "up_bias")}
 
 
 def adapterhub_tensors(folder: Path, config: BottleneckConfig, places: Sequence[tuple[Place, str]]) -> dict[str, Tensor]:
-    """The tensors of a folder by the names of `bottleneck_parameters`, for the chosen places and the paths of the modules they act on.
+    """The tensors of a folder by the names of `bottleneck_parameters`, for the chosen places and the paths
+    of the modules they act on.
 
-    Raises: FileNotFoundError without weights; ValueError where they do not fit the model, or where the library computes something
+    Raises: FileNotFoundError without weights; ValueError where they do not fit the model, or where the
+    library computes something
     else than this package does: its parallel adapter reads the stream before the norm of a pre-norm layer.
     """
     if config.reads == "input" and not all(place.normed for place, _ in places):
@@ -46,7 +49,10 @@ def adapterhub_tensors(folder: Path, config: BottleneckConfig, places: Sequence[
         layers.setdefault(_layer(holder), []).append(holder)
     tensors: dict[str, Tensor] = {}
     for layer, holders in layers.items():
-        here = sorted((pair for pair in places if _same_layer(_layer(pair[1]), layer)), key=lambda pair: PLACES.index(pair[0].kind))
+        here = sorted(
+            (pair for pair in places if _same_layer(_layer(pair[1]), layer)),
+            key=lambda pair: PLACES.index(pair[0].kind),
+        )
         if len(here) != len(holders):
             raise ValueError(f"{folder}: has {len(holders)} adapters in {layer}, the model has {len(here)} places for them there")
         for (_, path), holder in zip(here, holders, strict=True):

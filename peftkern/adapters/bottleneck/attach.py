@@ -1,4 +1,5 @@
-"""Bottleneck adapters on a model: added, switched, turned off and taken away, in place. The base is frozen, in 4 bit or dense."""
+"""Bottleneck adapters on a model: added, switched, turned off and taken away, in place. The base is frozen,
+in 4 bit or dense."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ _SLOT = "_peftkern_bottlenecks"  # of the model
 
 @dataclass
 class Attached:
-    """What is on a model: its places, each adapter's configuration, which are active, whether all are off, and the parameters that
-    were trainable before the base was frozen."""
+    """What is on a model: its places, each adapter's configuration, which are active, whether all are off,
+    and the parameters that were trainable before the base was frozen."""
 
     places: tuple[Place, ...]
     configs: dict[str, BottleneckConfig] = field(default_factory=dict)
@@ -53,19 +54,21 @@ def add_bottleneck(
 ) -> tuple[Place, ...]:
     """Put a new adapter on the model, make it the active one, and freeze the base.
 
-    The places are found by how activations flow in one forward pass on a tiny input, with the linears stood in for: no list of
-    families. Modules are put around others (`base_layer`), none is modified; `peftkern.patch` may come before or after.
+    The places are found by how activations flow in one forward pass on a tiny input, with the linears stood
+    in for: no list of families. Modules are put around others (`base_layer`), none is modified;
+    `peftkern.patch` may come before or after.
     A bottleneck is not linear: it cannot be merged into the base.
 
     Args:
         model: any module whose layers add what they compute onto their input.
         config: a BottleneckConfig, or AdapterHub's name of one ("seq_bn[reduction_factor=8]").
         name: of the adapter; without dots.
-        example_inputs: keyword arguments of a small forward pass; needed where the model is none of transformers' with token ids
-            or images.
+        example_inputs: keyword arguments of a small forward pass; needed where the model is none of
+            transformers' with token ids or images.
         dtype: of the adapter's parameters. Default: fp32, or fp64 on an fp64 base.
     Returns: the places that got one, in the order in which they run.
-    Raises: ValueError where the name is taken, nothing is added to a stream, or the configuration fits no place or not all.
+    Raises: ValueError where the name is taken, nothing is added to a stream, or the configuration fits no
+    place or not all.
 
     >>> layer = torch.nn.Sequential(torch.nn.Linear(8, 8))
     >>> class Residual(torch.nn.Module):
@@ -102,7 +105,8 @@ def attached(model: nn.Module) -> Attached | None:
 
 
 def set_bottleneck(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
-    """Let these adapters run, their branches summed, and train where `trainable`; the others neither run nor train."""
+    """Let these adapters run, their branches summed, and train where `trainable`; the others neither run
+    nor train."""
     held = _required(model)
     wanted = (names,) if isinstance(names, str) else tuple(names)
     unknown = [name for name in wanted if name not in held.configs]
@@ -129,7 +133,8 @@ def bottleneck_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def remove_bottleneck(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter away, or all of them; with the last one every module stands where it stood, and trains as it did."""
+    """Take an adapter away, or all of them; with the last one every module stands where it stood, and
+    trains as it did."""
     held = _required(model)
     if name is not None and name not in held.configs:
         raise ValueError(f"name: there is no adapter {name!r}; there are {', '.join(map(repr, held.configs))}")
@@ -150,7 +155,8 @@ def remove_bottleneck(model: nn.Module, name: str | None = None) -> None:
 
 
 def bottlenecks(model: nn.Module) -> Iterator[tuple[str, str, Bottleneck]]:
-    """(path without the modules put around others, name of the adapter, the adapter at that place), in the model's order."""
+    """(path without the modules put around others, name of the adapter, the adapter at that place), in the
+    model's order."""
     for path, module in model.named_modules():
         if isinstance(module, BottleneckLayer):
             for name, adapter in module.bottlenecks.items():
@@ -240,7 +246,8 @@ def _around(model: nn.Module, path: str, kind: type) -> Any:
 
 
 def _locate(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
-    """The parent of what stands at a path, its name there, and what stands there, which may be around the module meant."""
+    """The parent of what stands at a path, its name there, and what stands there, which may be around the
+    module meant."""
     parent, current, part = model, model, ""
     for part in path.split("."):
         while isinstance(current, (BottleneckLayer, InputTap)):
@@ -253,7 +260,8 @@ def _locate(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
 
 
 def _device_and_dtype(model: nn.Module, path: str) -> tuple[torch.device, torch.dtype]:
-    """Of the nearest floating parameter around the path; packed weights say where, but not in which dtype, the model computes."""
+    """Of the nearest floating parameter around the path; packed weights say where, but not in which dtype,
+    the model computes."""
     parts, device = path.split("."), None
     for depth in range(len(parts), -1, -1):
         try:

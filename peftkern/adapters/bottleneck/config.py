@@ -23,20 +23,23 @@ _SCALINGS = ("learned", "channel")
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig:
-    """Bottleneck adapters y + scaling * (act(x A^T + a) B^T + b), with y what the residual addition would add.
+    """Bottleneck adapters y + scaling * (act(x A^T + a) B^T + b), with y what the residual addition would
+    add.
 
     Args:
         places: the sublayers that get one: "attention", "mlp", "cross_attention".
-        reads: what x is. "output": the sublayer's output, y itself (Houlsby et al., 2019). "input": what the sublayer reads,
-            after the norm of a pre-norm layer (parallel: He et al., 2022). "sum": the stream after the residual addition,
-            normed where a norm follows at once (Pfeiffer et al., 2021, and AdapterHub's `original_ln_before`).
+        reads: what x is. "output": the sublayer's output, y itself (Houlsby et al., 2019). "input": what
+            the sublayer reads, after the norm of a pre-norm layer (parallel: He et al., 2022). "sum": the
+            stream after the residual addition, normed where a norm follows at once (Pfeiffer et al., 2021,
+            and AdapterHub's `original_ln_before`).
         size: width of the bottleneck; None: the hidden size divided by `reduction_factor`.
         reduction_factor: a number, or {"0": 8, ..., "default": 16} by the number of the layer.
         activation: relu, silu (swish), gelu, gelu_tanh (gelu_new), tanh, sigmoid, leakyrelu, or identity.
         scaling: a number; "learned": one trained number a place, which begins at 1; "channel": one a channel.
-        init: "houlsby": normal of deviation 1e-2, cut at two deviations, on both matrices (Houlsby et al., section 3.6);
-            "mam_adapter": Kaiming on A, B = 0, so that the adapted model begins as the base, bit for bit; "bert": normal of
-            deviation 0.02 on both, AdapterHub's default, which is no identity at the start. Biases begin at 0.
+        init: "houlsby": normal of deviation 1e-2, cut at two deviations, on both matrices (Houlsby et al.,
+            section 3.6); "mam_adapter": Kaiming on A, B = 0, so that the adapted model begins as the base,
+            bit for bit; "bert": normal of deviation 0.02 on both, AdapterHub's default, which is no
+            identity at the start. Biases begin at 0.
         bias: whether a and b are there.
         dropout: of the bottleneck's activation, in training.
         leave_out: numbers of the layers that get none.
@@ -102,11 +105,13 @@ class BottleneckConfig:
 
     @classmethod
     def parse(cls, text: str) -> BottleneckConfig:
-        """The configuration of a name such as "double_seq_bn" or "seq_bn[reduction_factor=8,leave_out=[0,1]]".
+        """The configuration of a name such as "double_seq_bn" or
+        "seq_bn[reduction_factor=8,leave_out=[0,1]]".
 
-        The names and keys are AdapterHub's, and this class's own keys are taken too. Different here, as both help: the start is
-        near the identity ("houlsby") where AdapterHub's is not ("bert"), and "input" means what the sublayer reads, after the
-        norm of a pre-norm layer, where AdapterHub's parallel adapter reads the stream before that norm.
+        The names and keys are AdapterHub's, and this class's own keys are taken too. Different here, as
+        both help: the start is near the identity ("houlsby") where AdapterHub's is not ("bert"), and
+        "input" means what the sublayer reads, after the norm of a pre-norm layer, where AdapterHub's
+        parallel adapter reads the stream before that norm.
 
         >>> BottleneckConfig.parse("par_bn[reduction_factor=4,scaling=learned]").scaling
         'learned'
@@ -123,10 +128,11 @@ class BottleneckConfig:
 
     @classmethod
     def from_adapterhub(cls, values: Mapping[str, Any]) -> BottleneckConfig:
-        """The configuration of AdapterHub's dictionary (`BnConfig.to_dict()`, or the "config" of its adapter_config.json).
+        """The configuration of AdapterHub's dictionary (`BnConfig.to_dict()`, or the "config" of its
+        adapter_config.json).
 
-        Raises: ValueError for a key that is unknown, or asks for what is not built here (Compacter, gating, new norms,
-        invertible adapters, stochastic depth).
+        Raises: ValueError for a key that is unknown, or asks for what is not built here (Compacter, gating,
+        new norms, invertible adapters, stochastic depth).
         """
         values, own = dict(values), {field.name for field in dataclasses.fields(cls)}
         for key, absent in _ABSENT.items():
@@ -134,7 +140,10 @@ class BottleneckConfig:
                 raise ValueError(f"{key}: only {absent[0]!r} is built here; AdapterHub's other values are not")
         places = [place for key, place in _PLACE_KEYS.items() if values.pop(key, False)]
         parallel, summed = values.pop("is_parallel", False), values.pop("original_ln_before", False)
-        translated = {"places": tuple(places), "reads": "input" if parallel else "sum" if summed else "output"}
+        translated = {
+            "places": tuple(places),
+            "reads": "input" if parallel else "sum" if summed else "output",
+        }
         translated |= {_KEYS[key]: values.pop(key) for key in list(values) if key in _KEYS}
         translated |= {key: values.pop(key) for key in list(values) if key in own}
         left = [key for key in values if key not in _IGNORED]
@@ -143,7 +152,13 @@ class BottleneckConfig:
         return cls(**translated)
 
 
-_SYNONYMS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_orig": "gelu", "linear": "identity"}
+_SYNONYMS = {
+    "swish": "silu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_orig": "gelu",
+    "linear": "identity",
+}
 _SYNONYMS |= {"leaky_relu": "leakyrelu", "none": "identity"}
 _PLACE_KEYS = {"mh_adapter": "attention", "cross_adapter": "cross_attention", "output_adapter": "mlp"}
 _KEYS = {"non_linearity": "activation", "init_weights": "init"}
@@ -159,13 +174,38 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
     "stochastic_depth": (0.0, None),
 }
 # What only matters with the keys above.
-_IGNORED = ("adapter_residual_before_ln", "inv_adapter_reduction_factor", "phm_dim", "factorized_phm_W", "shared_W_phm", "architecture")
-_IGNORED += ("shared_phm_rule", "factorized_phm_rule", "phm_c_init", "phm_init_range", "learn_phm", "hypercomplex_nonlinearity")
+_IGNORED = (
+    "adapter_residual_before_ln",
+    "inv_adapter_reduction_factor",
+    "phm_dim",
+    "factorized_phm_W",
+    "shared_W_phm",
+    "architecture",
+)
+_IGNORED += (
+    "shared_phm_rule",
+    "factorized_phm_rule",
+    "phm_c_init",
+    "phm_init_range",
+    "learn_phm",
+    "hypercomplex_nonlinearity",
+)
 _IGNORED += ("phm_rank", "phm_bias", "init_weights_seed")
 
 _DOUBLE = {"mh_adapter": True, "output_adapter": True, "non_linearity": "swish", "reduction_factor": 16.0}
-_SINGLE = {"output_adapter": True, "original_ln_before": True, "non_linearity": "relu", "reduction_factor": 16.0}
-_PARALLEL = {"output_adapter": True, "is_parallel": True, "non_linearity": "relu", "reduction_factor": 2.0, "scaling": 4.0}
+_SINGLE = {
+    "output_adapter": True,
+    "original_ln_before": True,
+    "non_linearity": "relu",
+    "reduction_factor": 16.0,
+}
+_PARALLEL = {
+    "output_adapter": True,
+    "is_parallel": True,
+    "non_linearity": "relu",
+    "reduction_factor": 2.0,
+    "scaling": 4.0,
+}
 _PARALLEL |= {"init_weights": "mam_adapter"}
 _SCALED = _PARALLEL | {"scaling": "learned"}
 
@@ -179,7 +219,10 @@ NAMED: dict[str, dict[str, Any]] = {
     "parallel": _PARALLEL,
     "scaled_parallel": _SCALED,
 }
-_OTHER = dict.fromkeys(("seq_bn_inv", "double_seq_bn_inv", "pfeiffer+inv", "houlsby+inv"), "adapters with invertible ones at the embedding")
+_OTHER = dict.fromkeys(
+    ("seq_bn_inv", "double_seq_bn_inv", "pfeiffer+inv", "houlsby+inv"),
+    "adapters with invertible ones at the embedding",
+)
 _OTHER |= dict.fromkeys(("compacter", "compacter++"), "adapters whose matrices are Kronecker products")
 _OTHER |= dict.fromkeys(("mam", "unipelt"), "several kinds together")
 _OTHER |= dict.fromkeys(("lora", "ia3", "prompt_tuning", "loreft", "noreft", "direft", "prefix_tuning"), "another kind of adapter")

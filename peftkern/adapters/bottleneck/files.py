@@ -31,7 +31,12 @@ _PREFIX = "base_model.model."
 
 
 def save_bottleneck(
-    model: nn.Module, folder: str | Path, *, name: str = "default", state: Mapping[str, Tensor] | None = None, **noted: Any
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str = "default",
+    state: Mapping[str, Tensor] | None = None,
+    **noted: Any,
 ) -> None:
     """Write an adapter, each file whole or not at all.
 
@@ -46,7 +51,11 @@ def save_bottleneck(
 
     parameters = bottleneck_parameters(model, name) if state is None else state
     tensors = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in parameters.items()}
-    known = {"peft_type": PEFT_TYPE, "base_model_name_or_path": getattr(model, "name_or_path", None) or None, "inference_mode": True}
+    known = {
+        "peft_type": PEFT_TYPE,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+    }
     values = known | {"peftkern_version": __version__} | noted | attached(model).configs[name].to_dict()
     folder = Path(folder)
     if folder.is_file():
@@ -60,7 +69,8 @@ def save_bottleneck(
 def read_config(folder: str | Path) -> tuple[BottleneckConfig, dict[str, Any]]:
     """The configuration in a folder, this package's or AdapterHub's, and the file's other entries.
 
-    Raises: FileNotFoundError without adapter_config.json; ValueError where it is no JSON, or of another kind of adapter.
+    Raises: FileNotFoundError without adapter_config.json; ValueError where it is no JSON, or of another
+    kind of adapter.
     """
     file = Path(folder) / CONFIG
     if not file.is_file():
@@ -86,12 +96,13 @@ def load_bottleneck(
     trainable: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Put a saved adapter on the model and make it active; one of that name that is there already takes the saved values.
+    """Put a saved adapter on the model and make it active; one of that name that is there already takes the
+    saved values.
 
     The folder is one of `save_bottleneck`, or one that AdapterHub's library wrote (`model.save_adapter`).
 
-    Raises: FileNotFoundError, ValueError where the folder holds no bottleneck adapter, or one of another base; the model is left as
-    it was.
+    Raises: FileNotFoundError, ValueError where the folder holds no bottleneck adapter, or one of another
+    base; the model is left as it was.
     """
     folder = Path(folder)
     config, values = read_config(folder)

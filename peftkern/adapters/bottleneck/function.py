@@ -1,8 +1,10 @@
 """The bottleneck adapter as one step of autograd: what is kept for backward is x and z = x A^T + a, [M, R].
 
-Forward: z = x A^T + a; u = act(z); y + s (u B^T + b) as one product that adds onto y, its bias in a further column of u and B.
-Backward, from g: g^T u and the sums of g's columns give B's and b's gradients and, against B and b, that of s; du = s g B;
-dz = du act'(z); dA = dz^T x; dx = dz A, added onto g by the same product where x is y. The activation is computed again from z.
+Forward: z = x A^T + a; u = act(z); y + s (u B^T + b) as one product that adds onto y, its bias in a further
+column of u and B.
+Backward, from g: g^T u and the sums of g's columns give B's and b's gradients and, against B and b, that of
+s; du = s g B; dz = du act'(z); dA = dz^T x; dx = dz A, added onto g by the same product where x is y. The
+activation is computed again from z.
 """
 
 from __future__ import annotations
@@ -41,13 +43,14 @@ def bottleneck(
 
     Args:
         y: [..., N], what is adapted; its gradient is the result's where x is another tensor. Not written.
-        x: [..., K], what the adapter reads: y itself (pass the same tensor), or another one of y's leading shape.
+        x: [..., K], what the adapter reads: y itself (pass the same tensor), or another one of y's leading
+            shape.
         down: [R, K]; up: [N, R]; down_bias: [R] or None; up_bias: [N] or None: any float dtype.
         scaling: a number, or a tensor [1] or [N], which may require grad.
         activation: a key of `reference.ACTIVATIONS`.
         dropout_p: in [0, 1), on the activation. Pass 0.0 in evaluation.
-    Returns: [..., N] in y's dtype; y's bits where up and up_bias are 0. Saved for backward: x, z [M, R], the parameters, and with
-        dropout what it leaves [M, R].
+    Returns: [..., N] in y's dtype; y's bits where up and up_bias are 0. Saved for backward: x, z [M, R],
+        the parameters, and with dropout what it leaves [M, R].
     Raises: ValueError naming the argument, what was got and what was expected.
     Source: Houlsby et al., 2019, section 2; He et al., 2022, section 3 (parallel, scaled).
 
@@ -60,7 +63,11 @@ def bottleneck(
     flat_x = flat_y if x is y else x.reshape(-1, x.shape[-1])
     keep = None
     if dropout_p:
-        keep = F.dropout(torch.ones(flat_x.shape[0], down.shape[0], device=x.device, dtype=x.dtype), dropout_p, training=True)
+        keep = F.dropout(
+            torch.ones(flat_x.shape[0], down.shape[0], device=x.device, dtype=x.dtype),
+            dropout_p,
+            training=True,
+        )
     args = (down, up, down_bias, up_bias, scaling)
     if transformed():
         out = reference.bottleneck(flat_y, flat_x, *(_like(value, y) for value in args), activation=activation, keep=keep)
@@ -111,7 +118,11 @@ class _Bottleneck(torch.autograd.Function):
         factor = scaling if isinstance(scaling, Tensor) else None
         kept_x = (y if x is None else x) if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(kept_x, z, down, up, down_bias, up_bias, factor, keep)
-        ctx.same, ctx.x_dtype, ctx.scaling = x is None, (y if x is None else x).dtype, None if factor is not None else scaling
+        ctx.same, ctx.x_dtype, ctx.scaling = (
+            x is None,
+            (y if x is None else x).dtype,
+            None if factor is not None else scaling,
+        )
         ctx.activation, ctx.compute = activation, compute
         return out
 
@@ -181,7 +192,8 @@ def _joined(up: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _add_product(y: Tensor, u: Tensor, weight: Tensor, scaling: float | Tensor) -> Tensor:
-    """y + scaling * u weight^T, y [M, N], u [M, R], weight [N, R], rounded once where y has the products' dtype."""
+    """y + scaling * u weight^T, y [M, N], u [M, R], weight [N, R], rounded once where y has the products'
+    dtype."""
     if isinstance(scaling, Tensor):  # into the smaller factor, before it is rounded
         weight, scaling = weight * scaling[:, None], 1.0
     weight = weight.to(u.dtype)
@@ -213,7 +225,16 @@ def _act_backward(du: Tensor, z: Tensor, activation: str) -> Tensor:
     return du
 
 
-def _check(y: Tensor, x: Tensor, down: Tensor, up: Tensor, a: Tensor | None, b: Tensor | None, scaling: Any, activation: str) -> None:
+def _check(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: Any,
+    activation: str,
+) -> None:
     """Raise ValueError where an argument does not fit the others."""
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(reference.ACTIVATIONS)}")

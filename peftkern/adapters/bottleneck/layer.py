@@ -1,4 +1,5 @@
-"""The modules that stand in a model where bottleneck adapters act: `base_layer` is what stood there before."""
+"""The modules that stand in a model where bottleneck adapters act: `base_layer` is what stood there
+before."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ __all__ = ["Bottleneck", "BottleneckLayer", "Handover", "InputTap", "Source"]
 
 
 class Handover:
-    """What a tap has seen, until the layer that adds the branch takes it; by device, for replicas of a model share it."""
+    """What a tap has seen, until the layer that adds the branch takes it; by device, for replicas of a
+    model share it."""
 
     def __init__(self) -> None:
         self.held: dict[torch.device, Tensor] = {}
@@ -25,8 +27,12 @@ class Handover:
 
 
 class Source:
-    """Where an adapter's x comes from. kind: "output" (of the module it stands on), "norm" (its module is a norm, which is given the
-    stream: the branch is added before it), "argument" (of the module, by name or index), or "handover" (from an InputTap)."""
+    """Where an adapter's x comes from.
+
+    kind: "output" (of the module it stands on), "norm" (its module is a norm, which is given the stream:
+    the branch is added before it), "argument" (of the module, by name or index), or "handover" (from an
+    InputTap).
+    """
 
     def __init__(self, kind: str, name: str = "", index: int = -1, handover: Handover | None = None) -> None:
         self.kind, self.name, self.index, self.handover = kind, name, index, handover
@@ -37,10 +43,19 @@ class Source:
 
 
 class Bottleneck(nn.Module):
-    """One adapter at one place; see `function.bottleneck`. Its parameters: down [R, K], up [N, R], down_bias [R], up_bias [N], and
-    learned_scaling [1] or [N] where the scaling is trained."""
+    """One adapter at one place; see `function.bottleneck`. Its parameters: down [R, K], up [N, R],
+    down_bias [R], up_bias [N], and learned_scaling [1] or [N] where the scaling is trained."""
 
-    def __init__(self, config: BottleneckConfig, layer: int, width: int, source: Source, *, device: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: BottleneckConfig,
+        layer: int,
+        width: int,
+        source: Source,
+        *,
+        device: Any,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         size = config.size_at(layer, width)
         self.config, self.source = config, source
@@ -106,7 +121,8 @@ class _Around(nn.Module):
 
 
 class BottleneckLayer(_Around):
-    """A module and the adapters on it: the active ones' branches are summed, all reading the unadapted activation."""
+    """A module and the adapters on it: the active ones' branches are summed, all reading the unadapted
+    activation."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)

@@ -1,13 +1,14 @@
-"""Bottleneck adapters as a `peft.PeftModel`: for the Hugging Face Trainer, TRL, and whatever asks whether a model is PEFT's.
+"""Bottleneck adapters as a `peft.PeftModel`: for the Hugging Face Trainer, TRL, and whatever asks whether a
+model is PEFT's.
 
-PEFT has no bottleneck and no way to register one, so that `PeftModel.from_pretrained` of PEFT itself does not read these folders;
-`BottleneckModel.from_pretrained` does.
+PEFT has no bottleneck and no way to register one, so that `PeftModel.from_pretrained` of PEFT itself does
+not read these folders; `BottleneckModel.from_pretrained` does.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,14 @@ try:
 except ImportError as _error:
     raise ModuleNotFoundError("BottleneckModel needs peft, which is not installed: run pip install 'peftkern[peft]'") from _error
 
-from .attach import add_bottleneck, attached, bottleneck_disabled, bottlenecks, remove_bottleneck, set_bottleneck
+from .attach import (
+    add_bottleneck,
+    attached,
+    bottleneck_disabled,
+    bottlenecks,
+    remove_bottleneck,
+    set_bottleneck,
+)
 from .config import PEFT_TYPE, BottleneckConfig
 from .files import CONFIG, load_bottleneck, read_config, save_bottleneck
 
@@ -47,7 +55,8 @@ def get_bottleneck_model(
     task_type: str | None = None,
     example_inputs: Mapping[str, Any] | None = None,
 ) -> BottleneckModel:
-    """The model with a new bottleneck adapter to train, as a PeftModel; arguments and errors as those of `add_bottleneck`.
+    """The model with a new bottleneck adapter to train, as a PeftModel; arguments and errors as those of
+    `add_bottleneck`.
 
     task_type: as PEFT's ("CAUSAL_LM"), noted in adapter_config.json.
     """
@@ -56,12 +65,15 @@ def get_bottleneck_model(
 
 
 class BottleneckModel(PeftModel):
-    """A model with bottleneck adapters; make it by `get_bottleneck_model` or `BottleneckModel.from_pretrained`.
+    """A model with bottleneck adapters; make it by `get_bottleneck_model` or
+    `BottleneckModel.from_pretrained`.
 
     Not mergeable: merge_adapter, merge_and_unload and unmerge_adapter raise NotImplementedError.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default", task_type: str | None = None) -> None:
+        if attached(model) is None:
+            raise ValueError("model: has no bottleneck adapter; get_bottleneck_model puts one on it")
         nn.Module.__init__(self)
         self.base_model = model
         self.active_adapter = adapter_name
@@ -140,6 +152,7 @@ class BottleneckModel(PeftModel):
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Let these adapters train or not, whether they are active or not."""
         wanted = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names("adapter_names", wanted)
         for _, name, adapter in bottlenecks(self.base_model):
             if name in wanted:
                 adapter.requires_grad_(requires_grad)
@@ -153,12 +166,11 @@ class BottleneckModel(PeftModel):
         state_dict: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the adapters: "default" into the folder, every other into a folder of its name there, as PEFT does."""
+        """Write the adapters: "default" into the folder, every other into a folder of its name there, as
+        PEFT does."""
         if not safe_serialization:
             raise ValueError("safe_serialization: got False; adapters are written as safetensors only")
-        unknown = [name for name in selected_adapters or () if name not in self._configs]
-        if unknown:
-            raise ValueError(f"selected_adapters: there is no adapter {unknown[0]!r}; there are {', '.join(self._configs)}")
+        self._check_names("selected_adapters", selected_adapters or ())
         if not is_main_process:
             return
         for name in selected_adapters or self._configs:
@@ -178,12 +190,19 @@ class BottleneckModel(PeftModel):
         """A base with the adapter that a folder holds, or a repository of a model hub."""
         folder = _folder(model_id)
         values = read_config(folder)[1]
-        load_bottleneck(model, folder, name=adapter_name, trainable=is_trainable, example_inputs=kwargs.get("example_inputs"))
+        load_bottleneck(
+            model,
+            folder,
+            name=adapter_name,
+            trainable=is_trainable,
+            example_inputs=kwargs.get("example_inputs"),
+        )
         adapted = cls(model, adapter_name, values.get("task_type"))
         return adapted if is_trainable else adapted.eval()
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> None:
-        """Put a further saved adapter on the model, not active yet; one of that name takes the saved values."""
+        """Put a further saved adapter on the model, not active yet; one of that name takes the saved
+        values."""
         folder = _folder(model_id)
         if adapter_name in self._configs:
             load_bottleneck(self.base_model, folder, name=adapter_name)
@@ -203,6 +222,11 @@ class BottleneckModel(PeftModel):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a bottleneck is no linear change of a weight."""
         return False
+
+    def _check_names(self, argument: str, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self._configs]
+        if unknown:
+            raise ValueError(f"{argument}: there is no adapter {unknown[0]!r}; there are {', '.join(self._configs)}")
 
     def _describe(self, config: BottleneckConfig, task_type: str | None) -> BottleneckPeftConfig:
         name = getattr(self.base_model, "name_or_path", None) or None

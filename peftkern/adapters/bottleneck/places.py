@@ -1,8 +1,9 @@
 """Where a model's residual additions are, and at which module an adapter of each kind acts on what is added.
 
-No family is named: a sublayer is what one residual addition adds. It is attention where tokens were mixed, cross-attention where one of
-its linears read something else than the stream, an MLP otherwise. The adapter acts on the output of the outermost module that gave what
-is added, so that it lies before a post-norm layer's norm, and after a norm that a layer puts on its sublayer's output.
+No family is named: a sublayer is what one residual addition adds. It is attention where tokens were mixed,
+cross-attention where one of its linears read something else than the stream, an MLP otherwise. The adapter
+acts on the output of the outermost module that gave what is added, so that it lies before a post-norm
+layer's norm, and after a norm that a layer puts on its sublayer's output.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ __all__ = ["Place", "Reader", "find_places"]
 
 @dataclass(frozen=True)
 class Reader:
-    """Where the sublayer's input is seen: at the argument `name` (position `index`) of the module `path`; and the path of the module onto
-    whose output a branch from there is added, the same one where that gives what the residual addition adds."""
+    """Where the sublayer's input is seen: at the argument `name` (position `index`) of the module `path`;
+    and the path of the module onto whose output a branch from there is added, the same one where that gives
+    what the residual addition adds."""
 
     path: str
     name: str
@@ -35,9 +37,10 @@ class Reader:
 class Place:
     """A sublayer of layer number `layer`, of a `kind` of `config.PLACES`, on activations of `width` channels.
 
-    output: the path of the module whose output (the first of its tuple, where it gives one) is what is added; input: where the
-    sublayer's input is seen, None where no module is given it; sum: the path of the module whose output is the stream after the addition
-    or, with `normed`, of the norm that takes it at once; None where there is none.
+    output: the path of the module whose output (the first of its tuple, where it gives one) is what is
+    added; input: where the sublayer's input is seen, None where no module is given it; sum: the path of the
+    module whose output is the stream after the addition or, with `normed`, of the norm that takes it at
+    once; None where there is none.
     """
 
     layer: int
@@ -54,8 +57,8 @@ def find_places(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
 
     Args:
         model: any module whose layers add what they compute onto their input; its weights are not used.
-        example_inputs: keyword arguments of a forward pass, best of a few tokens. Default: token ids or an image, as the
-            configuration of a transformers model says.
+        example_inputs: keyword arguments of a forward pass, best of a few tokens. Default: token ids or an
+            image, as the configuration of a transformers model says.
     Raises: ValueError where no example is known, the forward fails on it, or nothing is added to a stream.
     """
     inputs = dict(example_inputs) if example_inputs is not None else _example(model)
@@ -125,7 +128,8 @@ def _place(seen: Trace, stacks: _Stacks, one: ResidualSum, leaf: Node, kind: str
 
 
 def _summands(node: Node) -> list[Node]:
-    """What is added, as modules give it: the whole where a module gave it, else the parts of a sum (attention and MLP side by side)."""
+    """What is added, as modules give it: the whole where a module gave it, else the parts of a sum
+    (attention and MLP side by side)."""
     if _calls(node) or len(node.leaves) == 1:
         return [node]
     return [leaf for part in node.leaves for leaf in _summands(part)]
@@ -176,7 +180,8 @@ def _argument(call: Call, source: Node, added_at: str) -> Reader | None:
 
 
 def _reader(seen: Trace, first: LinearCall, output: Call) -> Reader | None:
-    """The outermost module around the sublayer's first linear, and beside the one of the output, that is given the sublayer's input."""
+    """The outermost module around the sublayer's first linear, and beside the one of the output, that is
+    given the sublayer's input."""
     around = [call for call in seen.calls if f"{first.path}.".startswith(f"{call.path}.") and call.path]
     for call in sorted(around, key=lambda call: len(call.path)):
         apart = not f"{output.path}.".startswith(f"{call.path}.")
@@ -187,8 +192,8 @@ def _reader(seen: Trace, first: LinearCall, output: Call) -> Reader | None:
 
 
 def _sum_module(seen: Trace, one: ResidualSum) -> tuple[str | None, bool]:
-    """The innermost module whose output the stream is after the addition, or else the norm that alone takes it and begins the stream
-    anew, and whether it is that."""
+    """The innermost module whose output the stream is after the addition, or else the norm that alone takes
+    it and begins the stream anew, and whether it is that."""
     if one.result.calls:
         return one.result.calls[0].path, False
     if any(one.result is later.stream for later in seen.sums):
@@ -199,7 +204,8 @@ def _sum_module(seen: Trace, one: ResidualSum) -> tuple[str | None, bool]:
 
 
 class _Stacks:
-    """Numbers of layers: elements of the outermost lists on the modules' paths, counted in the order in which they come."""
+    """Numbers of layers: elements of the outermost lists on the modules' paths, counted in the order in
+    which they come."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.numbers = model, {}

@@ -36,8 +36,8 @@ def bottleneck(
 ) -> Tensor:
     """y + scaling * ((act(x down^T + down_bias) * keep) up^T + up_bias).
 
-    y: [M, N]; x: [M, K]; down: [R, K]; up: [N, R]; down_bias: [R]; up_bias: [N]; scaling: a number, [1] or [N]; keep: [M, R], what
-    dropout leaves, already divided by the probability of being left.
+    y: [M, N]; x: [M, K]; down: [R, K]; up: [N, R]; down_bias: [R]; up_bias: [N]; scaling: a number, [1] or
+    [N]; keep: [M, R], what dropout leaves, already divided by the probability of being left.
     """
     hidden = ACTIVATIONS[activation](F.linear(x, down, down_bias))
     if keep is not None:

@@ -1,7 +1,9 @@
-"""How activations flow through a model: one forward on a tiny input, in which every tensor's origin is followed.
+"""How activations flow through a model: one forward on a tiny input, in which every tensor's origin is
+followed.
 
-Linears are stood in for by constants of the right shape, so that nothing is decoded, repacked or multiplied; patched modules run their
-stock forwards. What comes of it is the list of residual additions a + s, where s was computed from a through at least one linear.
+Linears are stood in for by constants of the right shape, so that nothing is decoded, repacked or
+multiplied; patched modules run their stock forwards. What comes of it is the list of residual additions a +
+s, where s was computed from a through at least one linear.
 """
 
 from __future__ import annotations
@@ -20,7 +22,18 @@ from ...patching.forwards import find
 __all__ = ["Call", "LinearCall", "Node", "ResidualSum", "Trace", "trace"]
 
 # Operators whose result is the same activation in another form or dtype.
-_ALIASES = {"view", "_unsafe_view", "_reshape_alias", "alias", "detach", "_to_copy", "clone", "unsqueeze", "squeeze", "transpose"}
+_ALIASES = {
+    "view",
+    "_unsafe_view",
+    "_reshape_alias",
+    "alias",
+    "detach",
+    "_to_copy",
+    "clone",
+    "unsqueeze",
+    "squeeze",
+    "transpose",
+}
 _ALIASES |= {"permute", "t", "expand", "lift_fresh"}
 # Operators after which an activation is still the one that a module gave, scaled: the adapter may act before them.
 _SCALINGS = {"mul", "div", "native_dropout", "dropout"}
@@ -31,9 +44,10 @@ _FILL = 0.5  # what a stand-in gives: finite through any norm or softmax
 class Node:
     """One activation.
 
-    uid: its number; ancestors: uids of what it was computed from since the last residual addition; depth: how many linears lie in
-    between; mixes: whether tokens were mixed in between; leaves: the summands that it is a plain sum of; source: the activation that it
-    is a scaled copy of, or None; calls: the module calls that gave it, innermost first; bases: what a residual addition also counts as.
+    uid: its number; ancestors: uids of what it was computed from since the last residual addition; depth:
+    how many linears lie in between; mixes: whether tokens were mixed in between; leaves: the summands that
+    it is a plain sum of; source: the activation that it is a scaled copy of, or None; calls: the module
+    calls that gave it, innermost first; bases: what a residual addition also counts as.
     """
 
     __slots__ = ("uid", "ancestors", "depth", "mixes", "leaves", "source", "calls", "bases", "shape")
@@ -49,8 +63,8 @@ class Node:
 
 
 class Call:
-    """A module that was called: its path, the argument that each activation was (by position or keyword), what it gave (a tensor, or a
-    tuple whose first element it is), and the activations that went in."""
+    """A module that was called: its path, the argument that each activation was (by position or keyword),
+    what it gave (a tensor, or a tuple whose first element it is), and the activations that went in."""
 
     __slots__ = ("path", "module", "inputs", "as_tuple")
 
