@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def _add_sweep(group: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Run the command; what the user can mend is one message and status 2."""
     try:
+        _require("peft", "safetensors", "numpy", "tqdm")
         print(_combined(args))
     except KeyboardInterrupt:
         return 130
@@ -139,6 +141,12 @@ def _run(args: argparse.Namespace) -> int:
         print(f"peftkern arithmetic: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"it needs {', '.join(missing)}: run pip install 'peftkern[finetune]'")
 
 
 def _combined(args: argparse.Namespace) -> str:

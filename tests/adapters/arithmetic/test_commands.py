@@ -187,3 +187,10 @@ def test_a_folder_that_is_neither(folders: Path, capsys: pytest.CaptureFixture[s
     (folders / "empty").mkdir()
     assert "neither an adapter" in refused(capsys, "empty", "--output", "out")
     assert "it has no adapter_config.json" in refused(capsys, "a + empty", "--output", "out")
+
+
+def test_a_missing_package_is_named(folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftkern.adapters.arithmetic import commands
+
+    monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "peft" else name)
+    assert "it needs peft: run pip install 'peftkern[finetune]'" in refused(capsys, "a", "--output", "out")
