@@ -2,11 +2,11 @@
 L2-SP, replay and nothing.
 
 Run as `python -m examples.transfer.forgetting` (again to go on: finished runs are read from the CSV;
-`--minutes 5` stops in time). Each run has 20 steps of one window of 128 tokens. The weights of EWC and L2-SP
-are such that the penalty of the unregularized run's last adapter would be so many nats (the strength), so
-that the two are compared at equal size; replay's strength is source rows a row, and a budget's the share of
-the unregularized run's rise that is allowed. Writes results/forgetting.csv, forgetting_frontier.png and
-forgetting_forecast.png.
+`--minutes 5` stops in time). `--base bytes` does the same with a small model of bytes, which is at a minimum
+of the source loss. The weights of EWC and L2-SP are such that the penalty of the unregularized run's last
+adapter would be so many nats (the strength), so that the two are compared at equal size; replay's strength is
+source rows a row, and a budget's the share of the unregularized run's rise that is allowed. Writes
+results/forgetting_BASE.csv and its two plots, _frontier and _forecast.
 """
 
 from __future__ import annotations
@@ -38,22 +38,42 @@ from peftkern.transfer.forgetting import (
 )
 from peftkern.transfer.forgetting.overlap import overlapping
 
+from .byte_model import byte_model, byte_windows
 from .samples import kjv, pydoc_prose, smollm2
 
 RESULTS = Path(__file__).parent / "results"
-LENGTH, STEPS, RATE, BUDGET_EVERY = 128, 20, 2e-3, 5
-FISHER_WINDOWS, TERM_WINDOWS, TARGET_WINDOWS, SOURCE_WINDOWS = 20, 4, 12, 20
 ARMS = [
     ("nothing", 0.0),
     ("EWC", 0.3),
     ("L2-SP", 0.3),
     ("EWC", 3.0),
     ("L2-SP", 3.0),
-    ("replay", 0.3),
+    ("replay", 0.25),
     ("budget", 0.5),
 ]
 SEEDS = (0, 1, 2)
 COLORS = {"nothing": "black", "EWC": "tab:blue", "L2-SP": "tab:orange", "replay": "tab:green", "budget": "tab:red"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A base and how long and on how much it is trained and measured; windows are counted."""
+
+    name: str
+    length: int
+    steps: int
+    batch: int
+    rate: float
+    fisher: int
+    terms: int
+    target: int
+    source: int
+
+
+SETTINGS = {
+    "smollm2": Setting("smollm2", 128, 20, 1, 2e-3, fisher=20, terms=4, target=12, source=20),
+    "bytes": Setting("bytes", 64, 40, 8, 1.5e-3, fisher=128, terms=64, target=64, source=96),
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """Windows [n, 128]: to learn, to measure the target and the source on, to measure the Fisher on and to
+    """Windows [n, length]: to learn, to measure the target and the source on, to measure the Fisher on and to
     replay."""
 
     learned: Tensor
@@ -88,27 +108,30 @@ class Task:
     kept: Tensor
 
 
-def windows(tokenizer: Any, texts: Sequence[str], most: int = 1 << 30) -> Tensor:
-    """At most so many windows at equal distances of the texts put one after the other."""
-    ids = [token for text in texts for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
-    rows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+def spaced(rows: Tensor, most: int) -> Tensor:
+    """At most so many rows at equal distances."""
     return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()]
 
 
-def load() -> tuple[nn.Module, Task]:
-    """The base in bf16, and the task; source topics that share passages with the held-out ones are left
-    out."""
-    model, tokenizer = smollm2(torch.bfloat16)
+def load(setting: Setting) -> tuple[nn.Module, Task]:
+    """The base, and the task; source topics that share passages with the held-out ones are left out."""
     held_out, others = pydoc_prose(held_out=True), pydoc_prose(held_out=False)
     shared = set(overlapping(others, held_out))
     kept = [text for index, text in enumerate(others) if index not in shared]
-    task = Task(
-        windows(tokenizer, kjv(held_out=False)[::8]),
-        windows(tokenizer, kjv(held_out=True), TARGET_WINDOWS),
-        windows(tokenizer, held_out, SOURCE_WINDOWS),
-        windows(tokenizer, kept),
-    )
-    return model, task
+    texts = (kjv(held_out=False)[::8], kjv(held_out=True), held_out, kept)
+    if setting.name == "bytes":
+        learned, target, source, kept_rows = (byte_windows(each, setting.length) for each in texts)
+        model = byte_model(kept_rows)
+    else:
+        model, tokenizer = smollm2(torch.bfloat16)
+        learned, target, source, kept_rows = (windows(tokenizer, each, setting.length) for each in texts)
+    return model, Task(learned, spaced(target, setting.target), spaced(source, setting.source), kept_rows)
+
+
+def windows(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
+    """The texts' tokens one after the other, in windows [n, length]."""
+    ids = [token for text in texts for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 def batches(rows: Tensor) -> list[dict[str, Tensor]]:
@@ -126,13 +149,12 @@ def adapted(base: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def fisher_of(model: nn.Module, task: Task) -> FisherFactors:
+def fisher_of(model: nn.Module, task: Task, setting: Setting) -> FisherFactors:
     """Measured once, then read from the cache."""
-    path = cache_dir() / "forgetting-example-fisher.safetensors"
+    path = cache_dir() / f"forgetting-example-{setting.name}.safetensors"
     if path.exists():
         return FisherFactors.load(path)
-    every = max(1, len(task.kept) // FISHER_WINDOWS)
-    fisher = collect_fisher(model, batches(task.kept[::every][:FISHER_WINDOWS]), progress=True)
+    fisher = collect_fisher(model, batches(spaced(task.kept, setting.fisher)), progress=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(path)
     return fisher
@@ -154,6 +176,7 @@ def train(
     fisher: FisherFactors,
     arm: tuple[str, float, float, int],
     before: dict[str, Any],
+    setting: Setting,
 ) -> Row:
     """The measurements after one run."""
     method, strength, weight, seed = arm
@@ -166,26 +189,26 @@ def train(
         ewc=weight if method == "EWC" else 0.0,
         l2_sp=weight if method == "L2-SP" else 0.0,
         budget=weight if method == "budget" else None,
-        every=BUDGET_EVERY if method == "budget" else STEPS,
-        planned=STEPS,
+        every=setting.steps // 4 if method == "budget" else setting.steps,
+        planned=setting.steps,
     )
-    replay = Replay(rows=len(task.kept), ratio=strength, slots=1, seed=seed) if method == "replay" else None
+    replay = Replay(rows=len(task.kept), ratio=strength, slots=setting.batch, seed=seed) if method == "replay" else None
     distance = DeltaPenalty(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=setting.rate, weight_decay=0.0)
     order = torch.randperm(len(task.learned), generator=torch.Generator().manual_seed(seed))
     guard.before = before.get("losses")
     guard.start()
     before["losses"] = guard.before
-    for step in range(1, STEPS + 1):
+    for step in range(1, setting.steps + 1):
         model.train()
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, step / 3)
-        row = task.learned[order[step - 1]][None]
-        model(input_ids=row, labels=row).loss.backward()
+            group["lr"] = setting.rate * min(1.0, step / 3)
+        rows = task.learned[order[(step - 1) * setting.batch : step * setting.batch]]
+        model(input_ids=rows, labels=rows).loss.backward()
         for index in replay.rows_of(step - 1) if replay else ():
             row = task.kept[index][None]
-            model(input_ids=row, labels=row).loss.backward()
+            (model(input_ids=row, labels=row).loss / setting.batch).backward()
         guard.add_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -193,8 +216,8 @@ def train(
         if guard.end_of_step(step):
             break
     point = guard.best() or guard.front.points[-1]
-    spaced = task.kept[:: max(1, len(task.kept) // TERM_WINDOWS)][:TERM_WINDOWS]
-    terms = expansion_terms(model, batches(spaced)) if method == "nothing" and seed == SEEDS[0] else None
+    dissected = method == "nothing" and seed == SEEDS[0]
+    terms = expansion_terms(model, batches(spaced(task.kept, setting.terms))) if dissected else None
     values = (terms.linear, terms.fisher, terms.blocks, terms.diagonal) if terms else (float("nan"),) * 4
     measured = (point.target, point.rise, point.standard_error, point.forecast, distance.value().item())
     return Row(method, strength, weight, seed, *measured, *values, time.perf_counter() - begin)
@@ -222,7 +245,7 @@ def missing(rows: Sequence[Row]) -> Iterator[tuple[str, float, int]]:
     yield from ((*arm, seed) for seed in SEEDS for arm in ARMS if (*arm, seed) not in done)
 
 
-def run(path: Path, minutes: float) -> list[Row]:
+def run(path: Path, minutes: float, setting: Setting) -> list[Row]:
     """Do the missing runs as long as there is time for one more."""
     rows, begin, longest = read(path), time.perf_counter(), 0.0
     base, task, before = None, None, {}
@@ -230,11 +253,11 @@ def run(path: Path, minutes: float) -> list[Row]:
         if time.perf_counter() - begin + longest > 60 * minutes:
             break
         if base is None:
-            base, task = load()
+            base, task = load(setting)
         start = time.perf_counter()
         model = adapted(base, seed)
         arm = (method, strength, weight_of(method, strength, rows), seed)
-        rows.append(train(model, task, fisher_of(model, task), arm, before))
+        rows.append(train(model, task, fisher_of(model, task, setting), arm, before, setting))
         peftkern.unpatch(model)
         base = model.unload()
         longest = max(longest, time.perf_counter() - start)
@@ -269,19 +292,19 @@ def calibrated(rows: Sequence[Row]) -> tuple[float, float]:
     """The slope through the origin of measured on forecast rises, and their correlation."""
     forecast, measured = [row.forecast for row in rows], [row.source_rise for row in rows]
     slope = sum(f * m for f, m in zip(forecast, measured, strict=True)) / sum(f * f for f in forecast)
-    return slope, statistics.correlation(forecast, measured)
+    return slope, statistics.correlation(forecast, measured) if len(rows) > 1 else float("nan")
 
 
-def plot(rows: Sequence[Row], folder: Path) -> None:
+def plot(rows: Sequence[Row], folder: Path, name: str) -> None:
     """The frontier and the forecast."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     draw_frontier(figure.subplots(), rows)
-    figure.savefig(folder / "forgetting_frontier.png", dpi=120)
+    figure.savefig(folder / f"{name}_frontier.png", dpi=120)
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     draw_forecast(figure.subplots(), rows)
-    figure.savefig(folder / "forgetting_forecast.png", dpi=120)
+    figure.savefig(folder / f"{name}_forecast.png", dpi=120)
 
 
 def draw_frontier(axes: Any, rows: Sequence[Row]) -> None:
@@ -343,13 +366,18 @@ def draw_forecast(axes: Any, rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run that would not fit in this time")
+    parser.add_argument("--base", choices=SETTINGS, default="smollm2", help="bytes: a small model of bytes")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run beyond this time")
+    args = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    rows = run(RESULTS / "forgetting.csv", parser.parse_args().minutes)
+    name = f"forgetting_{args.base}"
+    rows = run(RESULTS / f"{name}.csv", args.minutes, SETTINGS[args.base])
     for (method, strength), runs in arms(rows).items():
         target, rise = (mean_error([getattr(row, name) for row in runs]) for name in ("target_loss", "source_rise"))
-        print(f"{method:8s} {strength:4g}: target {target[0]:.4f} ({target[1]:.4f}), source {rise[0]:+.4f} ({rise[1]:.4f})")
-    plot(rows, RESULTS)
+        print(
+            f"{method:8s} {strength:4g}: target {target[0]:.4f} ({target[1]:.4f}), source {rise[0]:+.4f} ({rise[1]:.4f}), {len(runs)} seeds"
+        )
+    plot(rows, RESULTS, name)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from .penalty import DeltaPenalty
 
 __all__ = ["ForgettingGuard"]
 
+# How much too low the uncalibrated forecast may be: measured 14 on SmolLM2 and on a small model of bytes.
+_LOW = 20.0
+
 
 class ForgettingGuard:
     """Holds a LoRA adapter near the pretrained model while it is trained, and measures what it forgets.
@@ -71,7 +74,8 @@ class ForgettingGuard:
             budget: the most nats per token that the source loss may rise: sets the weight of the penalty as
                 it goes, and ends training once a one-sided test, of `level` for all measurements together,
                 says that more is forgotten.
-            every: steps between measurements.
+            every: steps between measurements. With a budget the first one comes earlier where a forecast 20 times too low would
+                have spent it by then, as the forecast is not calibrated before.
             folder: where adapters on the Pareto front of target and source loss are kept.
         Raises: ValueError for options that need a Fisher or an adapter of another kind.
         """
@@ -116,14 +120,19 @@ class ForgettingGuard:
     def end_of_step(self, step: int) -> bool:
         """Measure where it is time; whether training is to end because the budget is spent."""
         self._measured = {}
-        if step % self.every == 0 or step >= self.planned:
+        if step % self.every == 0 or step >= self.planned or self._first_is_due():
             self._measure(step)
         return self.stopped
+
+    def _first_is_due(self) -> bool:
+        """Whether, before any measurement, the forecast is such that a forecast 20 times too low would have spent the budget."""
+        return self.budget is not None and not self.calibration.points and _LOW * self._forecast > self.budget.nats
 
     @property
     def evaluations(self) -> int:
         """How many measurements the run makes, which share the test's level."""
-        return self.planned // self.every + (1 if self.planned % self.every else 0)
+        early = 1 if self.budget is not None else 0
+        return self.planned // self.every + (1 if self.planned % self.every else 0) + early
 
     def metrics(self) -> dict[str, float]:
         """For the log of a step: nats forecast (calibrated) and the penalty's weight, and what was measured

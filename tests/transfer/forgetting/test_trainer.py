@@ -182,7 +182,7 @@ def _final_forecast(model: nn.Module, budget: float | None) -> float:
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
     batch = {key: torch.stack([row[key] for row in rows(4, 7)]) for key in ("input_ids", "labels")}
     guard.start()
-    for step in range(1, 81):
+    for step in range(1, 61):
         model(**batch).loss.backward()
         guard.add_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -191,6 +191,23 @@ def _final_forecast(model: nn.Module, budget: float | None) -> float:
         guard.end_of_step(step)
     assert guard.rise().nats == pytest.approx(measure_forgetting(model, source()).nats)
     return guard.penalty.value().item()
+
+
+def test_a_budget_s_first_measurement_does_not_wait_for_its_turn() -> None:
+    model = tiny.lora(tiny.base(torch.float32))
+    guard = guarded(model, budget=0.01, planned=80, every=80)
+    guard.start()
+    guard.add_gradients()
+    forecast = guard.penalty.value().item()
+    assert 20 * forecast > 0.01 > forecast
+    assert not guard.end_of_step(1) and len(guard.calibration.points) == 1
+    guard.end_of_step(2)
+    assert len(guard.calibration.points) == 1 and guard.evaluations == 2
+    later = guarded(model, budget=100.0, planned=80, every=80)
+    later.start()
+    later.add_gradients()
+    later.end_of_step(1)
+    assert later.calibration.points == []
 
 
 def test_options_that_need_a_fisher_say_so() -> None:
