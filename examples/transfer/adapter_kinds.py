@@ -198,13 +198,24 @@ def summary() -> list[tuple[str, float, float, float, float]]:
     for kind in dict.fromkeys(row["kind"] for row in table()):
         if kind != "base":
             rows = [row for row in table() if row["kind"] == kind and row["lr"] == best_rate(kind)]
+            if len(rows) < len(SEEDS):
+                continue  # not complete yet
             pairs = [[row[key] for row in rows] for key in ("kjv_nats", "pydoc_nats")]
             found.append((kind, *(value for values in pairs for value in (statistics.fmean(values), _error(values)))))
     return found
 
 
 def _error(values: list[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def verdict() -> str:
+    """Which kind learns most, and which are within two standard errors of the difference to it."""
+    best, *others = sorted(summary(), key=lambda row: row[1])
+    near = [row[0] for row in others if row[1] - best[1] <= 2 * (best[2] ** 2 + row[2] ** 2) ** 0.5]
+    behind = [row[0] for row in others if row[0] not in near]
+    first = f"{' and '.join([best[0], *near])} cannot be told apart" if near else f"{best[0]} learns most"
+    return f"At equal parameters {first}" + (f"; {', '.join(behind)} learn{'s' * (len(behind) == 1)} less" if behind else "")
 
 
 def plot() -> None:
@@ -224,7 +235,7 @@ def plot() -> None:
         capsize=4,
     )
     axes.set_ylabel("nats a token below the base's\n(held-out books, more is better)")
-    axes.set_title(f"At equal parameters {kinds[0][0]} learns most, {kinds[-1][0]} least", fontsize=11)
+    axes.set_title(verdict(), fontsize=11)
     axes.set_xlabel(
         f"SmolLM2-135M in 4 bit, 2.4 M parameters, {STEPS} steps of {BATCH * LENGTH} tokens, better of 2 rates, 3 seeds",
         fontsize=8,
