@@ -280,14 +280,6 @@ def arms(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
     return dict(grouped)
 
 
-def paired(rows: Sequence[Row], one: str, other: str, strength: float) -> dict[str, tuple[float, float]]:
-    """Mean and error over seeds of one method's target loss and source rise less the other's."""
-    by_seed = [{row.seed: row for row in rows if (row.method, row.strength) == (method, strength)} for method in (one, other)]
-    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
-    names = ("target_loss", "source_rise")
-    return {name: mean_error([getattr(by_seed[0][s], name) - getattr(by_seed[1][s], name) for s in seeds]) for name in names}
-
-
 def calibrated(rows: Sequence[Row]) -> tuple[float, float]:
     """The slope through the origin of measured on forecast rises, and their correlation."""
     forecast, measured = [row.forecast for row in rows], [row.source_rise for row in rows]
@@ -331,14 +323,23 @@ def draw_frontier(axes: Any, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.3)
 
 
+def frontier(rows: Sequence[Row], method: str) -> list[tuple[float, float]]:
+    """A method's mean (source rise, target loss) at each strength, by rise."""
+    runs = [each for (name, _), each in arms(rows).items() if name == method]
+    return sorted(tuple(statistics.mean(getattr(row, n) for row in each) for n in ("source_rise", "target_loss")) for each in runs)
+
+
 def verdict(rows: Sequence[Row]) -> str:
-    """Whether EWC dominates L2-SP where both were run."""
-    words = []
-    for strength in sorted({row.strength for row in rows if row.method == "EWC"} & {r.strength for r in rows if r.method == "L2-SP"}):
-        difference = paired(rows, "EWC", "L2-SP", strength)
-        target, rise = difference["target_loss"][0], difference["source_rise"][0]
-        words.append("both lower" if target < 0 and rise < 0 else "both higher" if target > 0 and rise > 0 else "a trade")
-    return f"EWC against L2-SP at equal strength: {', '.join(words)}"
+    """Whether EWC's frontier, straight between its points, lies below L2-SP's points."""
+    ewc, gaps = frontier(rows, "EWC"), []
+    for x, y in frontier(rows, "L2-SP"):
+        for (left, high), (right, low) in zip(ewc, ewc[1:], strict=False):
+            if left <= x <= right:
+                gaps.append(y - high - (low - high) * (x - left) / (right - left))
+    if not gaps:
+        return "EWC and L2-SP forget different amounts here"
+    where = "below" if min(gaps) > 0 else "above" if max(gaps) < 0 else "across"
+    return f"EWC's frontier lies {where} L2-SP's: {statistics.mean(gaps):+.3f} nats between them"
 
 
 def draw_forecast(axes: Any, rows: Sequence[Row]) -> None:
