@@ -284,6 +284,8 @@ def test_what_an_adapter_replaces_needs_the_base(name: str, tmp_path: Path) -> N
     kind = REPLACING[name]
     a, b = saved(kind, tmp_path)
     adapters = {"a": read_adapter(a), "b": read_adapter(b)}
+    if not adapters["a"].trained:
+        pytest.skip("this PEFT does not save the biases of LoRA layers (0.18)")
     exact = output(adapted(kind, kind.one, 3))
     assert_runs_as(kind, combine("1.0*a", adapters).adapter, exact, tmp_path / "one", 0.0)
     assert_runs_as(kind, combine("a - a", adapters).adapter, output(kind.base()), tmp_path / "zero", 0.0)
