@@ -340,7 +340,8 @@ def plot() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    results = {task: runs for task in TASKS[1:] if (runs := _read(task))}
+    read = {task: _read(task) for task in TASKS[1:]}
+    results = {task: runs for task, runs in read.items() if len(runs) == len(METHODS) * len(SEEDS)}
     if not results:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")

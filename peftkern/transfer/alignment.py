@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune.errors import InputError
+from .dann import reversal_weight
 from .features import pool_mean
 from .mmd import MMDLoss
 
@@ -34,21 +36,26 @@ Pool = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class MMDAlignment(nn.Module):
-    """MMD^2 as an alignment: `strength` times it, from the start; see `mmd.MMDLoss`."""
+    """MMD^2 as an alignment, see `mmd.MMDLoss`: `strength` times it, and with `ramp` times DANN's weight of
+    the progress.
 
-    def __init__(self, *, strength: float = 1.0) -> None:
+    Features of a network that has learnt nothing yet are aligned best by not learning: hence the ramp.
+    """
+
+    def __init__(self, *, strength: float = 1.0, ramp: bool = True) -> None:
         super().__init__()
-        if not strength > 0:
-            raise ValueError(f"strength: got {strength}, expected above 0")
-        self.strength = strength
+        if not 0 < strength < math.inf:
+            raise ValueError(f"strength: got {strength}, expected above 0 and finite")
+        self.strength, self.ramp = strength, ramp
         self.mmd = MMDLoss()
         self.metrics: dict[str, float | Tensor] = {}
 
     def forward(self, source: Tensor, target: Tensor, *, progress: float = 1.0) -> Tensor:
-        """A scalar; the first call fixes the kernels."""
+        """A scalar, of features [m, D] and [n, D]; the first call fixes the kernels."""
         value = self.mmd(source, target)
-        self.metrics = {"mmd2": value.detach()}
-        return self.strength * value
+        weight = self.strength * (reversal_weight(progress) if self.ramp else 1.0)
+        self.metrics = {"mmd2": value.detach(), "alignment_weight": weight}
+        return weight * value
 
 
 def backbone(model: nn.Module) -> nn.Module:

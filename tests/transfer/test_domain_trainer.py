@@ -217,3 +217,15 @@ def test_rows_of_a_step_are_a_pure_function_of_it() -> None:
     assert sorted(rows_of_step(2, 5, 0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
     with pytest.raises(ValueError, match="count, size, step: got 0"):
         rows_of_step(0, 3, 0)
+
+
+def test_mmd_as_an_alignment_rises_with_the_progress() -> None:
+    from peftkern.transfer.dann import reversal_weight
+
+    source, target = torch.randn(10, 3), torch.randn(8, 3) + 1
+    ramped, plain = MMDAlignment(strength=2.0), MMDAlignment(strength=2.0, ramp=False)
+    value = plain(source, target, progress=0.3)
+    assert value.item() == pytest.approx(2 * plain.metrics["mmd2"].item())
+    assert ramped(source, target, progress=0.3).item() == pytest.approx(reversal_weight(0.3) * value.item(), rel=1e-6)
+    with pytest.raises(ValueError, match="strength: got 0"):
+        MMDAlignment(strength=0)
