@@ -39,8 +39,12 @@ def build(spec: Spec) -> list[Provider]:
     check = _check(x, y, kernels) if dense else lambda _: None
     providers = [Provider(OURS, _run(x, y, lambda a, b: mmd2(a, b, kernels)), check)]
     if dense:
-        providers.append(Provider("dense, squared", _run(x, y, lambda a, b: _dense(a, b, kernels, True)), check))
-        providers.append(Provider("dense, an exp each", _run(x, y, lambda a, b: _dense(a, b, kernels, False)), check))
+        squared = _run(x, y, lambda a, b: _dense(a, b, kernels, True))
+        single = _run(x, y, lambda a, b: _dense(a, b, kernels, False))
+        providers += [
+            Provider("dense, squared", squared, check),
+            Provider("dense, an exp each", single, check),
+        ]
     return providers
 
 

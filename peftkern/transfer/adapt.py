@@ -49,7 +49,8 @@ class AdaptConfig:
             raise InputError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name, least in (("r", 1), ("seq_length", 2), ("batch_size", 2), ("steps", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} must be at least {least}, got {getattr(self, name)}")
         for name in ("strength", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name} must be above 0 and finite, got {getattr(self, name)}")
@@ -74,14 +75,16 @@ class AdaptReport:
         lines = [f"Accuracy on held-out source rows:  {self.source_accuracy:.3f}"]
         if self.target_accuracy is not None:
             lines.append(f"Accuracy on --test-data:  {self.target_accuracy:.3f}")
-        lines.append(f"Target without labels:  information {self.information:.3f} nats, density {self.density:.3f} (higher is better)")
+        scores = f"information {self.information:.3f} nats, density {self.density:.3f}"
+        lines.append(f"Target without labels:  {scores} (higher is better)")
         lines += [f"Classes:  {self.shift.verdict}", f"Domains:  {self.probe.verdict}"]
         return "\n".join(lines)
 
 
 def add_commands(commands: Any) -> None:
     """Add `adapt` to the sub-parsers of `peftkern`."""
-    parser = commands.add_parser("adapt", help="a text classifier for a domain without labels, from labelled text of another")
+    said = "a text classifier for a domain without labels, from labelled text of another"
+    parser = commands.add_parser("adapt", help=said)
     helps = {
         "model": "an encoder: hub id or folder",
         "data": "labelled source rows: text and label, .jsonl, .csv, .tsv, .json, .parquet",
@@ -99,8 +102,8 @@ def add_commands(commands: Any) -> None:
         "seed": "seed of everything random",
         "patch": "use peftkern's kernels",
     }
-    types = {"strength": float, "lr": float, "eval_fraction": float, "patch": bool} | dict.fromkeys(("r", "seq_length"), int)
-    types |= dict.fromkeys(("batch_size", "steps", "seed"), int)
+    types: dict[str, type] = {"strength": float, "lr": float, "eval_fraction": float, "patch": bool}
+    types |= dict.fromkeys(("r", "seq_length", "batch_size", "steps", "seed"), int)
     for field in dataclasses.fields(AdaptConfig):
         flag, required = "--" + field.name.replace("_", "-"), field.default is dataclasses.MISSING
         default = None if required else field.default
@@ -120,7 +123,8 @@ def add_commands(commands: Any) -> None:
 
 def _main(args: argparse.Namespace) -> int:
     try:
-        config = AdaptConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(AdaptConfig)})
+        names = [field.name for field in dataclasses.fields(AdaptConfig)]
+        config = AdaptConfig(**{name: getattr(args, name) for name in names})
         print(f"\n{adapt(config).verdict}\nAdapter:  {config.output}")
     except KeyboardInterrupt:
         return 130
@@ -150,10 +154,11 @@ def adapt(config: AdaptConfig) -> AdaptReport:
     test = [] if config.test_data is None else _rows(config.test_data, "--test-data", labelled=True)
     labels = sorted({label for _, label in source})
     if len(labels) < 2:
-        raise InputError(f"--data: all {len(source)} labels are {labels[0]!r}: a classifier needs at least two classes")
+        raise InputError(f"--data: all {len(source)} labels are {labels[0]!r}: it needs two classes")
     unknown = {label for _, label in test} - set(labels)
     if unknown:
-        raise InputError(f"--test-data has the label {min(unknown)!r}, which --data has not: its labels are {', '.join(labels)}")
+        known = ", ".join(labels)
+        raise InputError(f"--test-data has the label {min(unknown)!r}, which --data has not: it has {known}")
     if len(target) < 2:
         raise InputError(f"--target-data has {len(target)} row(s), expected at least 2")
     from .classifier import train
@@ -163,7 +168,8 @@ def adapt(config: AdaptConfig) -> AdaptReport:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         values = dataclasses.asdict(config) | {"labels": labels, "report": report.verdict.split("\n")}
-        (folder / "adapt.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (folder / "adapt.json").write_text(text, encoding="utf-8")
     return report
 
 

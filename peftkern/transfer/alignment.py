@@ -32,6 +32,7 @@ __all__ = [
 # A module that, called with source features [m, D], target features [n, D] and progress=..., gives a scalar
 # loss, and whose `metrics` then say what it saw: `dann.DANNLoss` and `MMDAlignment`.
 Alignment = nn.Module
+_LABELS = ("label", "labels", "label_ids")
 Pool = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -65,7 +66,8 @@ def backbone(model: nn.Module) -> nn.Module:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner = getattr(base, "base_model", base)
     if not isinstance(inner, nn.Module) or not hasattr(base, "config"):
-        raise ValueError(f"model: {type(model).__name__} is no model of transformers: name the module that gives the features")
+        kind = type(model).__name__
+        raise ValueError(f"model: {kind} is no model of transformers: name the module with the features")
     return inner
 
 
@@ -106,9 +108,10 @@ class FeatureTap:
         """[B, D] of the module's last call, padding (mask 0) left out; the call is then forgotten."""
         hidden, self._hidden = self._hidden, None
         if hidden is None:
-            raise ValueError(f"module: {type(self.module).__name__} was not called: name one that the forward pass runs")
+            kind = type(self.module).__name__
+            raise ValueError(f"module: {kind} was not called: name one that the forward pass runs")
         if torch.is_grad_enabled() and not hidden.requires_grad:
-            raise ValueError("module: its output has no gradient (is it inside reentrant checkpointing, or frozen?): name another")
+            raise ValueError("module: its output has no gradient (is it frozen, or checkpointed?)")
         return hidden if hidden.dim() == 2 else self.pool(hidden, mask)
 
 
@@ -148,4 +151,4 @@ def unlabelled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows without labels, which adaptation must not see."""
     if not rows:
         raise InputError("the target has no rows: give unlabelled ones to align with")
-    return [{name: value for name, value in row.items() if name not in ("label", "labels", "label_ids")} for row in rows]
+    return [{name: value for name, value in row.items() if name not in _LABELS} for row in rows]

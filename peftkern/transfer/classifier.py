@@ -39,20 +39,31 @@ class AdaptingTrainer(DomainAdaptationMixin, Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The rate falls with the part of training that is done, a pure function of the step."""
         if self.lr_scheduler is None:
-            rate = LambdaLR(optimizer or self.optimizer, lambda step: annealed_rate(min(1.0, step / num_training_steps)))
-            self.lr_scheduler, self._created_lr_scheduler = rate, True
+
+            def rate(step: int) -> float:
+                return annealed_rate(min(1.0, step / num_training_steps))
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+            self._created_lr_scheduler = True
         return self.lr_scheduler
 
 
-def train(config: AdaptConfig, source: Rows, target: Rows, test: Rows, labels: Sequence[str]) -> tuple[Any, Any, AdaptReport]:
+def train(
+    config: AdaptConfig,
+    source: Rows,
+    target: Rows,
+    test: Rows,
+    labels: Sequence[str],
+) -> tuple[Any, Any, AdaptReport]:
     """The model with its adapter, its tokenizer, and what is known of it."""
     torch.manual_seed(config.seed)
     model, tokenizer = _model(config, labels)
     order = np.random.default_rng(config.seed).permutation(len(source))
     held_out = max(2 * len(labels), round(config.eval_fraction * len(source)))
     if len(source) - held_out < config.batch_size:
-        raise InputError(f"--data has {len(source)} rows, too few to hold out {held_out} and train on the rest: give more rows")
-    training, scored = (_tokens([source[i] for i in part], tokenizer, labels, config) for part in (order[held_out:], order[:held_out]))
+        raise InputError(f"--data has {len(source)} rows, too few to hold out {held_out} and train")
+    parts = ([source[i] for i in part] for part in (order[held_out:], order[:held_out]))
+    training, scored = (_tokens(part, tokenizer, labels, config) for part in parts)
     unlabelled = _tokens([(text, labels[0]) for text, _ in target], tokenizer, labels, config)
     with tempfile.TemporaryDirectory() as folder:
         trainer = AdaptingTrainer(
@@ -89,7 +100,8 @@ def _model(config: AdaptConfig, labels: Sequence[str]) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-    adapter = LoraConfig(task_type="SEQ_CLS", r=config.r, lora_alpha=2 * config.r, target_modules="all-linear")
+    sizes = {"r": config.r, "lora_alpha": 2 * config.r}
+    adapter = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", **sizes)
     model = get_peft_model(model, adapter)
     if config.patch:
         import peftkern
@@ -107,7 +119,8 @@ def _tokens(rows: Rows, tokenizer: Any, labels: Sequence[str], config: AdaptConf
     found = tokenizer([text for text, _ in rows], truncation=True, max_length=config.seq_length)
     index = {label: i for i, label in enumerate(labels)}
     names = [name for name in ("input_ids", "attention_mask") if name in found]
-    return [{name: found[name][i] for name in names} | {"labels": index[label]} for i, (_, label) in enumerate(rows)]
+    own = [index[label] for _, label in rows]
+    return [{name: found[name][i] for name in names} | {"labels": label} for i, label in enumerate(own)]
 
 
 def _arguments(config: AdaptConfig, folder: str) -> TrainingArguments:
@@ -141,7 +154,7 @@ def _report(trainer: AdaptingTrainer, scored: Any, target: Any, test: Any) -> Ad
     of_target, target_features = _outputs(trainer, target[:2000])
     expected = torch.tensor([row["labels"] for row in scored])
     if not (torch.isfinite(of_source).all() and torch.isfinite(of_target).all()):
-        raise InputError("the run diverged: the classifier's outputs are NaN or infinite; give a lower --lr or --strength")
+        raise InputError("the run diverged: its outputs are NaN or infinite; give a lower --lr or --strength")
     accuracy = None
     if test:
         accuracy = _accuracy(_outputs(trainer, test)[0], torch.tensor([row["labels"] for row in test]))

@@ -119,7 +119,15 @@ class DANNLoss(nn.Module):
     ['discriminator_accuracy', 'domain_loss', 'reversal_weight']
     """
 
-    def __init__(self, width: int, *, hidden: int = 256, dropout: float = 0.0, strength: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        hidden: int = 256,
+        dropout: float = 0.0,
+        strength: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if not 0 < strength < math.inf:
             raise ValueError(f"strength: got {strength}, expected above 0 and finite")
@@ -156,9 +164,10 @@ class DANNLoss(nn.Module):
 def _check_features(source: Tensor, target: Tensor, width: int) -> None:
     for name, features in (("source", source), ("target", target)):
         if features.dim() != 2 or features.shape[1] != width or not len(features):
-            raise ValueError(f"{name}: got features of shape {tuple(features.shape)}, expected [rows, {width}]")
+            shape = tuple(features.shape)
+            raise ValueError(f"{name}: got features of shape {shape}, expected [rows, {width}]")
         if not torch.isfinite(features).all():
-            raise ValueError(f"{name}: got features that are NaN or infinite: look at the model and its dtype")
+            raise ValueError(f"{name}: got features that are NaN or infinite: look at the model")
 
 
 @dataclass(frozen=True)

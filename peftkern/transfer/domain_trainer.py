@@ -57,7 +57,7 @@ class DomainAdaptationMixin:
         made.
         """
         if self.args.world_size > 1 or self.args.n_gpu > 1:
-            raise InputError("domain adaptation here runs on one device: the discriminator's gradients are not summed over several")
+            raise InputError("domain adaptation runs on one device: gradients of its own are not summed")
         if self.optimizer is not None:
             raise ValueError("align: the optimizer exists already: call it before training")
         if len(target_dataset) < 2:
@@ -80,7 +80,13 @@ class DomainAdaptationMixin:
             optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         """The task's loss; in training also the alignment's."""
         if self._alignment is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -120,7 +126,8 @@ class DomainAdaptationMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the alignment's metrics, means since the last time."""
         if self._alignment is not None and "loss" in logs and self._alignment_count:
-            logs |= {name: float(value) / self._alignment_count for name, value in self._alignment_sums.items()}
+            count, sums = self._alignment_count, self._alignment_sums
+            logs |= {name: float(value) / count for name, value in sums.items()}
             self._alignment_sums, self._alignment_count = {}, 0
         super().log(logs, *args, **kwargs)
 
@@ -135,7 +142,7 @@ class DomainAdaptationMixin:
             return
         path = Path(checkpoint) / _STATE
         if not path.exists():
-            raise InputError(f"{checkpoint} has no {_STATE}: it is of a run without this alignment; start again without resuming")
+            raise InputError(f"{checkpoint} has no {_STATE}: it is of a run without alignment; start anew")
         self._alignment.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
 
     def domain_features(self, dataset: Any, *, most_rows: int = 500) -> np.ndarray:
@@ -146,8 +153,9 @@ class DomainAdaptationMixin:
         self.model.eval()
         try:
             with torch.no_grad(), self._tap as tap:
-                for start in range(0, min(most_rows, len(dataset)), size):
-                    rows = unlabelled([dataset[i] for i in range(start, min(start + size, most_rows, len(dataset)))])
+                count = min(most_rows, len(dataset))
+                for start in range(0, count, size):
+                    rows = unlabelled([dataset[i] for i in range(start, min(start + size, count))])
                     batch = self._prepare_inputs(dict(self.data_collator(rows)))
                     self.model(**batch)
                     features.append(tap.features(batch.get("attention_mask")).float().cpu())

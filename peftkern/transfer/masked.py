@@ -45,7 +45,7 @@ class Masking:
     def of(cls, tokenizer: PreTrainedTokenizerBase, *, rate: float = 0.15, seed: int = 0) -> Masking:
         """By a tokenizer, which needs a mask token."""
         if tokenizer.mask_token_id is None:
-            raise InputError("the tokenizer has no mask token: masked pretraining needs an encoder, such as a BERT")
+            raise InputError("the tokenizer has no mask token: masked pretraining needs an encoder")
         return cls(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids), rate, seed)
 
     def __call__(self, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,13 @@ class Masking:
         return torch.rand(3, len(row), generator=generator, dtype=torch.float64)
 
 
-def pack_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, *, packed: bool = True) -> Any:
+def pack_documents(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    packed: bool = True,
+) -> Any:
     """Texts as windows of at most `length` tokens: columns input_ids and seq_lengths, the lengths of the
     documents within.
 
@@ -113,7 +119,8 @@ class DocumentCollator:
 
     def __post_init__(self) -> None:
         if self.attention not in ("sdpa", "eager"):
-            raise InputError(f"attention {self.attention!r} takes no mask of documents: load the model with sdpa or eager")
+            name = self.attention
+            raise InputError(f"attention {name!r} takes no mask of documents: load the model with sdpa")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         size = max(len(row["input_ids"]) for row in rows)
@@ -156,7 +163,8 @@ def packed_as_alone(model: nn.Module, collator: DocumentCollator, length: int, *
     model.eval()
     try:
         with torch.no_grad():
-            packed = model(**{name: value.to(device) for name, value in together.items()}).logits[0, size:].float()
+            placed = {name: value.to(device) for name, value in together.items()}
+            packed = model(**placed).logits[0, size:].float()
             alone = model(input_ids=torch.tensor([second], device=device)).logits[0].float()
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
@@ -175,10 +183,16 @@ class MaskedPretrainingMixin:
 
     masking: Masking | None = None
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         """The mean cross-entropy, in nats, of the tokens that are masked for this step."""
         if self.masking is None:
-            raise InputError("masking: set it on the trainer, for instance trainer.masking = Masking.of(tokenizer)")
+            raise InputError("masking: set it on the trainer: trainer.masking = Masking.of(tokenizer)")
         step = self.state.global_step if model.training else EVALUATION
         ids, labels = self.masking(inputs["input_ids"], step)
         # The batch's mean: how many tokens a step predicts is not known when its batches are counted.
@@ -188,7 +202,13 @@ class MaskedPretrainingMixin:
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+    ) -> Any:
         """The loss alone: there are no labels before the masks are drawn."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

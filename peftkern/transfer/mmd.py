@@ -52,7 +52,7 @@ class GaussianKernels:
         rows = torch.cat([_subsample(features.detach(), sample, seed) for features in (x, y)])
         median = torch.pdist(rows - rows.mean(0)).square().median().item()
         if not median > 0:
-            raise ValueError("x, y: the median distance between rows is 0: features that are all equal have no kernel width")
+            raise ValueError("x, y: the median distance between rows is 0: equal features give no kernel")
         return cls(tuple(scale * median for scale in scales))
 
 
@@ -70,7 +70,7 @@ class _MMD2(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("mmd2 has no second derivative (create_graph=True): mmd_reference.mmd2_reference has one")
+            raise RuntimeError("mmd2 has no second derivative (create_graph=True): take mmd2_reference")
         (gradient,) = ctx.saved_tensors
         rows, x_dtype, y_dtype = ctx.like
         dx = (d_value * gradient[:rows]).to(x_dtype) if ctx.needs_input_grad[0] else None
@@ -239,11 +239,11 @@ def _check(x: Tensor, y: Tensor) -> None:
     for name, features in (("x", x), ("y", y)):
         shape = tuple(features.shape)
         if len(shape) != 2 or not features.is_floating_point():
-            raise ValueError(f"{name}: got {features.dtype} of shape {shape}, expected floating-point features [rows, D]")
+            raise ValueError(f"{name}: got {features.dtype} of shape {shape}, expected features [rows, D]")
         if len(features) < 2:
-            raise ValueError(f"{name}: got {len(features)} row(s), expected at least 2: rows of one set are compared")
+            raise ValueError(f"{name}: got {len(features)} row(s), expected at least 2 to compare")
         if not torch.isfinite(features).all():
-            raise ValueError(f"{name}: got features that are NaN or infinite, expected finite ones: look at the model")
+            raise ValueError(f"{name}: got features that are NaN or infinite: look at the model")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x, y: got widths {x.shape[1]} and {y.shape[1]}, expected one width")
     if x.device != y.device:

@@ -29,7 +29,8 @@ def add_commands(commands: Any) -> None:
     """Add `pretrain` to the sub-parsers of `peftkern`."""
     from ..finetune.cli import add_arguments
 
-    parser = commands.add_parser("pretrain", help="continue pretraining on unlabelled text, beside a control on other text")
+    said = "continue pretraining on unlabelled text, beside a control on other text"
+    parser = commands.add_parser("pretrain", help=said)
     add_arguments(parser)
     parser.add_argument(
         "--control-data",
@@ -44,14 +45,15 @@ def _main(args: argparse.Namespace) -> int:
 
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
     try:
-        config = FinetuneConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        config = FinetuneConfig(**values | tuples)
         report = continued_pretraining(config, tuple(args.control_data or ()))
         print(f"\n{report.table()}\n\n{report.verdict}\n\nAdapter:  {Path(config.output) / 'adapted'}")
     except Interrupted as error:
         print(f"\n{error}.", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        print("\nInterrupted: the same command with --resume goes on.", file=sys.stderr)
         return 130
     except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"peftkern pretrain: error: {error}", file=sys.stderr)
@@ -59,7 +61,12 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
-def continued_pretraining(config: FinetuneConfig, control_data: Sequence[str] = (), *, quiet: bool = False) -> PretrainingReport:
+def continued_pretraining(
+    config: FinetuneConfig,
+    control_data: Sequence[str] = (),
+    *,
+    quiet: bool = False,
+) -> PretrainingReport:
     """Fine-tune on `config.data`, as many steps on `control_data`, and measure both and the base on the
     held-out documents.
 
@@ -75,19 +82,21 @@ def continued_pretraining(config: FinetuneConfig, control_data: Sequence[str] = 
 
     config = config.resolved()
     if not config.eval_data:
-        raise InputError("--eval-data is needed: held-out documents of the target, to count their bits per byte")
+        raise InputError("--eval-data is needed: held-out documents of the target, to measure on")
     overlap = set(config.data) & set(control_data)
     if overlap:
-        raise InputError(f"--control-data {min(overlap)} is --data too: the control must be text of another domain")
+        same = f"--control-data {min(overlap)} is --data too"
+        raise InputError(f"{same}: the control must be text of another domain")
     texts = _documents(config)
     for option, sources in (("--data", config.data), ("--control-data", control_data)):
         if sources and "text" not in load_data(sources, option=option).column_names:
-            raise InputError(f"{option}: pretraining needs rows of text; rows with answers are for `peftkern finetune`")
+            raise InputError(f"{option}: pretraining needs rows of text; others are for `peftkern finetune`")
     result = finetune(_of_arm(config, "adapted"), quiet=quiet)
     folders = {"adapted": Path(result.output)}
     if control_data:
         same = {"data": tuple(control_data), "steps": result.steps, "epochs": None, "filter_data": ()}
-        folders["control"] = Path(finetune(dataclasses.replace(_of_arm(config, "control"), **same), quiet=quiet).output)
+        control = dataclasses.replace(_of_arm(config, "control"), **same)
+        folders["control"] = Path(finetune(control, quiet=quiet).output)
     report = _measured(config, folders, texts, result.steps)
     _write(Path(config.output), report)
     return report
@@ -111,13 +120,18 @@ def _documents(config: FinetuneConfig) -> list[str]:
             raise InputError(f"--eval-data {source}: bits per byte are of rows of text, without answers")
         texts += [text for text in rows["text"] if text.strip()]
     if len(texts) < 2:
-        raise InputError(f"--eval-data has {len(texts)} document(s), expected at least 2: their spread gives the interval")
+        raise InputError(f"--eval-data has {len(texts)} document(s), expected at least 2 for an interval")
     share = min(1.0, 4 * config.eval_tokens / sum(len(text.encode()) for text in texts))
     count = max(2, round(share * len(texts)))
     return [texts[index * len(texts) // count] for index in range(count)]
 
 
-def _measured(config: FinetuneConfig, folders: dict[str, Path], texts: list[str], steps: int) -> PretrainingReport:
+def _measured(
+    config: FinetuneConfig,
+    folders: dict[str, Path],
+    texts: list[str],
+    steps: int,
+) -> PretrainingReport:
     from ..finetune.inference import loaded
     from .pretraining import PretrainingReport, document_bits
 
@@ -148,7 +162,13 @@ def _write(folder: Path, report: PretrainingReport) -> None:
             sizes = next(iter(report.arms.values())).sizes
             for number, size in enumerate(sizes):
                 writer.writerow([number, size, *(f"{arm.bits[number]:.6g}" for arm in report.arms.values())])
-        text = f"# Continued pretraining, {report.steps} steps\n\n{report.table()}\n\n{report.verdict}.\n\n![](bits_per_byte.png)\n"
+        parts = (
+            f"# Continued pretraining, {report.steps} steps",
+            report.table(),
+            f"{report.verdict}.",
+            "![](bits_per_byte.png)",
+        )
+        text = "\n\n".join(parts) + "\n"
         (temporary / "report.md").write_text(text, encoding="utf-8")
         figure = Figure(figsize=(6, 4), layout="constrained")
         FigureCanvasAgg(figure)

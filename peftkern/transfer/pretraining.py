@@ -142,7 +142,8 @@ class PretrainingReport:
             0: "as much may come from training on any text",
             -1: "other text serves the target better",
         }[over.sign]
-        return f"{said}; {which} (over the control: {_signed(over)}; the control: {_signed(self.gain(CONTROL))})"
+        control = _signed(self.gain(CONTROL))
+        return f"{said}; {which} (over the control: {_signed(over)}; the control: {control})"
 
     def table(self) -> str:
         """Markdown, one row an arm."""

@@ -66,7 +66,8 @@ def soft_neighborhood_density(logits: Tensor, *, temperature: float = 0.05) -> f
 
 def _log_probabilities(logits: Tensor) -> Tensor:
     if logits.dim() != 2 or len(logits) < 2 or logits.shape[1] < 2:
-        raise InputError(f"logits: got shape {tuple(logits.shape)}, expected at least 2 rows of at least 2 classes")
+        shape = tuple(logits.shape)
+        raise InputError(f"logits: got shape {shape}, expected at least 2 rows of at least 2 classes")
     if not torch.isfinite(logits).all():
         raise InputError("logits: some are NaN or infinite: look at the model and its dtype")
     return F.log_softmax(logits.double(), dim=1)
@@ -95,8 +96,8 @@ class LabelShift:
         measured = f"total variation distance {self.distance:.2f} [{self.low:.2f}, {self.high:.2f}]"
         if self.shifted:
             return (
-                f"the predictions speak for other class proportions in the target ({measured}): either they differ, and aligning the "
-                "domains may hurt, or the model errs on some classes"
+                f"the predictions speak for other class proportions in the target ({measured}): either they "
+                "differ, and aligning the domains may hurt, or the model errs on some classes"
             )
         if self.high < _WORTH_A_WARNING:
             return f"the classes' proportions are alike ({measured})"
@@ -144,10 +145,12 @@ def label_shift(
     target = _log_probabilities(target_logits).exp().cpu().numpy()
     labels, classes = np.asarray(source_labels), source.shape[1]
     if len(labels) != len(source) or target.shape[1] != classes:
-        raise InputError(f"got {len(labels)} labels and {target.shape[1]} target classes, expected {len(source)} and {classes}")
+        got = f"got {len(labels)} labels and {target.shape[1]} target classes"
+        raise InputError(f"{got}, expected {len(source)} and {classes}")
     counts = np.bincount(labels, minlength=classes)
     if len(counts) > classes or (counts == 0).any():
-        raise InputError(f"source_labels: got {counts.tolist()} rows of the classes 0, 1, ...; expected some of each of {classes}")
+        got = f"source_labels: got {counts.tolist()} rows of the classes 0, 1, ..."
+        raise InputError(f"{got}, expected some of each of {classes}")
     of_class = [np.flatnonzero(labels == label) for label in range(classes)]
     proportions = counts / counts.sum()
     estimate = _solved(source, of_class, target)

@@ -95,12 +95,12 @@ def test_it_trains_reports_and_saves(arguments: dict[str, str], method: str, cap
         (
             "data",
             rows(20, domain=0, labelled=False),
-            "source-bad.jsonl:1: the row has no label: --data needs rows with text and label",
+            "source-bad.jsonl:1: the row has no label: --data needs rows with text",
         ),
         (
             "data",
             [{"text": "w5", "label": "good"}] * 20,
-            "--data: all 20 labels are 'good': a classifier needs at least two classes",
+            "--data: all 20 labels are 'good': it needs two classes",
         ),
         ("data", rows(8, domain=0), "--data has 8 rows, too few to hold out 4"),
         (

@@ -151,7 +151,7 @@ def test_models_that_see_a_window_otherwise_are_found_out() -> None:
         assert packed_as_alone(encoder(attention=attention), DocumentCollator(PAD, attention), 16)
     # RoBERTa's positions begin after the padding's.
     assert not packed_as_alone(encoder("Roberta"), DocumentCollator(PAD), 16)
-    with pytest.raises(InputError, match="load the model with sdpa or eager"):
+    with pytest.raises(InputError, match="load the model with sdpa"):
         DocumentCollator(PAD, "flash_attention_2")
 
 
