@@ -167,9 +167,10 @@ def draw(rows: list[dict[str, str]]) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     seeds = len({row["seed"] for row in rows})
+    best = min(curve(rows, "kjv + code", "kjv"), key=lambda point: point[1])[0]
     titles = {
-        "kjv + code": "What {} x (KJV + code) does to each text",
-        "-kjv": "Negation: what {} x KJV does to each text",
+        "kjv + code": f"KJV + code is best at {best:g} times the sum",
+        "-kjv": "Negating KJV costs KJV most, the other texts less",
     }
     for axes, (what, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for name in SETS:
@@ -180,7 +181,7 @@ def draw(rows: list[dict[str, str]]) -> None:
                 name,
                 " ".join(f"{a:g}: {b:.3f} ± {c:.3f}" for a, b, c in zip(x, mean, error, strict=True)),
             )
-        axes.set(xlabel="lambda", ylabel="held-out loss, nats a token", title=title.format("lambda"))
+        axes.set(xlabel="lambda", ylabel="held-out loss, nats a token", title=title)
         axes.legend()
     figure.suptitle(f"SmolLM2-135M, LoRA r = 8, {STEPS} steps; mean and s.e. of {seeds} seeds")
     FigureCanvasAgg(figure).print_png(RESULTS / "task_arithmetic.png")
