@@ -21,7 +21,15 @@ from . import environments, report
 from .rows import CAPPED, ISAS, LIBRARIES, Combination, Result, combinations, lower_bounds, pairs
 
 REPOSITORY = Path(__file__).parents[2]
-TESTS = ("tests/patching", "tests/finetune", "tests/ops", "tests/test_bnb_backend.py", "tests/test_bnb_repacking.py")
+TESTS = (
+    "tests/patching",
+    "tests/finetune",
+    "tests/ops",
+    "tests/adapters",
+    "tests/transfer",
+    "tests/test_bnb_backend.py",
+    "tests/test_bnb_repacking.py",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

