@@ -1,13 +1,15 @@
 """How a prefix begins decides what it learns: random, zero, a text's keys and values, or a gate of zero,
 beside LoRA of as many weights.
 
-SmolLM2 learns the King James Bible for a few steps from each start, inside attention, and is measured on
-held-out books and, for what it forgets, on held-out prose of Python's reference. LoRA of rank 2 on all linear
-layers has as many weights as a prefix of 53 tokens. The rate of each start is the best of a sweep on a seed
-that is not reported. Writes prefix_start.csv, prefix_start_rates.csv and prefix_start.png into results/; rows
-that a file has already are not made again, so that it can be run in parts.
+A model learns the King James Bible for a few steps from each start, inside attention, and is measured on
+held-out books and, for what it forgets, on held-out prose of Python's reference. LoRA on all linear layers has
+as many weights as the prefix. The rate of each start is the best of a sweep on a seed that is not reported.
+`--base bytes` does it with a Llama of 94,000 weights that is first trained on Python's reference, byte by byte.
+Writes prefix_start-BASE.csv, -rates.csv and .png into results/; rows that a file has already are not made
+again, so that it can be run in parts.
 
     python -m examples.transfer.prefix_start
+    python -m examples.transfer.prefix_start --base bytes
     python -m examples.transfer.prefix_start --time
 """
 
@@ -22,104 +24,165 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import trange
 
 from examples.transfer import samples
+from peftkern.files import cache_dir
 
 RESULTS = Path(__file__).parent / "results"
-TABLE, RATES = RESULTS / "prefix_start.csv", RESULTS / "prefix_start_rates.csv"
-LENGTH, BATCH, TOKENS, RANK = 128, 2, 53, 2
-SWEEP = {
-    "random": (1e-2, 5e-2),
-    "zero": (1e-2, 3e-2),
-    "text": (1e-2, 3e-2),
-    "gate": (1e-2, 3e-2),
-    "LoRA": (1e-3, 4e-3),
+ARMS = ("random", "zero", "text", "gate", "LoRA")
+SWEEP_SEED = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Windows of `length` tokens, `batch` a step; a prefix of `tokens`, LoRA of `rank`; `measured`: windows of
+    each text; `at`: the steps after which they are measured, the last one last; `rates`: what the sweep tries.
+    """
+
+    name: str
+    length: int
+    batch: int
+    tokens: int
+    rank: int
+    measured: int
+    at: tuple[int, ...]
+    sweep: int
+    rates: dict[str, tuple[float, ...]]
+
+    def table(self, what: str = "") -> Path:
+        """The CSV of the runs, or of the sweep."""
+        return RESULTS / f"prefix_start-{self.name}{what}.csv"
+
+
+FAST, SLOW = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2)
+PREFIX_RATES = {"random": (1e-2, 3e-2, 1e-1), "zero": FAST, "text": FAST, "gate": FAST, "LoRA": SLOW}
+BYTE_RATES = {arm: (1e-2, 3e-2, 1e-1) if arm != "LoRA" else FAST for arm in ARMS}
+SETTINGS = {
+    "smollm2": Setting("smollm2", 128, 2, 53, 2, 12, (5, 10, 20, 30), 15, PREFIX_RATES),
+    "bytes": Setting("bytes", 24, 16, 37, 4, 192, (25, 50, 100), 50, BYTE_RATES),
 }
-SWEEP_SEED, SWEEP_STEPS = 100, 10
-CHAPTERS = 150  # of the training books: more than is trained on
 COLUMNS = ("arm", "seed", "rate", "weights", "step", "target_nats", "source_nats", "seconds_a_step")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Sweep the rates, train every start with every seed, draw; or time."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--base", choices=SETTINGS, default="smollm2", help="bytes: a small model of bytes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(SWEEP), choices=list(SWEEP))
-    parser.add_argument("--steps", type=int, default=20, help="of 256 tokens")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further run after so many")
-    parser.add_argument("--time", action="store_true", help="only: seconds a step of LoRA, of PEFT's prefix and of ours")
+    parser.add_argument("--time", action="store_true", help="only: seconds a step of each kind, on SmolLM2")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    texts, start = Texts(), time.monotonic()
+    start, setting = time.monotonic(), SETTINGS[args.base]
+    texts = Texts(setting)
     if args.time:
         times(texts)
         return
-    runs = [(RATES, arm, SWEEP_SEED, rate, SWEEP_STEPS) for i in range(2) for arm in args.arms for rate in SWEEP[arm][i : i + 1]]
-    runs += [(TABLE, arm, seed, None, args.steps) for seed in args.seeds for arm in args.arms]
-    for table, arm, seed, rate, steps in runs:
+    sweep = [(arm, rate) for i in range(3) for arm in ARMS for rate in setting.rates[arm][i : i + 1]]
+    runs = [(setting.table("-rates"), arm, SWEEP_SEED, rate, (setting.sweep,)) for arm, rate in sweep]
+    runs += [(setting.table(), arm, seed, None, (0, *setting.at)) for seed in args.seeds for arm in ARMS]
+    for table, arm, seed, rate, at in runs:
         if time.monotonic() - start < args.seconds:
-            once(table, texts, arm, seed, best_rate(arm) if rate is None else rate, steps)
-    if TABLE.exists():
-        draw(read(TABLE))
+            once(table, texts, arm, seed, best_rate(setting, arm) if rate is None else rate, at)
+    if setting.table().exists():
+        draw(setting, read(setting.table()))
 
 
 class Texts:
-    """Token ids [windows, 256]: the training books, and what is measured on."""
+    """The base, and token ids [windows, length] of the training books and of what is measured on."""
 
-    def __init__(self) -> None:
-        from transformers import AutoTokenizer
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        if setting.name == "bytes":
+            self.tokens = lambda text: [min(ord(character), 127) for character in text + "\n"]
+            self.base = byte_model(self._windows(samples.pydoc_prose(held_out=False), 64))
+        else:
+            from transformers import AutoTokenizer
 
-        self.base = samples.smollm2(torch.bfloat16)[0].requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(samples.smollm2_folder())
-        self.train = self._windows(samples.kjv(held_out=False)[:CHAPTERS])
+            tokenizer = AutoTokenizer.from_pretrained(samples.smollm2_folder())
+            self.tokens = lambda text: [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            self.base = samples.smollm2(torch.bfloat16)[0].requires_grad_(False)
+        self.train = self._windows(samples.kjv(held_out=False)[:150])
         target, source = (self._windows(load(held_out=True)) for load in (samples.kjv, samples.pydoc_prose))
-        self.target, self.source = (each[:: len(each) // 8][:8] for each in (target, source))
+        count = setting.measured
+        self.target, self.source = (each[:: len(each) // count][:count] for each in (target, source))
 
-    def _windows(self, texts: Sequence[str]) -> Tensor:
-        ids = [token for text in texts for token in [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]]
-        count = len(ids) // LENGTH
-        return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+    def first_text(self, seed: int) -> Tensor:
+        """What a prefix begins with: tokens of the training books before those that are trained on."""
+        return self.train[2 * seed : 2 * seed + 2].flatten()
+
+    def _windows(self, texts: Sequence[str], length: int | None = None) -> Tensor:
+        ids, length = [token for text in texts for token in self.tokens(text)], length or self.setting.length
+        return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def byte_model(windows: Tensor, steps: int = 900) -> nn.Module:
+    """A Llama of 94,000 weights that has learned the windows [n, 64]; kept in the cache folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=128, max_position_embeddings=64, tie_word_embeddings=True, **sizes),
+    )
+    path = cache_dir() / "prefix-byte-model.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in trange(steps, desc="byte model"):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
+        rows = torch.randint(len(windows), (16,), generator=torch.Generator().manual_seed(step))
+        model(input_ids=windows[rows], labels=windows[rows], use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model.requires_grad_(False)
 
 
 def adapted(arm: str, seed: int, texts: Texts) -> nn.Module:
-    """SmolLM2 in bf16 with a fresh adapter in fp32, patched."""
+    """The base with a fresh adapter in fp32, patched."""
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
     import peftkern
     from peftkern.adapters.prefix import prefix_model
 
-    base = copy.deepcopy(texts.base)
+    base, setting = copy.deepcopy(texts.base), texts.setting
     torch.manual_seed(seed)
     if arm == "LoRA":
         model = get_peft_model(
             base,
-            LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+            LoraConfig(
+                r=setting.rank,
+                lora_alpha=2 * setting.rank,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
         )
     else:
-        config = PrefixTuningConfig(num_virtual_tokens=TOKENS, task_type="CAUSAL_LM")
-        model = prefix_model(base, config, init=arm, text=texts.train[first_window(seed, texts)])
+        config = PrefixTuningConfig(num_virtual_tokens=setting.tokens, task_type="CAUSAL_LM")
+        model = prefix_model(base, config, init=arm, text=texts.first_text(seed))
     peftkern.patch(model, dense=True, fused_loss=True)
     return model
 
 
-def first_window(seed: int, texts: Texts) -> int:
-    """Of the training windows the one whose text a prefix begins with; no start is trained on it."""
-    return seed * 37 % len(texts.train)
-
-
-def once(table: Path, texts: Texts, arm: str, seed: int, rate: float, steps: int) -> None:
+def once(table: Path, texts: Texts, arm: str, seed: int, rate: float, at: tuple[int, ...]) -> None:
     """Train and measure one arm, unless the table has it, and add its rows to the table."""
     if any((row["arm"], row["seed"], row["rate"]) == (arm, seed, rate) for row in read(table)):
         return
     model = adapted(arm, seed, texts)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count, rows = sum(parameter.numel() for parameter in weights), []
-    for step, seconds in training(model, weights, texts, seed, rate, steps):
+    for step, seconds in training(model, weights, texts, seed, rate, at):
         target, source = (measured(model, windows) for windows in (texts.target, texts.source))
         rows.append(dict(zip(COLUMNS, (arm, seed, rate, count, step, target, source, seconds), strict=True)))
         print(
@@ -135,43 +198,39 @@ def training(
     texts: Texts,
     seed: int,
     rate: float,
-    steps: int,
+    at: tuple[int, ...],
 ) -> Iterator[tuple[int, float]]:
-    """Yields (step, seconds a step so far) before the first step (in no sweep) and after some of them; AdamW, a warm-up of
-    3 steps, then a cosine.
-    """
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    """Yields (step, seconds a step so far) after each of the steps `at`; AdamW, a warm-up, then a cosine."""
+    optimizer, steps = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0), at[-1]
     rows = torch.randperm(len(texts.train), generator=torch.Generator().manual_seed(seed))
-    rows = rows[rows != first_window(seed, texts)]
-    spent = 0.0
-    if steps > SWEEP_STEPS:
-        yield 0, 0.0
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 3) * (1 + math.cos(math.pi * step / steps)) / 2
+    rows, batch, spent = rows[rows // 2 != seed], texts.setting.batch, 0.0
+    for step in range(steps + 1):
+        if step in at:
+            yield step, spent / max(1, step)
+        warm = min(1.0, (step + 1) / (0.1 * steps))
+        optimizer.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
         start = time.perf_counter()
         model.train()
-        batch = texts.train[rows[step * BATCH : (step + 1) * BATCH]]
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        ids = texts.train[rows[step * batch : (step + 1) * batch]]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         spent += time.perf_counter() - start
-        if step + 1 in (10, steps):
-            yield step + 1, spent / (step + 1)
 
 
 @torch.no_grad()
 def measured(model: nn.Module, windows: Tensor) -> float:
     """Nats a token."""
     model.eval()
-    return statistics.fmean(model(input_ids=each, labels=each, use_cache=False).loss.item() for each in windows.split(4))
+    return statistics.fmean(model(input_ids=each, labels=each, use_cache=False).loss.item() for each in windows.split(8))
 
 
-def best_rate(arm: str) -> float:
+def best_rate(setting: Setting, arm: str) -> float:
     """Of the sweep, by the loss on the target after its last step."""
-    rows = [row for row in read(RATES) if row["arm"] == arm and row["step"] == SWEEP_STEPS]
+    rows = [row for row in read(setting.table("-rates")) if row["arm"] == arm]
     if not rows:
-        raise SystemExit(f"{RATES} has no rates for {arm}: run it again without --seconds")
+        raise SystemExit(f"{setting.table('-rates')} has no rates for {arm}: run it again without --seconds")
     return min(rows, key=lambda row: row["target_nats"])["rate"]
 
 
@@ -180,7 +239,7 @@ def times(texts: Texts, steps: int = 6) -> None:
     from peft import PrefixTuningConfig, get_peft_model
 
     def peft_prefix() -> nn.Module:
-        config = PrefixTuningConfig(num_virtual_tokens=TOKENS, task_type="CAUSAL_LM")
+        config = PrefixTuningConfig(num_virtual_tokens=texts.setting.tokens, task_type="CAUSAL_LM")
         return get_peft_model(copy.deepcopy(texts.base), config)
 
     def ours(unpatched: bool = True) -> nn.Module:
@@ -200,7 +259,7 @@ def times(texts: Texts, steps: int = 6) -> None:
     models = {name: make().train() for name, make in makers.items()}
     taken: dict[str, list[float]] = {name: [] for name in models}
     for step in range(steps):
-        batch = texts.train[step * BATCH : (step + 1) * BATCH]
+        batch = texts.train[2 * step : 2 * step + 2]
         for name, model in models.items():  # in turn, so that a busy machine slows all of them
             start = time.perf_counter()
             model(
@@ -230,12 +289,12 @@ def write(table: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         rows = sorted(
             rows,
-            key=lambda row: (list(SWEEP).index(row["arm"]), row["rate"], row["seed"], row["step"]),
+            key=lambda row: (ARMS.index(row["arm"]), row["rate"], row["seed"], row["step"]),
         )
         writer.writerows({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows)
 
 
-def draw(rows: list[dict[str, Any]]) -> None:
+def draw(setting: Setting, rows: list[dict[str, Any]]) -> None:
     """Target loss over the steps, and at the end what was learned against what was forgotten."""
     import matplotlib
 
@@ -245,7 +304,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
     figure, (curves, ends) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     last = max(row["step"] for row in rows)
-    for arm in SWEEP:
+    for arm in ARMS:
         found = [row for row in rows if row["arm"] == arm]
         if not found:
             continue
@@ -266,9 +325,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
         )
         ends.annotate(arm, (after[0] - base, end[0]), textcoords="offset points", xytext=(6, 4))
     curves.set(
-        xlabel=f"steps of {LENGTH * BATCH} tokens",
+        xlabel=f"steps of {setting.length * setting.batch} tokens",
         ylabel="held-out King James, nats a token",
-        ylim=(None, 3.6),
+        ylim=(None, 1.3 * mean_and_error(rows, last, "target_nats")[0]),
     )
     curves.legend()
     ends.set(
@@ -276,12 +335,11 @@ def draw(rows: list[dict[str, Any]]) -> None:
         ylabel="held-out King James, nats a token",
     )
     seeds = len({row["seed"] for row in rows})
-    figure.suptitle(
-        f"{title(rows, last)}\nSmolLM2-135M, {TOKENS} virtual tokens, LoRA r = {RANK}; {seeds} seeds, bars: standard errors; 2 cores"
-    )
-    figure.savefig(RESULTS / "prefix_start.png", dpi=110)
+    what = f"{setting.name}, {setting.tokens} virtual tokens, LoRA r = {setting.rank}; {seeds} seeds"
+    figure.suptitle(f"{title(rows, last)}\n{what}, bars: standard errors; Xeon (AVX-512 BF16), 2 cores")
+    figure.savefig(setting.table().with_suffix(".png"), dpi=110)
     pyplot.close(figure)
-    for arm in SWEEP:
+    for arm in ARMS:
         found = [row for row in rows if row["arm"] == arm]
         if found:
             ends_of = [mean_and_error(found, last, name) for name in ("target_nats", "source_nats")]
@@ -290,7 +348,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def title(rows: list[dict[str, Any]], last: int) -> str:
     """The answer: the starts in the order of what they learned."""
-    means = {arm: [row["target_nats"] for row in rows if row["arm"] == arm and row["step"] == last] for arm in SWEEP}
+    means = {arm: [row["target_nats"] for row in rows if row["arm"] == arm and row["step"] == last] for arm in ARMS}
     order = sorted((arm for arm in means if means[arm]), key=lambda arm: statistics.fmean(means[arm]))
     return f"Best after {last} steps: " + ", then ".join(order)
 

@@ -32,81 +32,101 @@ LIBRARY.define(
 def _fwd(q, k, v, mask, prefix_k, prefix_v, causal, scale):
     with autocast_off(q):
         y, lse = own.forward(q, k, v, mask, causal, scale)
-        scores = _scores(q, prefix_k, scale)
-        prefix_lse = _heads(torch.logsumexp(scores, -1, keepdim=True), q)[..., 0]
+        weights, prefix_lse = _softmax(_scores(_tokens_first(q), prefix_k, scale))
+        prefix_lse = prefix_lse.view(q.shape[1], q.shape[0], q.shape[2]).transpose(0, 1)
         # Of the two roundings of the lse a share takes a quarter at most, the slope of the sigmoid; exp(lse -
         # total) takes all.
-        share = torch.sigmoid(lse - prefix_lse)[..., None]
-        prefix_y = _heads(torch.softmax(scores, -1) @ prefix_v.to(scores.dtype), q)
-        joined = torch.lerp(prefix_y, y.to(share.dtype), share)
-        return _tokens_first(joined.to(y.dtype)), torch.logaddexp(lse, prefix_lse).contiguous()
+        share = torch.sigmoid(lse - prefix_lse).transpose(1, 2)[..., None]
+        joined = torch.lerp(_product(weights, prefix_v, q), _tokens_first(y), share)
+        return joined.to(y.dtype).transpose(1, 2), torch.logaddexp(lse, prefix_lse).contiguous()
 
 
 @library.impl(LIBRARY, "prefix_attention_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, q, k, v, mask, prefix_k, prefix_v, y, lse, causal, scale):
     with autocast_off(q):
         dq, dk, dv = own.backward(dy, q, k, v, mask, y, lse, causal, scale)
-        grads, delta = _rows(dy, prefix_k), _rows((dy.to(lse.dtype) * y).sum(-1, keepdim=True), prefix_k)
-        scores = _scores(q, prefix_k, scale)
+        tokens, grads = _tokens_first(q), _tokens_first(dy)
+        delta = _rows((grads * _tokens_first(y)).sum(-1, keepdim=True))
+        weights, prefix_lse = _softmax(_scores(tokens, prefix_k, scale))
         # As softmax times the prefix's share, which is exactly 1 where a query sees nothing else: the lse is
         # rounded.
-        share = (torch.logsumexp(scores, -1, keepdim=True) - _rows(lse[..., None], prefix_k)).exp_()
-        weights = torch.softmax(scores, -1).mul_(share)
-        d_prefix_v = weights.transpose(1, 2) @ grads
-        d_scores = weights.mul_(grads @ prefix_v.to(grads.dtype).transpose(1, 2) - delta).mul_(scale)
-        d_prefix_k = d_scores.transpose(1, 2) @ _rows(q, prefix_k)
-        dq = (dq + _heads(d_scores @ prefix_k.to(grads.dtype), q)).to(q.dtype)
-        dq, dk, dv = (_tokens_first(each) for each in (dq, dk, dv))
-        return dq, dk, dv, d_prefix_k.to(prefix_k.dtype), d_prefix_v.to(prefix_v.dtype)
+        weights.mul_((prefix_lse - lse.transpose(0, 1).reshape(prefix_lse.shape)).exp_())
+        d_prefix_v = _summed(weights, grads, prefix_v)
+        d_weights = _rows(grads) @ _of_heads(prefix_v, q).transpose(1, 2)
+        d_scores = weights.mul_(d_weights.sub_(delta)).mul_(scale)
+        d_prefix_k = _summed(d_scores, tokens, prefix_k)
+        dq = _product(d_scores, prefix_k, q).add_(dq.transpose(1, 2)).to(q.dtype).transpose(1, 2)
+        dk, dv = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (dk, dv))
+        return dq, dk, dv, d_prefix_k, d_prefix_v
 
 
 @library.impl(LIBRARY, "prefix_gated_fwd", "CompositeExplicitAutograd")
 def _gated_fwd(y, q, prefix_k, prefix_v, gate, scale):
     with autocast_off(q):
-        weights = torch.softmax(_scores(q, prefix_k, scale), -1)
-        added = _heads(weights @ prefix_v.to(weights.dtype), q) * torch.tanh(gate)[:, None, None].to(
-            weights.dtype,
-        )
-        return _tokens_first(y + added.to(y.dtype))
+        weights = torch.softmax(_scores(_tokens_first(q), prefix_k, scale), -1)
+        added = _product(weights, prefix_v, q)
+        added = added.mul_(torch.tanh(gate).to(added.dtype)[:, None]).to(y.dtype)
+        return added.add_(y.transpose(1, 2)).transpose(1, 2)
 
 
 @library.impl(LIBRARY, "prefix_gated_bwd", "CompositeExplicitAutograd")
 def _gated_bwd(dy, q, prefix_k, prefix_v, gate, scale):
     with autocast_off(q):
-        weights = torch.softmax(_scores(q, prefix_k, scale), -1)
-        wide_k, wide_v, opened = (each.to(weights.dtype) for each in (prefix_k, prefix_v, torch.tanh(gate)))
-        d_opened = (dy.to(weights.dtype) * _heads(weights @ wide_v, q)).sum((0, 2, 3))
-        grads = _rows(dy.to(weights.dtype) * opened[:, None, None], prefix_k)
-        d_prefix_v = weights.transpose(1, 2) @ grads
-        d_weights = grads @ wide_v.transpose(1, 2)
+        tokens, grads = _tokens_first(q), _tokens_first(dy)
+        weights = torch.softmax(_scores(tokens, prefix_k, scale), -1)
+        opened = torch.tanh(gate).to(weights.dtype)
+        d_opened = (grads * _product(weights, prefix_v, q)).sum((0, 1, 3))
+        grads = grads * opened[:, None]
+        d_prefix_v = _summed(weights, grads, prefix_v)
+        d_weights = _rows(grads) @ _of_heads(prefix_v, q).transpose(1, 2)
         d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True)) * scale
-        d_prefix_k = d_scores.transpose(1, 2) @ _rows(q, prefix_k)
         d_gate = (d_opened * (1 - opened * opened)).to(gate.dtype)
-        dq = _tokens_first(_heads(d_scores @ wide_k, q).to(q.dtype))
-        return dq, d_prefix_k.to(prefix_k.dtype), d_prefix_v.to(prefix_v.dtype), d_gate
-
-
-def _rows(x: Tensor, prefix_k: Tensor) -> Tensor:
-    """[B, H, S, E] as [Hkv, H / Hkv x B x S, E] in the accumulation dtype: the products with a prefix sum
-    over the whole batch.
-    """
-    return x.transpose(0, 1).to(accumulation(x)).reshape(prefix_k.shape[0], -1, x.shape[-1])
-
-
-def _heads(rows: Tensor, q: Tensor) -> Tensor:
-    """Rows of `_rows` as [B, H, S, E] again."""
-    return rows.reshape(q.shape[1], q.shape[0], q.shape[2], rows.shape[-1]).transpose(0, 1)
-
-
-def _scores(q: Tensor, prefix_k: Tensor, scale: float) -> Tensor:
-    """[Hkv, H / Hkv x B x S, P] in the accumulation dtype."""
-    rows = _rows(q, prefix_k)
-    return (rows @ prefix_k.to(rows.dtype).transpose(1, 2)).mul_(scale)
+        dq = _product(d_scores, prefix_k, q).to(q.dtype).transpose(1, 2)
+        return dq, _summed(d_scores, tokens, prefix_k), d_prefix_v, d_gate
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    """[B, H, S, E] that lies in memory as [B, S, H, E], as the projections around attention have it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    """[B, H, S, E] as [B, S, H, E], contiguous, in the accumulation dtype: as the projections lay it out."""
+    return x.transpose(1, 2).to(accumulation(x)).contiguous()
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    """[B, S, H, E] as [H, B x S, E], a view: a product with a prefix takes all rows of the batch."""
+    return tokens.flatten(0, 1).transpose(0, 1)
+
+
+def _of_heads(prefix: Tensor, q: Tensor) -> Tensor:
+    """[Hkv, P, E] as [H, P, E] in the accumulation dtype."""
+    return prefix.to(accumulation(q)).repeat_interleave(q.shape[1] // prefix.shape[0], 0)
+
+
+def _scores(tokens: Tensor, prefix_k: Tensor, scale: float) -> Tensor:
+    """[H, B x S, P]."""
+    heads = prefix_k.to(tokens.dtype).repeat_interleave(tokens.shape[2] // prefix_k.shape[0], 0)
+    return (_rows(tokens) @ heads.transpose(1, 2)).mul_(scale)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of the last dimension and the lse [..., 1]; overwrites the scores."""
+    largest = scores.amax(-1, keepdim=True)
+    total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
+    return scores.div_(total), largest + total.log()
+
+
+def _product(weights: Tensor, prefix: Tensor, q: Tensor) -> Tensor:
+    """[H, B x S, P] times a prefix [Hkv, P, E], as [B, S, H, E]."""
+    b, h, s, _ = q.shape
+    out = weights.new_empty((b * s, h, prefix.shape[-1]))
+    torch.bmm(weights, _of_heads(prefix, q), out=out.transpose(0, 1))
+    return out.view(b, s, h, -1)
+
+
+def _summed(weights: Tensor, tokens: Tensor, prefix: Tensor) -> Tensor:
+    """The sum over all rows, and over the heads that share keys, of weights [H, B x S, P] times tokens
+    [B, S, H, E], as `prefix` is.
+    """
+    heads = weights.transpose(1, 2) @ _rows(tokens)
+    return heads.unflatten(0, (prefix.shape[0], -1)).sum(1).to(prefix.dtype)
 
 
 def _empty_tokens_first(like: Tensor, width: int) -> Tensor:
