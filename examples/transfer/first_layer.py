@@ -1,8 +1,10 @@
-"""What a step costs that trains from layer n up: SmolLM2 with LoRA r = 8 on 2 x 256 tokens of the King James Bible.
+"""What a step costs that trains from layer n up: SmolLM2 with LoRA r = 8 on 2 x 256 tokens of the King James
+Bible.
 
-Time of a step (forward, backward), the bytes that it keeps for backward, and the loss, with and without gradient checkpointing, beside
-the arithmetic: (L + 2 (L - n)) / 3 L of the time with every activation kept, (L + 3 (L - n)) / 4 L with recomputation, (L - n) / L of the
-bytes. Run as `python -m examples.transfer.first_layer`; about three minutes on a core.
+Time of a step (forward, backward), the bytes that it keeps for backward, and the loss, with and without
+gradient checkpointing, beside the arithmetic: (L + 2 (L - n)) / 3 L of the time with every activation kept,
+(L + 3 (L - n)) / 4 L with recomputation, (L - n) / L of the bytes. Run as `python -m
+examples.transfer.first_layer`; about three minutes on a core.
 """
 
 from __future__ import annotations
@@ -111,8 +113,18 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for plain, again in zip(measured[False], measured[True], strict=True):
         assert plain[3] == measured[False][0][3], "a cut changed the loss"
-        shares = [plain[1] / measured[False][0][1], plain[2] / measured[False][0][2], again[1] / measured[True][0][1]]
-        cells = [f"{plain[1]:.2f}", f"{shares[0]:.2f}", f"{plain[2] / 2**20:.0f}", f"{shares[1]:.2f}", f"{again[1]:.2f}"]
+        shares = [
+            plain[1] / measured[False][0][1],
+            plain[2] / measured[False][0][2],
+            again[1] / measured[True][0][1],
+        ]
+        cells = [
+            f"{plain[1]:.2f}",
+            f"{shares[0]:.2f}",
+            f"{plain[2] / 2**20:.0f}",
+            f"{shares[1]:.2f}",
+            f"{again[1]:.2f}",
+        ]
         print(f"| {plain[0]} | {' | '.join(cells)} | {shares[2]:.2f} |")
     _plot(measured, model.config.num_hidden_layers)
 

@@ -1,9 +1,10 @@
 """Wrong labels put into real sentences and found again, and the accuracy that leaving them out regains.
 
-MiniLM's features of the movie sentences: 4,000 to train on, whole reviews of the others to test on. In each seed a tenth of the training
-labels is flipped; confident learning on out-of-fold probabilities, the same on in-sample ones (the mistake to see), and AUM look for
-them. A probe is then trained on what is left, beside one on all rows, on as many rows left out at random, and on the clean rows alone.
-Run as `python -m examples.transfer.label_noise`; about two minutes on a core.
+MiniLM's features of the movie sentences: 4,000 to train on, whole reviews of the others to test on. In each
+seed a tenth of the training labels is flipped; confident learning on out-of-fold probabilities, the same on
+in-sample ones (the mistake to see), and AUM look for them. A probe is then trained on what is left, beside
+one on all rows, on as many rows left out at random, and on the clean rows alone. Run as `python -m
+examples.transfer.label_noise`; about two minutes on a core.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def _in_sample(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _by_aum(features: np.ndarray, labels: np.ndarray, seed: int) -> list[int]:
-    """Suspects of two trainings, in each of which another third of the rows is the class of wrong labels, by the area without it."""
+    """Suspects of two trainings, in each of which another third of the rows is the class of wrong labels, by
+    the area without it."""
     suspects: set[int] = set()
     for part in range(2):
         changed, fake = with_fake_class(labels, classes=2, seed=seed, part=part)
@@ -73,7 +75,12 @@ def _by_aum(features: np.ndarray, labels: np.ndarray, seed: int) -> list[int]:
     return [row for row in order.tolist() if row in suspects]
 
 
-def _found(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int) -> tuple[dict[str, list[int]], LabelNoise]:
+def _found(
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
+) -> tuple[dict[str, list[int]], LabelNoise]:
     """The suspects of each finder, the worst first, and what the first says of the share."""
     noise = label_noise(labels, out_of_fold(features, labels, groups=groups, seed=seed), seed=seed)
     naive = label_noise(labels, _in_sample(features, labels), draws=1)
@@ -82,8 +89,14 @@ def _found(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: i
     return dict(zip(FINDERS, ranked, strict=True)), noise
 
 
-def _seed(features: np.ndarray, labels: np.ndarray, documents: np.ndarray, seed: int) -> tuple[list[list[Any]], LabelNoise]:
-    """Rows of the CSV: finder, seed, suspects, precision, recall, precision of the first as many as were flipped, test accuracy."""
+def _seed(
+    features: np.ndarray,
+    labels: np.ndarray,
+    documents: np.ndarray,
+    seed: int,
+) -> tuple[list[list[Any]], LabelNoise]:
+    """Rows of the CSV: finder, seed, suspects, precision, recall, precision of the first as many as were
+    flipped, test accuracy."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(np.unique(documents))
     reach = np.cumsum([np.sum(documents == document) for document in order]) <= TRAIN
@@ -106,7 +119,9 @@ def _seed(features: np.ndarray, labels: np.ndarray, documents: np.ndarray, seed:
         hit = np.isin(suspects, wrong)
         kept = np.setdiff1d(everything, np.array(suspects, dtype=int))
         first = hit[: len(wrong)].mean()
-        lines.append([name, seed, len(suspects), hit.mean(), hit.sum() / len(wrong), first, accuracy(kept, y)])
+        lines.append(
+            [name, seed, len(suspects), hit.mean(), hit.sum() / len(wrong), first, accuracy(kept, y)],
+        )
     return lines, noise
 
 
@@ -121,7 +136,13 @@ def _table(lines: list[list[Any]]) -> None:
     flipped = [line[-1] for line in lines if line[0] == "flipped labels"]
     for name in dict.fromkeys(line[0] for line in lines):
         chosen = [line for line in lines if line[0] == name]
-        score, gain = over_runs([line[-1] for line in chosen]), paired_runs([line[-1] for line in chosen], flipped)
+        score, gain = (
+            over_runs([line[-1] for line in chosen]),
+            paired_runs(
+                [line[-1] for line in chosen],
+                flipped,
+            ),
+        )
         means = [np.mean([line[column] for line in chosen]) for column in range(2, 6)] if chosen[0][2] != "" else []
         found = [f"{means[0]:.0f}", *(f"{mean:.2f}" for mean in means[1:])] if means else [""] * 4
         against = "" if name == "flipped labels" else f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
@@ -159,7 +180,9 @@ def main() -> None:
         print(f"seed {seed}: {noise.verdict}", flush=True)
     with (RESULTS / "label-noise.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["left_out_by", "seed", "suspects", "precision", "recall", "precision_of_first", "accuracy"])
+        writer.writerow(
+            ["left_out_by", "seed", "suspects", "precision", "recall", "precision_of_first", "accuracy"],
+        )
         writer.writerows(lines)
     _table(lines)
     _plot(lines)

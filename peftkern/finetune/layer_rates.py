@@ -54,7 +54,10 @@ def install_rates(trainer: RecipeTrainer, config: FinetuneConfig) -> None:
 def _show(trainer: RecipeTrainer, config: FinetuneConfig) -> None:
     rates = [group["lr"] for group in trainer.rates.groups(trainer.model, lr=config.lr) if group["kind"] == "base"]
     times = f", B {config.lora_plus:g} times that" if config.lora_plus else ""
-    print(f"Learning rates: {rates[0]:.3g} at the top, {rates[-1]:.3g} at the bottom{times}.", file=sys.stderr)
+    print(
+        f"Learning rates: {rates[0]:.3g} at the top, {rates[-1]:.3g} at the bottom{times}.",
+        file=sys.stderr,
+    )
 
 
 def _cut(trainer: RecipeTrainer, config: FinetuneConfig) -> None:
@@ -64,7 +67,9 @@ def _cut(trainer: RecipeTrainer, config: FinetuneConfig) -> None:
     depths = parameter_depths(trainer.model)
     below = [n for n, p in trainer.model.named_parameters() if p.requires_grad and depths[n] <= config.first_layer]
     if below:
-        raise InputError(f"--first-layer {config.first_layer}: {below[0]} lies below it and is trained: change --targets")
+        raise InputError(
+            f"--first-layer {config.first_layer}: {below[0]} lies below it and is trained: change --targets",
+        )
     trainer.backward_stop = BackwardStop(trainer.model, config.first_layer)
 
 
@@ -83,7 +88,9 @@ def _unfreeze(trainer: RecipeTrainer, config: FinetuneConfig) -> None:
     planned = trainer.planned_steps()
     if plan.last_step >= planned:
         raise InputError(
-            f"--unfreeze {config.unfreeze}: the last of {len(plan.stages)} stages begins at step {plan.last_step}, but the run has "
-            f"{planned} steps, so that some layers would never be trained: thaw faster, give more --steps, or a --first-layer"
+            f"--unfreeze {config.unfreeze}: the last of {len(plan.stages)} stages "
+            f"begins at step {plan.last_step}, but the run has "
+            f"{planned} steps, so that some layers would never be trained: thaw "
+            "faster, give more --steps, or a --first-layer"
         )
     trainer.add_callback(UnfreezingCallback(unfreezing))

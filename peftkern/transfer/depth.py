@@ -1,4 +1,5 @@
-"""The depth of each parameter of a model, read from where its module stands: embeddings 0, layers 1 to L, what follows them L + 1."""
+"""The depth of each parameter of a model, read from where its module stands: embeddings 0, layers 1 to L,
+what follows them L + 1."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch import nn
 
 __all__ = ["LayerStack", "layer_stacks", "parameter_depths"]
 
-# Beginnings of names that come after the layers even where they are registered before them (OPT's final_layer_norm).
+# Beginnings of names that come after the layers even where they are registered before them (OPT's
+# final_layer_norm).
 _LATE = ("final", "post", "project_out", "proj_out")
 
 
@@ -35,14 +37,17 @@ class LayerStack:
 
 
 def layer_stacks(model: nn.Module, layers: str | Sequence[str] | None = None) -> tuple[LayerStack, ...]:
-    """The stacks of layers of a model, in the order in which they are registered (an encoder before its decoder).
+    """The stacks of layers of a model, in the order in which they are registered (an encoder before its
+    decoder).
 
-    A stack is an outermost nn.ModuleList of blocks, that is, of modules with children; in a model without any, an outermost nn.Sequential
-    of two or more modules; in one without these, an outermost nn.ModuleList of single layers.
+    A stack is an outermost nn.ModuleList of blocks, that is, of modules with children; in a model without
+    any, an outermost nn.Sequential of two or more modules; in one without these, an outermost nn.ModuleList
+    of single layers.
 
     Args:
         model: any module, also one wrapped by PEFT.
-        layers: names of the containers (as in `named_modules`, or their ends: "encoder.layer"), instead of looking for them.
+        layers: names of the containers (as in `named_modules`, or their ends: "encoder.layer"), instead of
+            looking for them.
     Raises: ValueError where there is none, or a name is the end of no container's name.
 
     >>> layer_stacks(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))[0].names
@@ -53,7 +58,8 @@ def layer_stacks(model: nn.Module, layers: str | Sequence[str] | None = None) ->
     paths = next((each for each in found if each), [])
     if not paths:
         raise ValueError(
-            f"model: {type(model).__name__} has no nn.ModuleList and no nn.Sequential, so its layers have no order: name the "
+            f"model: {type(model).__name__} has no nn.ModuleList and no nn.Sequential, "
+            "so its layers have no order: name the "
             "container of its layers by layers="
         )
     stacks: list[LayerStack] = []
@@ -61,16 +67,19 @@ def layer_stacks(model: nn.Module, layers: str | Sequence[str] | None = None) ->
         children = dict(model.get_submodule(path).named_children())
         names = tuple(f"{path}.{name}" if path else name for name in children)
         owner = model.get_submodule(path.rpartition(".")[0])
-        stacks.append(LayerStack(names, tuple(children.values()), owner, sum(len(stack.layers) for stack in stacks)))
+        stacks.append(
+            LayerStack(names, tuple(children.values()), owner, sum(len(stack.layers) for stack in stacks)),
+        )
     return tuple(stacks)
 
 
 def parameter_depths(model: nn.Module, *, layers: str | Sequence[str] | None = None) -> dict[str, int]:
     """The depth of every parameter, by its name in `model.named_parameters()`.
 
-    The parameters of layer i (from 0) have depth i + 1, those of adapters on it as well. Outside the layers: 0 for embeddings and what is
-    registered before the first layer, L + 1 for the head and what is registered after the last, and between two stacks the number of the
-    layers before. A tensor that several modules share (a tied head) is named once and has the smallest of its depths.
+    The parameters of layer i (from 0) have depth i + 1, those of adapters on it as well. Outside the layers:
+    0 for embeddings and what is registered before the first layer, L + 1 for the head and what is registered
+    after the last, and between two stacks the number of the layers before. A tensor that several modules
+    share (a tied head) is named once and has the smallest of its depths.
 
     Args: as `layer_stacks`.
     Raises: ValueError as `layer_stacks`.
@@ -103,7 +112,10 @@ def _starts(name: str) -> list[str]:
 
 def _layers_up_to(path: str, stacks: Sequence[LayerStack]) -> int:
     """How many layers are registered once this module is."""
-    return max((stack.first + len(stack.layers) for stack in stacks if f"{path}.".startswith(f"{stack.path}.")), default=0)
+    return max(
+        (stack.first + len(stack.layers) for stack in stacks if f"{path}.".startswith(f"{stack.path}.")),
+        default=0,
+    )
 
 
 def _outside(name: str, module: nn.Module, passed: int, total: int) -> int:
@@ -126,7 +138,8 @@ def _head_name(model: nn.Module) -> str | None:
 
 def _is_list(module: nn.Module) -> bool:
     """Whether it is a list of blocks; lists of single layers (heads, kernels) are none."""
-    return isinstance(module, nn.ModuleList) and len(module) > 0 and all(any(True for _ in block.children()) for block in module)
+    blocks = list(module) if isinstance(module, nn.ModuleList) else []
+    return bool(blocks) and all(any(True for _ in block.children()) for block in blocks)
 
 
 def _is_plain_list(module: nn.Module) -> bool:
@@ -148,7 +161,8 @@ def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[st
 def _named(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
     names, paths = [layers] if isinstance(layers, str) else list(layers), []
     for name in names:
-        matching = [path for path, module in model.named_modules() if f".{path}".endswith(f".{name}") and any(module.children())]
+        parents = [path for path, module in model.named_modules() if any(True for _ in module.children())]
+        matching = [path for path in parents if f".{path}".endswith(f".{name}")]
         if not matching:
             raise ValueError(f"layers: {name!r} ends no name of a module with children in {type(model).__name__}: see named_modules()")
         paths.append(min(matching, key=len))

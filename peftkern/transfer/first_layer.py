@@ -1,9 +1,10 @@
 """No backward and no activations below a layer: what a run saves that trains the upper layers only.
 
-Frozen layers on an input that needs no gradient record nothing by themselves. Two things break that: hooks that let the embeddings'
-output require a gradient (`enable_input_require_grads`, which trainers call for gradient checkpointing), and checkpointing itself, which
-keeps the input of each layer and runs it twice. Here the input of the first layer is detached and the layers below the cut are not
-checkpointed; where reentrant checkpointing follows, the first trained layer's input requires a gradient, as it must.
+Frozen layers on an input that needs no gradient record nothing by themselves. Two things break that: hooks
+that let the embeddings' output require a gradient (`enable_input_require_grads`, which trainers call for
+gradient checkpointing), and checkpointing itself, which keeps the input of each layer and runs it twice. Here
+the input of the first layer is detached and the layers below the cut are not checkpointed; where reentrant
+checkpointing follows, the first trained layer's input requires a gradient, as it must.
 """
 
 from __future__ import annotations
@@ -21,21 +22,29 @@ __all__ = ["BackwardStop", "freeze_below"]
 
 
 class BackwardStop:
-    """Hooks that end the backward pass at a layer of a model; `move` sets another layer, `remove` takes them off.
+    """Hooks that end the backward pass at a layer of a model; `move` sets another layer, `remove` takes them
+    off.
 
-    It freezes no parameter: those below the layer must not be trainable, as their gradients would silently be missing (`freeze_below`
-    freezes them).
+    It freezes no parameter: those below the layer must not be trainable, as their gradients would silently be
+    missing (`freeze_below` freezes them).
 
     Args:
         model: any module with a stack of layers, also one wrapped by PEFT or patched.
-        first_layer: the lowest layer with a backward pass, counted from 0; 0: no hooks, the number of layers: the head alone.
+        first_layer: the lowest layer with a backward pass, counted from 0; 0: no hooks, the number of layers:
+            the head alone.
         layers: the containers of the layers, where `depth.layer_stacks` would take others.
-        reentrant: whether the layers' caller uses reentrant checkpointing; None: what transformers has set on the layer.
+        reentrant: whether the layers' caller uses reentrant checkpointing; None: what transformers has set on
+            the layer.
     Raises: ValueError for a first_layer that is no layer of the model.
     """
 
     def __init__(
-        self, model: nn.Module, first_layer: int, *, layers: str | Sequence[str] | None = None, reentrant: bool | None = None
+        self,
+        model: nn.Module,
+        first_layer: int,
+        *,
+        layers: str | Sequence[str] | None = None,
+        reentrant: bool | None = None,
     ) -> None:
         self._stacks = layer_stacks(model, layers)
         self._reentrant = reentrant
@@ -57,7 +66,8 @@ class BackwardStop:
                 self._cut(stack, below)
 
     def _cut(self, stack: LayerStack, below: tuple[nn.Module, ...]) -> None:
-        """Hooks on the owner, on the first layer and, where the stack goes on, on the last layer below the cut."""
+        """Hooks on the owner, on the first layer and, where the stack goes on, on the last layer below the
+        cut."""
 
         self._handles.append(stack.owner.register_forward_pre_hook(partial(self._leave_unchecked, below)))
         self._handles.append(below[0].register_forward_pre_hook(_detach_inputs, with_kwargs=True))
@@ -80,7 +90,8 @@ class BackwardStop:
             return self._reentrant
         if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
             return False
-        return getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True) is not False
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        return getattr(function, "keywords", {}).get("use_reentrant", True) is not False
 
     def remove(self) -> None:
         """Take the hooks off, and let the layers be checkpointed again that were."""
@@ -106,12 +117,18 @@ class FrozenLayers:
 
 
 def freeze_below(
-    model: nn.Module, first_layer: int, *, layers: str | Sequence[str] | None = None, reentrant: bool | None = None
+    model: nn.Module,
+    first_layer: int,
+    *,
+    layers: str | Sequence[str] | None = None,
+    reentrant: bool | None = None,
 ) -> FrozenLayers:
-    """Freeze everything below a layer, and keep no activation and run no backward there, with gradient checkpointing of either kind too.
+    """Freeze everything below a layer, and keep no activation and run no backward there, with gradient
+    checkpointing of either kind too.
 
-    Frozen are the layers before `first_layer`, the embeddings and whatever else comes before it by `parameter_depths`; a head that is tied
-    to the embeddings is frozen with them. The values that the model computes do not change.
+    Frozen are the layers before `first_layer`, the embeddings and whatever else comes before it by
+    `parameter_depths`; a head that is tied to the embeddings is frozen with them. The values that the model
+    computes do not change.
 
     Args: as `BackwardStop`.
     Returns: what takes it back, by `remove()`.
@@ -128,14 +145,20 @@ def freeze_below(
     frozen = [parameter for name, parameter in trainable.items() if first_layer and depths[name] <= first_layer]
     if len(frozen) == len(trainable):
         stop.remove()
-        raise ValueError(f"first_layer: got {first_layer}, but nothing from there up is trainable: choose a lower one")
+        raise ValueError(
+            f"first_layer: got {first_layer}, but nothing from there up is trainable: choose a lower one",
+        )
     for parameter in frozen:
         parameter.requires_grad_(False)
         parameter.grad = None
     return FrozenLayers(stop, frozen)
 
 
-def _detach_inputs(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _detach_inputs(
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
 
 

@@ -1,7 +1,9 @@
-"""Learning-rate schedules as pure functions of the global step: what a resumed run computes at a step is what the unbroken one does.
+"""Learning-rate schedules as pure functions of the global step: what a resumed run computes at a step is what
+the unbroken one does.
 
-Each gives the factor on a group's rate for the update number `step` (from 0) of `total`. Of these transformers has all but the slanted
-triangular one, made here in the same form so that each serves plain PyTorch too.
+Each gives the factor on a group's rate for the update number `step` (from 0) of `total`. Of these
+transformers has all but the slanted triangular one, made here in the same form so that each serves plain
+PyTorch too.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ __all__ = ["SCHEDULES", "constant", "cosine", "linear", "schedule", "slanted"]
 def slanted(step: int, total: int, *, warmup: float = 0.1, ratio: float = 32.0) -> float:
     """The slanted triangular schedule: a short linear rise, a long linear fall.
 
-    factor = (1 + p (ratio - 1)) / ratio with p = step / cut before cut = floor(total * warmup), p = 1 - (step - cut) / (total - cut) after.
+    factor = (1 + p (ratio - 1)) / ratio with p = step / cut before cut = floor(total * warmup), p = 1 - (step
+    - cut) / (total - cut) after.
 
-    ULMFiT divides by cut * (1 / warmup - 1) instead of total - cut, which is the same where total * warmup is whole; elsewhere p becomes
-    negative before the end.
+    ULMFiT divides by cut * (1 / warmup - 1) instead of total - cut, which is the same where total * warmup is
+    whole; elsewhere p becomes negative before the end.
 
     Args:
         warmup: part of the steps over which the rate rises, in [0, 1); ULMFiT: 0.1.
@@ -55,13 +58,19 @@ def constant(step: int, total: int, *, warmup: float = 0.0) -> float:
     return min(1.0, step / cut) if cut else 1.0
 
 
-SCHEDULES: dict[str, Callable[..., float]] = {"slanted": slanted, "linear": linear, "cosine": cosine, "constant_with_warmup": constant}
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "slanted": slanted,
+    "linear": linear,
+    "cosine": cosine,
+    "constant_with_warmup": constant,
+}
 
 
 def schedule(name: str, total: int, **options: float) -> Callable[[int], float]:
     """The schedule called `name` for a run of `total` updates, as torch.optim.lr_scheduler.LambdaLR takes it.
 
-    It holds no state, and a scheduler stores nothing of it: an extended run goes on with the schedule of its new length.
+    It holds no state, and a scheduler stores nothing of it: an extended run goes on with the schedule of its
+    new length.
 
     Args:
         name: one of SCHEDULES.

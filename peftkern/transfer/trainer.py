@@ -16,13 +16,15 @@ __all__ = ["RatesMixin", "UnfreezingCallback"]
 
 
 class RatesMixin:
-    """For a Trainer's class, before it: `class MyTrainer(RatesMixin, Trainer)`, then set `rates` or `make_schedule` on the trainer.
+    """For a Trainer's class, before it: `class MyTrainer(RatesMixin, Trainer)`, then set `rates` or
+    `make_schedule` on the trainer.
 
-    rates          the parameter groups; None: the Trainer's own. Its weight decay skips what the Trainer's skips.
-    make_schedule  gives the schedule, a function of the step, for the number of updates; None: what `lr_scheduler_type` says.
+    rates          the parameter groups; None: the Trainer's own. Its weight decay skips what the Trainer's
+    skips. make_schedule  gives the schedule, a function of the step, for the number of updates; None: what
+    `lr_scheduler_type` says.
 
-    Without the mixin the same is `Trainer(..., optimizers=(optimizer, LambdaLR(optimizer, schedule("slanted", steps))))`, with an optimizer
-    of `Rates(...).groups(model, lr=...)`.
+    Without the mixin the same is `Trainer(..., optimizers=(optimizer, LambdaLR(optimizer, schedule("slanted",
+    steps))))`, with an optimizer of `Rates(...).groups(model, lr=...)`.
     """
 
     rates: Rates | None = None
@@ -38,7 +40,9 @@ class RatesMixin:
         groups = self.rates.groups(model, lr=lr, weight_decay=weight_decay, decays=decays)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         if options.keys() & {"params", "model", "optimizer_dict"}:
-            raise ValueError(f"optim: {self.args.optim} makes parameter groups of its own: choose one such as adamw_torch")
+            raise ValueError(
+                f"optim: {self.args.optim} makes parameter groups of its own: choose one such as adamw_torch",
+            )
         self.optimizer = kind(groups, **options)
         return self.optimizer
 
@@ -46,19 +50,35 @@ class RatesMixin:
         """The schedule of `make_schedule`, the same for all groups, each times its own rate."""
         if self.make_schedule is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, self.make_schedule(num_training_steps))
+        self.lr_scheduler = LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            self.make_schedule(num_training_steps),
+        )
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
 
 class UnfreezingCallback(TrainerCallback):
-    """Applies a GradualUnfreezing at the beginning of each update, by the trainer's global step, which a resumed run continues."""
+    """Applies a GradualUnfreezing at the beginning of each update, by the trainer's global step, which a
+    resumed run continues."""
 
     def __init__(self, unfreezing: GradualUnfreezing) -> None:
         self.unfreezing = unfreezing
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         self.unfreezing.apply(state.global_step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         self.unfreezing.remove()

@@ -28,7 +28,8 @@ _WIDTH = 100  # characters of a row in it
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What the checks found in `rows`; None for a check that was not made. `percentile`: of the losses, for `reasons`."""
+    """What the checks found in `rows`; None for a check that was not made. `percentile`: of the losses, for
+    `reasons`."""
 
     rows: DataRows
     duplicates: Duplicates | None = None
@@ -138,14 +139,16 @@ def check_texts(
     coverage: float = 0.5,
     progress: bool = False,
 ) -> DataReport:
-    """The checks that need no model: near duplicates among the rows, and their overlap with the evaluation's texts."""
+    """The checks that need no model: near duplicates among the rows, and their overlap with the evaluation's
+    texts."""
     repeated = near_duplicates(rows.texts, threshold=threshold, size=size, unit=unit, progress=progress)
     shared = overlap(rows.texts, evaluation, run=run, threshold=coverage) if len(evaluation) else None
     return DataReport(rows=rows, duplicates=repeated, overlap=shared)
 
 
 def write_rows(path: Path, rows: DataRows, leave_out: Iterable[int]) -> int:
-    """Write the other rows as JSON lines, with all keys they were read with, whole or not at all; returns how many.
+    """Write the other rows as JSON lines, with all keys they were read with, whole or not at all; returns how
+    many.
 
     Raises: OSError where it cannot be written.
     """
@@ -169,5 +172,8 @@ def write_report(folder: Path, report: DataReport) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_files(folder) as temporary:
         (temporary / "report.md").write_text(report.to_markdown(), encoding="utf-8")
-        (temporary / "report.json").write_text(json.dumps(report.to_dict(), indent=2, default=str), encoding="utf-8")
+        (temporary / "report.json").write_text(
+            json.dumps(report.to_dict(), indent=2, default=str),
+            encoding="utf-8",
+        )
         figure.savefig(temporary / "report.png", dpi=110)

@@ -17,11 +17,19 @@ _BAG = "bag-of-words"
 
 def add_commands(commands: Any) -> None:
     """Add the command to the sub-parsers of `peftkern`."""
-    data = commands.add_parser("data", help="wrong labels, near duplicates and evaluation text in training data")
+    data = commands.add_parser(
+        "data",
+        help="wrong labels, near duplicates and evaluation text in training data",
+    )
     data.add_argument("data", nargs="+", help="files of rows, as --data of finetune, or `sample`")
     data.add_argument("--eval-data", nargs="+", default=[], help="rows that training must not hold")
     data.add_argument("--output", help="write the rows that --filter leaves to this .jsonl file")
-    data.add_argument("--filter", nargs="+", default=[], help="leave out what these found: duplicates, overlap, labels, losses")
+    data.add_argument(
+        "--filter",
+        nargs="+",
+        default=[],
+        help="leave out what these found: duplicates, overlap, labels, losses",
+    )
     data.add_argument("--report", help="folder for report.md, report.json and report.png")
     _add_texts(data.add_argument_group("near duplicates and overlap"))
     _add_labels(data.add_argument_group("labels"))
@@ -30,17 +38,48 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_texts(group: Any) -> None:
-    group.add_argument("--threshold", type=float, default=0.8, help="Jaccard similarity of near duplicates (default: 0.8)")
-    group.add_argument("--shingles", type=int, default=5, help="words (or characters) of a shingle (default: 5)")
-    group.add_argument("--unit", default="words", help="words, or characters for languages without spaces (default: words)")
-    group.add_argument("--run-length", type=int, default=13, help="words in a row that count as overlap (default: 13)")
-    group.add_argument("--coverage", type=float, default=0.5, help="part of an evaluation row that counts as seen (default: 0.5)")
+    group.add_argument(
+        "--threshold",
+        type=float,
+        default=0.8,
+        help="Jaccard similarity of near duplicates (default: 0.8)",
+    )
+    group.add_argument(
+        "--shingles",
+        type=int,
+        default=5,
+        help="words (or characters) of a shingle (default: 5)",
+    )
+    group.add_argument(
+        "--unit",
+        default="words",
+        help="words, or characters for languages without spaces (default: words)",
+    )
+    group.add_argument(
+        "--run-length",
+        type=int,
+        default=13,
+        help="words in a row that count as overlap (default: 13)",
+    )
+    group.add_argument(
+        "--coverage",
+        type=float,
+        default=0.5,
+        help="part of an evaluation row that counts as seen (default: 0.5)",
+    )
 
 
 def _add_labels(group: Any) -> None:
     group.add_argument("--label", help="the key of the rows' label: find wrong ones")
-    group.add_argument("--group", help="the key of the document that a row is from: kept on one side of each fold")
-    group.add_argument("--features", default=_BAG, help=f"{_BAG}, or an encoder: hub id or folder (default: {_BAG})")
+    group.add_argument(
+        "--group",
+        help="the key of the document that a row is from: kept on one side of each fold",
+    )
+    group.add_argument(
+        "--features",
+        default=_BAG,
+        help=f"{_BAG}, or an encoder: hub id or folder (default: {_BAG})",
+    )
     group.add_argument("--folds", type=int, default=5, help="folds of the probes (default: 5)")
     group.add_argument("--seed", type=int, default=0, help="seed of the folds (default: 0)")
 
@@ -49,7 +88,12 @@ def _add_losses(group: Any) -> None:
     group.add_argument("--adapter", help="the --output of a run: take each row's loss under it")
     group.add_argument("--model", help="a base to take the losses under; with --adapter: in place of its own")
     group.add_argument("--seq-length", type=int, help="tokens of a row (default: the run's, else 1024)")
-    group.add_argument("--percentile", type=float, default=99.0, help="losses above it are filtered (default: 99)")
+    group.add_argument(
+        "--percentile",
+        type=float,
+        default=99.0,
+        help="losses above it are filtered (default: 99)",
+    )
 
 
 def _guarded(args: argparse.Namespace) -> int:
@@ -123,7 +167,14 @@ def _labels(args: argparse.Namespace, rows: Any) -> Any:
     check_labels(list(rows.labels), rows.groups, args.folds)
     features = _features(args.features, rows.texts)
     shown = sys.stderr.isatty()
-    probabilities = out_of_fold(features, rows.labels, groups=rows.groups, folds=args.folds, seed=args.seed, progress=shown)
+    probabilities = out_of_fold(
+        features,
+        rows.labels,
+        groups=rows.groups,
+        folds=args.folds,
+        seed=args.seed,
+        progress=shown,
+    )
     return label_noise(rows.labels, probabilities, seed=args.seed)
 
 
@@ -139,7 +190,14 @@ def _features(name: str, texts: tuple[str, ...]) -> Any:
 
     with load_errors(name, name):
         model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    found = pooled_features(model, list(texts), tokenizer=tokenizer, pools=("mean",), depths=(-1,), progress=sys.stderr.isatty())
+    found = pooled_features(
+        model,
+        list(texts),
+        tokenizer=tokenizer,
+        pools=("mean",),
+        depths=(-1,),
+        progress=sys.stderr.isatty(),
+    )
     return found.at(-1)
 
 

@@ -1,4 +1,5 @@
-"""Near duplicates: candidates by datasketch's MinHash and its bands, each verified by its true Jaccard similarity."""
+"""Near duplicates: candidates by datasketch's MinHash and its bands, each verified by its true Jaccard
+similarity."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ UNITS = ("words", "characters")
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A row that is left out: its near duplicate that is kept, and their Jaccard similarity (1: the same shingles)."""
+    """A row that is left out: its near duplicate that is kept, and their Jaccard similarity (1: the same
+    shingles)."""
 
     row: int
     kept: int
@@ -32,10 +34,11 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Near duplicates among `rows` texts: what to leave out so that no verified pair is left, the longest kept.
+    """Near duplicates among `rows` texts: what to leave out so that no verified pair is left, the longest
+    kept.
 
-    threshold: of the Jaccard similarity; candidates: pairs that were verified; found: the probability that a pair
-    at the threshold becomes a candidate.
+    threshold: of the Jaccard similarity; candidates: pairs that were verified; found: the probability that a
+    pair at the threshold becomes a candidate.
     """
 
     rows: int
@@ -82,7 +85,8 @@ def words(text: str) -> list[str]:
 
 
 def shingles(text: str, size: int = 5, unit: str = "words") -> set[str]:
-    """The sets of `size` words (or characters of its words) in a row; of a shorter text the whole, of none nothing."""
+    """The sets of `size` words (or characters of its words) in a row; of a shorter text the whole, of none
+    nothing."""
     parts: Sequence[str] = words(text)
     if unit == "characters":
         parts = " ".join(parts)
@@ -100,9 +104,9 @@ def jaccard(left: set[str], right: set[str]) -> float:
 def bands(threshold: float, permutations: int = _PERMUTATIONS) -> tuple[int, int]:
     """(bands, rows of a band): the longest bands with which a pair at the threshold is found with 99 %.
 
-    A pair of similarity s is a candidate with probability 1 - (1 - s^rows)^bands. datasketch's own choice weighs
-    misses like false candidates, and at its threshold finds 31 to 55 % (128 permutations, thresholds .5 to .9);
-    here false candidates are verified and cost only time.
+    A pair of similarity s is a candidate with probability 1 - (1 - s^rows)^bands. datasketch's own choice
+    weighs misses like false candidates, and at its threshold finds 31 to 55 % (128 permutations, thresholds
+    .5 to .9); here false candidates are verified and cost only time.
 
     >>> b, r = bands(0.8)
     >>> 1 - (1 - 0.8**r) ** b >= 0.99
@@ -111,7 +115,9 @@ def bands(threshold: float, permutations: int = _PERMUTATIONS) -> tuple[int, int
     for rows in range(permutations // 2, 0, -1):
         if 1 - (1 - threshold**rows) ** (permutations // rows) >= _FOUND:
             return permutations // rows, rows
-    raise ValueError(f"threshold: got {threshold}, too small for {permutations} permutations: raise one of them")
+    raise ValueError(
+        f"threshold: got {threshold}, too small for {permutations} permutations: raise one of them",
+    )
 
 
 def near_duplicates(
@@ -127,12 +133,13 @@ def near_duplicates(
     """The rows to leave out so that of near duplicates only the longest stays.
 
     Rows are looked at from the longest to the shortest; one whose Jaccard similarity to a row already kept is
-    `threshold` or more is left out for the most similar of them. So every row left out has a near duplicate that
-    is kept, and no chain of similar rows takes out what resembles nothing that stays. Memory: 8 bytes a permutation
-    and row that is kept.
+    `threshold` or more is left out for the most similar of them. So every row left out has a near duplicate
+    that is kept, and no chain of similar rows takes out what resembles nothing that stays. Memory: 8 bytes a
+    permutation and row that is kept.
 
     Args:
-        size, unit: of the shingles, "words" or (for languages written without spaces, and short rows) "characters".
+        size, unit: of the shingles, "words" or (for languages written without spaces, and short rows)
+            "characters".
         seed: of the permutations.
     Raises: InputError for no rows, a threshold outside (0, 1], another unit.
     Source: Broder, 1997, On the resemblance and containment of documents; Lee et al., 2021, arXiv:2107.06499.
@@ -153,12 +160,20 @@ def near_duplicates(
 class _Search:
     """The rows kept so far, and what each further one is compared with."""
 
-    def __init__(self, texts: Sequence[str], threshold: float, permutations: int, seed: int, cut: Callable[[str], set[str]]) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        threshold: float,
+        permutations: int,
+        seed: int,
+        cut: Callable[[str], set[str]],
+    ) -> None:
         self.texts, self.threshold, self.cut = texts, threshold, cut
         self.lsh: MinHashLSH = _index(threshold, permutations)
         self.permutations, self.seed = permutations, seed
         self.same: dict[frozenset[str], int] = {}
         self.candidates = 0
+        self._empty: MinHash | None = None
 
     def run(self, progress: bool) -> list[Duplicate]:
         from tqdm import tqdm
@@ -176,7 +191,11 @@ class _Search:
         if pieces in self.same:
             return Duplicate(row, self.same[pieces], 1.0)
         signature = self._signature(pieces)
-        best = max(self._verified(row, pieces, signature), key=lambda d: (d.similarity, -d.kept), default=None)
+        best = max(
+            self._verified(row, pieces, signature),
+            key=lambda d: (d.similarity, -d.kept),
+            default=None,
+        )
         if best is not None and best.similarity >= self.threshold:
             return best
         self.same[pieces] = row
@@ -191,7 +210,9 @@ class _Search:
     def _signature(self, pieces: frozenset[str]) -> MinHash:
         from datasketch import MinHash
 
-        signature = MinHash(num_perm=self.permutations, seed=self.seed)
+        if self._empty is None:  # to copy: drawing the permutations costs more than a short row's hashes
+            self._empty = MinHash(num_perm=self.permutations, seed=self.seed)
+        signature = self._empty.copy()
         signature.update_batch([piece.encode() for piece in pieces])
         return signature
 

@@ -1,6 +1,8 @@
-"""Loss dynamics: how the loss and the margin of each row go from epoch to epoch, and what that says of its label.
+"""Loss dynamics: how the loss and the margin of each row go from epoch to epoch, and what that says of its
+label.
 
-A row that is learnt late or never, while rows like it are learnt early, is often labelled wrongly. Nothing extra is
+A row that is learnt late or never, while rows like it are learnt early, is often labelled wrongly. Nothing
+extra is
 computed: the logits of a classifier, or the losses that a step makes anyway, are noted as they come.
 """
 
@@ -30,7 +32,8 @@ class Cartography:
 
     confidence   [n], mean probability of its label (of a token of it, for generation data)
     variability  [n], standard deviation of that over the epochs
-    correct      [n], share of the epochs in which its label had the largest logit; NaN where no logits were noted
+    correct      [n], share of the epochs in which its label had the largest logit; NaN where no logits were
+    noted
     """
 
     confidence: np.ndarray
@@ -78,10 +81,11 @@ class LossDynamics:
         labels: Tensor | None = None,
         losses: Tensor | None = None,
     ) -> None:
-        """What a batch gave: either a classifier's logits [B, c] with labels [B], or losses [B] in nats (a token).
+        """What a batch gave: either a classifier's logits [B, c] with labels [B], or losses [B] in nats (a
+        token).
 
-        Losses make confidence and variability; the margin, and so AUM, needs logits. Call it where the batch's loss
-        is computed anyway, with the rows' numbers in the data, which a collator can hand on.
+        Losses make confidence and variability; the margin, and so AUM, needs logits. Call it where the
+        batch's loss is computed anyway, with the rows' numbers in the data, which a collator can hand on.
         """
         if (logits is None) == (losses is None) or (logits is None) != (labels is None):
             raise ValueError("logits, labels, losses: give logits and labels, or losses")
@@ -93,7 +97,8 @@ class LossDynamics:
         self.probability[epoch, where] = (-losses.detach().float()).exp().cpu().double().numpy()
 
     def aum(self) -> np.ndarray:
-        """[n]: the area under the margin, the mean over epochs of the label's logit minus the largest other one."""
+        """[n]: the area under the margin, the mean over epochs of the label's logit minus the largest other
+        one."""
         return _mean(self.margin, "margins: note logits and labels")
 
     def cartography(self) -> Cartography:
@@ -136,11 +141,17 @@ class AumSuspects:
         axes.legend()
 
 
-def with_fake_class(labels: np.ndarray, *, classes: int, seed: int = 0, part: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def with_fake_class(
+    labels: np.ndarray,
+    *,
+    classes: int,
+    seed: int = 0,
+    part: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Labels [n] with n / (classes + 1) rows moved to a class of its own, number `classes`, and those rows.
 
-    Training with them shows how rows with a wrong label behave. Parts 0, 1, ... move other rows each: AUM needs two
-    trainings, so that each row is once not among the moved ones.
+    Training with them shows how rows with a wrong label behave. Parts 0, 1, ... move other rows each: AUM
+    needs two trainings, so that each row is once not among the moved ones.
     """
     import numpy as np
 
@@ -153,9 +164,11 @@ def with_fake_class(labels: np.ndarray, *, classes: int, seed: int = 0, part: in
 
 
 def aum_suspects(aum: np.ndarray, fake: Sequence[int], *, percentile: float = _PERCENTILE) -> AumSuspects:
-    """The rows with an area at or below the `percentile` of the fake class's rows, which are no suspects themselves.
+    """The rows with an area at or below the `percentile` of the fake class's rows, which are no suspects
+    themselves.
 
-    Source: Pleiss et al., 2020, Identifying Mislabeled Data using the Area Under the Margin Ranking, section 3.2.
+    Source: Pleiss et al., 2020, Identifying Mislabeled Data using the Area Under the Margin Ranking, section
+        3.2.
     """
     import numpy as np
 
@@ -178,8 +191,8 @@ def probe_dynamics(
 ) -> LossDynamics:
     """The dynamics of a linear softmax classifier on features that are standardized, by SGD with momentum.
 
-    Cheap where a network is not to be trained; a linear head on few features hardly learns wrong labels by heart,
-    so that many epochs do no harm.
+    Cheap where a network is not to be trained; a linear head on few features hardly learns wrong labels by
+    heart, so that many epochs do no harm.
 
     Args:
         features: [n, D]; labels: [n], from 0.
@@ -187,7 +200,9 @@ def probe_dynamics(
     """
     x, y = torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(labels).long()
     if len(x) != len(y) or len(y.unique()) < 2:
-        raise InputError(f"features of {len(x)} rows and labels of {len(y)}, expected as many, of two classes or more")
+        raise InputError(
+            f"features of {len(x)} rows and labels of {len(y)}, expected as many, of two classes or more",
+        )
     generator = torch.Generator().manual_seed(seed)
     x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
     head = nn.Linear(x.shape[1], int(y.max()) + 1)

@@ -10,7 +10,10 @@ _PACKAGES = {"cleanlab": "cleanlab", "datasketch": "datasketch", "sklearn": "sci
 
 
 def require_data(*names: str) -> None:
-    """Raise ModuleNotFoundError with the remedy where a package of `names` (as imported) is missing; imports none."""
+    """Raise ModuleNotFoundError with the remedy where a package of `names` (as imported) is missing; imports
+    none."""
     missing = [_PACKAGES[name] for name in names if find_spec(name) is None]
     if missing:
-        raise ModuleNotFoundError(f"the checks of the data need {', '.join(missing)}: run pip install 'peftkern[data]'")
+        raise ModuleNotFoundError(
+            f"the checks of the data need {', '.join(missing)}: run pip install 'peftkern[data]'",
+        )

@@ -20,7 +20,8 @@ __all__ = ["filtered"]
 
 
 def filtered(train: Dataset, evaluations: Mapping[str, Dataset], filters: Sequence[str]) -> Dataset:
-    """The training rows without near duplicates of others, and without those that hold text of the evaluation.
+    """The training rows without near duplicates of others, and without those that hold text of the
+    evaluation.
 
     Which rows go depends on the rows alone, so that a resumed run trains on the same. Says how many went.
 
@@ -33,7 +34,9 @@ def filtered(train: Dataset, evaluations: Mapping[str, Dataset], filters: Sequen
     if unknown:
         raise InputError(f"--filter-data must be of {', '.join(FILTERS)}; got {unknown[0]!r}")
     if "overlap" in filters and not evaluations:
-        raise InputError("--filter-data overlap needs --eval-data; without it the evaluation is a part of --data")
+        raise InputError(
+            "--filter-data overlap needs --eval-data; without it the evaluation is a part of --data",
+        )
     texts, out = _texts(train), dict[str, set[int]]()
     if "overlap" in filters:
         shared = overlap(texts, [text for rows in evaluations.values() for text in _texts(rows)])

@@ -1,8 +1,8 @@
 """Wrong labels, found by confident learning on probabilities of models that have not seen the row's label.
 
-cleanlab does the confident learning; here are the out-of-fold probabilities that it must be given, from a linear
-probe on frozen features, and the uncertainty of the rate. With in-sample probabilities a model that has learnt a
-wrong label is confident of it, and nothing is found.
+cleanlab does the confident learning; here are the out-of-fold probabilities that it must be given, from a
+linear probe on frozen features, and the uncertainty of the rate. With in-sample probabilities a model that
+has learnt a wrong label is confident of it, and nothing is found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class LabelNoise:
     confidence   [n], the out-of-fold probability of the given label
     thresholds   [c], t_j: the mean probability of class j over the rows that are labelled j
     joint        [c, c], estimated joint distribution of given (rows) and true label (columns); sums to 1
-    rate         the share of wrong labels, 1 - trace(joint): an upper bound where the features do not foretell the
+    rate         the share of wrong labels, 1 - trace(joint): an upper bound where the features do not
+    foretell the
                  true label, as rows that are hard for them count as wrong; low and high: its 95 % bootstrap
                  interval over rows, which leaves out the error of the probes themselves
     accuracy     of the out-of-fold probes on the given labels
@@ -69,7 +70,8 @@ class LabelNoise:
             return "cannot tell: probes of these features foretell the labels no better than the largest class does"
         said = f"{len(self.suspects)} of {len(self.confidence)} labels are suspected ({interval})"
         if 1 - self.accuracy < 2 * self.rate:
-            # The probes err on hardly more rows than are called wrong: nothing tells a wrong label from a hard row.
+            # The probes err on hardly more rows than are called wrong: nothing tells a wrong label from a
+            # hard row.
             said += f"; the probes agree with {self.accuracy:.0%} of the labels, so hard rows are among them: look first"
         return said
 
@@ -96,10 +98,11 @@ def out_of_fold(
     seed: int = 0,
     progress: bool = False,
 ) -> np.ndarray:
-    """[n, c]: for each row the class probabilities of logistic probes trained on folds without it, averaged over repeats.
+    """[n, c]: for each row the class probabilities of logistic probes trained on folds without it, averaged
+    over repeats.
 
-    Features are standardized on the training folds; the L2 penalty is the one with the best held-out log-loss on
-    an inner split of them.
+    Features are standardized on the training folds; the L2 penalty is the one with the best held-out log-loss
+    on an inner split of them.
 
     Args:
         features: [n, D], dense or sparse.
@@ -132,13 +135,14 @@ def label_noise(
 ) -> LabelNoise:
     """Confident learning by cleanlab: which labels are probably wrong, and how many.
 
-    A row labelled i counts as a confident j where p(j) is at least t_j and the largest of those; the joint of given
-    and true labels is made of these counts, and so many rows a class as its off-diagonal says are suspected, by
-    margin. Suspects are ranked by self-confidence, the smallest probability of the given label first.
+    A row labelled i counts as a confident j where p(j) is at least t_j and the largest of those; the joint of
+    given and true labels is made of these counts, and so many rows a class as its off-diagonal says are
+    suspected, by margin. Suspects are ranked by self-confidence, the smallest probability of the given label
+    first.
 
     Args:
-        labels: [n]; probabilities: [n, c] in the sorted order of the classes, from models that have not seen the
-            row's label (`out_of_fold`).
+        labels: [n]; probabilities: [n, c] in the sorted order of the classes, from models that have not seen
+            the row's label (`out_of_fold`).
     Raises: InputError as `out_of_fold`; ValueError for probabilities that are none.
     Source: Northcutt et al., 2021, Confident Learning, arXiv:1911.00068.
     """
@@ -220,7 +224,9 @@ def _inner_split(labels: np.ndarray, groups: np.ndarray | None, seed: int) -> tu
     if groups is not None:
         count = min(count, len(np.unique(groups)))
     if count < 2:
-        raise InputError("a fold leaves one row (or document) of a class to train on: give more rows, or fewer folds")
+        raise InputError(
+            "a fold leaves one row (or document) of a class to train on: give more rows, or fewer folds",
+        )
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     splitter = kind(n_splits=count, shuffle=True, random_state=seed)
     split = splitter.split(np.zeros(len(labels)), labels, groups)

@@ -1,4 +1,5 @@
-"""The loss of each row of generation data under a model: rows that stay unlikely are often broken, or of another language."""
+"""The loss of each row of generation data under a model: rows that stay unlikely are often broken, or of
+another language."""
 
 from __future__ import annotations
 
@@ -56,12 +57,13 @@ class RowLosses:
 
 
 def row_losses(loaded: LoadedModel, rows: Dataset, *, count: int, progress: bool = False) -> RowLosses:
-    """One forward pass over tokenized rows (`finetune.tokens.tokenize`: input_ids, labels, row), without logits.
+    """One forward pass over tokenized rows (`finetune.tokens.tokenize`: input_ids, labels, row), without
+    logits.
 
     `count` rows there were before those without a token to learn were left out.
 
-    A row counts with the tokens that training would learn of it: of a prompt row its completion. A fair judge has
-    not seen the rows: a base, or an adapter that was trained on the other half.
+    A row counts with the tokens that training would learn of it: of a prompt row its completion. A fair judge
+    has not seen the rows: a base, or an adapter that was trained on the other half.
 
     Raises: InputError where no row has a token to learn.
     """

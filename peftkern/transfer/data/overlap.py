@@ -1,4 +1,5 @@
-"""Training text that the evaluation holds too: the words of each row that stand in a run of words of the other side."""
+"""Training text that the evaluation holds too: the words of each row that stand in a run of words of the
+other side."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ _BASE = 0x9E3779B97F4A7C15  # odd, so that multiplication by it loses nothing mo
 class Overlap:
     """How much of each evaluation row stands in the training text.
 
-    coverage  [evaluation rows], the share of a row's words that lie in a run of `run` words which a training row has
-    rows      evaluation rows with a coverage of `threshold` or more
+    coverage  [evaluation rows], the share of a row's words that lie in a run of `run` words which a training
+    row has rows      evaluation rows with a coverage of `threshold` or more
     training  training rows that share a run with one of those
     """
 
@@ -40,7 +41,8 @@ class Overlap:
         if not self.rows:
             return f"none of {count} evaluation rows is in the training text (runs of {self.run} words)"
         return (
-            f"{len(self.rows)} of {count} evaluation rows ({len(self.rows) / count:.1%}) are in the training text, in "
+            f"{len(self.rows)} of {count} evaluation rows ({len(self.rows) / count:.1%}) "
+            "are in the training text, in "
             f"{len(self.training)} of its rows: the evaluation rewards learning by heart"
         )
 
@@ -50,15 +52,26 @@ class Overlap:
 
         axes.hist(self.coverage, bins=np.linspace(0, 1, 21))
         axes.axvline(self.threshold, linestyle="--", color="black")
-        axes.set(xlabel="share of an evaluation row's words that training has", ylabel="rows", title=self.verdict)
+        axes.set(
+            xlabel="share of an evaluation row's words that training has",
+            ylabel="rows",
+            title=self.verdict,
+        )
         axes.set_yscale("symlog")
 
 
-def overlap(training: Sequence[str], evaluation: Sequence[str], *, run: int = 13, threshold: float = 0.5) -> Overlap:
-    """Compare every run of `run` words of the two texts; a row shorter than that counts where the other side has the same row.
+def overlap(
+    training: Sequence[str],
+    evaluation: Sequence[str],
+    *,
+    run: int = 13,
+    threshold: float = 0.5,
+) -> Overlap:
+    """Compare every run of `run` words of the two texts; a row shorter than that counts where the other side
+    has the same row.
 
-    Runs are compared by 64-bit hashes, 8 bytes a word of memory. In chats leave out what all rows share (a system
-    prompt) before.
+    Runs are compared by 64-bit hashes, 8 bytes a word of memory. In chats leave out what all rows share (a
+    system prompt) before.
 
     Args:
         run: words in a row; 13 as for GPT-3 (Brown et al., 2020, appendix C).
@@ -70,12 +83,16 @@ def overlap(training: Sequence[str], evaluation: Sequence[str], *, run: int = 13
     if not len(training) or not len(evaluation):
         raise InputError("overlap needs rows on both sides: give training and evaluation rows")
     if run < 1 or not 0 < threshold <= 1:
-        raise InputError(f"overlap needs a run of 1 or more words and a threshold in (0, 1], got {run} and {threshold}")
+        raise InputError(
+            f"overlap needs a run of 1 or more words and a threshold in (0, 1], got {run} and {threshold}",
+        )
     hasher = _Hasher(run)
     theirs = [hasher.runs(text) for text in evaluation]
     ours = [hasher.runs(text) for text in training]
     seen = np.unique(np.concatenate(ours)) if ours else np.zeros(0, np.uint64)
-    coverage = np.array([_covered(runs, seen, run, length) for runs, length in zip(theirs, hasher.lengths, strict=False)])
+    coverage = np.array(
+        [_covered(runs, seen, run, length) for runs, length in zip(theirs, hasher.lengths, strict=False)],
+    )
     rows = np.flatnonzero(coverage >= threshold)
     held = np.unique(np.concatenate([theirs[row] for row in rows])) if len(rows) else np.zeros(0, np.uint64)
     sources = [index for index, runs in enumerate(ours) if len(held) and _are_in(runs, held).any()]

@@ -32,12 +32,19 @@ class DataRows:
         return len(self.rows)
 
 
-def read_data(sources: Sequence[str], *, label: str | None = None, group: str | None = None, option: str = "--data") -> DataRows:
+def read_data(
+    sources: Sequence[str],
+    *,
+    label: str | None = None,
+    group: str | None = None,
+    option: str = "--data",
+) -> DataRows:
     """The rows of all sources, each a file or folder that `finetune` reads, or "sample".
 
     Args:
         label, group: the keys of a row's label and of the document it is from.
-    Raises: InputError naming file and line for a row that is none, or that has no such key; FileNotFoundError.
+    Raises: InputError naming file and line for a row that is none, or that has no such key;
+        FileNotFoundError.
     """
     keys = tuple(key for key in (label, group) if key is not None)
     found: list[tuple[str, dict[str, Any]]] = []
@@ -47,7 +54,8 @@ def read_data(sources: Sequence[str], *, label: str | None = None, group: str | 
             missing = next((key for key in keys if row.get(key) is None), None)
             if missing is not None:
                 raise InputError(
-                    f"{place}: has no {missing!r} but the keys {', '.join(map(str, row))}: name the key of the label by --label "
+                    f"{place}: has no {missing!r} but the keys {', '.join(map(str, row))}: "
+                    "name the key of the label by --label "
                     "and of the document by --group, or label this row"
                 )
             found.append((place, row))
@@ -59,7 +67,8 @@ def read_data(sources: Sequence[str], *, label: str | None = None, group: str | 
 
 
 def row_text(row: Mapping[str, Any]) -> str:
-    """What a row says: its text, prompt and completion, or its messages without the system's, which many rows share."""
+    """What a row says: its text, prompt and completion, or its messages without the system's, which many rows
+    share."""
     if "text" in row:
         return row["text"]
     if "messages" in row:
@@ -90,5 +99,7 @@ def _source(source: str, keys: tuple[str, ...], option: str) -> Iterable[tuple[s
     if source == SAMPLE:
         return ((SAMPLE, row) for row in sample_text(held_out=option == "--eval-data"))
     if not os.path.exists(source):
-        raise FileNotFoundError(f"{option} {source}: no such file or folder; give a file of rows, or `{SAMPLE}`")
+        raise FileNotFoundError(
+            f"{option} {source}: no such file or folder; give a file of rows, or `{SAMPLE}`",
+        )
     return read_rows(Path(source), option, also=keys)
