@@ -21,7 +21,7 @@ from .subject import Subject, load_subject
 __all__ = ["BUDGET", "ReportOptions", "transfer_report"]
 
 BUDGET = 0.02  # nats a token of source loss, as --forget-budget's example
-_WINDOWS = 12  # held-out windows of target and of source
+_WINDOWS = 16  # held-out windows of target and of source
 _PACKAGES = ("transformers", "peft", "accelerate", "datasets", "trl", "matplotlib", "tqdm")
 
 

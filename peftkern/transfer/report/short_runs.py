@@ -32,8 +32,8 @@ class ShortRun:
 class ShortRuns:
     """Runs of `steps` steps by first layer, all from the same start; `before` is that start, with adapters off.
 
-    `forecast`: nats a token that the Fisher information predicts the run from layer 0 to have cost on the source, None where it was
-    not measured.
+    `forecast`: nats a token that an expansion of the source's loss says the run from layer 0 to have cost, None
+    where it was not measured.
     """
 
     layers: int
