@@ -97,7 +97,8 @@ def recompress(b: Tensor, a: Tensor, *, rank: int | None = None, max_error: floa
 
 def _error(values: Tensor, kept: int) -> tuple[float, float]:
     norm = values.norm().item()
-    return (values[kept:].norm().item() / norm if norm else 0.0), norm
+    error = values[kept:].norm().item() / norm if norm else 0.0
+    return (error if error > _NULL else 0.0), norm
 
 
 def _enough(values: Tensor, rank: int | None, max_error: float) -> int:
