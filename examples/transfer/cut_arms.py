@@ -14,7 +14,7 @@ from peftkern.transfer.arms import four_arms
 from .results_files import save_plot, save_rows
 from .samples import mnist
 
-SEEDS, STEPS, DEPTHS = (0, 1, 2), 150, (1, 3, 6)
+SEEDS, STEPS, BATCH, DEPTHS = (0, 1, 2), 100, 32, (1, 3, 6)
 
 
 def small_vit(seed: int, *, classes: int) -> nn.Module:
@@ -43,7 +43,7 @@ def main() -> None:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=STEPS)
         model.train()
         for _ in range(STEPS):
-            index = sets[task][torch.randint(len(sets[task]), (64,), generator=generator)]
+            index = sets[task][torch.randint(len(sets[task]), (BATCH,), generator=generator)]
             loss = cross_entropy(model(pixel_values=pixels[index]).logits, labels[index] % 5)
             optimizer.zero_grad()
             loss.backward()

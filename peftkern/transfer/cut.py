@@ -123,7 +123,7 @@ class CutReport:
         if self.words:
             axes.axhline(self.words.mean, color="tab:green", linestyle="--", label="bag of words")
         axes.axhline(self.majority, color="black", linestyle=":", label="majority")
-        if self.recommended is not None:
+        if self.recommended:
             axes.axvline(self.recommended, color="tab:red", alpha=0.5, label=f"cut at {self.recommended}")
         axes.set(
             xlabel="layers below the cut",
@@ -134,7 +134,9 @@ class CutReport:
 
     def _title(self) -> str:
         if self.recommended is None:
-            return "No cut is spoken for"
+            return "No depth can be told from a random network's"
+        if self.recommended == 0:
+            return "No depth is measurably better than the embeddings"
         share = next(row.step for row in self.rows if row.depth == self.recommended)
         return f"From layer {self.recommended} on no depth is better: a step takes ×{share:.2f}"
 
