@@ -57,7 +57,9 @@ class ArmsReport:
         if self.coadaptation(first).sign == -1:
             why += " and broken co-adaptation"
         deepest = max((n for n in free if n < first), default=0)
-        return f"{deepest} frozen layers of A lose nothing measurable on B; {first} lose {self.minus_base('AnB', first)} by {why}."
+        lose = "layer of A loses" if deepest == 1 else "layers of A lose"
+        kept = f"{deepest} frozen {lose} nothing measurable on B"
+        return f"{kept}; {first} lose {self.minus_base('AnB', first)} by {why}."
 
     def table(self) -> str:
         """Mean and standard error of each arm by n, as a table of Markdown."""

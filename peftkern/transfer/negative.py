@@ -43,8 +43,11 @@ class Run:
 
     @property
     def area(self) -> float:
-        """The mean loss over the budget: the area under the curve divided by its width."""
-        loss, x = [score.loss for score in self.scores], self.examples
+        """The mean loss over the budget: the area under the curve divided by its width.
+
+        It begins at the first evaluation after training began: before, the loss is that of an untrained head.
+        """
+        loss, x = [score.loss for score in self.scores[1:]], self.examples[1:]
         pieces = [(b - a) * (u + v) / 2 for a, b, u, v in zip(x, x[1:], loss, loss[1:], strict=False)]
         return sum(pieces) / (x[-1] - x[0])
 
@@ -202,6 +205,7 @@ def arms_of(model: nn.Module, *, head: Sequence[str] = (), depths: Sequence[int]
 
 
 def _with_head(model: nn.Module, head: Sequence[str], seed: int) -> nn.Module:
+    """A new head of the usual scale: a smaller one would slow the arms whose features are still to be learned."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
