@@ -3,7 +3,7 @@
 For each seed `peftkern finetune` trains a LoRA adapter of rank 16 on NF4 weights, 40 steps of 512 tokens; it is kept in
 the cache. Each form of merge is measured on held-out books: rounding error, survival of the change, KL from the
 adapter, perplexity. The feedback's calibration text comes from the training books. Writes merging.csv, merging.png
-and merging-layers.png into results/; a seed's rows take the place of its earlier ones.
+and merging-layers.png into results/; a seed's row of a form takes the place of its earlier one.
 
     python -m examples.transfer.merging --seeds 0 1 2
 """
@@ -37,6 +37,7 @@ FORMS = (
     ("dense", "original", 0),
     ("stochastic", "dequantized", 0),
     ("feedback", "dequantized", 0),
+    ("feedback", "original", 0),
 )
 COLUMNS = ("seed", "form", "MB", "delta_ratio", "error_ratio", "survival", "cosine", "mismatch_ratio")
 COLUMNS += ("kl", "kl_error", "base_ppl", "adapter_ppl", "merged_ppl", "lost")
@@ -150,11 +151,11 @@ def four_bit_bytes(model: Any) -> list[Tensor]:
 
 
 def store(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the table, with the rows of other seeds that it had; returns all of them."""
+    """Write the table, with the other rows that it had; returns all of them."""
     path = RESULTS / "merging.csv"
     path.parent.mkdir(exist_ok=True)
-    seeds = {one["seed"] for one in rows}
-    others = [one for one in read(path) if one["seed"] not in seeds]
+    made = {(one["seed"], one["form"]) for one in rows}
+    others = [one for one in read(path) if (one["seed"], one["form"]) not in made]
     every = sorted([*others, *rows], key=lambda one: one["seed"])
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -213,9 +214,10 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     seeds = len({one["seed"] for one in rows})
-    axes.set_xlabel(f"part of the adapter's gain in loss that is lost, % (mean and s.e. of {seeds} seeds)")
-    nearest = lost[0][0]
-    axes.set_title(f"Requantizing loses {nearest:.0f} % of what the adapter learnt; dense loses none")
+    over = f"mean and s.e. of {seeds} seeds" if seeds > 1 else "one seed"
+    axes.set_xlabel(f"part of the adapter's gain that is lost, % ({over})")
+    axes.margins(x=0.12)
+    figure.suptitle(f"Requantizing loses {lost[0][0]:.0f} % of what the adapter learnt; dense loses none")
     figure.savefig(RESULTS / "merging.png", dpi=110)
 
 

@@ -18,7 +18,8 @@ __all__ = ["add_commands"]
 
 _FORMS = ("auto", "compare", "requantize", "stochastic", "feedback", "residual", "dense")
 _MODEL = ("model", "quantization", "double_quant", "dtype", "trust_remote_code", "patch", "seq_length")
-_COMPARED = ("requantize", "stochastic", "feedback", "residual", "dense", ("dense", "original"))
+_COMPARED = ("requantize", "stochastic", "feedback", "residual", "dense")
+_ON_ORIGINAL = (("requantize", "original"), ("feedback", "original"), ("dense", "original"))
 _EXTRA = ("transformers", "peft", "accelerate", "bitsandbytes", "matplotlib")
 _REPORT = "merge.json"
 
@@ -163,7 +164,7 @@ def _merge(args: argparse.Namespace, model: LoadedModel) -> None:
     )
     form, base = args.form, args.base
     if form in ("auto", "compare"):
-        forms = [item for item in _COMPARED if original is not None or isinstance(item, str)]
+        forms = _COMPARED if original is None else (*_COMPARED, *_ON_ORIGINAL)
         comparison = compare_merges(model.model, rows, forms=forms, **common)
         print(comparison)
         if form == "compare":
