@@ -96,7 +96,8 @@ def _written(table: list[dict[str, Any]]) -> None:
         axes.errorbar(distances, means, xerr=[lower, upper], fmt="o")
         for row, x, y in zip(table, distances, means, strict=True):
             name = f"{row['first']}, {row['second']}"
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5))
+            below = -12 if name == "nyt, tweets" else 6
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(-8, below), ha="right")
         null = max(row["null_high"] for row in table)
         axes.axvline(null, color="gray", linestyle=":", label="halves of one domain (95 %)")
         axes.set(
