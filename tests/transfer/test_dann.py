@@ -131,6 +131,7 @@ def test_it_drops_what_tells_the_domains_apart_and_keeps_the_class() -> None:
 
 
 def test_probe_sees_what_a_linear_one_cannot() -> None:
+    pytest.importorskip("sklearn", reason="sklearn is not installed")
     random = numpy.random.default_rng(0)
     angle = random.uniform(0, 2 * numpy.pi, (2, 150))
     rings = numpy.stack([numpy.cos(angle), numpy.sin(angle)], axis=2) * numpy.array([1.0, 2.0])[:, None, None]
@@ -142,6 +143,7 @@ def test_probe_sees_what_a_linear_one_cannot() -> None:
 
 
 def test_bad_features_are_named() -> None:
+    pytest.importorskip("sklearn", reason="sklearn is not installed")
     dann, good = DANNLoss(3), torch.randn(4, 3)
     for source, target, message in (
         (torch.randn(4, 2), good, r"source: got features of shape \(4, 2\), expected \[rows, 3\]"),

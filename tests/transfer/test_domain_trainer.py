@@ -167,6 +167,7 @@ def test_empty_targets_are_named(tmp_path: Path) -> None:
 
 
 def test_probe_after_training(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="sklearn is not installed")
     made = trainer(tmp_path, MMDAlignment(), steps=2)
     made.train()
     found = made.domain_probe(rows(20, 0))

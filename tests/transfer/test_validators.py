@@ -44,6 +44,7 @@ def classified(proportions: list[float], rows: int, seed: int) -> tuple[Tensor, 
 
 
 def test_proportions_are_recovered_from_predictions() -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
     logits, labels = classified([1 / 3, 1 / 3, 1 / 3], 3000, 0)
     for proportions in ([1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1], [0.0, 0.5, 0.5]):
         target, _ = classified(proportions, 3000, 1)
@@ -55,6 +56,7 @@ def test_proportions_are_recovered_from_predictions() -> None:
 
 
 def test_a_shift_is_warned_of_and_chance_is_not() -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
     logits, labels = classified([1 / 3, 1 / 3, 1 / 3], 1000, 0)
     with pytest.warns(UserWarning, match="aligning the domains may hurt"):
         shifted = label_shift(logits, labels, classified([0.8, 0.1, 0.1], 1000, 1)[0])
@@ -68,6 +70,7 @@ def test_a_shift_is_warned_of_and_chance_is_not() -> None:
 
 
 def test_bad_input_is_named() -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
     logits, labels = classified([0.5, 0.5, 0.0], 50, 0)
     with pytest.raises(InputError, match=r"source_labels: got \[.*, 0\] rows"):
         label_shift(logits, labels, logits)
