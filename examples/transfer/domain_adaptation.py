@@ -327,13 +327,13 @@ def plot() -> None:
 
 
 def _title(results: dict[str, list[Run]]) -> str:
-    """What came out, by the paired intervals."""
+    """For how many tasks the paired interval of a method's gain over the source alone lies above 0, or below."""
     words = []
-    for task, runs in results.items():
-        gains = {method: paired_runs(_of(runs, method), _of(runs, "source only")) for method in METHODS[1:]}
-        named = [f"{method} {100 * gain.mean:+.1f} ± {100 * gain.se:.1f}" for method, gain in gains.items()]
-        words.append(f"{task}: {', '.join(named)}")
-    return "Gain over the source alone, in points (± s.e., paired by seed)\n" + "; ".join(words)
+    for method in METHODS[1:]:
+        gains = [paired_runs(_of(runs, method), _of(runs, "source only")) for runs in results.values()]
+        up, down = (sum(gain.sign == sign for gain in gains) for sign in (1, -1))
+        words.append(f"{method} helps in {up} and hurts in {down} of {len(gains)} tasks, else one cannot tell")
+    return "\n".join(words)
 
 
 TASKS = ("strengths", "images", "movie-amazon", "movie-nyt", "movie-tweets")
