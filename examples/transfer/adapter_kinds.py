@@ -58,7 +58,9 @@ FIELDS = ("kind", "lr", "seed", "parameters", "kjv_nats", "pydoc_nats", "seconds
 def windows(name: str, count: int) -> Tensor:
     """[count, LENGTH] token ids of the texts of that name one after the other, each ended by the
     end-of-sequence token."""
-    texts = {"train": kjv(held_out=False), "kjv": kjv(held_out=True), "pydoc": pydoc_prose(held_out=True)}[name]
+    texts = {"train": kjv(held_out=False), "kjv": kjv(held_out=True), "pydoc": pydoc_prose(held_out=True)}[
+        name
+    ]
     if name == "train":
         texts = random.Random(0).sample(texts, len(texts))  # chapters of all books
     tokenizer, ids = load_tokenizer(resolve_model("sample")), []
@@ -73,7 +75,9 @@ def windows(name: str, count: int) -> Tensor:
 def precision(config: FinetuneConfig) -> Iterator[None]:
     """Autocast to the dtype that the machine computes in."""
     dtype = compute_dtype(config.dtype)
-    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=dtype, enabled=dtype is not torch.float32):
+    with torch.autocast(
+        "cuda" if torch.cuda.is_available() else "cpu", dtype=dtype, enabled=dtype is not torch.float32
+    ):
         yield
 
 
@@ -88,7 +92,10 @@ def nats(model: nn.Module, rows: Tensor, config: FinetuneConfig) -> float:
     """Mean negative log-likelihood of a token."""
     model.eval()
     with precision(config):
-        losses = [model(input_ids=row[None].to(model.device), labels=row[None].to(model.device)).loss.item() for row in rows]
+        losses = [
+            model(input_ids=row[None].to(model.device), labels=row[None].to(model.device)).loss.item()
+            for row in rows
+        ]
     return statistics.fmean(losses)
 
 
@@ -96,7 +103,9 @@ def train(model: nn.Module, rows: Tensor, config: FinetuneConfig, rate: float, s
     """STEPS steps of AdamW, the rate rising over 5 and falling to 0; returns the median seconds of a step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5) * (1 - step / STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 5) * (1 - step / STEPS)
+    )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     seconds = []
     model.train()
@@ -201,7 +210,9 @@ def summary() -> list[tuple[str, float, float, float, float]]:
             if len(rows) < len(SEEDS):
                 continue  # not complete yet
             pairs = [[row[key] for row in rows] for key in ("kjv_nats", "pydoc_nats")]
-            found.append((kind, *(value for values in pairs for value in (statistics.fmean(values), _error(values)))))
+            found.append(
+                (kind, *(value for values in pairs for value in (statistics.fmean(values), _error(values))))
+            )
     return found
 
 
@@ -215,7 +226,9 @@ def verdict() -> str:
     near = [row[0] for row in others if row[1] - best[1] <= 2 * (best[2] ** 2 + row[2] ** 2) ** 0.5]
     behind = [row[0] for row in others if row[0] not in near]
     first = f"{' and '.join([best[0], *near])} cannot be told apart" if near else f"{best[0]} learns most"
-    return f"At equal parameters {first}" + (f"; {', '.join(behind)} learn{'s' * (len(behind) == 1)} less" if behind else "")
+    return f"At equal parameters {first}" + (
+        f"; {', '.join(behind)} learn{'s' * (len(behind) == 1)} less" if behind else ""
+    )
 
 
 def plot() -> None:
@@ -237,7 +250,8 @@ def plot() -> None:
     axes.set_ylabel("nats a token below the base's\n(held-out books, more is better)")
     axes.set_title(verdict(), fontsize=11)
     axes.set_xlabel(
-        f"SmolLM2-135M in 4 bit, 2.4 M parameters, {STEPS} steps of {BATCH * LENGTH} tokens, better of 2 rates, 3 seeds",
+        f"SmolLM2-135M in 4 bit, 2.4 M parameters, {STEPS} steps of {BATCH * LENGTH} tokens, better of 2"
+        " rates, 3 seeds",
         fontsize=8,
     )
     figure.savefig(PLOT, dpi=150)
@@ -247,7 +261,9 @@ def main(names: list[str]) -> int:
     """Measure the kinds named, or all, and draw what is in the table."""
     unknown = [name for name in names if name not in KINDS]
     if unknown:
-        print(f"adapter_kinds: there is no kind {unknown[0]!r}: choose of {', '.join(KINDS)}", file=sys.stderr)
+        print(
+            f"adapter_kinds: there is no kind {unknown[0]!r}: choose of {', '.join(KINDS)}", file=sys.stderr
+        )
         return 2
     try:
         measure(names or list(KINDS))
@@ -255,7 +271,10 @@ def main(names: list[str]) -> int:
         print(f"adapter_kinds: error: {error}", file=sys.stderr)
         return 2
     for kind, kjv_mean, kjv_error, pydoc_mean, pydoc_error in summary():
-        print(f"{kind:18} KJV {kjv_mean:.3f} +- {kjv_error:.3f}   reference prose {pydoc_mean:.3f} +- {pydoc_error:.3f}")
+        print(
+            f"{kind:18} KJV {kjv_mean:.3f} +- {kjv_error:.3f}   reference prose {pydoc_mean:.3f} +-"
+            f" {pydoc_error:.3f}"
+        )
     plot()
     return 0
 

@@ -1,6 +1,8 @@
-"""A small language model of bytes whose source loss is near a minimum: a Llama of 94,000 weights, trained on Python's reference prose.
+"""A small language model of bytes whose source loss is near a minimum: a Llama of 94,000 weights, trained on
+Python's reference prose.
 
-Trained once, within a minute or two on a free core, and kept in the cache folder; an interrupted training goes on where it was.
+Trained once, within a minute or two on a free core, and kept in the cache folder; an interrupted training
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ VOCABULARY, LENGTH, BATCH, STEPS, RATE = 128, 64, 16, 900, 4e-3
 
 
 def byte_windows(texts: Sequence[str], length: int = LENGTH) -> Tensor:
-    """The texts' ASCII codes one after the other, in windows [n, length]; other characters become code 127."""
+    """The texts' ASCII codes one after the other, in windows [n, length]; other characters become code
+    127."""
     codes = [min(ord(character), VOCABULARY - 1) for text in texts for character in text + "\n"]
     return torch.tensor(codes[: len(codes) // length * length]).view(-1, length)
 
 
 def byte_model(windows: Tensor, *, seconds: float = 1e9) -> Any:
-    """The model trained on `windows`; None where that takes more than so many `seconds`: call again to go on."""
+    """The model trained on `windows`; None where that takes more than so many `seconds`: call again to go
+    on."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -2,8 +2,8 @@
 
 `layers`: MiniLM on the movie sentences: probe, LogME and CKA of every depth with their controls, and the time
 and memory of a step cut there. `train`: LoRA trained from some of the layers on, which is what the scores are
-to forecast. Run as `python -m examples.transfer.cut layers` (or train, or both without a name). Yosinski's four
-arms are in examples/transfer/cut_arms.py.
+to forecast. Run as `python -m examples.transfer.cut layers` (or train, or both without a name). Yosinski's
+four arms are in examples/transfer/cut_arms.py.
 """
 
 from __future__ import annotations

@@ -327,12 +327,15 @@ def plot() -> None:
 
 
 def _title(results: dict[str, list[Run]]) -> str:
-    """For how many tasks the paired interval of a method's gain over the source alone lies above 0, or below."""
+    """For how many tasks the paired interval of a method's gain over the source alone lies above 0, or
+    below."""
     words = []
     for method in METHODS[1:]:
         gains = [paired_runs(_of(runs, method), _of(runs, "source only")) for runs in results.values()]
         up, down = (sum(gain.sign == sign for gain in gains) for sign in (1, -1))
-        words.append(f"{method} helps in {up} and hurts in {down} of {len(gains)} tasks, else one cannot tell")
+        words.append(
+            f"{method} helps in {up} and hurts in {down} of {len(gains)} tasks, else one cannot tell"
+        )
     return "\n".join(words)
 
 

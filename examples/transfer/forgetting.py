@@ -52,7 +52,13 @@ ARMS = [
     ("budget", 0.5),
 ]
 SEEDS = (0, 1, 2)
-COLORS = {"nothing": "black", "EWC": "tab:blue", "L2-SP": "tab:orange", "replay": "tab:green", "budget": "tab:red"}
+COLORS = {
+    "nothing": "black",
+    "EWC": "tab:blue",
+    "L2-SP": "tab:orange",
+    "replay": "tab:green",
+    "budget": "tab:red",
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,9 @@ def adapted(base: nn.Module, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     peftkern.patch(model)
     install_model_loss(model)
     return model
@@ -192,7 +200,11 @@ def train(
         every=setting.steps // 4 if method == "budget" else setting.steps,
         planned=setting.steps,
     )
-    replay = Replay(rows=len(task.kept), ratio=strength, slots=setting.batch, seed=seed) if method == "replay" else None
+    replay = (
+        Replay(rows=len(task.kept), ratio=strength, slots=setting.batch, seed=seed)
+        if method == "replay"
+        else None
+    )
     distance = DeltaPenalty(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=setting.rate, weight_decay=0.0)
@@ -228,7 +240,9 @@ def read(path: Path) -> list[Row]:
         return []
     kinds = {field.name: {"str": str, "float": float, "int": int}[field.type] for field in fields(Row)}
     with path.open(newline="") as file:
-        return [Row(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+        return [
+            Row(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)
+        ]
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
@@ -236,7 +250,9 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
-        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in asdict(row).items()} for row in rows)
+        writer.writerows(
+            {key: f"{v:.6g}" if isinstance(v, float) else v for key, v in asdict(row).items()} for row in rows
+        )
 
 
 def missing(rows: Sequence[Row]) -> Iterator[tuple[str, float, int]]:
@@ -302,7 +318,10 @@ def plot(rows: Sequence[Row], folder: Path, name: str) -> None:
 def draw_frontier(axes: Any, rows: Sequence[Row]) -> None:
     for method, color in COLORS.items():
         points = sorted((strength, runs) for (name, strength), runs in arms(rows).items() if name == method)
-        values = [[mean_error([getattr(row, n) for row in runs]) for n in ("source_rise", "target_loss")] for _, runs in points]
+        values = [
+            [mean_error([getattr(row, n) for row in runs]) for n in ("source_rise", "target_loss")]
+            for _, runs in points
+        ]
         xs, ys = ([pair[side][0] for pair in values] for side in (0, 1))
         errors = [[pair[side][1] for pair in values] for side in (0, 1)]
         axes.errorbar(xs, ys, errors[1], errors[0], marker="o", capsize=3, color=color, label=method)
@@ -326,7 +345,10 @@ def draw_frontier(axes: Any, rows: Sequence[Row]) -> None:
 def frontier(rows: Sequence[Row], method: str) -> list[tuple[float, float]]:
     """A method's mean (source rise, target loss) at each strength, by rise."""
     runs = [each for (name, _), each in arms(rows).items() if name == method]
-    return sorted(tuple(statistics.mean(getattr(row, n) for row in each) for n in ("source_rise", "target_loss")) for each in runs)
+    return sorted(
+        tuple(statistics.mean(getattr(row, n) for row in each) for n in ("source_rise", "target_loss"))
+        for each in runs
+    )
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -346,7 +368,9 @@ def draw_forecast(axes: Any, rows: Sequence[Row]) -> None:
     slope, correlation = calibrated(rows)
     for method, color in COLORS.items():
         of = [row for row in rows if row.method == method]
-        values = [[getattr(row, name) for row in of] for name in ("forecast", "source_rise", "source_rise_error")]
+        values = [
+            [getattr(row, name) for row in of] for name in ("forecast", "source_rise", "source_rise_error")
+        ]
         axes.errorbar(*values, linestyle="none", marker="o", capsize=3, color=color, label=method)
     most = max(row.forecast for row in rows)
     axes.plot(
@@ -366,7 +390,9 @@ def draw_forecast(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", choices=SETTINGS, default="smollm2", help="bytes: a small model of bytes")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run beyond this time")
     args = parser.parse_args()
@@ -374,9 +400,12 @@ def main() -> None:
     name = f"forgetting_{args.base}"
     rows = run(RESULTS / f"{name}.csv", args.minutes, SETTINGS[args.base])
     for (method, strength), runs in arms(rows).items():
-        target, rise = (mean_error([getattr(row, name) for row in runs]) for name in ("target_loss", "source_rise"))
+        target, rise = (
+            mean_error([getattr(row, name) for row in runs]) for name in ("target_loss", "source_rise")
+        )
         print(
-            f"{method:8s} {strength:4g}: target {target[0]:.4f} ({target[1]:.4f}), source {rise[0]:+.4f} ({rise[1]:.4f}), {len(runs)} seeds"
+            f"{method:8s} {strength:4g}: target {target[0]:.4f} ({target[1]:.4f}), source {rise[0]:+.4f}"
+            f" ({rise[1]:.4f}), {len(runs)} seeds"
         )
     plot(rows, RESULTS, name)
 

@@ -131,7 +131,10 @@ def _natural(features: np.ndarray, labels: np.ndarray, documents: np.ndarray) ->
 
 
 def _table(lines: list[list[Any]]) -> None:
-    print("| left out by | suspects | precision | recall | precision of the first 400 | test accuracy, % | gained, points |")
+    print(
+        "| left out by | suspects | precision | recall | precision of the first 400 | test accuracy, % |"
+        " gained, points |"
+    )
     print("|---|---|---|---|---|---|---|")
     flipped = [line[-1] for line in lines if line[0] == "flipped labels"]
     for name in dict.fromkeys(line[0] for line in lines):
@@ -143,7 +146,11 @@ def _table(lines: list[list[Any]]) -> None:
                 flipped,
             ),
         )
-        means = [np.mean([line[column] for line in chosen]) for column in range(2, 6)] if chosen[0][2] != "" else []
+        means = (
+            [np.mean([line[column] for line in chosen]) for column in range(2, 6)]
+            if chosen[0][2] != ""
+            else []
+        )
         found = [f"{means[0]:.0f}", *(f"{mean:.2f}" for mean in means[1:])] if means else [""] * 4
         against = "" if name == "flipped labels" else f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
         print(f"| {name} | {' | '.join(found)} | {score.mean:.2f} ± {score.se:.2f} | {against} |")

@@ -1,8 +1,9 @@
-"""Layer-wise rates, gradual unfreezing, the slanted triangle and LoRA+ on 500 real sentences, paired over seeds.
+"""Layer-wise rates, gradual unfreezing, the slanted triangle and LoRA+ on 500 real sentences, paired over
+seeds.
 
-MiniLM on the movie sentences: 500 to train on, 1,500 of other reviews to test on. Every arm trains the same rows in
-the same order, so that differences are paired. Rates are not tuned: the layer-wise ones have the geometric mean of the
-one rate that they are compared with (top rate times sqrt(17.6)).
+MiniLM on the movie sentences: 500 to train on, 1,500 of other reviews to test on. Every arm trains the same
+rows in the same order, so that differences are paired. Rates are not tuned: the layer-wise ones have the
+geometric mean of the one rate that they are compared with (top rate times sqrt(17.6)).
 Finished runs are kept in the CSV, and a second call goes on with the rest:
 `python -m examples.transfer.layer_rates [MINUTES]`.
 """
@@ -40,7 +41,8 @@ FIELDS = ("arm", "lr", "seed", "error", "loss", "seconds")
 
 @dataclass(frozen=True)
 class Arm:
-    """How one arm trains: its rate at the top, LoRA or every weight, its rates, whether it thaws, and its schedule."""
+    """How one arm trains: its rate at the top, LoRA or every weight, its rates, whether it thaws, and its
+    schedule."""
 
     name: str
     lr: float
@@ -139,7 +141,9 @@ def _train(arm: Arm, seed: int, data: Data) -> Classifier:
     rows = generator.choice(data.pool, TRAIN, replace=False)
     model = _model(arm, seed).train()
     optimizer = torch.optim.AdamW(arm.rates.groups(model, lr=arm.lr), weight_decay=0.01)
-    batches = [batch for _ in range(EPOCHS) for batch in _batches(data, generator.permutation(rows), generator)]
+    batches = [
+        batch for _ in range(EPOCHS) for batch in _batches(data, generator.permutation(rows), generator)
+    ]
     scheduler = LambdaLR(optimizer, schedule(arm.schedule, len(batches), warmup=0.1))
     depths = parameter_depths(model)
     trained = sorted(
@@ -209,7 +213,9 @@ def _report(path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    print("| arm | rate at the top | test error, % | against the first of its kind, points | test loss, nats |")
+    print(
+        "| arm | rate at the top | test error, % | against the first of its kind, points | test loss, nats |"
+    )
     print("|---|---|---|---|---|")
     means = []
     for arm in (arm for arm in ARMS if len(_values(path, arm, "error")) == len(SEEDS)):
@@ -217,7 +223,9 @@ def _report(path: Path) -> None:
         errors = _values(path, arm, "error")
         mean, loss = over_runs(errors), over_runs(_values(path, arm, "loss"))
         difference = paired_runs(errors, _values(path, first, "error"))
-        against = "" if arm is first else f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+        against = (
+            "" if arm is first else f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+        )
         scores = f"{mean.mean:.2f} ± {mean.se:.2f} | {against} | {loss.mean:.3f} ± {loss.se:.3f}"
         print(f"| {arm.name} | {arm.lr:g} | {scores} |")
         means.append((arm.name, mean))

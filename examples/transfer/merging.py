@@ -1,9 +1,10 @@
 """Merging an adapter into its 4-bit base: what each form keeps of it, on SmolLM2 and the King James Bible.
 
-For each seed `peftkern finetune` trains a LoRA adapter of rank 16 on NF4 weights, 40 steps of 512 tokens; it is kept in
-the cache. Each form of merge is measured on held-out books: rounding error, survival of the change, KL from the
-adapter, perplexity. The feedback's calibration text comes from the training books. Writes merging.csv, merging.png
-and merging-layers.png into results/; a seed's row of a form takes the place of its earlier one.
+For each seed `peftkern finetune` trains a LoRA adapter of rank 16 on NF4 weights, 40 steps of 512 tokens; it
+is kept in the cache. Each form of merge is measured on held-out books: rounding error, survival of the
+change, KL from the adapter, perplexity. The feedback's calibration text comes from the training books. Writes
+merging.csv, merging.png and merging-layers.png into results/; a seed's row of a form takes the place of its
+earlier one.
 
     python -m examples.transfer.merging --seeds 0 1 2
 """
@@ -82,7 +83,9 @@ def measured(folder: Path, seed: int, count: int) -> Iterator[dict[str, Any]]:
     original = samples.smollm2_folder()
     with loaded(str(folder)) as it, it.autocast():
         model = it.model
-        probe, calibration = (windows(it.tokenizer, samples.kjv(held_out=part), count) for part in (True, False))
+        probe, calibration = (
+            windows(it.tokenizer, samples.kjv(held_out=part), count) for part in (True, False)
+        )
         reference = Reference(model, list(probe), lambda: base_alone(model))
         for form, base, rank in FORMS:
             options = dict(form=form, base=base, rank=rank or 1, seed=seed, calibration=calibration)
@@ -180,7 +183,10 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [{"seed": int(one["seed"]), "form": one["form"]} | {key: float(one[key]) for key in COLUMNS[2:]} for one in rows]
+    return [
+        {"seed": int(one["seed"]), "form": one["form"]} | {key: float(one[key]) for key in COLUMNS[2:]}
+        for one in rows
+    ]
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:

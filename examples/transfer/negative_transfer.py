@@ -1,8 +1,8 @@
 """Does pretraining help, or poison? Six arms on one budget, on real digits; CSV and PNG go into results/.
 
 A network of six fully connected layers learns scikit-learn's digits from MNIST weights, from weights that
-memorised MNIST with random labels, from shuffled MNIST weights, from MNIST's first layers alone, and from random
-weights. It takes minutes on two cores. Run as `python -m examples.transfer.negative_transfer`.
+memorised MNIST with random labels, from shuffled MNIST weights, from MNIST's first layers alone, and from
+random weights. It takes minutes on two cores. Run as `python -m examples.transfer.negative_transfer`.
 """
 
 from __future__ import annotations

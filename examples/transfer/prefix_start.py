@@ -2,11 +2,11 @@
 beside LoRA of as many weights.
 
 A model learns the King James Bible for a few steps from each start, inside attention, and is measured on
-held-out books and, for what it forgets, on held-out prose of Python's reference. LoRA on all linear layers has
-as many weights as the prefix. The rate of each start is the best of a sweep on a seed that is not reported.
-`--base bytes` does it with a Llama of 94,000 weights that is first trained on Python's reference, byte by byte.
-Writes prefix_start-BASE.csv, -rates.csv and .png into results/; rows that a file has already are not made
-again, so that it can be run in parts.
+held-out books and, for what it forgets, on held-out prose of Python's reference. LoRA on all linear layers
+has as many weights as the prefix. The rate of each start is the best of a sweep on a seed that is not
+reported. `--base bytes` does it with a Llama of 94,000 weights that is first trained on Python's reference,
+byte by byte. Writes prefix_start-BASE.csv, -rates.csv and .png into results/; rows that a file has already
+are not made again, so that it can be run in parts.
 
     python -m examples.transfer.prefix_start
     python -m examples.transfer.prefix_start --base bytes
@@ -42,8 +42,9 @@ SWEEP_SEED = 100
 
 @dataclass(frozen=True)
 class Setting:
-    """Windows of `length` tokens, `batch` a step; a prefix of `tokens`, LoRA of `rank`; `measured`: windows of
-    each text; `at`: the steps after which they are measured, the last one last; `rates`: what the sweep tries.
+    """Windows of `length` tokens, `batch` a step; a prefix of `tokens`, LoRA of `rank`; `measured`: windows
+    of each text; `at`: the steps after which they are measured, the last one last; `rates`: what the sweep
+    tries.
     """
 
     name: str
@@ -186,7 +187,8 @@ def once(table: Path, texts: Texts, arm: str, seed: int, rate: float, at: tuple[
         target, source = (measured(model, windows) for windows in (texts.target, texts.source))
         rows.append(dict(zip(COLUMNS, (arm, seed, rate, count, step, target, source, seconds), strict=True)))
         print(
-            f"{arm} seed {seed} rate {rate:g} step {step}: target {target:.4f} source {source:.4f}, {seconds:.2f} s a step",
+            f"{arm} seed {seed} rate {rate:g} step {step}: target {target:.4f} source {source:.4f},"
+            f" {seconds:.2f} s a step",
             flush=True,
         )
     write(table, read(table) + rows)
@@ -223,7 +225,9 @@ def training(
 def measured(model: nn.Module, windows: Tensor) -> float:
     """Nats a token."""
     model.eval()
-    return statistics.fmean(model(input_ids=each, labels=each, use_cache=False).loss.item() for each in windows.split(8))
+    return statistics.fmean(
+        model(input_ids=each, labels=each, use_cache=False).loss.item() for each in windows.split(8)
+    )
 
 
 def best_rate(setting: Setting, arm: str) -> float:
@@ -278,7 +282,10 @@ def read(table: Path) -> list[dict[str, Any]]:
         return []
     with table.open(newline="") as file:
         kinds = dict(arm=str, seed=int, weights=int, step=int)
-        return [{name: kinds.get(name, float)(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: kinds.get(name, float)(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def write(table: Path, rows: list[dict[str, Any]]) -> None:
@@ -291,7 +298,10 @@ def write(table: Path, rows: list[dict[str, Any]]) -> None:
             rows,
             key=lambda row: (ARMS.index(row["arm"]), row["rate"], row["seed"], row["step"]),
         )
-        writer.writerows({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows)
+        writer.writerows(
+            {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()}
+            for row in rows
+        )
 
 
 def draw(setting: Setting, rows: list[dict[str, Any]]) -> None:
@@ -343,12 +353,17 @@ def draw(setting: Setting, rows: list[dict[str, Any]]) -> None:
         found = [row for row in rows if row["arm"] == arm]
         if found:
             ends_of = [mean_and_error(found, last, name) for name in ("target_nats", "source_nats")]
-            print(f"{arm}: target {ends_of[0][0]:.3f} ± {ends_of[0][1]:.3f}, source {ends_of[1][0]:.3f} ± {ends_of[1][1]:.3f}")
+            print(
+                f"{arm}: target {ends_of[0][0]:.3f} ± {ends_of[0][1]:.3f}, source {ends_of[1][0]:.3f} ±"
+                f" {ends_of[1][1]:.3f}"
+            )
 
 
 def title(rows: list[dict[str, Any]], last: int) -> str:
     """The answer: the starts in the order of what they learned."""
-    means = {arm: [row["target_nats"] for row in rows if row["arm"] == arm and row["step"] == last] for arm in ARMS}
+    means = {
+        arm: [row["target_nats"] for row in rows if row["arm"] == arm and row["step"] == last] for arm in ARMS
+    }
     order = sorted((arm for arm in means if means[arm]), key=lambda arm: statistics.fmean(means[arm]))
     return f"Best after {last} steps: " + ", then ".join(order)
 

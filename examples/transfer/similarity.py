@@ -103,7 +103,9 @@ def _written(table: list[dict[str, Any]]) -> None:
         axes.set(
             xlabel="proxy A-distance of MiniLM's features (95 % interval)",
             ylabel="accuracy of a probe across, mean of both ways",
-            title=f"Six pairs of domains: τ of distance and accuracy {tau.statistic:.2f}, p = {tau.pvalue:.2f}",
+            title=(
+                f"Six pairs of domains: τ of distance and accuracy {tau.statistic:.2f}, p = {tau.pvalue:.2f}"
+            ),
         )
         axes.legend()
 

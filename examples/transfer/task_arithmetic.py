@@ -156,8 +156,12 @@ def curve(rows: list[dict[str, str]], what: str, name: str) -> list[tuple[float,
     for row in rows:
         if row["what"] == what and row["set"] == name:
             found.setdefault(float(row["lambda"]), []).append(float(row["nats"]))
-    errors = {x: statistics.stdev(y) / math.sqrt(len(y)) if len(y) > 1 else math.nan for x, y in found.items()}
-    return [(x, statistics.mean(y), errors[x]) for x, y in sorted(found.items(), key=lambda item: abs(item[0]))]
+    errors = {
+        x: statistics.stdev(y) / math.sqrt(len(y)) if len(y) > 1 else math.nan for x, y in found.items()
+    }
+    return [
+        (x, statistics.mean(y), errors[x]) for x, y in sorted(found.items(), key=lambda item: abs(item[0]))
+    ]
 
 
 def draw(rows: list[dict[str, str]]) -> None:

@@ -193,7 +193,11 @@ def _tasks(
     layers = lora_layers(model)
     if not layers:
         bottleneck = getattr(model, "peft_type", None) == "BOTTLENECK"
-        hint = "a bottleneck is no linear change of weights and cannot be merged" if bottleneck else "load an adapter with PEFT first"
+        hint = (
+            "a bottleneck is no linear change of weights and cannot be merged"
+            if bottleneck
+            else "load an adapter with PEFT first"
+        )
         raise ValueError(f"model: {type(model).__name__} has no LoRA layer; {hint}")
     if any(layer.merged for layer in layers.values()) or _SLOT in model.__dict__:
         raise ValueError("model: adapters are merged already; call unmerge(model) first")
@@ -208,7 +212,7 @@ def _tasks(
     tasks, left = [], []
     for name, layer in layers.items():
         held = {*layer.lora_A, *layer.lora_embedding_A}
-        names = [name for name in (adapters or layer.active_adapters) if name in held]
+        names = [name for name in adapters or layer.active_adapters if name in held]
         reason = reason_against(layer, names) if names else None
         if names and reason is None and not install_merge(layer):
             reason = f"{type(layer).__name__} has a merge of its own"

@@ -245,8 +245,8 @@ def _check_space(args: argparse.Namespace, model: LoadedModel, form: str) -> Non
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f"--output {args.output} needs about {needed / 1e9:.2f} GB, "
-            f"and {parent} has {free / 1e9:.2f} GB: free some, name a folder on another disk, or take a 4-bit --form"
+            f"--output {args.output} needs about {needed / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB:"
+            " free some, name a folder on another disk, or take a 4-bit --form"
         )
 
 

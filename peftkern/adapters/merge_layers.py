@@ -186,7 +186,9 @@ def only_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for layer, held in zip(layers, before, strict=True):
             layer.__dict__.pop("_active_adapter", None)
-            layer.__dict__.update({"_active_adapter": held["_active_adapter"]} if "_active_adapter" in held else {})
+            layer.__dict__.update(
+                {"_active_adapter": held["_active_adapter"]} if "_active_adapter" in held else {}
+            )
 
 
 @contextlib.contextmanager

@@ -201,7 +201,9 @@ class MergeComparison:
         if not probes:
             return "Cannot tell which form to take: no probe was given."
         if probes[0].gain <= 0:
-            return "Cannot tell which to take: the adapter gains nothing on the probe; give text like its own."
+            return (
+                "Cannot tell which to take: the adapter gains nothing on the probe; give text like its own."
+            )
         limit, best = f"{TOLERANCE:.0%} of what the adapter gained", self.best
         if best is None:
             probed = [report for report in self.reports if report.probe]

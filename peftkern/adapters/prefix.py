@@ -62,7 +62,9 @@ class PrefixReport:
     @property
     def summary(self) -> str:
         """The same in one line and a line for each refusal."""
-        shared = f", {len(self.shared)} of them by the keys they share with an earlier one" if self.shared else ""
+        shared = (
+            f", {len(self.shared)} of them by the keys they share with an earlier one" if self.shared else ""
+        )
         lines = [f"prefix inside {len(self.layers)} attention layers{shared}"]
         return "\n".join(lines + [f"  without: {name}: {reason}" for name, reason in self.refused.items()])
 
@@ -149,7 +151,10 @@ def inside_attention(model: PeftModel) -> PrefixReport:
     prefix without a gate stay PEFT's. Raises ValueError where no adapter is a prefix or no layer fits it.
     """
     if not any(is_prefix(config) for config in model.peft_config.values()):
-        raise ValueError(f"model: none of its adapters {list(model.peft_config)} is a prefix; make one with PrefixTuningConfig")
+        raise ValueError(
+            f"model: none of its adapters {list(model.peft_config)} is a prefix; make one with"
+            " PrefixTuningConfig"
+        )
     return _install(model, survey(model.get_base_model()))
 
 
@@ -168,7 +173,10 @@ def outside_attention(model: PeftModel) -> None:
         return
     gated = [name for name in state.serving if gate_of(model.prompt_encoder[name]) is not None]
     if gated:
-        raise ValueError(f"model: the prefix {gated[0]!r} has a gate, which PEFT's prefix tuning does not have: delete that adapter first")
+        raise ValueError(
+            f"model: the prefix {gated[0]!r} has a gate, which PEFT's prefix tuning does not have: delete"
+            " that adapter first"
+        )
     for module in model.modules():
         release(module)
     state.handle.remove()
@@ -197,10 +205,16 @@ def initialize_prefix(
     if state is None:
         raise ValueError("model: its prefix is not inside attention; call inside_attention(model) first")
     if config.prefix_projection:
-        raise ValueError("text: a prefix_projection cannot be set to given keys and values: drop it, or use init='random' or 'zero'")
+        raise ValueError(
+            "text: a prefix_projection cannot be set to given keys and values: drop it, or use init='random'"
+            " or 'zero'"
+        )
     count, ids = config.num_virtual_tokens, _tokens(text, tokenizer)
     if ids.shape[1] < count:
-        raise ValueError(f"text: has {ids.shape[1]} tokens, the prefix {count}: give a longer text, or fewer num_virtual_tokens")
+        raise ValueError(
+            f"text: has {ids.shape[1]} tokens, the prefix {count}: give a longer text, or fewer"
+            " num_virtual_tokens"
+        )
     if gate:
         add_gate(encoder, config, state.surveyed)
     first = -count if gate and state.surveyed.rotary else 0
@@ -240,10 +254,13 @@ def _serve(model: PeftModel) -> PrefixReport:
             continue
         reasons = {layer.name: unfit(layer, config) for layer in surveyed.layers}
         left_out = {name: reason for name, reason in reasons.items() if reason is not None}
-        state.serving[name] = frozenset(layer.index for layer in surveyed.layers if layer.name not in left_out)
+        state.serving[name] = frozenset(
+            layer.index for layer in surveyed.layers if layer.name not in left_out
+        )
         if not state.serving[name]:
             raise ValueError(
-                f"prefix {name!r} fits no layer: {next(iter(left_out.values()))}; set token_dim and num_attention_heads to match"
+                f"prefix {name!r} fits no layer: {next(iter(left_out.values()))}; set token_dim and"
+                " num_attention_heads to match"
             )
         if name == model.active_adapter:
             refused |= left_out
@@ -255,7 +272,11 @@ def _serve(model: PeftModel) -> PrefixReport:
 
 def _forward(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """The base's forward: the prefix is inside it. Positional arguments are those of PEFT's forward."""
-    names = [name for name in inspect.signature(type(model).forward).parameters if name not in ("self", "args", "kwargs")]
+    names = [
+        name
+        for name in inspect.signature(type(model).forward).parameters
+        if name not in ("self", "args", "kwargs")
+    ]
     given = dict(zip(names, args, strict=False)) | kwargs
     given.pop("task_ids", None)
     return model.base_model(**{name: value for name, value in given.items() if value is not None})
@@ -300,10 +321,16 @@ def _load_adapter(
     gated = gate_in(model_id)
     known = adapter_name in model.peft_config
     if known and gated != (gate_of(model.prompt_encoder[adapter_name]) is not None):
-        raise ValueError(f"{model_id} holds a prefix {'with' if gated else 'without'} a gate, unlike the adapter {adapter_name!r}")
+        raise ValueError(
+            f"{model_id} holds a prefix {'with' if gated else 'without'} a gate, unlike the adapter"
+            f" {adapter_name!r}"
+        )
     config = model.peft_config[adapter_name] if known else PeftConfig.from_pretrained(model_id)
     if is_trainable and getattr(config, "prefix_projection", False):
-        raise ValueError(f"{model_id}: of a prefix_projection PEFT saves the result alone, which cannot be trained on: start anew")
+        raise ValueError(
+            f"{model_id}: of a prefix_projection PEFT saves the result alone, which cannot be trained on:"
+            " start anew"
+        )
     if not gated:
         result = type(model).load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         _serve(model)
@@ -349,7 +376,10 @@ def _check_init(init: str, text: str | Tensor | None, tokenizer: Any, config: Pr
     if not is_prefix(config):
         raise ValueError(f"config: got a {type(config).__name__}, expected peft.PrefixTuningConfig")
     if init in ("text", "gate") and text is None:
-        raise ValueError(f"text: init={init!r} takes the keys and values of a text: give one of the kind to adapt to, or init='random'")
+        raise ValueError(
+            f"text: init={init!r} takes the keys and values of a text: give one of the kind to adapt to, or"
+            " init='random'"
+        )
     if isinstance(text, str) and tokenizer is None:
         raise ValueError("tokenizer: is needed to read a text that is a string; give it, or give token ids")
 

@@ -54,7 +54,9 @@ def fit(model: PeftModel, name: str, surveyed: Survey, wanted: tuple[int, int]) 
     it knows a part; some versions do not know that layers differ): the encoder anew, of the heads and
     token_dim that are wanted."""
     config = model.peft_config[name]
-    if (config.num_attention_heads, config.token_dim) == wanted or not any(unfit(layer, config) for layer in surveyed.layers):
+    if (config.num_attention_heads, config.token_dim) == wanted or not any(
+        unfit(layer, config) for layer in surveyed.layers
+    ):
         return
     config.num_attention_heads, config.token_dim = wanted
     model._setup_prompt_encoder(name)

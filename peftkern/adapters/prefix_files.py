@@ -49,5 +49,8 @@ def read_gated(folder: str | Path, encoder: nn.Module) -> None:
     tensors = load_file(Path(folder) / WEIGHTS)
     for name, parameter in ((_EMBEDDINGS, encoder.embedding.weight), (_GATE, encoder.gate)):
         if tensors[name].shape != parameter.shape:
-            raise ValueError(f"{folder}: {name} is {tuple(tensors[name].shape)}, the model needs {tuple(parameter.shape)}: another base?")
+            raise ValueError(
+                f"{folder}: {name} is {tuple(tensors[name].shape)}, the model needs {tuple(parameter.shape)}:"
+                " another base?"
+            )
         parameter.copy_(tensors[name])

@@ -73,27 +73,39 @@ def survey(model: nn.Module) -> Survey:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder: a prefix inside attention serves decoders and encoders alone; use PEFT's own "
-            "prefix tuning for it, which puts the prefix into the decoder"
+            f"{type(model).__name__} is an encoder-decoder: a prefix inside attention serves decoders and"
+            " encoders alone; use PEFT's own prefix tuning for it, which puts the prefix into the decoder"
         )
     modules = [(name, module) for name, module in model.named_modules() if hasattr(type(module), "forward")]
     usable = {name: module for name, module in modules if surroundable(module) is None}
-    refused = {name: str(surroundable(module)) for name, module in modules if _is_other_attention(name, module, usable)}
+    refused = {
+        name: str(surroundable(module))
+        for name, module in modules
+        if _is_other_attention(name, module, usable)
+    }
     if not usable:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3])
         raise ValueError(
-            f"{type(model).__name__} has no attention module that a prefix can be put into ({listed or 'none was found'}): it must be a "
-            "transformers model whose attention asks ALL_ATTENTION_FUNCTIONS; use PEFT's own prefix tuning for it"
+            f"{type(model).__name__} has no attention module that a prefix can be put into"
+            f" ({listed or 'none was found'}): it must be a transformers model whose attention asks"
+            " ALL_ATTENTION_FUNCTIONS; use PEFT's own prefix tuning for it"
         )
     seen = _run(model, usable.values(), torch.zeros(1, 2, dtype=torch.long, device=_device(model)))
     names = {id(module): name for name, module in usable.items()}
     layers, more = _layers(seen, names)
     if not layers:
-        raise ValueError(f"no attention module of {type(model).__name__} looked from a text at itself: {more or 'none was called'}")
+        raise ValueError(
+            f"no attention module of {type(model).__name__} looked from a text at itself:"
+            f" {more or 'none was called'}"
+        )
     inside = [layer.module for layer in layers]
     rotary = all("position_embeddings" in inspect.signature(module.forward).parameters for module in inside)
-    positions = _positions(model, inside) if all(getattr(module, "is_causal", True) for module in inside) else None
-    uncalled = {name: "it is not called for text" for name in usable if name not in {layer.name for layer in layers}}
+    positions = (
+        _positions(model, inside) if all(getattr(module, "is_causal", True) for module in inside) else None
+    )
+    uncalled = {
+        name: "it is not called for text" for name in usable if name not in {layer.name for layer in layers}
+    }
     return Survey(tuple(layers), _backbone(model, inside), rotary, positions, refused | uncalled | more)
 
 
@@ -119,13 +131,19 @@ def _positions(model: nn.Module, modules: list[nn.Module]) -> str:
     }
 
     def last(**positions: Tensor) -> Tensor:
-        return _run(model, modules, ids, attention_mask=mask, use_cache=False, **positions)[-1].query[:, :, -1].float()
+        return (
+            _run(model, modules, ids, attention_mask=mask, use_cache=False, **positions)[-1]
+            .query[:, :, -1]
+            .float()
+        )
 
     own = last()
     for name, positions in counted.items():
         if torch.allclose(last(position_ids=positions), own, rtol=1e-3, atol=1e-4):
             return name
-    raise ValueError(f"{type(model).__name__} counts positions in another way than from 0 on: use PEFT's own prefix tuning")
+    raise ValueError(
+        f"{type(model).__name__} counts positions in another way than from 0 on: use PEFT's own prefix tuning"
+    )
 
 
 def _layers(seen: list[_Seen], names: dict[int, str]) -> tuple[list[Layer], dict[str, str]]:
@@ -137,7 +155,10 @@ def _layers(seen: list[_Seen], names: dict[int, str]) -> tuple[list[Layer], dict
     for order, item in enumerate(seen):
         name, key = names[id(item.module)], item.key
         if key.shape[2] != 2 or item.query.shape[2] != 2:
-            refused[name] = f"it looks from {item.query.shape[2]} at {key.shape[2]} tokens, no self-attention over the text"
+            refused[name] = (
+                f"it looks from {item.query.shape[2]} at {key.shape[2]} tokens, no self-attention over the"
+                " text"
+            )
         elif calls[id(item.module)] > 1:
             refused[name] = f"it is called {calls[id(item.module)]} times in one pass"
         else:
@@ -219,10 +240,16 @@ def _backbone(model: nn.Module, modules: list[nn.Module]) -> nn.Module:
     """The smallest module around all of these whose forward takes position_ids."""
     wanted, found = {id(module) for module in modules}, None
     for _, candidate in model.named_modules():
-        if wanted <= {id(module) for module in candidate.modules()} and "position_ids" in inspect.signature(candidate.forward).parameters:
+        if (
+            wanted <= {id(module) for module in candidate.modules()}
+            and "position_ids" in inspect.signature(candidate.forward).parameters
+        ):
             found = candidate
     if found is None:
-        raise ValueError(f"no module of {type(model).__name__} takes position_ids, which follow the prefix: use PEFT's own prefix tuning")
+        raise ValueError(
+            f"no module of {type(model).__name__} takes position_ids, which follow the prefix: use PEFT's own"
+            " prefix tuning"
+        )
     return found
 
 

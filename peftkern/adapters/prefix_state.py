@@ -38,7 +38,11 @@ class PrefixState:
         """By how much the tokens' positions follow the prefix: its length, as in PEFT; 0 in an encoder, and
         for a gated one, beside which the tokens keep the positions they have without it."""
         name = self.active()
-        if name is None or self.surveyed.positions is None or gate_of(self.model.prompt_encoder[name]) is not None:
+        if (
+            name is None
+            or self.surveyed.positions is None
+            or gate_of(self.model.prompt_encoder[name]) is not None
+        ):
             return 0
         return self.model.peft_config[name].num_virtual_tokens
 
@@ -100,7 +104,11 @@ class AroundLayer:
                 scale=scale,
             )
             return y.transpose(1, 2), weights
-        if kind == "sdpa" and not any(kwargs.get(option) for option in ("dropout", "softcap")) and kwargs.get("position_bias") is None:
+        if (
+            kind == "sdpa"
+            and not any(kwargs.get(option) for option in ("dropout", "softcap"))
+            and kwargs.get("position_bias") is None
+        ):
             return _joint(module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs), None
         return _concatenated(
             function,
@@ -132,7 +140,9 @@ def _joint(
     result = autocast_dtype(query) or query.dtype
     query, key, value = (each.to(result) for each in (query, key, value))
     causal = mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)
-    if causal and key.shape[2] > query.shape[2]:  # an empty static cache, of which only the first tokens are written
+    if (
+        causal and key.shape[2] > query.shape[2]
+    ):  # an empty static cache, of which only the first tokens are written
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     y = functional.prefix_attention(
         query,
@@ -165,14 +175,20 @@ def _concatenated(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function itself on the prefix followed by the keys: for what no split of the softmax can
     give (attention weights, dropout, a model's own function with capped scores or sinks)."""
-    if kind == "other" or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 4) or kwargs.get("position_bias") is not None:
+    if (
+        kind == "other"
+        or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 4)
+        or kwargs.get("position_bias") is not None
+    ):
         raise ValueError(
-            f"{type(module).__name__}: a prefix without a gate needs the attention implementation 'sdpa' or 'eager' and no position "
-            f"bias, got {getattr(module.config, '_attn_implementation', None)!r}; call model.set_attn_implementation('sdpa'), or "
-            "start with init='gate'"
+            f"{type(module).__name__}: a prefix without a gate needs the attention implementation 'sdpa' or"
+            f" 'eager' and no position bias, got {getattr(module.config, '_attn_implementation', None)!r};"
+            " call model.set_attn_implementation('sdpa'), or start with init='gate'"
         )
     if mask is None and kind == "sdpa" and query.shape[2] > 1 and _is_causal(module, kwargs.get("is_causal")):
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[
+            None, None
+        ]
     key = torch.cat([_ToBatch.apply(prefix_k, len(key), key.dtype), key], dim=2)
     value = torch.cat([_ToBatch.apply(prefix_v, len(value), value.dtype), value], dim=2)
     if mask is not None:
@@ -209,7 +225,10 @@ class ShiftedPositions:
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if module is not self.backbone:
-            raise RuntimeError("a prefix inside attention does not work in replicas (nn.DataParallel): use DistributedDataParallel")
+            raise RuntimeError(
+                "a prefix inside attention does not work in replicas (nn.DataParallel): use"
+                " DistributedDataParallel"
+            )
         shift = self.state.shift()
         if not shift:
             return None

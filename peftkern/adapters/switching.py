@@ -76,18 +76,32 @@ class _Slot:
         ValueError where it does not fit."""
         own = LoraModule(self.a.data, self.b.data, 1.0, kind="embedding" if self.embedding else "linear")
         if module.shape != own.shape:
-            shapes = f"A {tuple(module.a.shape)} and B {tuple(module.b.shape)}, the model {tuple(self.a.shape)} and {tuple(self.b.shape)}"
+            shapes = (
+                f"A {tuple(module.a.shape)} and B {tuple(module.b.shape)}, the model {tuple(self.a.shape)}"
+                f" and {tuple(self.b.shape)}"
+            )
             raise ValueError(f"adapter {adapter}: it does not fit the model at {self.name}: it has {shapes}")
         for part, mine, what in (
             (module.bias, self.bias, "lora_bias"),
             (module.magnitude, self.magnitude, "DoRA"),
         ):
             if part is not None and mine is None:
-                raise ValueError(f"adapter {adapter}: it has {what} at {self.name}, which the slot has not; make the slot of that kind")
+                raise ValueError(
+                    f"adapter {adapter}: it has {what} at {self.name}, which the slot has not; make the slot"
+                    " of that kind"
+                )
         if module.magnitude is None and self.magnitude is not None:
-            raise ValueError(f"adapter {adapter}: it is no DoRA at {self.name}, which the slot is; keep it in a bank of its own")
-        tensors = [None if part is None else part.to(self.a.device, self.a.dtype) for part in (module.a, module.b, module.bias)]
-        bias = torch.zeros_like(self.bias.data) if self.bias is not None and tensors[2] is None else tensors[2]
+            raise ValueError(
+                f"adapter {adapter}: it is no DoRA at {self.name}, which the slot is; keep it in a bank of"
+                " its own"
+            )
+        tensors = [
+            None if part is None else part.to(self.a.device, self.a.dtype)
+            for part in (module.a, module.b, module.bias)
+        ]
+        bias = (
+            torch.zeros_like(self.bias.data) if self.bias is not None and tensors[2] is None else tensors[2]
+        )
         magnitude = (
             None
             if module.magnitude is None
@@ -128,7 +142,11 @@ class AdapterBank:
         from peft.tuners.lora import LoraLayer
 
         self.model, self.slot = model, slot
-        named = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer) and slot in module.scaling]
+        named = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer) and slot in module.scaling
+        ]
         if not named:
             raise ValueError(f"slot: the model has no LoRA adapter {slot!r}")
         self._slots = [_Slot(layer, name.removeprefix("base_model.model."), slot) for name, layer in named]
@@ -160,21 +178,29 @@ class AdapterBank:
         if weights.obstacle:
             raise ValueError(f"adapter {name}: {weights.obstacle}")
         if weights.trained:
-            raise ValueError(f"adapter {name}: it replaces {next(iter(weights.trained))} in the base, which the slot cannot")
+            raise ValueError(
+                f"adapter {name}: it replaces {next(iter(weights.trained))} in the base, which the slot"
+                " cannot"
+            )
         beyond = weights.modules.keys() - {place.name for place in self._slots}
         if beyond:
             more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
             raise ValueError(
-                f"adapter {name}: it adapts {min(beyond)}{more}, where the slot {self.slot!r} has no LoRA; give it all target_modules"
+                f"adapter {name}: it adapts {min(beyond)}{more}, where the slot {self.slot!r} has no LoRA;"
+                " give it all target_modules"
             )
         modules = weights.modules
         self._contents[name] = [
-            place.of_module(modules[place.name], name) if place.name in modules else self._empty(place) for place in self._slots
+            place.of_module(modules[place.name], name) if place.name in modules else self._empty(place)
+            for place in self._slots
         ]
 
     def _empty(self, place: _Slot) -> _Content:
         if place.magnitude is not None:
-            raise ValueError(f"adapter: it does not adapt {place.name}, where the slot is DoRA; keep it in a bank of its own")
+            raise ValueError(
+                f"adapter: it does not adapt {place.name}, where the slot is DoRA; keep it in a bank of"
+                " its own"
+            )
         return self._nothing.setdefault(place.name, place.nothing())
 
     def remove(self, name: str) -> None:
@@ -215,7 +241,10 @@ class AdapterBank:
         distinct = [name for name in dict.fromkeys(names) if name != _BASE]
         contents = {name: self._known(name) for name in distinct}
         if any(place.magnitude is not None or place.bias is not None for place in self._slots):
-            raise ValueError("mixed: DoRA and lora_bias cannot be mixed from a bank; load them with PEFT, or use one after the other")
+            raise ValueError(
+                "mixed: DoRA and lora_bias cannot be mixed from a bank; load them with PEFT, or use one after"
+                " the other"
+            )
         labels = {name: f"__bank_{number}" for number, name in enumerate(distinct)} | {_BASE: _BASE}
         with contextlib.ExitStack() as stack:
             for name in distinct:

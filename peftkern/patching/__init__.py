@@ -9,7 +9,13 @@ from dataclasses import replace
 from torch import nn
 
 from .. import backends
-from .attention import install_attention, restore_surrounded, rope_candidates, surrounded_alone, wide_candidates
+from .attention import (
+    install_attention,
+    restore_surrounded,
+    rope_candidates,
+    surrounded_alone,
+    wide_candidates,
+)
 from .blocks import install_norms, norm_candidates
 from .detect import Candidate, candidates, excluded
 from .dora import drops

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from .. import functional
 from . import mixed
-from .detect import Candidate, _base_reason, _device_reason, _forward_reason, _replaced, _weight_reason_4bit, excluded, is_lora
+from .detect import (
+    Candidate,
+    _base_reason,
+    _device_reason,
+    _forward_reason,
+    _replaced,
+    _weight_reason_4bit,
+    excluded,
+    is_lora,
+)
 from .forwards import Adapter, Forward, _autocast_off, _served, active_adapters, install
 from .hooks import against
 from .logits import DeferredLogits, LogitForm, made

@@ -51,7 +51,10 @@ class ArmsReport:
         free = [n for n in depths if self.minus_base("AnB", n).sign != -1]
         lost = [n for n in depths if self.minus_base("AnB", n).sign == -1]
         if not lost:
-            return f"Frozen layers of A lose nothing measurable on B, up to all {depths[-1]} that were tried ({len(self.base)} seeds)."
+            return (
+                f"Frozen layers of A lose nothing measurable on B, up to all {depths[-1]} that were tried"
+                f" ({len(self.base)} seeds)."
+            )
         first = lost[0]
         why = "specificity" if self.specificity(first).sign == -1 else "no measurable specificity"
         if self.coadaptation(first).sign == -1:

@@ -59,7 +59,10 @@ def _check_dense(model: nn.Module) -> None:
         None,
     )
     if packed is not None:
-        raise InputError(f"{packed} is quantized: a random or shuffled twin needs dense weights; load the model without quantization")
+        raise InputError(
+            f"{packed} is quantized: a random or shuffled twin needs dense weights; load the model without"
+            " quantization"
+        )
 
 
 def _drawn(value: Tensor, generator: torch.Generator) -> Tensor:

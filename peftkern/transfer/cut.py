@@ -87,15 +87,19 @@ class CutReport:
 
     def table(self) -> str:
         """The report as a table of Markdown."""
-        head = "| depth | probe accuracy | s.e. | random twin | LogME | CKA with the last | step | activations |"
+        head = (
+            "| depth | probe accuracy | s.e. | random twin | LogME | CKA with the last | step | activations |"
+        )
         lines = [head, "|--:|--:|--:|--:|--:|--:|--:|--:|"]
         for row in self.rows:
             random = f"{row.random.mean:.3f}" if row.random else "-"
             step = f"x{row.step:.2f}" + (f" ({row.cost.seconds:.3f} s)" if row.cost else "")
-            kept = f"x{row.activations:.2f}" + (f" ({row.cost.saved_bytes / 2**20:.0f} MiB)" if row.cost else "")
+            kept = f"x{row.activations:.2f}" + (
+                f" ({row.cost.saved_bytes / 2**20:.0f} MiB)" if row.cost else ""
+            )
             lines.append(
-                f"| {row.depth} | {row.accuracy.mean:.3f} | {row.accuracy.se:.3f} | {random} | {row.logme:.4f} "
-                f"| {row.to_last.value:.2f} ± {row.to_last.se:.2f} | {step} | {kept} |"
+                f"| {row.depth} | {row.accuracy.mean:.3f} | {row.accuracy.se:.3f} | {random} |"
+                f" {row.logme:.4f} | {row.to_last.value:.2f} ± {row.to_last.se:.2f} | {step} | {kept} |"
             )
         words = f"; a bag of words {self.words.mean:.3f}" if self.words else ""
         return "\n".join([*lines, "", f"The majority's share is {self.majority:.3f}{words}. {self.verdict}"])
@@ -352,14 +356,17 @@ def _report(
     recommended: int | None = next(row.depth for row in rows if row.behind.sign != 1)
     if best.gain is not None and best.gain.sign != 1:
         recommended = None
-        verdict = f"Cut nowhere: at the best depth ({best.depth}) the features cannot be told from a random network's ({best.gain})."
+        verdict = (
+            f"Cut nowhere: at the best depth ({best.depth}) the features cannot be told from a random"
+            f" network's ({best.gain})."
+        )
     elif recommended == 0:
         verdict = "Cut nowhere: no depth is measurably better than the embeddings."
     else:
         row = next(row for row in rows if row.depth == recommended)
         verdict = (
-            f"Cut at {recommended} of {layers}: {_against(best, row)}. A step then takes ×{row.step:.2f} of the time, "
-            f"and the layers keep ×{row.activations:.2f} of their activations."
+            f"Cut at {recommended} of {layers}: {_against(best, row)}. A step then takes ×{row.step:.2f} of"
+            f" the time, and the layers keep ×{row.activations:.2f} of their activations."
         )
     if behind is not None and behind.sign != 1:
         verdict += f" Beware: a bag of words cannot be told from the best depth (which is ahead by {behind})."

@@ -164,6 +164,9 @@ def _named(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
         parents = [path for path, module in model.named_modules() if any(True for _ in module.children())]
         matching = [path for path in parents if f".{path}".endswith(f".{name}")]
         if not matching:
-            raise ValueError(f"layers: {name!r} ends no name of a module with children in {type(model).__name__}: see named_modules()")
+            raise ValueError(
+                f"layers: {name!r} ends no name of a module with children in {type(model).__name__}: see"
+                " named_modules()"
+            )
         paths.append(min(matching, key=len))
     return paths

@@ -15,4 +15,6 @@ def require_transfer(*also: str) -> None:
     """
     missing = [_PACKAGES.get(name, name) for name in (*_PACKAGES, *also) if find_spec(name) is None]
     if missing:
-        raise ModuleNotFoundError(f"peftkern.transfer needs {', '.join(missing)}: run pip install 'peftkern[transfer]'")
+        raise ModuleNotFoundError(
+            f"peftkern.transfer needs {', '.join(missing)}: run pip install 'peftkern[transfer]'"
+        )

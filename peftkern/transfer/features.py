@@ -219,8 +219,9 @@ def _allocate(
     size = 4 * pools * shape[0] * shape[1] * shape[2]
     if size > limit:
         raise InputError(
-            f"the features of {shape[1]} texts, {shape[0]} depths and {shape[2]} dimensions take {size / 2**30:.1f} GiB, more than "
-            f"memory_limit = {limit / 2**30:.1f} GiB: give directory=..., project=..., fewer depths or fewer texts"
+            f"the features of {shape[1]} texts, {shape[0]} depths and {shape[2]} dimensions take"
+            f" {size / 2**30:.1f} GiB, more than memory_limit = {limit / 2**30:.1f} GiB: give directory=...,"
+            " project=..., fewer depths or fewer texts"
         )
     return np.empty(shape, dtype=np.float32)
 

@@ -57,7 +57,10 @@ class BackwardStop:
         """End the backward pass at another layer from the next forward on."""
         count = sum(len(stack.layers) for stack in self._stacks)
         if not 0 <= first_layer <= count:
-            raise ValueError(f"first_layer: got {first_layer}, expected one of the model's {count} layers, from 0, or {count}: the head")
+            raise ValueError(
+                f"first_layer: got {first_layer}, expected one of the model's {count} layers, from 0, or"
+                f" {count}: the head"
+            )
         self.remove()
         self.first_layer = first_layer
         for stack in self._stacks:
@@ -142,7 +145,9 @@ def freeze_below(
     stop = BackwardStop(model, first_layer, layers=layers, reentrant=reentrant)
     depths = parameter_depths(model, layers=layers)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    frozen = [parameter for name, parameter in trainable.items() if first_layer and depths[name] <= first_layer]
+    frozen = [
+        parameter for name, parameter in trainable.items() if first_layer and depths[name] <= first_layer
+    ]
     if len(frozen) == len(trainable):
         stop.remove()
         raise ValueError(

@@ -1,7 +1,7 @@
 """The penalty of a ridge classifier, chosen on grouped inner splits from one decomposition a split.
 
-RidgeClassifierCV chooses by leave-one-out in closed form, which lets rows of one document choose for each other;
-given splits, it fits each penalty anew, twenty times slower. The final fit is scikit-learn's.
+RidgeClassifierCV chooses by leave-one-out in closed form, which lets rows of one document choose for each
+other; given splits, it fits each penalty anew, twenty times slower. The final fit is scikit-learn's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def choose_penalty(
     for train, test in splits:
         mean, offset = x[train].mean(0), signs[train].mean(0)
         inside, outside = x[train] - mean, x[test] - mean
-        wide = inside.shape[1] > inside.shape[0]  # then by the kernel: X' (X X' + a)^-1 instead of (X' X + a)^-1 X'
+        wide = (
+            inside.shape[1] > inside.shape[0]
+        )  # then by the kernel: X' (X X' + a)^-1 instead of (X' X + a)^-1 X'
         values, vectors = np.linalg.eigh(inside @ inside.T if wide else inside.T @ inside)
         rotated = (outside @ inside.T if wide else outside) @ vectors
         targets = vectors.T @ ((signs[train] - offset) if wide else inside.T @ (signs[train] - offset))

@@ -45,7 +45,10 @@ def _column(rows: list[tuple[str, dict[str, Any]]], name: str, option: str) -> l
     if missing is not None:
         place, row = missing
         columns = ", ".join(map(str, row))
-        raise InputError(f"{place}: column {name!r} ({option}) is missing or empty; the row has {columns or 'none'}: name another column")
+        raise InputError(
+            f"{place}: column {name!r} ({option}) is missing or empty; the row has {columns or 'none'}: name"
+            " another column"
+        )
     return [row[name] for _, row in rows]
 
 
@@ -72,8 +75,8 @@ def labelled(args: argparse.Namespace, *, labels: bool) -> LabelledTexts:
     wanted = labels or any(row.get(args.label_column) is not None for _, row in rows)
     if labels and all(row.get(args.label_column) is None for _, row in rows):
         raise InputError(
-            f"--data {args.data} has no column {args.label_column!r}, and probes need labels: name it (--label-column), or measure cuts of "
-            "unlabelled text with --train"
+            f"--data {args.data} has no column {args.label_column!r}, and probes need labels: name it"
+            " (--label-column), or measure cuts of unlabelled text with --train"
         )
     return LabelledTexts(
         [str(text) for text in _column(rows, args.text_column, "--text-column")],
@@ -165,7 +168,10 @@ def _classification_task(args: argparse.Namespace, rows: LabelledTexts) -> tuple
     task = classification(inputs, labels, groups=rows.documents, batch_size=args.batch_size, seed=args.seed)
     head = next((name for name in ("score", "classifier") if hasattr(model, name)), None)
     if head is None:
-        raise InputError(f"--model {args.model}: the head of {type(model).__name__} is not known; measure it from Python (head=...)")
+        raise InputError(
+            f"--model {args.model}: the head of {type(model).__name__} is not known; measure it from Python"
+            " (head=...)"
+        )
     return model, task, (head,)
 
 
@@ -173,8 +179,8 @@ def _language_task(args: argparse.Namespace, rows: LabelledTexts) -> tuple[Any, 
     model, tokenizer, causal = load_model(args.model, args.trust_remote_code)
     if not causal:
         raise InputError(
-            f"--data {args.data} has no column {args.label_column!r}, and {args.model} is no causal language model that could learn the "
-            "texts themselves: name the column of the labels (--label-column)"
+            f"--data {args.data} has no column {args.label_column!r}, and {args.model} is no causal language"
+            " model that could learn the texts themselves: name the column of the labels (--label-column)"
         )
     windows, owners = [], []
     for index, text in enumerate(rows.texts):
@@ -183,7 +189,10 @@ def _language_task(args: argparse.Namespace, rows: LabelledTexts) -> tuple[Any, 
             windows.append(ids[start : start + args.max_length])
             owners.append(rows.documents[index] if rows.documents else index)
     if not windows:
-        raise InputError(f"no text of --data {args.data} has {args.max_length} tokens: give longer ones, or a smaller --max-length")
+        raise InputError(
+            f"no text of --data {args.data} has {args.max_length} tokens: give longer ones, or a smaller"
+            " --max-length"
+        )
     if len(windows) > args.rows:
         order = (
             torch.randperm(

@@ -85,7 +85,9 @@ def lexicon(source: Sequence[str], target: Sequence[str], *, top: int = _TOP, se
     other = _words(theirs)
     size = min(len(halves[0]), len(halves[1]), len(other))
     if size < 10:
-        raise InputError(f"there are only {size} words to compare: give more text, in at least two documents a side")
+        raise InputError(
+            f"there are only {size} words to compare: give more text, in at least two documents a side"
+        )
     first, second, third = (Counter(side[:size]) for side in (*halves, other))
     stop = ENGLISH_STOP_WORDS
     return Lexicon(

@@ -39,7 +39,9 @@ def logme(features: np.ndarray, labels: np.ndarray) -> float:
 
     features, labels = np.asarray(features, dtype=np.float64), np.asarray(labels)
     if features.ndim != 2 or len(features) != len(labels) or not len(labels):
-        raise ValueError(f"features: got shape {features.shape} with {len(labels)} labels, expected [n, D] with n labels")
+        raise ValueError(
+            f"features: got shape {features.shape} with {len(labels)} labels, expected [n, D] with n labels"
+        )
     if labels.dtype.kind == "f":
         targets = labels.reshape(len(labels), -1).astype(np.float64)
     else:

@@ -256,7 +256,9 @@ def _depths(depths: list[int] | None, model: Any) -> list[int] | None:
     layers = len(layer_stack(model)[1])
     wrong = [depth for depth in depths or () if not 0 <= depth <= layers]
     if wrong:
-        raise InputError(f"--depths {wrong[0]}: the model has {layers} layers, give numbers from 0 to {layers}")
+        raise InputError(
+            f"--depths {wrong[0]}: the model has {layers} layers, give numbers from 0 to {layers}"
+        )
     return sorted(set(depths)) if depths else depths
 
 

@@ -76,7 +76,9 @@ class NegativeReport:
         """The runs of an arm, by seed."""
         found = sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
         if not found:
-            raise ValueError(f"arm: got {arm!r}, expected one of {tuple(dict.fromkeys(run.arm for run in self.runs))}")
+            raise ValueError(
+                f"arm: got {arm!r}, expected one of {tuple(dict.fromkeys(run.arm for run in self.runs))}"
+            )
         return found
 
     def gain(self, arm: str = "pretrained", against: str = "random", *, of: str = "area") -> Interval:
@@ -115,11 +117,15 @@ class NegativeReport:
         word = {"helps": "help", "hurts": "hurt"}.get(self.verdict(arm, against))
         gain, last = self.gain(arm, against), self.gain(arm, against, of="loss")
         value, bound = self.worth(arm, against)
-        opening = f"{_named(arm)} {word} against {against} ones" if word else f"Cannot tell whether {_named(arm).lower()} help or hurt"
+        opening = (
+            f"{_named(arm)} {word} against {against} ones"
+            if word
+            else f"Cannot tell whether {_named(arm).lower()} help or hurt"
+        )
         times = f"{'at least ' if value > 1 else 'at most '}" if bound else ""
         return (
-            f"{opening}: mean loss over the budget lower by {gain} nats, at its end by {last}; worth {times}{value:.1f} times the data "
-            f"({gain.count} seeds)."
+            f"{opening}: mean loss over the budget lower by {gain} nats, at its end by {last}; worth"
+            f" {times}{value:.1f} times the data ({gain.count} seeds)."
         )
 
     def table(self) -> str:
@@ -205,7 +211,8 @@ def arms_of(model: nn.Module, *, head: Sequence[str] = (), depths: Sequence[int]
 
 
 def _with_head(model: nn.Module, head: Sequence[str], seed: int) -> nn.Module:
-    """A new head of the usual scale: a smaller one would slow the arms whose features are still to be learned."""
+    """A new head of the usual scale: a smaller one would slow the arms whose features are still to be
+    learned."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -265,8 +272,9 @@ def compare_arms(
     print(text, file=sys.stderr)
     if seconds > budget:
         raise InputError(
-            f"{text}, more than the budget of {budget:.0f} s: about {max(2, int(steps * budget / seconds))} steps would fit; or give a "
-            "larger budget, a smaller model, or fewer seeds or rates. Of a large model compare probes instead (where_to_cut's random twin)"
+            f"{text}, more than the budget of {budget:.0f} s: about {max(2, int(steps * budget / seconds))}"
+            " steps would fit; or give a larger budget, a smaller model, or fewer seeds or rates. Of a large"
+            " model compare probes instead (where_to_cut's random twin)"
         )
     bar = _bar(len(arms) * (len(seeds) * steps + len(rates) * searched), progress)
     start, runs = time.perf_counter(), []

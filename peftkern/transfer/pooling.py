@@ -47,6 +47,8 @@ def _token_mask(hidden: Tensor, mask: Tensor | None) -> Tensor:
         return torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     virtual = hidden.shape[1] - mask.shape[1]
     if mask.dim() != 2 or len(mask) != len(hidden) or virtual < 0:
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected [{hidden.shape[0]}, {hidden.shape[1]}]")
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, expected [{hidden.shape[0]}, {hidden.shape[1]}]"
+        )
     mask = (mask != 0).long().to(hidden.device)
     return torch.cat([mask.new_zeros(len(mask), virtual), mask], dim=1)

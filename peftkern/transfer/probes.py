@@ -45,7 +45,10 @@ class Probe:
     def minus(self, other: Probe) -> Interval:
         """The paired difference of two probes on the same splits."""
         if len(self.scores) != len(other.scores):
-            raise ValueError(f"other: got {len(other.scores)} scores, expected {len(self.scores)}: probes on the same splits")
+            raise ValueError(
+                f"other: got {len(other.scores)} scores, expected {len(self.scores)}: probes on the same"
+                " splits"
+            )
         return cross_validated(
             [a - b for a, b in zip(self.scores, other.scores, strict=True)],
             folds=self.folds,
@@ -92,7 +95,10 @@ def splits(
         rows += list(splitter.split(np.zeros(len(y)), y, named))
     for train, _ in rows:
         if len(np.unique(y[train])) < 2:
-            raise InputError("a fold's training rows are of one class, as its documents are: give more documents, or fewer folds")
+            raise InputError(
+                "a fold's training rows are of one class, as its documents are: give more documents, or fewer"
+                " folds"
+            )
     return Splits(tuple(rows), folds, named)
 
 
@@ -106,21 +112,31 @@ def check_labels(labels: Sequence[Any], groups: Sequence[Any] | None, folds: int
     missing = [index for index, label in enumerate(labels) if label is None or label != label]
     if not len(labels) or missing:
         where = f"row {missing[0]} and {len(missing) - 1} more have none" if missing else "there are none"
-        raise InputError(f"labels are needed here, and {where}: give labelled data, or measure what needs no labels")
+        raise InputError(
+            f"labels are needed here, and {where}: give labelled data, or measure what needs no labels"
+        )
     counts = Counter(labels)
     if len(counts) < 2:
-        raise InputError(f"all {len(labels)} labels are {next(iter(counts))!r}: a probe needs at least two classes")
+        raise InputError(
+            f"all {len(labels)} labels are {next(iter(counts))!r}: a probe needs at least two classes"
+        )
     if folds < 2:
         raise InputError(f"folds must be at least 2, got {folds}")
     rarest, rows = min(counts.items(), key=lambda item: item[1])
     if rows < folds:
-        raise InputError(f"class {rarest!r} has {rows} rows, fewer than {folds} folds: give more of them, fewer folds, or leave it out")
+        raise InputError(
+            f"class {rarest!r} has {rows} rows, fewer than {folds} folds: give more of them, fewer folds, or"
+            " leave it out"
+        )
     if groups is not None:
         if len(groups) != len(labels):
             raise InputError(f"there are {len(groups)} groups for {len(labels)} labels, expected one each")
         documents = len(set(groups))
         if documents < folds:
-            raise InputError(f"there are {documents} documents, fewer than {folds} folds: give more documents, or fewer folds")
+            raise InputError(
+                f"there are {documents} documents, fewer than {folds} folds: give more documents, or fewer"
+                " folds"
+            )
 
 
 def probe(
@@ -218,7 +234,9 @@ def _inner(labels: np.ndarray, groups: np.ndarray | None, seed: int) -> list[tup
         len(labels) if groups is None else len(np.unique(groups)),
     )
     if most < 2:
-        raise InputError("a fold's training rows leave a class or document alone: give more documents, or fewer folds")
+        raise InputError(
+            "a fold's training rows leave a class or document alone: give more documents, or fewer folds"
+        )
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     return list(
         kind(n_splits=most, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups),

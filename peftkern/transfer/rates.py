@@ -47,7 +47,10 @@ class Rates:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.layer_ratio) and self.layer_ratio >= 1):
-            raise ValueError(f"layer_ratio: got {self.layer_ratio}, expected 1 or more: the rate of the top over that of the bottom")
+            raise ValueError(
+                f"layer_ratio: got {self.layer_ratio}, expected 1 or more: the rate of the top over that of"
+                " the bottom"
+            )
         if not (math.isfinite(self.lora_plus) and self.lora_plus > 0):
             raise ValueError(f"lora_plus: got {self.lora_plus}, expected a positive number, such as 16")
         unknown = [kind for kind in self.lora_plus_on if kind not in LORA_PLUS_KINDS]
@@ -87,20 +90,29 @@ class Rates:
         Raises: ValueError where nothing is trainable, the layers are not found, `depths` leaves a trainable
             parameter out, or there is nothing that `lora_plus` could multiply.
         """
-        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trainable = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         if not trainable:
             raise ValueError(f"model: no parameter of {type(model).__name__} is trainable (requires_grad)")
         depths = self._depths(model, trainable, layers, depths)
         lowest, highest = (bound(depths[name] for name in trainable) for bound in (min, max))
         fast = {name for name, parameter in trainable.items() if self._is_fast(name, parameter)}
         if self.lora_plus != 1 and not fast:
-            raise ValueError(f"lora_plus: no trainable parameter is one of {tuple(self.lora_plus_on)}, so there is nothing to multiply")
+            raise ValueError(
+                f"lora_plus: no trainable parameter is one of {tuple(self.lora_plus_on)}, so there is nothing"
+                " to multiply"
+            )
         made: dict[tuple[int, bool, bool], dict[str, Any]] = {}
         for name, parameter in trainable.items():
             decaying = weight_decay != 0 and (parameter.dim() >= 2 if decays is None else name in decays)
             key = (-depths[name], name in fast, not decaying)
             if key not in made:
-                rate = lr * self.factor(depths[name], lowest, highest) * (self.lora_plus if name in fast else 1.0)
+                rate = (
+                    lr
+                    * self.factor(depths[name], lowest, highest)
+                    * (self.lora_plus if name in fast else 1.0)
+                )
                 made[key] = _group(depths[name], name in fast, rate, weight_decay if decaying else 0.0)
             made[key]["params"].append(parameter)
         groups = [made[key] for key in sorted(made)]
@@ -108,7 +120,11 @@ class Rates:
         return groups
 
     def _depths(
-        self, model: nn.Module, trainable: Iterable[str], layers: str | Sequence[str] | None, depths: Mapping[str, int] | None
+        self,
+        model: nn.Module,
+        trainable: Iterable[str],
+        layers: str | Sequence[str] | None,
+        depths: Mapping[str, int] | None,
     ) -> Mapping[str, int]:
         if depths is None:
             # Without a ratio the order of the layers does not matter, and a model may have none.
@@ -154,7 +170,14 @@ _PARTS = {
 def _group(depth: int, fast: bool, rate: float, weight_decay: float) -> dict[str, Any]:
     kind = "lora_plus" if fast else "base"
     name = f"depth {depth}, {kind}" + ("" if weight_decay else ", no decay")
-    return {"params": [], "lr": rate, "weight_decay": weight_decay, "depth": depth, "kind": kind, "name": name}
+    return {
+        "params": [],
+        "lr": rate,
+        "weight_decay": weight_decay,
+        "depth": depth,
+        "kind": kind,
+        "name": name,
+    }
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]], model: nn.Module) -> None:
@@ -172,7 +195,9 @@ def check_groups(groups: Iterable[Mapping[str, Any]], model: nn.Module) -> None:
     wrong = {
         "in no group": [name for key, name in names.items() if key not in counts],
         "in several groups": [names.get(key, "not trainable") for key, count in counts.items() if count > 1],
-        "in a group, but not trainable parameters of the model": [str(key) for key in counts if key not in names],
+        "in a group, but not trainable parameters of the model": [
+            str(key) for key in counts if key not in names
+        ],
     }
     said = [_count(found, what) for what, found in wrong.items() if found]
     if said:
@@ -191,6 +216,7 @@ def rates_table(groups: Iterable[Mapping[str, Any]]) -> str:
     for group in groups:
         count = sum(parameter.numel() for parameter in group["params"])
         lines.append(
-            f"{group.get('depth', '-'):>5}  {group.get('kind', '-'):<9}  {group['lr']:.3e}  {group.get('weight_decay', 0.0):<6g}  {count}"
+            f"{group.get('depth', '-'):>5}  {group.get('kind', '-'):<9}  {group['lr']:.3e} "
+            f" {group.get('weight_decay', 0.0):<6g}  {count}"
         )
     return "\n".join(lines)

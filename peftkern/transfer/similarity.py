@@ -68,8 +68,15 @@ class ProxyDistance:
     def verdict(self) -> str:
         """In words."""
         low, high = max(0.0, self.interval.low), min(2.0, max(0.0, self.interval.high))
-        measured = f"A-distance {self.value:.2f} [{low:.2f}, {high:.2f}] of at most 2, halves of one domain up to {self.null_high:.2f}"
-        return f"the domains differ ({measured})" if self.differs else f"cannot tell the domains apart ({measured})"
+        measured = (
+            f"A-distance {self.value:.2f} [{low:.2f}, {high:.2f}] of at most 2, halves of one domain up to"
+            f" {self.null_high:.2f}"
+        )
+        return (
+            f"the domains differ ({measured})"
+            if self.differs
+            else f"cannot tell the domains apart ({measured})"
+        )
 
 
 def proxy_a_distance(
@@ -122,12 +129,14 @@ def proxy_a_distance(
 
 def _check_domain(name: str, x: Any, documents: np.ndarray, folds: int) -> None:
     if len(documents) != x.shape[0]:
-        raise InputError(f"{name}: there are {len(documents)} documents for {x.shape[0]} rows, expected one each")
+        raise InputError(
+            f"{name}: there are {len(documents)} documents for {x.shape[0]} rows, expected one each"
+        )
     count = len(set(documents.tolist()))
     if count < 2 * folds:
         raise InputError(
-            f"{name}: there are {count} documents, fewer than the {2 * folds} that halving and {folds} folds need: give more "
-            "documents, or fewer folds"
+            f"{name}: there are {count} documents, fewer than the {2 * folds} that halving and {folds} folds"
+            " need: give more documents, or fewer folds"
         )
 
 
@@ -164,7 +173,9 @@ def _usable(where: Splits, labels: np.ndarray) -> Splits:
     """Without the folds whose test rows are of one domain, as happens where documents are few and long."""
     rows = tuple((train, test) for train, test in where.rows if len(set(labels[test].tolist())) == 2)
     if not rows:
-        raise InputError("no fold holds documents of both domains: give more, shorter documents, or fewer folds")
+        raise InputError(
+            "no fold holds documents of both domains: give more, shorter documents, or fewer folds"
+        )
     return Splits(rows, where.folds, where.groups)
 
 
@@ -232,7 +243,10 @@ class DomainReport:
         """In words, with what speaks against reading it as a difference of topic."""
         text = f"{self.features.verdict[0].upper()}{self.features.verdict[1:]}."
         if self.features.differs and self.lengths.value >= self.features.value - 0.2:
-            text += " Lengths and kinds of characters alone tell them apart as well: the distance may be one of form, not of topic."
+            text += (
+                " Lengths and kinds of characters alone tell them apart as well: the distance may be one of"
+                " form, not of topic."
+            )
         elif self.features.differs and self.characters.value >= self.features.value:
             text += " Characters alone tell them apart as well as the model's features do."
         return text
@@ -246,16 +260,28 @@ class DomainReport:
             ("lengths", self.lengths),
         ):
             low, high = (min(2.0, max(0.0, x)) for x in (distance.interval.low, distance.interval.high))
-            lines.append(f"| A-distance, {name} | {distance.value:.2f} | {low:.2f} - {high:.2f} | up to {max(0, distance.null_high):.2f} |")
+            lines.append(
+                f"| A-distance, {name} | {distance.value:.2f} | {low:.2f} - {high:.2f} | up to"
+                f" {max(0, distance.null_high):.2f} |"
+            )
         lines.append(f"| MMD² | {self.mmd.value:.3g} | p = {self.mmd.p_value:.3g} | |")
-        lines.append(f"| words in common, of the most frequent | {self.words.overlap:.1%} | | {self.words.within_overlap:.1%} |")
-        lines.append(f"| divergence of the words, bits | {self.words.divergence:.3f} | | {self.words.within_divergence:.3f} |")
+        lines.append(
+            f"| words in common, of the most frequent | {self.words.overlap:.1%} | |"
+            f" {self.words.within_overlap:.1%} |"
+        )
+        lines.append(
+            f"| divergence of the words, bits | {self.words.divergence:.3f} | |"
+            f" {self.words.within_divergence:.3f} |"
+        )
         for name, source, target in (
             ("bits a byte of the base", self.source_bits, self.target_bits),
             ("tokens a word", self.source_fertility, self.target_fertility),
         ):
             if source is not None and target is not None:
-                lines.append(f"| {name} | {source.value:.3f} → {target.value:.3f} | ± {source.se:.3f}, ± {target.se:.3f} (s.e.) | |")
+                lines.append(
+                    f"| {name} | {source.value:.3f} → {target.value:.3f} | ± {source.se:.3f}, ±"
+                    f" {target.se:.3f} (s.e.) | |"
+                )
         return "\n".join([*lines, "", self.verdict])
 
     def draw(self, axes: Any) -> None:
@@ -322,14 +348,16 @@ def domain_similarity(
     )
     documents = (source_documents, target_documents)
     rates = [
-        bits_per_byte(
-            model,
-            texts,
-            tokenizer,
-            progress=progress,
+        (
+            bits_per_byte(
+                model,
+                texts,
+                tokenizer,
+                progress=progress,
+            )
+            if bits
+            else None
         )
-        if bits
-        else None
         for texts in (source, target)
     ]
 

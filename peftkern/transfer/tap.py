@@ -29,18 +29,22 @@ def count_calls(model: nn.Module, tap: Tap, batch: Mapping[str, Tensor]) -> int:
     few tokens of one row.
     """
     few = {
-        name: value[:1, :_PROBE_TOKENS]
-        if name
-        in (
-            "input_ids",
-            "attention_mask",
+        name: (
+            value[:1, :_PROBE_TOKENS]
+            if name
+            in (
+                "input_ids",
+                "attention_mask",
+            )
+            else value[:1]
         )
-        else value[:1]
         for name, value in batch.items()
     }
     tap.run(model, few)
     if not tap.calls:
-        raise ValueError("layers: none of them was called in a forward pass; name the ones that are, layers=[...]")
+        raise ValueError(
+            "layers: none of them was called in a forward pass; name the ones that are, layers=[...]"
+        )
     return tap.calls
 
 
@@ -90,12 +94,14 @@ class Tap:
         """[pools, depths, B, D] in fp32 of one batch."""
         device = next(model.parameters()).device
         placed = {
-            name: value.to(device)
-            if isinstance(
-                value,
-                Tensor,
+            name: (
+                value.to(device)
+                if isinstance(
+                    value,
+                    Tensor,
+                )
+                else value
             )
-            else value
             for name, value in batch.items()
         }
         self.calls, self._rows, self._mask = 0, [], placed.get("attention_mask")
@@ -105,23 +111,28 @@ class Tap:
         rows, self._rows = self._rows, []
         widths = sorted({row.shape[-1] for row in rows})
         if len(widths) > 1:
-            raise ValueError(f"layers: they give features of {widths} dimensions, expected one; choose depths or layers of one width")
+            raise ValueError(
+                f"layers: they give features of {widths} dimensions, expected one; choose depths or layers of"
+                " one width"
+            )
         return torch.stack(rows, dim=1).float().cpu().numpy() if rows else None
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.calls == 0:
             self._record(
                 0,
-                args[0]
-                if args
-                else next(
-                    v
-                    for v in kwargs.values()
-                    if isinstance(
-                        v,
-                        Tensor,
+                (
+                    args[0]
+                    if args
+                    else next(
+                        v
+                        for v in kwargs.values()
+                        if isinstance(
+                            v,
+                            Tensor,
+                        )
+                        and v.is_floating_point()
                     )
-                    and v.is_floating_point()
                 ),
             )
 
@@ -141,7 +152,9 @@ class Tap:
         if hidden.dim() == 2:
             return hidden.float()
         if hidden.dim() != 3:
-            raise ValueError(f"layers: one gives a tensor of shape {tuple(hidden.shape)}, expected [B, S, D] or [B, D]")
+            raise ValueError(
+                f"layers: one gives a tensor of shape {tuple(hidden.shape)}, expected [B, S, D] or [B, D]"
+            )
         mask = None if self._mask is None else self._mask.to(hidden.device)
         return (
             pool_mean(

@@ -130,7 +130,9 @@ def classification(
             raise InputError(f"the {name} part of {n} rows is empty: give more rows, or more documents")
     missing = set(labels.tolist()) - set(labels[parts[0]].tolist())
     if missing:
-        raise InputError(f"no training row is of class {missing.pop()}: give more rows of it, or leave it out")
+        raise InputError(
+            f"no training row is of class {missing.pop()}: give more rows of it, or leave it out"
+        )
     made = [({name: value[rows] for name, value in inputs.items()}, labels[rows]) for rows in parts]
     return Task(made[0], made[1], made[2], batch_size, **options)
 
@@ -148,7 +150,10 @@ def language_modelling(
     """
     parts = _divided(list(groups), (1 - held_out - 0.1, 0.1, held_out), seed)
     if min(map(len, parts)) == 0:
-        raise InputError(f"{len(windows)} windows of {len(set(groups))} documents do not fill three parts: give more documents")
+        raise InputError(
+            f"{len(windows)} windows of {len(set(groups))} documents do not fill three parts: give more"
+            " documents"
+        )
     made = [({"input_ids": windows[rows]}, windows[rows]) for rows in parts]
     return Task(made[0], made[1], made[2], batch_size, shifted=True)
 

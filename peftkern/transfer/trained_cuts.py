@@ -69,11 +69,15 @@ class TrainedCuts:
         """In words, with what the cut saves."""
         cut, uncut = self.recommended, self.cuts[0]
         if cut is uncut:
-            return f"Cut nowhere above {uncut.first}: {self.cuts[1].first} of {self.layers} already loses {self.behind(self.cuts[1])} nats."
+            return (
+                f"Cut nowhere above {uncut.first}: {self.cuts[1].first} of {self.layers} already loses"
+                f" {self.behind(self.cuts[1])} nats."
+            )
         return (
-            f"Cut at {cut.first} of {self.layers}: after {self.steps} steps its loss cannot be told from an uncut run's "
-            f"({self.behind(cut)} nats); a step takes ×{cut.cost.seconds / uncut.cost.seconds:.2f} of the time and keeps "
-            f"×{cut.cost.saved_bytes / uncut.cost.saved_bytes:.2f} of the bytes for backward."
+            f"Cut at {cut.first} of {self.layers}: after {self.steps} steps its loss cannot be told from an"
+            f" uncut run's ({self.behind(cut)} nats); a step takes"
+            f" ×{cut.cost.seconds / uncut.cost.seconds:.2f} of the time and keeps"
+            f" ×{cut.cost.saved_bytes / uncut.cost.saved_bytes:.2f} of the bytes for backward."
         )
 
     def table(self) -> str:
@@ -86,7 +90,8 @@ class TrainedCuts:
             loss = over_runs(cut.losses)
             step = f"{cut.cost.seconds:.3f} s (×{cut.cost.seconds / self.cuts[0].cost.seconds:.2f})"
             lines.append(
-                f"| {cut.first} | {loss.mean:.4f} | {loss.se:.4f} | {self.behind(cut)} | {step} | {cut.cost.saved_bytes / 2**20:.1f} MiB |"
+                f"| {cut.first} | {loss.mean:.4f} | {loss.se:.4f} | {self.behind(cut)} | {step} |"
+                f" {cut.cost.saved_bytes / 2**20:.1f} MiB |"
             )
         return "\n".join([*lines, "", f"Before training: {self.before:.4f}. {self.verdict}"])
 
@@ -152,19 +157,32 @@ def trained_cuts(
         )
     )
     if len(set(seeds)) < 2 or len(chosen) < 2:
-        raise InputError(f"seeds, firsts: got {tuple(seeds)} and {tuple(chosen)}, at least two of each are needed to compare")
+        raise InputError(
+            f"seeds, firsts: got {tuple(seeds)} and {tuple(chosen)}, at least two of each are needed to"
+            " compare"
+        )
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = task.score(model, task.test).loss
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, modules_to_save=list(head) or None)
     tuned = get_peft_model(model, config)
-    initial = {name: parameter.detach().clone() for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    initial = {
+        name: parameter.detach().clone()
+        for name, parameter in tuned.named_parameters()
+        if parameter.requires_grad
+    }
     try:
         costs = _costs(tuned, task, chosen, initial)
         seconds = len(seeds) * sum(steps * cost.seconds for cost in costs)
-        text = f"{len(chosen)} cuts x {len(seeds)} seeds x {steps} steps, about {seconds:.0f} s and the evaluations"
+        text = (
+            f"{len(chosen)} cuts x {len(seeds)} seeds x {steps} steps, about {seconds:.0f} s and the"
+            " evaluations"
+        )
         print(text, file=sys.stderr)
         if seconds > budget:
-            raise InputError(f"{text}, more than the budget of {budget:.0f} s: give fewer steps, cuts or seeds, or a larger budget")
+            raise InputError(
+                f"{text}, more than the budget of {budget:.0f} s: give fewer steps, cuts or seeds, or a"
+                " larger budget"
+            )
         cuts = [_tried(tuned, task, cost, initial, steps, seeds, rate, progress) for cost in costs]
     finally:
         _restored(tuned, model, flags)

@@ -67,7 +67,10 @@ class UnfreezingPlan:
             stages.append((int(step), int(layer) + 1 if int(layer) else 0))
         plan = cls(tuple(stages))
         if plan.stages[-1][1] > min(depths):
-            raise ValueError(f"{text!r} never trains what lies below layer {plan.stages[-1][1] - 1}: add a stage that goes lower")
+            raise ValueError(
+                f"{text!r} never trains what lies below layer {plan.stages[-1][1] - 1}: add a stage that goes"
+                " lower"
+            )
         return plan
 
     def lowest(self, step: int) -> int:
@@ -99,10 +102,17 @@ class GradualUnfreezing:
     ) -> None:
         depths = parameter_depths(model) if depths is None else depths
         self.plan = plan
-        self._held = [(parameter, depths[name]) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._held = [
+            (parameter, depths[name])
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
         trained = {depth for _, depth in self._held}
         if not trained or plan.stages[0][1] > max(trained):
-            raise ValueError(f"plan: at step 0 it trains from depth {plan.stages[0][1]}, but the model's trainable depths are {trained}")
+            raise ValueError(
+                f"plan: at step 0 it trains from depth {plan.stages[0][1]}, but the model's trainable depths"
+                f" are {trained}"
+            )
         if plan.stages[-1][1] > min(trained):
             raise ValueError(
                 f"plan: it never trains depth {min(trained)}, which is trainable: add a stage or freeze it",

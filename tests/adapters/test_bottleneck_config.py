@@ -96,7 +96,9 @@ def test_adapterhubs_whole_dictionary_is_understood() -> None:
         phm_init_range=0.0001,
         learn_phm=True,
     )
-    values |= dict(hypercomplex_nonlinearity="glorot-uniform", phm_rank=1, phm_bias=True, stochastic_depth=0.0)
+    values |= dict(
+        hypercomplex_nonlinearity="glorot-uniform", phm_rank=1, phm_bias=True, stochastic_depth=0.0
+    )
     config = BottleneckConfig.from_adapterhub(values)
     assert config == BottleneckConfig(reduction_factor=4, init="bert", leave_out=(2,))
 

@@ -130,13 +130,18 @@ def test_several_adapters_have_folders_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload", "unmerge_adapter"])
 def test_merging_is_refused(method: str) -> None:
-    with pytest.raises(NotImplementedError, match="cannot be merged into the base: its activation makes it no linear map"):
+    with pytest.raises(
+        NotImplementedError, match="cannot be merged into the base: its activation makes it no linear map"
+    ):
         getattr(trained(), method)()
 
 
 def test_a_state_dict_can_be_saved_in_place_of_the_models_own(tmp_path: Path) -> None:
     model = trained("parallel")
-    state = {key: value.clone() * 2 if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    state = {
+        key: value.clone() * 2 if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
     model.save_pretrained(tmp_path, state_dict=state)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     for key, value in bottleneck_parameters(model.base_model).items():
@@ -199,7 +204,9 @@ def _other_width(folder: Path) -> None:
         (_other_width, ValueError, "was saved from another model: .* is "),
     ],
 )
-def test_what_cannot_be_loaded_is_told_and_leaves_the_model_as_it_was(tmp_path: Path, prepare: Any, kind: type, message: str) -> None:
+def test_what_cannot_be_loaded_is_told_and_leaves_the_model_as_it_was(
+    tmp_path: Path, prepare: Any, kind: type, message: str
+) -> None:
     prepare(tmp_path)
     model = build("llama")
     before = [(path, id(module)) for path, module in model.named_modules()]
@@ -213,7 +220,10 @@ def _trainer(folder: Path, **options: Any) -> Any:
     model.base_model.hf_quantizer = type("Quantizer", (), {"is_trainable": True, "is_qat_trainable": False})()
     model.base_model.is_quantized = True  # as transformers marks a model that it has loaded in 4 bit
     peftkern.patch(model)
-    rows = [{"input_ids": row, "labels": row} for row in torch.randint(1, 96, (12, 10), generator=torch.Generator().manual_seed(0))]
+    rows = [
+        {"input_ids": row, "labels": row}
+        for row in torch.randint(1, 96, (12, 10), generator=torch.Generator().manual_seed(0))
+    ]
     options = {
         "max_steps": 4,
         "save_steps": 2,
@@ -236,7 +246,9 @@ def _trainer(folder: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_trainer_saves_adapters_alone_and_resumes_to_the_same_bits(tmp_path: Path, checkpointing: bool) -> None:
+def test_the_trainer_saves_adapters_alone_and_resumes_to_the_same_bits(
+    tmp_path: Path, checkpointing: bool
+) -> None:
     whole = _trainer(tmp_path / "whole", gradient_checkpointing=checkpointing)
     whole.train()
     assert not (tmp_path / "whole" / "checkpoint-2" / "model.safetensors").exists()
@@ -245,14 +257,18 @@ def test_the_trainer_saves_adapters_alone_and_resumes_to_the_same_bits(tmp_path:
     broken.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     ours, theirs = (bottleneck_parameters(trainer.model.base_model) for trainer in (broken, whole))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    losses = [[row["loss"] for row in trainer.state.log_history if "loss" in row] for trainer in (whole, broken)]
+    losses = [
+        [row["loss"] for row in trainer.state.log_history if "loss" in row] for trainer in (whole, broken)
+    ]
     assert losses[0] == losses[1]
     evaluated = [row["eval_loss"] for row in whole.state.log_history if "eval_loss" in row]
     assert evaluated[-1] < evaluated[0]
 
 
 @pytest.mark.parametrize(("name", "config"), cases.CASES)
-def test_adapterhubs_adapters_compute_what_its_library_computes(tmp_path: Path, name: str, config: str) -> None:
+def test_adapterhubs_adapters_compute_what_its_library_computes(
+    tmp_path: Path, name: str, config: str
+) -> None:
     """Recorded with adapters 1.3.0 in fp64."""
     folder, model = cases.SOURCE / f"{name}-{config}", cases.build(name)
     if config == "par_bn" and name != "bert":
@@ -275,9 +291,13 @@ def test_adapterhubs_adapters_compute_what_its_library_computes(tmp_path: Path, 
 
 def test_adapterhubs_adapter_of_another_model_is_told(tmp_path: Path) -> None:
     model = cases.build("llama")
-    with pytest.raises(ValueError, match="has 2 adapters in encoder.layer.0, the model has 0 places for them there"):
+    with pytest.raises(
+        ValueError, match="has 2 adapters in encoder.layer.0, the model has 0 places for them there"
+    ):
         load_bottleneck(model, cases.SOURCE / "bert-double_seq_bn")
     with pytest.raises(FileNotFoundError, match="has neither adapter.safetensors nor pytorch_adapter.bin"):
-        (tmp_path / "adapter_config.json").write_text((cases.SOURCE / "bert-seq_bn" / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(
+            (cases.SOURCE / "bert-seq_bn" / "adapter_config.json").read_text()
+        )
         load_bottleneck(model, tmp_path)
     assert not any(isinstance(module, BottleneckLayer) for module in model.modules())

@@ -55,7 +55,9 @@ def leaves(found: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("activation", definition.ACTIVATIONS)
-def test_output_and_every_gradient_are_those_of_the_definition(activation: str, same: bool, bias: bool, scaling: Any) -> None:
+def test_output_and_every_gradient_are_those_of_the_definition(
+    activation: str, same: bool, bias: bool, scaling: Any
+) -> None:
     found = operands(same=same, bias=bias, scaling=scaling)
     got = bottleneck(*found.values(), activation=activation)
     exact = definition.bottleneck(*found.values(), activation=activation)
@@ -74,8 +76,13 @@ def test_output_and_every_gradient_are_those_of_the_definition(activation: str, 
 def test_gradients_can_be_differentiated_again(same: bool, bias: bool) -> None:
     found = operands(3, 4, 5, 2, same=same, bias=bias, scaling="learned")
     given = leaves(found)
-    places = [[one is value for one in given].index(True) if isinstance(value, Tensor) else None for value in found.values()]
-    assert torch.autograd.gradgradcheck(lambda *t: bottleneck(*(None if i is None else t[i] for i in places)), given)
+    places = [
+        [one is value for one in given].index(True) if isinstance(value, Tensor) else None
+        for value in found.values()
+    ]
+    assert torch.autograd.gradgradcheck(
+        lambda *t: bottleneck(*(None if i is None else t[i] for i in places)), given
+    )
 
 
 @pytest.mark.parametrize(("m", "r"), [(0, 3), (1, 1), (5, 1), (3, 64), (2, 256)])
@@ -90,7 +97,11 @@ def test_edges(m: int, r: int) -> None:
 @pytest.mark.parametrize("same", [True, False])
 def test_the_base_is_left_as_it_is_where_up_is_zero_bit_for_bit(dtype: torch.dtype, same: bool) -> None:
     found = operands(65, 48, 40, 8, same=same, dtype=torch.float32)
-    found = {key: value.detach().to(dtype) if key in "yx" else value for key, value in found.items() if value is not None}
+    found = {
+        key: value.detach().to(dtype) if key in "yx" else value
+        for key, value in found.items()
+        if value is not None
+    }
     found["x"] = found["y"] if same else found["x"]
     with torch.no_grad():
         found["up"].zero_(), found["up_bias"].zero_()
@@ -113,7 +124,11 @@ def test_of_the_activations_only_x_and_z_are_saved(same: bool, autocast: bool, d
     found = operands(m, 24, 20, r, same=same, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _, kept = saved(lambda: bottleneck(**found, dropout_p=dropout_p))
-    parameters = {value.data_ptr() for key, value in found.items() if isinstance(value, Tensor) and key not in ("x", "y")}
+    parameters = {
+        value.data_ptr()
+        for key, value in found.items()
+        if isinstance(value, Tensor) and key not in ("x", "y")
+    }
     rows = [t for t in kept if t.data_ptr() not in parameters]
     of_x = [t for t in rows if t.data_ptr() == found["x"].data_ptr()]
     others = [tuple(t.shape) for t in rows if t.data_ptr() != found["x"].data_ptr()]
@@ -139,8 +154,13 @@ def rounded(dtype: torch.dtype, weights: torch.dtype, *, same: bool) -> tuple[di
     return found, torch.randn(64, 96, dtype=torch.float64).to(dtype)
 
 
-def results(function: Any, found: dict[str, Tensor], dy: Tensor, dtype: torch.dtype, weights: torch.dtype) -> list[Tensor]:
-    given = {key: value.detach().to(dtype if key in ("x", "y") else weights).requires_grad_() for key, value in found.items()}
+def results(
+    function: Any, found: dict[str, Tensor], dy: Tensor, dtype: torch.dtype, weights: torch.dtype
+) -> list[Tensor]:
+    given = {
+        key: value.detach().to(dtype if key in ("x", "y") else weights).requires_grad_()
+        for key, value in found.items()
+    }
     given["x"] = given["y"] if found["x"] is found["y"] else given["x"]
     out = function(*given.values())
     return [out.detach(), *torch.autograd.grad(out, leaves(given), dy.to(out.dtype))]
@@ -149,7 +169,9 @@ def results(function: Any, found: dict[str, Tensor], dy: Tensor, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fp32_weights", [True, False])
 @pytest.mark.parametrize("same", [True, False])
-def test_errors_are_no_larger_than_those_of_plain_pytorch(dtype: torch.dtype, fp32_weights: bool, same: bool) -> None:
+def test_errors_are_no_larger_than_those_of_plain_pytorch(
+    dtype: torch.dtype, fp32_weights: bool, same: bool
+) -> None:
     weights = torch.float32 if fp32_weights else dtype
     runs = []
     for _ in range(8):

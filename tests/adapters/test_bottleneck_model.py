@@ -44,7 +44,9 @@ def step(model: nn.Module) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     result = zoo.output(model)
     zoo.losses(result).mean().backward()
-    return {"output": result.detach()} | {key: p.grad.clone() for key, p in bottleneck_parameters(model).items()}
+    return {"output": result.detach()} | {
+        key: p.grad.clone() for key, p in bottleneck_parameters(model).items()
+    }
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
@@ -61,21 +63,29 @@ def test_a_four_bit_bases_gradients_are_those_of_fp64_on_its_exact_weights(kind:
     peftkern.patch(model)
     errors = models.errors(models.run(model), models.run(exact))
     assert max(errors.values()) < 1e-4, errors
-    assert {key for key in errors if "bottlenecks" in key} == {key for key, p in model.named_parameters() if p.requires_grad}
+    assert {key for key in errors if "bottlenecks" in key} == {
+        key for key, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "bert", "gpt-neox"])
-def test_patched_before_or_after_the_same_modules_run_fused_and_compute_the_same(name: str, kind: str) -> None:
+def test_patched_before_or_after_the_same_modules_run_fused_and_compute_the_same(
+    name: str, kind: str
+) -> None:
     plain, after, before = (build(name) for _ in range(3))
     reports = {"alone": peftkern.patch(build(name), dense=True), "before": peftkern.patch(before, dense=True)}
     for model in (plain, after, before):
         torch.manual_seed(5)
         adapted(model, CONFIGS[kind])
     reports["after"] = peftkern.patch(after, dense=True)
-    fused = [{key: count for key, count in report.counts.items() if key != "stock"} for report in reports.values()]
+    fused = [
+        {key: count for key, count in report.counts.items() if key != "stock"} for report in reports.values()
+    ]
     assert fused[0] == fused[1]
-    assert fused[0].items() <= fused[2].items()  # an adapter on a layer's second norm lets its residual addition be fused too
+    assert (
+        fused[0].items() <= fused[2].items()
+    )  # an adapter on a layer's second norm lets its residual addition be fused too
     expected = step(plain)
     for model in (after, before):
         assert_close(step(model), expected)
@@ -127,7 +137,9 @@ def test_compiles_to_one_graph(name: str, kind: str, patched: bool) -> None:
     out = compiled(input_ids=zoo.TEXT, **keyword).logits
     torch.testing.assert_close(out, expected["output"], rtol=1e-4, atol=1e-4)
     zoo.losses(out).mean().backward()
-    assert_close({"output": out.detach()} | {key: p.grad for key, p in bottleneck_parameters(model).items()}, expected)
+    assert_close(
+        {"output": out.detach()} | {key: p.grad for key, p in bottleneck_parameters(model).items()}, expected
+    )
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -159,7 +171,12 @@ def test_several_adapters_switch_and_add_up() -> None:
         set_bottleneck(model, name)
         assert torch.equal(zoo.output(model), expected)
         assert {p.requires_grad for p in bottleneck_parameters(model, name).values()} == {True}
-        assert not any(p.requires_grad for other in outputs if other != name for p in bottleneck_parameters(model, other).values())
+        assert not any(
+            p.requires_grad
+            for other in outputs
+            if other != name
+            for p in bottleneck_parameters(model, other).values()
+        )
     set_bottleneck(model, ["a", "b"])
     both = zoo.output(model)
     zoo.losses(both).mean().backward()
@@ -179,12 +196,17 @@ def test_the_branches_of_several_adapters_read_the_unadapted_activation() -> Non
     seen: dict[str, Tensor] = {}
     mlp = model.model.layers[1].mlp
     for name in "ab":
-        add_bottleneck(model, BottleneckConfig(places=("mlp",), leave_out=(0,), size=3, init="bert"), name=name)
+        add_bottleneck(
+            model, BottleneckConfig(places=("mlp",), leave_out=(0,), size=3, init="bert"), name=name
+        )
     set_bottleneck(model, ["a", "b"])
     mlp.register_forward_hook(lambda _, args, out: seen.update(base=out))
     model.model.layers[1].mlp.register_forward_hook(lambda _, args, out: seen.update(adapted=out))
     zoo.output(model)
-    branches = sum(adapter(seen["base"], seen["base"]) - seen["base"] for adapter in model.model.layers[1].mlp.bottlenecks.values())
+    branches = sum(
+        adapter(seen["base"], seen["base"]) - seen["base"]
+        for adapter in model.model.layers[1].mlp.bottlenecks.values()
+    )
     torch.testing.assert_close(seen["adapted"], seen["base"] + branches)
 
 
@@ -250,7 +272,9 @@ def test_generation_with_a_cache_is_generation_without() -> None:
     model = adapted(build("llama"), CONFIGS["parallel"])
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     prompt = IDS[:, :5]
-    assert torch.equal(model.generate(prompt, use_cache=True, **options), model.generate(prompt, use_cache=False, **options))
+    assert torch.equal(
+        model.generate(prompt, use_cache=True, **options), model.generate(prompt, use_cache=False, **options)
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ CONFIGS = {
     "parallel": "par_bn[mh_adapter=True,reduction_factor=4,scaling=channel]",
 }
 LAYERS = {name: 2 for name in zoo.CASES}
-# Layer 0: kind -> (what gives the summand, what is given the sublayer's input, where its branch is added, where the stream is)
+# Layer 0: kind -> (what gives the summand, what is given the sublayer's input, where its branch is added,
+# where the stream is)
 LLAMA = {
     "attention": ("{}.self_attn", "{}.self_attn", "{}.self_attn", None),
     "mlp": ("{}.mlp", "{}.mlp", "{}.mlp", "{}"),
@@ -94,7 +95,9 @@ def test_the_places_are_those_one_would_name(name: str) -> None:
         assert place.normed == (place.sum or "").endswith("LayerNorm")
 
 
-def test_an_encoder_and_a_decoder_are_numbered_one_after_the_other_and_cross_attention_is_told_apart() -> None:
+def test_an_encoder_and_a_decoder_are_numbered_one_after_the_other_and_cross_attention_is_told_apart() -> (
+    None
+):
     found = find_places(build("t5"))
     assert [(place.layer, place.kind) for place in found] == [
         *[(layer, kind) for layer in (0, 1) for kind in ("attention", "mlp")],
@@ -136,7 +139,9 @@ def test_every_architecture(name: str, kind: str) -> None:
 class ByHooks:
     """The definition on a stock model: hooks at modules named by hand, plain PyTorch, autograd."""
 
-    def __init__(self, model: nn.Module, name: str, config: BottleneckConfig, values: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, config: BottleneckConfig, values: dict[str, Tensor]
+    ) -> None:
         self.inputs: dict[str, Tensor] = {}
         layer, kinds = BY_HAND[name]
         for number in range(LAYERS[name]):
@@ -144,14 +149,22 @@ class ByHooks:
             for kind in config.places:
                 output, reader, added_at, total = (path and path.format(at) for path in kinds[kind])
                 if config.reads == "output":
-                    model.get_submodule(output).register_forward_hook(self.adapting(config, values, output, None))
+                    model.get_submodule(output).register_forward_hook(
+                        self.adapting(config, values, output, None)
+                    )
                 elif config.reads == "input":
-                    model.get_submodule(reader).register_forward_pre_hook(self.keeping(reader), with_kwargs=True)
-                    model.get_submodule(added_at).register_forward_hook(self.adapting(config, values, added_at, reader))
+                    model.get_submodule(reader).register_forward_pre_hook(
+                        self.keeping(reader), with_kwargs=True
+                    )
+                    model.get_submodule(added_at).register_forward_hook(
+                        self.adapting(config, values, added_at, reader)
+                    )
                 elif total.endswith("LayerNorm"):
                     self.around_norm(model.get_submodule(total), config, values, total)
                 else:
-                    model.get_submodule(total).register_forward_hook(self.adapting(config, values, total, None))
+                    model.get_submodule(total).register_forward_hook(
+                        self.adapting(config, values, total, None)
+                    )
 
     def keeping(self, reader: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -159,7 +172,9 @@ class ByHooks:
 
         return hook
 
-    def adapting(self, config: BottleneckConfig, values: dict[str, Tensor], path: str, reader: str | None) -> Any:
+    def adapting(
+        self, config: BottleneckConfig, values: dict[str, Tensor], path: str, reader: str | None
+    ) -> Any:
         def hook(module: nn.Module, args: tuple, out: Any) -> Any:
             y = out[0] if isinstance(out, tuple) else out
             adapted = adapt(config, values, path, y, y if reader is None else self.inputs[reader])
@@ -176,7 +191,9 @@ class ByHooks:
 def adapt(config: BottleneckConfig, values: dict[str, Tensor], path: str, y: Tensor, x: Tensor) -> Tensor:
     names = ("down", "up", "down_bias", "up_bias")
     scaling = values.get(f"{path}.bottleneck.learned_scaling", config.scaling)
-    return definition.bottleneck(y, x, *(values[f"{path}.bottleneck.{key}"] for key in names), scaling, activation=config.activation)
+    return definition.bottleneck(
+        y, x, *(values[f"{path}.bottleneck.{key}"] for key in names), scaling, activation=config.activation
+    )
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -187,7 +204,9 @@ def test_outputs_and_gradients_are_those_of_the_definition_in_fp64(name: str, ki
     ours = copy.deepcopy(stock)
     add_bottleneck(ours, config)
     randomize(ours)
-    values = {key: value.detach().clone().requires_grad_() for key, value in bottleneck_parameters(ours).items()}
+    values = {
+        key: value.detach().clone().requires_grad_() for key, value in bottleneck_parameters(ours).items()
+    }
     ByHooks(stock, name, config, values)
     got, expected = zoo.output(ours), zoo.output(stock)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
@@ -276,7 +295,9 @@ def test_the_random_state_hooks_and_modes_are_as_they_were() -> None:
         (lambda: build("llama"), "seq_bn", {"name": "a.b"}, "name: got 'a.b', expected a name without dots"),
     ],
 )
-def test_what_cannot_be_adapted_is_told(make: Any, config: Any, options: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_adapted_is_told(
+    make: Any, config: Any, options: dict[str, Any], message: str
+) -> None:
     model = make()
     before = [(path, id(module)) for path, module in model.named_modules()]
     with pytest.raises(ValueError, match=message):

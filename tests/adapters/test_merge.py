@@ -171,7 +171,9 @@ def test_original_weights_of_another_model_are_named():
     model = adapted()
     before, tensors = snapshot(model), originals(model)
     name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(ValueError, match=r"up_proj.weight of the mapping is \(8, 8\), the layer .* \(80, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"up_proj.weight of the mapping is \(8, 8\), the layer .* \(80, 64\)"
+    ):
         merge(model, original=tensors | {name: torch.zeros(8, 8)}, progress=False)
     del tensors[name]
     with pytest.raises(ValueError, match="has no model.layers.1.mlp.up_proj.weight"):
@@ -296,7 +298,9 @@ def test_other_bad_models_are_named():
     model = adapted()
     layer = models.first(model)
     layer.lora_B["default"].weight.data = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match=r"for \(3, 64\), the weight is \(64, 64\): it belongs to another base"):
+    with pytest.raises(
+        ValueError, match=r"for \(3, 64\), the weight is \(64, 64\): it belongs to another base"
+    ):
         merge(model, progress=False)
     layer.lora_B["default"].weight.data = torch.full((64, 4), math.inf)
     with pytest.raises(ValueError, match="adapter 'default' holds NaN or inf"):

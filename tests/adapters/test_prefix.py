@@ -245,7 +245,9 @@ def test_files_are_pefts(tmp_path: Path) -> None:
     stock, ours = pair(copy.deepcopy(base))
     ours.save_pretrained(tmp_path / "ours")
     stock.save_pretrained(tmp_path / "stock")
-    assert (tmp_path / "ours/adapter_config.json").read_text() == (tmp_path / "stock/adapter_config.json").read_text()
+    assert (tmp_path / "ours/adapter_config.json").read_text() == (
+        tmp_path / "stock/adapter_config.json"
+    ).read_text()
     by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
     by_us = load_prefix(copy.deepcopy(base), tmp_path / "stock")
     want = stock.eval()(input_ids=IDS).logits

@@ -56,19 +56,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": DECODER | dict(head_dim=32),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "gemma3n_text": GEMMA | SHARED | dict(intermediate_size=[80] * 4, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4),
+    "gemma3n_text": (
+        GEMMA
+        | SHARED
+        | dict(intermediate_size=[80] * 4, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4)
+    ),
     "gemma4_text": GEMMA | SHARED,
     "gpt_oss": GEMMA | dict(num_local_experts=2, num_experts_per_tok=1),
     "deepseek_v3": DECODER | LATENT,
     "phi3": DECODER,
-    "opt": SIZES
-    | dict(
-        hidden_size=64,
-        ffn_dim=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=64,
+    "opt": (
+        SIZES
+        | dict(
+            hidden_size=64,
+            ffn_dim=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=64,
+        )
     ),
     "gptj": SIZES | dict(n_embd=64, n_layer=2, n_head=4, n_positions=64, rotary_dim=8),
 }
@@ -171,7 +177,10 @@ def test_attention_in_fp32_on_cpus_without_16_bit_products(monkeypatch: pytest.M
     want = results(model)
     monkeypatch.setattr(attention, "slow_products", lambda dtype: dtype == torch.bfloat16)
     peftkern.patch(model, dense=True)
-    assert any(isinstance(mode, attention.WideMode) and mode.slow for mode in model.base_model.model.layers[0].self_attn.forward.cache)
+    assert any(
+        isinstance(mode, attention.WideMode) and mode.slow
+        for mode in model.base_model.model.layers[0].self_attn.forward.cache
+    )
     assert_same(results(model), want, rtol=0.1, atol=0.03)
 
 
@@ -202,7 +211,9 @@ def test_the_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
         )
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
-        return torch.cat([parameter.detach().flatten() for parameter in model.prompt_encoder["default"].parameters()])
+        return torch.cat(
+            [parameter.detach().flatten() for parameter in model.prompt_encoder["default"].parameters()]
+        )
 
     whole = train(tmp_path)
     assert torch.equal(train(tmp_path, resume=True), whole)
@@ -243,7 +254,8 @@ def test_what_is_refused() -> None:
 
 
 def test_dropout_of_attention_goes_over_the_prefix_too() -> None:
-    """By the model's own function on the prefix and the keys: with a probability of all but nothing, the values without it."""
+    """By the model's own function on the prefix and the keys: with a probability of all but nothing, the
+    values without it."""
     model = prefix_model(dense(), config(), text=TEXT)
     want = results(model)
     for layer in model.base_model.model.layers:

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from .device_library import CudaLibrary
-from .linear import FLOATS, Case, assert_accurate, exact, linear, load_probes, make_case, random_weight, run_xa
+from .linear import (
+    FLOATS,
+    Case,
+    assert_accurate,
+    exact,
+    linear,
+    load_probes,
+    make_case,
+    random_weight,
+    run_xa,
+)
 
 GEMV = "pk_gemv_4bit_cuda"
 # (M, N, K, R): every number of rows that x is read by, ragged N, K in pieces of 32 and not, one step and several, ranks of every class.

@@ -10,7 +10,15 @@ from torch import library
 from torch.nn.functional import linear
 
 from peftkern import NF4Weight, use_backend
-from peftkern.functional import Adapter, Member, dora_group, dora_linear, dora_norm, quantize_4bit, row_squares
+from peftkern.functional import (
+    Adapter,
+    Member,
+    dora_group,
+    dora_linear,
+    dora_norm,
+    quantize_4bit,
+    row_squares,
+)
 from peftkern.nf4 import operands
 from peftkern.ops import dora_group as op
 from peftkern.ops.native import native, weight_view

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.patching.attention import AttentionForward, WideMode, install_attention, rope_candidates, wide_candidates
+from peftkern.patching.attention import (
+    AttentionForward,
+    WideMode,
+    install_attention,
+    rope_candidates,
+    wide_candidates,
+)
 from peftkern.patching.forwards import find, remove
 from peftkern.patching.weights import slow_products
 from peftkern.patching.wrappers import innermost

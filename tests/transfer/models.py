@@ -51,7 +51,9 @@ def bert(*, layers: int = 3) -> nn.Module:
 
 def lora(model: nn.Module, **options: Any) -> nn.Module:
     """The model with LoRA on every linear layer; B is not zero, so that A has gradients."""
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**({"r": 4, "target_modules": "all-linear"} | options)))
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(**({"r": 4, "target_modules": "all-linear"} | options))
+    )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:

@@ -69,7 +69,9 @@ def run(arguments: dict[str, str]) -> int:
 
 
 @pytest.mark.parametrize("method", ["dann", "mmd", "none"])
-def test_it_trains_reports_and_saves(arguments: dict[str, str], method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_trains_reports_and_saves(
+    arguments: dict[str, str], method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     # A strong adversary of so small a network takes the class along with the domain.
     assert run(arguments | {"method": method, "strength": "0.1"}) == 0
     said = capsys.readouterr().out
@@ -84,7 +86,9 @@ def test_it_trains_reports_and_saves(arguments: dict[str, str], method: str, cap
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     test = rows(40, domain=1, seed=1)
     with torch.no_grad():
-        found = model(**tokenizer([row["text"] for row in test], padding=True, return_tensors="pt")).logits.argmax(1)
+        found = model(
+            **tokenizer([row["text"] for row in test], padding=True, return_tensors="pt")
+        ).logits.argmax(1)
     right = sum(["bad", "good"][i] == row["label"] for i, row in zip(found.tolist(), test, strict=True))
     assert right / 40 == pytest.approx(accuracy, abs=1e-3)
 

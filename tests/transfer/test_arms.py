@@ -54,7 +54,9 @@ def test_the_verdict_names_the_reason() -> None:
     fine, lost = (0.9, 0.92, 0.91), (0.70, 0.71, 0.73)
     same = {1: fine, 2: fine}
     report = ArmsReport(base, {"BnB": same, "BnB+": same, "AnB": {1: fine, 2: lost}, "AnB+": same})
-    assert report.verdict.startswith("1 frozen layer of A loses nothing") and report.verdict.endswith("by specificity.")
+    assert report.verdict.startswith("1 frozen layer of A loses nothing") and report.verdict.endswith(
+        "by specificity."
+    )
     both = ArmsReport(
         base,
         {"BnB": {1: fine, 2: lost}, "BnB+": same, "AnB": {1: fine, 2: lost}, "AnB+": same},
@@ -64,7 +66,10 @@ def test_the_verdict_names_the_reason() -> None:
     assert "nothing measurable on B, up to all 2" in nothing.verdict
     axes = Figure().subplots()
     report.draw(axes)
-    assert axes.get_title() == "1 frozen layer of A loses nothing measurable on B" and "| AnB |" in report.table()
+    assert (
+        axes.get_title() == "1 frozen layer of A loses nothing measurable on B"
+        and "| AnB |" in report.table()
+    )
 
 
 def test_one_seed_has_no_error() -> None:

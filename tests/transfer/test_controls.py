@@ -64,7 +64,10 @@ def test_what_lies_below_a_cut() -> None:
     model = _model()
     assert list(below(model, 0)) == []
     names = [name for name, _ in below(model, 2)]
-    assert "bert.embeddings.word_embeddings.weight" in names and "bert.encoder.layer.1.output.dense.bias" in names
+    assert (
+        "bert.embeddings.word_embeddings.weight" in names
+        and "bert.encoder.layer.1.output.dense.bias" in names
+    )
     assert not any(name.startswith(("bert.encoder.layer.2", "bert.pooler", "classifier")) for name in names)
     assert freeze_first(model, 2) == names and freeze_first(model, 2) == []
     loss = model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([1])).loss

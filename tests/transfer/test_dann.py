@@ -71,7 +71,9 @@ def test_a_domain_counts_half_whatever_its_rows() -> None:
     torch.nn.init.constant_(dann.discriminator.layers[-1].bias, 2.0)
     wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
     for rows in (4, 40):
-        assert dann(torch.randn(8, 3), torch.randn(rows, 3), progress=1.0).item() == pytest.approx(wanted, rel=1e-6)
+        assert dann(torch.randn(8, 3), torch.randn(rows, 3), progress=1.0).item() == pytest.approx(
+            wanted, rel=1e-6
+        )
 
 
 def test_it_runs_in_fp32_under_autocast() -> None:

@@ -1,4 +1,5 @@
-"""`peftkern data`: rows in, report and filtered file out; bad input is one message and nothing half-written."""
+"""`peftkern data`: rows in, report and filtered file out; bad input is one message and nothing
+half-written."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def rows(count: int = 120, wrong: int = 6) -> list[dict[str, Any]]:
     for index in range(count):
         label = index % 2
         given = 1 - label if index < wrong else label
-        made.append({"text": sentence(GOOD if label else BAD, draw), "label": given, "source": f"doc{index // 4}"})
+        made.append(
+            {"text": sentence(GOOD if label else BAD, draw), "label": given, "source": f"doc{index // 4}"}
+        )
     return made + [{**row, "text": row["text"] + "!"} for row in made[40:43]]
 
 
@@ -45,17 +48,36 @@ def write(path: Path, lines: list[dict[str, Any]]) -> str:
 def test_report_and_filtered_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = rows()
     data = write(tmp_path / "rows.jsonl", lines)
-    held_out = write(tmp_path / "eval.jsonl", [{"text": lines[50]["text"]}, {"text": "something else altogether"}])
+    held_out = write(
+        tmp_path / "eval.jsonl", [{"text": lines[50]["text"]}, {"text": "something else altogether"}]
+    )
     output, report = tmp_path / "new" / "clean.jsonl", tmp_path / "report"
-    arguments = [data, "--eval-data", held_out, "--label", "label", "--filter", "duplicates", "overlap", "labels"]
+    arguments = [
+        data,
+        "--eval-data",
+        held_out,
+        "--label",
+        "label",
+        "--filter",
+        "duplicates",
+        "overlap",
+        "labels",
+    ]
     assert main(["data", *arguments, "--output", str(output), "--report", str(report)]) == 0
     said = capsys.readouterr().out
-    assert "123 rows" in said and "3 of 123 rows (2.4%) repeat another" in said and "1 of 2 evaluation rows" in said
+    assert (
+        "123 rows" in said
+        and "3 of 123 rows (2.4%) repeat another" in said
+        and "1 of 2 evaluation rows" in said
+    )
     kept = [json.loads(line) for line in output.read_text().splitlines()]
     assert f"{len(kept)} of 123 rows are in {output}" in said
     texts = {row["text"] for row in kept}
     assert len(texts & {row["text"] for row in lines[:6]}) <= 1  # the wrong labels
-    assert lines[50]["text"] not in texts and len(texts & {row["text"] for row in (*lines[40:43], *lines[120:])}) == 3
+    assert (
+        lines[50]["text"] not in texts
+        and len(texts & {row["text"] for row in (*lines[40:43], *lines[120:])}) == 3
+    )
     assert kept[0].keys() == {"text", "label", "source"}
     stored = json.loads((report / "report.json").read_text())
     suspects = {row["row"] for row in stored["checks"]["labels"]["rows"]}
@@ -82,12 +104,24 @@ def test_what_a_row_says() -> None:
     ("arguments", "message"),
     [
         (["--label", "label", "--folds", "70"], "class 1 has 61 rows, fewer than 70 folds"),
-        (["--label", "label", "--group", "source", "--folds", "40"], "there are 30 documents, fewer than 40 folds"),
+        (
+            ["--label", "label", "--group", "source", "--folds", "40"],
+            "there are 30 documents, fewer than 40 folds",
+        ),
         (["--label", "mood"], "rows.jsonl:1: has no 'mood' but the keys text, label, source"),
-        (["--filter", "labels", "--output", "OUT"], "--filter labels: that check was not made; it needs --label"),
-        (["--filter", "overlap", "--output", "OUT"], "--filter overlap: that check was not made; it needs --eval-data"),
+        (
+            ["--filter", "labels", "--output", "OUT"],
+            "--filter labels: that check was not made; it needs --label",
+        ),
+        (
+            ["--filter", "overlap", "--output", "OUT"],
+            "--filter overlap: that check was not made; it needs --eval-data",
+        ),
         (["--filter", "losses", "--output", "OUT"], "it needs --adapter or --model"),
-        (["--filter", "typos", "--output", "OUT"], "--filter must be of duplicates, overlap, labels, losses; got 'typos'"),
+        (
+            ["--filter", "typos", "--output", "OUT"],
+            "--filter must be of duplicates, overlap, labels, losses; got 'typos'",
+        ),
         (["--filter", "duplicates"], "--filter and --output go together"),
         (["--group", "source"], "--group is of the check of labels"),
         (["--threshold", "2"], "the threshold of near duplicates"),
@@ -96,7 +130,9 @@ def test_what_a_row_says() -> None:
         (["--filter", "overlap", "--output", "OUT", "--eval-data", "DATA"], "would leave none of 123 rows"),
     ],
 )
-def test_bad_input_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     data = write(tmp_path / "rows.jsonl", rows())
     places = {"OUT": str(tmp_path / "out.jsonl"), "DATA": data}
     assert main(["data", data, *(places.get(argument, argument) for argument in arguments)]) == 2

@@ -136,7 +136,10 @@ def coverage(row: str, training: list[str], run: int) -> float:
     """By its definition, word for word."""
     seen = {tuple(words(text)[i : i + run]) for text in training for i in range(len(words(text)) - run + 1)}
     parts = words(row)
-    marked = [any(tuple(parts[s : s + run]) in seen for s in range(max(0, i - run + 1), i + 1)) for i in range(len(parts))]
+    marked = [
+        any(tuple(parts[s : s + run]) in seen for s in range(max(0, i - run + 1), i + 1))
+        for i in range(len(parts))
+    ]
     return sum(marked) / len(parts)
 
 

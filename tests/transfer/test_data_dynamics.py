@@ -21,7 +21,12 @@ def test_margins_and_probabilities_are_their_definitions() -> None:
         order = torch.randperm(6, generator=generator)
         for rows in order.split(4):
             dynamics.note(epoch, rows, logits=logits[rows], labels=labels[rows])
-        margins.append([row[y] - max(v for j, v in enumerate(row) if j != y) for row, y in zip(logits.tolist(), labels, strict=True)])
+        margins.append(
+            [
+                row[y] - max(v for j, v in enumerate(row) if j != y)
+                for row, y in zip(logits.tolist(), labels, strict=True)
+            ]
+        )
         probabilities.append(F.softmax(logits, 1)[torch.arange(6), labels].tolist())
     assert dynamics.aum() == pytest.approx(np.mean(margins, 0), abs=1e-6)
     card = dynamics.cartography()
@@ -43,10 +48,13 @@ def test_losses_alone_make_the_map_and_no_margin() -> None:
 
 
 def test_wrong_labels_have_a_small_area() -> None:
-    """Against a class of wrong labels by construction, as in the paper, in two trainings that together judge every row."""
+    """Against a class of wrong labels by construction, as in the paper, in two trainings that together judge
+    every row."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 3, 600)
-    features = 3 * np.eye(3)[labels] @ generator.standard_normal((3, 16)) + generator.standard_normal((600, 16))
+    features = 3 * np.eye(3)[labels] @ generator.standard_normal((3, 16)) + generator.standard_normal(
+        (600, 16)
+    )
     wrong = generator.choice(600, 60, replace=False)
     noisy = labels.copy()
     noisy[wrong] = (noisy[wrong] + 1) % 3

@@ -11,7 +11,9 @@ from peftkern.finetune.errors import InputError  # noqa: E402
 from peftkern.transfer.data.labels import label_noise, out_of_fold  # noqa: E402
 
 
-def blobs(rows: int = 400, classes: int = 3, spread: float = 0.7, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def blobs(
+    rows: int = 400, classes: int = 3, spread: float = 0.7, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Gaussian clusters [rows, 8] with their class."""
     generator = np.random.default_rng(seed)
     centres = 2 * generator.standard_normal((classes, 8))
@@ -60,7 +62,8 @@ def test_thresholds_and_joint_are_those_of_the_paper() -> None:
 
 
 def test_probabilities_are_of_probes_that_have_not_seen_the_row() -> None:
-    """Of random labels on many features, a probe that has seen them is sure; out of fold it is not right more often than chance."""
+    """Of random labels on many features, a probe that has seen them is sure; out of fold it is not right more
+    often than chance."""
     generator = np.random.default_rng(0)
     features, labels = generator.standard_normal((120, 200)), generator.integers(0, 2, 120)
     p = out_of_fold(features, labels)
@@ -69,7 +72,8 @@ def test_probabilities_are_of_probes_that_have_not_seen_the_row() -> None:
 
 
 def test_rows_of_one_document_are_never_on_both_sides() -> None:
-    """Documents of one label each whose rows are alike: seen through another row of the document, each would be known."""
+    """Documents of one label each whose rows are alike: seen through another row of the document, each would
+    be known."""
     generator = np.random.default_rng(0)
     documents = np.repeat(np.arange(40), 5)
     features = np.eye(40)[documents] + 0.01 * generator.standard_normal((200, 40))

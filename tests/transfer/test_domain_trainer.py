@@ -49,7 +49,9 @@ def rows(count: int, seed: int, *, first: int = 1) -> list[dict[str, Any]]:
     return made
 
 
-def trainer(folder: Path, alignment: Any, *, steps: int = 6, model: nn.Module | None = None, **options: Any) -> AdaptingTrainer:
+def trainer(
+    folder: Path, alignment: Any, *, steps: int = 6, model: nn.Module | None = None, **options: Any
+) -> AdaptingTrainer:
     settings = dict(
         output_dir=str(folder),
         max_steps=steps,
@@ -87,8 +89,15 @@ def test_a_run_resumed_after_a_kill_is_the_unbroken_one(tmp_path: Path, make: An
                 name,
                 (value - ours.state_dict()[name]).abs().max(),
             )
-    logged = [[row for row in run.state.log_history if row.get("step", 0) > 3 and "loss" in row] for run in (whole, again)]
-    names = ("loss", "mmd2") if isinstance(whole._alignment, MMDAlignment) else ("loss", "domain_loss", "discriminator_accuracy")
+    logged = [
+        [row for row in run.state.log_history if row.get("step", 0) > 3 and "loss" in row]
+        for run in (whole, again)
+    ]
+    names = (
+        ("loss", "mmd2")
+        if isinstance(whole._alignment, MMDAlignment)
+        else ("loss", "domain_loss", "discriminator_accuracy")
+    )
     assert len(logged[0]) == 3
     for name in names:
         assert [row[name] for row in logged[0]] == [row[name] for row in logged[1]]
@@ -107,7 +116,9 @@ def test_loss_is_the_task_s_plus_the_alignment_s_of_unpadded_means(tmp_path: Pat
 
     def features(batch: dict[str, Any]) -> torch.Tensor:
         hidden = made.model.bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        return torch.stack([row[mask == 1][1:].mean(0) for row, mask in zip(hidden, batch["attention_mask"], strict=True)])
+        return torch.stack(
+            [row[mask == 1][1:].mean(0) for row, mask in zip(hidden, batch["attention_mask"], strict=True)]
+        )
 
     wanted = made.model(**batch).loss + alignment(features(batch), features(target), progress=0.4)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -119,7 +130,9 @@ def test_loss_is_the_task_s_plus_the_alignment_s_of_unpadded_means(tmp_path: Pat
 
 @pytest.mark.parametrize("known_items", [False, True])
 def test_accumulated_batches_share_the_alignment_s_weight(tmp_path: Path, known_items: bool) -> None:
-    made = trainer(tmp_path, DANNLoss(16), model=classifier(dropout=0.0), gradient_accumulation_steps=2, steps=1)
+    made = trainer(
+        tmp_path, DANNLoss(16), model=classifier(dropout=0.0), gradient_accumulation_steps=2, steps=1
+    )
     made.model_accepts_loss_kwargs = known_items
     made.train()
     logged = made.state.log_history[0]
@@ -214,7 +227,9 @@ def test_rows_of_a_step_are_a_pure_function_of_it() -> None:
     flat = [row for rows in drawn for row in rows]
     for start in (0, 10, 20):
         assert sorted(flat[start : start + 10]) == list(range(10))
-    assert flat[:10] != flat[10:20] and rows_of_step(10, 3, 7, seed=1) == drawn[7] != rows_of_step(10, 3, 7, seed=2)
+    assert flat[:10] != flat[10:20] and rows_of_step(10, 3, 7, seed=1) == drawn[7] != rows_of_step(
+        10, 3, 7, seed=2
+    )
     assert sorted(rows_of_step(2, 5, 0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
     with pytest.raises(ValueError, match="count, size, step: got 0"):
         rows_of_step(0, 3, 0)
@@ -227,6 +242,8 @@ def test_mmd_as_an_alignment_rises_with_the_progress() -> None:
     ramped, plain = MMDAlignment(strength=2.0), MMDAlignment(strength=2.0, ramp=False)
     value = plain(source, target, progress=0.3)
     assert value.item() == pytest.approx(2 * plain.metrics["mmd2"].item())
-    assert ramped(source, target, progress=0.3).item() == pytest.approx(reversal_weight(0.3) * value.item(), rel=1e-6)
+    assert ramped(source, target, progress=0.3).item() == pytest.approx(
+        reversal_weight(0.3) * value.item(), rel=1e-6
+    )
     with pytest.raises(ValueError, match="strength: got 0"):
         MMDAlignment(strength=0)

@@ -1,5 +1,7 @@
 """Pooled features against the hidden states that transformers returns, pooled by hand in fp64."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import numpy as np
@@ -16,7 +18,13 @@ transformers = pytest.importorskip(
 )
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'peftkern[transfer]'")
 
-from peftkern.transfer.features import adapters_disabled, layer_stack, pool_last, pool_mean, pooled_features  # noqa: E402
+from peftkern.transfer.features import (
+    adapters_disabled,
+    layer_stack,
+    pool_last,
+    pool_mean,
+    pooled_features,
+)
 
 _SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=96)
 

@@ -28,7 +28,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def trained(kind: dict | None, *, cut: int = 0, embeddings: bool = True, layers: int = 4) -> nn.Module:
-    """A LoRA Llama as trainers prepare it: with checkpointing, and then an embedding that requires a gradient."""
+    """A LoRA Llama as trainers prepare it: with checkpointing, and then an embedding that requires a
+    gradient."""
     model = lora(llama(layers=layers)).train()
     if kind is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
@@ -40,9 +41,12 @@ def trained(kind: dict | None, *, cut: int = 0, embeddings: bool = True, layers:
 
 
 def count_saved(model: nn.Module) -> tuple[int, int]:
-    """How many tensors that one step saves for backward are saved within each half of the layers; their forwards are counted as well."""
+    """How many tensors that one step saves for backward are saved within each half of the layers; their
+    forwards are counted as well."""
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
         model(input_ids=tokens(), labels=tokens()).loss.backward()
     return len(saved), sum(saved)
 
@@ -58,7 +62,9 @@ def forwards(model: nn.Module) -> list[int]:
 
         return hook
 
-    handles = [layer.self_attn.register_forward_pre_hook(counting(index)) for index, layer in enumerate(layers)]
+    handles = [
+        layer.self_attn.register_forward_pre_hook(counting(index)) for index, layer in enumerate(layers)
+    ]
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     for handle in handles:
         handle.remove()
@@ -85,7 +91,9 @@ def test_nothing_runs_backward_or_twice_below_the_cut(kind: dict | None) -> None
     ran = []
     for index, layer in enumerate(layers_of(model)):
         linear = layer.mlp.down_proj.base_layer
-        linear.register_forward_hook(lambda _m, _a, out, i=index: ran.append(("graph", i)) if out.grad_fn else None)
+        linear.register_forward_hook(
+            lambda _m, _a, out, i=index: ran.append(("graph", i)) if out.grad_fn else None
+        )
     again = 1 if kind is None else 2
     assert forwards(model) == [1, 1, 1, again]
     assert {index for _, index in ran} == {3}
@@ -126,7 +134,8 @@ def test_it_holds_when_a_trainer_switches_checkpointing_on_afterwards() -> None:
 
 
 def test_plain_checkpointing_of_either_kind() -> None:
-    """Layers that the caller checkpoints: reentrant checkpointing needs an input that requires a gradient, and gets it on request."""
+    """Layers that the caller checkpoints: reentrant checkpointing needs an input that requires a gradient,
+    and gets it on request."""
     for reentrant in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)])
@@ -135,7 +144,11 @@ def test_plain_checkpointing_of_either_kind() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
             for layer in model:
-                x = checkpoint(layer, x, use_reentrant=False) if not reentrant or layer in list(model)[:2] else x
+                x = (
+                    checkpoint(layer, x, use_reentrant=False)
+                    if not reentrant or layer in list(model)[:2]
+                    else x
+                )
                 x = checkpoint(layer, x, use_reentrant=True) if reentrant and layer in list(model)[2:] else x
         x.sum().backward()
         assert [layer[0].weight.grad is not None for layer in model] == [False, False, True, True]
@@ -156,13 +169,19 @@ def test_an_encoder_and_an_encoder_decoder() -> None:
     freeze_below(model, 2)
     model(input_ids=tokens(), labels=torch.tensor([0, 2])).loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert {name.split(".")[3] for name in with_gradient if ".layer." in name} == {"2"} and "classifier.weight" in with_gradient
-    config = transformers.T5Config(vocab_size=96, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    assert {name.split(".")[3] for name in with_gradient if ".layer." in name} == {
+        "2"
+    } and "classifier.weight" in with_gradient
+    config = transformers.T5Config(
+        vocab_size=96, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     model = transformers.T5ForConditionalGeneration(config)
     freeze_below(model, 3)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     with_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    assert with_gradient and all(name.startswith(("decoder.block.1.", "decoder.final", "lm_head")) for name in with_gradient)
+    assert with_gradient and all(
+        name.startswith(("decoder.block.1.", "decoder.final", "lm_head")) for name in with_gradient
+    )
 
 
 def test_it_moves_and_is_taken_back() -> None:

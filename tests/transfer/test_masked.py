@@ -59,7 +59,9 @@ def tokenizer() -> Any:
     words = {"[PAD]": PAD, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": MASK} | {f"w{i}": i for i in range(4, WORDS)}
     made = Tokenizer(models.WordLevel(words, unk_token="w4"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)])
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
     names = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
@@ -69,7 +71,9 @@ def texts(count: int, *, longest: int = 9, seed: int = 0) -> list[str]:
     made = []
     for _ in range(count):
         length = int(torch.randint(2, longest + 1, (1,), generator=generator))
-        made.append(" ".join(f"w{i}" for i in torch.randint(4, WORDS, (length,), generator=generator).tolist()))
+        made.append(
+            " ".join(f"w{i}" for i in torch.randint(4, WORDS, (length,), generator=generator).tolist())
+        )
     return made
 
 

@@ -108,7 +108,11 @@ def test_negative(tiny: str, data: str, capsys: pytest.CaptureFixture[str]) -> N
     options = ["--steps", "4", "--seeds", "2", "--rates", "1e-3", "--max-length", "16", "--depths", "1"]
     assert main(["measure", "negative", "--model", tiny, "--data", data, *options]) == 0
     found = capsys.readouterr()
-    assert "4 arms x (2 seeds x 4 steps" in found.err and "| first 1 |" in found.out and "| shuffled |" in found.out
+    assert (
+        "4 arms x (2 seeds x 4 steps" in found.err
+        and "| first 1 |" in found.out
+        and "| shuffled |" in found.out
+    )
 
 
 @pytest.mark.parametrize(

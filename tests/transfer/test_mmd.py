@@ -251,7 +251,8 @@ def test_bad_tests_are_named() -> None:
 
 @pytest.mark.slow
 def test_loss_and_gradients_of_20000_rows_take_less_than_a_gigabyte() -> None:
-    """In a process of its own, above what it has before: the gradients, three copies of the rows, and a tile."""
+    """In a process of its own, above what it has before: the gradients, three copies of the rows, and a
+    tile."""
     import subprocess
     import sys
 

@@ -69,7 +69,10 @@ def test_pretraining_that_fits_helps(trained: _Net) -> None:
     assert {run.arm for run in report.runs} == {"pretrained", "random", "shuffled", "first 1"}
     axes = Figure().subplots()
     report.draw(axes)
-    assert axes.get_title() == "The pretrained weights help against random ones" and "| first 1 |" in report.table()
+    assert (
+        axes.get_title() == "The pretrained weights help against random ones"
+        and "| first 1 |" in report.table()
+    )
 
 
 def test_weights_that_block_learning_hurt_and_equal_arms_cannot_be_told(trained: _Net) -> None:
@@ -120,7 +123,9 @@ def test_areas_verdicts_and_worth_are_those_of_the_curves() -> None:
     assert ready.worth() == (pytest.approx(3.0), True) and "worth at least 3.0 times" in ready.describe()
     noisy = [_run("pretrained", seed, [4.0, 3.0 + (-1) ** seed, 2.0, 1.0]) for seed in range(3)]
     report = NegativeReport((*slow, *noisy), 0.0)
-    assert report.verdict() == "cannot tell" and report.describe().startswith("Cannot tell whether the pretrained")
+    assert report.verdict() == "cannot tell" and report.describe().startswith(
+        "Cannot tell whether the pretrained"
+    )
     assert report.gain(of="brier").mean == 0.0
     with pytest.raises(ValueError, match="of: got 'f1'"):
         report.gain(of="f1")

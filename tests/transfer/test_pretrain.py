@@ -62,13 +62,19 @@ def test_target_text_does_more_than_other_text(options: dict[str, Any], control:
         rows = list(csv.DictReader(file))
     total = sum(float(row["adapted"]) for row in rows) / sum(int(row["bytes"]) for row in rows)
     assert len(rows) == 12 and total == pytest.approx(report.arms["adapted"].per_byte.mean, rel=1e-4)
-    assert (folder / "bits_per_byte.png").stat().st_size > 1000 and report.verdict in (folder / "report.md").read_text()
-    steps = [json.loads((folder / arm / "result.json").read_text())["steps"] for arm in ("adapted", "control")]
+    assert (folder / "bits_per_byte.png").stat().st_size > 1000 and report.verdict in (
+        folder / "report.md"
+    ).read_text()
+    steps = [
+        json.loads((folder / arm / "result.json").read_text())["steps"] for arm in ("adapted", "control")
+    ]
     assert steps == [12, 12]
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(options: dict[str, Any], control: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_where_it_was(
+    options: dict[str, Any], control: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = continued_pretraining(FinetuneConfig(**options), (control,), quiet=True)
     from peftkern.finetune.trainer import RecipeTrainer
 
@@ -113,7 +119,9 @@ def test_bad_input_is_one_message(
 ) -> None:
     values = {name: options[name] for name in ("model", "data", "eval_data", "output")}
     for name, rows in changed.items():
-        values[name] = write_jsonl(tmp_path / f"{name}-bad.jsonl", rows) if isinstance(rows, list) else values.get(rows)
+        values[name] = (
+            write_jsonl(tmp_path / f"{name}-bad.jsonl", rows) if isinstance(rows, list) else values.get(rows)
+        )
     arguments = ["pretrain"]
     for name, value in values.items():
         arguments += ["--" + name.replace("_", "-"), value] if value else []

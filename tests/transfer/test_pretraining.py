@@ -18,7 +18,9 @@ from tests.finetune.conftest import save_tiny_model  # noqa: E402
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory):
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
-    return transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder
+    ), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def test_bits_are_the_definition_s(tiny) -> None:
@@ -44,7 +46,9 @@ def test_long_documents_are_read_to_their_end_once(tiny) -> None:
         with torch.no_grad():
             logits = model(input_ids=piece[None, :-1]).logits[0]
         total += torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum").item()
-    assert document_bits(model, tokenizer, [text], window=8).bits[0] == pytest.approx(total / math.log(2), rel=1e-5)
+    assert document_bits(model, tokenizer, [text], window=8).bits[0] == pytest.approx(
+        total / math.log(2), rel=1e-5
+    )
 
 
 def test_interval_is_that_of_a_ratio() -> None:
@@ -73,9 +77,16 @@ def bits(rate: float, spread: float, seed: int) -> DocumentBits:
 
 def test_verdict_separates_the_domain_from_training_on_any_text() -> None:
     base = bits(0.0, 0.0, 1)
-    helped = PretrainingReport({"before": base, "adapted": bits(-0.3, 0.02, 2), "control": bits(-0.02, 0.02, 3)}, 10)
-    assert helped.verdict.startswith("pretraining on the target helps") and "it is the target's text" in helped.verdict
-    any_text = PretrainingReport({"before": base, "adapted": bits(-0.3, 0.02, 2), "control": bits(-0.3, 0.02, 3)}, 10)
+    helped = PretrainingReport(
+        {"before": base, "adapted": bits(-0.3, 0.02, 2), "control": bits(-0.02, 0.02, 3)}, 10
+    )
+    assert (
+        helped.verdict.startswith("pretraining on the target helps")
+        and "it is the target's text" in helped.verdict
+    )
+    any_text = PretrainingReport(
+        {"before": base, "adapted": bits(-0.3, 0.02, 2), "control": bits(-0.3, 0.02, 3)}, 10
+    )
     assert "as much may come from training on any text" in any_text.verdict
     noise = PretrainingReport({"before": base, "adapted": bits(0.0, 0.2, 2)}, 10)
     assert "cannot be told to help" in noise.verdict and "there was no control" in noise.verdict

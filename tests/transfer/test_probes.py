@@ -64,7 +64,9 @@ def test_the_penalty_is_chosen_as_by_fitting_each() -> None:
         features[:, 0] += 2 * labels
         inner = list(GroupKFold(3).split(features, labels, groups))
         penalties = (0.1, 1.0, 10.0, 100.0, 1000.0)
-        means = [cross_val_score(RidgeClassifier(alpha=a), features, labels, cv=inner).mean() for a in penalties]
+        means = [
+            cross_val_score(RidgeClassifier(alpha=a), features, labels, cv=inner).mean() for a in penalties
+        ]
         best = max(zip(means, penalties, strict=True))[1]
         assert choose_penalty(features, labels, inner, penalties) == best
 

@@ -43,19 +43,33 @@ def test_a_tied_head_is_there_once_and_at_the_bottom() -> None:
 
 def test_depths_of_an_encoder_and_of_an_encoder_decoder() -> None:
     depths = parameter_depths(bert())
-    assert depths["bert.embeddings.LayerNorm.weight"] == depths["bert.embeddings.position_embeddings.weight"] == 0
+    assert (
+        depths["bert.embeddings.LayerNorm.weight"]
+        == depths["bert.embeddings.position_embeddings.weight"]
+        == 0
+    )
     assert depths["bert.encoder.layer.2.output.dense.bias"] == 3
     assert depths["bert.pooler.dense.weight"] == depths["classifier.weight"] == 4
-    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_decoder_layers=3, num_heads=4)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_decoder_layers=3, num_heads=4
+    )
     depths = parameter_depths(transformers.T5ForConditionalGeneration(config))
     assert depths["shared.weight"] == 0 and depths["encoder.block.1.layer.0.SelfAttention.q.weight"] == 2
     assert depths["encoder.final_layer_norm.weight"] == 2
-    assert depths["decoder.block.0.layer.0.SelfAttention.q.weight"] == 3 and depths["decoder.final_layer_norm.weight"] == 6
+    assert (
+        depths["decoder.block.0.layer.0.SelfAttention.q.weight"] == 3
+        and depths["decoder.final_layer_norm.weight"] == 6
+    )
 
 
 def test_the_norm_that_opt_registers_first_is_at_the_top() -> None:
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=8
+        vocab_size=64,
+        hidden_size=16,
+        ffn_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=8,
     )
     depths = parameter_depths(transformers.OPTForCausalLM(config))
     assert depths["model.decoder.final_layer_norm.weight"] == depths["model.decoder.project_out.weight"] == 3
@@ -118,8 +132,12 @@ def test_the_groups_of_pefts_lora_plus() -> None:
     from peft.optimizers import create_loraplus_optimizer
 
     model = lora(llama(layers=2), use_dora=True)
-    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1).param_groups
-    ours = Rates(lora_plus=16, lora_plus_on=("B", "magnitude", "bias")).groups(model, lr=1e-3, weight_decay=0.1)
+    theirs = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+    ).param_groups
+    ours = Rates(lora_plus=16, lora_plus_on=("B", "magnitude", "bias")).groups(
+        model, lr=1e-3, weight_decay=0.1
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             assert rate_of(ours, parameter) == rate_of(theirs, parameter)
@@ -146,7 +164,10 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
 def test_groups_are_the_same_in_another_process() -> None:
     """Their order and their parameters' come from the model alone, so a stored optimizer state fits."""
     one, two = (Rates(layer_ratio=5, lora_plus=2).groups(lora(llama()), lr=1.0) for _ in range(2))
-    shapes = [[(group["name"], [tuple(p.shape) for p in group["params"]]) for group in groups] for groups in (one, two)]
+    shapes = [
+        [(group["name"], [tuple(p.shape) for p in group["params"]]) for group in groups]
+        for groups in (one, two)
+    ]
     assert shapes[0] == shapes[1]
     assert "depth  kind" in rates_table(one)
 
@@ -242,4 +263,6 @@ def test_plain_pytorch_trains_by_groups_and_schedule() -> None:
     for step in range(3):
         optimizer.step()
         scheduler.step()
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate * slanted(step + 1, 10) for rate in base])
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+            [rate * slanted(step + 1, 10) for rate in base]
+        )

@@ -69,7 +69,8 @@ def test_digits_come_in_one_form() -> None:
         assert found.images.shape == (rows, 8, 8) and found.images.dtype == numpy.float32
         assert found.images.min() >= 0 and 14 < found.images.max() <= 16
         assert set(found.labels) == set(range(10))
-    # A digit is nearest to its class's mean image of the other writers (0.40: a real shift) if both are upright.
+    # A digit is nearest to its class's mean image of the other writers (0.40: a real shift) if both are
+    # upright.
     one, other = samples.mnist(), samples.scikit_digits()
     means = numpy.stack([one.images[one.labels == label].mean(axis=0) for label in range(10)])
     turned = other.images.swapaxes(1, 2), other.images[:, ::-1], other.images[:, :, ::-1]

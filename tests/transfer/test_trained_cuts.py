@@ -71,7 +71,11 @@ def test_the_verdict_is_the_deepest_cut_that_loses_nothing() -> None:
         _cut(12, (2.0, 2.1, 2.2)),
     )
     tried = TrainedCuts(cuts, 16, 3.0, 30)
-    assert tried.recommended.first == 4 and "Cut at 4 of 16" in tried.verdict and "×0.80 of the time" in tried.verdict
+    assert (
+        tried.recommended.first == 4
+        and "Cut at 4 of 16" in tried.verdict
+        and "×0.80 of the time" in tried.verdict
+    )
     nowhere = TrainedCuts((cuts[0], cuts[2]), 16, 3.0, 30)
     assert nowhere.verdict.startswith("Cut nowhere above 0: 8 of 16 already loses 0.3")
     axes = Figure().subplots()

@@ -1,4 +1,5 @@
-"""Rates, schedules and unfreezing in the Hugging Face Trainer: by the mixin, the callback, or its own `optimizers=`."""
+"""Rates, schedules and unfreezing in the Hugging Face Trainer: by the mixin, the callback, or its own
+`optimizers=`."""
 
 from __future__ import annotations
 

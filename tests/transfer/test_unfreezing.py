@@ -93,7 +93,11 @@ def test_what_is_frozen_stays_and_begins_anew_when_thawed() -> None:
             assert torch.equal(parameter, before[name]) == (depths[name] < 3)
             assert (parameter in optimizer.state) == (depths[name] == 3)
     train(model, optimizer, range(2, 3), work)
-    steps = {depths[n]: int(optimizer.state[p]["step"]) for n, p in model.named_parameters() if p in optimizer.state}
+    steps = {
+        depths[n]: int(optimizer.state[p]["step"])
+        for n, p in model.named_parameters()
+        if p in optimizer.state
+    }
     assert steps == {2: 1, 3: 3}  # the bias correction begins with a parameter's own first update
     work.remove()
     check_groups(optimizer.param_groups, model)
@@ -122,7 +126,9 @@ def test_no_backward_runs_below_the_lowest_trained_layer() -> None:
     reached = []
     layers = model.base_model.model.model.layers
     for index, layer in enumerate(layers):
-        layer.register_forward_hook(lambda _m, _a, out, i=index: reached.append(i) if out.requires_grad else None)
+        layer.register_forward_hook(
+            lambda _m, _a, out, i=index: reached.append(i) if out.requires_grad else None
+        )
     for step, expected in ((0, [2]), (2, [1, 2]), (4, [0, 1, 2])):
         reached.clear()
         work.apply(step)

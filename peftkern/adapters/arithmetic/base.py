@@ -22,7 +22,11 @@ class BaseWeights:
 
     def __init__(self, source: Checkpoint | nn.Module) -> None:
         self.source = source
-        self.place = f"model {type(source).__name__}" if isinstance(source, nn.Module) else f"checkpoint {source.folder}"
+        self.place = (
+            f"model {type(source).__name__}"
+            if isinstance(source, nn.Module)
+            else f"checkpoint {source.folder}"
+        )
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as the base has it; ValueError where it has none of this name."""
@@ -47,7 +51,9 @@ def _named(name: str, checkpoint: Checkpoint) -> str | None:
     """The name in the file: as it is, or the one that differs by a prefix ("model.") only."""
     if name in checkpoint.entries:
         return name
-    close = [other for other in checkpoint.entries if name.endswith(f".{other}") or other.endswith(f".{name}")]
+    close = [
+        other for other in checkpoint.entries if name.endswith(f".{other}") or other.endswith(f".{name}")
+    ]
     return close[0] if len(close) == 1 else None
 
 
@@ -60,8 +66,12 @@ def _of_model(model: Any, name: str, place: str) -> Tensor:
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        raise ValueError(f"base: the {place} has no {name}; give the base that the adapters were trained on") from None
-    while wrapped := next((part for part in _WRAPPERS if isinstance(getattr(module, part[1:], None), nn.Module)), None):
+        raise ValueError(
+            f"base: the {place} has no {name}; give the base that the adapters were trained on"
+        ) from None
+    while wrapped := next(
+        (part for part in _WRAPPERS if isinstance(getattr(module, part[1:], None), nn.Module)), None
+    ):
         module = getattr(module, wrapped[1:])
     return dequantize_module_weight(module).detach() if leaf == "weight" else getattr(module, leaf).detach()
 

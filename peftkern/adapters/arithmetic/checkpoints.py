@@ -24,7 +24,9 @@ from .shards import DTYPES, Checkpoint, Entry, ShardWriter, layout, open_checkpo
 
 __all__ = ["PIECE", "combine_checkpoints", "peak_bytes"]
 
-PIECE = 1 << 20  # elements of a tensor in memory at a time: 4 MiB of fp32 for each checkpoint, which caches hold
+PIECE = (
+    1 << 20
+)  # elements of a tensor in memory at a time: 4 MiB of fp32 for each checkpoint, which caches hold
 _JOURNAL, _RECORD, _LOCK = "arithmetic-progress.json", "arithmetic.json", ".lock"
 _DTYPE_NAMES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
@@ -82,7 +84,10 @@ def combine_checkpoints(
         with locked(work / _LOCK):
             _run_or_clear(job, work, progress)
     except LockedError as error:
-        raise ValueError(f"--output {job.output} is being written by another run: {error}. Wait until it ends, or name another") from None
+        raise ValueError(
+            f"--output {job.output} is being written by another run: {error}. Wait until it ends, or name"
+            " another"
+        ) from None
     os.replace(work, job.output)
     return job.output
 
@@ -145,7 +150,9 @@ def _tied_twice(checkpoint: Checkpoint) -> str | None:
     """A head that is the embedding, saved a second time; None without one."""
     entries = checkpoint.entries
     config = checkpoint.config()
-    if not (config.get("tie_word_embeddings") or (config.get("text_config") or {}).get("tie_word_embeddings")):
+    if not (
+        config.get("tie_word_embeddings") or (config.get("text_config") or {}).get("tie_word_embeddings")
+    ):
         return None
     head = next((name for name in entries if name.endswith(_HEADS)), None)
     embedding = next((name for name in entries if name.endswith(_EMBEDDINGS)), None)
@@ -171,20 +178,31 @@ def _check(base: Checkpoint, other: Checkpoint, entries: Mapping[str, Entry]) ->
     for names, what in ((lacking, "lacks"), (beyond, "has beside the base's tensors")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{place} {what} {names[0]}{more}: it was not trained from the base {base.folder}, or is no full checkpoint")
+            raise ValueError(
+                f"{place} {what} {names[0]}{more}: it was not trained from the base {base.folder}, or is no"
+                " full checkpoint"
+            )
     for name, entry in entries.items():
         got = other.entries[name]
         if got.shape != entry.shape:
             words = ""
             if name.endswith((*_HEADS, *_EMBEDDINGS)) and got.shape[1:] == entry.shape[1:]:
-                words = f" (vocabularies of {got.shape[0]} and {entry.shape[0]}: resize one with resize_token_embeddings and save it anew)"
+                words = (
+                    f" (vocabularies of {got.shape[0]} and {entry.shape[0]}: resize one with"
+                    " resize_token_embeddings and save it anew)"
+                )
             raise ValueError(f"{place}: {name} has shape {got.shape}, the base's has {entry.shape}{words}")
         if entry.is_float != got.is_float:
             raise ValueError(
-                f"{place}: {name} is {got.dtype}, the base's is {entry.dtype}: a quantized checkpoint has to be dequantized first"
+                f"{place}: {name} is {got.dtype}, the base's is {entry.dtype}: a quantized checkpoint has to"
+                " be dequantized first"
             )
         if not entry.is_float and not _equal(base, other, name):
-            kind = "quantized weights have to be dequantized first" if entry.dtype in ("U8", "I8") else "integers are not combined"
+            kind = (
+                "quantized weights have to be dequantized first"
+                if entry.dtype in ("U8", "I8")
+                else "integers are not combined"
+            )
             raise ValueError(f"{place}: {name} ({entry.dtype}) differs from the base's; {kind}")
 
 
@@ -236,7 +254,8 @@ def _require_space(work: Path, needed: int) -> None:
         with contextlib.suppress(OSError):
             shutil.rmtree(work)
         raise OSError(
-            f"--output: {needed / 1e9:.1f} GB are needed at {work.parent}, {free / 1e9:.1f} GB are free: free some, or name another folder"
+            f"--output: {needed / 1e9:.1f} GB are needed at {work.parent}, {free / 1e9:.1f} GB are free: free"
+            " some, or name another folder"
         )
 
 
@@ -246,7 +265,10 @@ def _create(writers: Iterable[ShardWriter], work: Path) -> None:
             writer.create()
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise OSError(f"--output: there is no space for it at {work.parent} ({error}): free some, or name another folder") from error
+        raise OSError(
+            f"--output: there is no space for it at {work.parent} ({error}): free some, or name another"
+            " folder"
+        ) from error
 
 
 def _bar(job: _Job, journal: dict[str, Any], progress: bool) -> Any:
@@ -289,7 +311,10 @@ def _pieces(job: _Job, purpose: str, bar: Any) -> Iterator[Piece]:
 def _piece(job: _Job, name: str, start: int, count: int) -> tuple[Tensor, Piece]:
     """Elements of the base, fp32, and of the weighted task vectors."""
     base = job.base.read(name, start, count).float()
-    vectors = [(other.read(name, start, count).float() - base).mul_(weight) for other, weight in zip(job.others, job.weights, strict=True)]
+    vectors = [
+        (other.read(name, start, count).float() - base).mul_(weight)
+        for other, weight in zip(job.others, job.weights, strict=True)
+    ]
     return base, Piece(name, start, vectors)
 
 
@@ -303,7 +328,9 @@ def _write(
 ) -> None:
     bar.set_description("writing")
     done = journal["done"]
-    for number, (file, name) in enumerate((file, name) for file, tensors in job.files.items() for name in tensors):
+    for number, (file, name) in enumerate(
+        (file, name) for file, tensors in job.files.items() for name in tensors
+    ):
         entry = job.files[file][name]
         if number >= done:
             for start, count in pieces_of(entry.numel, job.piece):
@@ -334,7 +361,11 @@ def _sum(job: _Job, name: str, start: int, count: int) -> Tensor:
     """(1 - sum of w) base + sum of w W; a checkpoint of weight 0 is not read."""
     weights = [weight * job.method.scale for weight in job.weights]
     rest = 1.0 - sum(weights)
-    parts = [(checkpoint, weight) for checkpoint, weight in zip((job.base, *job.others), (rest, *weights), strict=True) if weight]
+    parts = [
+        (checkpoint, weight)
+        for checkpoint, weight in zip((job.base, *job.others), (rest, *weights), strict=True)
+        if weight
+    ]
     first, weight = parts[0]
     total = first.read(name, start, count).float().mul_(weight)
     for checkpoint, weight in parts[1:]:
@@ -344,7 +375,9 @@ def _sum(job: _Job, name: str, start: int, count: int) -> Tensor:
 
 def _finish(job: _Job, rule: Rule, work: Path) -> None:
     """The other files, the index and the record; then nothing is left that the folder shall not have."""
-    names = {path.name for path in job.base.folder.iterdir() if path.is_file() and path.suffix not in _WEIGHT_FILES}
+    names = {
+        path.name for path in job.base.folder.iterdir() if path.is_file() and path.suffix not in _WEIGHT_FILES
+    }
     for name in sorted(names - {"model.safetensors.index.json", _RECORD, _JOURNAL, _LOCK}):
         shutil.copyfile(job.base.folder / name, work / name)
     if len(job.files) > 1 or next(iter(job.files)) != "model.safetensors":
@@ -368,7 +401,10 @@ def _finish(job: _Job, rule: Rule, work: Path) -> None:
 def _note_dtype(job: _Job, config: Path) -> None:
     """Let config.json say the dtype that the output has, where that was asked for."""
     kinds = {
-        str(DTYPES[entry.dtype]).removeprefix("torch.") for tensors in job.files.values() for entry in tensors.values() if entry.is_float
+        str(DTYPES[entry.dtype]).removeprefix("torch.")
+        for tensors in job.files.values()
+        for entry in tensors.values()
+        if entry.is_float
     }
     if not config.is_file() or len(kinds) != 1:
         return

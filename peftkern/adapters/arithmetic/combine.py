@@ -85,7 +85,11 @@ def combine(
     _check_options(space, rank, max_error)
     _check_adapters(coefficients, adapters, any_base)
     factor = method.scale if method.name == "sum" else 1.0
-    live = [Term(name, weight * factor, adapters[name]) for name, weight in coefficients.items() if weight * factor]
+    live = [
+        Term(name, weight * factor, adapters[name])
+        for name, weight in coefficients.items()
+        if weight * factor
+    ]
     if not live:
         empty = zeros_like(adapters[next(iter(coefficients))])
         return Combined(
@@ -150,7 +154,8 @@ def _check_adapters(
     if len(set(named.values())) > 1 and not any_base:
         listed = ", ".join(f"{name} of {base}" for name, base in named.items())
         raise ValueError(
-            f"adapters: they are of different bases: {listed}. Where that is one base under two names, give --any-base (any_base)"
+            f"adapters: they are of different bases: {listed}. Where that is one base under two names, give"
+            " --any-base (any_base)"
         )
     _check_shapes({name: adapters[name] for name in coefficients})
 
@@ -161,8 +166,14 @@ def _check_shapes(adapters: Mapping[str, LoraWeights]) -> None:
         for place, module in adapter.modules.items():
             other, known = first.setdefault(place, (name, module))
             if known.shape != module.shape:
-                shapes = [f"{who} has A {tuple(of.a.shape)} and B {tuple(of.b.shape)}" for who, of in ((other, known), (name, module))]
-                raise ValueError(f"adapters: they do not fit each other at {place}: {', '.join(shapes)}; they are of different bases")
+                shapes = [
+                    f"{who} has A {tuple(of.a.shape)} and B {tuple(of.b.shape)}"
+                    for who, of in ((other, known), (name, module))
+                ]
+                raise ValueError(
+                    f"adapters: they do not fit each other at {place}: {', '.join(shapes)}; they are of"
+                    " different bases"
+                )
 
 
 def _alone(term: Term) -> LoraWeights | None:
@@ -187,7 +198,10 @@ def _require_plain(term: Term, base: BaseWeights | None, rank: int | None) -> No
             "nearest plain LoRA, or combine plain LoRA adapters"
         )
     if adapter.trained and base is None:
-        raise ValueError(f"adapter {name}: it replaces {next(iter(adapter.trained))} in the base; give the base's weights (--base)")
+        raise ValueError(
+            f"adapter {name}: it replaces {next(iter(adapter.trained))} in the base; give the base's weights"
+            " (--base)"
+        )
     tokens = [key for key in adapter.trained if "trainable_tokens" in key or "token_adapter" in key]
     if tokens:
         raise ValueError(f"adapter {name}: it has trained tokens ({tokens[0]}), which cannot be combined")
@@ -248,7 +262,9 @@ def _finish(
     config = plain_config(first.config, plain, same_targets=same)
     replaced = _replaced(live, base)
     if replaced:
-        saved = dict.fromkeys(name for term in live for name in term.adapter.config.get("modules_to_save") or ())
+        saved = dict.fromkeys(
+            name for term in live for name in term.adapter.config.get("modules_to_save") or ()
+        )
         kinds = {term.adapter.config.get("bias", "none") for term in live if term.adapter.trained} or {"none"}
         config |= {"modules_to_save": list(saved) or None, "bias": kinds.pop() if len(kinds) == 1 else "all"}
     errors = {name: error for name, (_, error) in modules.items()}
@@ -289,7 +305,10 @@ def _weighted(key: str, terms: list[Term], base: BaseWeights) -> Tensor:
     for term in terms:
         value = term.adapter.replaced[key]
         if value.shape != own.shape:
-            raise ValueError(f"adapter {term.name}: {key} has shape {tuple(value.shape)}, the base's has {tuple(own.shape)}")
+            raise ValueError(
+                f"adapter {term.name}: {key} has shape {tuple(value.shape)}, the base's has"
+                f" {tuple(own.shape)}"
+            )
         total += value.double().to(total.device) * term.weight
     return total.float()
 

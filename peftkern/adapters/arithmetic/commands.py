@@ -227,7 +227,10 @@ def _checkpoints(
                 f"--{option.replace('_', '-')} is for adapters; {next(iter(folders.values()))} is none",
             )
     if args.base is None:
-        raise ValueError(f"{next(iter(folders.values()))} is neither an adapter that PEFT saved nor a checkpoint with a --base")
+        raise ValueError(
+            f"{next(iter(folders.values()))} is neither an adapter that PEFT saved nor a checkpoint with a"
+            " --base"
+        )
     output = combine_checkpoints(
         coefficients,
         args.base,

@@ -11,10 +11,13 @@ from typing import NamedTuple
 __all__ = ["ExpressionError", "parse"]
 
 _TOKEN = re.compile(
-    r"(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*(?:\.\w+)*)|(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<sign>[-+*/()])"
+    r"(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*(?:\.\w+)*)"
+    r"|(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<sign>[-+*/()])"
 )
 _MOST_PARENTHESES = 50
-_MOST_DIGITS = 300  # of a number's exponent and of its text: a float holds no more, and an exact one of more takes long
+_MOST_DIGITS = (
+    300  # of a number's exponent and of its text: a float holds no more, and an exact one of more takes long
+)
 
 
 class ExpressionError(ValueError):
@@ -90,7 +93,11 @@ class _Parser:
             match = _TOKEN.match(self.expression, position)
             if match is None:
                 quote = self.expression[position] in "'\""
-                reason = "this quote is never closed" if quote else f"{self.expression[position]!r} has no meaning here"
+                reason = (
+                    "this quote is never closed"
+                    if quote
+                    else f"{self.expression[position]!r} has no meaning here"
+                )
                 raise ExpressionError(self.expression, position, reason)
             found.append(_Token(str(match.lastgroup), match.group(), position))
             position = match.end()
@@ -112,7 +119,11 @@ class _Parser:
             return
         if token.text == ")":
             raise self.error(token, "this parenthesis was never opened")
-        hint = "; a name with other characters than letters, digits, _ and . stands in quotes" if token.kind != "sign" else ""
+        hint = (
+            "; a name with other characters than letters, digits, _ and . stands in quotes"
+            if token.kind != "sign"
+            else ""
+        )
         raise self.error(token, f"expected +, -, * or / before {token}{hint}")
 
     def sum(self) -> _Value:
@@ -176,7 +187,9 @@ class _Parser:
 
     def _number(self, token: _Token) -> _Value:
         mantissa, _, exponent = token.text.lower().partition("e")
-        if len(mantissa) > _MOST_DIGITS or (exponent and (len(exponent) > 4 or abs(int(exponent)) > _MOST_DIGITS)):
+        if len(mantissa) > _MOST_DIGITS or (
+            exponent and (len(exponent) > 4 or abs(int(exponent)) > _MOST_DIGITS)
+        ):
             raise self.error(token, f"this number is out of range; expected at most {_MOST_DIGITS} digits")
         return _Value(
             Fraction(token.text.rstrip(".") if not exponent else f"{mantissa.rstrip('.')}e{exponent}"),

@@ -106,7 +106,10 @@ class LoraModule:
         """b [N, r] with its scaling, and a [r, K], as matrices in fp64; a convolution's kernel is flattened
         into K."""
         if self.b.shape[1] != self.rank:
-            raise ValueError(f"got b {tuple(self.b.shape)} for a of rank {self.rank}: a grouped convolution's LoRA cannot be combined")
+            raise ValueError(
+                f"got b {tuple(self.b.shape)} for a of rank {self.rank}: a grouped convolution's LoRA cannot"
+                " be combined"
+            )
         if self.b[0, 0].numel() != 1:
             raise ValueError(
                 f"got b {tuple(self.b.shape)}, expected a convolution of 1 x 1: it cannot be combined",
@@ -154,7 +157,11 @@ class LoraWeights:
                 "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
             )
         unknown = [key for key, value in self.config.items() if value and key not in _UNDERSTOOD]
-        return f"its configuration has {', '.join(unknown)}, a kind of LoRA that cannot be combined" if unknown else None
+        return (
+            f"its configuration has {', '.join(unknown)}, a kind of LoRA that cannot be combined"
+            if unknown
+            else None
+        )
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -191,7 +198,9 @@ def read_adapter(folder: str | Path, name: str | None = None) -> LoraWeights:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"adapter {folder}: its {_CONFIG} is damaged ({error})") from None
     if kind != "LORA":
-        raise ValueError(f"adapter {folder}: it is of kind {kind}; only LoRA adapters can be added, scaled and merged here")
+        raise ValueError(
+            f"adapter {folder}: it is of kind {kind}; only LoRA adapters can be added, scaled and merged here"
+        )
     return assemble(name or folder.name, config, _load(folder), f"adapter {folder}")
 
 
@@ -247,7 +256,10 @@ def _module(name: str, parts: dict[str, Tensor], config: dict[str, Any], place: 
     if a is None or b is None:
         raise ValueError(f"{place}: {name} has only one of A and B; the file is incomplete")
     if a.dim() < 2 or b.dim() < 2:
-        raise ValueError(f"{place}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, saved from a sharded model that was not gathered")
+        raise ValueError(
+            f"{place}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, saved from a sharded model that"
+            " was not gathered"
+        )
     magnitude = parts.get("lora_magnitude_vector")
     return LoraModule(a, b, _scaling(name, config, place, a.shape[0]), parts.get("bias"), magnitude, kind)
 
@@ -279,9 +291,22 @@ def plain_config(
     # PEFT matches a pattern with the end of a name: ^ keeps a name from matching a longer one.
     ranks = {f"^{name}": module.rank for name, module in modules.items() if module.rank != common}
     biased = any(module.bias is not None for module in modules.values())
-    places = {} if same_targets else {"target_modules": sorted(modules), "exclude_modules": None, "layers_to_transform": None}
+    places = (
+        {}
+        if same_targets
+        else {"target_modules": sorted(modules), "exclude_modules": None, "layers_to_transform": None}
+    )
     places |= {} if same_targets else {"layers_pattern": None}
-    result = config | places | {"r": common, "lora_alpha": common, "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
+    result = (
+        config
+        | places
+        | {
+            "r": common,
+            "lora_alpha": common,
+            "rank_pattern": ranks,
+            "alpha_pattern": dict(ranks),
+        }
+    )
     result |= {
         "use_rslora": False,
         "use_dora": False,
@@ -352,7 +377,9 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
             f"--output {folder} exists and is not empty: name another folder, or give --overwrite",
         )
     if not (folder / _CONFIG).is_file() or not (folder / _RECORD).is_file():
-        raise ValueError(f"--output {folder} is no earlier result of peftkern arithmetic: name another folder, or empty it")
+        raise ValueError(
+            f"--output {folder} is no earlier result of peftkern arithmetic: name another folder, or empty it"
+        )
 
 
 def scaled(adapter: LoraWeights, weight: float) -> LoraWeights:

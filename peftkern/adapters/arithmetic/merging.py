@@ -30,7 +30,10 @@ def merge_modules(
     if space == "core":
         dora = [term.name for term in live if term.adapter.is_dora]
         if dora:
-            raise ValueError(f"adapter {dora[0]}: DoRA's change of the base has no core; give space weights (--space weights)")
+            raise ValueError(
+                f"adapter {dora[0]}: DoRA's change of the base has no core; give space weights (--space"
+                " weights)"
+            )
         merger: _Merger = _InCore(live)
     else:
         merger = _InWeights(live, base)
@@ -61,7 +64,9 @@ class _Merger:
         there = next((part for part in parts if part is not None), None)
         if there is None:
             return None
-        return [torch.zeros_like(there, dtype=torch.float32) if part is None else part.float() for part in parts]
+        return [
+            torch.zeros_like(there, dtype=torch.float32) if part is None else part.float() for part in parts
+        ]
 
     def merged(
         self,
@@ -110,7 +115,9 @@ class _InWeights(_Merger):
         self.base = base
 
     def vectors(self, name: str) -> list[Tensor]:
-        found = [update_of(term, name, self.base) if name in term.adapter.modules else None for term in self.live]
+        found = [
+            update_of(term, name, self.base) if name in term.adapter.modules else None for term in self.live
+        ]
         there: Any = next(update for update in found if update is not None)
         return [torch.zeros_like(there) if update is None else update for update in found]
 

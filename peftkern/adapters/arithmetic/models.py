@@ -23,7 +23,10 @@ def of_model(model: nn.Module, name: str = "default") -> LoraWeights:
         raise ValueError(
             f"name: the model has no adapter {name!r}; it has {', '.join(map(repr, configs)) or 'none'}",
         )
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in configs[name].to_dict().items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in configs[name].to_dict().items()
+    }
     config = {key: value.value if hasattr(value, "value") else value for key, value in config.items()}
     if config.get("peft_type") != "LORA":
         raise ValueError(f"name: adapter {name!r} is of kind {config.get('peft_type')}, expected LORA")
@@ -48,11 +51,20 @@ def add_to_model(model: nn.Module, adapter: LoraWeights, name: str) -> None:
         model.add_adapter(name, config)
         outcome = set_peft_model_state_dict(model, state_of(adapter), adapter_name=name)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"adapter: {adapter.name} does not fit this model ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"adapter: {adapter.name} does not fit this model ({str(error).splitlines()[0]})"
+        ) from error
     if outcome.unexpected_keys:
-        raise ValueError(f"adapter: {adapter.name} has tensors that the model has no place for, as {outcome.unexpected_keys[0]}")
+        raise ValueError(
+            f"adapter: {adapter.name} has tensors that the model has no place for, as"
+            f" {outcome.unexpected_keys[0]}"
+        )
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration read from JSON, with peft_type left to LoraConfig."""
-    return {key: value for key, value in values.items() if key not in ("peft_type", "auto_mapping", "peft_version")}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in ("peft_type", "auto_mapping", "peft_version")
+    }

@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 METHODS = ("sum", "ties", "dare", "dare_ties")
-_FINE_BITS = 15  # of the 31 bits of a magnitude, the first pass counts by the upper 16, the second by the lower 15
+_FINE_BITS = (
+    15  # of the 31 bits of a magnitude, the first pass counts by the upper 16, the second by the lower 15
+)
 _INFINITE = 0x7F800000 >> _FINE_BITS
 _A_BLOCK = 8  # numbers of 32 bits that one step of Philox's counter gives
 
@@ -58,9 +60,15 @@ class Method:
         if self.name not in METHODS:
             raise ValueError(f"method: got {self.name!r}, expected one of {', '.join(METHODS)}")
         if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density: got {self.density}, expected more than 0 and at most 1 (the part of the entries that TIES keeps)")
+            raise ValueError(
+                f"density: got {self.density}, expected more than 0 and at most 1 (the part of the entries"
+                " that TIES keeps)"
+            )
         if not 0.0 <= self.drop < 1.0:
-            raise ValueError(f"drop: got {self.drop}, expected at least 0 and less than 1 (the part of the entries that DARE drops)")
+            raise ValueError(
+                f"drop: got {self.drop}, expected at least 0 and less than 1 (the part of the entries that"
+                " DARE drops)"
+            )
         if not abs(self.scale) < float("inf"):
             raise ValueError(f"scale: got {self.scale}, expected a finite number")
 
@@ -87,7 +95,9 @@ class KthMagnitude:
     def narrow(self, k: int) -> None:
         """Between the passes: which bin holds the k-th."""
         if int(self.coarse[_INFINITE:].sum()):
-            raise ValueError("a task vector is not finite (NaN or infinite entries): its checkpoint or its base is damaged")
+            raise ValueError(
+                "a task vector is not finite (NaN or infinite entries): its checkpoint or its base is damaged"
+            )
         self.bin, self.rest = _from_above(self.coarse, k)
 
     def refine(self, piece: Tensor) -> None:
@@ -177,10 +187,15 @@ class Rule:
         """The piece's task vectors as trimmed or dropped."""
         method = self.method
         if method.name == "ties" and self.thresholds:
-            return [trim(vector, threshold) for vector, threshold in zip(piece.vectors, self.thresholds, strict=True)]
+            return [
+                trim(vector, threshold)
+                for vector, threshold in zip(piece.vectors, self.thresholds, strict=True)
+            ]
         if method.name not in ("dare", "dare_ties"):
             return piece.vectors
-        return [self._dropped(piece, vector, term) for vector, term in zip(piece.vectors, self.terms, strict=True)]
+        return [
+            self._dropped(piece, vector, term) for vector, term in zip(piece.vectors, self.terms, strict=True)
+        ]
 
     def _dropped(self, piece: Piece, vector: Tensor, term: str) -> Tensor:
         method = self.method
@@ -225,7 +240,10 @@ def prepare_rule(method: Method, terms: Sequence[str], pieces: Callable[[str], I
     if method.name == "ties":
         rule = Rule(method, terms, _thresholds(method.density, len(terms), pieces))
     if method.elects:
-        votes = sum(float(_total(rule.sparse(piece)).sign().sum(dtype=torch.float64)) for piece in pieces("majority sign"))
+        votes = sum(
+            float(_total(rule.sparse(piece)).sign().sum(dtype=torch.float64))
+            for piece in pieces("majority sign")
+        )
         rule.majority = float((votes > 0) - (votes < 0))
     return rule
 

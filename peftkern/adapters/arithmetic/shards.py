@@ -117,7 +117,10 @@ def open_checkpoint(folder: str | Path, name: str | None = None) -> Checkpoint:
         own = _header(file)
         lacking = [tensor for tensor in listed if tensor not in own]
         if lacking:
-            raise ValueError(f"checkpoint {folder}: {file.name} lacks {lacking[0]}, which {_INDEX} says it holds; download the shard again")
+            raise ValueError(
+                f"checkpoint {folder}: {file.name} lacks {lacking[0]}, which {_INDEX} says it holds; download"
+                " the shard again"
+            )
         entries |= {tensor: own[tensor] for tensor in listed or own}
     return Checkpoint(name or folder.name, folder, entries)
 
@@ -129,20 +132,29 @@ def _files(folder: Path) -> dict[Path, list[str]]:
         try:
             places = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"checkpoint {folder}: its {_INDEX} is damaged ({error!r}); download it again") from None
+            raise ValueError(
+                f"checkpoint {folder}: its {_INDEX} is damaged ({error!r}); download it again"
+            ) from None
         files: dict[Path, list[str]] = {}
         for tensor, file in places.items():
             files.setdefault(folder / Path(file).name, []).append(tensor)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(
-                f"checkpoint {folder}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}; download them again"
+                f"checkpoint {folder}: {len(missing)} of {len(files)} shards are missing:"
+                f" {', '.join(missing)}; download them again"
             )
         return files
     if (folder / _SINGLE).is_file():
         return {folder / _SINGLE: []}
-    others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for path in folder.glob(pattern))
-    hint = f"it holds {others[0]}; save it anew with save_pretrained" if others else "give a folder that save_pretrained wrote"
+    others = sorted(
+        path.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for path in folder.glob(pattern)
+    )
+    hint = (
+        f"it holds {others[0]}; save it anew with save_pretrained"
+        if others
+        else "give a folder that save_pretrained wrote"
+    )
     raise ValueError(f"checkpoint {folder}: it has neither {_SINGLE} nor {_INDEX}; {hint}")
 
 
@@ -155,9 +167,14 @@ def _header(file: Path) -> dict[str, Entry]:
         try:
             header = json.loads(content.read(length))
             header.pop("__metadata__", None)
-            places = {name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()}
+            places = {
+                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                for name, entry in header.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{file}: its header is garbled ({error!r}); download or copy it again") from None
+            raise ValueError(
+                f"{file}: its header is garbled ({error!r}); download or copy it again"
+            ) from None
     end = max((end for *_, end in places.values()), default=0)
     if end != size - 8 - length:
         raise ValueError(
@@ -194,7 +211,9 @@ class ShardWriter:
     def _plan(self, tensors: Mapping[str, Entry]) -> tuple[bytes, int]:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
-        for name, entry in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # wide ones first: each is then aligned
+        for name, entry in sorted(
+            tensors.items(), key=lambda item: -item[1].itemsize
+        ):  # wide ones first: each is then aligned
             end = position + entry.nbytes
             header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, end]}
             self.offsets[name], position = position, end

@@ -88,7 +88,10 @@ class Sweep:
         words = f"lambda {self.best:g}: {self.target} {change:+.3f} ± {_CONFIDENCE * error:.3f} nats a token"
         if self.control is not None:
             change, error = (part[index].item() for part in self.change(self.control))
-            words += f", {self.control} {change:+.3f} ± {_CONFIDENCE * error:.3f} (at most {self.budget:.0%} more is allowed)"
+            words += (
+                f", {self.control} {change:+.3f} ± {_CONFIDENCE * error:.3f} (at most {self.budget:.0%} more"
+                " is allowed)"
+            )
         if index in (0, len(self.values) - 1) and len(self.values) > 1 and self.best != 0.0:
             words += "; the best lies at the end of the range: sweep further"
         return words
@@ -144,12 +147,21 @@ def scaled_adapters(model: nn.Module, adapter: str, values: Sequence[float]) -> 
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and adapter in module.scaling]
+    layers = [
+        module for module in model.modules() if isinstance(module, LoraLayer) and adapter in module.scaling
+    ]
     if not layers:
         raise ValueError(f"adapter: the model has no LoRA adapter {adapter!r}")
     if any(adapter in layer.lora_variant for layer in layers):
-        raise ValueError(f"adapter: {adapter!r} is DoRA or another variant, which is not linear in its scaling; combine it first")
-    held = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters]
+        raise ValueError(
+            f"adapter: {adapter!r} is DoRA or another variant, which is not linear in its scaling; combine it"
+            " first"
+        )
+    held = [
+        module
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters
+    ]
     if held:
         raise ValueError(f"adapter: {adapter!r} replaces modules of the base, which no scaling reaches")
     names = [f"{adapter}_times_{i}" for i in range(len(values))]
@@ -226,7 +238,9 @@ def losses_by_adapter(
                 losses = torch.stack(
                     [_loss(row, own) for row, own in zip(logits, part.repeat(len(names), 1), strict=True)],
                 )
-                result[start : start + len(names), window : window + len(part)] = losses.view(len(names), len(part)).cpu()
+                result[start : start + len(names), window : window + len(part)] = losses.view(
+                    len(names), len(part)
+                ).cpu()
     finally:
         model.train(training)
     return result
@@ -281,14 +295,24 @@ def sweep(
     target = names[0] if target is None and names else target
     for role, name in (("target", target), ("control", control)):
         if name not in windows and not (role == "control" and name is None):
-            raise ValueError(f"{role}: got {name!r}, expected one of {', '.join(map(repr, names)) or 'no set at all: windows is empty'}")
+            raise ValueError(
+                f"{role}: got {name!r}, expected one of"
+                f" {', '.join(map(repr, names)) or 'no set at all: windows is empty'}"
+            )
     if not isinstance(adapter, str):
         values = tuple(adapter)
     if not values or not all(math.isfinite(value) for value in values):
         raise ValueError(f"values: got {tuple(values)}, expected finite numbers")
     found: dict[str, Tensor] = {}
     scaled = scaled_adapters(model, adapter, values) if isinstance(adapter, str) else None
-    with scaled or contextlib.nullcontext(list(adapter.values() if isinstance(adapter, Mapping) else ())) as aliases:
-        for name in tqdm([n for n in (target, control) if n is not None], disable=not progress, file=sys.stderr, desc="sweep"):
+    with scaled or contextlib.nullcontext(
+        list(adapter.values() if isinstance(adapter, Mapping) else ())
+    ) as aliases:
+        for name in tqdm(
+            [n for n in (target, control) if n is not None],
+            disable=not progress,
+            file=sys.stderr,
+            desc="sweep",
+        ):
             found[name] = losses_by_adapter(model, aliases, windows[name], rows=rows)
     return Sweep(tuple(values), found, str(target), control, budget, maximize)

@@ -34,8 +34,13 @@ def swept(args: argparse.Namespace) -> str:
     require("transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl", "matplotlib")
     variable, values = _values(args.sweep)
     points = {value: parse(args.expression, {variable: value}) for value in values}
-    if variable in points[values[0]] or parse(args.expression, {variable: 1.0}) == parse(args.expression, {variable: 2.0}):
-        raise ValueError(f"--sweep: {variable} is not in the expression; write it where the number shall be, as in {variable}*(a + b)")
+    if variable in points[values[0]] or parse(args.expression, {variable: 1.0}) == parse(
+        args.expression, {variable: 2.0}
+    ):
+        raise ValueError(
+            f"--sweep: {variable} is not in the expression; write it where the number shall be, as in"
+            f" {variable}*(a + b)"
+        )
     if args.data is None:
         raise ValueError("--sweep needs --data: validation text by which the best is chosen")
     check_output(Path(args.output), overwrite=args.overwrite)
@@ -55,9 +60,18 @@ def swept(args: argparse.Namespace) -> str:
         scales=_scales(args.expression, variable, method),
     )
     best = mixture(result.best)
-    best.record.update({"expression": args.expression, variable: result.best, "adapters": {n: str(f) for n, f in folders.items()}})
+    best.record.update(
+        {
+            "expression": args.expression,
+            variable: result.best,
+            "adapters": {n: str(f) for n, f in folders.items()},
+        }
+    )
     write_adapter(best, args.output, overwrite=args.overwrite, beside=lambda folder: _write(result, folder))
-    return f"{result.verdict}\n{args.output}: the adapter at {variable} = {result.best:g}, sweep.csv and sweep.png"
+    return (
+        f"{result.verdict}\n{args.output}: the adapter at {variable} = {result.best:g}, sweep.csv and"
+        " sweep.png"
+    )
 
 
 def _values(text: str) -> tuple[str, list[float]]:
@@ -68,8 +82,16 @@ def _values(text: str) -> tuple[str, list[float]]:
         start, stop, many = float(first), float(last), int(count)
     except ValueError:
         raise ValueError(f"--sweep: got {text!r}, expected NAME=FROM:TO:COUNT, as x=0:1:11") from None
-    if not name.isidentifier() or not 2 <= many <= _MOST_VALUES or not abs(start) + abs(stop) < float("inf") or start == stop:
-        raise ValueError(f"--sweep: got {text!r}, expected a name, two different numbers and a count from 2 to {_MOST_VALUES}")
+    if (
+        not name.isidentifier()
+        or not 2 <= many <= _MOST_VALUES
+        or not abs(start) + abs(stop) < float("inf")
+        or start == stop
+    ):
+        raise ValueError(
+            f"--sweep: got {text!r}, expected a name, two different numbers and a count from 2 to"
+            f" {_MOST_VALUES}"
+        )
     return name, [round(start + (stop - start) * i / (many - 1), 12) for i in range(many)]
 
 
@@ -104,7 +126,11 @@ def _sweep(
         windows = {"data": _windows(held, args.data, "--data")}
         if args.control is not None:
             windows["control"] = _windows(held, args.control, "--control")
-        chosen = {"control": "control" if "control" in windows else None, "budget": args.budget, "maximize": args.maximize}
+        chosen = {
+            "control": "control" if "control" in windows else None,
+            "budget": args.budget,
+            "maximize": args.maximize,
+        }
         with held.autocast():
             return sweep(held.model, names, windows, values=values, **chosen)
 
@@ -114,12 +140,17 @@ def _windows(held: Any, source: str, option: str) -> Tensor:
     from ...finetune.data import load_data
     from ...finetune.inputs import prepare_evaluations
 
-    rows = prepare_evaluations(held.config, {"data": load_data(source, option=option)}, held.tokenizer)["data"]
+    rows = prepare_evaluations(held.config, {"data": load_data(source, option=option)}, held.tokenizer)[
+        "data"
+    ]
     ids = torch.tensor([token for row in rows["input_ids"] for token in row])
     length, most = held.config.seq_length, max(1, held.config.eval_tokens // held.config.seq_length)
     count = len(ids) // length
     if not count:
-        raise ValueError(f"{option} {source}: {len(ids)} tokens, fewer than one window of {length}: give more text, or --seq-length")
+        raise ValueError(
+            f"{option} {source}: {len(ids)} tokens, fewer than one window of {length}: give more text, or"
+            " --seq-length"
+        )
     chosen = [i * count // min(count, most) for i in range(min(count, most))]
     return ids[: count * length].view(count, length)[chosen]
 

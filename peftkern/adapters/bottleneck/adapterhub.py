@@ -21,11 +21,15 @@ from .places import Place
 __all__ = ["WEIGHTS", "adapterhub_tensors"]
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
-_KEY = re.compile(r"(?P<holder>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<part>adapter_down\.\d+\.\w+|adapter_up\.\w+|scaling)")
+_KEY = re.compile(
+    r"(?P<holder>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<part>adapter_down\.\d+\.\w+|adapter_up\.\w+|scaling)"
+)
 _PARTS = {"weight": ("down", "up"), "bias": ("down_bias", "up_bias")}
 
 
-def adapterhub_tensors(folder: Path, config: BottleneckConfig, places: Sequence[tuple[Place, str]]) -> dict[str, Tensor]:
+def adapterhub_tensors(
+    folder: Path, config: BottleneckConfig, places: Sequence[tuple[Place, str]]
+) -> dict[str, Tensor]:
     """The tensors of a folder by the names of `bottleneck_parameters`, for the chosen places and the paths
     of the modules they act on.
 
@@ -35,8 +39,9 @@ def adapterhub_tensors(folder: Path, config: BottleneckConfig, places: Sequence[
     """
     if config.reads == "input" and not all(place.normed for place, _ in places):
         raise ValueError(
-            f"{folder}: AdapterHub's parallel adapter reads the stream before the norm of a pre-norm layer, the one here what the "
-            "sublayer reads, after it: the weights mean another function. Train it anew"
+            f"{folder}: AdapterHub's parallel adapter reads the stream before the norm of a pre-norm layer,"
+            " the one here what the sublayer reads, after it: the weights mean another function. Train it"
+            " anew"
         )
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in _weights(folder).items():
@@ -54,7 +59,10 @@ def adapterhub_tensors(folder: Path, config: BottleneckConfig, places: Sequence[
             key=lambda pair: PLACES.index(pair[0].kind),
         )
         if len(here) != len(holders):
-            raise ValueError(f"{folder}: has {len(holders)} adapters in {layer}, the model has {len(here)} places for them there")
+            raise ValueError(
+                f"{folder}: has {len(holders)} adapters in {layer}, the model has {len(here)} places for them"
+                " there"
+            )
         for (_, path), holder in zip(here, holders, strict=True):
             tensors |= {f"{path}.bottleneck.{part}": value for part, value in found[holder].items()}
     return tensors
@@ -63,7 +71,9 @@ def adapterhub_tensors(folder: Path, config: BottleneckConfig, places: Sequence[
 def _weights(folder: Path) -> dict[str, Tensor]:
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{folder}: has neither {' nor '.join(WEIGHTS)}; give a folder that save_adapter wrote")
+        raise FileNotFoundError(
+            f"{folder}: has neither {' nor '.join(WEIGHTS)}; give a folder that save_adapter wrote"
+        )
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -71,7 +81,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises is of many types
-        raise ValueError(f"{file}: cannot be read safely ({type(error).__name__}); copy the adapter again") from None
+        raise ValueError(
+            f"{file}: cannot be read safely ({type(error).__name__}); copy the adapter again"
+        ) from None
 
 
 def _own_name(part: str) -> str:

@@ -83,7 +83,9 @@ def add_bottleneck(
     config = BottleneckConfig.parse(config) if isinstance(config, str) else config
     held = attached(model)
     if held is not None and name in held.configs:
-        raise ValueError(f"name: there is an adapter {name!r} already; remove_bottleneck(model, {name!r}) takes it away")
+        raise ValueError(
+            f"name: there is an adapter {name!r} already; remove_bottleneck(model, {name!r}) takes it away"
+        )
     if not name or "." in name:
         raise ValueError(f"name: got {name!r}, expected a name without dots")
     places = held.places if held is not None else find_places(model, example_inputs)
@@ -111,7 +113,10 @@ def set_bottleneck(model: nn.Module, names: str | Sequence[str], *, trainable: b
     wanted = (names,) if isinstance(names, str) else tuple(names)
     unknown = [name for name in wanted if name not in held.configs]
     if unknown:
-        raise ValueError(f"names: there is no adapter {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, held.configs))}")
+        raise ValueError(
+            f"names: there is no adapter {', '.join(map(repr, unknown))}; there are"
+            f" {', '.join(map(repr, held.configs))}"
+        )
     held.active = wanted
     for _, name, adapter in bottlenecks(model):
         adapter.requires_grad_(trainable and name in wanted)
@@ -137,7 +142,9 @@ def remove_bottleneck(model: nn.Module, name: str | None = None) -> None:
     trains as it did."""
     held = _required(model)
     if name is not None and name not in held.configs:
-        raise ValueError(f"name: there is no adapter {name!r}; there are {', '.join(map(repr, held.configs))}")
+        raise ValueError(
+            f"name: there is no adapter {name!r}; there are {', '.join(map(repr, held.configs))}"
+        )
     for one in [name] if name is not None else list(held.configs):
         del held.configs[one]
         for module in list(model.modules()):
@@ -171,7 +178,9 @@ def place_key(path: str) -> str:
 def bottleneck_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
     """The parameters of an adapter, by "path.bottleneck.parameter"."""
     if name not in _required(model).configs:
-        raise ValueError(f"name: there is no adapter {name!r}; there are {', '.join(map(repr, attached(model).configs))}")
+        raise ValueError(
+            f"name: there is no adapter {name!r}; there are {', '.join(map(repr, attached(model).configs))}"
+        )
     return {
         f"{path}.bottleneck.{key}": value
         for path, one, adapter in bottlenecks(model)
@@ -187,7 +196,9 @@ def chosen_places(model: nn.Module, config: BottleneckConfig) -> tuple[Place, ..
 
 def adapted_at(place: Place, config: BottleneckConfig) -> str:
     """The path of the module on which the adapter stands."""
-    return {"output": place.output, "sum": place.sum, "input": place.input and place.input.added_at}[config.reads]
+    return {"output": place.output, "sum": place.sum, "input": place.input and place.input.added_at}[
+        config.reads
+    ]
 
 
 def _required(model: nn.Module) -> Attached:
@@ -203,20 +214,34 @@ def _chosen(places: tuple[Place, ...], config: BottleneckConfig) -> tuple[Place,
     beyond = [layer for layer in config.leave_out if layer not in layers]
     if beyond:
         raise ValueError(f"leave_out: got {beyond}, the layers are 0 to {max(layers)}")
-    chosen = tuple(place for place in places if place.kind in config.places and place.layer not in config.leave_out)
+    chosen = tuple(
+        place for place in places if place.kind in config.places and place.layer not in config.leave_out
+    )
     if not chosen:
         kinds = ", ".join(sorted({place.kind for place in places}))
-        raise ValueError(f"config: leaves no place for an adapter; the model's sublayers are {kinds} in {len(layers)} layers")
+        raise ValueError(
+            f"config: leaves no place for an adapter; the model's sublayers are {kinds} in {len(layers)}"
+            " layers"
+        )
     seen: dict[str, Place] = {}
     for place in chosen:
         if (config.reads == "input" and place.input is None) or (config.reads == "sum" and place.sum is None):
-            what = "what this sublayer reads" if config.reads == "input" else "the stream after this sublayer's residual addition"
-            raise ValueError(f"reads: got {config.reads!r}, but no module is given {what} ({place.kind} of {place.output}); use 'output'")
+            what = (
+                "what this sublayer reads"
+                if config.reads == "input"
+                else "the stream after this sublayer's residual addition"
+            )
+            raise ValueError(
+                f"reads: got {config.reads!r}, but no module is given {what} ({place.kind} of"
+                f" {place.output}); use 'output'"
+            )
         seen.setdefault(adapted_at(place, config), place)  # sublayers side by side share their sum
     return tuple(seen.values())
 
 
-def _install(model: nn.Module, place: Place, config: BottleneckConfig, name: str, dtype: torch.dtype | None) -> None:
+def _install(
+    model: nn.Module, place: Place, config: BottleneckConfig, name: str, dtype: torch.dtype | None
+) -> None:
     path, source = adapted_at(place, config), Source("output")
     if config.reads == "sum" and place.normed:
         source = Source("norm")
@@ -229,7 +254,9 @@ def _install(model: nn.Module, place: Place, config: BottleneckConfig, name: str
     layer = _around(model, path, BottleneckLayer)
     device, base = _device_and_dtype(model, path)
     wanted = dtype or torch.promote_types(base, torch.float32)
-    layer.bottlenecks[name] = Bottleneck(config, place.layer, place.width, source, device=device, dtype=wanted).train(layer.training)
+    layer.bottlenecks[name] = Bottleneck(
+        config, place.layer, place.width, source, device=device, dtype=wanted
+    ).train(layer.training)
 
 
 def _around(model: nn.Module, path: str, kind: type) -> Any:
@@ -254,7 +281,10 @@ def _locate(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
             current = current.base_layer
         parent = current
         if part not in parent._modules:
-            raise ValueError(f"model: has no module {path!r}; its structure has changed since the adapter's places were found")
+            raise ValueError(
+                f"model: has no module {path!r}; its structure has changed since the adapter's places were"
+                " found"
+            )
         current = parent._modules[part]
     return parent, part, current
 
@@ -279,7 +309,9 @@ def _take_out(model: nn.Module) -> None:
     """Put every module back that nothing acts on any more."""
     for parent in list(model.modules()):
         for part, child in list(parent._modules.items()):
-            while (isinstance(child, BottleneckLayer) and not child.bottlenecks) or (isinstance(child, InputTap) and not child.taps):
+            while (isinstance(child, BottleneckLayer) and not child.bottlenecks) or (
+                isinstance(child, InputTap) and not child.taps
+            ):
                 child = child.base_layer
             parent._modules[part] = child
 

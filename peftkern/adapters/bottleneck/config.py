@@ -58,9 +58,13 @@ class BottleneckConfig:
     leave_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "places", (self.places,) if isinstance(self.places, str) else tuple(self.places))
+        object.__setattr__(
+            self, "places", (self.places,) if isinstance(self.places, str) else tuple(self.places)
+        )
         object.__setattr__(self, "leave_out", tuple(self.leave_out))
-        object.__setattr__(self, "activation", _SYNONYMS.get(str(self.activation).lower(), str(self.activation).lower()))
+        object.__setattr__(
+            self, "activation", _SYNONYMS.get(str(self.activation).lower(), str(self.activation).lower())
+        )
         if not self.places or not set(self.places) <= set(PLACES):
             raise ValueError(f"places: got {self.places}, expected some of {', '.join(PLACES)}")
         for name, allowed in (("reads", _READS), ("init", _INITS), ("activation", ACTIVATIONS)):
@@ -73,7 +77,9 @@ class BottleneckConfig:
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout: got {self.dropout!r}, expected at least 0 and less than 1")
         if any(not isinstance(layer, int) or layer < 0 for layer in self.leave_out):
-            raise ValueError(f"leave_out: got {list(self.leave_out)}, expected numbers of layers, the first of which is 0")
+            raise ValueError(
+                f"leave_out: got {list(self.leave_out)}, expected numbers of layers, the first of which is 0"
+            )
         self._check_factors()
 
     def _check_factors(self) -> None:
@@ -82,7 +88,9 @@ class BottleneckConfig:
             object.__setattr__(self, "reduction_factor", {str(key): value for key, value in factors.items()})
             unknown = [key for key in factors if str(key) != "default" and not str(key).isdigit()]
             if unknown:
-                raise ValueError(f"reduction_factor: got the keys {unknown}, expected numbers of layers and 'default'")
+                raise ValueError(
+                    f"reduction_factor: got the keys {unknown}, expected numbers of layers and 'default'"
+                )
         values = factors.values() if isinstance(factors, Mapping) else (factors,)
         if any(not _is_number(value) or value <= 0 for value in values):
             raise ValueError(f"reduction_factor: got {factors!r}, expected numbers greater than 0")
@@ -94,7 +102,9 @@ class BottleneckConfig:
         factor = self.reduction_factor
         if isinstance(factor, Mapping):
             if str(layer) not in factor and "default" not in factor:
-                raise ValueError(f"reduction_factor: names neither layer {layer} nor a 'default'; add one of them")
+                raise ValueError(
+                    f"reduction_factor: names neither layer {layer} nor a 'default'; add one of them"
+                )
             factor = factor.get(str(layer), factor.get("default"))
         return max(1, int(hidden // factor))
 
@@ -118,11 +128,16 @@ class BottleneckConfig:
         """
         match = re.fullmatch(r"\s*([\w+]+)\s*(?:\[(.*)\])?\s*", text, flags=re.DOTALL)
         if match is None:
-            raise ValueError(f"configuration: got {text!r}, expected NAME or NAME[key=value,...], as in seq_bn[reduction_factor=8]")
+            raise ValueError(
+                f"configuration: got {text!r}, expected NAME or NAME[key=value,...], as in"
+                " seq_bn[reduction_factor=8]"
+            )
         name, options = match.group(1), match.group(2)
         if name not in NAMED:
             if name in _OTHER:
-                raise ValueError(f"configuration: {name!r} is AdapterHub's name of {_OTHER[name]}, which is not built here")
+                raise ValueError(
+                    f"configuration: {name!r} is AdapterHub's name of {_OTHER[name]}, which is not built here"
+                )
             raise ValueError(f"configuration: got the name {name!r}, expected one of {', '.join(NAMED)}")
         return cls.from_adapterhub(NAMED[name] | (_options(options) if options else {}))
 
@@ -137,7 +152,9 @@ class BottleneckConfig:
         values, own = dict(values), {field.name for field in dataclasses.fields(cls)}
         for key, absent in _ABSENT.items():
             if values.pop(key, absent[0]) not in absent:
-                raise ValueError(f"{key}: only {absent[0]!r} is built here; AdapterHub's other values are not")
+                raise ValueError(
+                    f"{key}: only {absent[0]!r} is built here; AdapterHub's other values are not"
+                )
         places = [place for key, place in _PLACE_KEYS.items() if values.pop(key, False)]
         parallel, summed = values.pop("is_parallel", False), values.pop("original_ln_before", False)
         translated = {
@@ -148,7 +165,10 @@ class BottleneckConfig:
         translated |= {key: values.pop(key) for key in list(values) if key in own}
         left = [key for key in values if key not in _IGNORED]
         if left:
-            raise ValueError(f"configuration: unknown keys {', '.join(left)}; known are {', '.join((*_PLACE_KEYS, *_KEYS, *sorted(own)))}")
+            raise ValueError(
+                f"configuration: unknown keys {', '.join(left)}; known are"
+                f" {', '.join((*_PLACE_KEYS, *_KEYS, *sorted(own)))}"
+            )
         return cls(**translated)
 
 
@@ -225,7 +245,9 @@ _OTHER = dict.fromkeys(
 )
 _OTHER |= dict.fromkeys(("compacter", "compacter++"), "adapters whose matrices are Kronecker products")
 _OTHER |= dict.fromkeys(("mam", "unipelt"), "several kinds together")
-_OTHER |= dict.fromkeys(("lora", "ia3", "prompt_tuning", "loreft", "noreft", "direft", "prefix_tuning"), "another kind of adapter")
+_OTHER |= dict.fromkeys(
+    ("lora", "ia3", "prompt_tuning", "loreft", "noreft", "direft", "prefix_tuning"), "another kind of adapter"
+)
 
 
 def _options(text: str) -> dict[str, Any]:
@@ -235,7 +257,10 @@ def _options(text: str) -> dict[str, Any]:
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
-            raise ValueError(f"configuration: got {part.strip()!r} between the brackets, expected key=value, as in reduction_factor=8")
+            raise ValueError(
+                f"configuration: got {part.strip()!r} between the brackets, expected key=value, as in"
+                " reduction_factor=8"
+            )
         try:
             values[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):

@@ -74,7 +74,9 @@ def read_config(folder: str | Path) -> tuple[BottleneckConfig, dict[str, Any]]:
     """
     file = Path(folder) / CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{folder}: has no {CONFIG}; give a folder that save_bottleneck or save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{folder}: has no {CONFIG}; give a folder that save_bottleneck or save_pretrained wrote"
+        )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -83,7 +85,9 @@ def read_config(folder: str | Path) -> tuple[BottleneckConfig, dict[str, Any]]:
         return BottleneckConfig.from_adapterhub(values["config"]), values
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_TYPE:
         kind = values.get("peft_type") if isinstance(values, dict) else None
-        raise ValueError(f"{file}: holds an adapter of the kind {kind!r}, expected {PEFT_TYPE!r}; load others with peft")
+        raise ValueError(
+            f"{file}: holds an adapter of the kind {kind!r}, expected {PEFT_TYPE!r}; load others with peft"
+        )
     own = {field.name for field in dataclasses.fields(BottleneckConfig)}
     return BottleneckConfig(**{key: value for key, value in values.items() if key in own}), values
 
@@ -111,7 +115,10 @@ def load_bottleneck(
     held = attached(model)
     if held is not None and name in held.configs:
         if held.configs[name] != config:
-            raise ValueError(f"name: the adapter {name!r} on the model has another configuration than {folder}; load it under another name")
+            raise ValueError(
+                f"name: the adapter {name!r} on the model has another configuration than {folder}; load it"
+                " under another name"
+            )
         _fill(model, name, _foreign(model, name, folder) if foreign else tensors, folder)
         return
     before = held.active if held is not None else ()
@@ -131,7 +138,9 @@ def load_bottleneck(
 def _foreign(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]:
     """What AdapterHub's library saved, for the places where the adapter is."""
     config = attached(model).configs[name]
-    return adapterhub_tensors(folder, config, [(place, adapted_at(place, config)) for place in chosen_places(model, config)])
+    return adapterhub_tensors(
+        folder, config, [(place, adapted_at(place, config)) for place in chosen_places(model, config)]
+    )
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -139,7 +148,9 @@ def _read(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: is missing; give a folder that save_bottleneck or save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{file}: is missing; give a folder that save_bottleneck or save_pretrained wrote"
+        )
     try:
         return {key.removeprefix(_PREFIX): value for key, value in load_file(file).items()}
     except SafetensorError as error:
@@ -153,7 +164,10 @@ def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], folder: st
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model has not"
-        raise ValueError(f"{folder}: was saved from another model: it {what} ({len(missing)} missing, {len(unknown)} unknown tensors)")
+        raise ValueError(
+            f"{folder}: was saved from another model: it {what} ({len(missing)} missing, {len(unknown)}"
+            " unknown tensors)"
+        )
     for key, parameter in parameters.items():
         if parameter.shape != tensors[key].shape:
             shapes = f"{list(tensors[key].shape)}, expected {list(parameter.shape)}"

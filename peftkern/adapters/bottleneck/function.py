@@ -70,7 +70,9 @@ def bottleneck(
         )
     args = (down, up, down_bias, up_bias, scaling)
     if transformed():
-        out = reference.bottleneck(flat_y, flat_x, *(_like(value, y) for value in args), activation=activation, keep=keep)
+        out = reference.bottleneck(
+            flat_y, flat_x, *(_like(value, y) for value in args), activation=activation, keep=keep
+        )
     else:
         compute = _compute_dtype(y)
         out = _Bottleneck.apply(flat_y, None if x is y else flat_x, *args, keep, activation, compute)
@@ -83,21 +85,30 @@ def _like(value: Any, y: Tensor) -> Any:
 
 def _compute_dtype(y: Tensor) -> torch.dtype:
     device = y.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and y.dtype != torch.float64 else y.dtype
+    return (
+        torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device) and y.dtype != torch.float64
+        else y.dtype
+    )
 
 
 def _again(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients with a graph of their own, by the definition."""
     x, _, down, up, down_bias, up_bias, factor, keep = ctx.saved_tensors
     if x is None:
-        raise RuntimeError("bottleneck: its gradients cannot be differentiated again where `down` needs none, as x was not kept")
+        raise RuntimeError(
+            "bottleneck: its gradients cannot be differentiated again where `down` needs none, as x was not"
+            " kept"
+        )
     wide = torch.promote_types(g.dtype, ctx.compute)
 
     def plain(y, x, down, up, down_bias, up_bias, scaling):
         cast = [None if value is None else value.to(wide) for value in (down, up, down_bias, up_bias)]
         scaling = ctx.scaling if scaling is None else scaling.to(wide)
         source = y if x is None else x
-        out = reference.bottleneck(y.to(wide), source.to(wide), *cast, scaling, activation=ctx.activation, keep=keep)
+        out = reference.bottleneck(
+            y.to(wide), source.to(wide), *cast, scaling, activation=ctx.activation, keep=keep
+        )
         return [out.to(g.dtype)]
 
     y = x if ctx.same else stand_in(g, g.shape)
@@ -167,7 +178,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 def _scaled(grad: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     """scaling * grad, [N] or [N, R], rounded once to the parameter's dtype."""
     wide = grad.to(torch.promote_types(grad.dtype, dtype))
-    factor = scaling.to(wide.dtype).reshape(-1, *(1,) * (grad.dim() - 1)) if isinstance(scaling, Tensor) else scaling
+    factor = (
+        scaling.to(wide.dtype).reshape(-1, *(1,) * (grad.dim() - 1))
+        if isinstance(scaling, Tensor)
+        else scaling
+    )
     return (wide * factor).to(dtype)
 
 
@@ -237,9 +252,13 @@ def _check(
 ) -> None:
     """Raise ValueError where an argument does not fit the others."""
     if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(reference.ACTIVATIONS)}")
+        raise ValueError(
+            f"activation: got {activation!r}, expected one of {', '.join(reference.ACTIVATIONS)}"
+        )
     if y.dim() == 0 or x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(f"x: got {tuple(x.shape)}, expected {(*y.shape[:-1], 'K')}, with the leading shape of y")
+        raise ValueError(
+            f"x: got {tuple(x.shape)}, expected {(*y.shape[:-1], 'K')}, with the leading shape of y"
+        )
     n, k = y.shape[-1], x.shape[-1]
     r = down.shape[0] if down.dim() == 2 else -1
     expected = {"down": (down, (r, k)), "up": (up, (n, r)), "down_bias": (a, (r,)), "up_bias": (b, (n,))}

@@ -80,7 +80,11 @@ class Bottleneck(nn.Module):
         else:
             std, cut = (1e-2, 2.0) if self.config.init == "houlsby" else (0.02, math.inf)
             for weight in (self.down, self.up):
-                nn.init.normal_(weight, std=std) if cut == math.inf else nn.init.trunc_normal_(weight, std=std, a=-cut * std, b=cut * std)
+                (
+                    nn.init.normal_(weight, std=std)
+                    if cut == math.inf
+                    else nn.init.trunc_normal_(weight, std=std, a=-cut * std, b=cut * std)
+                )
         for bias in (self.down_bias, self.up_bias):
             if bias is not None:
                 bias.zero_()
@@ -96,10 +100,15 @@ class Bottleneck(nn.Module):
         """y [..., N] with the branch of x [..., K] added, in y's dtype."""
         weights = (self.down, self.up, self.down_bias, self.up_bias)
         dropout_p = self.config.dropout if self.training else 0.0
-        return bottleneck(y, x, *weights, self.scaling, activation=self.config.activation, dropout_p=dropout_p)
+        return bottleneck(
+            y, x, *weights, self.scaling, activation=self.config.activation, dropout_p=dropout_p
+        )
 
     def extra_repr(self) -> str:
-        return f"{self.down.shape[1]} -> {self.down.shape[0]} -> {self.up.shape[0]}, {self.config.activation}, reads {self.config.reads}"
+        return (
+            f"{self.down.shape[1]} -> {self.down.shape[0]} -> {self.up.shape[0]}, {self.config.activation},"
+            f" reads {self.config.reads}"
+        )
 
 
 class _Around(nn.Module):
@@ -155,7 +164,9 @@ class BottleneckLayer(_Around):
                 total = adapter(total, source.handover.held.pop(y.device))
         return (total, *out[1:]) if isinstance(out, tuple) else total
 
-    def _before_norm(self, adapters: list[Bottleneck], out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _before_norm(
+        self, adapters: list[Bottleneck], out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         """norm(t + branch(norm(t))) for the norm's input t."""
         stream = args[0] if args else next(iter(kwargs.values()))
         for adapter in adapters:

@@ -19,7 +19,9 @@ from torch import nn
 try:
     from peft import PeftConfig, PeftModel
 except ImportError as _error:
-    raise ModuleNotFoundError("BottleneckModel needs peft, which is not installed: run pip install 'peftkern[peft]'") from _error
+    raise ModuleNotFoundError(
+        "BottleneckModel needs peft, which is not installed: run pip install 'peftkern[peft]'"
+    ) from _error
 
 from .attach import (
     add_bottleneck,
@@ -35,8 +37,8 @@ from .files import CONFIG, load_bottleneck, read_config, save_bottleneck
 __all__ = ["BottleneckModel", "BottleneckPeftConfig", "get_bottleneck_model"]
 
 _NOT_MERGEABLE = (
-    "a bottleneck adapter cannot be merged into the base: its activation makes it no linear map of the weights. Keep it beside the "
-    "base, or take it away with unload()"
+    "a bottleneck adapter cannot be merged into the base: its activation makes it no linear map of the"
+    " weights. Keep it beside the base, or take it away with unload()"
 )
 
 
@@ -81,7 +83,9 @@ class BottleneckModel(PeftModel):
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning = False
         self._adapters_disabled = False
-        self._configs = {name: self._describe(config, task_type) for name, config in attached(model).configs.items()}
+        self._configs = {
+            name: self._describe(config, task_type) for name, config in attached(model).configs.items()
+        }
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self._prepare_model_for_gradient_checkpointing(model)
 
@@ -109,14 +113,18 @@ class BottleneckModel(PeftModel):
         _refuse_names(kwargs)
         return self.base_model.generate(*args, **kwargs)
 
-    def add_adapter(self, adapter_name: str, peft_config: BottleneckConfig | BottleneckPeftConfig | str, **options: Any) -> None:
+    def add_adapter(
+        self, adapter_name: str, peft_config: BottleneckConfig | BottleneckPeftConfig | str, **options: Any
+    ) -> None:
         """Put a further adapter on the model; the active one stays active."""
         config = peft_config.bottleneck if isinstance(peft_config, BottleneckPeftConfig) else peft_config
         before = self.active_adapters
         add_bottleneck(self.base_model, config, name=adapter_name, **options)
         set_bottleneck(self.base_model, before)
         task_type = next((known.task_type for known in self._configs.values()), None)
-        self._configs[adapter_name] = self._describe(attached(self.base_model).configs[adapter_name], task_type)
+        self._configs[adapter_name] = self._describe(
+            attached(self.base_model).configs[adapter_name], task_type
+        )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Let this adapter run, or several, their branches summed; they train unless `inference_mode`."""
@@ -176,7 +184,9 @@ class BottleneckModel(PeftModel):
         for name in selected_adapters or self._configs:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             state = None if state_dict is None else self._of_state(state_dict, name)
-            save_bottleneck(self.base_model, folder, name=name, state=state, task_type=self._configs[name].task_type)
+            save_bottleneck(
+                self.base_model, folder, name=name, state=state, task_type=self._configs[name].task_type
+            )
 
     @classmethod
     def from_pretrained(
@@ -200,7 +210,9 @@ class BottleneckModel(PeftModel):
         adapted = cls(model, adapter_name, values.get("task_type"))
         return adapted if is_trainable else adapted.eval()
 
-    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> None:
+    def load_adapter(
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any
+    ) -> None:
         """Put a further saved adapter on the model, not active yet; one of that name takes the saved
         values."""
         folder = _folder(model_id)
@@ -226,7 +238,9 @@ class BottleneckModel(PeftModel):
     def _check_names(self, argument: str, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self._configs]
         if unknown:
-            raise ValueError(f"{argument}: there is no adapter {unknown[0]!r}; there are {', '.join(self._configs)}")
+            raise ValueError(
+                f"{argument}: there is no adapter {unknown[0]!r}; there are {', '.join(self._configs)}"
+            )
 
     def _describe(self, config: BottleneckConfig, task_type: str | None) -> BottleneckPeftConfig:
         name = getattr(self.base_model, "name_or_path", None) or None
@@ -240,14 +254,18 @@ class BottleneckModel(PeftModel):
         for key, value in state.items():
             if mark in key:
                 path, _, parameter = key.partition(mark)
-                plain = ".".join(part for part in path.removeprefix("base_model.").split(".") if part != "base_layer")
+                plain = ".".join(
+                    part for part in path.removeprefix("base_model.").split(".") if part != "base_layer"
+                )
                 found[f"{plain}.bottleneck.{parameter}"] = value
         return found
 
 
 def _refuse_names(kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("adapter_names") is not None:
-        raise ValueError("adapter_names: bottleneck adapters are not mixed within a batch; call the model once an adapter")
+        raise ValueError(
+            "adapter_names: bottleneck adapters are not mixed within a batch; call the model once an adapter"
+        )
 
 
 def _folder(model_id: str | Path) -> Path:
@@ -259,4 +277,6 @@ def _folder(model_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model_id), allow_patterns=["adapter_*"]))
     except Exception as error:  # the hub's errors are of many kinds
-        raise FileNotFoundError(f"{model_id}: is no folder, and no repository that could be fetched: {error}") from error
+        raise FileNotFoundError(
+            f"{model_id}: is no folder, and no repository that could be fetched: {error}"
+        ) from error

@@ -66,12 +66,16 @@ def find_places(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
         seen = trace(model, inputs)
     except Exception as error:  # a model may raise anything
         raise ValueError(
-            f"model: {type(model).__name__} could not be run on {_described(inputs)} to see where its residual additions are: "
-            f"{type(error).__name__}: {error}. Give example_inputs, keyword arguments of a small forward pass"
+            f"model: {type(model).__name__} could not be run on {_described(inputs)} to see where its"
+            f" residual additions are: {type(error).__name__}: {error}. Give example_inputs, keyword"
+            " arguments of a small forward pass"
         ) from error
     places = tuple(_places(model, seen))
     if not places:
-        raise ValueError(f"model: {type(model).__name__} has no residual addition of what a module computes, so no place for a bottleneck")
+        raise ValueError(
+            f"model: {type(model).__name__} has no residual addition of what a module computes, so no place"
+            " for a bottleneck"
+        )
     return places
 
 
@@ -86,15 +90,22 @@ def _example(model: nn.Module) -> dict[str, Any]:
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if name == "pixel_values" and size is not None and channels is not None:
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(1, channels, height, width, dtype=getattr(model, "dtype", None), device=device)}
+        return {
+            "pixel_values": torch.zeros(
+                1, channels, height, width, dtype=getattr(model, "dtype", None), device=device
+            )
+        }
     why = f"its main input is {name}" if name else "it has no main_input_name"
     raise ValueError(
-        f"example_inputs: what {type(model).__name__} takes is not known ({why}): give keyword arguments of a small forward pass"
+        f"example_inputs: what {type(model).__name__} takes is not known ({why}): give keyword arguments of a"
+        " small forward pass"
     )
 
 
 def _described(inputs: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {tuple(value.shape)}" if isinstance(value, Tensor) else key for key, value in inputs.items())
+    return ", ".join(
+        f"{key} {tuple(value.shape)}" if isinstance(value, Tensor) else key for key, value in inputs.items()
+    )
 
 
 def _places(model: nn.Module, seen: Trace) -> list[Place]:
@@ -118,10 +129,14 @@ def _places(model: nn.Module, seen: Trace) -> list[Place]:
     return places
 
 
-def _place(seen: Trace, stacks: _Stacks, one: ResidualSum, leaf: Node, kind: str, candidates: list[Call]) -> Place:
+def _place(
+    seen: Trace, stacks: _Stacks, one: ResidualSum, leaf: Node, kind: str, candidates: list[Call]
+) -> Place:
     first, output, reader = _input(seen, one, leaf), candidates[0], None
     if first is not None:
-        whole = next((found for found in candidates if _argument(found, first.before, found.path) is not None), None)
+        whole = next(
+            (found for found in candidates if _argument(found, first.before, found.path) is not None), None
+        )
         reader = _argument(whole, first.before, whole.path) if whole else _reader(seen, first, output)
     path, normed = _sum_module(seen, one)
     return Place(stacks.number(output.path), kind, leaf.shape[-1], output.path, reader, path, normed)
@@ -147,7 +162,9 @@ def _kind(seen: Trace, one: ResidualSum, leaf: Node) -> str:
         return "mlp"
     read = [linear.before for linear in seen.linears if linear.after.uid in leaf.ancestors]
     own = sum(_of_stream(before, one) for before in read)
-    foreign = sum(before.depth == 0 and not one.stream.bases & (before.ancestors | before.bases) for before in read)
+    foreign = sum(
+        before.depth == 0 and not one.stream.bases & (before.ancestors | before.bases) for before in read
+    )
     return "cross_attention" if own == 1 and foreign else "attention"  # queries alone are of the stream
 
 

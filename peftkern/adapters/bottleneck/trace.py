@@ -35,7 +35,8 @@ _ALIASES = {
     "transpose",
 }
 _ALIASES |= {"permute", "t", "expand", "lift_fresh"}
-# Operators after which an activation is still the one that a module gave, scaled: the adapter may act before them.
+# Operators after which an activation is still the one that a module gave, scaled: the adapter may act before
+# them.
 _SCALINGS = {"mul", "div", "native_dropout", "dropout"}
 _PRODUCTS = {"mm", "addmm", "linear", "bmm", "baddbmm", "matmul", "convolution", "_grouped_mm", "einsum"}
 _FILL = 0.5  # what a stand-in gives: finite through any norm or softmax
@@ -103,7 +104,9 @@ class Trace(TorchDispatchMode):
         self.running: list[str] = [""]  # paths of the modules that have not yet returned
         self._count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         inputs = [self.node(t) for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
         out = func(*args, **(kwargs or {}))
         known = [node for node in inputs if node is not None]
@@ -214,7 +217,9 @@ def _hook(path: str, seen: Trace) -> Callable[..., None]:
         first = out[0] if as_tuple else out
         if isinstance(first, Tensor):
             given = [*enumerate(args), *kwargs.items()]
-            inputs = {key: node for key, t in given if isinstance(t, Tensor) and (node := seen.node(t)) is not None}
+            inputs = {
+                key: node for key, t in given if isinstance(t, Tensor) and (node := seen.node(t)) is not None
+            }
             seen.called(Call(path, module, inputs, as_tuple), first)
 
     return hook
@@ -228,7 +233,9 @@ def _stood_in(model: nn.Module, seen: Trace) -> Iterator[None]:
     try:
         for module in model.modules():
             own = module.__dict__
-            held.append((own, {key: own[key] for key in ("forward", "_old_forward", "training") if key in own}))
+            held.append(
+                (own, {key: own[key] for key in ("forward", "_old_forward", "training") if key in own})
+            )
             own["training"] = False
             width = None if id(module) in inside else _width(module)
             if width is not None:
@@ -246,7 +253,9 @@ def _stood_in(model: nn.Module, seen: Trace) -> Iterator[None]:
 
 def _width(module: nn.Module) -> int | None:
     """What a linear gives an activation's last dimension; None for other modules."""
-    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    ):
         return module.out_features
     weight, nf = getattr(module, "weight", None), getattr(module, "nf", None)
     if isinstance(nf, int) and isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == nf:

@@ -22,7 +22,14 @@ from ..sizes import ceil_div, next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import UNSPECIALIZED, Call, run, specialization
 from .low_rank_config import LowRankConfig, Tile, choose_low_rank, dot_mode
-from .triton_low_rank_bodies import _d_lora_a_body, _dy_pair_body, _dy_pass_body, _epilogue_body, _project_body, _reduce_body
+from .triton_low_rank_bodies import (
+    _d_lora_a_body,
+    _dy_pair_body,
+    _dy_pass_body,
+    _epilogue_body,
+    _project_body,
+    _reduce_body,
+)
 
 __all__ = [
     "DyPartials",

@@ -55,14 +55,20 @@ class DataReport:
             for row, reason in self._rows(name):
                 found.setdefault(row, reason)
         if len(found) == len(self.rows):
-            raise InputError(f"--filter {' '.join(checks)} would leave none of {len(self.rows)} rows: filter by fewer checks")
+            raise InputError(
+                f"--filter {' '.join(checks)} would leave none of {len(self.rows)} rows: filter by fewer"
+                " checks"
+            )
         return found
 
     def _rows(self, name: str) -> Iterable[tuple[int, str]]:
         places = self.rows.places
         if name == "duplicates":
             for item in self.duplicates.dropped:
-                yield item.row, f"near duplicate of {places[item.kept]} (Jaccard similarity {item.similarity:.2f})"
+                yield (
+                    item.row,
+                    f"near duplicate of {places[item.kept]} (Jaccard similarity {item.similarity:.2f})",
+                )
         elif name == "overlap":
             for row in self.overlap.training:
                 yield row, "holds text of the evaluation"
@@ -82,7 +88,9 @@ class DataReport:
             listed = list(self._rows(name))
             if listed:
                 lines += ["| row | why | text |", "|---|---|---|"]
-                lines += [_line(self.rows.places[row], why, self.rows.texts[row]) for row, why in listed[:_SHOWN]]
+                lines += [
+                    _line(self.rows.places[row], why, self.rows.texts[row]) for row, why in listed[:_SHOWN]
+                ]
                 lines += ["", f"... and {len(listed) - _SHOWN} more.", ""] if len(listed) > _SHOWN else [""]
         return "\n".join(lines)
 
@@ -91,13 +99,20 @@ class DataReport:
         checks = {
             name: {
                 "verdict": found.verdict,
-                "rows": [{"row": row, "place": self.rows.places[row], "why": why} for row, why in self._rows(name)],
+                "rows": [
+                    {"row": row, "place": self.rows.places[row], "why": why} for row, why in self._rows(name)
+                ],
             }
             for name, found in self.made().items()
         }
         if self.labels is not None:
             noise = self.labels
-            checks["labels"] |= {"rate": noise.rate, "low": noise.low, "high": noise.high, "joint": noise.joint.tolist()}
+            checks["labels"] |= {
+                "rate": noise.rate,
+                "low": noise.low,
+                "high": noise.high,
+                "joint": noise.joint.tolist(),
+            }
             checks["labels"]["classes"] = list(noise.classes)
         return {"rows": len(self.rows), "checks": checks}
 
@@ -125,7 +140,9 @@ def _needs(name: str) -> str:
 
 def _line(place: str, why: str, text: str) -> str:
     short = text if len(text) <= _WIDTH else text[:_WIDTH] + "…"
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in (place, why, short)) + " |"
+    return (
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in (place, why, short)) + " |"
+    )
 
 
 def check_texts(
@@ -153,7 +170,9 @@ def write_rows(path: Path, rows: DataRows, leave_out: Iterable[int]) -> int:
     Raises: OSError where it cannot be written.
     """
     out = set(leave_out)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for index, row in enumerate(rows.rows) if index not in out]
+    lines = [
+        json.dumps(row, ensure_ascii=False) + "\n" for index, row in enumerate(rows.rows) if index not in out
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_files(path.parent) as temporary:
         (temporary / path.name).write_text("".join(lines), encoding="utf-8")

@@ -154,7 +154,12 @@ def _check_options(args: argparse.Namespace, checks: tuple[str, ...]) -> None:
     if args.group and not args.label:
         raise InputError("--group is of the check of labels: give --label as well")
     for source in (*args.data, *args.eval_data):
-        if args.output and Path(source).exists() and Path(args.output).exists() and Path(source).samefile(args.output):
+        if (
+            args.output
+            and Path(source).exists()
+            and Path(args.output).exists()
+            and Path(source).samefile(args.output)
+        ):
             raise InputError(f"--output {args.output} is a file that is read: give another")
 
 

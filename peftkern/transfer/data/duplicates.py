@@ -64,7 +64,10 @@ class Duplicates:
     def verdict(self) -> str:
         """One sentence for people."""
         if not self.dropped:
-            return f"no near duplicates among {self.rows} rows (Jaccard similarity of {self.threshold:g} or more)"
+            return (
+                f"no near duplicates among {self.rows} rows (Jaccard similarity of {self.threshold:g} or"
+                " more)"
+            )
         return (
             f"{len(self.dropped)} of {self.rows} rows ({len(self.dropped) / self.rows:.1%}) repeat another, "
             f"{self.exact} of them word for word, in {len(self.clusters)} clusters"

@@ -131,7 +131,10 @@ class AumSuspects:
     def verdict(self) -> str:
         """One sentence for people."""
         share = len(self.rows) / len(self.aum)
-        return f"{len(self.rows)} of {len(self.aum)} rows ({share:.1%}) are learnt no better than wrong labels are"
+        return (
+            f"{len(self.rows)} of {len(self.aum)} rows ({share:.1%}) are learnt no better than wrong"
+            " labels are"
+        )
 
     def draw(self, axes: Any) -> None:
         """The areas, and the threshold."""

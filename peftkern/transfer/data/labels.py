@@ -67,12 +67,18 @@ class LabelNoise:
         if self.high < _LEAST_SHARE:
             return f"the labels are clean as far as these features tell ({interval})"
         if self.accuracy < self.majority + 2 * self.accuracy_se:
-            return "cannot tell: probes of these features foretell the labels no better than the largest class does"
+            return (
+                "cannot tell: probes of these features foretell the labels no better than the largest class"
+                " does"
+            )
         said = f"{len(self.suspects)} of {len(self.confidence)} labels are suspected ({interval})"
         if 1 - self.accuracy < 2 * self.rate:
             # The probes err on hardly more rows than are called wrong: nothing tells a wrong label from a
             # hard row.
-            said += f"; the probes agree with {self.accuracy:.0%} of the labels, so hard rows are among them: look first"
+            said += (
+                f"; the probes agree with {self.accuracy:.0%} of the labels, so hard rows are among them:"
+                " look first"
+            )
         return said
 
     def draw(self, axes: Any) -> None:

@@ -73,7 +73,9 @@ def row_text(row: Mapping[str, Any]) -> str:
         return row["text"]
     if "messages" in row:
         return _said(row["messages"])
-    return "\n".join(part if isinstance(part, str) else _said(part) for part in (row["prompt"], row["completion"]))
+    return "\n".join(
+        part if isinstance(part, str) else _said(part) for part in (row["prompt"], row["completion"])
+    )
 
 
 def _said(messages: Iterable[Mapping[str, Any]]) -> str:

@@ -52,7 +52,9 @@ class ForgetBudget:
     Its state is a few numbers that a checkpoint holds: a resumed run goes on exactly as it would have.
     """
 
-    def __init__(self, nats: float, *, gain: float = 1.0, stiffness: float = 10.0, margin: float = 0.1) -> None:
+    def __init__(
+        self, nats: float, *, gain: float = 1.0, stiffness: float = 10.0, margin: float = 0.1
+    ) -> None:
         if not 0 < nats < math.inf:
             raise ValueError(f"nats: got {nats}, expected a budget above 0, as 0.02 nats per token")
         self.nats, self.gain, self.stiffness, self.margin = nats, gain, stiffness, margin

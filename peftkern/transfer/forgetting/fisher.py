@@ -54,15 +54,16 @@ class FisherFactors:
         absent = [name for name in factors if name not in self.rows]
         if absent:
             raise ValueError(
-                f"fisher: it has no layer {absent[0]}{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}: it was measured for "
-                "other layers; collect it again with this adapter's target_modules"
+                "fisher: it has no layer"
+                f" {absent[0]}{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}: it was measured"
+                " for other layers; collect it again with this adapter's target_modules"
             )
         now = base_identity(factors)
         other = next((name for name in factors if self.base.get(name) != now[name]), None)
         if other:
             raise ValueError(
-                f"fisher: it was measured on another base: {other} has other weights or another shape, or is quantized otherwise, than the "
-                "layer of that name in this model; collect it on this base"
+                f"fisher: it was measured on another base: {other} has other weights or another shape, or is"
+                " quantized otherwise, than the layer of that name in this model; collect it on this base"
             )
 
     def save(self, path: str | Path) -> None:
@@ -85,7 +86,9 @@ class FisherFactors:
             temporary.replace(final)
         except Exception as error:  # safetensors has an error of its own for a full disk
             temporary.unlink(missing_ok=True)
-            raise OSError(f"could not write {final}: {error}. Check the free disk space and the permissions") from error
+            raise OSError(
+                f"could not write {final}: {error}. Check the free disk space and the permissions"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> FisherFactors:
@@ -97,11 +100,22 @@ class FisherFactors:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
-            raise ValueError(f"{path} is no sound safetensors file ({error}): collect the Fisher information again") from error
+            raise ValueError(
+                f"{path} is no sound safetensors file ({error}): collect the Fisher information again"
+            ) from error
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} holds no Fisher information of peftkern (format {metadata.get('format')!r}, expected {_FORMAT!r})")
-        rows = {name.removesuffix(".rows"): vector for name, vector in tensors.items() if name.endswith(".rows")}
-        columns = {name.removesuffix(".columns"): vector for name, vector in tensors.items() if name.endswith(".columns")}
+            raise ValueError(
+                f"{path} holds no Fisher information of peftkern (format {metadata.get('format')!r}, expected"
+                f" {_FORMAT!r})"
+            )
+        rows = {
+            name.removesuffix(".rows"): vector for name, vector in tensors.items() if name.endswith(".rows")
+        }
+        columns = {
+            name.removesuffix(".columns"): vector
+            for name, vector in tensors.items()
+            if name.endswith(".columns")
+        }
         return cls(rows, columns, **json.loads(metadata["facts"]))
 
 
@@ -147,14 +161,18 @@ def collect_fisher(
         columns[name] += of_columns
 
     counted = examples = 0
-    for number in source_gradients(model, batches, factors, receive, labels=labels, predictions=predictions, seed=seed, progress=progress):
+    for number in source_gradients(
+        model, batches, factors, receive, labels=labels, predictions=predictions, seed=seed, progress=progress
+    ):
         counted, examples = counted + number.predictions, examples + number.examples
     if not any(vector.any() for vector in rows.values()):
         raise ValueError(
-            "model: no gradient reached any of its LoRA layers: if it is compiled, pass the model itself and compile later; else check "
-            "that the predictions depend on them"
+            "model: no gradient reached any of its LoRA layers: if it is compiled, pass the model itself and"
+            " compile later; else check that the predictions depend on them"
         )
-    rows, columns = ({name: vector.div_(counted).cpu() for name, vector in each.items()} for each in (rows, columns))
+    rows, columns = (
+        {name: vector.div_(counted).cpu() for name, vector in each.items()} for each in (rows, columns)
+    )
     return FisherFactors(rows, columns, counted, examples, labels, unit, base_identity(factors))
 
 

@@ -54,7 +54,9 @@ def source_gradients(
     device = next(iter(factors.values())).a.device
     with as_pretrained(model), watch.installed(), torch.enable_grad():
         for number, batch in enumerate(_shown(batches, progress)):
-            batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            batch = {
+                key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()
+            }
             watch.begin(next(len(value) for value in batch.values() if isinstance(value, Tensor)))
             logits, known = predictions(model, batch)
             drawn = labels_of(logits, known, labels, step_generator(logits.device, seed, number))
@@ -63,7 +65,10 @@ def source_gradients(
                 counted += len(drawn)
                 yield Seen(len(drawn), watch.examples)
     if not counted:
-        raise ValueError("batches: the source has no prediction to measure on: give at least one batch with labels other than -100")
+        raise ValueError(
+            "batches: the source has no prediction to measure on: give at least one batch with labels other"
+            " than -100"
+        )
 
 
 @contextlib.contextmanager
@@ -113,7 +118,10 @@ class _Watch:
         if not torch.is_grad_enabled():
             return
         if name in self._called:
-            raise ValueError(f"{name} is called twice in one pass: the squares of its two gradients do not add up; leave it out")
+            raise ValueError(
+                f"{name} is called twice in one pass: the squares of its two gradients do not add up; leave"
+                " it out"
+            )
         self._called.add(name)
         if not output.requires_grad:
             output.requires_grad_()  # all weights are frozen: the graph begins at the first watched layers
@@ -128,8 +136,8 @@ class _Watch:
         """[E, T, width] of whatever shape the layer sees."""
         if len(tensor) != self.examples and self.examples != 1:
             raise ValueError(
-                f"{name} sees {tuple(tensor.shape)}, in which the {self.examples} examples of a batch cannot be told apart: give batches "
-                "of one example"
+                f"{name} sees {tuple(tensor.shape)}, in which the {self.examples} examples of a batch cannot"
+                " be told apart: give batches of one example"
             )
         return tensor.reshape(self.examples, -1, tensor.shape[-1])
 

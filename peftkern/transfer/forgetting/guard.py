@@ -74,16 +74,20 @@ class ForgettingGuard:
             budget: the most nats per token that the source loss may rise: sets the weight of the penalty as
                 it goes, and ends training once a one-sided test, of `level` for all measurements together,
                 says that more is forgotten.
-            every: steps between measurements. With a budget the first one comes earlier where a forecast 20 times too low would
-                have spent it by then, as the forecast is not calibrated before.
+            every: steps between measurements. With a budget the first one comes earlier where a forecast 20
+                times too low would have spent it by then, as the forecast is not calibrated before.
             folder: where adapters on the Pareto front of target and source loss are kept.
         Raises: ValueError for options that need a Fisher or an adapter of another kind.
         """
         if fisher is None and (ewc or budget is not None):
-            raise ValueError("ewc, budget: they need the Fisher information of source text: pass fisher=collect_fisher(model, batches)")
+            raise ValueError(
+                "ewc, budget: they need the Fisher information of source text: pass"
+                " fisher=collect_fisher(model, batches)"
+            )
         if ewc < 0 or l2_sp < 0 or every < 1 or planned < 1:
             raise ValueError(
-                f"ewc, l2_sp: got {ewc}, {l2_sp}, expected 0 or more; every, planned: got {every}, {planned}, expected 1 or more"
+                f"ewc, l2_sp: got {ewc}, {l2_sp}, expected 0 or more; every, planned: got {every}, {planned},"
+                " expected 1 or more"
             )
         self.model, self.source, self.target, self.nll = model, source, target, nll
         self.every, self.level, self.planned, self.ewc, self.l2_sp = every, level, planned, ewc, l2_sp
@@ -125,8 +129,13 @@ class ForgettingGuard:
         return self.stopped
 
     def _first_is_due(self) -> bool:
-        """Whether, before any measurement, the forecast is such that a forecast 20 times too low would have spent the budget."""
-        return self.budget is not None and not self.calibration.points and _LOW * self._forecast > self.budget.nats
+        """Whether, before any measurement, the forecast is such that a forecast 20 times too low would have
+        spent the budget."""
+        return (
+            self.budget is not None
+            and not self.calibration.points
+            and _LOW * self._forecast > self.budget.nats
+        )
 
     @property
     def evaluations(self) -> int:
@@ -187,7 +196,9 @@ class ForgettingGuard:
             self.calibration.add(forecast, rise)
         self._measured = {"source_rise": rise.nats, "source_rise_error": rise.standard_error}
         if self.target:
-            point = Point(step, self._losses(self.target).mean, rise.nats, rise.standard_error, forecast, self._weight)
+            point = Point(
+                step, self._losses(self.target).mean, rise.nats, rise.standard_error, forecast, self._weight
+            )
             self.front.add(point, lambda folder: self.model.save_pretrained(folder))
             self._measured["target_loss"] = point.target
         if self.budget is not None:

@@ -55,20 +55,35 @@ def trained_elsewhere(model: nn.Module, factors: Mapping[str, Factors]) -> list[
     """Names of trainable parameters that are no factor of `factors`: what they change, no penalty on dW
     sees."""
     held = {id(tensor) for layer in factors.values() for tensor in (layer.a, layer.b)}
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in held]
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in held
+    ]
 
 
 def _factors(name: str, layer: Any, adapter: str | None) -> Factors | None:
-    active = [one for one in layer.active_adapters if one in (*layer.lora_A, *getattr(layer, "lora_embedding_A", ()))]
+    active = [
+        one
+        for one in layer.active_adapters
+        if one in (*layer.lora_A, *getattr(layer, "lora_embedding_A", ()))
+    ]
     if adapter is None and len(active) > 1:
-        raise ValueError(f"{name}: several adapters are active ({', '.join(active)}): name one, or add them up first")
+        raise ValueError(
+            f"{name}: several adapters are active ({', '.join(active)}): name one, or add them up first"
+        )
     chosen = adapter or (active[0] if active else None)
     if chosen is None or chosen not in (*layer.lora_A, *getattr(layer, "lora_embedding_A", ())):
         return None
     reason = _unlike_one_product(layer, chosen)
     if reason:
-        raise ValueError(f"{name}: {reason}, so its update is not s B A and the penalty would not be exact: leave it out of target_modules")
-    return Factors(layer, layer.lora_A[chosen].weight, layer.lora_B[chosen].weight, float(layer.scaling[chosen]))
+        raise ValueError(
+            f"{name}: {reason}, so its update is not s B A and the penalty would not be exact: leave it out"
+            " of target_modules"
+        )
+    return Factors(
+        layer, layer.lora_A[chosen].weight, layer.lora_B[chosen].weight, float(layer.scaling[chosen])
+    )
 
 
 def _unlike_one_product(layer: Any, adapter: str) -> str | None:
@@ -95,8 +110,8 @@ def _require_plain_start(model: nn.Module, adapter: str | None) -> None:
         start = getattr(config, "init_lora_weights", True)
         if adapter in (None, name) and start not in _PLAIN_INITIALIZATIONS:
             raise ValueError(
-                f"init_lora_weights={start!r} takes the adapter's start out of the base's weights, so that with adapters off the model is "
-                "not the pretrained one: use True, 'gaussian' or 'eva'"
+                f"init_lora_weights={start!r} takes the adapter's start out of the base's weights, so that"
+                " with adapters off the model is not the pretrained one: use True, 'gaussian' or 'eva'"
             )
 
 

@@ -73,12 +73,17 @@ class SourceRise:
     def verdict(self, budget: float = 0.0, *, level: float = 0.05) -> str:
         """One sentence: forgotten more than the budget, within it, or cannot tell."""
         low, high = self.bounds(level)
-        shown = f"the source loss rose by {self.nats:+.4f} nats ({1 - level:.0%} interval {low:+.4f} to {high:+.4f})"
+        shown = (
+            f"the source loss rose by {self.nats:+.4f} nats ({1 - level:.0%} interval {low:+.4f} to"
+            f" {high:+.4f})"
+        )
         if low > budget:
             return f"Forgets more than {budget:g} nats: {shown}."
         if high <= budget:
             return f"Within {budget:g} nats: {shown}."
-        return f"Cannot tell whether it forgets more than {budget:g} nats: {shown}; more held-out windows would."
+        return (
+            f"Cannot tell whether it forgets more than {budget:g} nats: {shown}; more held-out windows would."
+        )
 
     def draw(self, axes: Axes, budget: float = 0.0, *, level: float = 0.05) -> None:
         """The rise with its interval, beside the budget."""
@@ -101,7 +106,9 @@ def language_nll(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
 
 
 @torch.no_grad()
-def window_losses(model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll: Nll = language_nll) -> WindowLosses:
+def window_losses(
+    model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll: Nll = language_nll
+) -> WindowLosses:
     """The loss of each window, in evaluation mode, with the adapters as they are; modes are left as they
     were.
 
@@ -114,7 +121,9 @@ def window_losses(model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll
     pairs = []
     try:
         for window in windows:
-            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in window.items()}
+            moved = {
+                key: value.to(device) if isinstance(value, Tensor) else value for key, value in window.items()
+            }
             total, count = nll(model, moved)
             pairs.append((total, count))
     finally:
@@ -122,7 +131,10 @@ def window_losses(model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll
             module.training = mode
     used = [(float(total), count) for total, count in pairs if count]
     if len(used) < 2:
-        raise ValueError(f"windows: {len(used)} of {len(windows)} have anything to predict; a paired test needs at least 2: give more text")
+        raise ValueError(
+            f"windows: {len(used)} of {len(windows)} have anything to predict; a paired test needs at least"
+            " 2: give more text"
+        )
     sums, counts = zip(*used, strict=True)
     return WindowLosses(sums, counts)
 
@@ -130,7 +142,9 @@ def window_losses(model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll
 def source_rise(before: WindowLosses, now: WindowLosses) -> SourceRise:
     """The paired rise of the mean per prediction, a ratio of sums, with its standard error over windows."""
     if before.counts != now.counts:
-        raise ValueError("before, now: they are losses of other windows: measure both on the same ones, in the same order")
+        raise ValueError(
+            "before, now: they are losses of other windows: measure both on the same ones, in the same order"
+        )
     total, windows = sum(now.counts), len(now.counts)
     differences = [a - b for a, b in zip(now.sums, before.sums, strict=True)]
     rise = math.fsum(differences) / total
@@ -138,7 +152,9 @@ def source_rise(before: WindowLosses, now: WindowLosses) -> SourceRise:
     return SourceRise(rise, math.sqrt(windows / (windows - 1) * squares) / total, windows, total)
 
 
-def measure_forgetting(model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll: Nll = language_nll) -> SourceRise:
+def measure_forgetting(
+    model: nn.Module, windows: Sequence[Mapping[str, Any]], *, nll: Nll = language_nll
+) -> SourceRise:
     """How much the active adapter raises the loss on source text: "before" is the same model with its
     adapters off."""
     with as_pretrained(model):

@@ -58,7 +58,11 @@ class ParetoFront:
     def best(self, budget: float) -> Point | None:
         """The least target loss among the kept points whose measured rise is within the budget; None where no
         point is."""
-        within = [point for point in self.front if point.rise <= budget and (self.folder is None or self.path(point.step).is_dir())]
+        within = [
+            point
+            for point in self.front
+            if point.rise <= budget and (self.folder is None or self.path(point.step).is_dir())
+        ]
         return min(within, key=lambda point: point.target, default=None)
 
     def path(self, step: int) -> Path:

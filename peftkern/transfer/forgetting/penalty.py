@@ -41,7 +41,9 @@ class _Chunk:
     columns: Tensor | None
     scale: Tensor
 
-    def products(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def products(
+        self, a: Sequence[Tensor], b: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Values [L]; M = B^T diag(r) B and C = A diag(c) A^T [L, r, r]; diag(r) B and A diag(c), the scale
         within the rows."""
         wide = torch.promote_types(a[0].dtype, torch.float32)
@@ -51,7 +53,9 @@ class _Chunk:
         m, c = stacked_b.transpose(1, 2).bmm(rb), ac.bmm(stacked_a.transpose(1, 2))
         return 0.5 * (m * c).sum((1, 2)), m, c, rb, ac
 
-    def gradients(self, a: Sequence[Tensor], b: Sequence[Tensor], weight: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(
+        self, a: Sequence[Tensor], b: Sequence[Tensor], weight: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Values [L], and weight times their gradients with respect to a [L, r, K] and b [L, N, r]."""
         values, m, c, rb, ac = self.products(a, b)
         return values, (m * weight).bmm(ac), rb.bmm(c * weight)
@@ -84,8 +88,9 @@ class DeltaPenalty:
         others = [] if allow_others else trained_elsewhere(model, factors)
         if others:
             raise ValueError(
-                f"model: {others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''} is trained and no factor of a LoRA update, "
-                "so that the penalty would not hold it: freeze it, or pass allow_others=True if you know that"
+                f"model: {others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''} is trained"
+                " and no factor of a LoRA update, so that the penalty would not hold it: freeze it, or pass"
+                " allow_others=True if you know that"
             )
         if fisher is not None:
             fisher.require_base(factors)
@@ -95,7 +100,12 @@ class DeltaPenalty:
     @property
     def bytes(self) -> int:
         """Memory that the sums take."""
-        held = (tensor for chunk in self._chunks for tensor in (chunk.rows, chunk.columns, chunk.scale) if tensor is not None)
+        held = (
+            tensor
+            for chunk in self._chunks
+            for tensor in (chunk.rows, chunk.columns, chunk.scale)
+            if tensor is not None
+        )
         return sum(tensor.nbytes for tensor in held)
 
     def value(self) -> Tensor:
@@ -150,12 +160,18 @@ class _ChunkPenalty(torch.autograd.Function):
 
 
 def _accumulate(factors: list[Tensor], gradients: list[Tensor]) -> None:
-    pairs = [(factor, gradient) for factor, gradient in zip(factors, gradients, strict=True) if factor.requires_grad]
+    pairs = [
+        (factor, gradient)
+        for factor, gradient in zip(factors, gradients, strict=True)
+        if factor.requires_grad
+    ]
     for factor, _ in pairs:
         if factor.grad is None:
             factor.grad = torch.zeros_like(factor)
     if pairs:
-        torch._foreach_add_([factor.grad for factor, _ in pairs], [gradient.to(factor.dtype) for factor, gradient in pairs])
+        torch._foreach_add_(
+            [factor.grad for factor, _ in pairs], [gradient.to(factor.dtype) for factor, gradient in pairs]
+        )
 
 
 def _groups(factors: Mapping[str, Factors]) -> Iterator[list[tuple[str, Factors]]]:
@@ -180,8 +196,12 @@ def _chunk(layers: list[tuple[str, Factors]], fisher: FisherFactors | None) -> _
     rows = columns = None
     if fisher is not None:
         totals = torch.stack([fisher.rows[name].double().sum() for name in names])
-        weights = torch.where(totals > 0, squares / totals, 0.0)  # a layer that no source text reaches is free
-        rows = (torch.stack([fisher.rows[name].double() for name in names]) * weights[:, None]).to(like.device, dtype)
+        weights = torch.where(
+            totals > 0, squares / totals, 0.0
+        )  # a layer that no source text reaches is free
+        rows = (torch.stack([fisher.rows[name].double() for name in names]) * weights[:, None]).to(
+            like.device, dtype
+        )
         columns = torch.stack([fisher.columns[name] for name in names]).to(like.device, dtype)
     scale = squares[:, None, None].to(like.device, dtype)
     return _Chunk(names, [layer.a for layer in held], [layer.b for layer in held], rows, columns, scale)

@@ -57,14 +57,19 @@ def draw_rise(axes: Axes, guard: ForgettingGuard, rows: Sequence[Mapping[str, An
 
 
 def draw_layers(axes: Axes, by_layer: Mapping[str, float]) -> None:
-    """Where the forecast comes from: the nats of each of the model's layers, from `DeltaPenalty.by_layer()`."""
+    """Where the forecast comes from: the nats of each of the model's layers, from
+    `DeltaPenalty.by_layer()`."""
     depths: dict[int, float] = {}
     for name, value in by_layer.items():
         depth = next((int(part) for part in name.split(".") if part.isdigit()), 0)
         depths[depth] = depths.get(depth, 0.0) + value
     axes.bar(list(depths), list(depths.values()), color="tab:gray")
     most = max(depths, key=lambda depth: depths[depth])
-    axes.set(xlabel="layer", ylabel="forecast (nats per token)", title=f"Layer {most} forgets most, by the forecast")
+    axes.set(
+        xlabel="layer",
+        ylabel="forecast (nats per token)",
+        title=f"Layer {most} forgets most, by the forecast",
+    )
 
 
 def plot_forgetting(guard: ForgettingGuard, path: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -84,4 +89,7 @@ def _title(guard: ForgettingGuard) -> str:
     first, last = guard.front.points[0], guard.front.points[-1]
     change = last.target - first.target
     verb = "fell" if change < 0 else "rose"
-    return f"From step {first.step} to {last.step} the target loss {verb} by {abs(change):.3f}; the source lost {last.rise:+.3f}"
+    return (
+        f"From step {first.step} to {last.step} the target loss {verb} by {abs(change):.3f}; the source lost"
+        f" {last.rise:+.3f}"
+    )

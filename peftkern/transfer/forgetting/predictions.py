@@ -60,13 +60,18 @@ def labels_of(logits: Tensor, labels: Tensor | None, kind: str, generator: torch
     if kind == TRUE:
         return torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
     if labels is None:
-        raise ValueError("labels='empirical' needs labels in the batches; without any use labels='true', which draws them from the model")
+        raise ValueError(
+            "labels='empirical' needs labels in the batches; without any use labels='true', which draws them"
+            " from the model"
+        )
     return labels.long()
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The negative log-likelihood summed over predictions, in fp32 (fp64 for fp64)."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"
+    )
 
 
 def step_generator(device: torch.device, *numbers: int) -> torch.Generator:

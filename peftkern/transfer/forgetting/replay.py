@@ -32,12 +32,16 @@ class Replay:
             raise ValueError(f"rows: got {self.rows}, expected at least 1: the source has no rows to replay")
         if not 0 < self.ratio <= 1 or self.slots < 1 or not self.weight > 0:
             raise ValueError(
-                f"ratio, slots, weight: got {self.ratio}, {self.slots}, {self.weight}; expected 0 < ratio <= 1, slots >= 1, weight > 0"
+                f"ratio, slots, weight: got {self.ratio}, {self.slots}, {self.weight}; expected 0 < ratio <="
+                " 1, slots >= 1, weight > 0"
             )
 
     def rows_of(self, step: int) -> list[int]:
         """The source rows of optimizer step `step`, counted from 0."""
-        return [self._row(number) for number in range(self._drawn(step * self.slots), self._drawn((step + 1) * self.slots))]
+        return [
+            self._row(number)
+            for number in range(self._drawn(step * self.slots), self._drawn((step + 1) * self.slots))
+        ]
 
     def _drawn(self, slots: int) -> int:
         """How many rows the first so many training rows have brought along."""

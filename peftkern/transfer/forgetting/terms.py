@@ -41,9 +41,9 @@ class ExpansionTerms:
         if self.diagonal <= 0:
             return "The adapter does not move the model on this text."
         return (
-            f"First order {self.linear:+.4f} nats, second order {self.fisher:+.4f}; without products of two layers "
-            f"{self.blocks:.4f}, and of the diagonal alone {self.diagonal:.4f}, {self.diagonal / self.fisher:.1%} of "
-            "the second order."
+            f"First order {self.linear:+.4f} nats, second order {self.fisher:+.4f}; without products of two"
+            f" layers {self.blocks:.4f}, and of the diagonal alone {self.diagonal:.4f},"
+            f" {self.diagonal / self.fisher:.1%} of the second order."
         )
 
     def draw(self, axes: Axes) -> None:
@@ -83,7 +83,12 @@ def expansion_terms(
         ):
             counted += seen.predictions
             sums.end_of_batch()
-    return ExpansionTerms(*(value / counted for value in (sums.linear, 0.5 * sums.fisher, 0.5 * sums.blocks, 0.5 * sums.diagonal)))
+    return ExpansionTerms(
+        *(
+            value / counted
+            for value in (sums.linear, 0.5 * sums.fisher, 0.5 * sums.blocks, 0.5 * sums.diagonal)
+        )
+    )
 
 
 class _Sums:
@@ -106,7 +111,9 @@ class _Sums:
     def end_of_batch(self) -> None:
         """Square what all layers give together, for each example."""
         if self._along:
-            self.fisher += torch.stack([along.cpu() for along in self._along.values()]).sum(0).square().sum().item()
+            self.fisher += (
+                torch.stack([along.cpu() for along in self._along.values()]).sum(0).square().sum().item()
+            )
         self._along = {}
 
     def _product(self, name: str, x: Tensor, delta: Tensor) -> Tensor:

@@ -96,7 +96,10 @@ class _GuardCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stored = (state.stateful_callbacks or {}).get(_STATE)
         if state.global_step and stored is None:
-            raise ValueError("the checkpoint was saved without a guard: what the model was before is not known; start the run again")
+            raise ValueError(
+                "the checkpoint was saved without a guard: what the model was before is not known; start the"
+                " run again"
+            )
         if stored is not None:
             self.guard.load_state_dict(stored)
         self.guard.start()

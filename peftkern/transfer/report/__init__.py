@@ -1,4 +1,5 @@
-"""`peftkern report`: one page before training, all of it measured, with intervals and with what cannot be told."""
+"""`peftkern report`: one page before training, all of it measured, with intervals and with what cannot be
+told."""
 
 from .build import ReportOptions, transfer_report
 from .page import Line, Page, Plot, Section, write_page

@@ -1,4 +1,5 @@
-"""The report on one fine-tuning that is about to be: every section measured within a time budget, and the command they speak for."""
+"""The report on one fine-tuning that is about to be: every section measured within a time budget, and the
+command they speak for."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from ...finetune.errors import InputError, require
 from ..extras import require_transfer
 from .data_section import DataFound, check_data, data_section
 from .page import Line, Page, Section, check_path, write_page
-from .sections import cut_section, distance_section, forgetting_section, measured, pretraining_section, run_shortly
+from .sections import (
+    cut_section,
+    distance_section,
+    forgetting_section,
+    measured,
+    pretraining_section,
+    run_shortly,
+)
 from .short_runs import ShortRuns
 from .subject import Subject, load_subject
 
@@ -27,7 +35,8 @@ _PACKAGES = ("transformers", "peft", "accelerate", "datasets", "trl", "matplotli
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What is asked for: the source's texts, where the page goes, and the minutes it may take (on the machine at hand)."""
+    """What is asked for: the source's texts, where the page goes, and the minutes it may take (on the machine
+    at hand)."""
 
     source_data: tuple[str, ...]
     output: Path
@@ -55,14 +64,18 @@ class _Clock:
         print(f"{question} ...", file=sys.stderr, flush=True)
         try:
             return measured(question, measure)
-        except (InputError, ModuleNotFoundError) as error:  # one section that the texts are too few for leaves the others as they are
+        except (
+            InputError,
+            ModuleNotFoundError,
+        ) as error:  # one section that the texts are too few for leaves the others as they are
             return Section(question, missing=str(error))
 
 
 def transfer_report(config: FinetuneConfig, options: ReportOptions, *, progress: bool = False) -> Page:
     """Measure everything, write the page to `options.output`, and return it.
 
-    Raises: InputError for data, models and options that cannot be used, ModuleNotFoundError for a missing extra.
+    Raises: InputError for data, models and options that cannot be used, ModuleNotFoundError for a missing
+    extra.
     """
     require(*_PACKAGES, *(() if config.quantization == "none" else ("bitsandbytes",)))
     require_transfer()
@@ -81,7 +94,9 @@ def transfer_report(config: FinetuneConfig, options: ReportOptions, *, progress:
 
     sections = [
         clock.section("What is wrong in the data?", data),
-        clock.section("How far is the target from the source?", lambda: distance_section(subject, seed=config.seed)),
+        clock.section(
+            "How far is the target from the source?", lambda: distance_section(subject, seed=config.seed)
+        ),
         clock.section("Does pretraining help?", lambda: pretraining_section(subject)),
         clock.section("Where to cut?", cut),
     ]
@@ -90,8 +105,12 @@ def transfer_report(config: FinetuneConfig, options: ReportOptions, *, progress:
         sections.append(clock.section(question, lambda: forgetting_section(held[0], budget=BUDGET)))
     else:
         sections.append(Section(question, missing="there was no short run to measure it on"))
-    command, reasons = recommended(config, options, held[0] if held else None, checked[0].filters if checked else ())
-    page = Page(f"Before fine-tuning {config.model}", _facts(subject, options), tuple(sections), command, reasons)
+    command, reasons = recommended(
+        config, options, held[0] if held else None, checked[0].filters if checked else ()
+    )
+    page = Page(
+        f"Before fine-tuning {config.model}", _facts(subject, options), tuple(sections), command, reasons
+    )
     write_page(page, options.output)
     return page
 
@@ -100,8 +119,16 @@ def _facts(subject: Subject, options: ReportOptions) -> tuple[Line, ...]:
     config = subject.config
     return (
         Line("model", config.model, f"quantization {config.quantization}"),
-        Line("target", " ".join(config.data), f"{len(subject.train)} texts to train on, {len(subject.held_out)} held out"),
-        Line("source", " ".join(options.source_data), f"{len(subject.source)} texts that are not to be forgotten"),
+        Line(
+            "target",
+            " ".join(config.data),
+            f"{len(subject.train)} texts to train on, {len(subject.held_out)} held out",
+        ),
+        Line(
+            "source",
+            " ".join(options.source_data),
+            f"{len(subject.source)} texts that are not to be forgotten",
+        ),
     )
 
 
@@ -114,10 +141,14 @@ def recommended(
         words += ["--eval-data", *config.eval_data]
     if runs is not None and runs.cut():
         words += ["--first-layer", str(runs.cut())]
-        reasons.append(f"--first-layer {runs.cut()}: it kept 90 % of the short run's gain, and its steps are cheaper")
+        reasons.append(
+            f"--first-layer {runs.cut()}: it kept 90 % of the short run's gain, and its steps are cheaper"
+        )
     if runs is not None and runs.forgotten.sign == 1:
         words += ["--source-data", *options.source_data, "--forget-budget", f"{BUDGET:g}"]
-        reasons.append(f"--forget-budget: the short run lost {runs.forgotten.mean:.3f} nats a token on the source")
+        reasons.append(
+            f"--forget-budget: the short run lost {runs.forgotten.mean:.3f} nats a token on the source"
+        )
     if filters:
         words += ["--filter-data", *filters]
         reasons.append(f"--filter-data: {' and '.join(filters)} were found in the rows")

@@ -1,4 +1,5 @@
-"""A page of measured sections with plots: one HTML file that holds its pictures, or markdown with them beside it."""
+"""A page of measured sections with plots: one HTML file that holds its pictures, or markdown with them beside
+it."""
 
 from __future__ import annotations
 
@@ -66,14 +67,19 @@ class Page:
 def check_path(path: Path) -> None:
     """Raise InputError where no page can be written to `path`, before anything is measured."""
     if path.suffix.lower() not in _SUFFIXES:
-        raise InputError(f"--output {path}: give a file that ends in .html (one file) or .md (with its plots in a folder beside it)")
+        raise InputError(
+            f"--output {path}: give a file that ends in .html (one file) or .md (with its plots in a folder"
+            " beside it)"
+        )
     if path.is_dir():
         raise InputError(f"--output {path} is a folder: give the name of a file in it")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK):
-        raise InputError(f"--output {path}: {parent} is not writable: choose another place, or mend its permissions")
+        raise InputError(
+            f"--output {path}: {parent} is not writable: choose another place, or mend its permissions"
+        )
 
 
 def write_page(page: Page, path: Path) -> None:
@@ -98,7 +104,9 @@ def _write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {error}. Check the free disk space and the permissions") from error
+        raise OSError(
+            f"could not write {path}: {error}. Check the free disk space and the permissions"
+        ) from error
 
 
 def _png(plot: Plot) -> bytes:
@@ -124,7 +132,11 @@ def _markdown(page: Page, plots: str) -> str:
         parts.append(_table(section.lines))
         parts += [f"![{plot.name}]({plots}/{plot.name}.png)" for plot in section.plots]
         parts.append(f"Measured in {section.seconds:.0f} s.")
-    parts += ["## What to run", f"```bash\n{page.command}\n```", "\n".join(f"- {reason}" for reason in page.reasons)]
+    parts += [
+        "## What to run",
+        f"```bash\n{page.command}\n```",
+        "\n".join(f"- {reason}" for reason in page.reasons),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -132,14 +144,20 @@ def _table(lines: tuple[Line, ...]) -> str:
     if not lines:
         return ""
     rows = ["| measured | value | how to read it |", "|---|---|---|"]
-    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in (line.name, line.value, line.reading)] for line in lines)
+    cells = (
+        [cell.replace("|", "\\|").replace("\n", " ") for cell in (line.name, line.value, line.reading)]
+        for line in lines
+    )
     return "\n".join([*rows, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-table { border-collapse: collapse; width: 100%; } td, th { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; }
-.verdict { font-weight: 600; } .small { color: #666; font-size: .85rem; } img { max-width: 100%; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; }
+td, th { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; }
+.verdict { font-weight: 600; }
+.small { color: #666; font-size: .85rem; }
+img { max-width: 100%; }
 pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
 """
 
@@ -159,9 +177,17 @@ def _html(page: Page) -> str:
             parts.append(f'<p><img alt="{escape(plot.name)}" src="data:image/png;base64,{image}"></p>')
         parts.append(f'<p class="small">Measured in {section.seconds:.0f} s.</p>')
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in page.reasons)
-    parts += ["<h2>What to run</h2>", f"<pre>{escape(page.command)}</pre>", f"<ul>{reasons}</ul>" if reasons else ""]
+    parts += [
+        "<h2>What to run</h2>",
+        f"<pre>{escape(page.command)}</pre>",
+        f"<ul>{reasons}</ul>" if reasons else "",
+    ]
     head = f'<meta charset="utf-8"><title>{escape(page.title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def _html_table(lines: tuple[Line, ...]) -> str:

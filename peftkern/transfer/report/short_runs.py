@@ -1,4 +1,5 @@
-"""A few real steps from several first layers: what a cut costs in loss and saves in time, and what is forgotten meanwhile."""
+"""A few real steps from several first layers: what a cut costs in loss and saves in time, and what is
+forgotten meanwhile."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ShortRun:
-    """Losses after a few steps with the layers below `first` frozen: nats a token of each held-out window of target and source."""
+    """Losses after a few steps with the layers below `first` frozen: nats a token of each held-out window of
+    target and source."""
 
     first: int
     target: tuple[float, ...]
@@ -30,10 +32,11 @@ class ShortRun:
 
 @dataclass(frozen=True)
 class ShortRuns:
-    """Runs of `steps` steps by first layer, all from the same start; `before` is that start, with adapters off.
+    """Runs of `steps` steps by first layer, all from the same start; `before` is that start, with adapters
+    off.
 
-    `forecast`: nats a token that an expansion of the source's loss says the run from layer 0 to have cost, None
-    where it was not measured.
+    `forecast`: nats a token that an expansion of the source's loss says the run from layer 0 to have cost,
+    None where it was not measured.
     """
 
     layers: int
@@ -62,15 +65,21 @@ class ShortRuns:
         return paired_gain(run.target, self.whole.target)
 
     def cut(self, share: float = 0.1) -> int:
-        """The highest first layer whose run is certainly behind by no more than this share of the gain; 0 without a certain gain."""
+        """The highest first layer whose run is certainly behind by no more than this share of the gain; 0
+        without a certain gain."""
         if self.gain.sign != 1:
             return 0
-        good = [run.first for run in self.runs if self.behind(run).high <= share * self.gain.mean or run.first == 0]
+        good = [
+            run.first
+            for run in self.runs
+            if self.behind(run).high <= share * self.gain.mean or run.first == 0
+        ]
         return max(good)
 
 
 def paired_gain(higher: Sequence[float], lower: Sequence[float]) -> Interval:
-    """The interval of the mean of higher - lower over the same windows; of one window alone it is infinite."""
+    """The interval of the mean of higher - lower over the same windows; of one window alone it is
+    infinite."""
     return paired_runs(higher, lower) if len(higher) > 1 else over_runs([higher[0] - lower[0]])
 
 
@@ -93,11 +102,13 @@ def short_runs(
     forecast: Callable[[], float] | None = None,
     progress: bool = False,
 ) -> ShortRuns:
-    """Train on `batches` in order, one step each, from each first layer in turn, and measure held-out windows; the model is put back.
+    """Train on `batches` in order, one step each, from each first layer in turn, and measure held-out
+    windows; the model is put back.
 
     Args:
         model: with LoRA adapters that are the identity at the start.
-        batches, target, source: mappings that the model takes, with labels; of target and source, of one window each.
+        batches, target, source: mappings that the model takes, with labels; of target and source, of one
+            window each.
         nll: the summed loss of a window under the model as it is.
         firsts: the first layers, 0 first.
         lr: of AdamW, constant after two steps of warm-up; gradients are clipped to norm 1.

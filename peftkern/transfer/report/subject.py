@@ -1,4 +1,5 @@
-"""What a report is about: the model with a fresh adapter, the texts of target and source, and windows of both."""
+"""What a report is about: the model with a fresh adapter, the texts of target and source, and windows of
+both."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ __all__ = ["Subject", "load_subject"]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """model: with a fresh LoRA adapter, patched. train, held_out, source: the texts of the rows. The windows hold token ids and labels
-    [1, length]; `batches` those to train on, [B, length] each.
+    """model: with a fresh LoRA adapter, patched. train, held_out, source: the texts of the rows. The windows
+    hold token ids and labels [1, length]; `batches` those to train on, [B, length] each.
     """
 
     config: FinetuneConfig
@@ -41,7 +42,9 @@ class Subject:
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """The precision that the recipe trains in."""
-        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point() and not p.requires_grad)
+        dtype = next(
+            p.dtype for p in self.model.parameters() if p.is_floating_point() and not p.requires_grad
+        )
         with torch.autocast(self.model.device.type, dtype=dtype, enabled=dtype != torch.float32):
             yield
 
@@ -86,7 +89,9 @@ def load_subject(config: FinetuneConfig, source_data: Sequence[str], *, windows:
         train=_texts(rows),
         held_out=_texts(next(iter(named.values()))),
         source=_texts(source_rows),
-        batches=tuple(_batches(_packed(inputs.train, inputs.kind, config), config.batch_size, steps, tokenizer, device)),
+        batches=tuple(
+            _batches(_packed(inputs.train, inputs.kind, config), config.batch_size, steps, tokenizer, device)
+        ),
         target_windows=tuple(_batches(held_tokens, 1, windows, tokenizer, device)),
         source_windows=tuple(_batches(source_tokens, 1, windows, tokenizer, device)),
     )
@@ -103,14 +108,22 @@ def _held_out(rows: Dataset, config: FinetuneConfig) -> tuple[Dataset, Dataset]:
 def _packed(tokens: Dataset, kind: str, config: FinetuneConfig) -> Dataset:
     from trl import pack_dataset
 
-    return pack_dataset(tokens, config.seq_length, "wrapped") if kind == "text" and config.packing is not False else tokens
+    return (
+        pack_dataset(tokens, config.seq_length, "wrapped")
+        if kind == "text" and config.packing is not False
+        else tokens
+    )
 
 
-def _batches(tokens: Dataset, size: int, count: int, tokenizer: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _batches(
+    tokens: Dataset, size: int, count: int, tokenizer: Any, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
     """`count` batches of `size` rows at equal distances; rows with fewer than two tokens are passed over."""
     usable = [i for i, labels in enumerate(tokens["labels"]) if sum(label != -100 for label in labels[1:])]
     if not usable:
-        raise InputError("no row has a token to predict within --seq-length: raise --seq-length, or give other rows")
+        raise InputError(
+            "no row has a token to predict within --seq-length: raise --seq-length, or give other rows"
+        )
     wanted = min(count * size, len(usable))
     chosen = [usable[i * len(usable) // wanted] for i in range(wanted)]
     for start in range(0, len(chosen), size):
@@ -127,7 +140,10 @@ def _padded(rows: list[dict[str, Any]], padding: int, device: torch.device) -> d
         ids[index, :length] = torch.tensor(row["input_ids"])
         labels[index, :length] = torch.tensor(row["labels"])
         mask[index, :length] = 1
-    return {name: value.to(device) for name, value in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
+    return {
+        name: value.to(device)
+        for name, value in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))
+    }
 
 
 def _texts(rows: Dataset) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Record adapters that AdapterHub's library saved and what its models give with them.
 
-Run where `adapters==1.3.0` and its `transformers~=4.57.6` are installed, which cannot be beside those of this package:
-`python -m tests.adapters.adapterhub.record`.
+Run where `adapters==1.3.0` and its `transformers~=4.57.6` are installed, which cannot be beside those of this
+package: `python -m tests.adapters.adapterhub.record`.
 """
 
 from __future__ import annotations

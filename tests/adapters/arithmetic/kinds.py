@@ -154,7 +154,9 @@ def adapted(kind: Kind, config: dict[str, Any], seed: int) -> nn.Module:
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
             magnitude = "magnitude" in name
-            parameter.data = parameter.data * (1 + 0.2 * noise) if magnitude else parameter.data + 0.15 * noise
+            parameter.data = (
+                parameter.data * (1 + 0.2 * noise) if magnitude else parameter.data + 0.15 * noise
+            )
     return model
 
 

@@ -52,7 +52,9 @@ def save(folder: Path, values: dict[str, Tensor], shards: int = 1, **config: Any
     if shards == 1:
         save_file(values, folder / "model.safetensors")
     else:
-        places = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+        places = {
+            name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)
+        }
         for file in set(places.values()):
             save_file({name: values[name] for name in names if places[name] == file}, folder / file)
         (folder / "model.safetensors.index.json").write_text(
@@ -134,11 +136,17 @@ def test_identities(tmp_path: Path, piece: int, dtype: torch.dtype) -> None:
     assert_equal(run(models, {"a": 0.0}, "none", piece=piece), models["base"])
     assert_equal(run(models, {"a": 1.0, "b": 0.0}, "back", piece=piece), models["a"])
     total = run(models, {"a": 1.0, "b": 1.0}, "sum", piece=piece)
-    expected = flat(base).double() + (flat(models["a"]).double() - flat(base)) + (flat(models["b"]).double() - flat(base))
+    expected = (
+        flat(base).double()
+        + (flat(models["a"]).double() - flat(base))
+        + (flat(models["b"]).double() - flat(base))
+    )
     unit = torch.finfo(dtype).eps
     assert ((flat(total) - expected).abs() <= unit * expected.abs() + 4e-7).all(), "rounded once"
     back = run(models, {"sum": 1.0, "b": -1.0}, "again", piece=piece)
-    assert ((flat(back) - flat(models["a"])).abs() <= unit * (expected.abs() + flat(models["a"]).abs()) + 1e-6).all()
+    assert (
+        (flat(back) - flat(models["a"])).abs() <= unit * (expected.abs() + flat(models["a"]).abs()) + 1e-6
+    ).all()
 
 
 @pytest.mark.parametrize("piece", [5, 1 << 22])
@@ -148,7 +156,9 @@ def test_ties_is_its_definition_on_the_whole_checkpoint(models: dict[str, Any], 
     taus = [flat(models["a"]) - base, -0.5 * (flat(models["b"]) - base)]
     torch.testing.assert_close(flat(result), base + 0.8 * ties_by_definition(taus, 0.3))
     record = json.loads((models["folder"] / "out" / "arithmetic.json").read_text())
-    assert record["thresholds"] == [tau.abs().sort(descending=True).values[int(0.3 * len(tau)) - 1].item() for tau in taus]
+    assert record["thresholds"] == [
+        tau.abs().sort(descending=True).values[int(0.3 * len(tau)) - 1].item() for tau in taus
+    ]
 
 
 def test_dare_is_its_mask_tensor_by_tensor(models: dict[str, Any]) -> None:
@@ -162,7 +172,9 @@ def test_dare_is_its_mask_tensor_by_tensor(models: dict[str, Any]) -> None:
 
 def test_output_dtype_and_config(models: dict[str, Any]) -> None:
     result = run(models, {"a": 0.5, "b": 0.5}, dtype="bf16")
-    expected = {n: (0.5 * models["a"][n] + 0.5 * models["b"][n]).bfloat16() for n in models["base"] if n != "steps"}
+    expected = {
+        n: (0.5 * models["a"][n] + 0.5 * models["b"][n]).bfloat16() for n in models["base"] if n != "steps"
+    }
     assert_equal(result, expected | {"steps": models["base"]["steps"]})
     assert json.loads((models["folder"] / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 

@@ -30,7 +30,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["arithmetic", *arguments]) == 2
     assert sorted(Path().iterdir()) == before
     captured = capsys.readouterr()
-    assert captured.err.startswith("peftkern arithmetic: error: ") and "Traceback" not in captured.err and not captured.out
+    assert (
+        captured.err.startswith("peftkern arithmetic: error: ")
+        and "Traceback" not in captured.err
+        and not captured.out
+    )
     return captured.err.removeprefix("peftkern arithmetic: error: ")
 
 
@@ -41,7 +45,9 @@ def test_adapters_by_folder_and_by_name(folders: Path, capsys: pytest.CaptureFix
     assert main(["arithmetic", "x + 0.5*y", "x=the first", "y=b", "--output", "named"]) == 0
     assert main(["arithmetic", "'the first' + 0.5*b", "--output", "quoted"]) == 0
     for name in ("named", "quoted"):
-        assert (folders / name / "adapter_model.safetensors").read_bytes() == (folders / "out" / "adapter_model.safetensors").read_bytes()
+        assert (folders / name / "adapter_model.safetensors").read_bytes() == (
+            folders / "out" / "adapter_model.safetensors"
+        ).read_bytes()
     record = json.loads((folders / "named" / "arithmetic.json").read_text())
     assert record["expression"] == "x + 0.5*y" and record["adapters"] == {"x": "the first", "y": "b"}
     exact = combine("a + 0.5*b", {"a": read_adapter("the first"), "b": read_adapter("b")}).adapter
@@ -69,7 +75,9 @@ def test_an_earlier_result_is_replaced_only_when_asked(
     assert "give --overwrite" in refused(capsys, "b", "--output", "out")
     assert main(["arithmetic", "b", "--output", "out", "--overwrite"]) == 0
     assert read_adapter("out").config["r"] == 3
-    assert "no earlier result" in refused(capsys, "a", "--output", "b", "--overwrite"), "an input is none of ours to replace"
+    assert "no earlier result" in refused(capsys, "a", "--output", "b", "--overwrite"), (
+        "an input is none of ours to replace"
+    )
 
 
 def test_the_character_is_pointed_at(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +161,10 @@ def broken(folders: Path, how: str) -> None:
         ("unknown", "its configuration has use_qalora"),
         (
             "shape",
-            "they do not fit each other at model.layers.0.self_attn.v_proj: a has A (4, 32) and B (16, 4), b has A (3, 31)",
+            (
+                "they do not fit each other at model.layers.0.self_attn.v_proj: a has A (4, 32) and B (16,"
+                " 4), b has A (3, 31)"
+            ),
         ),
     ],
 )
@@ -189,7 +200,9 @@ def test_a_folder_that_is_neither(folders: Path, capsys: pytest.CaptureFixture[s
     assert "it has no adapter_config.json" in refused(capsys, "a + empty", "--output", "out")
 
 
-def test_a_missing_package_is_named(folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(
+    folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peftkern.adapters.arithmetic import commands
 
     monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "peft" else name)

@@ -176,7 +176,10 @@ def test_ties_and_dare_in_the_weights_space_are_their_rule_on_the_updates(
         Method("dare", drop=0.5, seed=1),
         Method("dare_ties", drop=0.5),
     ):
-        vectors = {n: [p.get(n, torch.zeros_like(next(q[n] for q in parts if n in q))).float() for p in parts] for n in names}
+        vectors = {
+            n: [p.get(n, torch.zeros_like(next(q[n] for q in parts if n in q))).float() for p in parts]
+            for n in names
+        }
         rule = prepare_rule(
             method,
             ["a", "b"],
@@ -199,7 +202,9 @@ def test_ties_and_dare_in_the_core_space_run(
     assert_updates(everything, updates(adapters["a"]), 3e-6)
     for method in (Method("ties"), Method("dare", drop=0.5), Method("dare_ties", drop=0.5, scale=0.7)):
         one, other = (combine("a - 0.5*b", adapters, method=method) for _ in range(2))
-        assert all(torch.equal(part, updates(other.adapter)[name]) for name, part in updates(one.adapter).items()), "seeded"
+        assert all(
+            torch.equal(part, updates(other.adapter)[name]) for name, part in updates(one.adapter).items()
+        ), "seeded"
         output(loaded(kind, write_adapter(one.adapter, tmp_path / method.name)))
 
 
@@ -255,7 +260,9 @@ def test_dora_on_the_base_becomes_its_dense_update(
     result = combine("0.5*a + b", adapters, rank=32, base=base)
     assert max(result.errors.values()) < 1e-6, "of full rank nothing is lost"
     assert_updates(result.adapter, total([(0.5, exact), (1.0, updates(adapters["b"]))]), 3e-6)
-    back = combine("s - b", {"s": combine("a + b", adapters, rank=32, base=base).adapter, "b": adapters["b"]}).adapter
+    back = combine(
+        "s - b", {"s": combine("a + b", adapters, rank=32, base=base).adapter, "b": adapters["b"]}
+    ).adapter
     assert_runs_as(kind, back, output(adapted(kind, DORA, 3)), tmp_path / "back")
     short = combine("a + b", adapters, rank=4, base=base)
     assert 0.01 < short.worst[1] < 1 and all(module.rank == 4 for module in short.adapter.modules.values())
@@ -266,7 +273,10 @@ def _merged_difference(kind: Kind, adapter: LoraWeights, folder: Path) -> dict[s
     merged = loaded(kind, write_adapter(adapter, folder)).merge_and_unload()
     base = dict(kind.base().named_parameters())
     parameters = dict(merged.named_parameters())
-    return {name: (parameters[f"{name}.weight"] - base[f"{name}.weight"]).detach().double() for name in adapter.modules}
+    return {
+        name: (parameters[f"{name}.weight"] - base[f"{name}.weight"]).detach().double()
+        for name in adapter.modules
+    }
 
 
 def test_dora_has_no_core(dora: tuple[Kind, dict[str, LoraWeights]], tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from peftkern.adapters.arithmetic.low_rank import compress_dense, concatenate
 
 def factors(count: int, n: int = 40, k: int = 30, r: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, r, generator=generator), torch.randn(r, k, generator=generator)) for _ in range(count)]
+    return [
+        (torch.randn(n, r, generator=generator), torch.randn(r, k, generator=generator)) for _ in range(count)
+    ]
 
 
 def relative(got: Tensor, exact: Tensor) -> float:

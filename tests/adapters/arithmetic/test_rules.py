@@ -83,7 +83,9 @@ def test_cancelled_entries_take_the_majority_sign() -> None:
     one, other = torch.tensor([1.0, 5.0, 6.0]), torch.tensor([-1.0, 5.0, 6.0])
     assert merged([one, other], Method("ties", density=1.0), sizes=(3,)).tolist() == [1.0, 5.0, 6.0]
     assert merged([-one, -other], Method("ties", density=1.0), sizes=(3,)).tolist() == [-1.0, -5.0, -6.0]
-    assert merged([one[:1], other[:1]], Method("ties", density=1.0), sizes=(1,)).tolist() == [0.0], "none elected"
+    assert merged([one[:1], other[:1]], Method("ties", density=1.0), sizes=(1,)).tolist() == [0.0], (
+        "none elected"
+    )
 
 
 @pytest.mark.parametrize("piece", [1, 7, 700, 10000])

@@ -101,7 +101,10 @@ def test_the_best_is_the_least_within_the_budget() -> None:
     assert "sweep further" in curve([3.0, 2.5, 2.0, 1.9, 1.8]).verdict
     assert "sweep further" not in curve([3.0, 2.5, 2.0, 2.2, 2.6]).verdict
     words = curve([3.0, 2.5, 2.0, 2.2, 2.6], [2.0, 2.05, 2.2, 2.3, 2.4]).verdict
-    assert words == "lambda 0.25: target -0.500 ± 0.000 nats a token, control +0.050 ± 0.000 (at most 5% more is allowed)"
+    assert (
+        words == "lambda 0.25: target -0.500 ± 0.000 nats a token, control +0.050 ± 0.000 (at most 5% more is"
+        " allowed)"
+    )
 
 
 def test_changes_are_paired_window_by_window() -> None:

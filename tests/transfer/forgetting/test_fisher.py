@@ -27,7 +27,9 @@ def dense(model: nn.Module, examples: list[Any], nll: Callable[[Any], Tensor]) -
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: layer.module.base_layer.weight.requires_grad_() for name, layer in lora_factors(model).items()}
+    return {
+        name: layer.module.base_layer.weight.requires_grad_() for name, layer in lora_factors(model).items()
+    }
 
 
 def drawn_loss(model: nn.Module, made: list[dict[str, Tensor]], seed: int) -> Callable[[int], Tensor]:
@@ -85,7 +87,9 @@ def test_true_fisher_is_the_mean_over_the_model_s_own_labels() -> None:
     model = _Classifier()
     wrapped = tiny.peft.get_peft_model(model, tiny.peft.LoraConfig(r=2, target_modules=["hidden"]))
     x = torch.randn(3, 5, dtype=torch.float64)
-    got = collect_fisher(wrapped, [{"x": x.repeat(4000, 1)}], predictions=lambda m, batch: (m(batch["x"]), None), seed=1)
+    got = collect_fisher(
+        wrapped, [{"x": x.repeat(4000, 1)}], predictions=lambda m, batch: (m(batch["x"]), None), seed=1
+    )
     weight, expected = model.hidden.base_layer.weight.requires_grad_(), 0.0
     for row in x:
         log_p = F.log_softmax(model(row[None]), -1)[0]
@@ -127,7 +131,9 @@ def test_batches_of_one_give_the_same_and_the_model_is_left_as_it_was(unit: str)
     model, made = tiny.lora(tiny.base()).train(), tiny.batches()
     frozen = next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    together, apart = (collect_fisher(model, b, labels="empirical", unit=unit) for b in (made, tiny.one_by_one(made)))
+    together, apart = (
+        collect_fisher(model, b, labels="empirical", unit=unit) for b in (made, tiny.one_by_one(made))
+    )
     for name in together.rows:
         torch.testing.assert_close(together.rows[name], apart.rows[name], rtol=1e-9, atol=1e-14)
         torch.testing.assert_close(together.columns[name], apart.columns[name], rtol=1e-9, atol=1e-14)
@@ -146,7 +152,9 @@ def test_a_patched_4_bit_model_gives_what_the_unpatched_one_gives() -> None:
     patched = collect_fisher(model, made)
     assert plain.base == patched.base
     for name in plain.rows:
-        torch.testing.assert_close(patched.rows[name], plain.rows[name], rtol=2e-3, atol=plain.rows[name].max().item() * 1e-4)
+        torch.testing.assert_close(
+            patched.rows[name], plain.rows[name], rtol=2e-3, atol=plain.rows[name].max().item() * 1e-4
+        )
 
 
 def test_saved_and_loaded_it_is_the_same_and_only_for_its_base(tmp_path) -> None:
@@ -180,7 +188,9 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="expected one of"):
         collect_fisher(model, tiny.batches(), labels="sampled")
     with pytest.raises(ValueError, match="needs labels"):
-        collect_fisher(model, tiny.batches(), labels="empirical", predictions=lambda m, b: (causal_lm(m, b)[0], None))
+        collect_fisher(
+            model, tiny.batches(), labels="empirical", predictions=lambda m, b: (causal_lm(m, b)[0], None)
+        )
     with pytest.raises(ValueError, match="no gradient reached any"):
         logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
         collect_fisher(model, tiny.batches((1,)), predictions=lambda m, b: (logits, None))

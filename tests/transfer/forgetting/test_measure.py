@@ -71,12 +71,16 @@ def test_replay_is_exact_in_its_ratio_without_replacement_and_a_function_of_the_
     assert len(flat) == 105 and {len(rows) for rows in drawn} == {1, 2}
     turns = [flat[start : start + 7] for start in range(0, 105, 7)]
     assert all(sorted(turn) == list(range(7)) for turn in turns) and len({tuple(turn) for turn in turns}) > 10
-    assert [Replay(rows=7, ratio=0.3, slots=5, seed=2).rows_of(step) for step in reversed(range(70))] == drawn[::-1]
+    assert [
+        Replay(rows=7, ratio=0.3, slots=5, seed=2).rows_of(step) for step in reversed(range(70))
+    ] == drawn[::-1]
     assert drawn != [Replay(rows=7, ratio=0.3, slots=5, seed=3).rows_of(step) for step in range(70)]
     assert [len(Replay(rows=3, ratio=0.1, slots=1).rows_of(step)) for step in range(20)].count(1) == 2
 
 
-@pytest.mark.parametrize("options", [{"rows": 0}, {"ratio": 0.0}, {"ratio": 1.5}, {"weight": 0.0}, {"slots": 0}])
+@pytest.mark.parametrize(
+    "options", [{"rows": 0}, {"ratio": 0.0}, {"ratio": 1.5}, {"weight": 0.0}, {"slots": 0}]
+)
 def test_a_replay_of_nothing_is_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="got"):
         Replay(**{"rows": 3, "ratio": 0.5, "slots": 2} | options)
@@ -105,7 +109,11 @@ def test_the_multiplier_rises_while_the_budget_is_exceeded_and_its_state_is_exac
     for forecast in (0.0, 0.01, 0.02, 0.03, 0.03, 0.03, 0.015):
         budget.observe(forecast)
         weights.append(budget.weight)
-    assert weights[:2] == [0, 0] and 0 < weights[2] < weights[3] < weights[4] < weights[5] and weights[6] < weights[2]
+    assert (
+        weights[:2] == [0, 0]
+        and 0 < weights[2] < weights[3] < weights[4] < weights[5]
+        and weights[6] < weights[2]
+    )
     twin = ForgetBudget(0.02)
     twin.load_state_dict(json.loads(json.dumps(budget.state_dict())))
     for each in (budget, twin):

@@ -18,9 +18,14 @@ LAYERS, R = 32, 16
 def llama_8b() -> nn.Module:
     """The linear layers of Llama-3-8B with LoRA, without storage."""
     with torch.device("meta"):
-        layers = [nn.ModuleDict({name: nn.Linear(k, n, bias=False) for name, (n, k) in SHAPES.items()}) for _ in range(LAYERS)]
+        layers = [
+            nn.ModuleDict({name: nn.Linear(k, n, bias=False) for name, (n, k) in SHAPES.items()})
+            for _ in range(LAYERS)
+        ]
         model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
-        return tiny.peft.get_peft_model(model, tiny.peft.LoraConfig(r=R, target_modules=list(SHAPES)), low_cpu_mem_usage=True)
+        return tiny.peft.get_peft_model(
+            model, tiny.peft.LoraConfig(r=R, target_modules=list(SHAPES)), low_cpu_mem_usage=True
+        )
 
 
 def test_sums_and_scratch_are_at_most_25_mb_at_8b(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,18 @@ def defined(model: nn.Module, fishers: dict[str, Tensor] | None) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for name, layer in lora_factors(model).items():
         ones = torch.ones(layer.b.shape[0], layer.a.shape[1], dtype=torch.float64)
-        total = total + reference.penalty(ones if fishers is None else fishers[name], layer.a, layer.b, layer.scaling)
+        total = total + reference.penalty(
+            ones if fishers is None else fishers[name], layer.a, layer.b, layer.scaling
+        )
     return total
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    got = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    got = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     model.zero_grad()
     return got
 
@@ -39,7 +45,9 @@ def test_value_and_gradient_are_those_of_the_definition(options: dict, kind: str
     monkeypatch.setattr(penalty, "_CHUNK_BYTES", 2000)  # several layers a chunk and several chunks
     model = tiny.lora(tiny.base(), **options)
     fisher = collect_fisher(model, tiny.batches()) if kind == "ewc" else None
-    outer = fisher and {n: torch.outer(fisher.rows[n], fisher.columns[n]) / fisher.rows[n].sum() for n in fisher.rows}
+    outer = fisher and {
+        n: torch.outer(fisher.rows[n], fisher.columns[n]) / fisher.rows[n].sum() for n in fisher.rows
+    }
     expected = defined(model, outer)
     (3.0 * expected).backward()
     exact = gradients(model)
@@ -51,7 +59,9 @@ def test_value_and_gradient_are_those_of_the_definition(options: dict, kind: str
             torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(ours.value(), expected, rtol=1e-11, atol=0)
     layers = ours.by_layer()
-    assert list(layers) == list(lora_factors(model)) and sum(layers.values()) == pytest.approx(expected.item(), rel=1e-11)
+    assert list(layers) == list(lora_factors(model)) and sum(layers.values()) == pytest.approx(
+        expected.item(), rel=1e-11
+    )
 
 
 def _added(model: nn.Module, ours: DeltaPenalty) -> dict[str, Tensor]:
@@ -80,7 +90,9 @@ def test_penalizing_the_factors_would_leave_a_free_at_the_start() -> None:
     assert all(layer.a.grad.abs().max() == 0 for layer in lora_factors(model).values())
     model.zero_grad()
     fisher = collect_fisher(model, tiny.batches())
-    assert all(vector.min() >= 0 and vector.sum() > 0 for vector in (*fisher.rows.values(), *fisher.columns.values()))
+    assert all(
+        vector.min() >= 0 and vector.sum() > 0 for vector in (*fisher.rows.values(), *fisher.columns.values())
+    )
 
 
 def test_frozen_factors_get_no_gradient_and_bf16_ones_get_one_of_their_dtype() -> None:
@@ -93,13 +105,19 @@ def test_frozen_factors_get_no_gradient_and_bf16_ones_get_one_of_their_dtype() -
     ours.add_gradients(1.0)
     directly = gradients(model)
     assert through_autograd.keys() == directly.keys() and all("lora_B" in name for name in directly)
-    assert all(value.dtype == torch.bfloat16 and torch.equal(value, through_autograd[name]) for name, value in directly.items())
+    assert all(
+        value.dtype == torch.bfloat16 and torch.equal(value, through_autograd[name])
+        for name, value in directly.items()
+    )
 
 
 def test_second_derivatives_are_those_of_the_definition() -> None:
     model = tiny.lora(tiny.base())
     fisher = collect_fisher(model, tiny.batches())
-    outer = {name: torch.outer(fisher.rows[name], fisher.columns[name]) / fisher.rows[name].sum() for name in fisher.rows}
+    outer = {
+        name: torch.outer(fisher.rows[name], fisher.columns[name]) / fisher.rows[name].sum()
+        for name in fisher.rows
+    }
     seconds = []
     for value in (DeltaPenalty(model, fisher).value(), defined(model, outer)):
         layer = next(iter(lora_factors(model).values()))

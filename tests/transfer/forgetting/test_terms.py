@@ -80,7 +80,9 @@ def test_where_single_weights_move_apart_the_diagonal_is_all_there_is() -> None:
     terms = expansion_terms(wrapped, made, predictions=predictions)
     fisher = collect_fisher(wrapped, made, predictions=predictions)
     value = DeltaPenalty(wrapped, fisher).value().item()
-    assert terms.fisher == pytest.approx(terms.diagonal) == pytest.approx(terms.blocks) == pytest.approx(value)
+    assert (
+        terms.fisher == pytest.approx(terms.diagonal) == pytest.approx(terms.blocks) == pytest.approx(value)
+    )
 
 
 def test_factored_reference_keeps_the_penalty_of_a_flat_update() -> None:

@@ -100,7 +100,9 @@ def test_penalties_and_replay_are_in_the_loss_before_it_is_clipped(tmp_path: Pat
     for step in range(3):
         group = [next(order) for _ in range(accumulation)]
         loss = sum(twin(**batch).loss for batch in group) / accumulation
-        loss = loss + sum(twin(**source()[row]).loss for row in replay.rows_of(step)) * 2.0 / (2 * accumulation)
+        loss = loss + sum(twin(**source()[row]).loss for row in replay.rows_of(step)) * 2.0 / (
+            2 * accumulation
+        )
         (loss + 5.0 * penalty.value() + 0.7 * distance.value()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
@@ -133,7 +135,11 @@ def test_a_resumed_run_is_bit_equal_to_the_unbroken_one(tmp_path: Path, budget: 
     first = trainer(tmp_path / "run", whole, guard, replay=replay, **options)
     first.train()
     logs = [log for log in first.state.log_history if "forgetting" in log]
-    assert len(logs) == 8 and logs[-1]["forgetting"] > 0 and [("source_rise" in log) for log in logs] == [False, True] * 4
+    assert (
+        len(logs) == 8
+        and logs[-1]["forgetting"] > 0
+        and [("source_rise" in log) for log in logs] == [False, True] * 4
+    )
     assert budget is None or logs[-1]["forgetting_weight"] > 3.0
 
     again = tiny.lora(tiny.base(torch.float32), moved=False)
@@ -143,7 +149,9 @@ def test_a_resumed_run_is_bit_equal_to_the_unbroken_one(tmp_path: Path, budget: 
     expected = factors(whole)
     assert all(torch.equal(value, expected[name]) for name, value in factors(again).items())
     assert twin.state_dict() == guard.state_dict()
-    for before, after in zip(logs, (log for log in second.state.log_history if "forgetting" in log), strict=True):
+    for before, after in zip(
+        logs, (log for log in second.state.log_history if "forgetting" in log), strict=True
+    ):
         assert before == after
 
 

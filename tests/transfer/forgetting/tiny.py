@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'peftkern[peft]'")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'peftkern[peft]'")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install 'peftkern[peft]'"
+)
 
 VOCABULARY = 48
 
@@ -60,4 +62,8 @@ def batches(sizes: tuple[int, ...] = (2, 1, 2), *, length: int = 9, seed: int = 
 
 def one_by_one(made: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The same examples in batches of one."""
-    return [{key: value[i : i + 1] for key, value in batch.items()} for batch in made for i in range(len(batch["input_ids"]))]
+    return [
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in made
+        for i in range(len(batch["input_ids"]))
+    ]

@@ -1,5 +1,7 @@
 """`peftkern report`, from the command line to the page."""
 
+# ruff: noqa: F811 (fixtures)
+
 from __future__ import annotations
 
 import json
@@ -29,11 +31,24 @@ def data(tmp_path: Path) -> str:
 
 
 def arguments(model: str, data: str, output: Path, *more: Any) -> list[str]:
-    named = ["--model", model, "--data", data, "--output", str(output), "--seq-length", "64", "--dtype", "fp32"]
+    named = [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output",
+        str(output),
+        "--seq-length",
+        "64",
+        "--dtype",
+        "fp32",
+    ]
     return ["report", *named, *map(str, more)]
 
 
-def test_what_there_is_no_time_for_is_said(tiny_model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_what_there_is_no_time_for_is_said(
+    tiny_model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "report.md"
     assert main(arguments(tiny_model, data, output, "--minutes", 1e-6)) == 0
     text = output.read_text()
@@ -43,13 +58,20 @@ def test_what_there_is_no_time_for_is_said(tiny_model: str, data: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_every_section_is_measured(tiny_model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_every_section_is_measured(
+    tiny_model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "report.html"
     assert main(arguments(tiny_model, data, output, "--steps", 4, "--arms", 2, "--lr", 5e-3)) == 0
     text = output.read_text()
     assert "Not measured" not in text and text.count("data:image/png") >= 3
     assert "Nothing wrong was found" in text
-    for name in ("proxy A-distance of characters", "bits a byte of LZMA", "gain of training all layers", "its forecast"):
+    for name in (
+        "proxy A-distance of characters",
+        "bits a byte of LZMA",
+        "gain of training all layers",
+        "its forecast",
+    ):
         assert name in text
     assert "Where to cut?" in capsys.readouterr().out
 
@@ -66,7 +88,7 @@ def test_every_section_is_measured(tiny_model: str, data: str, tmp_path: Path, c
 def test_bad_options_are_one_message(
     more: tuple[str, ...],
     message: str,
-    tiny_model: str,  # noqa: F811
+    tiny_model: str,
     data: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -93,11 +115,19 @@ def test_repeated_rows_and_leaks_speak_for_filters() -> None:
 def test_the_command_names_what_was_measured(tmp_path: Path) -> None:
     before = ShortRun(0, (3.0, 3.1, 2.9), (2.0, 2.1, 1.9), 0.0)
     lost = (2.1, 2.21, 2.01)
-    runs = ShortRuns(8, 10, before, (ShortRun(0, (2.0, 2.1, 1.9), lost, 1.0), ShortRun(4, (2.01, 2.11, 1.91), lost, 0.7)))
+    runs = ShortRuns(
+        8, 10, before, (ShortRun(0, (2.0, 2.1, 1.9), lost, 1.0), ShortRun(4, (2.01, 2.11, 1.91), lost, 0.7))
+    )
     config = FinetuneConfig(model="m", data=("a b.jsonl",), eval_data=("e.jsonl",))
     options = ReportOptions(source_data=("s.txt",), output=tmp_path / "x.html")
     command, reasons = recommended(config, options, runs, ("duplicates",))
     given = "peftkern finetune --model m --data 'a b.jsonl' --eval-data e.jsonl --first-layer 4"
-    assert command == f"{given} --source-data s.txt --forget-budget 0.02 --filter-data duplicates" and len(reasons) == 3
+    assert (
+        command == f"{given} --source-data s.txt --forget-budget 0.02 --filter-data duplicates"
+        and len(reasons) == 3
+    )
     command, reasons = recommended(config, options, None)
-    assert command == "peftkern finetune --model m --data 'a b.jsonl' --eval-data e.jsonl" and "nothing measured" in reasons[0]
+    assert (
+        command == "peftkern finetune --model m --data 'a b.jsonl' --eval-data e.jsonl"
+        and "nothing measured" in reasons[0]
+    )

@@ -14,10 +14,18 @@ from peftkern.transfer.report.page import check_path
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SECTIONS = (
-    Section("How <far>?", "Far & wide.", (Line("a|b", "1 [0, 2]", "0: <near>"),), (Plot("line", lambda axes: axes.plot([1, 2])),), 2.4),
+    Section(
+        "How <far>?",
+        "Far & wide.",
+        (Line("a|b", "1 [0, 2]", "0: <near>"),),
+        (Plot("line", lambda axes: axes.plot([1, 2])),),
+        2.4,
+    ),
     Section("Where?", missing="no labels"),
 )
-PAGE = Page("Before", (Line("model", "m", "nf4"),), SECTIONS, "peftkern finetune --data 'a b'", ("because <this>",))
+PAGE = Page(
+    "Before", (Line("model", "m", "nf4"),), SECTIONS, "peftkern finetune --data 'a b'", ("because <this>",)
+)
 
 
 def test_html_holds_its_pictures_and_escapes_what_it_quotes(tmp_path: Path) -> None:
@@ -42,7 +50,11 @@ def test_markdown_has_its_pictures_beside_it(tmp_path: Path) -> None:
     write_page(PAGE, path)
     write_page(PAGE, path)  # a second time over the first
     text = path.read_text()
-    assert "| a\\|b | 1 [0, 2] | 0: <near> |" in text and "**Far & wide.**" in text and "Not measured: no labels." in text
+    assert (
+        "| a\\|b | 1 [0, 2] | 0: <near> |" in text
+        and "**Far & wide.**" in text
+        and "Not measured: no labels." in text
+    )
     shown = re.findall(r"!\[line\]\((.+?)\)", text)
     assert len(shown) == 1 and (tmp_path / shown[0]).read_bytes()[:8] == PNG
     assert sorted(item.name for item in tmp_path.iterdir()) == ["page-plots", "page.md"]
@@ -56,7 +68,9 @@ def test_a_plot_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "message"), [("page.pdf", "ends in .html"), ("page", "ends in .html"), ("", "ends in .html")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("page.pdf", "ends in .html"), ("page", "ends in .html"), ("", "ends in .html")]
+)
 def test_other_forms_are_refused(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         check_path(tmp_path / name)

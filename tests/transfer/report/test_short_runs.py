@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peftkern.transfer.report.sections import compressed_bits_per_byte, cut_section, documents_of, forgetting_section
+from peftkern.transfer.report.sections import (
+    compressed_bits_per_byte,
+    cut_section,
+    documents_of,
+    forgetting_section,
+)
 from peftkern.transfer.report.short_runs import ShortRun, ShortRuns, per_window, short_runs
 
 from ...patching import models
@@ -85,18 +90,25 @@ def test_the_run_of_all_layers_is_plain_training(setting) -> None:
         optimizer.step()
         optimizer.zero_grad()
     twin.eval()
-    torch.testing.assert_close(torch.tensor(found.whole.target), torch.tensor(per_window(nll(twin), target)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(found.whole.target), torch.tensor(per_window(nll(twin), target)), rtol=1e-5, atol=0
+    )
 
 
 def runs(*, target: dict[int, list[float]], source: list[float], forecast: float | None = None) -> ShortRuns:
     """Synthetic runs from a start at 3.0 nats."""
     before = ShortRun(0, (3.0, 3.1, 2.9), (2.0, 2.1, 1.9), 0.0)
-    found = tuple(ShortRun(first, tuple(values), tuple(source), 1.0 - first / 10) for first, values in target.items())
+    found = tuple(
+        ShortRun(first, tuple(values), tuple(source), 1.0 - first / 10) for first, values in target.items()
+    )
     return ShortRuns(8, 10, before, found, forecast)
 
 
 def test_the_cut_is_the_highest_that_certainly_keeps_the_gain() -> None:
-    found = runs(target={0: [2.0, 2.1, 1.9], 2: [2.01, 2.11, 1.91], 4: [2.05, 2.15, 1.95], 6: [2.3, 2.4, 2.2]}, source=[2.0, 2.1, 1.9])
+    found = runs(
+        target={0: [2.0, 2.1, 1.9], 2: [2.01, 2.11, 1.91], 4: [2.05, 2.15, 1.95], 6: [2.3, 2.4, 2.2]},
+        source=[2.0, 2.1, 1.9],
+    )
     assert found.cut() == 4
     assert "Train from layer 4 of 8" in cut_section(found).verdict and "×0.60" in cut_section(found).verdict
     uncertain = runs(target={0: [2.0, 2.1, 1.9], 4: [2.4, 2.1, 1.6]}, source=[2.0, 2.1, 1.9])
@@ -115,7 +127,9 @@ def test_the_cut_is_the_highest_that_certainly_keeps_the_gain() -> None:
     ],
 )
 def test_what_is_forgotten_is_said_with_its_certainty(source: list[float], verdict: str) -> None:
-    section = forgetting_section(runs(target={0: [2.0, 2.1, 1.9]}, source=source, forecast=0.125), budget=0.02)
+    section = forgetting_section(
+        runs(target={0: [2.0, 2.1, 1.9]}, source=source, forecast=0.125), budget=0.02
+    )
     assert verdict in section.verdict
     assert any("0.1250" in line.value for line in section.lines)
 
@@ -129,7 +143,11 @@ def test_one_window_tells_nothing() -> None:
 def test_the_compressor_knows_what_it_has_read() -> None:
     text = " ".join(str(i * i % 9973) for i in range(2000))
     other = " ".join(str(i * i * i % 8887) for i in range(2000))
-    assert compressed_bits_per_byte([text], [text[2000:6000]]) < 0.3 < compressed_bits_per_byte([other], [text[2000:6000]])
+    assert (
+        compressed_bits_per_byte([text], [text[2000:6000]])
+        < 0.3
+        < compressed_bits_per_byte([other], [text[2000:6000]])
+    )
 
 
 def test_few_texts_are_cut_into_documents() -> None:
