@@ -3,9 +3,10 @@
 `images`: a small convolutional network trained on 5,000 labelled MNIST digits, for scikit-learn's digits of
 other writers. `movie-amazon`, `movie-nyt`, `movie-tweets`: labelled sentences of film reviews, for those of
 another domain; MiniLM is frozen, its pooled features (made once, and kept in the cache) go through a
-trainable layer that the alignment acts on. Of the target's labels none is used in training or for a choice;
-one part of the target (by document) is adapted to, the other is scored. `strengths`: what weight of the
-alignment a validator chooses that sees no target label. Run as `python -m examples.transfer.domain_adaptation
+trainable layer that the alignment acts on. Of the target's labels none is used in training; one part of the
+target (by document) is adapted to, the other is scored. The strengths of MMD, the ramp and the sizes were set
+after trial runs whose target accuracy was seen. `strengths`: what weight of the alignment a validator chooses
+that sees no target label. Run as `python -m examples.transfer.domain_adaptation
 images` (or another name, or all without one): a few minutes each on two cores, CSV and PNG into
 examples/transfer/results. Runs that a CSV has are not repeated: remove it to begin anew.
 """
