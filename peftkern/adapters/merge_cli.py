@@ -69,20 +69,16 @@ def _form_help() -> str:
 
 def _main(args: argparse.Namespace) -> int:
     """Run the command; what the user can mend is one message and status 2."""
-    from ..finetune.errors import InputError, require
+    from ..finetune.errors import exit_status, require
 
-    try:
+    def run() -> None:
         require(*_EXTRA)
         from ..finetune.recipe import calm_libraries
 
         calm_libraries(not sys.stderr.isatty())
         _run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (InputError, ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern merge: error: {_worded(error)}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("merge", run, worded=_worded, mendable=(ValueError,))
 
 
 def _worded(error: Exception) -> str:

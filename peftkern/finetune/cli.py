@@ -10,10 +10,9 @@ from typing import Any
 
 from .compare import compare
 from .config import FinetuneConfig
-from .errors import InputError
+from .errors import exit_status
 from .forgetting import forgetting_lines
 from .recipe import FinetuneResult, finetune
-from .signals import Interrupted
 
 __all__ = ["add_arguments", "main"]
 
@@ -128,7 +127,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; errors the user can mend are one message, all others a traceback."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    try:
+
+    def run() -> int:
         config = FinetuneConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         result = finetune(config)
         print(summary(result))
@@ -139,16 +139,9 @@ def main(args: argparse.Namespace) -> int:
         if config.compare:
             print("\nThe same steps on plain PEFT and bitsandbytes ...", file=sys.stderr)
             print("\n" + compare(config, result))
-    except Interrupted as error:
-        print(f"\n{error}.", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern finetune: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_status("finetune", run, interrupted="Interrupted: the same command with --resume goes on from the last checkpoint.")
 
 
 def worsened(result: FinetuneResult) -> str | None:

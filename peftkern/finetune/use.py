@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .errors import InputError, require
+from .errors import InputError, exit_status, require
 from .inference import Generation, LoadedModel, complete, loaded, perplexities
 
 __all__ = ["add_commands"]
@@ -61,18 +61,15 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 
 def _guarded(name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run a command; what the user can mend is one message and status 2."""
-    try:
+
+    def run() -> None:
         require(*_EXTRA)
         from .recipe import calm_libraries
 
         calm_libraries(not sys.stderr.isatty())
         command(args)
-    except KeyboardInterrupt:
-        return 130
-    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern {name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(name, run)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,12 +8,11 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.errors import InputError, require
+from ..finetune.errors import InputError, exit_status, require
 
 if TYPE_CHECKING:
     from .dann import DomainProbe
@@ -122,16 +121,12 @@ def add_commands(commands: Any) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
-    try:
+    def run() -> None:
         names = [field.name for field in dataclasses.fields(AdaptConfig)]
         config = AdaptConfig(**{name: getattr(args, name) for name in names})
         print(f"\n{adapt(config).verdict}\nAdapter:  {config.output}")
-    except KeyboardInterrupt:
-        return 130
-    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern adapt: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("adapt", run)
 
 
 def adapt(config: AdaptConfig) -> AdaptReport:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..finetune.errors import InputError, require
+from ..finetune.errors import InputError, exit_status, require
 
 __all__ = ["add_commands"]
 
@@ -134,7 +134,8 @@ def _add_budget(parser: argparse.ArgumentParser, *, steps: int) -> None:
 
 def _guarded(name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run a command; what the user can mend is one message and status 2."""
-    try:
+
+    def run() -> None:
         from .extras import require_transfer
 
         require_transfer()
@@ -143,12 +144,8 @@ def _guarded(name: str, command: Callable[[argparse.Namespace], None], args: arg
 
         calm_libraries(not sys.stderr.isatty())
         command(args)
-    except KeyboardInterrupt:
-        return 130
-    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern {name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(name, run)
 
 
 def _cut(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..finetune.config import FinetuneConfig
-from ..finetune.errors import InputError, require
+from ..finetune.errors import InputError, exit_status, require
 
 if TYPE_CHECKING:
     from .pretraining import PretrainingReport
@@ -41,24 +41,16 @@ def add_commands(commands: Any) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
-    from ..finetune.signals import Interrupted
 
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    try:
+
+    def run() -> None:
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         config = FinetuneConfig(**values | tuples)
         report = continued_pretraining(config, tuple(args.control_data or ()))
         print(f"\n{report.table()}\n\n{report.verdict}\n\nAdapter:  {Path(config.output) / 'adapted'}")
-    except Interrupted as error:
-        print(f"\n{error}.", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command with --resume goes on.", file=sys.stderr)
-        return 130
-    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern pretrain: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("pretrain", run, interrupted="Interrupted: the same command with --resume goes on.")
 
 
 def continued_pretraining(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,15 +131,13 @@ def _add_sweep(group: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Run the command; what the user can mend is one message and status 2."""
-    try:
+    from ...finetune.errors import exit_status
+
+    def run() -> None:
         _require("peft", "safetensors", "numpy", "tqdm")
         print(_combined(args))
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern arithmetic: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("arithmetic", run, mendable=(ValueError,))
 
 
 def _require(*packages: str) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...finetune.errors import InputError
+from ...finetune.errors import InputError, exit_status
 
 __all__ = ["add_commands"]
 
@@ -98,18 +98,15 @@ def _add_losses(group: Any) -> None:
 
 def _guarded(args: argparse.Namespace) -> int:
     """Run the command; what the user can mend is one message and status 2."""
-    try:
+
+    def run() -> None:
         from ...finetune.recipe import calm_libraries
 
         if args.adapter or args.model or args.features != _BAG:
             calm_libraries(not sys.stderr.isatty())
         _run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern data: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("data", run)
 
 
 def _run(args: argparse.Namespace) -> None:

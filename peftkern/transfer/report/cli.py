@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...finetune.config import SAMPLE, FinetuneConfig
-from ...finetune.errors import InputError
+from ...finetune.errors import exit_status
 
 __all__ = ["add_commands"]
 
@@ -75,13 +75,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
-    try:
-        return _report(args)
-    except KeyboardInterrupt:
-        return 130
-    except (InputError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"peftkern report: error: {error}", file=sys.stderr)
-        return 2
+    return exit_status("report", lambda: _report(args))
 
 
 def _report(args: argparse.Namespace) -> int:
