@@ -132,8 +132,8 @@ class Pretraining:
             )
         if self.difference > 0:
             return (
-                "Pretraining helps: the base, which never saw this text, knows it better than a compressor"
-                " that read the training text."
+                "Pretraining helps: the base knows this text better than a compressor that read the"
+                " training text."
             )
         return (
             "Pretraining does not show on this text: a compressor that read the training text knows it better"
