@@ -32,9 +32,9 @@ def hook(monkeypatch):
     if not NATIVE:
         monkeypatch.setattr(backends, "available", lambda name: (True, "the reference, for the test"))
     yield
+    monkeypatch.undo()  # what a test set would keep the hook from coming back, and so from all tests after it
     bnb_backend.unregister()
-    if was:
-        bnb_backend.register()
+    assert not was or bnb_backend.register(), bnb_backend.state()
 
 
 def both(function):

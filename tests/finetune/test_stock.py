@@ -24,6 +24,7 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Any:
     was = bnb_backend.state()[0]
     monkeypatch.delenv("PEFTKERN_BNB_BACKEND", raising=False)
     yield bnb_backend.register()
+    monkeypatch.undo()
     if not was:
         bnb_backend.unregister()
 

@@ -44,8 +44,7 @@ def _sampled(base: nn.Module) -> Tensor:
 def _absmax(state: Any) -> Tensor:
     """The blocks' maxima of a 4-bit weight, flat, whether they are nested, or repacked for a CPU, or neither.
 
-    Nested ones are decoded here: on CPUs with AVX-512 bitsandbytes 0.50.2 decodes fewer than a block of them
-    wrongly, and each time otherwise.
+    Nested ones are decoded here: the identity is not to depend on which kernels bitsandbytes has in place.
     """
     if state.nested:
         nested = state.state2
