@@ -22,7 +22,7 @@ JOBS = harness.jobs(harness.modules())
 SAMPLES = {(job.name, job.arch): job for job in harness.jobs([kernels])}
 # By default each kernel's main variant is compiled, for one architecture of each generation that lowers differently: Turing's
 # fp16 products, mma.sync with the least shared memory, wgmma, tcgen05. The nightly run has every variant on every architecture.
-QUICK_ARCHS = (75, 86, 90, 100)
+QUICK_ARCHS = (75, 86, 90)
 
 
 def _parameter(job: harness.Job):

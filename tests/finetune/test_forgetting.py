@@ -72,7 +72,7 @@ def test_a_run_measures_forecasts_and_plots_what_it_forgets(options: dict[str, A
     assert kept and all((path / "adapter_model.safetensors").is_file() for path in kept)
 
 
-@pytest.mark.parametrize("held", [HELD, {"forget_budget": 1e-5}])
+@pytest.mark.parametrize("held", [HELD, pytest.param({"forget_budget": 1e-5}, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_the_unbroken_one(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: dict[str, Any]
 ) -> None:
@@ -88,6 +88,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
     assert fronts[0] == fronts[1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_step_still_tells_what_it_forgot(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_documents_do_not_leak() -> None:
     assert leaking.value > 1 > grouped.value and not grouped.differs
 
 
+@pytest.mark.slow
 def test_more_dimensions_than_rows_separate_nothing() -> None:
     distance = proxy_a_distance(_draw(60, 500, 0), _draw(60, 500, 1), **_QUICK)
     assert not distance.differs and distance.value < 1

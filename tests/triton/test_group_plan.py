@@ -96,7 +96,7 @@ def test_merged_launches_are_as_accurate_as_plain_pytorch(device: str, gemm: str
         {"lora_dtype": torch.float32},
         {"dense": (1,)},
         {"dense": (0, 1, 2)},
-        {"m": 1, "draws": 8},
+        pytest.param({"m": 1, "draws": 8}, marks=pytest.mark.slow),
         {"slab_bytes": BATCHES},
         {"slab_bytes": BATCHES, "dense": (1,), "bias": False},
     ],
