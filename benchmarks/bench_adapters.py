@@ -29,7 +29,11 @@ IDS = torch.tensor([[7]])
 
 def specs(small: bool) -> list[Spec]:
     width, counts = (64, (3,)) if small else (576, (10, 30, 1000))
-    return [Spec("adapters", mode, "float32", width, width, n) for n in counts for mode in ("switch", "switch, one token")]
+    return [
+        Spec("adapters", mode, "float32", width, width, n)
+        for n in counts
+        for mode in ("switch", "switch, one token")
+    ]
 
 
 def build(spec: Spec) -> list[Provider]:
@@ -96,7 +100,9 @@ def _model(width: int) -> Any:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).eval()
+    return get_peft_model(
+        model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    ).eval()
 
 
 def _adapters(width: int) -> list[LoraWeights]:

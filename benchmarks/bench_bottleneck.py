@@ -22,14 +22,20 @@ __all__ = ["build", "equal_size", "specs"]
 MODES = {
     "Houlsby": BottleneckConfig(),
     "Pfeiffer": BottleneckConfig(places=("mlp",), reads="sum", activation="relu"),
-    "parallel": BottleneckConfig(places=("mlp",), reads="input", activation="relu", scaling=4.0, init="mam_adapter"),
+    "parallel": BottleneckConfig(
+        places=("mlp",), reads="input", activation="relu", scaling=4.0, init="mam_adapter"
+    ),
 }
 
 
 def specs(small: bool) -> list[Spec]:
     """n, k: the hidden size; m: tokens."""
     size, m = (192, 64) if small else (576, 512)
-    return [Spec("bottleneck step", mode, dtype, size, size, m) for dtype in ("bfloat16", "float32") for mode in MODES]
+    return [
+        Spec("bottleneck step", mode, dtype, size, size, m)
+        for dtype in ("bfloat16", "float32")
+        for mode in MODES
+    ]
 
 
 def equal_size(parameters: int, *, places: int, width: int) -> int:
@@ -64,7 +70,9 @@ def _call(step: Step) -> Callable[[], Tensor]:
 
 def _check(step: Step) -> Callable[[Tensor], None]:
     def check(loss: Tensor) -> None:
-        if not torch.isfinite(loss) or any(p.grad is None or not torch.isfinite(p.grad).all() for p in step.parameters):
+        if not torch.isfinite(loss) or any(
+            p.grad is None or not torch.isfinite(p.grad).all() for p in step.parameters
+        ):
             raise AssertionError("the loss or a gradient is missing or not finite")
 
     return check

@@ -130,12 +130,16 @@ def gradients(step: Step) -> Tensor:
 def main() -> int:
     p = parser(__doc__)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    p.add_argument("--base", choices=(OURS, "peft dense"), default=OURS, help="NF4 and patched, or dense and stock")
+    p.add_argument(
+        "--base", choices=(OURS, "peft dense"), default=OURS, help="NF4 and patched, or dense and stock"
+    )
     args = p.parse_args()
     force_isa(args.isa)
     found = rows(args.dtype, args.small, args.rounds or (3 if args.small else 7), args.base)
     for row in found:
-        print(f"{row.provider:26s} {row.dtype:9s} {row.p50:10.2f} ms  x{row.ratio:8.2f}  {row.note}  {row.load}")
+        print(
+            f"{row.provider:26s} {row.dtype:9s} {row.p50:10.2f} ms  x{row.ratio:8.2f}  {row.note}  {row.load}"
+        )
     if args.out:
         write_csv(args.out, found)
     return 0

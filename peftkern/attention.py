@@ -83,24 +83,39 @@ def prefix_gated(
     True
     """
     if y.dim() != 4 or q.dim() != 4 or y.shape[:3] != q.shape[:3]:
-        raise ValueError(f"y: got shape {tuple(y.shape)}, expected [B, H, S, Dv] for q {tuple(q.shape)}, [B, H, S, D]")
+        raise ValueError(
+            f"y: got shape {tuple(y.shape)}, expected [B, H, S, Dv] for q {tuple(q.shape)}, [B, H, S, D]"
+        )
     if prefix_k.dim() != 3 or not prefix_k.shape[0] or q.shape[1] % prefix_k.shape[0]:
-        raise ValueError(f"prefix_k: got shape {tuple(prefix_k.shape)}, expected [Hkv, P, D] with Hkv dividing q's {q.shape[1]} heads")
+        raise ValueError(
+            f"prefix_k: got shape {tuple(prefix_k.shape)}, expected [Hkv, P, D] with Hkv dividing q's"
+            f" {q.shape[1]} heads"
+        )
     _check_prefix(prefix_k, prefix_v, prefix_k.shape[0], q.shape[3], y.shape[3])
     if gate.shape != q.shape[1:2]:
-        raise ValueError(f"gate: got shape {tuple(gate.shape)}, expected [{q.shape[1]}], one for each head of q")
+        raise ValueError(
+            f"gate: got shape {tuple(gate.shape)}, expected [{q.shape[1]}], one for each head of q"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return _prefix_attention.gated(y, q, prefix_k, prefix_v, gate, scale)
 
 
 def _check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dtype not in _FLOATS or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v: got {q.dtype}, {k.dtype}, {v.dtype}, expected one of float64, float32, bfloat16, float16 for all")
+        raise TypeError(
+            f"q, k, v: got {q.dtype}, {k.dtype}, {v.dtype}, expected one of float64, float32, bfloat16,"
+            " float16 for all"
+        )
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k, v: got {q.dim()}, {k.dim()} and {v.dim()} dimensions, expected 4: batch, heads, tokens, width")
+        raise ValueError(
+            f"q, k, v: got {q.dim()}, {k.dim()} and {v.dim()} dimensions, expected 4: batch, heads, tokens,"
+            " width"
+        )
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         shapes = f"{tuple(k.shape)}, {tuple(v.shape)}"
-        raise ValueError(f"k, v: got shapes {shapes}, expected [B, Hkv, T, D] and [B, Hkv, T, Dv] for q {tuple(q.shape)}")
+        raise ValueError(
+            f"k, v: got shapes {shapes}, expected [B, Hkv, T, D] and [B, Hkv, T, Dv] for q {tuple(q.shape)}"
+        )
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: got {k.shape[1]} heads, expected a divisor of q's {q.shape[1]}")
 
@@ -112,16 +127,26 @@ def _check_prefix(prefix_k: Tensor, prefix_v: Tensor, heads: int, width: int, va
         if value.dim() != 3 or (value.shape[0], value.shape[2]) != (heads, last):
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{heads}, P, {last}]")
     if prefix_k.shape[1] != prefix_v.shape[1] or not prefix_k.shape[1]:
-        raise ValueError(f"prefix_v: got {prefix_v.shape[1]} virtual tokens, expected prefix_k's {prefix_k.shape[1]}, at least 1")
+        raise ValueError(
+            f"prefix_v: got {prefix_v.shape[1]} virtual tokens, expected prefix_k's {prefix_k.shape[1]}, at"
+            " least 1"
+        )
 
 
 def _check_mask(mask: Tensor | None, causal: bool, shape: tuple[int, int, int, int]) -> None:
     if causal and (mask is not None or shape[2] != shape[3]):
-        raise ValueError(f"causal: needs as many keys as queries and no mask, got {shape[2]} queries and {shape[3]} keys; give a mask")
+        raise ValueError(
+            f"causal: needs as many keys as queries and no mask, got {shape[2]} queries and {shape[3]} keys;"
+            " give a mask"
+        )
     if mask is None:
         return
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask: got {mask.dtype}, expected bool (True is seen) or a floating dtype (added)")
     first, last = mask.shape[:2], mask.shape[2:]
-    if mask.dim() != 4 or last != shape[2:] or any(got not in (1, want) for got, want in zip(first, shape[:2], strict=True)):
+    if (
+        mask.dim() != 4
+        or last != shape[2:]
+        or any(got not in (1, want) for got, want in zip(first, shape[:2], strict=True))
+    ):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected [1 or B, 1 or H, S, T] of {shape}")

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from .config import FinetuneConfig
 
-__all__ = ["DEFAULT", "add_adapter", "adapter_loader", "adapter_title", "check_adapter", "is_lora", "load_adapter"]
+__all__ = [
+    "DEFAULT",
+    "add_adapter",
+    "adapter_loader",
+    "adapter_title",
+    "check_adapter",
+    "is_lora",
+    "load_adapter",
+]
 
 DEFAULT = "lora"
 # Options of LoRA, with the values that leave them out.
@@ -60,7 +68,10 @@ def check_adapter(config: FinetuneConfig) -> None:
         return
     for name, unset in _OF_LORA.items():
         if getattr(config, name) != unset:
-            raise InputError(f"--{name.replace('_', '-')} is an option of LoRA, and --adapter is {config.adapter}: drop one of them")
+            raise InputError(
+                f"--{name.replace('_', '-')} is an option of LoRA, and --adapter is {config.adapter}: drop"
+                " one of them"
+            )
 
 
 def add_adapter(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
@@ -72,7 +83,8 @@ def add_adapter(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base with the adapter that `folder` holds, of whatever kind; errors as the kind's library raises them."""
+    """The base with the adapter that `folder` holds, of whatever kind; errors as the kind's library raises
+    them."""
     peft_type = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
     kind = next((kind for kind in _KINDS.values() if kind.peft_type == peft_type), _KINDS[DEFAULT])
     return kind.load(base, folder)
@@ -119,24 +131,38 @@ def _add_lora(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     try:
         model = get_peft_model(base, lora)
     except ValueError as error:
-        raise InputError(f"no layer of {config.model} to adapt with --targets {' '.join(config.targets)}: {error}") from error
+        raise InputError(
+            f"no layer of {config.model} to adapt with --targets {' '.join(config.targets)}: {error}"
+        ) from error
     if not any("lora_" in name for name, _ in model.named_parameters()):
-        raise InputError(f"{config.model} has no linear layer to adapt: LoRA needs torch.nn.Linear (or 4-bit linear) layers")
+        raise InputError(
+            f"{config.model} has no linear layer to adapt: LoRA needs torch.nn.Linear (or 4-bit linear)"
+            " layers"
+        )
     return model
 
 
 def _targets(base: PreTrainedModel, config: FinetuneConfig) -> str | list[str]:
-    """PEFT's `target_modules` for --targets, each of which must be there: PEFT itself is content with one of several."""
+    """PEFT's `target_modules` for --targets, each of which must be there: PEFT itself is content with one of
+    several."""
     if config.targets == _OF_LORA["targets"]:
         return config.targets[0]
     names = [name for name, _ in base.named_modules()]
-    absent = [target for target in config.targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    absent = [
+        target for target in config.targets if not any(f".{name}".endswith(f".{target}") for name in names)
+    ]
     if absent:
         import torch
 
-        linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in base.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
         there = ", ".join(sorted(linear)) or "no linear layer"
-        raise InputError(f"--targets {' '.join(absent)}: {config.model} has no layer of that name; it has {there}")
+        raise InputError(
+            f"--targets {' '.join(absent)}: {config.model} has no layer of that name; it has {there}"
+        )
     return list(config.targets)
 
 

@@ -26,8 +26,9 @@ def check(config: FinetuneConfig) -> None:
     made, default = _configuration(config), type(config).__dataclass_fields__["r"].default
     if config.r != default and made.size != config.r:
         raise InputError(
-            f"--r {config.r} is the width of --adapter {_OF_R}; the width of {config.adapter} is the hidden size divided by its "
-            f"reduction_factor: drop --r, or write {config.adapter.partition('[')[0]}[size={config.r}]"
+            f"--r {config.r} is the width of --adapter {_OF_R}; the width of {config.adapter} is the hidden"
+            " size divided by its reduction_factor: drop --r, or write"
+            f" {config.adapter.partition('[')[0]}[size={config.r}]"
         )
 
 

@@ -36,23 +36,31 @@ _FISHERS = ("true", "empirical")
 
 def check_forgetting(config: FinetuneConfig) -> None:
     """Raise InputError where the options that hold the source's knowledge do not go together."""
-    given = [name for name in ("forget_budget", "ewc", "l2_sp", "replay") if getattr(config, name) is not None]
+    given = [
+        name for name in ("forget_budget", "ewc", "l2_sp", "replay") if getattr(config, name) is not None
+    ]
     if given and not config.source_data:
         raise InputError(f"{_flag(given[0])} needs text of what must not be forgotten: give {_OPTION}")
     if config.replay is not None and not config.replay <= 1:
-        raise InputError(f"--replay must be at most 1, source rows for each training row, got {config.replay:g}")
+        raise InputError(
+            f"--replay must be at most 1, source rows for each training row, got {config.replay:g}"
+        )
     if config.forget_budget is not None and config.ewc is not None:
-        raise InputError("give --forget-budget (the weight follows from it) or --ewc (a fixed weight), not both")
+        raise InputError(
+            "give --forget-budget (the weight follows from it) or --ewc (a fixed weight), not both"
+        )
     if config.fisher not in _FISHERS:
         raise InputError(f"--fisher must be one of {', '.join(_FISHERS)}; got {config.fisher!r}")
     if _needs_factors(config) and config.dora:
         raise InputError(
-            "--forget-budget, --ewc and --l2-sp hold an update s B A, and --dora scales the rows of the weight besides: drop --dora, "
-            "or use --replay"
+            "--forget-budget, --ewc and --l2-sp hold an update s B A, and --dora scales the rows of the"
+            " weight besides: drop --dora, or use --replay"
         )
 
 
-def load_source(config: FinetuneConfig, evaluations: dict[str, Dataset], train: Dataset) -> tuple[Dataset, Dataset] | None:
+def load_source(
+    config: FinetuneConfig, evaluations: dict[str, Dataset], train: Dataset
+) -> tuple[Dataset, Dataset] | None:
     """The rows to keep and the held-out ones to measure on; None without --source-data.
 
     Raises InputError where there are fewer than two rows, or where they share passages with what the run is
@@ -66,14 +74,17 @@ def load_source(config: FinetuneConfig, evaluations: dict[str, Dataset], train: 
     require("scipy", extra="transfer")
     rows = load_data(config.source_data, option=_OPTION)
     if len(rows) < 2:
-        raise InputError(f"{_OPTION} has one row only, so none can be held out to measure on: give more rows, or split it")
+        raise InputError(
+            f"{_OPTION} has one row only, so none can be held out to measure on: give more rows, or split it"
+        )
     texts = _texts(rows)
     for name, evaluated in (evaluations or {"--data (a part of it is held out)": train}).items():
         shared = overlapping(texts, _texts(evaluated))
         if shared:
             raise InputError(
-                f"{_OPTION} overlaps the evaluation text {name}: {len(shared)} of its {len(rows)} rows share passages with "
-                f"it, the first at {rows[shared[0]]['place']}. Leave those rows out of one of them, or evaluate on other text"
+                f"{_OPTION} overlaps the evaluation text {name}: {len(shared)} of its {len(rows)} rows share"
+                f" passages with it, the first at {rows[shared[0]]['place']}. Leave those rows out of one of"
+                " them, or evaluate on other text"
             )
     return _split(rows, texts, config.seed)
 
@@ -98,7 +109,9 @@ def install_forgetting(
     target = _Rows(trainer, next(iter(trainer.eval_dataset.values())))
     reason = unprotected(trainer.model)
     if reason and _needs_factors(config):
-        raise InputError(f"--forget-budget, --ewc and --l2-sp cannot hold this adapter: {reason}; use --replay")
+        raise InputError(
+            f"--forget-budget, --ewc and --l2-sp cannot hold this adapter: {reason}; use --replay"
+        )
     fisher = None if reason else _fisher(trainer, config, kept, folder, say)
     every = config.source_steps or config.save_steps
     guard = ForgettingGuard(
@@ -132,8 +145,8 @@ def choose_adapter(trainer: RecipeTrainer, say: Callable[[str], None]) -> dict[s
         if best is None:
             best = min(guard.front.front, key=lambda each: each.rise)
             say(
-                f"No measured adapter forgets at most {guard.budget.nats:g} nats: the one that forgets least is kept, of step {best.step}. "
-                "Lower --lr or measure more often (--source-steps)."
+                f"No measured adapter forgets at most {guard.budget.nats:g} nats: the one that forgets least"
+                f" is kept, of step {best.step}. Lower --lr or measure more often (--source-steps)."
             )
         point = best
         if point.step != last.step:
@@ -155,8 +168,8 @@ def forgetting_lines(found: dict[str, Any] | None) -> list[str]:
     budget = f" of {found['budget']:g} allowed" if found["budget"] is not None else ""
     early = "; training ended there, as more was forgotten than allowed" if found["stopped_early"] else ""
     return [
-        f"Forgotten:  {found['source_rise']:+.4f} nats per token{budget} (standard error {found['source_rise_error']:.4f}), "
-        f"adapter of step {found['step']}{early}"
+        f"Forgotten:  {found['source_rise']:+.4f} nats per token{budget} (standard error"
+        f" {found['source_rise_error']:.4f}), adapter of step {found['step']}{early}"
     ]
 
 
@@ -164,7 +177,9 @@ def _needs_factors(config: FinetuneConfig) -> bool:
     return any(value is not None for value in (config.forget_budget, config.ewc, config.l2_sp))
 
 
-def _fisher(trainer: RecipeTrainer, config: FinetuneConfig, kept: _Rows, folder: Path, say: Callable[[str], None]) -> FisherFactors:
+def _fisher(
+    trainer: RecipeTrainer, config: FinetuneConfig, kept: _Rows, folder: Path, say: Callable[[str], None]
+) -> FisherFactors:
     from ..transfer.forgetting import FisherFactors, collect_fisher, lora_factors
 
     path = folder / "fisher.safetensors"
@@ -214,13 +229,19 @@ def _windows(config: FinetuneConfig, rows: Dataset, tokenizer: PreTrainedTokeniz
 
     prepared = prepare_evaluations(config, {"": rows}, tokenizer, option=_OPTION)[""]
     if len(prepared) < 2:
-        raise InputError(f"{_OPTION}: {len(prepared)} window of --seq-length {config.seq_length} is too little: give more text")
+        raise InputError(
+            f"{_OPTION}: {len(prepared)} window of --seq-length {config.seq_length} is too little: give more"
+            " text"
+        )
     return prepared
 
 
 def _texts(rows: Dataset) -> list[str]:
     names = [name for name in rows.column_names if name != "place"]
-    return [" ".join(str(value) for value in values) for values in zip(*(rows[name][:] for name in names), strict=True)]
+    return [
+        " ".join(str(value) for value in values)
+        for values in zip(*(rows[name][:] for name in names), strict=True)
+    ]
 
 
 def _split(rows: Dataset, texts: list[str], seed: int) -> tuple[Dataset, Dataset]:
@@ -236,7 +257,10 @@ def _split(rows: Dataset, texts: list[str], seed: int) -> tuple[Dataset, Dataset
     shared = set(overlapping([texts[index] for index in others], [texts[index] for index in held_out]))
     kept = [index for place, index in enumerate(others) if place not in shared]
     if not kept:
-        raise InputError(f"{_OPTION}: its rows repeat each other, so that none is left beside those to measure on: give other text")
+        raise InputError(
+            f"{_OPTION}: its rows repeat each other, so that none is left beside those to measure on: give"
+            " other text"
+        )
     return rows.select(kept), rows.select(held_out)
 
 

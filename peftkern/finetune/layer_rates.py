@@ -27,7 +27,8 @@ def excluded_layers(base: PreTrainedModel, config: FinetuneConfig) -> str | None
     names = [name for stack in layer_stacks(base) for name in stack.names]
     if config.first_layer >= len(names):
         raise InputError(
-            f"--first-layer {config.first_layer}: {config.model} has {len(names)} layers, 0 to {len(names) - 1}: give a lower one"
+            f"--first-layer {config.first_layer}: {config.model} has {len(names)} layers, 0 to"
+            f" {len(names) - 1}: give a lower one"
         )
     return rf"({'|'.join(map(re.escape, names[: config.first_layer]))})\..*"
 
@@ -52,7 +53,9 @@ def install_rates(trainer: RecipeTrainer, config: FinetuneConfig) -> None:
 
 
 def _show(trainer: RecipeTrainer, config: FinetuneConfig) -> None:
-    rates = [group["lr"] for group in trainer.rates.groups(trainer.model, lr=config.lr) if group["kind"] == "base"]
+    rates = [
+        group["lr"] for group in trainer.rates.groups(trainer.model, lr=config.lr) if group["kind"] == "base"
+    ]
     times = f", B {config.lora_plus:g} times that" if config.lora_plus else ""
     print(
         f"Learning rates: {rates[0]:.3g} at the top, {rates[-1]:.3g} at the bottom{times}.",
@@ -65,7 +68,9 @@ def _cut(trainer: RecipeTrainer, config: FinetuneConfig) -> None:
     from ..transfer.first_layer import BackwardStop
 
     depths = parameter_depths(trainer.model)
-    below = [n for n, p in trainer.model.named_parameters() if p.requires_grad and depths[n] <= config.first_layer]
+    below = [
+        n for n, p in trainer.model.named_parameters() if p.requires_grad and depths[n] <= config.first_layer
+    ]
     if below:
         raise InputError(
             f"--first-layer {config.first_layer}: {below[0]} lies below it and is trained: change --targets",

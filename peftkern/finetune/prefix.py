@@ -36,11 +36,16 @@ def check(config: FinetuneConfig) -> None:
     default = type(config).__dataclass_fields__
     for name in ("r", "dropout"):
         if getattr(config, name) != default[name].default:
-            raise InputError(f"--{name} is no option of --adapter prefix: drop it; its length is given as prefix[tokens=50]")
+            raise InputError(
+                f"--{name} is no option of --adapter prefix: drop it; its length is given as"
+                " prefix[tokens=50]"
+            )
     for name in ("layer_rates", "unfreeze"):
         if getattr(config, name) != default[name].default:
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} treats layers apart, and the prefix is one parameter for all of them: drop it")
+            raise InputError(
+                f"{flag} treats layers apart, and the prefix is one parameter for all of them: drop it"
+            )
 
 
 def add(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
@@ -79,8 +84,8 @@ def _first_tokens(config: FinetuneConfig, count: int) -> Any:
         if len(ids) >= count:
             return torch.tensor(ids[:count])
     raise InputError(
-        f"--adapter {config.adapter}: the first {_ROWS} rows of --data have {len(ids)} tokens, the prefix {count}: "
-        "give a shorter one (prefix[tokens=20]), or let it begin otherwise (prefix[init=random])"
+        f"--adapter {config.adapter}: the first {_ROWS} rows of --data have {len(ids)} tokens, the prefix"
+        f" {count}: give a shorter one (prefix[tokens=20]), or let it begin otherwise (prefix[init=random])"
     )
 
 
@@ -96,7 +101,9 @@ def _options(value: str) -> _Options:
     """What --adapter says: prefix, or prefix[tokens=50,init=random]."""
     _, bracket, inside = value.partition("[")
     if bracket and not inside.endswith("]"):
-        raise InputError(f"--adapter {value}: the bracket is not closed; write for example prefix[tokens=50,init=text]")
+        raise InputError(
+            f"--adapter {value}: the bracket is not closed; write for example prefix[tokens=50,init=text]"
+        )
     given: dict[str, Any] = {}
     for pair in filter(None, inside.removesuffix("]").split(",")):
         name, equals, text = (part.strip() for part in pair.partition("="))
@@ -106,6 +113,7 @@ def _options(value: str) -> _Options:
             given[name] = text
         else:
             raise InputError(
-                f"--adapter {value}: {pair.strip()!r} is no option of a prefix; it has tokens=1 or more and init={', '.join(_INITS)}"
+                f"--adapter {value}: {pair.strip()!r} is no option of a prefix; it has tokens=1 or more and"
+                f" init={', '.join(_INITS)}"
             )
     return _Options(**given)

@@ -29,9 +29,15 @@ def command(*arguments: str) -> int:
     return main(list(arguments))
 
 
-@pytest.mark.parametrize("adapter", ["bottleneck", pytest.param("par_bn[reduction_factor=8]", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "adapter", ["bottleneck", pytest.param("par_bn[reduction_factor=8]", marks=pytest.mark.slow)]
+)
 def test_a_bottleneck_run_breaks_resumes_and_is_put_to_use(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    adapter: str,
 ) -> None:
     options = options | {"adapter": adapter, "dropout": 0.1, "prompt": "The statement"}
     whole = run(options, output=str(tmp_path / "whole"))
@@ -47,12 +53,22 @@ def test_a_bottleneck_run_breaks_resumes_and_is_put_to_use(
     assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "BOTTLENECK"
     assert all(".bottleneck." in key for key in load_file(output / "adapter_model.safetensors"))
     card = (output / "README.md").read_text()
-    assert "# Bottleneck adapter for" in card and "peftkern.adapters.bottleneck.BottleneckModel.from_pretrained" in card
+    assert (
+        "# Bottleneck adapter for" in card
+        and "peftkern.adapters.bottleneck.BottleneckModel.from_pretrained" in card
+    )
     capsys.readouterr()
-    assert command("evaluate", "--adapter", str(output), "--data", options["data"], "--eval-tokens", "512", "--base") == 0
+    assert (
+        command(
+            "evaluate", "--adapter", str(output), "--data", options["data"], "--eval-tokens", "512", "--base"
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "(base: " in shown
-    assert command("generate", "--adapter", str(output), "--prompt", result.sample_prompt, "--tokens", "4") == 0
+    assert (
+        command("generate", "--adapter", str(output), "--prompt", result.sample_prompt, "--tokens", "4") == 0
+    )
     assert capsys.readouterr().out.strip() == result.sample_after.strip()
 
 
@@ -65,14 +81,28 @@ def test_every_named_bottleneck_trains(options: dict[str, Any], adapter: str) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": "adapterhub"}, "--adapter must be one of lora, bottleneck, double_seq_bn, seq_bn, par_bn, scaled_par_bn"),
-        ({"adapter": "seq_bn[reduction=3]"}, r"--adapter seq_bn\[reduction=3\]: configuration: unknown keys reduction"),
-        ({"adapter": "bottleneck", "dora": True}, "--dora is an option of LoRA, and --adapter is bottleneck: drop one of them"),
+        (
+            {"adapter": "adapterhub"},
+            "--adapter must be one of lora, bottleneck, double_seq_bn, seq_bn, par_bn, scaled_par_bn",
+        ),
+        (
+            {"adapter": "seq_bn[reduction=3]"},
+            r"--adapter seq_bn\[reduction=3\]: configuration: unknown keys reduction",
+        ),
+        (
+            {"adapter": "bottleneck", "dora": True},
+            "--dora is an option of LoRA, and --adapter is bottleneck: drop one of them",
+        ),
         ({"adapter": "bottleneck", "targets": "q_proj"}, "--targets is an option of LoRA"),
-        ({"adapter": "par_bn", "r": 8}, r"--r 8 is the width of --adapter bottleneck; .* write par_bn\[size=8\]"),
+        (
+            {"adapter": "par_bn", "r": 8},
+            r"--r 8 is the width of --adapter bottleneck; .* write par_bn\[size=8\]",
+        ),
     ],
 )
-def test_options_that_do_not_go_together_are_told(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_go_together_are_told(
+    options: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         FinetuneConfig(**(options | changes))
 
@@ -84,12 +114,28 @@ def test_a_layer_that_is_not_there_is_told_before_training(options: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "adapter", ["prefix[tokens=6]", *(pytest.param(f"prefix[tokens=6,init={init}]", marks=pytest.mark.slow) for init in ("gate", "random"))]
+    "adapter",
+    [
+        "prefix[tokens=6]",
+        *(
+            pytest.param(f"prefix[tokens=6,init={init}]", marks=pytest.mark.slow)
+            for init in ("gate", "random")
+        ),
+    ],
 )
 def test_a_prefix_run_breaks_resumes_and_is_put_to_use(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    adapter: str,
 ) -> None:
-    options = options | {"adapter": adapter, "prompt": "The statement", "lr": 2e-2, "gradient_checkpointing": True}
+    options = options | {
+        "adapter": adapter,
+        "prompt": "The statement",
+        "lr": 2e-2,
+        "gradient_checkpointing": True,
+    }
     whole = run(options, output=str(tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         break_at(patch, 5)
@@ -106,9 +152,16 @@ def test_a_prefix_run_breaks_resumes_and_is_put_to_use(
     card = (output / "README.md").read_text()
     assert "# Prefix adapter for" in card and "peftkern.adapters.prefix.load_prefix" in card
     capsys.readouterr()
-    assert command("evaluate", "--adapter", str(output), "--data", options["data"], "--eval-tokens", "512", "--base") == 0
+    assert (
+        command(
+            "evaluate", "--adapter", str(output), "--data", options["data"], "--eval-tokens", "512", "--base"
+        )
+        == 0
+    )
     assert "(base: " in capsys.readouterr().out
-    assert command("generate", "--adapter", str(output), "--prompt", result.sample_prompt, "--tokens", "4") == 0
+    assert (
+        command("generate", "--adapter", str(output), "--prompt", result.sample_prompt, "--tokens", "4") == 0
+    )
     assert capsys.readouterr().out.strip() == result.sample_after.strip()
 
 
@@ -123,7 +176,9 @@ def test_a_prefix_run_breaks_resumes_and_is_put_to_use(
         ({"adapter": "prefix", "layer_rates": 2.0}, "--layer-rates treats layers apart"),
     ],
 )
-def test_options_that_a_prefix_does_not_have(options: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+def test_options_that_a_prefix_does_not_have(
+    options: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(InputError, match=words.replace("[", r"\[")):
         FinetuneConfig(**(options | changes))
 

@@ -29,7 +29,9 @@ from .conftest import write_jsonl  # noqa: E402
 
 
 def texts(count: int = 12) -> list[str]:
-    return [" ".join(f"word{(7 * row + 3 * place) % 211}x{row}" for place in range(20)) for row in range(count)]
+    return [
+        " ".join(f"word{(7 * row + 3 * place) % 211}x{row}" for place in range(20)) for row in range(count)
+    ]
 
 
 @pytest.fixture
@@ -37,8 +39,12 @@ def files(tmp_path: Path) -> dict[str, str]:
     """Twelve rows, two of them once more, and an evaluation that holds one of them."""
     rows = texts()
     return {
-        "data": write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in [*rows, rows[3] + ".", rows[5]]]),
-        "eval_data": write_jsonl(tmp_path / "eval.jsonl", [{"text": rows[8]}, {"text": "Something else. " * 20}]),
+        "data": write_jsonl(
+            tmp_path / "rows.jsonl", [{"text": text} for text in [*rows, rows[3] + ".", rows[5]]]
+        ),
+        "eval_data": write_jsonl(
+            tmp_path / "eval.jsonl", [{"text": rows[8]}, {"text": "Something else. " * 20}]
+        ),
     }
 
 
@@ -52,15 +58,23 @@ def test_which_rows_are_left_out(files: dict[str, str], capsys: pytest.CaptureFi
     assert filtered(train.select(range(3)), {}, ["duplicates"])["text"] == train["text"][:3]
 
 
-def test_a_run_trains_on_what_is_left(options: dict[str, Any], files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_trains_on_what_is_left(
+    options: dict[str, Any], files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peftkern.finetune import inputs
 
     seen = []
     original = inputs.prepare
-    monkeypatch.setattr(inputs, "prepare", lambda config, train, *rest: seen.append(len(train)) or original(config, train, *rest))
+    monkeypatch.setattr(
+        inputs,
+        "prepare",
+        lambda config, train, *rest: seen.append(len(train)) or original(config, train, *rest),
+    )
     result = finetune(FinetuneConfig(**options | files | {"filter_data": FILTERS, "steps": 2}), quiet=True)
     assert seen == [11]
-    assert json.loads((Path(result.output) / "run.json").read_text())["config"]["filter_data"] == list(FILTERS)
+    assert json.loads((Path(result.output) / "run.json").read_text())["config"]["filter_data"] == list(
+        FILTERS
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +85,9 @@ def test_a_run_trains_on_what_is_left(options: dict[str, Any], files: dict[str, 
         ({"filter_data": ("overlap",), "eval_data": "DATA"}, "leaves no row to train on"),
     ],
 )
-def test_filters_that_do_not_fit(options: dict[str, Any], files: dict[str, str], changes: dict[str, Any], message: str) -> None:
+def test_filters_that_do_not_fit(
+    options: dict[str, Any], files: dict[str, str], changes: dict[str, Any], message: str
+) -> None:
     changes = {key: files["data"] if value == "DATA" else value for key, value in changes.items()}
     with pytest.raises(InputError, match=message):
         finetune(FinetuneConfig(**options | files | changes), quiet=True)
@@ -88,14 +104,20 @@ def test_the_loss_of_each_token_is_that_of_the_logits(tiny_model: str, patch: bo
         labels[:, :4] = -100
         losses = token_nll(model.model, {"input_ids": ids, "labels": labels})
         logits = model.model(input_ids=ids).logits.double()
-        expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none").reshape(2, 11)
+        expected = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+        ).reshape(2, 11)
         assert losses.shape == (2, 11) and torch.allclose(losses.double(), expected, atol=1e-5)
-        assert torch.allclose(summed_nll(model.model, {"input_ids": ids, "labels": labels}), losses.sum(), rtol=1e-5)
+        assert torch.allclose(
+            summed_nll(model.model, {"input_ids": ids, "labels": labels}), losses.sum(), rtol=1e-5
+        )
         assert (losses[:, :3] == 0).all() and not losses.requires_grad
 
 
 def test_the_loss_of_each_row(tiny_model: str, tmp_path: Path) -> None:
-    rows = [{"prompt": "What is it?", "completion": text} for text in ("A thing.", "", "Quite another thing.")]
+    rows = [
+        {"prompt": "What is it?", "completion": text} for text in ("A thing.", "", "Quite another thing.")
+    ]
     data = load_data(write_jsonl(tmp_path / "rows.jsonl", rows))
     with loaded(None, model=tiny_model, quantization="none", dtype="fp32") as model:
         tokens = tokenize(data, model.tokenizer, length=64, wrapped=False)
@@ -104,11 +126,15 @@ def test_the_loss_of_each_row(tiny_model: str, tmp_path: Path) -> None:
         ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))
         with torch.no_grad():
             loss = model.model(input_ids=ids, labels=labels).loss.item()
-    assert found.nats[2] == pytest.approx(loss, rel=1e-5) and found.tokens[2] == int((labels[0, 1:] != -100).sum())
+    assert found.nats[2] == pytest.approx(loss, rel=1e-5) and found.tokens[2] == int(
+        (labels[0, 1:] != -100).sum()
+    )
     assert found.worst[2] >= found.nats[2] and "median loss" in found.verdict
     # An empty completion teaches the end of the sequence alone, or nothing.
     assert found.tokens[1] in (0, 1) and math.isnan(found.nats[1]) == (found.tokens[1] == 0)
-    assert found.above(0)[0] == max((0, 1, 2), key=lambda row: -1.0 if math.isnan(found.nats[row]) else found.nats[row])
+    assert found.above(0)[0] == max(
+        (0, 1, 2), key=lambda row: -1.0 if math.isnan(found.nats[row]) else found.nats[row]
+    )
 
 
 def test_the_command_takes_losses_under_an_adapter(

@@ -27,7 +27,10 @@ HELD = {"ewc": 2.0, "l2_sp": 0.01, "replay": 0.5}
 @pytest.fixture
 def options(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A run of 6 steps that is measured after each second, with dropout so that the random state matters."""
-    texts = [f"{number} " + " ".join(f"w{number * 1000 + place * place}" for place in range(60)) for number in range(12)]
+    texts = [
+        f"{number} " + " ".join(f"w{number * 1000 + place * place}" for place in range(60))
+        for number in range(12)
+    ]
     source = write_jsonl(tmp_path / "source.jsonl", [{"text": text} for text in texts])
     changes = {
         "steps": 6,
@@ -63,7 +66,9 @@ def test_a_run_measures_forecasts_and_plots_what_it_forgets(options: dict[str, A
         (True, True),
     ] * 3
     found = result.forgetting
-    assert found["step"] == 6 and found["source_rise"] == logged[-1]["source_rise"] and found["budget"] is None
+    assert (
+        found["step"] == 6 and found["source_rise"] == logged[-1]["source_rise"] and found["budget"] is None
+    )
     output = Path(options["output"])
     assert (output / "forgetting.png").stat().st_size > 10000
     fisher = FisherFactors.load(output / "forgetting" / "fisher.safetensors")
@@ -84,7 +89,10 @@ def test_a_resumed_run_equals_the_unbroken_one(
     assert rows(resumed.output) == rows(whole.output) and resumed.forgetting == whole.forgetting
     adapters = [(Path(each.output) / "adapter_model.safetensors").read_bytes() for each in (whole, resumed)]
     assert adapters[0] == adapters[1]
-    fronts = [sorted(path.name for path in (Path(each.output) / "forgetting").iterdir()) for each in (whole, resumed)]
+    fronts = [
+        sorted(path.name for path in (Path(each.output) / "forgetting").iterdir())
+        for each in (whole, resumed)
+    ]
     assert fronts[0] == fronts[1]
 
 
@@ -112,7 +120,10 @@ def test_a_killed_run_equals_the_unbroken_one(options: dict[str, Any], tmp_path:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not list((Path(options["output"]) / "checkpoints").glob("checkpoint-*")) and time.monotonic() < deadline:
+    while (
+        not list((Path(options["output"]) / "checkpoints").glob("checkpoint-*"))
+        and time.monotonic() < deadline
+    ):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -125,7 +136,9 @@ def test_a_killed_run_equals_the_unbroken_one(options: dict[str, Any], tmp_path:
 def test_a_spent_budget_ends_the_run_and_keeps_an_adapter_within_it(
     options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    greek = ["".join(chr(0x3B1 + (number * place + place) % 25) for place in range(1, 200)) for number in range(40)]
+    greek = [
+        "".join(chr(0x3B1 + (number * place + place) % 25) for place in range(1, 200)) for number in range(40)
+    ]
     source = write_jsonl(tmp_path / "source.jsonl", [{"text": text} for text in greek])
     options = options | {"source_data": source, "eval_tokens": 2048, "dropout": 0.0}
     hard = {"forget_budget": 0.004, "lr": 0.1, "steps": 12, "warmup": 0.0, "source_steps": 1}
@@ -137,7 +150,12 @@ def test_a_spent_budget_ends_the_run_and_keeps_an_adapter_within_it(
     assert "nats per token of 0.004 allowed" in shown and "training ended there" in shown
     measured = {row["step"]: row["source_rise"] for row in rows(options["output"]) if "source_rise" in row}
     assert result["forgetting"]["source_rise"] == min(measured.values())
-    chosen = Path(options["output"]) / "forgetting" / f"step-{result['forgetting']['step']:05d}" / "adapter_model.safetensors"
+    chosen = (
+        Path(options["output"])
+        / "forgetting"
+        / f"step-{result['forgetting']['step']:05d}"
+        / "adapter_model.safetensors"
+    )
     from safetensors.torch import load_file
 
     final, kept = load_file(Path(options["output"]) / "adapter_model.safetensors"), load_file(chosen)
@@ -147,7 +165,9 @@ def test_a_spent_budget_ends_the_run_and_keeps_an_adapter_within_it(
 
 def test_overlap_with_the_evaluation_text_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     shared = write_jsonl(tmp_path / "shared.jsonl", [{"text": letters(3)}, {"text": "nothing of it " * 20}])
-    with pytest.raises(InputError, match=r"overlaps the evaluation text shared: 1 of its 12 rows .*source.jsonl:4"):
+    with pytest.raises(
+        InputError, match=r"overlaps the evaluation text shared: 1 of its 12 rows .*source.jsonl:4"
+    ):
         run(options, eval_data=str(shared))
     with pytest.raises(InputError, match="overlaps the evaluation text --data"):
         run(options, source_data=options["data"])
@@ -169,7 +189,9 @@ def test_overlap_with_the_evaluation_text_is_refused(options: dict[str, Any], tm
         ({"source_steps": 0}, "--source-steps must be a whole number of at least 1"),
     ],
 )
-def test_options_that_do_not_go_together(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_go_together(
+    options: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         FinetuneConfig(**options | changes)
 

@@ -55,7 +55,9 @@ def losses(output: str) -> list[tuple[int, float, float, float]]:
 
 
 @pytest.mark.parametrize("step", [3])
-def test_a_resumed_run_equals_the_unbroken_one(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_a_resumed_run_equals_the_unbroken_one(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
     whole = finetune(FinetuneConfig(**options | {"output": str(tmp_path / "whole")}), quiet=True)
     original = trainer_module.RecipeTrainer.training_step
 
@@ -70,14 +72,18 @@ def test_a_resumed_run_equals_the_unbroken_one(options: dict[str, Any], tmp_path
     resumed = finetune(FinetuneConfig(**options, resume=True), quiet=True)
     assert losses(resumed.output) == losses(whole.output)
     assert resumed.perplexity_after == whole.perplexity_after and resumed.sample_after == whole.sample_after
-    adapters = [(Path(result.output) / "adapter_model.safetensors").read_bytes() for result in (whole, resumed)]
+    adapters = [
+        (Path(result.output) / "adapter_model.safetensors").read_bytes() for result in (whole, resumed)
+    ]
     assert adapters[0] == adapters[1]
     rates = [row["lr"] for row in rows_of(whole.output)]
     assert rates == pytest.approx([options["lr"] * slanted(index, STEPS) for index in range(STEPS)])
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_and_resumed_equals_the_unbroken_one(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_that_is_killed_and_resumed_equals_the_unbroken_one(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     """kill -9 of the process that trains, once a checkpoint is there."""
     from peftkern.__main__ import main
 
@@ -87,7 +93,9 @@ def test_a_run_that_is_killed_and_resumed_equals_the_unbroken_one(options: dict[
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = Path(options["output"]) / "checkpoints"
     deadline = time.monotonic() + 120
-    while not (checkpoints / "checkpoint-4").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (checkpoints / "checkpoint-4").exists() and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -108,7 +116,8 @@ def test_adapters_only_from_the_first_layer_up(options: dict[str, Any]) -> None:
 def test_a_step_keeps_nothing_of_the_layers_below(
     options: dict[str, Any], deep_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One trained layer saves as many tensors above three frozen ones as above one, checkpointed as trainers do it."""
+    """One trained layer saves as many tensors above three frozen ones as above one, checkpointed as trainers
+    do it."""
     import torch
 
     two = str(save_tiny_model(tmp_path / "two", layers=2))
@@ -144,7 +153,9 @@ def test_a_step_keeps_nothing_of_the_layers_below(
         ({"targets": ("embed_tokens", "q_proj")}, "--first-layer 1: .*embed_tokens.* lies below it"),
     ],
 )
-def test_what_does_not_fit_is_one_message(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_is_one_message(
+    options: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         finetune(FinetuneConfig(**options | changes), quiet=True)
 

@@ -31,7 +31,10 @@ NAMES = ("y", "dq", "dk", "dv", "d_prefix_k", "d_prefix_v")
 def case(shape, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v as transposed views of [B, S, H, D], the prefix in fp32 or fp64, dy."""
     b, h, hkv, s, t, p, d, dv = shape
-    q, k, v = (torch.randn(b, n, heads, w).to(dtype).transpose(1, 2) for n, heads, w in ((s, h, d), (t, hkv, d), (t, hkv, dv)))
+    q, k, v = (
+        torch.randn(b, n, heads, w).to(dtype).transpose(1, 2)
+        for n, heads, w in ((s, h, d), (t, hkv, d), (t, hkv, dv))
+    )
     wide = torch.promote_types(dtype, torch.float32)
     return [
         q,
@@ -93,7 +96,11 @@ def split(q, k, v, pk, pv, mask, causal, scale) -> Tensor:
         mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
     if mask is not None:
         least = torch.finfo(q.dtype).min
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask.to(q.dtype).clamp(min=least)
+        scores = (
+            scores.masked_fill(~mask, least)
+            if mask.dtype == torch.bool
+            else scores + mask.to(q.dtype).clamp(min=least)
+        )
     prefix_scores = q @ pk.transpose(-1, -2) * scale
     total = torch.logaddexp(torch.logsumexp(scores, -1), torch.logsumexp(prefix_scores, -1))[..., None]
     return (torch.exp(scores - total) @ v + torch.exp(prefix_scores - total) @ pv).to(dtype)
@@ -180,7 +187,9 @@ def test_gated(dtype: torch.dtype) -> None:
             trio.append((y.detach(), *torch.autograd.grad(y, leaves, convert(dy))))
         runs.append(trio)
     for i, name in enumerate(("y", "dy", "dq", "d_prefix_k", "d_prefix_v", "d_gate")):
-        assert_close_or_as_accurate(name, *(torch.cat([trio[j][i].flatten() for trio in runs]) for j in range(3)))
+        assert_close_or_as_accurate(
+            name, *(torch.cat([trio[j][i].flatten() for trio in runs]) for j in range(3))
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,14 +14,18 @@ from . import own, reference
 __all__ = ["gated", "joint"]
 
 LIBRARY.define(
-    "prefix_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor prefix_k, Tensor prefix_v, bool causal, float scale) "
-    "-> (Tensor y, Tensor lse)"
+    "prefix_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor prefix_k, Tensor prefix_v, bool"
+    " causal, float scale) -> (Tensor y, Tensor lse)"
 )
 LIBRARY.define(
-    "prefix_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor prefix_k, Tensor prefix_v, Tensor y, Tensor lse, "
-    "bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_prefix_k, Tensor d_prefix_v)"
+    "prefix_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor prefix_k, Tensor"
+    " prefix_v, Tensor y, Tensor lse, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor"
+    " d_prefix_k, Tensor d_prefix_v)"
 )
-LIBRARY.define("prefix_gated_fwd(Tensor y, Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor gate, float scale) -> Tensor")
+LIBRARY.define(
+    "prefix_gated_fwd(Tensor y, Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor gate, float scale) ->"
+    " Tensor"
+)
 LIBRARY.define(
     "prefix_gated_bwd(Tensor dy, Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor gate, float scale) "
     "-> (Tensor dq, Tensor d_prefix_k, Tensor d_prefix_v, Tensor d_gate)"
@@ -152,14 +156,18 @@ def _(y, q, prefix_k, prefix_v, gate, scale):
 
 @library.register_fake("peftkern::prefix_gated_bwd", lib=LIBRARY)
 def _(dy, q, prefix_k, prefix_v, gate, scale):
-    return _empty_tokens_first(q, q.shape[-1]), *(each.new_empty(each.shape) for each in (prefix_k, prefix_v, gate))
+    return _empty_tokens_first(q, q.shape[-1]), *(
+        each.new_empty(each.shape) for each in (prefix_k, prefix_v, gate)
+    )
 
 
 def _again(ctx, dy):
     q, k, v, mask, prefix_k, prefix_v, *_ = ctx.saved_tensors
 
     def plain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> list[Tensor]:
-        return [reference.joint(q, k, v, mask, prefix_k.to(q.dtype), prefix_v.to(q.dtype), ctx.causal, ctx.scale)]
+        return [
+            reference.joint(q, k, v, mask, prefix_k.to(q.dtype), prefix_v.to(q.dtype), ctx.causal, ctx.scale)
+        ]
 
     needs = ctx.needs_input_grad
     dq, dk, dv, d_prefix_k, d_prefix_v = derived(
@@ -195,7 +203,11 @@ def _gated_again(ctx, dy):
     q, prefix_k, prefix_v, gate = ctx.saved_tensors
 
     def plain(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor) -> list[Tensor]:
-        return [reference.gated(torch.zeros_like(dy), q, *(each.to(q.dtype) for each in (prefix_k, prefix_v, gate)), ctx.scale)]
+        return [
+            reference.gated(
+                torch.zeros_like(dy), q, *(each.to(q.dtype) for each in (prefix_k, prefix_v, gate)), ctx.scale
+            )
+        ]
 
     return (dy, *derived(plain, (q, prefix_k, prefix_v, gate), ctx.needs_input_grad[1:5], (dy,)), None)
 

@@ -59,7 +59,8 @@ def backward(
 
 
 def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Finite, in q's dtype: of a row with nothing but -inf the CPU's kernel gives 0 for the lse (torch 2.13)."""
+    """Finite, in q's dtype: of a row with nothing but -inf the CPU's kernel gives 0 for the lse (torch
+    2.13)."""
     if mask is None:
         return None
     least = torch.finfo(q.dtype).min
@@ -69,7 +70,9 @@ def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def _kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[_Forward, _Backward]:
-    alike = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1] and bool(q.numel()) and bool(k.numel())
+    alike = (
+        q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1] and bool(q.numel()) and bool(k.numel())
+    )
     if not alike or any(each.stride(-1) != 1 for each in (q, k, v)):
         return _plain, _plain_backward
     if q.is_cpu:
@@ -113,7 +116,13 @@ def _cpu_backward(dy, q, k, v, mask, y, lse, causal, scale):
 
 def _flash_serves(q: Tensor, mask: Tensor | None) -> bool:
     capable = torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and capable
+    return (
+        mask is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and capable
+    )
 
 
 def _flash(q, k, v, mask, causal, scale):
@@ -221,7 +230,9 @@ def _trusted(name: str, device: torch.device, dtype: torch.dtype, masked: bool, 
         _log.debug("%s attention on %s is not used: %s", name, device, error)
         return False
     near = 3e-2 if dtype != torch.float32 else 1e-3
-    return all((a.float() - b.float()).norm() <= near * b.float().norm() for a, b in zip(theirs, ours, strict=True))
+    return all(
+        (a.float() - b.float()).norm() <= near * b.float().norm() for a, b in zip(theirs, ours, strict=True)
+    )
 
 
 # ---- plain products
@@ -238,7 +249,9 @@ def _plain(q, k, v, mask, causal, scale):
 def _plain_backward(dy, q, k, v, mask, y, lse, causal, scale):
     grouped, grads = _grouped(q, k), _grouped(dy, k)
     wide_k, wide_v = k.to(grouped.dtype)[:, :, None], v.to(grouped.dtype)[:, :, None]
-    weights = (_scores(grouped, k, mask, causal, scale) - lse.unflatten(1, grouped.shape[1:3])[..., None]).exp_()
+    weights = (
+        _scores(grouped, k, mask, causal, scale) - lse.unflatten(1, grouped.shape[1:3])[..., None]
+    ).exp_()
     dv = (weights.transpose(-1, -2) @ grads).sum(2)
     delta = (grads * _grouped(y, k)).sum(-1, keepdim=True)
     d_scores = weights * (grads @ wide_v.transpose(-1, -2) - delta) * scale
