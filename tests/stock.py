@@ -18,7 +18,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from peftkern import NF4Weight, bnb_backend, nf4, use_backend
 from peftkern.ops import quantize
@@ -89,7 +89,8 @@ def gemv_reads_plain() -> bool:
 @contextmanager
 def right() -> Iterator[None]:
     """bitsandbytes without our hook, and right on any CPU, in any version: its formula for its kernel, and no layer that repacks."""
-    with bnb_backend.suspended(), pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("bitsandbytes", "IMPL") as kernels:
+    scoped = library._scoped_library("bitsandbytes", "IMPL")
+    with bnb_backend.suspended(), pytest.MonkeyPatch.context() as patch, scoped as kernels:
         patch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
         kernels.impl("dequantize_4bit", _plain, "CPU", allow_override=True)
         yield

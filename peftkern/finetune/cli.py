@@ -21,20 +21,31 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "model": (str, "hub id, folder, .gguf file, or `sample`"),
         "data": (
             str,
-            "one or more of one kind: .jsonl, .json, .csv, .tsv, .parquet, plain text, datasets folders, or `sample`",
+            (
+                "one or more of one kind: .jsonl, .json, .csv, .tsv, .parquet, plain text, datasets folders,"
+                " or `sample`"
+            ),
         ),
-        "eval_data": (str, "held-out text, one or more of the same kinds, or `python-reference`; default: a part of --data"),
+        "eval_data": (
+            str,
+            "held-out text, one or more of the same kinds, or `python-reference`; default: a part of --data",
+        ),
         "filter_data": (
             str,
-            "rows of --data to leave out: duplicates (near duplicates of others), overlap (they hold text of --eval-data)",
+            (
+                "rows of --data to leave out: duplicates (near duplicates of others), overlap (they hold text"
+                " of --eval-data)"
+            ),
         ),
         "output": (str, "folder for adapter, metrics, loss curve and checkpoints"),
     },
     "adapter": {
         "adapter": (
             str,
-            "lora, bottleneck, AdapterHub's double_seq_bn, seq_bn, par_bn, scaled_par_bn with options: seq_bn[reduction_factor=8], "
-            "or prefix[tokens=32,init=text] (init: text, random, zero, gate)",
+            (
+                "lora, bottleneck, AdapterHub's double_seq_bn, seq_bn, par_bn, scaled_par_bn with options:"
+                " seq_bn[reduction_factor=8], or prefix[tokens=32,init=text] (init: text, random, zero, gate)"
+            ),
         ),
         "r": (int, "LoRA rank; width of `bottleneck`"),
         "alpha": (float, "LoRA alpha; default: 2 r"),
@@ -47,40 +58,76 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "quantization": (str, "nf4, fp4 or none"),
         "double_quant": (bool, "quantize the block maxima as well"),
         "dtype": (str, "auto, bf16, fp16 or fp32; auto is bf16 where the hardware has it"),
-        "trust_remote_code": (bool, "run Python code that the model brings along: only for authors you trust"),
+        "trust_remote_code": (
+            bool,
+            "run Python code that the model brings along: only for authors you trust",
+        ),
         "patch": (bool, "use peftkern's kernels; --no-patch runs plain PEFT and bitsandbytes"),
     },
     "training": {
         "seq_length": (int, "tokens of a sequence; default 1024 (sample: 256)"),
         "packing": (bool, "fill sequences from several rows; default: for text rows only"),
         "document_boundaries": (bool, "text rows in a window are kept apart, in positions and attention"),
-        "loss_on": (str, "completions (what the assistant says) or all; default: completions of prompt rows, all of messages"),
+        "loss_on": (
+            str,
+            (
+                "completions (what the assistant says) or all; default: completions of prompt rows, all of"
+                " messages"
+            ),
+        ),
         "batch_size": (int, "sequences at a time; default 1 (sample: 2)"),
         "grad_accumulation": (int, "batches of a step; default 8 (sample: 1)"),
         "steps": (int, "optimizer steps (sample: 40)"),
         "epochs": (float, "passes over the data instead of --steps; default 1"),
         "lr": (float, "peak learning rate; default 2e-4 (sample: 1e-3)"),
-        "warmup": (float, "part of the steps over which the learning rate rises; default 0.05 (slanted: 0.1)"),
+        "warmup": (
+            float,
+            "part of the steps over which the learning rate rises; default 0.05 (slanted: 0.1)",
+        ),
         "schedule": (str, "cosine, linear, constant_with_warmup or slanted (ULMFiT's triangle)"),
-        "layer_rates": (float, "the rate falls from --lr at the top layer to --lr / this at the bottom (ULMFiT: 17.6)"),
+        "layer_rates": (
+            float,
+            "the rate falls from --lr at the top layer to --lr / this at the bottom (ULMFiT: 17.6)",
+        ),
         "lora_plus": (float, "LoRA+: the matrices B learn this many times faster than A (about 16)"),
         "unfreeze": (
             str,
             "thaw one layer more every so many steps, from the top; or LAYER:STEP pairs: 24:0,12:40,0:80",
         ),
-        "first_layer": (int, "adapt from this layer up (0: all): no backward runs and nothing is kept below it"),
+        "first_layer": (
+            int,
+            "adapt from this layer up (0: all): no backward runs and nothing is kept below it",
+        ),
         "weight_decay": (float, "AdamW's weight decay"),
         "max_grad_norm": (float, "gradients are clipped to this norm"),
         "gradient_checkpointing": (bool, "recompute activations: less memory, slower"),
         "seed": (int, "seed of everything random"),
     },
     "forgetting": {
-        "source_data": (str, "text of what must not be forgotten, of the kinds of --data, or `python-reference`: a quarter is measured on"),
-        "forget_budget": (float, "the most nats per token that its loss may rise, as 0.02: sets the penalty's weight, ends training"),
+        "source_data": (
+            str,
+            (
+                "text of what must not be forgotten, of the kinds of --data, or `python-reference`: a quarter"
+                " is measured on"
+            ),
+        ),
+        "forget_budget": (
+            float,
+            (
+                "the most nats per token that its loss may rise, as 0.02: sets the penalty's weight, ends"
+                " training"
+            ),
+        ),
         "ewc": (float, "fixed weight of the penalty on forgetting, in nats a nat, instead of a budget"),
         "l2_sp": (float, "weight of half the squared distance from the base's weights"),
         "replay": (float, "source rows to train on for each training row, as 0.05"),
-        "fisher": (str, "labels that the Fisher information is measured with: true (the model's own) or empirical (the text's)"),
+        "fisher": (
+            str,
+            (
+                "labels that the Fisher information is measured with: true (the model's own) or empirical"
+                " (the text's)"
+            ),
+        ),
         "source_steps": (int, "steps between measurements of the source loss; default: --save-steps"),
     },
     "evaluation": {
@@ -100,8 +147,9 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
 
 
 _STATUSES = (
-    "Exit status: 0 the run is complete; 2 something to mend, told in one message (a diverged run is one); 128 + number of "
-    "the signal that ended it (130 Ctrl-C, 143 SIGTERM): in training a checkpoint is saved first, and --resume goes on from it."
+    "Exit status: 0 the run is complete; 2 something to mend, told in one message (a diverged run is one);"
+    " 128 + number of the signal that ended it (130 Ctrl-C, 143 SIGTERM): in training a checkpoint is saved"
+    " first, and --resume goes on from it."
 )
 
 
@@ -113,7 +161,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name, (kind, text) in options.items():
             default = defaults[name]
-            shown = text if default in (None, ()) or isinstance(default, bool) else f"{text} (default: {_shown(default)})"
+            shown = (
+                text
+                if default in (None, ()) or isinstance(default, bool)
+                else f"{text} (default: {_shown(default)})"
+            )
             options_of: dict[str, Any] = {"help": shown.replace("%", "%%"), "default": default}
             if kind is bool:
                 options_of["action"] = argparse.BooleanOptionalAction
@@ -129,7 +181,9 @@ def main(args: argparse.Namespace) -> int:
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
 
     def run() -> int:
-        config = FinetuneConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        config = FinetuneConfig(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
         result = finetune(config)
         print(summary(result))
         worse = worsened(result)
@@ -141,29 +195,44 @@ def main(args: argparse.Namespace) -> int:
             print("\n" + compare(config, result))
         return 0
 
-    return exit_status("finetune", run, interrupted="Interrupted: the same command with --resume goes on from the last checkpoint.")
+    return exit_status(
+        "finetune",
+        run,
+        interrupted="Interrupted: the same command with --resume goes on from the last checkpoint.",
+    )
 
 
 def worsened(result: FinetuneResult) -> str | None:
-    """What to do about a run after which every evaluation text is worse by more than a nat per token; None of any other."""
+    """What to do about a run after which every evaluation text is worse by more than a nat per token; None of
+    any other."""
     before, after = result.perplexity_before, result.perplexity_after
     if any(after[name] <= math.e * value for name, value in before.items()):
         return None
     listed = ", ".join(f"{name} {value:.2f} -> {after[name]:.2f}" for name, value in before.items())
     return (
-        f"the run diverged: the perplexity of every evaluation text rose by more than a factor of e ({listed}). The adapter "
-        f"is in {result.output} as it is; start again with a lower --lr or a longer --warmup, in another --output or with --overwrite"
+        "the run diverged: the perplexity of every evaluation text rose by more than a factor of e"
+        f" ({listed}). The adapter is in {result.output} as it is; start again with a lower --lr or a longer"
+        " --warmup, in another --output or with --overwrite"
     )
 
 
 def summary(result: FinetuneResult) -> str:
     """The closing lines of a run."""
-    lines = ["", f"Prompt:  {result.sample_prompt!r}", f"  before: {result.sample_before!r}", f"  after:  {result.sample_after!r}", ""]
+    lines = [
+        "",
+        f"Prompt:  {result.sample_prompt!r}",
+        f"  before: {result.sample_before!r}",
+        f"  after:  {result.sample_after!r}",
+        "",
+    ]
     for name, before in result.perplexity_before.items():
         lines.append(f"Perplexity ({name}):  {before:.2f} -> {result.perplexity_after[name]:.2f}")
     lines += forgetting_lines(result.forgetting)
     lines += [
-        f"Trained:  {result.steps} steps, {result.tokens} tokens in {result.train_seconds:.0f} s, last loss {result.final_loss:.4f}",
+        (
+            f"Trained:  {result.steps} steps, {result.tokens} tokens in {result.train_seconds:.0f} s, last"
+            f" loss {result.final_loss:.4f}"
+        ),
         f"Speed:  {result.tokens_per_second:.0f} tokens/s",
         f"Peak memory:  {result.peak_memory / 2**30:.2f} GiB",
         f"Adapter:  {result.output} (load with `peftkern generate`, or as its README.md says)",

@@ -19,7 +19,8 @@ ALL_LINEAR = "all-linear"
 # What the loss covers.
 COMPLETIONS, ALL = "completions", "all"
 
-# What the sample model needs on 2 CPU cores to finish within five minutes, and what suits a model of some billions.
+# What the sample model needs on 2 CPU cores to finish within five minutes, and what suits a model of some
+# billions.
 _SAMPLE_DEFAULTS = {
     "seq_length": 256,
     "batch_size": 2,
@@ -41,8 +42,15 @@ _GENERAL_DEFAULTS = {
 # How a run is started, not what it computes: these may differ between a run and its resumption.
 _NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
 # What runs did that were stored before there was the option.
-_BEFORE = {"adapter": DEFAULT, "filter_data": [], "document_boundaries": False, "source_data": [], "fisher": "true"}
-# What a resumption may change, because a run can be extended and because memory may not suffice: neither changes which rows a step takes.
+_BEFORE = {
+    "adapter": DEFAULT,
+    "filter_data": [],
+    "document_boundaries": False,
+    "source_data": [],
+    "fisher": "true",
+}
+# What a resumption may change, because a run can be extended and because memory may not suffice: neither
+# changes which rows a step takes.
 LENGTH = ("steps", "epochs")
 _MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation")
 
@@ -73,7 +81,8 @@ _DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Options of `finetune`; None means "choose for me" and is filled by `resolved()`. Lists of one may be given as a string."""
+    """Options of `finetune`; None means "choose for me" and is filled by `resolved()`. Lists of one may be
+    given as a string."""
 
     model: str = SAMPLE
     data: str | tuple[str, ...] = (SAMPLE,)
@@ -136,7 +145,9 @@ class FinetuneConfig:
         self._check_numbers()
         for name, allowed in (("quantization", _QUANTIZATIONS), ("schedule", _SCHEDULES), ("dtype", _DTYPES)):
             if getattr(self, name) not in allowed:
-                raise InputError(f"{_flag(name)} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+                raise InputError(
+                    f"{_flag(name)} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                )
         if self.loss_on not in (None, COMPLETIONS, ALL):
             raise InputError(f"--loss-on must be {COMPLETIONS} or {ALL}, got {self.loss_on!r}")
         if self.steps is not None and self.epochs is not None:
@@ -146,14 +157,20 @@ class FinetuneConfig:
         if self.compare and not self.patch:
             raise InputError("--compare sets peftkern against the unpatched libraries: drop --no-patch")
         if not set(self.filter_data) <= set(FILTERS):
-            raise InputError(f"--filter-data must be of {', '.join(FILTERS)}; got {' '.join(self.filter_data)}")
+            raise InputError(
+                f"--filter-data must be of {', '.join(FILTERS)}; got {' '.join(self.filter_data)}"
+            )
         if self.unfreeze is not None and not _UNFREEZE.fullmatch(self.unfreeze):
             raise InputError(
-                f"--unfreeze must be the steps between two layers (10), or LAYER:STEP pairs (24:0,12:40), got {self.unfreeze!r}"
+                "--unfreeze must be the steps between two layers (10), or LAYER:STEP pairs (24:0,12:40), got"
+                f" {self.unfreeze!r}"
             )
         if ALL_LINEAR in self.targets and len(self.targets) > 1:
             others = " ".join(target for target in self.targets if target != ALL_LINEAR)
-            raise InputError(f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep {others}")
+            raise InputError(
+                f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep"
+                f" {others}"
+            )
         check_adapter(self)
         check_forgetting(self)
         if not self._on_sample() and not self.eval_data and not self.eval_fraction:
@@ -164,10 +181,19 @@ class FinetuneConfig:
             value = getattr(self, field.name)
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and not _is_unicode(text):
-                    raise InputError(f"{_flag(field.name)} must be valid Unicode (half a surrogate pair or no UTF-8), got {text!a}")
+                    raise InputError(
+                        f"{_flag(field.name)} must be valid Unicode (half a surrogate pair or no UTF-8), got"
+                        f" {text!a}"
+                    )
                 if isinstance(text, str) and not text and field.name != "prompt":
-                    raise InputError(f"{_flag(field.name)} must not be empty: leave the option out for its default")
-            if isinstance(value, tuple) and not value and field.name not in ("eval_data", "filter_data", "source_data"):
+                    raise InputError(
+                        f"{_flag(field.name)} must not be empty: leave the option out for its default"
+                    )
+            if (
+                isinstance(value, tuple)
+                and not value
+                and field.name not in ("eval_data", "filter_data", "source_data")
+            ):
                 raise InputError(f"{_flag(field.name)} needs at least one value")
 
     def _check_numbers(self) -> None:
@@ -177,14 +203,28 @@ class FinetuneConfig:
                 raise InputError(f"{_flag(name)} must be a whole number of at least {least}, got {value!r}")
             if value is not None and value >= 2**31:
                 raise InputError(f"{_flag(name)} must be less than 2^31, got {value}")
-        for name in ("alpha", "forget_budget", "ewc", "l2_sp", "replay", "epochs", "lr", "max_grad_norm", "layer_rates", "lora_plus"):
+        for name in (
+            "alpha",
+            "forget_budget",
+            "ewc",
+            "l2_sp",
+            "replay",
+            "epochs",
+            "lr",
+            "max_grad_norm",
+            "layer_rates",
+            "lora_plus",
+        ):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise InputError(f"{_flag(name)} must be greater than 0 and finite, got {value!r}")
         if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
             raise InputError(f"--weight-decay must be at least 0 and finite, got {self.weight_decay!r}")
         if self.layer_rates is not None and self.layer_rates < 1:
-            raise InputError(f"--layer-rates must be the rate at the top over that at the bottom, 1 or more, got {self.layer_rates!r}")
+            raise InputError(
+                "--layer-rates must be the rate at the top over that at the bottom, 1 or more, got"
+                f" {self.layer_rates!r}"
+            )
         for name in ("dropout", "warmup", "eval_fraction"):
             value = getattr(self, name)
             if (name, value) != ("warmup", None) and not (_is_number(value) and 0 <= value < 1):
@@ -196,7 +236,9 @@ class FinetuneConfig:
     def resolved(self) -> FinetuneConfig:
         """Fill every "choose for me" that does not need the data: the sample has its own preset."""
         preset = _SAMPLE_DEFAULTS if self.model == SAMPLE and self._on_sample() else _GENERAL_DEFAULTS
-        chosen = {name: value for name, value in preset.items() if getattr(self, name) is None and name != "steps"}
+        chosen = {
+            name: value for name, value in preset.items() if getattr(self, name) is None and name != "steps"
+        }
         if self.steps is None and self.epochs is None:
             chosen |= {"steps": preset["steps"]} if "steps" in preset else {"epochs": 1.0}
         if self.warmup is None:
@@ -209,7 +251,10 @@ class FinetuneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
 
     def to_arguments(self) -> list[str]:
         """The command-line arguments that give this configuration."""
@@ -225,25 +270,30 @@ class FinetuneConfig:
         return arguments
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
-        """Lines "option: stored, now" for every option that changes what is computed and may not change in a resumption."""
+        """Lines "option: stored, now" for every option that changes what is computed and may not change in a
+        resumption."""
         ours, stored = self.to_dict(), _BEFORE | stored
         lines = [
             f"{_flag(key)}: {stored.get(key)!r} in the stored run, {value!r} now"
             for key, value in ours.items()
             if key not in (*_NOT_COMPARED, *LENGTH, *_MEMORY) and stored.get(key) != value
         ]
-        rows, now = ((options.get("batch_size"), options.get("grad_accumulation")) for options in (stored, ours))
+        rows, now = (
+            (options.get("batch_size"), options.get("grad_accumulation")) for options in (stored, ours)
+        )
         if None in rows or rows[0] * rows[1] != now[0] * now[1]:
             lines.append(
-                f"--batch-size and --grad-accumulation: {rows[0]} x {rows[1]} in the stored run, {now[0]} x {now[1]} now "
-                "(others with the same product will do)"
+                f"--batch-size and --grad-accumulation: {rows[0]} x {rows[1]} in the stored run, {now[0]} x"
+                f" {now[1]} now (others with the same product will do)"
             )
         return lines
 
     def changes(self, stored: dict[str, Any]) -> dict[str, list[Any]]:
         """The options that a resumption changes, as [stored, now]."""
         ours = self.to_dict()
-        return {key: [stored.get(key), ours[key]] for key in (*LENGTH, *_MEMORY) if stored.get(key) != ours[key]}
+        return {
+            key: [stored.get(key), ours[key]] for key in (*LENGTH, *_MEMORY) if stored.get(key) != ours[key]
+        }
 
 
 def _flag(name: str) -> str:

@@ -19,7 +19,8 @@ def require(*names: str, extra: str = "finetune") -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ModuleNotFoundError(
-            f"`peftkern finetune` needs {', '.join(missing)}, which {verb} not installed: run pip install 'peftkern[{extra}]'"
+            f"`peftkern finetune` needs {', '.join(missing)}, which {verb} not installed: run pip install"
+            f" 'peftkern[{extra}]'"
         )
 
 
@@ -31,13 +32,16 @@ def exit_status(
     worded: Callable[[Exception], str] = str,
     mendable: tuple[type[Exception], ...] = (InputError,),
 ) -> int:
-    """Run the sub-command `name` and give its exit status: what the user can mend is one message, and status 2.
+    """Run the sub-command `name` and give its exit status: what the user can mend is one message, and status
+    2.
 
     Args:
         command: returns a status; None: 0.
-        interrupted: what is said where Ctrl-C ends it. An interruption with a `status` of its own says itself.
+        interrupted: what is said where Ctrl-C ends it. An interruption with a `status` of its own says
+            itself.
         worded: an error's message.
-        mendable: errors for the user, beside those of files, memory and missing packages; others are a traceback.
+        mendable: errors for the user, beside those of files, memory and missing packages; others are a
+            traceback.
     """
     try:
         return command() or 0

@@ -15,12 +15,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Inputs", "is_packed", "is_running_text", "load_rows", "packing_strategy", "prepare", "prepare_evaluations"]
+__all__ = [
+    "Inputs",
+    "is_packed",
+    "is_running_text",
+    "load_rows",
+    "packing_strategy",
+    "prepare",
+    "prepare_evaluations",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Token ids and labels to train on and, by name, to evaluate on; the kind of the training rows; the text to continue."""
+    """Token ids and labels to train on and, by name, to evaluate on; the kind of the training rows; the text
+    to continue."""
 
     train: Dataset
     kind: str
@@ -29,7 +38,8 @@ class Inputs:
 
 
 def is_packed(config: FinetuneConfig, kind: str) -> bool:
-    """Whether rows of this kind are put together in windows: texts by default, separate examples on request."""
+    """Whether rows of this kind are put together in windows: texts by default, separate examples on
+    request."""
     return kind == "text" if config.packing is None else config.packing
 
 
@@ -39,16 +49,21 @@ def is_running_text(config: FinetuneConfig, kind: str) -> bool:
 
 
 def packing_strategy(config: FinetuneConfig, kind: str) -> str:
-    """TRL's name: a stream cut into windows; texts kept apart, long ones in pieces; or examples kept apart, long ones cut."""
+    """TRL's name: a stream cut into windows; texts kept apart, long ones in pieces; or examples kept apart,
+    long ones cut."""
     if is_running_text(config, kind):
         return "wrapped"
     return "bfd_split" if kind == "text" else "bfd"
 
 
 def load_rows(config: FinetuneConfig) -> tuple[Dataset, dict[str, Dataset]]:
-    """The rows to train on, without those that --filter-data leaves out, and, by name, those of each evaluation text."""
+    """The rows to train on, without those that --filter-data leaves out, and, by name, those of each
+    evaluation text."""
     names = evaluation_names(config.eval_data)
-    train, named = load_data(config.data), {name: load_data(source, option="--eval-data") for name, source in names.items()}
+    train, named = (
+        load_data(config.data),
+        {name: load_data(source, option="--eval-data") for name, source in names.items()},
+    )
     if config.filter_data:
         from ..transfer.data.filtering import filtered
 
@@ -56,10 +71,18 @@ def load_rows(config: FinetuneConfig) -> tuple[Dataset, dict[str, Dataset]]:
     return train, named
 
 
-def prepare(config: FinetuneConfig, train: Dataset, evaluations: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    """Tokenize all rows; without evaluation texts hold out a part of the training rows. `config` must be resolved."""
+def prepare(
+    config: FinetuneConfig,
+    train: Dataset,
+    evaluations: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Inputs:
+    """Tokenize all rows; without evaluation texts hold out a part of the training rows. `config` must be
+    resolved."""
     kind = data_kind(train)
-    tokens = tokenize(train, tokenizer, length=config.seq_length, wrapped=is_packed(config, kind), loss_on=config.loss_on)
+    tokens = tokenize(
+        train, tokenizer, length=config.seq_length, wrapped=is_packed(config, kind), loss_on=config.loss_on
+    )
     if evaluations:
         prepared = prepare_evaluations(config, evaluations, tokenizer)
         asked = next(iter(evaluations.values()))
@@ -81,7 +104,8 @@ def prepare_evaluations(
     *,
     option: str = "--eval-data",
 ) -> dict[str, Dataset]:
-    """Tokenize evaluation rows: texts as windows as in training, separate examples one by one however training packs them."""
+    """Tokenize evaluation rows: texts as windows as in training, separate examples one by one however
+    training packs them."""
     prepared = {}
     for name, rows in evaluations.items():
         kind = data_kind(rows)
@@ -102,13 +126,19 @@ def _windows(tokens: Dataset, kind: str, config: FinetuneConfig) -> Dataset:
     if kind != "text" or not is_packed(config, kind):
         return tokens
     if not is_running_text(config, kind):
-        return tokens.map(_pieces, batched=True, fn_kwargs={"length": config.seq_length}, load_from_cache_file=False)
+        return tokens.map(
+            _pieces, batched=True, fn_kwargs={"length": config.seq_length}, load_from_cache_file=False
+        )
     from trl import pack_dataset
 
     return pack_dataset(tokens, config.seq_length, "wrapped")
 
 
 def _pieces(columns: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
-    """Each row in pieces of at most `length` tokens; one token alone, of which nothing is predicted, is left out."""
-    cut = {name: [row[i : i + length] for row in rows for i in range(0, len(row), length)] for name, rows in columns.items()}
+    """Each row in pieces of at most `length` tokens; one token alone, of which nothing is predicted, is left
+    out."""
+    cut = {
+        name: [row[i : i + length] for row in rows for i in range(0, len(row), length)]
+        for name, rows in columns.items()
+    }
     return {name: [piece for piece in pieces if len(piece) > 1] for name, pieces in cut.items()}

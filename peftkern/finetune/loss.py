@@ -1,8 +1,10 @@
-"""What the recipe trains on, the model's own loss, and what its perplexities are made of, the likelihood that the logits give.
+"""What the recipe trains on, the model's own loss, and what its perplexities are made of, the likelihood that
+the logits give.
 
-TRL's fused head makes the loss anew from a few names in the model's configuration, so that it misses what a model does to its logits under
-other names, what it adds to its loss, and an adapter on the head. Here the model's own forward makes it: without logits where a probe of
-that forward shows that nothing else happens (`patching.loss`), else as the model does.
+TRL's fused head makes the loss anew from a few names in the model's configuration, so that it misses what a
+model does to its logits under other names, what it adds to its loss, and an adapter on the head. Here the
+model's own forward makes it: without logits where a probe of that forward shows that nothing else happens
+(`patching.loss`), else as the model does.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ __all__ = ["adapter_on_head_hidden", "install_model_loss", "summed_nll", "token_
 
 
 def install_model_loss(model: nn.Module) -> str | None:
-    """Let the model make its loss without the logits; the reason where it cannot, and keeps its stock loss."""
+    """Let the model make its loss without the logits; the reason where it cannot, and keeps its stock
+    loss."""
     found = loss_candidate(model)
     if found is None:
         return "it is no language model of transformers"
@@ -34,10 +37,11 @@ def install_model_loss(model: nn.Module) -> str | None:
 
 
 def summed_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The negative log-likelihood, summed over the next-token labels, that the logits of a model give in the mode it is in.
+    """The negative log-likelihood, summed over the next-token labels, that the logits of a model give in the
+    mode it is in.
 
-    `inputs` holds labels [batch, length], -100 where there is nothing to predict. A router's loss or whatever else the model adds to its
-    loss in training is no part of it.
+    `inputs` holds labels [batch, length], -100 where there is nothing to predict. A router's loss or whatever
+    else the model adds to its loss in training is no part of it.
     """
     held = _loss_forward(model)
     fused = None if held is None else held.negative_log_likelihood(**inputs, use_cache=False)
@@ -47,11 +51,14 @@ def summed_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False).logits
     # One row at a time: their fp32 copies are as large as the logits.
     rows = zip(logits, labels.to(logits.device), strict=True)
-    return torch.stack([F.cross_entropy(row[:-1].float(), label[1:].long(), reduction="sum") for row, label in rows]).sum()
+    return torch.stack(
+        [F.cross_entropy(row[:-1].float(), label[1:].long(), reduction="sum") for row, label in rows]
+    ).sum()
 
 
 def token_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The negative log-likelihood of each next-token label: [batch, length - 1] fp32, 0 where the label is -100. Without gradients.
+    """The negative log-likelihood of each next-token label: [batch, length - 1] fp32, 0 where the label is
+    -100. Without gradients.
 
     As `summed_nll`, which is its sum.
     """
@@ -61,9 +68,13 @@ def token_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         return fused[:, :-1]
     labels = inputs["labels"]
     with torch.no_grad():
-        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False).logits
+        logits = model(
+            **{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False
+        ).logits
     rows = zip(logits, labels.to(logits.device), strict=True)
-    return torch.stack([F.cross_entropy(row[:-1].float(), label[1:].long(), reduction="none") for row, label in rows])
+    return torch.stack(
+        [F.cross_entropy(row[:-1].float(), label[1:].long(), reduction="none") for row, label in rows]
+    )
 
 
 def _loss_forward(model: nn.Module) -> LossForward | None:
@@ -75,7 +86,8 @@ def _loss_forward(model: nn.Module) -> LossForward | None:
 
 @contextlib.contextmanager
 def adapter_on_head_hidden(model: PeftModel) -> Iterator[None]:
-    """While TRL's trainer is made: it refuses an adapter on the head, which its own fused head would leave out. That head is not used."""
+    """While TRL's trainer is made: it refuses an adapter on the head, which its own fused head would leave
+    out. That head is not used."""
     head = model.get_output_embeddings()
     if not hasattr(head, "base_layer"):
         yield

@@ -8,7 +8,7 @@ import math
 import numpy
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from peftkern.transfer import mmd_tiles
 from peftkern.transfer.mmd import SCALES, GaussianKernels, MMDLoss, mmd2, mmd_test
@@ -210,7 +210,7 @@ def test_kernels_are_fixed_at_the_start_and_kept() -> None:
 @pytest.mark.parametrize("gradients", [True, False])
 def test_op_keeps_the_rules_of_ops(gradients: bool) -> None:
     x, y = (t.detach().float() for t in features(20, 30, 4))
-    torch.library.opcheck(torch.ops.peftkern.mmd2.default, (x, y, [1.0, 2.0], gradients))
+    library.opcheck(torch.ops.peftkern.mmd2.default, (x, y, [1.0, 2.0], gradients))
 
 
 def test_result_draws_itself() -> None:

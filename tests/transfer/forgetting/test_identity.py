@@ -13,7 +13,7 @@ bnb = pytest.importorskip("bitsandbytes")
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", [(32, 64), (64, 64), (320, 128)])
-def test_the_maxima_of_the_blocks_are_those_of_the_decoded_weight(shape: tuple[int, int], nested: bool) -> None:
+def test_the_blocks_maxima_are_those_of_the_decoded_weight(shape: tuple[int, int], nested: bool) -> None:
     torch.manual_seed(0)
     weight = bnb.nn.Params4bit(torch.randn(shape), quant_type="nf4", compress_statistics=nested).to("cpu")
     layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compress_statistics=nested)
