@@ -6,7 +6,8 @@ A kind is one `Kind` in `_KINDS`; what builds it is imported when it is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT",
     "add_adapter",
+    "add_lora",
     "adapter_loader",
     "adapter_title",
     "check_adapter",
@@ -115,9 +117,20 @@ def _kind(value: str) -> Kind:
 # ---- LoRA
 
 
-def _add_lora(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
+def add_lora(
+    base: PreTrainedModel,
+    config: FinetuneConfig,
+    *,
+    task_type: str | None = "CAUSAL_LM",
+    trained: Sequence[str] = (),
+) -> PeftModel:
+    """The base with a new LoRA adapter; the modules that `trained` names are trained in full instead.
+
+    Raises: InputError where there is no layer to adapt.
+    """
     from peft import LoraConfig, get_peft_model
 
+    excluded = [excluded_layers(base, config), *map(re.escape, trained)]
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
@@ -125,8 +138,9 @@ def _add_lora(base: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
         target_modules=_targets(base, config),
         use_rslora=config.rslora,
         use_dora=config.dora,
-        exclude_modules=excluded_layers(base, config),
-        task_type="CAUSAL_LM",
+        exclude_modules="|".join(f"({name})" for name in excluded if name) or None,
+        modules_to_save=list(trained) or None,
+        task_type=task_type,
     )
     try:
         model = get_peft_model(base, lora)
@@ -173,7 +187,7 @@ def _load_peft(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 _KINDS: dict[str, Kind] = {
-    DEFAULT: Kind(title="LoRA", peft_type="LORA", add=_add_lora, load=_load_peft),
+    DEFAULT: Kind(title="LoRA", peft_type="LORA", add=add_lora, load=_load_peft),
     **dict.fromkeys(
         bottleneck.NAMES,
         Kind(

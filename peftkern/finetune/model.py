@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["compute_dtype", "load_base", "load_model", "load_tokenizer", "resolve_model"]
+__all__ = ["compute_dtype", "load_base", "load_model", "load_tokenizer", "quantization_options", "resolve_model"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -82,7 +82,7 @@ def load_base(path: str, config: FinetuneConfig) -> PreTrainedModel:
             device_map={"": device},
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
-            **_quantization(config, dtype),
+            **quantization_options(config, dtype),
         )
     unused = require_all_weights(config.model, base, report)
     if unused:
@@ -107,7 +107,8 @@ def load_model(path: str, config: FinetuneConfig) -> PeftModel:
     return model
 
 
-def _quantization(config: FinetuneConfig, dtype: torch.dtype) -> dict[str, Any]:
+def quantization_options(config: FinetuneConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` takes to quantize as it loads; nothing with --quantization none."""
     if config.quantization == "none":
         return {}
     from transformers import BitsAndBytesConfig

@@ -18,7 +18,7 @@ from .forgetting import FOLDER, choose_adapter, install_forgetting, load_source
 from .generation import generate
 from .memory import memory_errors, peak_memory
 from .resume import changed_options, check_length, check_same_run, stored_run
-from .signals import Interrupted, StopSignals, stop_signals
+from .signals import StopSignals, stop_signals
 from .stock import stock_kernels
 
 if TYPE_CHECKING:
@@ -179,10 +179,6 @@ class _Run:
         return {"perplexity_before": perplexity, "sample_before": generate(trainer, self.prompt, self.config.sample_tokens)}
 
     def _train(self, trainer: RecipeTrainer, planned: int) -> None:
-        from transformers import set_seed
-
-        from .trainer import TrainingStopped
-
         if self.checkpoint is None:
             if self.folder.metrics.exists():
                 self._say("No checkpoint was saved: training begins again at step 1.")
@@ -192,18 +188,7 @@ class _Run:
             if trainer.budget_spent(self.checkpoint.state) or self.checkpoint.step >= planned:
                 trainer.load_adapter_of(self.checkpoint.path)
                 return
-        set_seed(self.config.seed)
-        try:
-            with self.stop.deferred():
-                trainer.train(resume_from_checkpoint=str(self.checkpoint.path) if self.checkpoint else None)
-        except TrainingStopped:
-            pass
-        finally:
-            self.metrics.close()
-        if self.stop.number is not None:
-            saved = trainer.save_last_step()
-            place = f"{saved} is saved, and" if saved else "no step was complete;"
-            raise Interrupted(self.stop.number, f"{place} the same command with --resume goes on from there")
+        trainer.run(self.checkpoint, seed=self.config.seed)
 
     def _finish(self, trainer: RecipeTrainer, stored: dict[str, Any]) -> FinetuneResult:
         """Evaluate, save the adapter and the curve, and last result.json, which marks the run as finished."""

@@ -18,12 +18,12 @@ __all__ = ["changed_options", "check_length", "check_same_run", "stored_run"]
 _NEEDED = {"config": dict, "data": dict, "perplexity_before": dict, "sample_before": str}
 
 
-def stored_run(folder: RunFolder) -> dict[str, Any]:
-    """What run.json holds, empty where there is none; InputError where it is damaged."""
+def stored_run(folder: RunFolder, needed: dict[str, type] = _NEEDED) -> dict[str, Any]:
+    """What run.json holds, empty where there is none; InputError where it is damaged: `needed` are its keys."""
     if not folder.record.exists():
         return {}
     stored = read_record(folder.record)
-    for key, kind in _NEEDED.items():
+    for key, kind in needed.items():
         if not isinstance(stored.get(key), kind):
             raise InputError(f"{folder.record} is damaged ({key!r} is missing): start again with --overwrite, or name another --output")
     return stored

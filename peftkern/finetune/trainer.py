@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..files import atomic_directory, remove_directory
 from ..transfer.forgetting.trainer import ForgettingMixin
 from ..transfer.trainer import RatesMixin
 from .causality import require_causal
-from .checkpoints import checkpoints, write_checksums
 from .config import FinetuneConfig
 from .errors import InputError
 from .fit import require_fit
@@ -25,39 +22,20 @@ from .loss import adapter_on_head_hidden, install_model_loss, summed_nll
 from .metrics import MetricsCallback
 from .model import compute_dtype
 from .packing import require_separation
-from .signals import StopSignals
+from .resumable import ResumableMixin
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RecipeTrainer", "TrainingStopped", "make_trainer", "spread"]
+__all__ = ["RecipeTrainer", "make_trainer", "spread"]
 
 _MOST_NATS = 700.0  # a little less than the logarithm of the largest number
 
 
-class TrainingStopped(Exception):
-    """Training ended between two batches because `RecipeTrainer.stop` has a signal."""
-
-
-class RecipeTrainer(ForgettingMixin, RatesMixin, SFTTrainer):
-    """SFTTrainer that counts tokens for `metrics` and renames each checkpoint into place once it is complete."""
-
-    metrics: MetricsCallback
-    keep_checkpoints: int
-    stop: StopSignals | None = None
-    _writing_to: Path | None = None
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.stop is not None and self.stop.number is not None:
-            raise TrainingStopped
-        mask = inputs.get("attention_mask")
-        self.metrics.tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise self._diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
-        return loss
+class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
+    """SFTTrainer whose loss is the model's own, whose checkpoints are whole, and which goes on bit for bit."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
@@ -72,69 +50,6 @@ class RecipeTrainer(ForgettingMixin, RatesMixin, SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """PEFT writes the adapter's card; TRL would write one more with every checkpoint."""
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing_to) if self._writing_to else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.require_finite_weights()
-        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with atomic_directory(folder / name) as temporary:
-            self._writing_to = temporary
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._writing_to = None
-            for path in list((temporary / name).iterdir()):
-                path.rename(temporary / path.name)
-            (temporary / name).rmdir()
-            write_checksums(temporary)
-        for old in checkpoints(folder)[: -self.keep_checkpoints]:
-            remove_directory(old)
-
-    def save_last_step(self) -> Path | None:
-        """Save what the last complete step left, also where training was stopped in the middle of the next; None before the first."""
-        if not self.state.global_step:
-            return None
-        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not path.exists():
-            self.metrics.random_state.restore()
-            self._save_checkpoint(self.model, None)
-        return path
-
-    def planned_steps(self) -> int:
-        """The step at which training ends."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        batches = len(self.get_train_dataloader())
-        return math.ceil(self.args.num_train_epochs * max(1, math.ceil(batches / self.args.gradient_accumulation_steps)))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Also set the rate of the next step by the schedule of this run, which may be longer than the one the checkpoint is of."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        schedule = self.lr_scheduler
-        if checkpoint is not None and isinstance(schedule, LambdaLR):
-            rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            schedule._last_lr = rates
-
-    def require_finite_weights(self) -> None:
-        """Raise InputError where the last update left a trained weight that is no number."""
-        if any(not torch.isfinite(parameter).all() for parameter in self.model.parameters() if parameter.requires_grad):
-            raise self._diverged(f"the adapter's weights became NaN or infinite at step {self.state.global_step}")
-
-    def _diverged(self, what: str) -> InputError:
-        good = next(reversed(checkpoints(Path(self.args.output_dir))), None)
-        kept = f"The checkpoint before it is kept: {good} (an adapter to load as it is)" if good else "There was no checkpoint before it"
-        return InputError(
-            f"{what}: the run diverged. Start again with a lower --lr (now {self.args.learning_rate:g}), a longer --warmup or another "
-            f"--dtype, in another --output or with --overwrite. {kept}"
-        )
-
-    def load_adapter_of(self, checkpoint: Path) -> None:
-        """Take the adapter of a checkpoint without training on."""
-        self._load_from_checkpoint(str(checkpoint))
 
     def perplexity(self, name: str) -> float:
         """exp of the mean negative log-likelihood over every target token of the evaluation set `name`."""
@@ -158,7 +73,7 @@ class RecipeTrainer(ForgettingMixin, RatesMixin, SFTTrainer):
         if mean < _MOST_NATS:
             return math.exp(mean)
         if self.state.global_step:
-            raise self._diverged(f"after step {self.state.global_step} the loss on the evaluation text {name!r} is {mean:g}")
+            raise self.diverged(f"after step {self.state.global_step} the loss on the evaluation text {name!r} is {mean:g}")
         raise InputError(f"the model's loss on the evaluation text {name!r} is {mean:g} before training: choose another --dtype or --model")
 
 

@@ -1,5 +1,5 @@
-"""`peftkern pretrain`: continued pretraining on unlabelled text, by the recipe of finetune, beside a control
-on other text.
+"""`peftkern pretrain`: continued pretraining on unlabelled text, causal by the recipe of finetune or masked,
+beside a control on other text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from ..finetune.config import FinetuneConfig
 from ..finetune.errors import InputError, exit_status, require
 
 if TYPE_CHECKING:
+    from ..finetune.recipe import FinetuneResult
+    from .masked_run import MaskedResult
     from .pretraining import PretrainingReport
 
 __all__ = ["add_commands", "continued_pretraining"]
@@ -37,6 +39,16 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         help="text of another domain: the same steps on it show what any text does",
     )
+    parser.add_argument(
+        "--masked",
+        action="store_true",
+        help="masked language modelling, for encoders with a masked head (BERT and its kin)",
+    )
+    parser.add_argument(
+        "--mask-rate",
+        type=float,
+        help="part of the tokens to mask, of which 80 in 100 become the mask (default: 0.15)",
+    )
     parser.set_defaults(r=RANK, document_boundaries=True, run=_main)
 
 
@@ -47,7 +59,11 @@ def _main(args: argparse.Namespace) -> int:
     def run() -> None:
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         config = FinetuneConfig(**values | tuples)
-        report = continued_pretraining(config, tuple(args.control_data or ()))
+        control = tuple(args.control_data or ())
+        if args.mask_rate is not None and not args.masked:
+            raise InputError("--mask-rate is an option of --masked: give both")
+        rate = (0.15 if args.mask_rate is None else args.mask_rate) if args.masked else None
+        report = continued_pretraining(config, control, mask_rate=rate)
         print(f"\n{report.table()}\n\n{report.verdict}\n\nAdapter:  {Path(config.output) / 'adapted'}")
 
     return exit_status("pretrain", run, interrupted="Interrupted: the same command with --resume goes on.")
@@ -57,22 +73,45 @@ def continued_pretraining(
     config: FinetuneConfig,
     control_data: Sequence[str] = (),
     *,
+    mask_rate: float | None = None,
     quiet: bool = False,
 ) -> PretrainingReport:
     """Fine-tune on `config.data`, as many steps on `control_data`, and measure both and the base on the
     held-out documents.
 
-    The adapters are in the folders adapted and control of `config.output`, beside bits_per_byte.csv, .png and
+    With `mask_rate`, 0.15 for BERT's, an encoder learns masked tokens; else a causal model the next ones. The
+    adapters are in the folders adapted and control of `config.output`, beside bits_per_byte.csv, .png and
     report.md. A run that was killed goes on with `resume`, whichever of the two it was in.
 
     Raises: InputError for rows that are no plain text, no held-out documents, or a control that is the target
     itself.
     """
     require("transformers", "peft", "trl", "datasets", "accelerate", "matplotlib", "scipy")
-    from ..finetune.data import load_data
-    from ..finetune.recipe import finetune
+    if mask_rate is not None:
+        from .masked_run import check_options, window_of
 
+        check_options(config)
+        config = dataclasses.replace(config, seq_length=window_of(config))
     config = config.resolved()
+    texts = _checked(config, control_data)
+    result = _trained(_of_arm(config, "adapted", mask_rate), mask_rate, quiet)
+    folders = {"adapted": Path(result.output)}
+    if control_data:
+        same = {"data": tuple(control_data), "steps": result.steps, "epochs": None, "filter_data": ()}
+        control = dataclasses.replace(_of_arm(config, "control", mask_rate), **same)
+        folders["control"] = Path(_trained(control, mask_rate, quiet).output)
+    if mask_rate is None:
+        report = _measured(config, folders, texts, result.steps)
+    else:
+        report = _measured_masked(config, folders, texts, result, mask_rate)
+    _write(Path(config.output), report)
+    return report
+
+
+def _checked(config: FinetuneConfig, control_data: Sequence[str]) -> list[str]:
+    """The held-out documents; InputError where something of the data will not do."""
+    from ..finetune.data import load_data
+
     if not config.eval_data:
         raise InputError("--eval-data is needed: held-out documents of the target, to measure on")
     overlap = set(config.data) & set(control_data)
@@ -83,21 +122,29 @@ def continued_pretraining(
     for option, sources in (("--data", config.data), ("--control-data", control_data)):
         if sources and "text" not in load_data(sources, option=option).column_names:
             raise InputError(f"{option}: pretraining needs rows of text; others are for `peftkern finetune`")
-    result = finetune(_of_arm(config, "adapted"), quiet=quiet)
-    folders = {"adapted": Path(result.output)}
-    if control_data:
-        same = {"data": tuple(control_data), "steps": result.steps, "epochs": None, "filter_data": ()}
-        control = dataclasses.replace(_of_arm(config, "control"), **same)
-        folders["control"] = Path(finetune(control, quiet=quiet).output)
-    report = _measured(config, folders, texts, result.steps)
-    _write(Path(config.output), report)
-    return report
+    return texts
 
 
-def _of_arm(config: FinetuneConfig, arm: str) -> FinetuneConfig:
+def _trained(config: FinetuneConfig, mask_rate: float | None, quiet: bool) -> FinetuneResult | MaskedResult:
+    if mask_rate is None:
+        from ..finetune.recipe import finetune
+
+        return finetune(config, quiet=quiet)
+    from .masked_run import pretrain_masked
+
+    return pretrain_masked(config, rate=mask_rate, quiet=quiet)
+
+
+def _of_arm(config: FinetuneConfig, arm: str, mask_rate: float | None) -> FinetuneConfig:
     """The configuration of one run; one that has not begun is begun, also with --resume."""
+    from ..finetune.folder import read_record
+
     folder = Path(config.output) / arm
-    resume = config.resume and (folder / "run.json").exists()
+    record = folder / "run.json"
+    resume = config.resume and record.exists()
+    if resume and ("masked" in read_record(record)) != (mask_rate is not None):
+        was, now = ("masked", "without") if mask_rate is None else ("causal", "with")
+        raise InputError(f"--resume: the run in {folder} is {was}, and you go on {now} --masked: change one")
     return dataclasses.replace(config, output=str(folder), resume=resume)
 
 
@@ -138,6 +185,29 @@ def _measured(
                     arms["before"] = document_bits(model.model, model.tokenizer, texts, **how)
             arms[arm] = document_bits(model.model, model.tokenizer, texts, **how)
     return PretrainingReport(arms, steps)
+
+
+def _measured_masked(
+    config: FinetuneConfig,
+    folders: dict[str, Path],
+    texts: list[str],
+    result: MaskedResult,
+    rate: float,
+) -> PretrainingReport:
+    from .masked_bits import masked_document_bits
+    from .masked_run import loaded_encoder
+    from .pretraining import MASKED_BITS, PretrainingReport
+
+    arms: dict[str, Any] = {}
+    for arm, folder in folders.items():
+        with loaded_encoder(folder, config) as (model, tokenizer, autocast):
+            how = {"window": config.seq_length, "rate": rate, "seed": config.seed}
+            how |= {"autocast": autocast, "progress": sys.stderr.isatty()}
+            if not arms:
+                with model.disable_adapter():
+                    arms["before"] = masked_document_bits(model, tokenizer, texts, **how)
+            arms[arm] = masked_document_bits(model, tokenizer, texts, **how)
+    return PretrainingReport(arms, result.steps, measure=MASKED_BITS, new_head=bool(result.new_head))
 
 
 def _write(folder: Path, report: PretrainingReport) -> None:

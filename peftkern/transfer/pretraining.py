@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from ..finetune.errors import InputError
 from .intervals import Interval
 
-__all__ = ["DocumentBits", "PretrainingReport", "document_bits"]
+__all__ = ["MASKED_BITS", "DocumentBits", "PretrainingReport", "document_bits"]
 
 BASE, ADAPTED, CONTROL = "before", "adapted", "control"
+BITS, MASKED_BITS = "bits per byte", "masked bits per byte"
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,14 @@ def _nats(model: nn.Module, ids: Tensor, window: int) -> float:
 @dataclass(frozen=True)
 class PretrainingReport:
     """Held-out target documents under the model before, after pretraining on the target, and after that on
-    other text.
+    other text; `measure` in words. With a `new_head` the model before had none, and says nothing of what it
+    knew.
     """
 
     arms: Mapping[str, DocumentBits]
     steps: int
+    measure: str = BITS
+    new_head: bool = False
 
     def gain(self, arm: str) -> Interval:
         """Bits per byte that an arm saves over the model before; above 0: it is better."""
@@ -133,7 +137,9 @@ class PretrainingReport:
         """In words, by the paired intervals."""
         adapted = self.gain(ADAPTED)
         words = {1: "helps", 0: "cannot be told to help", -1: "hurts"}[adapted.sign]
-        said = f"pretraining on the target {words} ({_signed(adapted)} bits per byte saved)"
+        said = f"pretraining on the target {words} ({_signed(adapted)} {self.measure} saved)"
+        if self.new_head:
+            said = f"the masked head is new, and all that it learns counts ({_signed(adapted)} {self.measure} saved)"
         if CONTROL not in self.arms:
             return said + "; there was no control"
         over = self.arms[CONTROL].minus(self.arms[ADAPTED])
@@ -147,7 +153,7 @@ class PretrainingReport:
 
     def table(self) -> str:
         """Markdown, one row an arm."""
-        lines = ["| model | bits per byte | s.e. | saved over before, paired |", "|---|---|---|---|"]
+        lines = [f"| model | {self.measure} | s.e. | saved over before, paired |", "|---|---|---|---|"]
         for name, arm in self.arms.items():
             saved = "" if name == BASE else _signed(self.gain(name))
             lines.append(f"| {name} | {arm.per_byte.mean:.4f} | {arm.per_byte.se:.4f} | {saved} |")
@@ -160,7 +166,7 @@ class PretrainingReport:
         errors = [[g.mean - g.low for g in gains], [g.high - g.mean for g in gains]]
         axes.bar(names, [g.mean for g in gains], yerr=errors, capsize=4, color=["C0", "0.6"][: len(names)])
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(ylabel="bits per byte saved over before", title=self.verdict.split(" (")[0])
+        axes.set(ylabel=f"{self.measure} saved over before", title=self.verdict.split(" (")[0])
 
 
 def _signed(interval: Interval) -> str:
