@@ -52,12 +52,12 @@ def options(tmp_path: Path) -> dict[str, Any]:
     return {
         "model": save_encoder(tmp_path / "encoder"),
         "data": write_jsonl(tmp_path / "target.jsonl", rows(10, 40)),
-        "eval_data": write_jsonl(tmp_path / "held-out.jsonl", rows(10, 12, start=41)),
+        "eval_data": write_jsonl(tmp_path / "held-out.jsonl", rows(10, 6, start=41)),
         "output": str(tmp_path / "out"),
         "r": 8,
         "batch_size": 4,
         "grad_accumulation": 1,
-        "steps": 30,
+        "steps": 24,
         "save_steps": 10,
         "seq_length": 32,
         "lr": 3e-2,
@@ -82,13 +82,13 @@ def state(folder: Path) -> dict[str, Tensor]:
 
 def test_target_text_does_more_than_other_text(options: dict[str, Any], control: str) -> None:
     report = continued_pretraining(FinetuneConfig(**options), (control,), mask_rate=0.15, quiet=True)
-    assert list(report.arms) == ["before", "adapted", "control"] and report.steps == 30
-    assert report.gain("adapted").low > 0.2 and "it is the target's text" in report.verdict
+    assert list(report.arms) == ["before", "adapted", "control"] and report.steps == 24
+    assert report.gain("adapted").low > 0 and report.gain("adapted").mean > 0.3 and "it is the target's text" in report.verdict
     assert "masked bits per byte" in report.table() and "masked bits per byte" in report.verdict
     folder = Path(options["output"])
     assert report.verdict in (folder / "report.md").read_text(encoding="utf-8")
     metrics = (folder / "adapted" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(metrics) == 30 and json.loads(metrics[-1])["loss"] < json.loads(metrics[0])["loss"]
+    assert len(metrics) == 24 and json.loads(metrics[-1])["loss"] < json.loads(metrics[0])["loss"]
 
 
 def test_the_adapter_loads_by_peft_alone(options: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ def test_groups_predict_every_token_once_by_a_pure_division() -> None:
     [
         ({"forget_budget": "0.1"}, "--forget-budget is an option of causal models"),
         ({"loss_on": "all"}, "--loss-on is an option of causal models"),
-        ({"adapter": "seq_bn"}, "--masked trains LoRA adapters"),
+        ({"adapter": "bottleneck"}, "--masked trains LoRA adapters"),
         ({"no_document_boundaries": ""}, "--masked always keeps documents apart"),
         ({"seq_length": "64"}, "--seq-length 64: the model has 40 positions"),
         ({"mask_rate": "1.5"}, "the part of the tokens to mask must be between 0 and 1, got 1.5"),
