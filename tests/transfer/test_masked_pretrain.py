@@ -52,12 +52,12 @@ def options(tmp_path: Path) -> dict[str, Any]:
     return {
         "model": save_encoder(tmp_path / "encoder"),
         "data": write_jsonl(tmp_path / "target.jsonl", rows(10, 40)),
-        "eval_data": write_jsonl(tmp_path / "held-out.jsonl", rows(10, 6, start=41)),
+        "eval_data": write_jsonl(tmp_path / "held-out.jsonl", rows(10, 12, start=41)),
         "output": str(tmp_path / "out"),
         "r": 8,
         "batch_size": 4,
         "grad_accumulation": 1,
-        "steps": 24,
+        "steps": 8,
         "save_steps": 10,
         "seq_length": 32,
         "lr": 3e-2,
@@ -81,14 +81,15 @@ def state(folder: Path) -> dict[str, Tensor]:
 
 
 def test_target_text_does_more_than_other_text(options: dict[str, Any], control: str) -> None:
+    options |= {"steps": 30}
     report = continued_pretraining(FinetuneConfig(**options), (control,), mask_rate=0.15, quiet=True)
-    assert list(report.arms) == ["before", "adapted", "control"] and report.steps == 24
+    assert list(report.arms) == ["before", "adapted", "control"] and report.steps == 30
     assert report.gain("adapted").low > 0 and report.gain("adapted").mean > 0.3 and "it is the target's text" in report.verdict
     assert "masked bits per byte" in report.table() and "masked bits per byte" in report.verdict
     folder = Path(options["output"])
     assert report.verdict in (folder / "report.md").read_text(encoding="utf-8")
     metrics = (folder / "adapted" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(metrics) == 24 and json.loads(metrics[-1])["loss"] < json.loads(metrics[0])["loss"]
+    assert len(metrics) == 30 and json.loads(metrics[-1])["loss"] < json.loads(metrics[0])["loss"]
 
 
 def test_the_adapter_loads_by_peft_alone(options: dict[str, Any]) -> None:
