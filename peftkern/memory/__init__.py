@@ -1,0 +1,31 @@
+"""Memory in separable pieces, each usable in a loop of one's own: docs/memory.md explains each with an example.
+
+Importing this package imports none of them: a name is fetched when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Budgets": "store",
+    "CheckpointStore": "store",
+    "SpillError": "store",
+    "StoreFull": "store",
+    "Tier": "store",
+    "checkpoint_layers": "checkpoint",
+    "host_available": "host",
+    "host_limit": "host",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
