@@ -86,13 +86,7 @@ class LayerCheckpointing:
         self._flags = [(owner, _held(owner, _FLAG)) for owner in flagged]
         for owner in flagged:  # transformers makes no cache in a module that says so
             owner.gradient_checkpointing = True
-        self._hooks = [around[-1].register_forward_pre_hook(self._hold) for around in owners if around]
-
-    def _hold(self, *_: Any) -> None:
-        """Before a forward: where transformers' checkpointing was switched on since, ours takes its place again."""
-        if any([site.reclaim() for site in self._sites]):
-            for site in self._sites:
-                site.switch_on()
+        self._hooks = [around[-1].register_forward_pre_hook(_Guard(self._sites)) for around in owners if around]
 
     def remove(self) -> None:
         """Give every layer back what it had, or what transformers has been asked for since."""
@@ -109,6 +103,22 @@ class LayerCheckpointing:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+class _Guard:
+    """Before a forward: where transformers' checkpointing was switched on since, ours takes its place again. A copy
+    of the model gets no guard."""
+
+    def __init__(self, sites: list[_Site]) -> None:
+        self.sites = sites
+
+    def __call__(self, *_: Any) -> None:
+        if any([site.reclaim() for site in self.sites]):
+            for site in self.sites:
+                site.switch_on()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Guard, ([],)
 
 
 class _Stack:
