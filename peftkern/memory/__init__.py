@@ -14,9 +14,15 @@ _HOMES = {
     "SpillError": "store",
     "StoreFull": "store",
     "Tier": "store",
+    "TileReport": "tiled_mlp",
+    "TileRow": "tiled_mlp",
     "checkpoint_layers": "checkpoint",
     "host_available": "host",
     "host_limit": "host",
+    "loss_tile": "tiles",
+    "mlp_tile": "tiles",
+    "tile_mlps": "tiled_mlp",
+    "untile_mlps": "tiled_mlp",
 }
 __all__ = sorted(_HOMES)
 
