@@ -34,6 +34,8 @@ LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512vbmi", "-mavx512bf16"]
+    LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 # Where no GPU is seen: machine code of 8.0 serves 8.x, and its PTX all that came later. Seven architectures take five times as long.
@@ -49,6 +51,18 @@ BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "ins
 def cxx_command():
     """The C++ compiler as words."""
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def leave_out_unknown_levels():
+    """Drops the levels whose flags the compiler does not know (GCC before 11, Clang before 12); the dispatcher's macros for that."""
+    missing = []
+    for level in ("avx512bf16", "amx"):
+        if level in LEVELS and subprocess.run(
+            [*cxx_command(), *LEVELS[level], "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True, check=False
+        ).returncode:
+            missing.append(f"-DPK_NO_{level.upper()}")
+            del LEVELS[level]
+    return missing
 
 
 def check_compiler():
@@ -136,7 +150,8 @@ class Build(build_ext):
         quiet = [] if "clang" in words_of([*cxx, "--version"]) else ["-Wno-maybe-uninitialized"]
         for source in ext.sources:
             stem = Path(source).stem
-            level = LEVELS.get(stem.removeprefix("kernels_"), []) + (quiet if stem == "kernels_avx512" else [])
+            flags = LEVELS.get(stem.removeprefix("kernels_"), [])
+            level = flags + (quiet if "-mavx512f" in flags else []) + (MISSING if stem == "dispatch" else [])
             obj = tmp / f"{stem}.o"
             jobs.append((source, obj, [*cxx, "-fPIC", "-fopenmp", *COMMON, *level, *includes]))
         self._compile(jobs, tmp)
@@ -199,7 +214,10 @@ def switch(name, *values):
 
 
 extensions = []
+MISSING = []
 if switch("PEFTKERN_CPU", "0", "1") != "0":
+    if BUILDS & set(sys.argv) and shutil.which(cxx_command()[0]):
+        MISSING = leave_out_unknown_levels()
     sources = ["csrc/bindings.cpp", str(CPU / "dispatch.cpp"), *(str(CPU / f"kernels_{level}.cpp") for level in LEVELS)]
     extensions.append(Pybind11Extension("peftkern._C", sources))
 wanted = switch("PEFTKERN_CUDA", "0", "1")

@@ -184,7 +184,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 def parser(description: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--small", action="store_true", help="small shapes, seconds in all; a smoke run, not a result")
-    p.add_argument("--isa", help="force a level the CPU has: baseline, avx2, avx512")
+    p.add_argument("--isa", help="force a level the CPU has: baseline, avx2, avx512, avx512bf16, amx")
     p.add_argument("--out", type=Path, help="append the rows to this CSV")
     p.add_argument("--rounds", type=int, default=0, help="rounds; default 15, small 3")
     p.add_argument("--cap", type=float, default=CAP_S, help="seconds above which a provider's one call is measured once")

@@ -34,6 +34,28 @@ static inline __m256i rounded_codes(vf a, vf b, f16*) {
 }
 #endif
 
+#if defined(PK_AVX512BF16)
+// Byte i of 16 twice, in the low bytes of two 16-bit lanes; their high bytes are never looked at.
+static inline __m512i byte_pairs() {
+  alignas(64) static constexpr uint16_t INDEX[32] = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
+                                                     8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+  return _mm512_load_si512(INDEX);
+}
+#endif
+#if defined(PK_AVX512)
+// 32 codes from 16 bytes, one a 16-bit lane, in its low four bits.
+static inline __m512i word_codes(const uint8_t* packed) {
+#if defined(PK_AVX512BF16)
+  const __m512i twice = byte_pairs(), high = _mm512_set1_epi32(4);  // the first of two codes is the high nibble
+  const __m512i bytes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)packed));
+  return _mm512_srlv_epi16(_mm512_permutexvar_epi8(twice, bytes), high);
+#else
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
+  return _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+#endif
+}
+#endif
+
 // 16-bit outputs: the block's 16 values are rounded once and looked up by their bits, which is the same value for less work.
 template <typename T>
 static void decode_run_16bit(const uint8_t* packed, const float* code, const Table& table, int64_t start, int64_t count, float scale, T* out) {
@@ -45,9 +67,7 @@ static void decode_run_16bit(const uint8_t* packed, const float* code, const Tab
   const __m256i once = rounded_codes(load(code) * set1(scale), (T*)nullptr);
   const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);  // vpermw reads five bits: twice the table makes the fifth irrelevant
   for (; i + STEP <= count; i += STEP) {
-    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + (i >> 1))));
-    __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
-    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, both));
+    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(word_codes(p + (i >> 1)), both));
   }
 #else
   const __m256i pair = rounded_codes(load(code) * set1(scale), load(code + 8) * set1(scale), (T*)nullptr);

@@ -6,6 +6,8 @@
 #include <string.h>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -31,6 +33,29 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
 }
+// With the byte permutes (VBMI), which Cooper Lake lacks: Zen 4, Sapphire Rapids and later.
+[[maybe_unused]] bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+}
+// The tiles' registers are 8 KB of state that Linux saves only for a process which asked for it. It refuses where a
+// thread's alternate signal stack would be too small.
+[[maybe_unused]] bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+[[maybe_unused]] bool has_amx() {
+#if defined(PK_SIMDE)
+  return true;
+#else
+  constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;  // leaf 7, EDX; older compilers' __builtin_cpu_supports has neither
+  unsigned a, b, c, d = 0;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE) && (d & BF16) && may_use_tiles();
+#endif
+}
 #endif
 
 struct Level { const Kernels* kernels; bool (*supported)(); };
@@ -39,6 +64,12 @@ const Level LEVELS[] = {  // lowest first
 #if defined(__x86_64__)
     {&pk::kernels_avx2, has_avx2},
     {&pk::kernels_avx512, has_avx512},
+#if !defined(PK_NO_AVX512BF16)  // the compiler does not know the flags (setup.py)
+    {&pk::kernels_avx512bf16, has_avx512bf16},
+#endif
+#if !defined(PK_NO_AMX)
+    {&pk::kernels_amx, has_amx},
+#endif
 #endif
 };
 

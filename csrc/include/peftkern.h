@@ -66,7 +66,7 @@ typedef struct {
 PK_API const char* pk_status_string(int status);
 PK_API int pk_abi_version(void);
 
-/* The ISA level in use ("baseline", "avx2", "avx512"), and the levels this CPU has, lowest first: pk_isa_name(0), (1), ... NULL. */
+/* The ISA level in use ("baseline", "avx2", "avx512", "avx512bf16", "amx"), and the levels this CPU has, lowest first: pk_isa_name(0), (1), ... NULL. */
 PK_API const char* pk_isa(void);
 PK_API const char* pk_isa_name(int i);
 /* Force a level; PK_ERR_ISA where this CPU lacks it. Not to be called while kernels run. The variable PEFTKERN_CPU_ISA does it at load. */

@@ -12,7 +12,8 @@ from .compiled import CSRC, CXX, compile_objects
 HERE = Path(__file__).parent
 MISSING = "the compiler finds no simde/x86/avx512.h: SIMDe is not installed (Debian and Ubuntu: apt install libsimde-dev)"
 # The dispatcher asks the CPU for each level: here it has all of them. The AVX2 level is an empty row that is never chosen.
-EVERY_LEVEL = ["-D__builtin_cpu_supports(feature)=1"]
+EVERY_LEVEL = ["-D__builtin_cpu_supports(feature)=1", "-DPK_SIMDE"]
+AVX512_ALONE = ["-DPK_NO_AVX512BF16", "-DPK_NO_AMX"]
 AVX2_STUB = """#include "kernels.h"
 namespace pk {
 extern const Kernels kernels_avx2;
@@ -37,7 +38,7 @@ def emulated_objects(folder: Path) -> list[Path]:
     jobs = [
         (CSRC / "cpu" / "kernels_avx512.cpp", emulated),
         (CSRC / "cpu" / "kernels_baseline.cpp", ["-O2"]),
-        (CSRC / "cpu" / "dispatch.cpp", ["-O1", *EVERY_LEVEL]),
+        (CSRC / "cpu" / "dispatch.cpp", ["-O1", *EVERY_LEVEL, *AVX512_ALONE]),
         (stub, ["-O1", f"-I{CSRC / 'cpu'}"]),
     ]
     return compile_objects(folder, jobs)

@@ -24,6 +24,7 @@ class Config:
 
 
 _NAIVE_HALF = {"float32": None, "bfloat16": 1, "float16": 1}
+_FAST_BF16 = {"float32": None, "bfloat16": None, "float16": 1}
 TABLE = {
     "baseline": Config(4, (), 512, _NAIVE_HALF, "not measured"),
     # Zen 3, 2 cores, fp32, GEMV against GEMM in ms: 4096 x 4096 at M = 8 4.45, 5.18, at M = 16 6.80, 5.03;
@@ -36,7 +37,9 @@ TABLE = {
     # 576 x 576 bf16 at M = 8 0.097, 0.170, at M = 16 0.172, 0.173, at M = 24 0.256, 0.216;
     # fp32 at M = 16 0.161, 0.163, at M = 24 0.231, 0.164.
     # Not measured: who multiplies fp16 above that, and the dense weights' limits.
-    "avx512": Config(16, ("bfloat16",), 512, {"float32": None, "bfloat16": None, "float16": 1}, "few rows measured on Emerald Rapids"),
+    "avx512": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
+    "avx512bf16": Config(16, ("bfloat16",), 512, _FAST_BF16, "not measured"),
+    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
 }
 
 
