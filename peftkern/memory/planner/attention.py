@@ -1,0 +1,43 @@
+"""What an attention kernel allocates for its backward pass, by backend, and the dense scores of the one without."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .schedule import Step
+
+__all__ = ["attention_workspace", "score_bytes"]
+
+
+def score_bytes(step: Step) -> int:
+    """What the math backend saves: the softmax of the scores in fp32, S² a head; 0 of the others."""
+    options = step.options
+    if options.attention != "math" or not step.card.is_gpu:
+        return 0
+    return 4 * options.batch * step.shape.heads * options.length**2
+
+
+def attention_workspace(step: Step) -> int:
+    """Bytes that live while dq, dk and dv are made, without these.
+
+    FlashAttention-2 (flash_api.cpp, mha_bwd, which PyTorch's SDPA has a copy of): dq in fp32, softmax's row
+    sums, and with fewer key/value heads dk and dv of every query head. The memory-efficient kernel has fp32 sums
+    of dq, dk and dv. cuDNN's is opaque: FlashAttention's is taken. Rows are rounded up to 128. On a CPU: none.
+    """
+    shape, options = step.shape, step.options
+    if not step.card.is_gpu:
+        return 0
+    rows = options.batch * (-(-options.length // 128) * 128)
+    width = -(-shape.head_dim // 32) * 32
+    groups = shape.kv_heads if options.kv_groups else 1
+    if options.attention == "math":
+        return 3 * 4 * options.batch * shape.heads * options.length**2
+    sums = 4 * rows * shape.heads
+    if options.attention == "efficient":
+        wide = 4 * rows * shape.heads * width
+        return sums + 3 * wide
+    wide = 4 * rows * shape.heads * width // groups
+    expanded = 2 * step.q // groups if shape.kv_heads < shape.heads else 0
+    # A group at a time, its rows of d_out and its dq are tensors of their own.
+    return sums + wide + expanded + (step.q // groups if groups > 1 else 0)

@@ -1,0 +1,160 @@
+"""The MLP's part of the schedule: whole, tiled over the tokens, or of DoRA's separate linears."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .ledger import Ledger
+from .scratch import Member
+
+if TYPE_CHECKING:
+    from .schedule import Step
+
+__all__ = ["MLP"]
+
+
+class MLP:
+    """gate, up, their product and down for one batch; see `schedule`."""
+
+    def __init__(self, step: Step, ledger: Ledger) -> None:
+        self.step, self.ledger = step, ledger
+        tile = step.options.mlp_tile
+        self.tile = min(tile, step.m) if tile else None
+
+    @property
+    def tiled(self) -> bool:
+        return self.tile is not None
+
+    def of_tile(self, nbytes: int) -> int:
+        """A tile's share of what a whole batch takes."""
+        return nbytes * self.tile // self.step.m
+
+    def saved(self) -> dict[str, int]:
+        """The names and bytes of what is kept for backward, without the input."""
+        step = self.step
+        if self.tiled:
+            return {"n2": 0, "mlp_x": step.h}
+        pieces = {"gate": step.i, "up": step.i, "xa_gate_up": step.xa("gate_up"), "xa_down": step.xa("down")}
+        if step.options.dora:
+            pieces |= {"u_gate_up": 2 * step.i, "act": step.i, "product": step.i, "u_down": step.h}
+        return pieces
+
+    def saved_bytes(self) -> int:
+        return sum(self.saved().values()) - (
+            self.step.h if self.tiled and not self.step.options.rebuild_norms else 0
+        )
+
+    def release(self) -> None:
+        self.ledger.free(*self.saved())
+
+    def gradients(self, part: str) -> None:
+        """Those of a part's adapters; of later batches they are added to what is there."""
+        step = self.step
+        if step.options.accumulation == 1:
+            total = self.ledger.bytes_of("gradients") + step.gradient(part)
+            self.ledger.keep("gradients", total, "adapters' elements", "gradients")
+
+    def forward(self, phase: str, saved: bool) -> None:
+        """n2 -> mlp_y, then x_next = s + mlp_y."""
+        step, ledger = self.step, self.ledger
+        if self.tiled:
+            self._tiled_forward(phase)
+        else:
+            self._whole_forward(phase, saved)
+        if phase == "forward":
+            ledger.make(phase, "residual", x_next=(step.h, "h"))
+
+    def _whole_forward(self, phase: str, saved: bool) -> None:
+        step, ledger, dora = self.step, self.ledger, self.step.options.dora
+        scratch = step.ops.forward(step.members("gate_up"), step.m), "a slab of decoded weights"
+        u = {"u_gate_up": (2 * step.i, "2i")} if dora else {}
+        pieces = {"gate": (step.i, "i"), "up": (step.i, "i"), "xa_gate_up": (step.xa("gate_up"), "r each")}
+        ledger.make(phase, "gate, up", scratch=scratch, **pieces, **u)
+        if dora:
+            if not saved:
+                ledger.free("u_gate_up", "xa_gate_up")
+            ledger.make(phase, "activation", act=(step.i, "i"))
+            if not saved:
+                ledger.free("gate")
+        ledger.make(phase, "product", product=(step.i, "i"))
+        if dora and not saved:
+            ledger.free("act", "up")
+        scratch = step.ops.forward(step.members("down"), step.m), "a slab of decoded weights"
+        u = {"u_down": (step.h, "h")} if dora else {}
+        ledger.make(phase, "down", scratch=scratch, mlp_y=(step.h, "h"), xa_down=(step.xa("down"), "r"), **u)
+        if not dora or not saved:
+            ledger.free("product")
+        if not saved:
+            ledger.free("gate", "up", "xa_gate_up", "xa_down", "u_down")
+
+    def _tiled_forward(self, phase: str) -> None:
+        step, ledger = self.step, self.ledger
+        if phase == "mlp_backward":  # computed again up to the MLP's input: the tiles run in its backward
+            ledger.make(phase, "the MLP's place", mlp_y=(step.h, "h"))
+            return
+        tile = self.of_tile(3 * step.i + step.h + step.xa("gate_up") + step.xa("down"))
+        rows = self.tile
+        slab = max(
+            step.ops.forward(step.members("gate_up"), rows), step.ops.forward(step.members("down"), rows)
+        )
+        ledger.make(
+            phase, "a tile of the MLP", scratch=(tile + slab, "tile·(3i + h) and a slab"), mlp_y=(step.h, "h")
+        )
+
+    def backward(self) -> None:
+        """dx, the gradient of mlp_y -> dn2, that of n2; what was saved goes."""
+        if self.tiled:
+            self._tiled_backward()
+        elif self.step.options.dora:
+            self._separate_backward()
+        else:
+            self._whole_backward()
+
+    def _whole_backward(self) -> None:
+        step, ledger, phase = self.step, self.ledger, "mlp_backward"
+        (down,) = step.members("down") or [
+            Member(step.shape.hidden, step.shape.intermediate, step.options.rank)
+        ]
+        scratch = step.ops.glu_backward(down, step.m), "the product, its gradient, a slab and partial sums"
+        self.gradients("down")
+        ledger.make(phase, "down and product", scratch=scratch, d_gate=(step.i, "i"), d_up=(step.i, "i"))
+        if step.options.rebuild_norms:
+            ledger.make(phase, "second norm again", n2=(step.h, "h"))
+        scratch = step.ops.backward(step.members("gate_up"), step.m), "a slab and partial sums"
+        self.gradients("gate_up")
+        ledger.make(phase, "gate, up", scratch=scratch, dn2=(step.h, "h"))
+        ledger.free("n2", "gate", "up", "xa_gate_up", "xa_down", "d_gate", "d_up")
+
+    def _separate_backward(self) -> None:
+        """DoRA: torch's activation and product between the linears."""
+        step, ledger, phase = self.step, self.ledger, "mlp_backward"
+        scratch = step.ops.backward(step.members("down"), step.m), "a slab and partial sums"
+        self.gradients("down")
+        ledger.make(phase, "down", scratch=scratch, d_product=(step.i, "i"))
+        ledger.free("product", "u_down", "xa_down")
+        ledger.make(phase, "product", d_act=(step.i, "i"), d_up=(step.i, "i"))
+        ledger.free("up", "act", "d_product")
+        ledger.make(phase, "activation", d_gate=(step.i, "i"))
+        ledger.free("gate", "d_act")
+        scratch = step.ops.backward(step.members("gate_up"), step.m), "a slab and partial sums"
+        self.gradients("gate_up")
+        ledger.make(phase, "gate, up", scratch=scratch, dn2=(step.h, "h"))
+        ledger.free("n2", "u_gate_up", "xa_gate_up", "d_gate", "d_up")
+
+    def _tiled_backward(self) -> None:
+        step, ledger, phase, rows = self.step, self.ledger, "mlp_backward", self.tile
+        adapters = step.gradient("gate_up") + step.gradient("down")
+        saved = self.of_tile(2 * step.i + step.xa("gate_up") + step.xa("down"))
+        (down,) = step.members("down") or [
+            Member(step.shape.hidden, step.shape.intermediate, step.options.rank)
+        ]
+        at_down = self.of_tile(2 * step.i) + step.ops.glu_backward(down, rows)
+        at_gates = self.of_tile(2 * step.i + step.h) + step.ops.backward(step.members("gate_up"), rows)
+        again = self.of_tile(step.i + step.h) + step.ops.forward(step.members("gate_up"), rows)
+        tile = saved + max(at_down, at_gates, again) + 2 * adapters
+        ledger.make(
+            phase, "a tile of the MLP", scratch=(tile, "tile·(h + 6i), sums of dA and dB"), dn2=(step.h, "h")
+        )
+        self.gradients("gate_up")
+        self.gradients("down")
+        ledger.free("n2", "mlp_x")

@@ -1,0 +1,98 @@
+"""What of a run its memory depends on, and where its checkpoints and weights lie."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ...finetune.errors import InputError
+
+__all__ = ["ATTENTION", "OPTIMIZERS", "TIERS", "RunOptions"]
+
+ATTENTION = ("flash", "efficient", "cudnn", "math")
+OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
+TIERS = ("device", "pinned", "host", "disk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """A run of peftkern's patched layers with a LoRA on every linear of the decoder layers.
+
+    length, batch: tokens of a sequence, sequences at a time. rank, adapter_bytes: of the adapters, 4 for fp32
+    and 2 for 16 bits; 0: no adapter. dtype_bytes: of activations and dense weights. four_bit, nested,
+    blocksize: of the base's linears. dropout, dora: of the adapters.
+    checkpointing: only layers' inputs are kept, a layer is computed again in backward. keep_layers: how many of
+    these inputs stay on the device, None for all; the others go to `checkpoint_tier`, through
+    `transfer_buffers` inputs' room on the device.
+    mlp_tile: tokens of the MLP at a time, None for all. loss_tile: rows of logits at a time, None for the
+    library's own choice. kv_groups: attention's backward a key/value head at a time. rebuild_norms: the norms'
+    outputs are computed again in backward.
+    embedding_on_host: the embedding is a lookup on the host. layers_on_host: packed layers are streamed from
+    the host through `layer_slots` slots.
+    optimizer: one of OPTIMIZERS. accumulation: batches of a step. attention: one of ATTENTION.
+    """
+
+    length: int = 1024
+    batch: int = 1
+    rank: int = 16
+    adapter_bytes: int = 4
+    dtype_bytes: int = 2
+    four_bit: bool = True
+    nested: bool = True
+    blocksize: int = 64
+    dropout: bool = False
+    dora: bool = False
+    checkpointing: bool = True
+    keep_layers: int | None = None
+    checkpoint_tier: str = "pinned"
+    transfer_buffers: int = 2
+    mlp_tile: int | None = None
+    loss_tile: int | None = None
+    kv_groups: bool = False
+    rebuild_norms: bool = False
+    embedding_on_host: bool = False
+    layers_on_host: bool = False
+    layer_slots: int = 2
+    optimizer: str = "paged_adamw_8bit"
+    accumulation: int = 1
+    attention: str = "flash"
+    fused_loss: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch", "accumulation", "transfer_buffers", "layer_slots"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("mlp_tile", "loss_tile"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1, or none")
+        for name, allowed in (
+            ("optimizer", OPTIMIZERS),
+            ("attention", ATTENTION),
+            ("checkpoint_tier", TIERS[1:]),
+            ("adapter_bytes", (2, 4)),
+            ("dtype_bytes", (2, 4)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        if self.rank < 0:
+            raise InputError(f"rank: got {self.rank}, expected at least 0")
+        if self.layers_on_host and not self.checkpointing:
+            raise InputError(
+                "layers_on_host: needs checkpointing, as autograd would hold every streamed layer"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Of one batch."""
+        return self.length * self.batch
+
+    def kept(self, layers: int) -> int:
+        """Checkpoints that stay on the device."""
+        return layers if self.keep_layers is None else min(self.keep_layers, layers)
+
+    def but(self, **changes: Any) -> RunOptions:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,175 @@
+"""What is in memory all the time: weights, adapters, optimizer state, the driver's own; and what lies on the host."""
+
+from __future__ import annotations
+
+import math
+
+from .cards import GIB
+from .ledger import PHASES, Part
+from .options import RunOptions
+from .schedule import Step
+from .shapes import LinearShape, Shape
+
+__all__ = ["BLOCK", "fixed_parts", "host_parts", "largest_tensor", "packed_bytes"]
+
+BLOCK = 64 << 20  # a block of pinned memory: peftkern.memory.store
+_PROCESS = 2 * GIB  # torch, transformers, tokenizer and data: an assumption
+_SMALL = 4096  # elements below which bitsandbytes keeps fp32 states
+_COUNT = "counted: tests/memory"
+
+
+def packed_bytes(linear: LinearShape, options: RunOptions) -> tuple[int, int]:
+    """A linear's packed weight, and what its block maxima take (both of all its copies)."""
+    elements = linear.n * linear.k
+    if not options.four_bit:
+        return elements * options.dtype_bytes * linear.count, 0
+    blocks = math.ceil(elements / options.blocksize)
+    # code [16]; of nested maxima: 8 bits each, an fp32 for 256 of them, their code [256] and offset.
+    maxima = (
+        blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1) if options.nested else 4 * (blocks + 16)
+    )
+    return (elements + 1) // 2 * linear.count, maxima * linear.count
+
+
+def _base(shape: Shape, options: RunOptions) -> tuple[int, int]:
+    """Packed weights and block maxima of all layers. Layers may differ: their elements are known together."""
+    one = sum(linear.weights for linear in shape.linears) or 1
+    packed, maxima = map(sum, zip(*(packed_bytes(one, options) for one in shape.linears), strict=True))
+    scale = shape.layer_weights / one
+    return round(packed * scale), round(maxima * scale)
+
+
+def adapter_elements(shape: Shape, options: RunOptions) -> int:
+    """Trained elements: r (n + k) of each linear, of DoRA its n magnitudes too."""
+    each = (options.rank * (one.n + one.k) + (one.n if options.dora else 0) for one in shape.linears)
+    return shape.layers * sum(n * one.count for n, one in zip(each, shape.linears, strict=True))
+
+
+def fixed_parts(step: Step) -> list[Part]:
+    """Parts on the device that do not depend on the tokens."""
+    shape, options, card = step.shape, step.options, step.card
+    parts = [*_weights(shape, options)]
+    elements = adapter_elements(shape, options)
+    if elements:
+        kind = f"{elements:,} elements × {options.adapter_bytes} B"
+        parts.append(
+            Part("adapters", elements * options.adapter_bytes, formula=kind, source=_COUNT, group="adapters")
+        )
+        parts.append(_optimizer_state(shape, options, elements))
+        if options.optimizer == "adamw" and step.card.is_gpu:
+            parts.append(
+                Part("optimizer's temporaries", 4 * elements, phases=("optimizer",), formula="4 B × elements",
+                     source="torch's foreach AdamW: one square root of a state", group="optimizer")
+            )  # fmt: skip
+    if card.is_gpu:
+        parts.append(
+            Part("CUDA context and kernels", card.context, formula="0.45 GiB", source="an assumption: 0.3 to 0.6",
+                 group="driver", allocator=False)
+        )  # fmt: skip
+        parts.append(
+            Part("cuBLAS workspaces", card.blas_workspace, formula="2 × 8.1 MiB, from sm_90 on 2 × 32 MiB",
+                 source="CublasHandlePool: forward's thread and autograd's", group="driver")
+        )  # fmt: skip
+    dense = largest_tensor(shape, options)
+    parts.append(
+        Part("a tensor being quantized", dense, phases=("load",), formula="the largest dense tensor",
+             source="quantized as they load, one at a time", group="scratch")
+    )  # fmt: skip
+    return [part for part in parts if part.nbytes]
+
+
+def largest_tensor(shape: Shape, options: RunOptions) -> int:
+    """Bytes of the largest weight, dense, that is there while the model loads."""
+    if not options.four_bit:
+        return 0
+    return max((one.n * one.k for one in shape.linears), default=0) * options.dtype_bytes
+
+
+def _weights(shape: Shape, options: RunOptions) -> list[Part]:
+    packed, maxima = _base(shape, options)
+    e, found = options.dtype_bytes, []
+    bits = "½ B" if options.four_bit else f"{e} B"
+    if options.layers_on_host:
+        slots = min(options.layer_slots, shape.layers)
+        each = (packed + maxima) // shape.layers
+        found.append(
+            Part("streamed layers", slots * each, formula=f"{slots} slots × a layer", group="weights")
+        )
+    else:
+        formula = f"{shape.layer_weights:,} weights × {bits}"
+        found.append(Part("packed weights", packed, formula=formula, source=_COUNT, group="weights"))
+        kind = "1 B + 4/256 B a block" if options.nested else "4 B a block"
+        found.append(
+            Part(
+                "block maxima",
+                maxima,
+                formula=f"{kind} of {options.blocksize}",
+                source=_COUNT,
+                group="weights",
+            )
+        )
+    table = shape.embedding * e
+    if shape.tied:
+        found.append(
+            Part("embedding and head (tied)", table, formula="V·H", source=_COUNT, group="embedding, head")
+        )
+    else:
+        found.append(Part("head", table, formula="V·H", source=_COUNT, group="embedding, head"))
+        if not options.embedding_on_host:
+            found.append(Part("embedding", table, formula="V·H", source=_COUNT, group="embedding, head"))
+    formula = f"{shape.other:,} × {e} B"
+    found.append(
+        Part("norms, biases and the rest", shape.other * e, formula=formula, source=_COUNT, group="weights")
+    )
+    return found
+
+
+def _optimizer_state(shape: Shape, options: RunOptions, elements: int) -> Part:
+    if options.optimizer == "adamw":
+        nbytes, formula = 2 * options.adapter_bytes * elements, f"2 × {options.adapter_bytes} B × elements"
+    else:
+        small = sum(
+            count for linear in shape.linears for count in _tensors(linear, options) if count < _SMALL
+        ) * shape.layers  # fmt: skip
+        blocks = math.ceil((elements - small) / 256)
+        nbytes = 8 * small + 2 * (elements - small) + 2 * 4 * blocks
+        formula = "2 × (1 B + 4/256 B) × elements; 8 B of tensors under 4,096"
+    paged = options.optimizer.startswith("paged")
+    source = "bitsandbytes; " + ("managed memory, which the driver may move to the host" if paged else _COUNT)
+    name = f"optimizer state ({options.optimizer})"
+    return Part(name, nbytes, formula=formula, source=source, group="optimizer", allocator=not paged)
+
+
+def _tensors(linear: LinearShape, options: RunOptions) -> list[int]:
+    sizes = [options.rank * linear.k, options.rank * linear.n] + ([linear.n] if options.dora else [])
+    return sizes * linear.count
+
+
+def host_parts(step: Step) -> list[Part]:
+    """Parts in pinned and pageable memory and on the disk."""
+    shape, options = step.shape, step.options
+    found = [
+        Part("process and libraries", _PROCESS, "host", formula="2 GiB", source="an assumption", group="host")
+    ]
+    away = shape.layers - options.kept(shape.layers)
+    if options.checkpointing and away:
+        nbytes = away * step.h
+        if options.checkpoint_tier == "pinned":
+            nbytes = math.ceil(nbytes / BLOCK) * BLOCK
+        formula = f"{away} layers' inputs × h"
+        found.append(Part("checkpoints", nbytes, options.checkpoint_tier, ("forward", "loss", "mlp_backward", "attention_backward"),
+                          formula, "counted: the store", "host"))  # fmt: skip
+    if options.embedding_on_host and not shape.tied:
+        nbytes = shape.embedding * options.dtype_bytes
+        found.append(Part("embedding", nbytes, "host", formula="V·H", group="host"))
+    if options.layers_on_host:
+        packed, maxima = _base(shape, options)
+        found.append(Part("packed layers", packed + maxima, "pinned", formula="all layers", group="host"))
+    return found
+
+
+def total(parts: list[Part], tier: str) -> int:
+    """Bytes of a tier, of its fullest phase."""
+    return max(
+        sum(part.nbytes for part in parts if part.tier == tier and phase in part.phases) for phase in PHASES
+    )

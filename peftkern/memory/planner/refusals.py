@@ -1,0 +1,73 @@
+"""Why a run is not planned though its bytes may fit, and what may go otherwise than planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .attention import score_bytes
+from .budgets import Limits, in_bytes
+from .schedule import Step
+
+__all__ = ["refusals_of", "warnings_of"]
+
+_LONG = 8192  # tokens from which a dense mask or dense scores are refused
+
+
+def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
+    """One sentence each."""
+    options, card, shape = step.options, step.card, step.shape
+    if card.is_gpu and options.attention == "math" and options.length >= _LONG:
+        nbytes = in_bytes(score_bytes(step))
+        yield (
+            f"dense attention at {options.length:,} tokens keeps {nbytes} of scores a layer (S² a head): use"
+            " FlashAttention (sdpa without a mask: no padding, no 4-D mask)"
+        )
+    if card.is_gpu and options.attention == "flash" and not card.flash:
+        yield (
+            f"{card.name} (sm_{card.arch}) has no FlashAttention: its kernels need sm_80 or newer; plan with"
+            " attention efficient (equal numbers of heads) or math"
+        )
+    if card.is_gpu and options.attention == "efficient" and shape.kv_heads < shape.heads:
+        yield (
+            "PyTorch's memory-efficient attention takes no fewer key/value heads than query heads: this model would"
+            " run dense attention (S² a head)"
+        )
+    if options.attention == "flash" and options.dtype_bytes == 4 and card.is_gpu:
+        yield "FlashAttention takes 16-bit tensors alone: use bf16 or fp16, or attention efficient"
+    if options.attention == "flash" and shape.head_dim > 256 and card.is_gpu:
+        yield f"FlashAttention takes heads of at most 256 elements, this model's have {shape.head_dim}"
+
+
+def warnings_of(step: Step, limits: Limits) -> Iterator[str]:
+    """One sentence each."""
+    from ..host import in_wsl
+
+    options, card = step.options, step.card
+    away = options.checkpointing and options.kept(step.shape.layers) < step.shape.layers
+    pins = options.layers_on_host or (away and options.checkpoint_tier == "pinned")
+    if pins and in_wsl():
+        yield "WSL pins about 1 GB in all: what should be pinned becomes pageable, and its copies wait"
+    if card.is_gpu and _deterministic():
+        splits = max(-(-(card.sms or 128) // (options.batch * step.shape.heads)), 1)
+        yield (
+            "torch.use_deterministic_algorithms is on: FlashAttention's backward then keeps its fp32 dq"
+            f" {splits} times"
+        )
+    if options.length >= _LONG and card.is_gpu:
+        yield (
+            "padded batches build a dense mask of S² bytes: give rows of equal length, a batch of one, or packing"
+            " with document boundaries in the position ids"
+        )
+    if options.embedding_on_host and step.shape.tied:
+        yield "the embedding is the head's weight too and stays on the card: nothing is spared by a host copy"
+    if options.attention == "cudnn":
+        yield "cuDNN does not say what it allocates: its workspace is taken to be FlashAttention's"
+    yield from step.shape.notes
+
+
+def _deterministic() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.are_deterministic_algorithms_enabled()

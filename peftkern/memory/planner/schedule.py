@@ -1,0 +1,403 @@
+"""A training step of peftkern's patched decoder layers as data: what each operator makes and what goes after it.
+
+The order and the lifetimes are those that a count of the library's own steps shows (tests/memory); letters are
+bytes of the whole batch: h a hidden state, q queries, k keys, i the MLP's inner state, r a rank's fp32 product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .attention import attention_workspace, score_bytes
+from .cards import Card
+from .ledger import Ledger
+from .options import RunOptions
+from .scratch import Member, Operators
+from .shapes import LinearShape, Shape
+
+__all__ = ["Step", "run_step"]
+
+_SAVED = "saved activations"
+_LAYER = "the layer at work"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the schedule needs of a run, in bytes of one batch."""
+
+    shape: Shape
+    options: RunOptions
+    card: Card
+    isa: str | None = None
+
+    @property
+    def m(self) -> int:
+        return self.options.tokens
+
+    @property
+    def e(self) -> int:
+        return self.options.dtype_bytes
+
+    @cached_property
+    def ops(self) -> Operators:
+        return Operators(self.card, self.e, self.options.adapter_bytes, self.isa)
+
+    @cached_property
+    def h(self) -> int:
+        return self.m * self.shape.hidden * self.e
+
+    @cached_property
+    def q(self) -> int:
+        return self.m * self.shape.heads * self.shape.head_dim * self.e
+
+    @cached_property
+    def k(self) -> int:
+        return self.m * self.shape.kv_heads * self.shape.head_dim * self.e
+
+    @cached_property
+    def i(self) -> int:
+        return self.m * self.shape.intermediate * self.e * max(self.shape.active_experts, 1)
+
+    @property
+    def r(self) -> int:
+        """xa of one adapter."""
+        return 4 * self.m * self.options.rank
+
+    @property
+    def rstd(self) -> int:
+        return 4 * self.m
+
+    @property
+    def lse(self) -> int:
+        return 4 * self.m * self.shape.heads
+
+    def xa(self, part: str) -> int:
+        """xa of all adapters of a part of the layer."""
+        return self.r * len(self.shape.of(part))
+
+    def members(self, part: str) -> list[Member]:
+        """The part's linears as its operator sees them."""
+        rank = self.options.rank
+        return [Member(one.n, one.k, rank, not self.options.four_bit) for one in self.shape.of(part)]
+
+    def gradient(self, part: str) -> int:
+        """Of all adapters of a part."""
+        return sum(self.adapter(linear) for linear in self.shape.of(part))
+
+    def adapter(self, linear: LinearShape) -> int:
+        """Bytes of a linear's adapters: A, B, and of DoRA the magnitude."""
+        elements = self.options.rank * (linear.n + linear.k) + (linear.n if self.options.dora else 0)
+        return elements * self.options.adapter_bytes * linear.count
+
+    @property
+    def layer_gradient(self) -> int:
+        return sum(self.adapter(linear) for linear in self.shape.linears)
+
+    @property
+    def rope(self) -> int:
+        """cos and sin."""
+        return 2 * self.options.length * self.shape.head_dim * self.e
+
+    @property
+    def ids(self) -> int:
+        """Token ids, labels, positions and shifted labels, int64."""
+        return 32 * self.m
+
+    @property
+    def fused_qkv(self) -> bool:
+        return len(self.shape.of("qkv")) == 1
+
+    @property
+    def saves_input(self) -> bool:
+        """Whether the first layer's input is part of the graph."""
+        return self.options.checkpointing
+
+
+def run_step(step: Step, ledger: Ledger) -> Ledger:
+    """Forward, loss and backward of one batch; the peaks are in the ledger. What is there all the time is not."""
+    from .mlp import MLP
+
+    walk = _Walk(step, ledger, MLP(step, ledger))
+    walk.forward()
+    walk.loss()
+    walk.backward()
+    return ledger
+
+
+class _Walk:
+    """Layers that are alike between the first and the last are taken in one stride: what is there at them lies
+    between what is there at these two.
+    """
+
+    def __init__(self, step: Step, ledger: Ledger, mlp: object) -> None:
+        self.step, self.ledger, self.mlp = step, ledger, mlp
+        self.layers = step.shape.layers
+
+    # ---- forward
+
+    def forward(self) -> None:
+        step, ledger = self.step, self.ledger
+        if step.options.accumulation > 1:
+            grads = step.layer_gradient * self.layers
+            ledger.keep("gradients", grads, "adapters' elements, of the batches before", "gradients")
+        ledger.keep("tokens", step.ids, "32 B a token", "other")
+        ledger.keep("rotary tables", step.rope, "2·length·d", "other")
+        ledger.group = _LAYER
+        ledger.make("forward", "embedding", x=(step.h, "h"))
+        if not step.options.checkpointing or step.options.kept(self.layers) < self.layers:
+            # The model's forward holds it until it returns, whoever else does.
+            ledger.keep("embedded tokens", step.h, "h", _LAYER)
+            ledger.free("x")
+        saved = not step.options.checkpointing
+        for layer in self._strides():
+            self._layer_forward(layer, saved)
+
+    def _strides(self) -> list[int]:
+        """The layers that are walked through: the first two, and the last."""
+        return sorted({0, min(1, self.layers - 1), self.layers - 1})
+
+    def _layer_forward(self, layer: int, saved: bool) -> None:
+        ledger = self.ledger
+        self._grow(layer, saved)
+        ledger.group = _LAYER
+        self.attention_forward("forward", saved)
+        self.mlp.forward("forward", saved)
+        if saved:
+            ledger.free("o_y", "mlp_y")
+            self._save(layer)
+        else:
+            ledger.free("s", "n2", "o_y", "mlp_y", "rstd2")
+            self._set_checkpoints(layer + 1)
+        ledger.free("x")
+        ledger.hold([_renamed("x", ledger.bytes_of("x_next"), "h", _LAYER)])
+        ledger.free("x_next")
+
+    def _grow(self, layer: int, saved: bool) -> None:
+        """What the layers before `layer` have left, if they were not walked through."""
+        if layer < 2:
+            return
+        if saved:
+            self._set_saved(layer)
+        else:
+            self._set_checkpoints(layer)
+
+    def saved_of_layer(self, first: bool = False) -> int:
+        """What one layer keeps for backward without checkpointing, its input with it."""
+        step, options = self.step, self.step.options
+        total = (0 if first and not step.saves_input else step.h) + step.rstd
+        total += (0 if options.rebuild_norms else step.h) + self._attention_saved()
+        total += step.h + step.rstd + (0 if options.rebuild_norms else step.h)
+        return total + self.mlp.saved_bytes()
+
+    def _attention_saved(self) -> int:
+        step = self.step
+        heads = step.q + 2 * step.k + (step.q + step.k if step.fused_qkv else 0)
+        norms = step.q + step.k + self._head_rstd() if step.shape.query_norms else 0
+        extra = step.shape.extra_norms * (step.h + step.rstd)
+        u = step.q + 2 * step.k + step.h if step.options.dora else 0
+        return (
+            heads + norms + extra + u + step.q + step.lse + step.xa("qkv") + step.xa("o") + score_bytes(step)
+        )
+
+    def _head_rstd(self) -> int:
+        return 4 * self.step.m * (self.step.shape.heads + self.step.shape.kv_heads)
+
+    def _set_saved(self, layers: int) -> None:
+        per, first = self.saved_of_layer(), self.saved_of_layer(first=True)
+        total = first + (layers - 1) * per if layers else 0
+        self.ledger.keep(_SAVED, total, f"{layers} layers × what a layer saves", _SAVED)
+
+    def _save(self, layer: int) -> None:
+        """The layer's pieces become part of what all layers have saved."""
+        self.ledger.free("x", "n1", "rstd1", "q", "kr", "v", "out", "lse", "xa_qkv", "xa_o", "u_qkv", "u_o")
+        self.ledger.free("s", "n2", "rstd2", "q0", "k0", "rstd_heads", "extra_norms", "scores", "qkv")
+        self.mlp.release()
+        self._set_saved(layer + 1)
+
+    def _set_checkpoints(self, layers: int) -> None:
+        """Of the first `layers` layers; the input of the one at work is counted there."""
+        step, options = self.step, self.step.options
+        kept = options.kept(self.layers)
+        on_device = min(layers, kept) if kept == self.layers else max(0, layers - (self.layers - kept))
+        away = layers - on_device
+        moving = min(options.transfer_buffers, away)
+        self.ledger.keep("checkpoints", on_device * step.h, f"{on_device} layers' inputs × h", "checkpoints")
+        self.ledger.keep("checkpoints on their way", moving * step.h, f"{moving} × h", "checkpoints")
+
+    # ---- attention
+
+    def attention_forward(self, phase: str, saved: bool) -> None:
+        step, ledger, shape = self.step, self.ledger, self.step.shape
+        u = step.q + 2 * step.k if step.options.dora else 0
+        ledger.make(phase, "input norm", n1=(step.h, "h"), rstd1=(step.rstd, "4 B"))
+        qkv = {"qkv": (step.q + 2 * step.k, "q + 2k")} if step.fused_qkv else {
+            "q0": (step.q, "q"), "k0": (step.k, "k"), "v": (step.k, "k")
+        }  # fmt: skip
+        scratch = step.ops.forward(step.members("qkv"), step.m), "a slab of decoded weights"
+        ledger.make(
+            phase, "q, k, v", scratch=scratch, **qkv, xa_qkv=(step.xa("qkv"), "r each"), u_qkv=(u, "q + 2k")
+        )
+        if not saved:
+            ledger.free("xa_qkv", "u_qkv", "rstd1")
+        if shape.query_norms:
+            ledger.make(
+                phase,
+                "norms of q and k",
+                qn=(step.q, "q"),
+                kn=(step.k, "k"),
+                rstd_heads=(self._head_rstd(), ""),
+            )
+            if not saved:
+                ledger.free("q0", "k0", "rstd_heads")
+        ledger.make(phase, "rotation", q=(step.q, "q"), kr=(step.k, "k"))
+        ledger.free(*(("qn", "kn") if shape.query_norms else ("q0", "k0")))
+        work = score_bytes(step)
+        ledger.make(
+            phase, "attention", out=(step.q, "q"), lse=(step.lse, "4·heads"), scores=(work, "S²·heads")
+        )
+        if not saved:
+            ledger.free("lse", "scores")
+        u = step.h if step.options.dora else 0
+        scratch = step.ops.forward(step.members("o"), step.m), "a slab of decoded weights"
+        ledger.make(phase, "o", scratch=scratch, o_y=(step.h, "h"), xa_o=(step.xa("o"), "r"), u_o=(u, "h"))
+        if not saved:
+            ledger.free("xa_o", "u_o", "n1", "q", "kr", "v", "qkv", "out")
+        extra = shape.extra_norms * (step.h + step.rstd)
+        if saved and extra:
+            ledger.make(phase, "further norms", extra_norms=(extra, "h each"))
+        ledger.make(phase, "second norm", s=(step.h, "h"), n2=(step.h, "h"), rstd2=(step.rstd, "4 B"))
+        if step.options.rebuild_norms and saved:
+            ledger.free("n1")
+
+    def attention_backward(self) -> None:
+        step, ledger, phase = self.step, self.ledger, "attention_backward"
+        options = step.options
+        scratch = step.ops.backward(step.members("o"), step.m), "a slab and partial sums"
+        self._gradients("o")
+        ledger.make(phase, "o", scratch=scratch, d_out=(step.q, "q"))
+        ledger.free("xa_o", "u_o", "extra_norms")
+        work = attention_workspace(step), f"{options.attention} attention's own"
+        ledger.make(phase, "attention", scratch=work, dq=(step.q, "q"), dk=(step.k, "k"), dv=(step.k, "k"))
+        ledger.free("q", "kr", "v", "qkv", "out", "lse", "scores", "d_out")
+        ledger.make(phase, "rotation", dq0=(step.q, "q"), dk0=(step.k, "k"))
+        ledger.free("dq", "dk")
+        if step.shape.query_norms:
+            ledger.make(phase, "norms of q and k", dqn=(step.q, "q"), dkn=(step.k, "k"))
+            ledger.free("dq0", "dk0", "q0", "k0", "rstd_heads")
+        if options.rebuild_norms:
+            ledger.make(phase, "input norm again", n1=(step.h, "h"))
+        if step.fused_qkv:
+            ledger.make(phase, "q, k, v together", dqkv=(step.q + 2 * step.k, "q + 2k"))
+            ledger.free("dq0", "dk0", "dv")
+        scratch = step.ops.backward(step.members("qkv"), step.m), "a slab and partial sums"
+        self._gradients("qkv")
+        ledger.make(phase, "q, k, v", scratch=scratch, dn1=(step.h, "h"))
+        ledger.free("dq0", "dk0", "dv", "dqn", "dkn", "dqkv", "n1", "xa_qkv", "u_qkv")
+        ledger.make(phase, "input norm", dx=(step.h, "h"))
+        ledger.free("ds", "dn1", "x", "rstd1")
+
+    def _gradients(self, part: str) -> None:
+        """Those of a part join the others; of a second batch they are added and go."""
+        self.mlp.gradients(part)
+
+    # ---- loss
+
+    def loss(self) -> None:
+        step, ledger = self.step, self.ledger
+        ledger.group = "loss"
+        ledger.make("forward", "last norm", nf=(step.h, "h"), rstd_f=(step.rstd, "4 B"))
+        ledger.free("embedded tokens")
+        if step.options.fused_loss:
+            size = step.ops.loss(step.m, step.shape.vocab, step.options.loss_tile)
+            tile = size, f"{size // (step.shape.vocab * step.ops.logit_bytes)} rows × V"
+            ledger.make(
+                "loss",
+                "linear and cross-entropy",
+                scratch=tile,
+                d_nf=(step.h, "h"),
+                losses=(8 * step.m, "8 B"),
+            )
+        else:
+            logits = step.m * step.shape.vocab
+            ledger.make(
+                "loss",
+                "logits",
+                logits=(logits * step.e, "tokens·V"),
+                wide=(2 * 4 * logits, "2·4 B·tokens·V"),
+            )
+            ledger.free("logits", "wide")
+            ledger.make("loss", "its gradient", d_nf=(step.h, "h"))
+        ledger.free("nf")
+
+    # ---- backward
+
+    def backward(self) -> None:
+        step, ledger = self.step, self.ledger
+        ledger.group = _LAYER
+        ledger.make("mlp_backward", "last norm", dx=(step.h, "h"))
+        ledger.free("d_nf", "losses", "x", "rstd_f")
+        for layer in reversed(self._strides()):
+            self._shrink(layer)
+            self._layer_backward(layer)
+
+    def _shrink(self, layer: int) -> None:
+        """What is left when `layer` is at work: the layers behind it have gradients now and nothing saved."""
+        step, ledger = self.step, self.ledger
+        if step.options.accumulation == 1:
+            behind = (self.layers - 1 - layer) * step.layer_gradient
+            ledger.keep(
+                "gradients", behind, f"adapters' elements of {self.layers - 1 - layer} layers", "gradients"
+            )
+        if not step.options.checkpointing:
+            self._set_saved(layer)
+            self._restore(layer)
+            return
+        self._set_checkpoints(layer)
+        away = layer < self.layers - step.options.kept(self.layers)
+        if away:  # one of the buffers holds this layer's input, another one the next
+            buffers = min(step.options.transfer_buffers - 1, layer)
+            ledger.keep("checkpoints on their way", buffers * step.h, f"{buffers} × h", "checkpoints")
+        ledger.group = _LAYER
+        ledger.hold([_renamed("x", step.h, "h", _LAYER)])
+        self.attention_forward("mlp_backward", saved=True)
+        self.mlp.forward("mlp_backward", saved=True)
+        ledger.free("o_y", "mlp_y", "x_next")
+
+    def _restore(self, layer: int) -> None:
+        """The last layer's saved pieces under their own names."""
+        step, ledger = self.step, self.ledger
+        pieces = {
+            "x": step.h if layer or step.saves_input else 0,
+            "rstd1": step.rstd,
+            "n1": step.h,
+            "q": step.q,
+        }
+        pieces |= {"kr": step.k, "v": step.k, "out": step.q, "lse": step.lse, "xa_qkv": step.xa("qkv")}
+        if step.fused_qkv:
+            pieces |= {"v": 0, "qkv": step.q + 2 * step.k}
+        if step.shape.query_norms:
+            pieces |= {"q0": step.q, "k0": step.k, "rstd_heads": self._head_rstd()}
+        if step.options.dora:
+            pieces |= {"u_qkv": step.q + 2 * step.k, "u_o": step.h}
+        pieces |= {"extra_norms": step.shape.extra_norms * (step.h + step.rstd), "scores": score_bytes(step)}
+        pieces |= {"xa_o": step.xa("o"), "s": step.h, "rstd2": step.rstd, "n2": step.h}
+        if step.options.rebuild_norms:
+            pieces |= {"n1": 0, "n2": 0}
+        for name, nbytes in (pieces | self.mlp.saved()).items():
+            if nbytes:
+                ledger.hold([_renamed(name, nbytes, "", _LAYER)])
+
+    def _layer_backward(self, layer: int) -> None:
+        ledger = self.ledger
+        self.mlp.backward()
+        ledger.group = _LAYER
+        ledger.make("mlp_backward", "second norm", ds=(self.step.h, "h"))
+        ledger.free("dn2", "dx", "s", "rstd2")
+        self.attention_backward()
+
+
+def _renamed(name: str, nbytes: int, formula: str, group: str):
+    from .ledger import Part
+
+    return Part(name, nbytes, formula=formula, group=group)

@@ -1,0 +1,69 @@
+"""How long a step takes, from a card's stated rates: an expectation whose assumptions are named, not a measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .schedule import Step
+
+__all__ = ["StepTime", "step_time"]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """seconds: of one step, all its batches; flops: of its products. link_bytes: over PCIe, both directions
+    together; disk_bytes: written and read. assumptions: what the seconds rest on.
+    """
+
+    seconds: float
+    flops: float
+    link_bytes: int
+    disk_bytes: int
+    bound: str
+    assumptions: tuple[str, ...]
+
+
+def step_time(step: Step) -> StepTime:
+    """Products at the card's rate, and copies that the products of a layer do not hide."""
+    shape, options, card = step.shape, step.options, step.card
+    from .parts import _base
+
+    m, layers = step.m, shape.layers
+    width = shape.heads * shape.head_dim
+    linear = 2 * m * shape.layer_weights
+    attention = 2 * m * options.length * width * layers  # two products, causal: half of the square
+    head = 2 * m * shape.embedding
+    adapters = 2 * m * options.rank * sum((one.n + one.k) * one.count for one in shape.linears) * layers
+    forward = linear + attention + adapters
+    backward = linear + 2.5 * attention + 2 * adapters
+    flops = forward + backward + 3 * head
+    if options.checkpointing:
+        flops += forward
+    flops *= options.accumulation
+    seconds = flops / (card.tflops * 1e12)
+    away = layers - options.kept(layers) if options.checkpointing else 0
+    copies = 2 * away * step.h * options.accumulation
+    packed, maxima = _base(shape, options)
+    streamed = 2 * (packed + maxima) * options.accumulation if options.layers_on_host else 0
+    looked_up = step.h * options.accumulation if options.embedding_on_host else 0
+    on_disk = copies if options.checkpoint_tier == "disk" else 0
+    rate = card.link * 1e9
+    over_link = (copies + streamed) / 2 / rate if rate else 0.0  # each direction has a lane of its own
+    from_disk = on_disk / (card.disk * 1e9)
+    bound, slowest = "products", seconds
+    for name, needed in (("PCIe", over_link), ("disk", from_disk)):
+        if needed > slowest:
+            bound, slowest = name, needed
+    assumptions = [
+        f"{card.tflops:g} TFLOP/s of 16-bit products ({card.name}: {card.stated})",
+        "causal attention at that rate",
+    ]
+    if copies or streamed or looked_up:
+        assumptions.append(
+            f"{card.link:g} GB/s over PCIe each way, hidden behind products where these take longer"
+        )
+    if on_disk:
+        assumptions.append(f"{card.disk:g} GB/s to and from the disk")
+    return StepTime(slowest, flops, copies + streamed + looked_up, on_disk, bound, tuple(assumptions))

@@ -1,0 +1,160 @@
+"""The planner's formulas against a count of the library's own training steps, phase by phase."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftkern.memory.count import MemoryCount, SavedCount
+from peftkern.memory.planner.cards import CPU
+from peftkern.memory.planner.ledger import Ledger
+from peftkern.memory.planner.options import RunOptions
+from peftkern.memory.planner.schedule import Step, run_step
+from peftkern.memory.planner.shapes import Shape, shape_of
+
+from .build import SHAPES, build, config, transformers
+
+PHASES = ("forward", "loss", "mlp_backward", "attention_backward")
+
+
+class Nothing:
+    """Operators that allocate nothing inside themselves: what a count from outside sees."""
+
+    logit_bytes = 2
+
+    def zero(self, *args: Any) -> int:
+        return 0
+
+    forward = backward = glu_backward = loss = zero
+
+
+class SeenFromOutside(Step):
+    ops = Nothing()
+
+
+def counted(model: Any, length: int, batch: int = 1, *, fake: bool = False) -> MemoryCount:
+    """One step's forward, loss and backward."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext(),
+        MemoryCount() as count,
+    ):
+        ids = torch.zeros((batch, length), dtype=torch.int64)
+        labels, positions = ids.clone(), torch.arange(length)[None]
+        output = model(input_ids=ids, labels=labels, position_ids=positions, use_cache=False)
+        output.loss.backward()
+        del output
+    for parameter in model.parameters():
+        parameter.grad = None
+    return count
+
+
+def predicted(shape: Shape, length: int, batch: int, options: dict[str, Any]) -> dict[str, int]:
+    step = SeenFromOutside(shape, RunOptions(length=length, batch=batch, **options), CPU)
+    ledger = run_step(step, Ledger())
+    return {phase: ledger.peaks[phase].nbytes for phase in PHASES}
+
+
+def checkpointed(model: Any) -> Any:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+BF16 = torch.bfloat16
+# sizes of the model, of its adapters and base, batch, checkpointed, options of the plan beside these
+CONFIGURATIONS: dict[str, tuple[dict, dict, int, bool, dict]] = {
+    "plain": ({}, {}, 1, False, {}),
+    "checkpointed": ({}, {}, 1, True, {}),
+    "batch": ({"num_hidden_layers": 3}, {"r": 16}, 3, True, {"rank": 16}),
+    "all heads": ({"num_key_value_heads": 4}, {"r": 8}, 2, False, {"rank": 8}),
+    "one kv head": ({"num_key_value_heads": 1}, {"r": 8}, 2, True, {"rank": 8}),
+    "tied": ({"tie_word_embeddings": True}, {}, 1, True, {}),
+    "dropout": ({"num_hidden_layers": 4}, {"lora_dropout": 0.1}, 1, False, {}),
+    "not nested": ({}, {"nested": False}, 2, True, {"nested": False}),
+    "bias": ({"attention_bias": True, "mlp_bias": True}, {"r": 32}, 1, False, {"rank": 32}),
+    "dora": ({"num_hidden_layers": 3}, {"use_dora": True}, 2, False, {"dora": True}),
+    "dora checkpointed": ({}, {"use_dora": True}, 2, True, {"dora": True}),
+    "dense base": ({}, {"four_bit": False}, 1, True, {"four_bit": False}),
+    "16-bit adapters": ({}, {"adapter_dtype": BF16}, 2, False, {"adapter_bytes": 2}),
+    "fp32": ({"num_hidden_layers": 3}, {"dtype": torch.float32}, 1, True, {"dtype_bytes": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_plan_is_what_is_counted(name: str) -> None:
+    sizes, made, batch, checkpointing, options = CONFIGURATIONS[name]
+    settings = config(**sizes)
+    model, shape = build(settings, **made), shape_of(settings)
+    if checkpointing:
+        checkpointed(model)
+    options = {"rank": 4, "checkpointing": checkpointing} | options
+    found: list[tuple[dict, dict]] = []
+    for length in (192, 384):
+        count, plan = counted(model, length, batch).peaks, predicted(shape, length, batch, options)
+        for phase in PHASES:
+            assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length)
+        found.append((count, plan))
+    for phase in PHASES:
+        count, plan = ((found[1][i][phase] - found[0][i][phase]) / (192 * batch) for i in (0, 1))
+        assert plan == pytest.approx(count, rel=0.05), f"bytes a token in {phase}"
+
+
+def test_saved_bytes_of_a_layer_are_what_hooks_count() -> None:
+    settings = config(num_hidden_layers=3)
+    model, shape = build(settings), shape_of(settings)
+    ids = torch.zeros((1, 256), dtype=torch.int64)
+    with SavedCount(model) as saved:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    step = SeenFromOutside(shape, RunOptions(length=256, rank=4, checkpointing=False), CPU)
+    per_layer = predicted_saved(step)
+    # Beside the layers: the last norm's input and factor, the loss's dx, the rotary tables.
+    rest = 2 * step.h + step.rstd + step.rope
+    weights = sum(p.nbytes for p in _quantization_tensors(model))
+    expected = 3 * per_layer - step.h + rest
+    assert saved.bytes - weights == pytest.approx(expected, rel=0.01)
+
+
+def predicted_saved(step: Step) -> int:
+    from peftkern.memory.planner.mlp import MLP
+    from peftkern.memory.planner.schedule import _Walk
+
+    return _Walk(step, Ledger(), MLP(step, Ledger())).saved_of_layer()
+
+
+def _quantization_tensors(model: Any) -> list[torch.Tensor]:
+    """absmax and codes, which are no parameters."""
+    found: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        for tensor in _tensors(state):
+            found[tensor.untyped_storage()._cdata] = tensor
+    return list(found.values())
+
+
+def _tensors(state: Any) -> list[torch.Tensor]:
+    if state is None:
+        return []
+    own = [state.absmax, state.code, state.offset]
+    return [tensor for tensor in own if tensor is not None] + _tensors(state.state2)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", ["8b", *(pytest.param(n, marks=pytest.mark.slow) for n in list(SHAPES)[1:])])
+def test_large_shapes_on_fake_tensors(
+    name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A fake mask cannot be seen to be causal, so that transformers would build it: S^2 bytes that a run has not.
+    monkeypatch.setattr(transformers.models.llama.modeling_llama, "create_causal_mask", lambda *a, **k: None)
+    settings = config(**SHAPES[name] | {"num_hidden_layers": 2})
+    model, shape = build(settings, r=32), shape_of(settings)
+    if checkpointing:
+        checkpointed(model)
+    options = {"rank": 32, "checkpointing": checkpointing}
+    for length in (2048, 32768):
+        count, plan = counted(model, length, fake=True).peaks, predicted(shape, length, 1, options)
+        for phase in PHASES:
+            assert plan[phase] == pytest.approx(count[phase], rel=0.01), (phase, length)
