@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "AttentionReport": "attention_groups",
     "Budgets": "store",
     "CheckpointStore": "store",
     "SpillError": "store",
@@ -16,8 +17,11 @@ _HOMES = {
     "Tier": "store",
     "TileReport": "tiled_mlp",
     "TileRow": "tiled_mlp",
+    "attention_by_groups": "attention_groups",
+    "attention_whole": "attention_groups",
     "checkpoint_layers": "checkpoint",
     "embedding_on_host": "embedding",
+    "grouped_sdpa": "attention_groups",
     "host_available": "host",
     "host_limit": "host",
     "layers_on_host": "host_layers",

@@ -24,6 +24,7 @@ __all__ = [
     "AttentionForward",
     "RopeMode",
     "WideMode",
+    "around_of",
     "in_fp32",
     "install_attention",
     "release",
@@ -288,6 +289,11 @@ def surrounded_alone(module: nn.Module) -> bool:
     """Whether the module has a forward of ours for nothing but what stands around its attention function."""
     modes = _modes(module)
     return _AROUND in module.__dict__ and len(modes) == 1 and not modes[0].slow
+
+
+def around_of(module: nn.Module) -> Callable[..., Any] | None:
+    """What `surround` has put around the module's attention function; None where nothing is."""
+    return module.__dict__.get(_AROUND)
 
 
 def surroundable(module: nn.Module) -> str | None:
