@@ -27,6 +27,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
+    row_losses: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of a linear head's logits, which exist for one block of rows at a time only.
 
@@ -56,6 +57,8 @@ def linear_cross_entropy(
         reduction: "mean" over the labels that are not ignored (nan where there is none, the gradients then 0: as torch), "sum", "none".
         num_items_in_batch: with "mean", divide by this number (int, or a tensor of one element on x's device) instead, as transformers does
             over gradient accumulation.
+        row_losses: fp32 of labels' shape, contiguous, on x's device: filled with each row's loss, 0 where the label is ignored, at no cost
+            but the copy. No gradient goes through it.
     Returns: fp32 scalar; with "none" fp32 of labels' shape.
     Raises: TypeError, ValueError naming the argument; IndexError for a label out of range (on a GPU: that row's loss is nan).
     Source: Cut Your Losses (Wijmans et al., 2024), section 2; z-loss: PaLM (Chowdhery et al., 2022), section 5; softcap: Gemma 2 (2024).
@@ -71,10 +74,12 @@ def linear_cross_entropy(
     checks.vector("bias", bias, n, weight.device)
     checks.adapter(lora_a, lora_b, n, k, weight.device)
     _check_options(label_smoothing, z_loss, softcap, reduction, num_items_in_batch)
+    _check_row_losses(row_losses, labels)
     flat, by_row = labels.reshape(-1), reduction == "none"
     options = (int(ignore_index), float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
     divisor = _divisor(flat, ignore_index, num_items_in_batch, x.device) if reduction == "mean" else None
-    loss = _linear_cross_entropy(checks.flat(x), weight, flat, bias, lora_a, lora_b, float(scaling), options, divisor, by_row)
+    filled = None if row_losses is None else row_losses.view(-1)
+    loss = _linear_cross_entropy(checks.flat(x), weight, flat, bias, lora_a, lora_b, float(scaling), options, divisor, by_row, filled)
     return loss.reshape(labels.shape) if by_row else loss
 
 
@@ -101,6 +106,16 @@ def _check_labels(labels: Tensor, x: Tensor) -> None:
     if labels.shape != x.shape[:-1] or labels.device != x.device:
         got, expected = (tuple(labels.shape), labels.device), (tuple(x.shape[:-1]), x.device)
         raise ValueError(f"labels: got shape {got[0]} on {got[1]}, expected {expected[0]} on {expected[1]}")
+
+
+def _check_row_losses(row_losses: Tensor | None, labels: Tensor) -> None:
+    if row_losses is None:
+        return
+    got = (tuple(row_losses.shape), row_losses.dtype, row_losses.device)
+    if got != (tuple(labels.shape), torch.float32, labels.device) or not row_losses.is_contiguous() or row_losses.requires_grad:
+        raise ValueError(
+            f"row_losses: got {got}, expected contiguous {(tuple(labels.shape), torch.float32, labels.device)} that requires no grad"
+        )
 
 
 def _check_options(label_smoothing: float, z_loss: float, softcap: float | None, reduction: str, items: int | Tensor | None) -> None:

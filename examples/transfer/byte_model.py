@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftkern.files import cache_dir
 
-__all__ = ["byte_model", "byte_windows"]
+__all__ = ["byte_model", "byte_windows", "new_byte_model"]
 
 VOCABULARY, LENGTH, BATCH, STEPS, RATE = 128, 64, 16, 900, 4e-3
 
@@ -29,23 +29,28 @@ def byte_windows(texts: Sequence[str], length: int = LENGTH) -> Tensor:
     return torch.tensor(codes[: len(codes) // length * length]).view(-1, length)
 
 
-def byte_model(windows: Tensor, *, seconds: float = 1e9) -> Any:
-    """The model trained on `windows`; None where that takes more than so many `seconds`: call again to go
-    on."""
+def new_byte_model(seed: int, *, layers: int = 2, tied: bool = True) -> Any:
+    """A Llama of bytes that has learned nothing yet; `tied`: its head is its embedding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=160,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def byte_model(windows: Tensor, *, seconds: float = 1e9) -> Any:
+    """The model trained on `windows`; None where that takes more than so many `seconds`: call again to go
+    on."""
+    model = new_byte_model(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     path, first = cache_dir() / "byte-model.pt", 0
     if path.exists():

@@ -1,7 +1,7 @@
 """What a step costs that trains from layer n up: SmolLM2 with LoRA r = 8 on 2 x 256 tokens of the King James
 Bible.
 
-Time of a step (forward, backward), the bytes that it keeps for backward, and the loss, with and without
+Processor time of a step (forward, backward), the bytes that it keeps for backward, and the loss, with and without
 gradient checkpointing, beside the arithmetic: (L + 2 (L - n)) / 3 L of the time with every activation kept,
 (L + 3 (L - n)) / 4 L with recomputation, (L - n) / L of the bytes. Run as `python -m
 examples.transfer.first_layer`; about three minutes on a core.
@@ -92,8 +92,10 @@ def _plot(measured: dict[bool, list[list[float]]], layers: int) -> None:
         expected = [(layers + (2 + again) * (layers - cut)) / ((3 + again) * layers) for cut in CUTS]
         axes.plot(CUTS, expected, "--", color=line.get_color(), alpha=0.6, label=f"{label}, by arithmetic")
     last = measured[True][-1][1] / measured[True][0][1]
-    title = f"A step that trains the last layer alone takes {last:.0%} of one that trains all {layers}"
-    axes.set(xlabel="first trained layer", ylabel="time of a step, n = 0: 1", title=title, ylim=(0, 1.1))
+    title = f"With checkpointing a step of the last layer takes {last:.0%} of one of all {layers}"
+    axes.set(
+        xlabel="first trained layer", ylabel="processor time of a step, n = 0: 1", title=title, ylim=(0, 1.1)
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(RESULTS / "first-layer.png", dpi=110)

@@ -65,13 +65,15 @@ def main() -> None:
         budget=3600,
         progress=True,
     )
-    _written("negative_digits", report)
-
-
-def _written(name: str, report: NegativeReport) -> None:
     print(report.table())
     print(f"{report.seconds:.0f} s")
-    rows = [
+    save_rows("negative_digits", rows_of(report))
+    save_plot("negative_digits", report.draw)
+
+
+def rows_of(report: NegativeReport) -> list[dict[str, object]]:
+    """A line for each evaluation of each run, for a table; measures that a language model lacks are empty."""
+    return [
         {
             "arm": run.arm,
             "seed": run.seed,
@@ -85,8 +87,6 @@ def _written(name: str, report: NegativeReport) -> None:
         for run in report.runs
         for examples, score in zip(run.examples, run.scores, strict=True)
     ]
-    save_rows(name, rows)
-    save_plot(name, report.draw)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,10 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         "sample_tokens": (int, "tokens of that continuation"),
     },
     "run": {
+        "row_losses": (
+            bool,
+            "write the loss of each training row in each epoch to row_losses.csv, for `peftkern data`",
+        ),
         "save_steps": (int, "steps between checkpoints; default 25 (sample: 10)"),
         "keep_checkpoints": (int, "checkpoints to keep"),
         "resume": (bool, "go on from the last checkpoint in --output"),

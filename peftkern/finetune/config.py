@@ -48,6 +48,7 @@ _BEFORE = {
     "document_boundaries": False,
     "source_data": [],
     "fisher": "true",
+    "row_losses": False,
 }
 # What a resumption may change, because a run can be extended and because memory may not suffice: neither
 # changes which rows a step takes.
@@ -132,6 +133,7 @@ class FinetuneConfig:
     sample_tokens: int = 32
     save_steps: int | None = None
     keep_checkpoints: int = 2
+    row_losses: bool = False
     patch: bool = True
     resume: bool = False
     overwrite: bool = False
@@ -154,6 +156,11 @@ class FinetuneConfig:
             raise InputError("give --steps or --epochs, not both")
         if self.resume and self.overwrite:
             raise InputError("give --resume (go on) or --overwrite (start again), not both")
+        if self.row_losses and self.filter_data:
+            raise InputError(
+                "--row-losses numbers the rows as they are in --data: drop --filter-data, or write a filtered file"
+                " first (peftkern data --filter)"
+            )
         if self.compare and not self.patch:
             raise InputError("--compare sets peftkern against the unpatched libraries: drop --no-patch")
         if not set(self.filter_data) <= set(FILTERS):

@@ -18,7 +18,7 @@ __all__ = ["RunFolder", "open_run"]
 
 _LOCK = ".lock"
 _REPLACEMENT = ".replacement-"
-_ALWAYS = ("result.json", "run.json", "metrics.jsonl", "loss.png", "compare.json")
+_ALWAYS = ("result.json", "run.json", "metrics.jsonl", "loss.png", "compare.json", "row_losses.csv")
 # What runs wrote that did not yet list their files.
 _UNLISTED = (
     *("adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"),

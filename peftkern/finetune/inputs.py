@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,9 +29,10 @@ __all__ = [
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Token ids and labels to train on and, by name, to evaluate on; the kind of the training rows; the text
-    to continue."""
+    to continue. `numbers`: of each training row the one it has in --data."""
 
     train: Dataset
+    numbers: Sequence[int]
     kind: str
     evaluations: dict[str, Dataset]
     prompt: str
@@ -91,6 +92,7 @@ def prepare(
         prepared, asked = {"held-out": _windows(held_out, kind, config)}, train.select(held_out["row"][:])
     return Inputs(
         train=tokens.select_columns(["input_ids", "labels"]),
+        numbers=tokens["row"][:],
         kind=kind,
         evaluations=prepared,
         prompt=make_prompt(config.prompt, asked, tokenizer, length=config.seq_length),

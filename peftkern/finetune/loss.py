@@ -10,7 +10,7 @@ model's own forward makes it: without logits where a probe of that forward shows
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from ..patching.methods import of_module
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["adapter_on_head_hidden", "install_model_loss", "summed_nll", "token_nll"]
+__all__ = ["adapter_on_head_hidden", "install_model_loss", "summed_nll", "token_nll", "watched_losses"]
 
 
 def install_model_loss(model: nn.Module) -> str | None:
@@ -75,6 +75,21 @@ def token_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return torch.stack(
         [F.cross_entropy(row[:-1].float(), label[1:].long(), reduction="none") for row, label in rows]
     )
+
+
+@contextlib.contextmanager
+def watched_losses(model: nn.Module, watcher: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside, `watcher` gets the loss of each label and the labels whenever the model makes its loss without
+    logits, as `LossForward.watcher` says; nothing where it makes them."""
+    held = _loss_forward(model)
+    if held is None:
+        yield
+        return
+    held.watcher, before = watcher, held.watcher
+    try:
+        yield
+    finally:
+        held.watcher = before
 
 
 def _loss_forward(model: nn.Module) -> LossForward | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from .metrics import MetricsCallback
 from .model import compute_dtype
 from .packing import require_separation
 from .resumable import ResumableMixin
+from .row_losses import RowLossRecorder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,10 +39,16 @@ _MOST_NATS = 700.0  # a little less than the logarithm of the largest number
 class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
     """SFTTrainer whose loss is the model's own, whose checkpoints are whole, and which goes on bit for bit."""
 
+    row_losses: RowLossRecorder | None = None
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
         # The model's own loss: TRL's would be that of its fused head.
-        loss, outputs = super(SFTTrainer, self).compute_loss(model, inputs, True, num_items_in_batch)
+        recorder = self.row_losses if model.training else None
+        with contextlib.nullcontext() if recorder is None else recorder.watching(self.base_model()):
+            loss, outputs = super(SFTTrainer, self).compute_loss(model, inputs, True, num_items_in_batch)
+        if recorder is not None:
+            recorder.note(inputs, outputs, epoch=int(self.state.epoch or 0))
         router_loss = getattr(outputs, "aux_loss", None)
         if self.aux_loss_enabled and num_items_in_batch is not None and isinstance(router_loss, torch.Tensor):
             # A mean over one batch, and of such a mean a step's loss holds the mean over its batches, not their sum.
@@ -48,13 +56,17 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
             loss = loss - surplus * self.router_aux_loss_coef * router_loss.to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
+    def base_model(self) -> Any:
+        """The language model itself, out of what accelerate and PEFT wrapped it in."""
+        return self.accelerator.unwrap_model(self.model).get_base_model()
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """PEFT writes the adapter's card; TRL would write one more with every checkpoint."""
 
     def perplexity(self, name: str) -> float:
         """exp of the mean negative log-likelihood over every target token of the evaluation set `name`."""
         self.model.eval()
-        base = self.accelerator.unwrap_model(self.model).get_base_model()
+        base = self.base_model()
         total, count = 0.0, 0
         with torch.no_grad(), self.accelerator.autocast():
             for batch in self.get_eval_dataloader(name):
@@ -106,12 +118,23 @@ def make_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     install_rates(trainer, config)
+    if config.row_losses:
+        trainer.row_losses = _recorder(config, inputs, metrics.path.with_name("row_losses.csv"))
+        trainer.add_callback(trainer.row_losses)
     require_causal(trainer, config.model)
     if packing and not is_running_text(config, inputs.kind):
         require_separation(trainer)
     windows = max(1, config.eval_tokens // config.seq_length)
     trainer.eval_dataset = {name: spread(dataset, windows) for name, dataset in trainer.eval_dataset.items()}
     return trainer
+
+
+def _recorder(config: FinetuneConfig, inputs: Inputs, path: Path) -> RowLossRecorder:
+    if is_packed(config, inputs.kind) and is_running_text(config, inputs.kind):
+        raise InputError(
+            "--row-losses: running text is cut into windows that hold parts of several rows: give --document-boundaries as well"
+        )
+    return RowLossRecorder(path, zip(inputs.numbers, inputs.train["input_ids"], strict=True), length=config.seq_length)
 
 
 def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str) -> SFTConfig:

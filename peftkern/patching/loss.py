@@ -59,14 +59,25 @@ class LossForward(Forward):
 
     Stock, decided at each call: evaluation, no labels, a tuple asked for, `logits_to_keep`, another loss function than when patched, hooks
     on the head, several adapters or dropout on it, dtypes and devices without kernels.
+
+    watcher: gets what a loss was made of before it was reduced, the loss of each label in nats (fp32 [batch, length], at the place that
+    predicts it, without gradient) and these labels (-100: none); the loss stays as it is, bit for bit. None: nobody looks.
     """
 
-    __slots__ = ()
+    __slots__ = ("watcher",)
+
+    def __init__(self, module: nn.Module, previous: Callable[..., Tensor] | None, cache: LossPlan) -> None:
+        super().__init__(module, previous, cache)
+        self.watcher: Callable[[Tensor, Tensor], None] | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        super().__setstate__(state)
+        self.watcher = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.module.training or self.reason(kwargs) is not None:
             return self.stock(*args, **kwargs)
-        output, _ = self._run(args, kwargs)
+        output, _ = self._run(args, kwargs, watcher=self.watcher)
         if not isinstance(output, dict):
             return made(output)
         if not any(isinstance(value, DeferredLogits) for value in output.values()):
@@ -98,8 +109,9 @@ class LossForward(Forward):
         kwargs: dict[str, Any],
         items: int | None = None,
         reduction: str = "mean",
+        watcher: Callable[[Tensor, Tensor], None] | None = None,
     ) -> tuple[Any, _Head]:
-        head = _Head(getattr(self.module, self.cache.head), self.cache, items, reduction)
+        head = _Head(getattr(self.module, self.cache.head), self.cache, items, reduction, watcher)
         stand_in = StandIn(self.module, {self.cache.head: head, "loss_function": head.loss})
         return type(self.module).forward(stand_in, *args, **kwargs), head
 
@@ -166,8 +178,16 @@ class _Head:
     With the reduction "none" the value is that of each label, and the model is given their sum.
     """
 
-    def __init__(self, head: nn.Module, plan: LossPlan, items: int | None = None, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        head: nn.Module,
+        plan: LossPlan,
+        items: int | None,
+        reduction: str,
+        watcher: Callable[[Tensor, Tensor], None] | None,
+    ) -> None:
         self.head, self.plan, self.items, self.value, self.reduction = head, plan, items, None, reduction
+        self.watcher = watcher
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["head"], name)
@@ -207,18 +227,24 @@ class _Head:
         weight, bias, adapter, compute = _operands(_parts(self.head), hidden, self.plan.weights)
         x = hidden.reshape(-1, hidden.shape[-1]).to(compute)
         low_rank = {} if adapter is None else {"lora_a": adapter.a.weight, "lora_b": adapter.b.weight, "scaling": adapter.scaling}
+        flat, watcher = labels.reshape(-1).to(x.device), self.watcher
+        watched = None if watcher is None else torch.empty(flat.shape, dtype=torch.float32, device=x.device)
         with _autocast_off(x):
-            return functional.linear_cross_entropy(
+            loss = functional.linear_cross_entropy(
                 x if form.scale == 1.0 else x * form.scale,
                 weight,
-                labels.reshape(-1).to(x.device),
+                flat,
                 bias=_bias(bias, adapter, form.scale),
                 ignore_index=ignore_index,
                 softcap=form.softcap,
                 num_items_in_batch=items if self.reduction == "mean" else None,
                 reduction=self.reduction,
+                row_losses=watched,
                 **low_rank,
             )
+        if watched is not None:
+            watcher(watched.view(labels.shape), labels)
+        return loss
 
 
 class _Operands(NamedTuple):

@@ -120,7 +120,7 @@ def test_what_a_row_says() -> None:
         (["--filter", "losses", "--output", "OUT"], "it needs --adapter or --model"),
         (
             ["--filter", "typos", "--output", "OUT"],
-            "--filter must be of duplicates, overlap, labels, losses; got 'typos'",
+            "--filter must be of duplicates, overlap, labels, losses, dynamics; got 'typos'",
         ),
         (["--filter", "duplicates"], "--filter and --output go together"),
         (["--group", "source"], "--group is of the check of labels"),

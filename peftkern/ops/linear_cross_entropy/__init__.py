@@ -59,12 +59,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, labels, scaling, options, divisor, by_row, needs):
+    def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, labels, scaling, options, divisor, by_row, needs, row_losses):
         now = [need and (not by_row or not any(needs[1:])) for need in needs]
         loss, *grads = torch.ops.peftkern.linear_cross_entropy(
             x, weight, *quant, n, labels, bias, lora_a, lora_b, scaling, *options, None, now
         )
         grads = [g if need else None for g, need in zip(grads, now, strict=True)]
+        if row_losses is not None:
+            row_losses.copy_(loss)
         ctx.later = any(needs) and not any(now)
         code, *absmax, blocksize, nested_blocksize = quant
         inputs = (x, weight, code, *absmax, labels, bias, lora_a, lora_b) if ctx.later else (None,) * 12
@@ -97,7 +99,7 @@ def _backward(ctx, d_loss):
         factor = torch.where(count > 0, d_loss if divisor is None else d_loss / divisor, 0).reshape(1)
     last = _last_use(d_loss)
     needed = zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    return (*(_scaled(g, factor, dtype, last) if need else None for g, dtype, need in needed), *(None,) * 8)
+    return (*(_scaled(g, factor, dtype, last) if need else None for g, dtype, need in needed), *(None,) * 9)
 
 
 def _last_use(d_loss: Tensor) -> bool:
@@ -151,6 +153,7 @@ def linear_cross_entropy(
     options: tuple[int, float, float, float | None],
     divisor: Tensor | None,
     by_row: bool,
+    row_losses: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] -> the loss; `functional.linear_cross_entropy` has checked the arguments. options: ignore_index, label_smoothing, z_loss,
     softcap.
@@ -158,9 +161,11 @@ def linear_cross_entropy(
     (data, quant), n = operands(weight), weight.shape[0]
     if transformed():
         loss = reference.losses(x, data, quant, n, labels, bias, lora_a, lora_b, scaling, options)
+        if row_losses is not None:
+            row_losses.copy_(loss.detach())
         return loss if by_row else _reduced(loss, divisor)
     observe()
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (x, bias, lora_a, lora_b, data)]
     args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, labels.contiguous())
-    return _LinearCrossEntropy.apply(*args, scaling, options, divisor, by_row, needs)
+    return _LinearCrossEntropy.apply(*args, scaling, options, divisor, by_row, needs, row_losses)

@@ -14,6 +14,7 @@ from .duplicates import Duplicates, near_duplicates
 from .labels import LabelNoise
 from .losses import RowLosses
 from .overlap import Overlap, overlap
+from .recorded import RowDynamics
 from .rows import DataRows
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECKS", "DataReport", "check_texts", "write_report", "write_rows"]
 
-CHECKS = ("duplicates", "overlap", "labels", "losses")
+CHECKS = ("duplicates", "overlap", "labels", "losses", "dynamics")
 _SHOWN = 10  # rows of each kind in the report
 _WIDTH = 100  # characters of a row in it
 
@@ -36,6 +37,7 @@ class DataReport:
     overlap: Overlap | None = None
     labels: LabelNoise | None = None
     losses: RowLosses | None = None
+    dynamics: RowDynamics | None = None
     percentile: float = 99.0
 
     def made(self) -> dict[str, Any]:
@@ -76,6 +78,9 @@ class DataReport:
             suggested = self.labels.suggested.tolist()
             for row in self.labels.suspects:
                 yield row, f"label {self.rows.labels[row]!r}, rather {suggested[row]!r}"
+        elif name == "dynamics":
+            for row in self.dynamics.above(self.percentile):
+                yield row, self.dynamics.course(row)
         else:
             for row in self.losses.above(self.percentile):
                 yield row, f"{self.losses.nats[row]:.2f} nats a token"
@@ -127,6 +132,7 @@ _TITLES = {
     "overlap": "Training text in the evaluation",
     "labels": "Labels",
     "losses": "Losses",
+    "dynamics": "Loss dynamics",
 }
 
 
@@ -135,6 +141,7 @@ def _needs(name: str) -> str:
         "overlap": "it needs --eval-data",
         "labels": "it needs --label, the key of the rows' labels",
         "losses": "it needs --adapter or --model, under which to take the losses",
+        "dynamics": "it needs --row-losses, which a run with `finetune --row-losses` writes",
     }.get(name, f"it is one of {', '.join(CHECKS)}")
 
 

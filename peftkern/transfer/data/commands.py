@@ -28,7 +28,7 @@ def add_commands(commands: Any) -> None:
         "--filter",
         nargs="+",
         default=[],
-        help="leave out what these found: duplicates, overlap, labels, losses",
+        help="leave out what these found: duplicates, overlap, labels, losses, dynamics",
     )
     data.add_argument("--report", help="folder for report.md, report.json and report.png")
     _add_texts(data.add_argument_group("near duplicates and overlap"))
@@ -87,6 +87,10 @@ def _add_labels(group: Any) -> None:
 def _add_losses(group: Any) -> None:
     group.add_argument("--adapter", help="the --output of a run: take each row's loss under it")
     group.add_argument("--model", help="a base to take the losses under; with --adapter: in place of its own")
+    group.add_argument(
+        "--row-losses",
+        help="row_losses.csv of a run with `finetune --row-losses`: which rows are learnt late, or never",
+    )
     group.add_argument("--seq-length", type=int, help="tokens of a row (default: the run's, else 1024)")
     group.add_argument(
         "--percentile",
@@ -130,6 +134,11 @@ def _run(args: argparse.Namespace) -> None:
         report = dataclasses.replace(report, labels=_labels(args, rows))
     if args.adapter or args.model:
         report = dataclasses.replace(report, losses=_losses(args), percentile=args.percentile)
+    if args.row_losses:
+        from .recorded import row_dynamics
+
+        found = row_dynamics(Path(args.row_losses), args.data, len(rows))
+        report = dataclasses.replace(report, dynamics=found, percentile=args.percentile)
     print(f"{len(rows)} rows")
     for name, found in report.made().items():
         print(f"{name}: {found.verdict}")
