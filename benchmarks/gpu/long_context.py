@@ -105,6 +105,8 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
         raise RuntimeError(f"patched {counts}, expected every LoRA layer")
     if args.mlp_tile_mib:
         memory.tile_mlps(model, budget=args.mlp_tile_mib << 20)
+    if args.attention_groups:
+        memory.attention_by_groups(model)
     least = {"min_tokens": 1, "min_elements": 1} if args.shape == "tiny" else {}
     store = memory.CheckpointStore(_budgets(args), device=args.device, directory=args.directory, **least)
     memory.checkpoint_layers(model, store=store)
@@ -277,6 +279,7 @@ def _rss() -> int:
 def _options(args: argparse.Namespace) -> str:
     parts = [f"r {args.rank}", f"{args.adapter_dtype} adapters", f"checkpoints: {args.checkpoints}"]
     parts += [f"MLP tiles of {args.mlp_tile_mib} MiB"] if args.mlp_tile_mib else ["MLP whole"]
+    parts += ["attention by key/value heads"] if args.attention_groups else []
     parts += ["layers on the host"] if args.layers_on_host else []
     parts += ["embedding on the host"] if args.embedding_on_host else []
     return ", ".join([*parts, f"{args.cap_gib:g} GiB", args.attention])
@@ -354,6 +357,7 @@ def _parse() -> argparse.Namespace:
     p.add_argument("--mlp-tile-mib", type=int, default=352, help="0: the MLP whole")
     p.add_argument("--layers-on-host", action="store_true")
     p.add_argument("--embedding-on-host", action="store_true")
+    p.add_argument("--attention-groups", action="store_true", help="its backward a key/value head at a time")
     p.add_argument("--attention", choices=["flash", "auto"], default="flash")
     p.add_argument("--steps", type=int, default=2, help=f"one alone where it takes over {_LONG_S:g} s")
     p.add_argument("--confirm", action="store_true", help="run the longest sequence that the line promises")
