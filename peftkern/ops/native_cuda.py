@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..runtime.record import unrecordable
 from .native import address, dtype_of
 
 __all__ = ["available", "native_cuda", "serves", "stream_of", "weight_view"]
@@ -58,6 +59,7 @@ def stream_of(x: Tensor) -> tuple[int, int]:
 
     (0, -1) for a tensor of the CPU, which only the tests' emulated module takes.
     """
+    unrecordable("a CUDA C++ kernel")
     if not x.is_cuda:
         return 0, -1
     return torch.cuda.current_stream(x.device).cuda_stream, x.device.index

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.record import launched, unwatched
 from .specialization import Specialization
 
 __all__ = ["UNSPECIALIZED", "Call", "run", "specialization"]
@@ -40,14 +41,20 @@ class Call:
         """What goes into the launch beside warps and stages."""
         return {} if self.max_registers is None else {"maxnreg": self.max_registers}
 
+    def interpret(self, arguments: dict[str, Any]) -> None:
+        """Launches the kernel with these arguments through Triton itself, which may interpret it."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
+        self.kernel[(self.programs,)](**arguments, **options)
+
 
 def run(call: Call) -> None:
     """Launches on the current stream of the tensors' device."""
     flat = (part for v in call.arguments.values() for part in (v if isinstance(v, tuple) else (v,)))
     device = next(part.device for part in flat if isinstance(part, Tensor))
     if device.type != "cuda":
-        options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **call.options}
-        call.kernel[(call.programs,)](**call.arguments, **options)
+        with unwatched():
+            call.interpret(call.arguments)
+        launched(call, None, None)
     elif device.index == torch.cuda.current_device():
         _launch(call, device.index)
     else:
@@ -66,13 +73,18 @@ def _launch(call: Call, device: int) -> None:
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(call.programs, 1, 1)](*values)
+        launched(call, compiled, values)
         return
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **call.options}
     # Triton returns what it launched. A kernel that it interprets, or one under a debugger's hooks, returns
     # nothing.
-    compiled = call.kernel[(call.programs,)](**call.arguments, **options)
+    with unwatched():
+        compiled = call.kernel[(call.programs,)](**call.arguments, **options)
     if hasattr(compiled, "run"):
         _compiled[key] = compiled
+        launched(call, compiled, values)
+    else:
+        launched(call, None, None)
 
 
 def _bind(call: Call, device: int) -> tuple[list[Any], tuple]:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.replay import replayed
 from ..rows import out_rows, rows_of
 from ..specialization import Specialization
 from ..triton_launch import Call, run, specialization
@@ -122,6 +123,7 @@ def backward_call(dy: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Te
     return Call(_glu_bwd_kernel, m * pieces, arguments, WARPS, 1)
 
 
+@replayed()
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """As the reference."""
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -130,6 +132,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return h
 
 
+@replayed()
 def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None) -> None:
     """As the reference."""
     if dy.numel():

@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...runtime.replay import replayed
 from ..qlora_linear import gpu as single
 from ..qlora_linear import triton_low_rank as low_rank
+from ..qlora_linear import tuned
 from . import merged, split_needs
 
 __all__ = ["backward", "forward"]
@@ -28,6 +30,7 @@ def _quant(quants: list[Tensor | None], blocksizes: list[int], i: int) -> tuple:
 
 
 @torch.no_grad()
+@replayed(tuned.settings)
 def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds):
     """As the reference."""
     x, rows = x.contiguous(), _spans(rows)
@@ -54,6 +57,7 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
 
 
 @torch.no_grad()
+@replayed(tuned.settings)
 def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
     """As the reference; dx is rounded at most once a member and once for the adapters, as autograd's own sum over them is."""
     rows = _spans(rows)

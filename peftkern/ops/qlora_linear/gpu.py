@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...backends import gpu_arch, use_cuda_kernels
+from ...runtime.replay import replayed
 from ..dequantize.triton import dequantize_slice
 from ..triton_launch import Call, run
 from . import config, cuda, tuned
@@ -103,6 +104,7 @@ class _Slabs:
 
 
 @torch.no_grad()
+@replayed(tuned.settings)
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -168,6 +170,7 @@ class LateInput(Protocol):
 
 
 @torch.no_grad()
+@replayed(tuned.settings)
 def backward(
     dy: Tensor,
     x: Tensor | LateInput | None,

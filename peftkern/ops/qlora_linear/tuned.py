@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from ... import backends
 from ...files import cache_dir, write_json
+from ...runtime.replay import forget as forget_records
 from .config import GPUConfig
 
-__all__ = ["crossover", "forget", "forced", "load", "path", "save", "use_row"]
+__all__ = ["crossover", "forget", "forced", "load", "path", "save", "settings", "use_row"]
 
 _log = logging.getLogger(__name__)
 _forced: GPUConfig | None = None
@@ -23,6 +25,11 @@ _forced: GPUConfig | None = None
 def forced() -> GPUConfig | None:
     """The row of the enclosing `use_row`."""
     return _forced
+
+
+def settings() -> tuple[GPUConfig | None, str | None]:
+    """What a GPU's plans depend on beside their arguments, and what can change within a process."""
+    return _forced, backends.forced()
 
 
 @contextlib.contextmanager
@@ -71,14 +78,20 @@ def save(device_name: str, row: GPUConfig, timings: Mapping[str, float], version
     file = path(device_name)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"device": device_name, "config": asdict(row), "milliseconds": dict(timings), "versions": dict(versions)})
-    load.cache_clear()
+    _changed()
     return file
 
 
 def forget(device_name: str) -> None:
     """Back to the table's row."""
     path(device_name).unlink(missing_ok=True)
+    _changed()
+
+
+def _changed() -> None:
+    """Rows are read again, and plans are made anew."""
     load.cache_clear()
+    forget_records()
 
 
 def crossover(sizes: list[int], first: list[float], second: list[float]) -> int:

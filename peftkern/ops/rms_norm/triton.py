@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.replay import replayed
 from ..rows import rows_of
 from ..sizes import next_power_of_2
 from ..specialization import Specialization
@@ -234,6 +235,7 @@ def d_weight_call(dy: Tensor, x: Tensor, rstd: Tensor, partial: Tensor, cast: st
     return Call(_rms_norm_d_weight_kernel, strips * partial.shape[0], arguments, 4, 1)
 
 
+@replayed()
 def forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
     """As the reference."""
     rows, weight = rows_of(x), weight.contiguous()
@@ -244,6 +246,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> 
     return y, rstd
 
 
+@replayed()
 def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
     rows, residual, weight = rows_of(x), residual.contiguous(), weight.contiguous()
@@ -255,6 +258,7 @@ def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset:
     return y, s, rstd
 
 
+@replayed()
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -266,6 +270,7 @@ def backward(
     return dx, _d_weight(dy, rows, weight, rstd, cast) if needs[1] else None
 
 
+@replayed()
 def add_backward(
     dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, with_d_weight: bool
 ) -> tuple[Tensor, Tensor | None]:

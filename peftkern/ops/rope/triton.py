@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.replay import replayed
 from ..sizes import next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import Call, run, specialization
@@ -119,6 +120,7 @@ def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_
     return Call(_rope_kernel, b * s * groups, arguments, WARPS, 1)
 
 
+@replayed()
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_q: Tensor, rotated_k: Tensor) -> None:
     """As the reference."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))

@@ -1,0 +1,1 @@
+"""What every GPU op's call goes through, whatever it computes."""
