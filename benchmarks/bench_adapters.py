@@ -134,7 +134,7 @@ def _bank(model: Any, adapters: list[LoraWeights], count: int) -> Callable[[int]
 def _set_adapter(model: Any, adapters: list[LoraWeights], count: int) -> Callable[[int], None]:
     from peft import set_peft_model_state_dict
 
-    from peftkern.adapters.arithmetic.lora import state_of
+    from peftkern.adapters.arithmetic.lora_files import state_of
 
     config = model.peft_config["default"]
     for number in range(count):
@@ -146,7 +146,7 @@ def _set_adapter(model: Any, adapters: list[LoraWeights], count: int) -> Callabl
 def _hot_swap(model: Any, adapters: list[LoraWeights], count: int) -> Callable[[int], None]:
     from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
-    from peftkern.adapters.arithmetic.lora import state_of
+    from peftkern.adapters.arithmetic.lora_files import state_of
 
     def named(adapter: LoraWeights) -> dict[str, Tensor]:
         return {key.replace(".weight", ".default.weight"): value for key, value in state_of(adapter).items()}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..patching import mixed_adapters
-from .arithmetic.lora import LoraModule, LoraWeights, read_adapter
+from .arithmetic.lora import LoraModule, LoraWeights
+from .arithmetic.lora_files import read_adapter
 
 __all__ = ["AdapterBank"]
 

@@ -4,7 +4,8 @@ lambda, by a sweep."""
 from .checkpoints import combine_checkpoints
 from .combine import Combined, combine, interpolate, negate, scale
 from .expression import ExpressionError, parse
-from .lora import LoraModule, LoraWeights, read_adapter, write_adapter
+from .lora import LoraModule, LoraWeights
+from .lora_files import read_adapter, write_adapter
 from .low_rank import Recompressed, core_space, recompress
 from .models import add_to_model, of_model
 from .rules import METHODS, Method

@@ -199,7 +199,7 @@ def _adapters(
     method: Any,
 ) -> str:
     from .combine import combine
-    from .lora import check_output, read_adapter, write_adapter
+    from .lora_files import check_output, read_adapter, write_adapter
 
     check_output(Path(args.output), overwrite=args.overwrite)
     adapters = {name: read_adapter(folder, name) for name, folder in folders.items()}

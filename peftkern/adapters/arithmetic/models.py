@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from .lora import LoraWeights, assemble, state_of
+from .lora import LoraWeights
+from .lora_files import assemble, state_of
 
 __all__ = ["add_to_model", "of_model"]
 

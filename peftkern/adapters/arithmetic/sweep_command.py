@@ -14,7 +14,8 @@ from torch import Tensor
 from .combine import combine
 from .commands import folders_of
 from .expression import parse
-from .lora import LoraWeights, check_output, read_adapter, write_adapter
+from .lora import LoraWeights
+from .lora_files import check_output, read_adapter, write_adapter
 from .models import add_to_model
 from .rules import Method
 from .sweep import Sweep, sweep
