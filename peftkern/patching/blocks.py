@@ -154,7 +154,7 @@ class NormForward(RecognizedForward):
         return forward
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
-        found = self._operands(x)
+        found = self.operands(x)
         if found is None:
             return self._stock(module, x)
         weight, eps, mode = found
@@ -168,14 +168,14 @@ class NormForward(RecognizedForward):
         """norm(s) and s = residual + x, x itself without a residual: in one launch where the operands are alike."""
         if residual is not None and (x.dtype, x.shape, x.device) != (residual.dtype, residual.shape, residual.device):
             x, residual = residual + x, None
-        found = self._operands(x) if self.bare() else None
+        found = self.operands(x) if self.bare() else None
         if found is None:
             s = x if residual is None else residual + x
             return self(s), s
         weight, eps, mode = found
         return functional.add_rms_norm(x, residual, weight, eps=eps, offset=mode.offset, cast=mode.cast)
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, float, NormMode] | None:
+    def operands(self, x: Tensor) -> tuple[Tensor, float, NormMode] | None:
         """Weight, eps and how they are used; None where only the stock forward can serve."""
         module, mode = self.module, self.now() if _served(x) else None
         weight = module._parameters.get("weight")

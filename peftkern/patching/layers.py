@@ -6,6 +6,7 @@ children is looked at: what it does once, it always does.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 import types
@@ -20,6 +21,7 @@ from .blocks import _ON_CPU, NormForward, _eps_name, _replaced
 from .detect import excluded
 from .forwards import find, install
 from .hooks import has_hooks
+from .rebuilt import REBUILT, rebuilding
 from .wrappers import UNKNOWN, WrappedForward, innermost
 
 __all__ = ["Half", "LayerForward", "LayerMode", "install_layers", "joined", "layer_mode"]
@@ -98,12 +100,17 @@ def _step(
     module: nn.Module, half: Half, x: Tensor, residual: Tensor | None, given: dict[str, Any], rest: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """What the half's block adds to the stream, and the stream that it adds it to: residual + x, or x alone."""
-    y, stream = joined(getattr(module, half.norm), x, residual)
+    norm = getattr(module, half.norm)
+    y, stream = joined(norm, x, residual)
     keywords = {name: given[source] for name, source in half.keywords}
     if half.rest:
         keywords.update(rest)
     block = getattr(module, half.block)
-    out = block(y, **keywords) if half.hidden is None else block(**{half.hidden: y}, **keywords)
+    args = (y,) if half.hidden is None else ()
+    if half.hidden is not None:
+        keywords[half.hidden] = y
+    with rebuilding(norm, y, stream) if REBUILT in module.__dict__ else contextlib.nullcontext():
+        out = block(*args, **keywords)
     out = out[0] if half.parts else out
     for name in half.after:
         out = getattr(module, name)(out)
