@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .controls import below, copy_first
+from .controls import copy_first
+from .depth import below
 from .intervals import Interval, over_runs, paired_runs
 
 __all__ = ["ARMS", "ArmsReport", "four_arms"]

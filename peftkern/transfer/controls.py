@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..finetune.errors import InputError
-from .features import layer_stack
+from .depth import below
 
-__all__ = ["below", "copy_first", "freeze_first", "matched_random", "shuffled"]
+__all__ = ["copy_first", "matched_random", "shuffled"]
 
 
 def matched_random(model: nn.Module, *, seed: int = 0, keep: Sequence[str] = ()) -> nn.Module:
@@ -77,36 +77,6 @@ def _drawn(value: Tensor, generator: torch.Generator) -> Tensor:
 def _permuted(value: Tensor, generator: torch.Generator) -> Tensor:
     order = torch.randperm(value.numel(), generator=generator).to(value.device)
     return value.flatten()[order].view_as(value)
-
-
-def below(model: nn.Module, first: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that a cut at `first` leaves frozen: of the layers before it and, from 1 on, of what
-    runs before the layers.
-
-    What is registered before the stack (embeddings) runs before it, as in every transformer of transformers;
-    a head that is tied to the embeddings is frozen with them.
-    """
-    name, layers = layer_stack(model)
-    if not 0 <= first <= len(layers):
-        raise ValueError(f"first: got {first}, expected 0 ... {len(layers)}")
-    if first == 0:
-        return
-    names = [key for key, _ in model.named_parameters()]
-    start = next(index for index, key in enumerate(names) if key.startswith(f"{name}."))
-    inside = tuple(f"{name}.{index}." for index in range(first))
-    for index, (key, parameter) in enumerate(model.named_parameters()):
-        if index < start or key.startswith(inside):
-            yield key, parameter
-
-
-def freeze_first(model: nn.Module, first: int) -> list[str]:
-    """Freeze what lies below a cut at `first` (in place), so that no backward pass runs there; the names that
-    were trainable.
-    """
-    frozen = [(name, parameter) for name, parameter in below(model, first) if parameter.requires_grad]
-    for _, parameter in frozen:
-        parameter.requires_grad_(False)
-    return [name for name, _ in frozen]
 
 
 def copy_first(source: nn.Module, target: nn.Module, first: int) -> nn.Module:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .cka import Cka, cka
-from .controls import freeze_first, matched_random
+from .controls import matched_random
+from .depth import below
 from .features import Features, pooled_features
 from .intervals import Interval
 from .logme import logme
@@ -176,7 +177,9 @@ def step_cost(
         batch: what the model's forward takes.
         loss: of the model's output; default: its `loss`, for which the batch must hold labels.
     """
-    frozen = set(freeze_first(model, first))
+    frozen = {name for name, parameter in below(model, first) if parameter.requires_grad}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     kept = {name: parameter.grad for name, parameter in model.named_parameters()}
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}

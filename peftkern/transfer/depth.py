@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["LayerStack", "layer_stacks", "parameter_depths"]
+__all__ = ["LayerStack", "below", "layer_stacks", "parameter_depths"]
 
 # Beginnings of names that come after the layers even where they are registered before them (OPT's
 # final_layer_norm).
@@ -102,6 +102,28 @@ def parameter_depths(model: nn.Module, *, layers: str | Sequence[str] | None = N
                 depth = total + 1 if of_head else _outside(name, module, passed, total)
             depths[id(parameter)] = min(depth, depths.get(id(parameter), depth))
     return {name: depths[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def below(
+    model: nn.Module, first: int, *, layers: str | Sequence[str] | None = None
+) -> list[tuple[str, nn.Parameter]]:
+    """The parameters below a cut at layer `first` (from 0; the number of layers: the head), in order: of the
+    layers before it and, from 1 on, of the embeddings and what else comes before the layers.
+
+    A head that is tied to the embeddings lies below with them.
+
+    Args: as `layer_stacks`.
+    Raises: ValueError for a cut that the model does not have, and as `layer_stacks`.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> [name for name, _ in below(model, 1)]
+    ['0.weight', '0.bias']
+    """
+    count = sum(len(stack.layers) for stack in layer_stacks(model, layers))
+    if not 0 <= first <= count:
+        raise ValueError(f"first: got {first}, expected 0 ... {count}")
+    depths = parameter_depths(model, layers=layers)
+    return [(name, p) for name, p in model.named_parameters() if first and depths[name] <= first]
 
 
 def _starts(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .depth import LayerStack, layer_stacks, parameter_depths
+from .depth import LayerStack, below, layer_stacks
 
 __all__ = ["BackwardStop", "freeze_below"]
 
@@ -130,7 +130,7 @@ def freeze_below(
     checkpointing of either kind too.
 
     Frozen are the layers before `first_layer`, the embeddings and whatever else comes before it by
-    `parameter_depths`; a head that is tied to the embeddings is frozen with them. The values that the model
+    `depth.below`; a head that is tied to the embeddings is frozen with them. The values that the model
     computes do not change.
 
     Args: as `BackwardStop`.
@@ -143,12 +143,8 @@ def freeze_below(
     ['2.weight', '2.bias']
     """
     stop = BackwardStop(model, first_layer, layers=layers, reentrant=reentrant)
-    depths = parameter_depths(model, layers=layers)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    frozen = [
-        parameter for name, parameter in trainable.items() if first_layer and depths[name] <= first_layer
-    ]
-    if len(frozen) == len(trainable):
+    frozen = [parameter for _, parameter in below(model, first_layer, layers=layers) if parameter.requires_grad]
+    if len(frozen) == sum(parameter.requires_grad for parameter in model.parameters()):
         stop.remove()
         raise ValueError(
             f"first_layer: got {first_layer}, but nothing from there up is trainable: choose a lower one",

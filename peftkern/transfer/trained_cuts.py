@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..finetune.errors import InputError
-from .controls import below
 from .cut import StepCost, step_cost
+from .depth import below
 from .features import layer_stack
 from .intervals import Interval, over_runs, paired_runs
 from .tasks import Task
