@@ -22,7 +22,7 @@ from torch import nn
 from .harness import OURS, Provider, Row, force_isa, measure, parser, write_csv
 from .machine import Load, describe, peak_mb, reset_peak, resident_mb
 
-__all__ = ["PROVIDERS", "Step", "build_model", "rows"]
+__all__ = ["PROVIDERS", "Step", "build_model", "quantize", "rows"]
 
 LOGITS = "peftkern, with logits"
 PROVIDERS = (OURS, LOGITS, "peft+bitsandbytes", "peft dense")
@@ -44,7 +44,7 @@ def build_model(provider: str, dtype: torch.dtype, small: bool, **options: Any) 
         )
     model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=True, max_position_embeddings=2048)).to(dtype)
     if provider != "peft dense":
-        _quantize(model, dtype)
+        quantize(model, dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(1)
     plain = dict(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=targets, init_lora_weights=False)
@@ -58,7 +58,8 @@ def build_model(provider: str, dtype: torch.dtype, small: bool, **options: Any) 
     return model
 
 
-def _quantize(model: nn.Module, dtype: torch.dtype) -> None:
+def quantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Every linear but the head to bitsandbytes NF4."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":

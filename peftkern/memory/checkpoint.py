@@ -74,7 +74,11 @@ class LayerCheckpointing:
     """What `checkpoint_layers` did to a model; `remove`, or the end of a `with` block, undoes it."""
 
     def __init__(
-        self, model: nn.Module, stacks: list[list[nn.Module]], store: CheckpointStore, preserve_rng_state: bool
+        self,
+        model: nn.Module,
+        stacks: list[list[nn.Module]],
+        store: CheckpointStore,
+        preserve_rng_state: bool,
     ) -> None:
         self.store = store
         self._sites: list[_Site] = []
@@ -82,11 +86,15 @@ class LayerCheckpointing:
             stack = _Stack(store, len(layers), preserve_rng_state)
             self._sites += [_site(layer, stack, index) for index, layer in enumerate(layers)]
         owners = [_owners(model, layers[0]) for layers in stacks]
-        flagged = {id(owner): owner for around in owners for owner in around if hasattr(owner, _FLAG)}.values()
+        flagged = {
+            id(owner): owner for around in owners for owner in around if hasattr(owner, _FLAG)
+        }.values()
         self._flags = [(owner, _held(owner, _FLAG)) for owner in flagged]
         for owner in flagged:  # transformers makes no cache in a module that says so
             owner.gradient_checkpointing = True
-        self._hooks = [around[-1].register_forward_pre_hook(_Guard(self._sites)) for around in owners if around]
+        self._hooks = [
+            around[-1].register_forward_pre_hook(_Guard(self._sites)) for around in owners if around
+        ]
 
     def remove(self) -> None:
         """Give every layer back what it had, or what transformers has been asked for since."""
@@ -135,7 +143,9 @@ class _Stack:
         self._at = index
         return self._pass.put(tensor, index)
 
-    def run(self, index: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self, index: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """function(*args, **kwargs), checkpointed; its first argument goes to the store."""
         plain = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.preserve_rng_state)
         if not args or not isinstance(args[0], Tensor) or torch.compiler.is_compiling():
@@ -146,7 +156,9 @@ class _Stack:
             same = tensor.data_ptr() == address and tensor.shape == shape
             return self.put(tensor, index) if same else tensor
 
-        with saved_tensors_hooks(pack, _unpack):  # of `checkpoint`'s own inputs: inside it has hooks of its own
+        with saved_tensors_hooks(
+            pack, _unpack
+        ):  # of `checkpoint`'s own inputs: inside it has hooks of its own
             return plain(function, *args, **kwargs)
 
 
@@ -265,7 +277,11 @@ def _site(layer: nn.Module, stack: _Stack, index: int) -> _Site:
 
 def _owners(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
     """The modules around a layer from the outermost on, but lists, which are never called."""
-    around = [module for module in model.modules() if module is not layer and any(m is layer for m in module.modules())]
+    around = [
+        module
+        for module in model.modules()
+        if module is not layer and any(m is layer for m in module.modules())
+    ]
     return [module for module in around if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
 
 

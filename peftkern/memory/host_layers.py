@@ -121,6 +121,7 @@ class HostLayers:
                 place.write(place.within(self._slots[index % 2]))
         for layer in layers:
             _rest_to(layer, device)
+            _look_again(layer)
         self._hooks = [hook for index in range(len(layers)) for hook in self._watch(index)]
 
     def _check(self, sizes: list[int], host: int | None) -> None:
@@ -130,7 +131,9 @@ class HostLayers:
         least, room = sum(sizes), host_available() + (sum(sizes) if on_host else 0)
         if least > (room if host is None else host):
             where = f"{room} bytes are available" if host is None else f"got a budget of {host} bytes"
-            raise ValueError(f"host: {where}, but the frozen weights of {len(sizes)} layers take {least} bytes")
+            raise ValueError(
+                f"host: {where}, but the frozen weights of {len(sizes)} layers take {least} bytes"
+            )
 
     def _to_host(self, places: list[_Place], nbytes: int) -> Tensor:
         """A layer's bytes, uint8 on the host, behind each other; what held them lets go of them."""
@@ -146,7 +149,11 @@ class HostLayers:
         """Pin layers while the budget lasts; how many bytes are."""
         if self.device.type != "cuda":
             return 0
-        budget = pinned_limit(host_available() + sum(data.nbytes for data in self._data)) if budget is None else budget
+        budget = (
+            pinned_limit(host_available() + sum(data.nbytes for data in self._data))
+            if budget is None
+            else budget
+        )
         done = 0
         for data in self._data:
             if done + data.nbytes > budget or not pin(data, self.device):
@@ -227,6 +234,8 @@ class HostLayers:
                 held = place.within(data)
                 place.write(held.clone() if place.original.type == "cpu" else held.to(place.original))
             unpin(data, self.device)
+        for layer in self.layers:
+            _look_again(layer)
         self._hooks, self._places, self._data, self._slots, self.pinned_bytes = [], [], [], [], 0
 
     def __enter__(self) -> HostLayers:
@@ -247,7 +256,9 @@ class _Hook:
         self.call(*args)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a model whose layers are on the host is neither copied nor pickled; call remove() first")
+        raise TypeError(
+            "a model whose layers are on the host is neither copied nor pickled; call remove() first"
+        )
 
 
 # ---- what a layer has
@@ -345,6 +356,17 @@ def _rest_to(layer: nn.Module, device: torch.device) -> None:
         for name, value in list(module.__dict__.items()):
             if isinstance(value, NF4Weight):
                 setattr(module, name, value.to(device))
+
+
+def _look_again(layer: nn.Module) -> None:
+    """Let what `peftkern.patch` put there see the weights where they are now: it holds the last ones that it saw."""
+    from ..patching.forwards import find
+    from ..patching.weights import WeightCache, is_4bit
+
+    for module in layer.modules():
+        held, base = find(module), getattr(module, "base_layer", module)
+        if held is not None and isinstance(held[1].cache, WeightCache) and is_4bit(base):
+            held[1].cache.view(base)
 
 
 def _state_to(state: Any, device: torch.device) -> None:

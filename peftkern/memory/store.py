@@ -20,7 +20,16 @@ from .host import host_available, pinned_limit
 from .movers import DirectTier, SpillError, Stored, Worker, WorkerTier, on_device
 from .streams import Streams, streams_for
 
-__all__ = ["Budgets", "Checkpoint", "CheckpointStore", "SpillError", "StoreFull", "StorePass", "Tier", "assign"]
+__all__ = [
+    "Budgets",
+    "Checkpoint",
+    "CheckpointStore",
+    "SpillError",
+    "StoreFull",
+    "StorePass",
+    "Tier",
+    "assign",
+]
 
 BLOCK_BYTES = 64 << 20
 MIN_TOKENS, MIN_ELEMENTS = 512, 1 << 20
@@ -85,7 +94,17 @@ def assign(count: int, nbytes: int, room: Mapping[Tier, int]) -> list[Tier] | No
 class Checkpoint:
     """A stored tensor. It is freed when nothing refers to it; `get` may be called more than once."""
 
-    __slots__ = ("tier", "nbytes", "_store", "_like", "_kept", "_stored", "_incoming", "_previous", "__weakref__")
+    __slots__ = (
+        "tier",
+        "nbytes",
+        "_store",
+        "_like",
+        "_kept",
+        "_stored",
+        "_incoming",
+        "_previous",
+        "__weakref__",
+    )
 
     def __init__(self, store: CheckpointStore, tensor: Tensor, tier: Tier, stored: Stored | None) -> None:
         self.tier, self.nbytes, self._store, self._stored = tier, tensor.nbytes, store, stored
@@ -118,7 +137,9 @@ class Checkpoint:
             target, data = on_device(*self._like)
         except torch.OutOfMemoryError as error:
             first = str(error).split("\n")[0]
-            raise torch.OutOfMemoryError(f"a checkpoint of {_gb(self.nbytes)} did not fit: {first} {self._store}") from error
+            raise torch.OutOfMemoryError(
+                f"a checkpoint of {_gb(self.nbytes)} did not fit: {first} {self._store}"
+            ) from error
         self._stored.fetch(data)
         self._incoming = target
 
@@ -224,7 +245,9 @@ class CheckpointStore:
             raise ValueError(f"device: got {budgets.device} bytes, expected 0 or more")
         host, file = BlockPool("host", size, budgets.host), SpillFile(directory, size, budgets.disk)
         if budgets.disk and budgets.disk > (free := file.free_on_disk()):
-            raise ValueError(f"disk: got a budget of {_gb(budgets.disk)}, but {file.directory} has {_gb(free)} left")
+            raise ValueError(
+                f"disk: got a budget of {_gb(budgets.disk)}, but {file.directory} has {_gb(free)} left"
+            )
         worker = Worker(streams, size, self._allocate)
         disk = WorkerTier(file, worker, verified=True)
         if not asynchronous:
@@ -234,7 +257,11 @@ class CheckpointStore:
         return {Tier.PINNED: DirectTier(locked, streams), Tier.HOST: beside, Tier.DISK: disk}
 
     def _allocate(self, nbytes: int) -> Tensor:
-        return pinned(nbytes) if self.device.type == "cuda" else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        return (
+            pinned(nbytes)
+            if self.device.type == "cuda"
+            else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        )
 
     def takes(self, tensor: Tensor) -> bool:
         """Whether a tensor is worth storing: a plain one, of this device, long and large enough."""
@@ -298,7 +325,10 @@ class CheckpointStore:
         if tier is Tier.DEVICE:
             if self.in_use[tier] + source.nbytes > self.budgets.device:
                 return None
-        elif tier not in self._tiers or (stored := self._tiers[tier].put(source.view(-1).view(torch.uint8))) is None:
+        elif (
+            tier not in self._tiers
+            or (stored := self._tiers[tier].put(source.view(-1).view(torch.uint8))) is None
+        ):
             return None
         checkpoint = Checkpoint(self, source, tier, stored)
         self.in_use[tier] += source.nbytes
@@ -344,7 +374,8 @@ class CheckpointStore:
             self.drain()
             limits = {tier: getattr(self.budgets, tier.value) for tier in Tier}
             return {
-                tier.value: {"in_use": self.in_use[tier], "peak": self.peak[tier], "budget": limits[tier]} for tier in Tier
+                tier.value: {"in_use": self.in_use[tier], "peak": self.peak[tier], "budget": limits[tier]}
+                for tier in Tier
             }
 
     def host_bytes(self) -> int:
@@ -353,7 +384,9 @@ class CheckpointStore:
         return sum(pool.made * pool.block_bytes for pool in pools)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_gb(row['in_use'])} of {_gb(row['budget'])}" for name, row in self.report().items())
+        parts = ", ".join(
+            f"{name} {_gb(row['in_use'])} of {_gb(row['budget'])}" for name, row in self.report().items()
+        )
         return f"The checkpoint store holds: {parts}."
 
     def close(self) -> None:
@@ -363,7 +396,9 @@ class CheckpointStore:
                 mover.close()
 
     def __reduce__(self) -> Any:
-        raise TypeError("a CheckpointStore holds the tensors of a running step and is neither copied nor pickled")
+        raise TypeError(
+            "a CheckpointStore holds the tensors of a running step and is neither copied nor pickled"
+        )
 
 
 def _gb(nbytes: int) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import peftkern
 from peftkern import NF4Weight
@@ -26,9 +28,16 @@ def on_host(model: nn.Module, **options: Any):
     return layers_on_host(model, **{"device": "cpu", "min_bytes": 64} | options)
 
 
-@pytest.mark.parametrize("patched", ["stock", "patched", "patched after"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("streams", [None, FakeStreams])
+@pytest.mark.parametrize(
+    ("patched", "checkpointed", "streams"),
+    [
+        ("stock", True, None),
+        ("stock", False, FakeStreams),
+        ("patched", True, FakeStreams),
+        ("patched", False, None),
+        ("patched after", True, None),
+    ],
+)
 def test_numbers_are_those_of_resident_layers(patched: str, checkpointed: bool, streams: Any) -> None:
     model = adapted()
     if patched != "stock":
@@ -171,6 +180,19 @@ def test_state_dict_has_every_layers_own_bytes() -> None:
     frozen = sum(p.nbytes for n, p in model.named_parameters() if not p.requires_grad and "layers" in n and "proj" in n)
     assert frozen <= report["host"] <= 1.5 * frozen and report["device"] == 2 * report["host"] // LAYERS
     assert report["pinned"] == 0
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_what_held_the_weights_before_lets_go_of_them(patched: bool) -> None:
+    model = adapted()
+    if patched:
+        peftkern.patch(model)
+    step(model)
+    layers = model.get_base_model().model.layers
+    held = [StorageWeakRef(p.untyped_storage()) for p in layers.parameters() if not p.requires_grad and p.dim() > 1]
+    on_host(model)
+    gc.collect()
+    assert len(held) == 7 * LAYERS and all(storage.expired() for storage in held)
 
 
 def test_what_cannot_be_is_refused() -> None:
