@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..sizes import ceil_div, next_power_of_2
 from ..targets import nearest
 
-__all__ = ["LowRankConfig", "Tile", "choose_low_rank", "dot_mode"]
+__all__ = ["EXACT_ROWS", "LowRankConfig", "Tile", "choose_low_rank", "dot_mode"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,21 @@ class LowRankConfig:
     ranks: int
 
 
-def dot_mode(x_dtype: str, adapter_dtype: str, arch: int) -> str:
-    """How the products of `triton_low_rank_bodies` take their operands ("bfloat16", ...) on sm_<arch>: Turing multiplies fp16 alone."""
+# fp32 operands of up to so many rows are multiplied outside the tensor cores, whose three TF32 products err up to 1.6
+# times as much as plain PyTorch's sums of so few terms (measured on an H100); of more rows they err less than its sums.
+EXACT_ROWS = 128
+
+
+def dot_mode(x_dtype: str, adapter_dtype: str, arch: int, m: int | None = None) -> str:
+    """How the products of `triton_low_rank_bodies` take their operands ("bfloat16", ...) on sm_<arch>: Turing multiplies fp16 alone.
+    m: rows; None: many."""
     if x_dtype == adapter_dtype == "float16" or (x_dtype == adapter_dtype == "bfloat16" and arch >= 80):
         return "native"
     if arch < 80:
         return "ieee"
-    return "split" if (x_dtype, adapter_dtype) == ("bfloat16", "float32") else "tf32x3"
+    if (x_dtype, adapter_dtype) == ("bfloat16", "float32"):
+        return "split"
+    return "tf32x3" if m is None or m > EXACT_ROWS else "ieee"
 
 
 def _chunk(m: int, tile: Tile, columns: int, sms: int) -> int:
@@ -83,14 +91,14 @@ def choose_low_rank(m: int, n: int, k: int, r: int, *, mode: str, sms: int = 128
         sum_dyb=sum_dyb,
         x=x,
         x_rows=_chunk(m, x, k, sms),
-        epilogue=Tile(64, 128, 8, 1) if arch >= 80 else Tile(32, 64, 8, 1),
+        epilogue=Tile(64, 128, 8, 1) if arch >= 80 and mode != "ieee" else Tile(32, 64, 8, 1),
         ranks=min(pad, 64 if mode == "native" and arch >= 80 else 16),
     )
 
 
 def _tiles(pad: int, mode: str, arch: int) -> tuple[Tile, Tile, Tile]:
     """(xa, dy, x) for a padded rank: accumulators in registers, stages in shared memory, no spills in the cubins of any architecture."""
-    if arch < 80:  # Triton multiplies on the CUDA cores there, with a whole row of each operand in registers
+    if arch < 80 or mode == "ieee":  # Triton multiplies on the CUDA cores then, with a whole row of each operand in registers
         return (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)) if pad <= 64 else (Tile(16, 16, 8, 1),) * 3
     if mode in ("native", "split"):
         native = mode == "native"

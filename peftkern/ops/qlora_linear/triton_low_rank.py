@@ -21,7 +21,7 @@ from ...backends import gpu_arch
 from ..sizes import ceil_div, next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import UNSPECIALIZED, Call, run, specialization
-from .low_rank_config import LowRankConfig, Tile, choose_low_rank, dot_mode
+from .low_rank_config import EXACT_ROWS, LowRankConfig, Tile, choose_low_rank, dot_mode
 from .triton_low_rank_bodies import (
     _d_lora_a_body,
     _dy_pair_body,
@@ -141,8 +141,9 @@ def _arch(x: Tensor) -> int:
 
 
 def _mode(x: Tensor, adapter: Tensor | None, arch: int) -> str:
+    """`dot_mode` of x [M, ...] and an adapter."""
     x_dtype, other = (str(t.dtype).removeprefix("torch.") for t in (x, x if adapter is None else adapter))
-    return dot_mode(x_dtype, other, arch)
+    return dot_mode(x_dtype, other, arch, x.shape[0])
 
 
 def config_for(x: Tensor, adapter: Tensor | None, m: int, n: int, k: int, r: int, *, arch: int | None = None) -> LowRankConfig:
@@ -387,6 +388,25 @@ def specializations(arch: int) -> Iterable[Specialization]:
         yield promise(f"x-{tag}", x_call(x, dyb, a, 0.1, seed, None, True, config, arch=arch)[0], "x_ptr")
         yield promise(f"y-{tag}", y_call(x, xa, b, 0.7, bias, config, arch=arch), "y_tile")
         yield specialization(f"sums-{tag}", reduce_calls([(d_lora_a, dtype), (partials.d_lora_b, dtype)])[0][0])
+    if arch >= 80:
+        yield from _of_few_rows(arch)
+
+
+def _of_few_rows(arch: int) -> Iterable[Specialization]:
+    """fp32 operands of `EXACT_ROWS` rows, multiplied outside the tensor cores."""
+    m, n, k, dtype = EXACT_ROWS, 4096, 4096, torch.float32
+    seed, new = torch.empty(1, dtype=torch.int64, device="meta"), functools.partial(torch.empty, dtype=dtype, device="meta")
+    for r in (16, 256):
+        x, xa, a, b = new((m, k)), new((m, r)), new((r, k)), new((n, r))
+        mode = _mode(x, a, arch)
+        config = choose_low_rank(m, n, k, r, mode=mode, arch=arch)
+        tag = f"float32-{mode}-r{r}"
+        yield specialization(f"xa-{tag}", project_call(x, a, 1.0, 0.1, seed, config, by_rank=True, arch=arch)[0])
+        call, partials = dy_calls(x, xa, b, 0.7, (True, True, True, True), config, arch=arch)
+        yield specialization(f"dy-{tag}", call)
+        dyb = partials.dyb[:1] if config.sum_dyb else partials.dyb
+        yield specialization(f"x-dx-{tag}", x_call(x, dyb, a, 0.1, seed, x, True, config, arch=arch)[0])
+        yield specialization(f"y-{tag}", y_call(x, xa, b, 0.7, new(n), config, arch=arch))
 
 
 def _promising(mma: bool, wide: bool, name: str, call: Call, *pointers: str) -> Specialization:
