@@ -96,6 +96,7 @@ class ArmsReport:
                 label=arm,
                 **style,
             )
+        axes.set_xticks(sorted({n for by in self.scores.values() for n in by}))
         axes.set(
             xlabel="layers transferred",
             ylabel="score on task B (± s.e.)",

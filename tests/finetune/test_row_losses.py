@@ -148,6 +148,7 @@ def test_texts_in_pieces_add_up(tmp_path: Path, tiny_model: str) -> None:
 def test_rows_that_are_never_learnt_are_found(
     tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("datasketch", reason="datasketch is not installed: pip install 'peftkern[data]'")
     folder = run(tmp_path / "out", tiny_model, pairs(30, wrong=3), epochs=4.0, grad_accumulation=1)
     data, clean, report = str(tmp_path / "rows.jsonl"), tmp_path / "clean.jsonl", tmp_path / "report"
     arguments = ["--row-losses", str(folder / "row_losses.csv"), "--filter", "dynamics", "--percentile", "90"]
@@ -167,6 +168,7 @@ def test_bad_input_is_named(tmp_path: Path, tiny_model: str, capsys: pytest.Capt
         FinetuneConfig(row_losses=True, filter_data="duplicates")
     with pytest.raises(InputError, match="give --document-boundaries as well"):
         run(tmp_path / "text", tiny_model, [{"text": "abc " * 9}] * 9)
+    pytest.importorskip("datasketch", reason="datasketch is not installed: pip install 'peftkern[data]'")
     folder = run(tmp_path / "out", tiny_model, pairs(8), epochs=1.0)
     other = write_jsonl(tmp_path / "other.jsonl", pairs(9))
     few = write_jsonl(tmp_path / "few.jsonl", pairs(3))
