@@ -25,6 +25,17 @@ class MLP:
     def tiled(self) -> bool:
         return self.tile is not None
 
+    @property
+    def down(self) -> Member:
+        """The down projection; a mixture's experts are taken as one."""
+        shape, options = self.step.shape, self.step.options
+        found = self.step.members("down")
+        return (
+            found[0]
+            if found
+            else Member(shape.hidden, shape.intermediate, options.rank, not options.four_bit)
+        )
+
     def of_tile(self, nbytes: int) -> int:
         """A tile's share of what a whole batch takes."""
         return nbytes * self.tile // self.step.m
@@ -112,10 +123,10 @@ class MLP:
 
     def _whole_backward(self) -> None:
         step, ledger, phase = self.step, self.ledger, "mlp_backward"
-        (down,) = step.members("down") or [
-            Member(step.shape.hidden, step.shape.intermediate, step.options.rank)
-        ]
-        scratch = step.ops.glu_backward(down, step.m), "the product, its gradient, a slab and partial sums"
+        scratch = (
+            step.ops.glu_backward(self.down, step.m),
+            "the product, its gradient, a slab and partial sums",
+        )
         self.gradients("down")
         ledger.make(phase, "down and product", scratch=scratch, d_gate=(step.i, "i"), d_up=(step.i, "i"))
         if step.options.rebuild_norms:
@@ -144,17 +155,22 @@ class MLP:
     def _tiled_backward(self) -> None:
         step, ledger, phase, rows = self.step, self.ledger, "mlp_backward", self.tile
         adapters = step.gradient("gate_up") + step.gradient("down")
-        saved = self.of_tile(2 * step.i + step.xa("gate_up") + step.xa("down"))
-        (down,) = step.members("down") or [
-            Member(step.shape.hidden, step.shape.intermediate, step.options.rank)
-        ]
-        at_down = self.of_tile(2 * step.i) + step.ops.glu_backward(down, rows)
-        at_gates = self.of_tile(2 * step.i + step.h) + step.ops.backward(step.members("gate_up"), rows)
-        again = self.of_tile(step.i + step.h) + step.ops.forward(step.members("gate_up"), rows)
-        tile = saved + max(at_down, at_gates, again) + 2 * adapters
+        # Of DoRA's separate linears the fullest moment is that of the product's gradients.
+        inner = self.of_tile(8 * step.i + step.h) if step.options.dora else self._inner_backward(rows)
+        tile = self.of_tile(step.xa("gate_up") + step.xa("down")) + inner + 2 * adapters
         ledger.make(
             phase, "a tile of the MLP", scratch=(tile, "tile·(h + 6i), sums of dA and dB"), dn2=(step.h, "h")
         )
         self.gradients("gate_up")
         self.gradients("down")
         ledger.free("n2", "mlp_x")
+
+    def _inner_backward(self, rows: int) -> int:
+        """A tile's gate, up and output, and the fullest of: computing them, the product's and down's gradients,
+        gate's and up's.
+        """
+        step = self.step
+        again = self.of_tile(step.i) + step.ops.forward(step.members("gate_up"), rows)
+        at_down = self.of_tile(2 * step.i) + step.ops.glu_backward(self.down, rows)
+        at_gates = self.of_tile(2 * step.i + step.h) + step.ops.backward(step.members("gate_up"), rows)
+        return self.of_tile(2 * step.i + step.h) + max(again, at_down, at_gates)

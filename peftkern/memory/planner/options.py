@@ -22,8 +22,8 @@ class RunOptions:
     and 2 for 16 bits; 0: no adapter. dtype_bytes: of activations and dense weights. four_bit, nested,
     blocksize: of the base's linears. dropout, dora: of the adapters.
     checkpointing: only layers' inputs are kept, a layer is computed again in backward. keep_layers: how many of
-    these inputs stay on the device, None for all; the others go to `checkpoint_tier`, through
-    `transfer_buffers` inputs' room on the device.
+    these inputs stay on the device, the last layers', None for all; the others go to `checkpoint_tier`. The
+    last one always stays.
     mlp_tile: tokens of the MLP at a time, None for all. loss_tile: rows of logits at a time, None for the
     library's own choice. kv_groups: attention's backward a key/value head at a time. rebuild_norms: the norms'
     outputs are computed again in backward.
@@ -45,7 +45,6 @@ class RunOptions:
     checkpointing: bool = True
     keep_layers: int | None = None
     checkpoint_tier: str = "pinned"
-    transfer_buffers: int = 2
     mlp_tile: int | None = None
     loss_tile: int | None = None
     kv_groups: bool = False
@@ -59,7 +58,7 @@ class RunOptions:
     fused_loss: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch", "accumulation", "transfer_buffers", "layer_slots"):
+        for name in ("length", "batch", "accumulation", "layer_slots"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("mlp_tile", "loss_tile"):
@@ -88,7 +87,7 @@ class RunOptions:
 
     def kept(self, layers: int) -> int:
         """Checkpoints that stay on the device."""
-        return layers if self.keep_layers is None else min(self.keep_layers, layers)
+        return layers if self.keep_layers is None else min(max(self.keep_layers, 1), layers)
 
     def but(self, **changes: Any) -> RunOptions:
         """A copy with other values."""

@@ -154,8 +154,8 @@ class _Walk:
             self._layer_forward(layer, saved)
 
     def _strides(self) -> list[int]:
-        """The layers that are walked through: the first two, and the last."""
-        return sorted({0, min(1, self.layers - 1), self.layers - 1})
+        """The layers that are walked through: the first two, and the last two."""
+        return sorted({0, min(1, self.layers - 1), max(self.layers - 2, 0), self.layers - 1})
 
     def _layer_forward(self, layer: int, saved: bool) -> None:
         ledger = self.ledger
@@ -168,7 +168,7 @@ class _Walk:
             self._save(layer)
         else:
             ledger.free("s", "n2", "o_y", "mlp_y", "rstd2")
-            self._set_checkpoints(layer + 1)
+            self._set_checkpoints(layer + 1, self._written_late(layer + 1))
         ledger.free("x")
         ledger.hold([_renamed("x", ledger.bytes_of("x_next"), "h", _LAYER)])
         ledger.free("x_next")
@@ -180,7 +180,7 @@ class _Walk:
         if saved:
             self._set_saved(layer)
         else:
-            self._set_checkpoints(layer)
+            self._set_checkpoints(layer, self._written_late(layer))
 
     def saved_of_layer(self, first: bool = False) -> int:
         """What one layer keeps for backward without checkpointing, its input with it."""
@@ -215,15 +215,26 @@ class _Walk:
         self.mlp.release()
         self._set_saved(layer + 1)
 
-    def _set_checkpoints(self, layers: int) -> None:
+    def _set_checkpoints(self, layers: int, on_their_way: int = 0) -> None:
         """Of the first `layers` layers; the input of the one at work is counted there."""
-        step, options = self.step, self.step.options
-        kept = options.kept(self.layers)
-        on_device = min(layers, kept) if kept == self.layers else max(0, layers - (self.layers - kept))
-        away = layers - on_device
-        moving = min(options.transfer_buffers, away)
+        step = self.step
+        kept = step.options.kept(self.layers)
+        on_device = max(0, layers - (self.layers - kept))
         self.ledger.keep("checkpoints", on_device * step.h, f"{on_device} layers' inputs × h", "checkpoints")
-        self.ledger.keep("checkpoints on their way", moving * step.h, f"{moving} × h", "checkpoints")
+        moving = on_their_way * step.h
+        self.ledger.keep("checkpoints on their way", moving, f"{on_their_way} × h", "checkpoints")
+
+    def _written_late(self, layers: int) -> int:
+        """Inputs that wait for the thread that writes them: pinned memory is copied to before the next layer ends."""
+        options = self.step.options
+        if not self.step.card.is_gpu or options.checkpoint_tier == "pinned":
+            return 0
+        return min(2, layers, self.layers - options.kept(self.layers))
+
+    def _fetched_early(self, layer: int) -> int:
+        """In backward the last layer that is away comes while a later one is at work; for the last layer none does."""
+        away = self.layers - self.step.options.kept(self.layers)
+        return 1 if away and 1 <= layer < self.layers - 1 else 0
 
     # ---- attention
 
@@ -353,11 +364,7 @@ class _Walk:
             self._set_saved(layer)
             self._restore(layer)
             return
-        self._set_checkpoints(layer)
-        away = layer < self.layers - step.options.kept(self.layers)
-        if away:  # one of the buffers holds this layer's input, another one the next
-            buffers = min(step.options.transfer_buffers - 1, layer)
-            ledger.keep("checkpoints on their way", buffers * step.h, f"{buffers} × h", "checkpoints")
+        self._set_checkpoints(layer, self._fetched_early(layer))
         ledger.group = _LAYER
         ledger.hold([_renamed("x", step.h, "h", _LAYER)])
         self.attention_forward("mlp_backward", saved=True)
