@@ -53,7 +53,9 @@ class Operators:
         choice = self._choice(members[0], m, forward=True)
         if choice.regime != "slab":
             return 0
-        return self._slab(members, choice, by_rows=True)
+        # Composed of single linears each xa has a tensor that its linear's own replaces.
+        replaced = 0 if self._merged(members, choice) else 4 * m * max(one.r for one in members)
+        return self._slab(members, choice, by_rows=True) + replaced
 
     def backward(self, members: Sequence[Member], m: int) -> int:
         """Of dx = sum dy_i W_i and every adapter's gradients."""
@@ -65,10 +67,17 @@ class Operators:
         low = [member for member in members if member.r]
         if merged and low:
             passes = self._passes(sum(one.n for one in members), low[0].k, max(one.r for one in low), m, True)
-            return slab + sum(self._partials(one, m, passes, fused=False) for one in low)
+            sums = sum(self._partials(one, m, passes, fused=False) for one in low)
+            return self._at_once(slab, sums, low)
         each = [self._partials(one, m, self._single(one, m, choice)) if one.r else 0 for one in members]
         # Member by member, each further dx in a tensor of its own until it is added.
-        return slab + max(each, default=0) + (self._wide(m, members[0].k) if len(members) > 1 else 0)
+        apart = self._wide(m, members[0].k) if len(members) > 1 else 0
+        return self._at_once(slab, max(each, default=0), low[-1:]) + apart
+
+    def _at_once(self, slab: int, sums: int, low: Sequence[Member]) -> int:
+        """The slab is gone when the partial sums are added up into the results, which a count has as well."""
+        results = sum(one.r * (one.n + one.k) for one in low) * self.adapter_bytes
+        return max(slab + sums - results, sums)
 
     def glu_backward(self, down: Member, m: int) -> int:
         """Of a gated MLP's second half: the product and its gradient, and the down projection's own."""

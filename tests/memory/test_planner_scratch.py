@@ -1,0 +1,133 @@
+"""What the planner says of operators' insides, against what their GPU launchers allocate. No kernel runs: launches
+and products are left out, the tensors are memory that nobody touches.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from peftkern.memory.count import MemoryCount
+from peftkern.memory.planner.cards import CARDS, Card
+from peftkern.memory.planner.scratch import Member, Operators
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+LLAMA = {"qkv": [(4096, 4096), (1024, 4096), (1024, 4096)], "o": [(4096, 4096)], "gate_up": [(14336, 4096)] * 2}
+LARGE = {"gate_up": [(28672, 8192)] * 2, "o": [(8192, 8192)]}
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The GPU launchers on the CPU, as on a given card."""
+    import peftkern.ops.glu.triton
+    import peftkern.ops.qlora_glu.gpu
+    import peftkern.ops.qlora_group.gpu as group
+    from peftkern.ops.qlora_linear import gpu as single
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("peftkern.ops.") and "run" in vars(module):
+            monkeypatch.setattr(module, "run", nothing)
+    monkeypatch.setattr(single, "_multiply", nothing)
+    monkeypatch.setattr(single, "dequantize_slice", lambda *args: args[-1])
+
+    def on(card: Card) -> Any:
+        from peftkern.ops.qlora_linear import triton_low_rank
+
+        monkeypatch.setattr(single, "_INTERPRETED_ARCH", card.arch)
+        monkeypatch.setattr(single, "_INTERPRETED_L2", card.l2)
+        monkeypatch.setattr(triton_low_rank, "_INTERPRETED_SMS", card.sms)
+        return group
+
+    return on
+
+
+def group_arguments(sizes: list[tuple[int, int]], rank: int) -> tuple[list, list]:
+    """weights, quants, block sizes; and lora_a, lora_b, members."""
+    weights, quants, blocks, a, b = [], [], [], [], []
+    for n, k in sizes:
+        weights.append(torch.empty(n * k // 2, dtype=torch.uint8))
+        quants += [torch.empty(16), torch.empty(n * k // 64), None, None, None, None]
+        blocks += [64, 256]
+        a.append(torch.empty(rank, k))
+        b.append(torch.empty(n, rank))
+    return [weights, quants, blocks], [a, b, list(range(len(sizes)))]
+
+
+def peak_inside(call: Any) -> int:
+    """The most bytes at once, without those of the results."""
+    with MemoryCount(classify=None) as count:
+        results = call()
+        kept = count.current
+    del results
+    return count.peaks["forward"] - kept
+
+
+@pytest.mark.parametrize("card", ["rtx 4090", "rtx 3090", "h100"])
+@pytest.mark.parametrize("tokens", [2048, 16384])
+@pytest.mark.parametrize("part", ["qkv", "o", "gate_up", "large gate_up", "large o"])
+def test_groups_on_a_gpu(launchers: Any, card: str, tokens: int, part: str) -> None:
+    found, rank = CARDS[card], 32
+    group, sizes = launchers(found), LARGE[part[6:]] if part.startswith("large") else LLAMA[part]
+    frozen, (a, b, members) = group_arguments(sizes, rank)
+    rows, options = [0, tokens] * len(sizes), ([2.0] * len(sizes), [0.0] * len(sizes), [None] * len(sizes))
+    k, operators = sizes[0][1], Operators(found)
+    as_planned = [Member(n, k, rank) for n, _ in sizes]
+
+    x = torch.empty(tokens, k, dtype=BF16)
+    n = [size[0] for size in sizes]
+    inside = peak_inside(
+        lambda: group.forward(x, *frozen, n, [None] * len(sizes), a, b, members, rows, *options)
+    )
+    assert operators.forward(as_planned, tokens) == pytest.approx(inside, rel=0.02, abs=1 << 20)
+
+    dy = [torch.empty(tokens, size, dtype=BF16) for size in n]
+    xa, needs = [torch.empty(tokens, rank) for _ in sizes], [True, *[False] * len(sizes), *[True] * 2 * len(sizes)]
+    inside = peak_inside(
+        lambda: group.backward(dy, x, *frozen, tokens, k, a, b, members, rows, *options, xa, needs)
+    )
+    assert operators.backward(as_planned, tokens) == pytest.approx(inside, rel=0.02, abs=1 << 20)
+
+
+@pytest.mark.parametrize("card", ["rtx 4090", "rtx 3090", "h100"])
+@pytest.mark.parametrize("tokens", [2048, 16384])
+def test_the_second_half_of_a_gated_mlp_on_a_gpu(
+    launchers: Any, card: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftkern.ops.qlora_glu import gpu as glu
+
+    found, rank, inner = CARDS[card], 32, 14336
+    launchers(found)
+    frozen, (a, b, members) = group_arguments([(4096, inner)], rank)
+    dy, xa = torch.empty(tokens, 4096, dtype=BF16), [torch.empty(tokens, rank)]
+    gate, up, d_gate, d_up = (torch.empty(tokens, inner, dtype=BF16) for _ in range(4))
+    state = a, b, members, [0, tokens], [2.0], [0.0], [None], xa, [True, False, True, True]
+    inside = peak_inside(
+        lambda: glu.backward(dy, gate, up, "silu", d_gate, d_up, *frozen, tokens, inner, *state)[1:]
+    )
+    planned = Operators(found).glu_backward(Member(4096, inner, rank), tokens)
+    assert planned == pytest.approx(inside, rel=0.02, abs=1 << 20)
+
+
+def test_the_loss_on_a_gpu(launchers: Any) -> None:
+    from peftkern.ops.linear_cross_entropy import triton as loss
+
+    launchers(CARDS["rtx 4090"])
+    tokens, words, width = 4096, 128_256, 64
+    x, labels = torch.empty(tokens, width, dtype=BF16), torch.zeros(tokens, dtype=torch.int64)
+    weight = torch.empty(words, width, dtype=BF16)
+    needs = (True, False, False, False, False)
+    arguments = (None,) * 6, words, labels, None, None, None, 1.0, -100, 0.0, 0.0, None, None, needs
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_multiply", "_add_gradients"):
+            patch.setattr(loss, name, lambda *args: None)
+        inside = peak_inside(lambda: loss.linear_cross_entropy(x, weight, *arguments))
+    planned = Operators(CARDS["rtx 4090"]).loss(tokens, words)
+    assert planned == pytest.approx(inside, rel=0.01)
