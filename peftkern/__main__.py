@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from peftkern.adapters.arithmetic import commands as arithmetic
     from peftkern.finetune import use
     from peftkern.finetune.cli import add_arguments
+    from peftkern.memory.planner import commands as planner
     from peftkern.transfer import adapt, measure, pretrain
     from peftkern.transfer.data import commands as data
     from peftkern.transfer.report import cli as report
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_commands(commands)
     merge_cli.add_commands(commands)
     data.add_commands(commands)
+    planner.add_commands(commands)
     env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
     env.set_defaults(run=_env)
     tune = commands.add_parser("tune", help="measure on this GPU where each kernel pays, and keep the limits")

@@ -1,4 +1,5 @@
-"""Llamas of any size with a 4-bit base and adapters, patched, whose weights nobody has filled: for counting."""
+"""Llamas of any size with a 4-bit base and adapters, patched, whose weights nobody has filled: for
+counting."""
 
 from __future__ import annotations
 
@@ -15,22 +16,54 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=8, vocab_size=128_256),
-    "14b": dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
-                num_key_value_heads=8, vocab_size=151_936, head_dim=128),
-    "32b": dict(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
-                num_key_value_heads=8, vocab_size=152_064),
-    "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                num_key_value_heads=8, vocab_size=128_256),
-}  # fmt: skip
+    "8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+    ),
+    "14b": dict(
+        hidden_size=5120,
+        intermediate_size=17408,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        vocab_size=151_936,
+        head_dim=128,
+    ),
+    "32b": dict(
+        hidden_size=5120,
+        intermediate_size=27648,
+        num_hidden_layers=64,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        vocab_size=152_064,
+    ),
+    "70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+    ),
+}
 
 
 def config(**sizes: Any) -> Any:
     """A LlamaConfig; small where nothing is given."""
-    small = dict(vocab_size=320, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
-                 max_position_embeddings=1 << 20)  # fmt: skip
+    small = dict(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        max_position_embeddings=1 << 20,
+    )
     return transformers.LlamaConfig(**small | sizes)
 
 
@@ -93,17 +126,24 @@ def _linear(old: nn.Linear, dtype: torch.dtype, nested: bool) -> nn.Module:
     state = dict(shape=old.weight.shape, code=code, blocksize=64, quant_type="nf4", dtype=dtype)
     if nested:
         inner = bnb.functional.QuantState(
-            absmax=torch.zeros(-(-blocks // 256)), code=torch.linspace(-1, 1, 256), blocksize=256,
+            absmax=torch.zeros(-(-blocks // 256)),
+            code=torch.linspace(-1, 1, 256),
+            blocksize=256,
             dtype=torch.float32,
-        )  # fmt: skip
+        )
         outer = dict(absmax=torch.zeros(blocks, dtype=torch.uint8), offset=torch.zeros(()), state2=inner)
     else:
         outer = dict(absmax=torch.zeros(blocks))
     new.weight = bnb.nn.Params4bit(
-        torch.zeros((blocks * 32, 1), dtype=torch.uint8), requires_grad=False, bnb_quantized=True, module=new,
-        quant_state=bnb.functional.QuantState(**state, **outer), blocksize=64, compress_statistics=nested,
+        torch.zeros((blocks * 32, 1), dtype=torch.uint8),
+        requires_grad=False,
+        bnb_quantized=True,
+        module=new,
+        quant_state=bnb.functional.QuantState(**state, **outer),
+        blocksize=64,
+        compress_statistics=nested,
         quant_type="nf4",
-    )  # fmt: skip
+    )
     new.quant_state = new.weight.quant_state
     if old.bias is not None:
         new.bias = nn.Parameter(torch.zeros(old.out_features, dtype=dtype), requires_grad=False)

@@ -13,8 +13,9 @@ from peftkern.memory.count import MemoryCount, SavedCount
 from peftkern.memory.planner.cards import CPU
 from peftkern.memory.planner.ledger import Ledger
 from peftkern.memory.planner.options import RunOptions
-from peftkern.memory.planner.schedule import Step, run_step
+from peftkern.memory.planner.schedule import run_step
 from peftkern.memory.planner.shapes import Shape, shape_of
+from peftkern.memory.planner.step import Step
 
 from .build import SHAPES, build, config, transformers
 
@@ -81,7 +82,7 @@ CONFIGURATIONS: dict[str, tuple[dict, dict, int, bool, dict]] = {
     "dense base": ({}, {"four_bit": False}, 1, True, {"four_bit": False}),
     "16-bit adapters": ({}, {"adapter_dtype": BF16}, 2, False, {"adapter_bytes": 2}),
     "fp32": ({"num_hidden_layers": 3}, {"dtype": torch.float32}, 1, True, {"dtype_bytes": 4}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -147,7 +148,8 @@ def _tensors(state: Any) -> list[torch.Tensor]:
 def test_large_shapes_on_fake_tensors(
     name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A fake mask cannot be seen to be causal, so that transformers would build it: S^2 bytes that a run has not.
+    # A fake mask cannot be seen to be causal, so that transformers would build it: S^2 bytes that a run has
+    # not.
     monkeypatch.setattr(transformers.models.llama.modeling_llama, "create_causal_mask", lambda *a, **k: None)
     settings = config(**SHAPES[name] | {"num_hidden_layers": 2})
     model, shape = build(settings, r=32), shape_of(settings)

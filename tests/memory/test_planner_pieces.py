@@ -1,4 +1,5 @@
-"""The planner's formulas with the pieces of peftkern.memory in use: the MLP in tiles, checkpoints on the host."""
+"""The planner's formulas with the pieces of peftkern.memory in use: the MLP in tiles, checkpoints on the
+host."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def test_checkpoints_on_the_host(kept: int, tile: int | None) -> None:
         counted(model, length)
         assert store.peak[Tier.HOST] == (5 - kept) * nbytes
         count = counted(model, length)  # the pool's blocks are there by now
-    options = {"rank": 4, "keep_layers": kept, "checkpoint_tier": "host", "mlp_tile": tile}
+    options = {"rank": 4, "keep_layers": kept, "mlp_tile": tile}
     plan = predicted(shape, length, 1, options)
     for phase in PHASES:
         assert plan[phase] == pytest.approx(count.peaks[phase], rel=0.05), phase

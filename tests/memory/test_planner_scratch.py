@@ -1,5 +1,5 @@
-"""What the planner says of operators' insides, against what their GPU launchers allocate. No kernel runs: launches
-and products are left out, the tensors are memory that nobody touches.
+"""What the planner says of operators' insides, against what their GPU launchers allocate. No kernel runs:
+launches and products are left out, the tensors are memory that nobody touches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from peftkern.memory.planner.scratch import Member, Operators
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-LLAMA = {"qkv": [(4096, 4096), (1024, 4096), (1024, 4096)], "o": [(4096, 4096)], "gate_up": [(14336, 4096)] * 2}
+LLAMA = {
+    "qkv": [(4096, 4096), (1024, 4096), (1024, 4096)],
+    "o": [(4096, 4096)],
+    "gate_up": [(14336, 4096)] * 2,
+}
 LARGE = {"gate_up": [(28672, 8192)] * 2, "o": [(8192, 8192)]}
 BF16 = torch.bfloat16
 
@@ -24,8 +28,7 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The GPU launchers on the CPU, as on a given card."""
-    import peftkern.ops.glu.triton
-    import peftkern.ops.qlora_glu.gpu
+    import peftkern.ops.qlora_glu.gpu  # noqa: F401  # so that what it launches with is left out too
     import peftkern.ops.qlora_group.gpu as group
     from peftkern.ops.qlora_linear import gpu as single
 
@@ -89,7 +92,10 @@ def test_groups_on_a_gpu(launchers: Any, card: str, tokens: int, part: str) -> N
     assert operators.forward(as_planned, tokens) == pytest.approx(inside, rel=0.02, abs=1 << 20)
 
     dy = [torch.empty(tokens, size, dtype=BF16) for size in n]
-    xa, needs = [torch.empty(tokens, rank) for _ in sizes], [True, *[False] * len(sizes), *[True] * 2 * len(sizes)]
+    xa, needs = (
+        [torch.empty(tokens, rank) for _ in sizes],
+        [True, *[False] * len(sizes), *[True] * 2 * len(sizes)],
+    )
     inside = peak_inside(
         lambda: group.backward(dy, x, *frozen, tokens, k, a, b, members, rows, *options, xa, needs)
     )

@@ -1,13 +1,14 @@
-"""What an attention kernel allocates for its backward pass, by backend, and the dense scores of the one without."""
+"""What an attention kernel allocates for its backward pass, by backend, and the dense scores of the one
+without."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .schedule import Step
+    from .step import Step
 
-__all__ = ["attention_workspace", "score_bytes"]
+__all__ = ["attention_workspace", "dq_copies", "score_bytes"]
 
 
 def score_bytes(step: Step) -> int:
@@ -18,12 +19,20 @@ def score_bytes(step: Step) -> int:
     return 4 * options.batch * step.shape.heads * options.length**2
 
 
+def dq_copies(step: Step) -> int:
+    """How often FlashAttention's backward keeps dq in fp32 where it is to be deterministic: as many times as
+    there are multiprocessors for each batch and head.
+    """
+    return max(-(-(step.card.sms or 128) // (step.options.batch * step.shape.heads)), 1)
+
+
 def attention_workspace(step: Step) -> int:
     """Bytes that live while dq, dk and dv are made, without these.
 
     FlashAttention-2 (flash_api.cpp, mha_bwd, which PyTorch's SDPA has a copy of): dq in fp32, softmax's row
-    sums, and with fewer key/value heads dk and dv of every query head. The memory-efficient kernel has fp32 sums
-    of dq, dk and dv. cuDNN's is opaque: FlashAttention's is taken. Rows are rounded up to 128. On a CPU: none.
+    sums, and with fewer key/value heads dk and dv of every query head. The memory-efficient kernel has fp32
+    sums of dq, dk and dv. cuDNN's is opaque: FlashAttention's is taken. Rows are rounded up to 128. On a CPU:
+    none.
     """
     shape, options = step.shape, step.options
     if not step.card.is_gpu:
@@ -37,7 +46,7 @@ def attention_workspace(step: Step) -> int:
     if options.attention == "efficient":
         wide = 4 * rows * shape.heads * width
         return sums + 3 * wide
-    wide = 4 * rows * shape.heads * width // groups
+    wide = 4 * rows * shape.heads * width // groups * (dq_copies(step) if options.deterministic else 1)
     expanded = 2 * step.q // groups if shape.kv_heads < shape.heads else 0
     # A group at a time, its rows of d_out and its dq are tensors of their own.
     return sums + wide + expanded + (step.q // groups if groups > 1 else 0)

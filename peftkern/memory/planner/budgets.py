@@ -30,8 +30,8 @@ _SHARE = 0.97  # of what a card has for torch: the rest is lost between blocks
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that a run may use. gpu: with the CUDA context; host: pinned and pageable memory together; pinned: of
-    that, the most that can be pinned; disk: for checkpoints.
+    """Bytes that a run may use. gpu: with the CUDA context; host: pinned and pageable memory together;
+    pinned: of that, the most that can be pinned; disk: for checkpoints.
     """
 
     gpu: int

@@ -18,8 +18,8 @@ class Card:
 
     name: as the driver says it, shortened. arch: compute capability (8.9 as 89); 0: no GPU. sms: its
     multiprocessors. l2: bytes. memory: bytes that torch can have, the driver's own part taken off. tflops:
-    dense 16-bit TFLOP/s that a training step reaches (an assumption: 0.67 of the data sheet's figure with fp32
-    sums). link: GB/s over PCIe each way. disk: GB/s written. stated: where these come from.
+    dense 16-bit TFLOP/s that a training step reaches (an assumption: 0.67 of the data sheet's figure with
+    fp32 sums). link: GB/s over PCIe each way. disk: GB/s written. stated: where these come from.
     """
 
     name: str

@@ -16,8 +16,8 @@ class Part:
 
     name: what it is. nbytes: how much. tier: "device", "pinned", "host" or "disk". phases: those of PHASES in
     which it is there. formula: how `nbytes` comes about, in the sizes of the model. source: where the formula
-    is from, or how it is proven. group: the coloured band it belongs to in a picture. allocator: whether torch's
-    allocator knows of it (`torch.cuda.max_memory_allocated`).
+    is from, or how it is proven. group: the coloured band it belongs to in a picture. allocator: whether
+    torch's allocator knows of it (`torch.cuda.max_memory_allocated`).
     """
 
     name: str

@@ -8,7 +8,7 @@ from .ledger import Ledger
 from .scratch import Member
 
 if TYPE_CHECKING:
-    from .schedule import Step
+    from .step import Step
 
 __all__ = ["MLP"]
 
@@ -166,8 +166,8 @@ class MLP:
         ledger.free("n2", "mlp_x")
 
     def _inner_backward(self, rows: int) -> int:
-        """A tile's gate, up and output, and the fullest of: computing them, the product's and down's gradients,
-        gate's and up's.
+        """A tile's gate, up and output, and the fullest of: computing them, the product's and down's
+        gradients, gate's and up's.
         """
         step = self.step
         again = self.of_tile(step.i) + step.ops.forward(step.members("gate_up"), rows)

@@ -7,11 +7,10 @@ from typing import Any
 
 from ...finetune.errors import InputError
 
-__all__ = ["ATTENTION", "OPTIMIZERS", "TIERS", "RunOptions"]
+__all__ = ["ATTENTION", "OPTIMIZERS", "RunOptions"]
 
 ATTENTION = ("flash", "efficient", "cudnn", "math")
 OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
-TIERS = ("device", "pinned", "host", "disk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +20,16 @@ class RunOptions:
     length, batch: tokens of a sequence, sequences at a time. rank, adapter_bytes: of the adapters, 4 for fp32
     and 2 for 16 bits; 0: no adapter. dtype_bytes: of activations and dense weights. four_bit, nested,
     blocksize: of the base's linears. dropout, dora: of the adapters.
-    checkpointing: only layers' inputs are kept, a layer is computed again in backward. keep_layers: how many of
-    these inputs stay on the device, the last layers', None for all; the others go to `checkpoint_tier`. The
-    last one always stays.
+    checkpointing: only layers' inputs are kept, a layer is computed again in backward. keep_layers: how many
+    of these inputs stay on the device, the last layers', None for all; the last one always does. disk_layers:
+    how many of the others go to a file, the first layers'; what is left goes to the host.
     mlp_tile: tokens of the MLP at a time, None for all. loss_tile: rows of logits at a time, None for the
-    library's own choice. kv_groups: attention's backward a key/value head at a time. rebuild_norms: the norms'
-    outputs are computed again in backward.
+    library's own choice. kv_groups: attention's backward a key/value head at a time. rebuild_norms: the
+    norms' outputs are computed again in backward.
     embedding_on_host: the embedding is a lookup on the host. layers_on_host: packed layers are streamed from
     the host through `layer_slots` slots.
     optimizer: one of OPTIMIZERS. accumulation: batches of a step. attention: one of ATTENTION.
+    fused_loss: no logits are kept. deterministic: torch.use_deterministic_algorithms is on.
     """
 
     length: int = 1024
@@ -44,7 +44,7 @@ class RunOptions:
     dora: bool = False
     checkpointing: bool = True
     keep_layers: int | None = None
-    checkpoint_tier: str = "pinned"
+    disk_layers: int = 0
     mlp_tile: int | None = None
     loss_tile: int | None = None
     kv_groups: bool = False
@@ -56,6 +56,7 @@ class RunOptions:
     accumulation: int = 1
     attention: str = "flash"
     fused_loss: bool = True
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("length", "batch", "accumulation", "layer_slots"):
@@ -67,18 +68,28 @@ class RunOptions:
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("attention", ATTENTION),
-            ("checkpoint_tier", TIERS[1:]),
             ("adapter_bytes", (2, 4)),
             ("dtype_bytes", (2, 4)),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        for name in ("keep_layers", "disk_layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 0")
         if self.rank < 0:
             raise InputError(f"rank: got {self.rank}, expected at least 0")
         if self.layers_on_host and not self.checkpointing:
             raise InputError(
                 "layers_on_host: needs checkpointing, as autograd would hold every streamed layer"
             )
+
+    def away(self, layers: int) -> int:
+        """Checkpoints that leave the device."""
+        return layers - self.kept(layers) if self.checkpointing else 0
+
+    def on_disk(self, layers: int) -> int:
+        """Checkpoints that go to the file."""
+        return min(self.disk_layers, self.away(layers))
 
     @property
     def tokens(self) -> int:

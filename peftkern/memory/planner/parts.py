@@ -1,21 +1,33 @@
-"""What is in memory all the time: weights, adapters, optimizer state, the driver's own; and what lies on the host."""
+"""What is in memory all the time: weights, adapters, optimizer state, the driver's own; and what lies on the
+host."""
 
 from __future__ import annotations
 
 import math
 
+from .budgets import Limits
 from .cards import GIB
 from .ledger import PHASES, Part
 from .options import RunOptions
-from .schedule import Step
 from .shapes import LinearShape, Shape
+from .step import Step
 
-__all__ = ["BLOCK", "fixed_parts", "host_parts", "largest_tensor", "packed_bytes"]
+__all__ = [
+    "BLOCK",
+    "adapter_elements",
+    "base_bytes",
+    "fixed_parts",
+    "host_parts",
+    "largest_tensor",
+    "packed_bytes",
+    "total",
+]
 
 BLOCK = 64 << 20  # a block of pinned memory: peftkern.memory.store
 _PROCESS = 2 * GIB  # torch, transformers, tokenizer and data: an assumption
 _SMALL = 4096  # elements below which bitsandbytes keeps fp32 states
 _COUNT = "counted: tests/memory"
+_STEP = ("forward", "loss", "mlp_backward", "attention_backward")
 
 
 def packed_bytes(linear: LinearShape, options: RunOptions) -> tuple[int, int]:
@@ -31,7 +43,7 @@ def packed_bytes(linear: LinearShape, options: RunOptions) -> tuple[int, int]:
     return (elements + 1) // 2 * linear.count, maxima * linear.count
 
 
-def _base(shape: Shape, options: RunOptions) -> tuple[int, int]:
+def base_bytes(shape: Shape, options: RunOptions) -> tuple[int, int]:
     """Packed weights and block maxima of all layers. Layers may differ: their elements are known together."""
     one = sum(linear.weights for linear in shape.linears) or 1
     packed, maxima = map(sum, zip(*(packed_bytes(one, options) for one in shape.linears), strict=True))
@@ -58,23 +70,46 @@ def fixed_parts(step: Step) -> list[Part]:
         parts.append(_optimizer_state(shape, options, elements))
         if options.optimizer == "adamw" and step.card.is_gpu:
             parts.append(
-                Part("optimizer's temporaries", 4 * elements, phases=("optimizer",), formula="4 B × elements",
-                     source="torch's foreach AdamW: one square root of a state", group="optimizer")
-            )  # fmt: skip
+                Part(
+                    "optimizer's temporaries",
+                    4 * elements,
+                    phases=("optimizer",),
+                    formula="4 B × elements",
+                    source="torch's foreach AdamW: one square root of a state",
+                    group="optimizer",
+                )
+            )
     if card.is_gpu:
         parts.append(
-            Part("CUDA context and kernels", card.context, formula="0.45 GiB", source="an assumption: 0.3 to 0.6",
-                 group="driver", allocator=False)
-        )  # fmt: skip
+            Part(
+                "CUDA context and kernels",
+                card.context,
+                formula="0.45 GiB",
+                source="an assumption: 0.3 to 0.6",
+                group="driver",
+                allocator=False,
+            )
+        )
         parts.append(
-            Part("cuBLAS workspaces", card.blas_workspace, formula="2 × 8.1 MiB, from sm_90 on 2 × 32 MiB",
-                 source="CublasHandlePool: forward's thread and autograd's", group="driver")
-        )  # fmt: skip
+            Part(
+                "cuBLAS workspaces",
+                card.blas_workspace,
+                formula="2 × 8.1 MiB, from sm_90 on 2 × 32 MiB",
+                source="CublasHandlePool: forward's thread and autograd's",
+                group="driver",
+            )
+        )
     dense = largest_tensor(shape, options)
     parts.append(
-        Part("a tensor being quantized", dense, phases=("load",), formula="the largest dense tensor",
-             source="quantized as they load, one at a time", group="scratch")
-    )  # fmt: skip
+        Part(
+            "a tensor being quantized",
+            dense,
+            phases=("load",),
+            formula="the largest dense tensor",
+            source="quantized as they load, one at a time",
+            group="scratch",
+        )
+    )
     return [part for part in parts if part.nbytes]
 
 
@@ -86,7 +121,7 @@ def largest_tensor(shape: Shape, options: RunOptions) -> int:
 
 
 def _weights(shape: Shape, options: RunOptions) -> list[Part]:
-    packed, maxima = _base(shape, options)
+    packed, maxima = base_bytes(shape, options)
     e, found = options.dtype_bytes, []
     bits = "½ B" if options.four_bit else f"{e} B"
     if options.layers_on_host:
@@ -128,14 +163,15 @@ def _optimizer_state(shape: Shape, options: RunOptions, elements: int) -> Part:
     if options.optimizer == "adamw":
         nbytes, formula = 2 * options.adapter_bytes * elements, f"2 × {options.adapter_bytes} B × elements"
     else:
-        small = sum(
-            count for linear in shape.linears for count in _tensors(linear, options) if count < _SMALL
-        ) * shape.layers  # fmt: skip
+        small = (
+            sum(count for linear in shape.linears for count in _tensors(linear, options) if count < _SMALL)
+            * shape.layers
+        )
         blocks = math.ceil((elements - small) / 256)
         nbytes = 8 * small + 2 * (elements - small) + 2 * 4 * blocks
         formula = "2 × (1 B + 4/256 B) × elements; 8 B of tensors under 4,096"
     paged = options.optimizer.startswith("paged")
-    source = "bitsandbytes; " + ("managed memory, which the driver may move to the host" if paged else _COUNT)
+    source = "bitsandbytes; " + ("managed memory, which may move to the host" if paged else _COUNT)
     name = f"optimizer state ({options.optimizer})"
     return Part(name, nbytes, formula=formula, source=source, group="optimizer", allocator=not paged)
 
@@ -145,26 +181,30 @@ def _tensors(linear: LinearShape, options: RunOptions) -> list[int]:
     return sizes * linear.count
 
 
-def host_parts(step: Step) -> list[Part]:
-    """Parts in pinned and pageable memory and on the disk."""
+def host_parts(step: Step, limits: Limits) -> list[Part]:
+    """Parts in pinned and pageable memory and on the disk. What should be pinned is pageable beyond the
+    limit."""
     shape, options = step.shape, step.options
     found = [
         Part("process and libraries", _PROCESS, "host", formula="2 GiB", source="an assumption", group="host")
     ]
-    away = shape.layers - options.kept(shape.layers)
-    if options.checkpointing and away:
-        nbytes = away * step.h
-        if options.checkpoint_tier == "pinned":
-            nbytes = math.ceil(nbytes / BLOCK) * BLOCK
-        formula = f"{away} layers' inputs × h"
-        found.append(Part("checkpoints", nbytes, options.checkpoint_tier, ("forward", "loss", "mlp_backward", "attention_backward"),
-                          formula, "counted: the store", "host"))  # fmt: skip
-    if options.embedding_on_host and not shape.tied:
-        nbytes = shape.embedding * options.dtype_bytes
-        found.append(Part("embedding", nbytes, "host", formula="V·H", group="host"))
+    room = limits.pinned if step.card.is_gpu else 0
     if options.layers_on_host:
-        packed, maxima = _base(shape, options)
-        found.append(Part("packed layers", packed + maxima, "pinned", formula="all layers", group="host"))
+        streamed = sum(base_bytes(shape, options))
+        tier = "pinned" if streamed <= room else "host"
+        room -= streamed if tier == "pinned" else 0
+        found.append(Part("packed layers", streamed, tier, formula="all layers", group="host"))
+    if options.embedding_on_host and not shape.tied:
+        table = shape.embedding * options.dtype_bytes
+        found.append(Part("embedding", table, "host", formula="V·H", group="host"))
+    disk = options.on_disk(shape.layers)
+    away = (options.away(shape.layers) - disk) * step.h
+    blocks = min(math.ceil(away / BLOCK), max(room, 0) // BLOCK) * BLOCK
+    names = f"{options.away(shape.layers) - disk} layers' inputs × h, in blocks of 64 MiB"
+    for tier, nbytes in (("pinned", blocks), ("host", max(away - blocks, 0)), ("disk", disk * step.h)):
+        if nbytes:
+            formula = f"{disk} layers' inputs × h" if tier == "disk" else names
+            found.append(Part("checkpoints", nbytes, tier, _STEP, formula, "counted: the store", "host"))
     return found
 
 

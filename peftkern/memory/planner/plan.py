@@ -11,8 +11,9 @@ from .cards import CPU, Card, this_card
 from .ledger import PHASES, Ledger, Part
 from .options import RunOptions
 from .parts import fixed_parts, host_parts, total
-from .schedule import Step, run_step
+from .schedule import run_step
 from .shapes import Shape
+from .step import Step
 from .steptime import StepTime, step_time
 
 __all__ = ["LONGEST", "Plan", "PhasePeak", "largest_batch", "longest", "phase_peaks", "plan", "predict"]
@@ -22,7 +23,8 @@ LONGEST = 1 << 24  # tokens that a search for the longest sequence goes up to
 
 @dataclass(frozen=True)
 class PhasePeak:
-    """The fullest moment of a phase: bytes on the device, the operator that ran, and every part there then."""
+    """The fullest moment of a phase: bytes on the device, the operator that ran, and every part there
+    then."""
 
     phase: str
     nbytes: int
@@ -39,9 +41,9 @@ class PhasePeak:
 class Plan:
     """What a run needs, and whether that is there.
 
-    peaks: of every phase. host: parts that are not on the device. longest: the longest sequence that fits at this
-    batch size; largest_batch: sequences of this length at a time; 0 where none fits. refusals: why the run cannot be
-    planned as asked, though its bytes may fit. warnings: what may go otherwise.
+    peaks: of every phase. host: parts that are not on the device. longest: the longest sequence that fits at
+    this batch size; largest_batch: sequences of this length at a time; 0 where none fits. refusals: why the
+    run cannot be planned as asked, though its bytes may fit. warnings: what may go otherwise.
     """
 
     shape: Shape
@@ -117,7 +119,8 @@ def _moving(ledger: Ledger, phase: str, step: Step) -> tuple[tuple[Part, ...], s
 def predict(shape: Shape, options: RunOptions, card: Card | None = None, *, allocated: bool = True) -> int:
     """Bytes at the peak of a training step on `card` (default: the current CUDA device, else the CPU).
 
-    allocated: as `torch.cuda.max_memory_allocated` counts, without the CUDA context and paged optimizer states;
+    allocated: as `torch.cuda.max_memory_allocated` counts, without the CUDA context and paged optimizer
+    states;
     False: all of it.
     """
     peaks = phase_peaks(Step(shape, options, card or this_card(), _isa(card)))
@@ -148,7 +151,7 @@ def plan(shape: Shape, options: RunOptions, limits: Limits, card: Card | None = 
         card=card,
         limits=limits,
         peaks=phase_peaks(step),
-        host=tuple(host_parts(step)),
+        host=tuple(host_parts(step, limits)),
         longest=longest(shape, options, limits, card),
         largest_batch=largest_batch(shape, options, limits, card),
         time=step_time(step),
@@ -160,7 +163,7 @@ def plan(shape: Shape, options: RunOptions, limits: Limits, card: Card | None = 
 def fits(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> bool:
     """Whether the bytes of every tier are within the limits."""
     step = Step(shape, options, card)
-    return not _shortages(max(peak.nbytes for peak in phase_peaks(step)), host_parts(step), limits)
+    return not _shortages(max(peak.nbytes for peak in phase_peaks(step)), host_parts(step, limits), limits)
 
 
 def _shortages(device: int, host: list[Part], limits: Limits) -> dict[str, int]:

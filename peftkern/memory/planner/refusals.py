@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .attention import score_bytes
+from .attention import dq_copies, score_bytes
 from .budgets import Limits, in_bytes
-from .schedule import Step
+from .step import Step
 
 __all__ = ["refusals_of", "warnings_of"]
 
@@ -19,8 +19,8 @@ def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
     if card.is_gpu and options.attention == "math" and options.length >= _LONG:
         nbytes = in_bytes(score_bytes(step))
         yield (
-            f"dense attention at {options.length:,} tokens keeps {nbytes} of scores a layer (S² a head): use"
-            " FlashAttention (sdpa without a mask: no padding, no 4-D mask)"
+            f"dense attention at {options.length:,} tokens keeps {nbytes} of scores a layer (S² a head):"
+            " use FlashAttention (sdpa without a mask: no padding, no 4-D mask)"
         )
     if card.is_gpu and options.attention == "flash" and not card.flash:
         yield (
@@ -29,8 +29,8 @@ def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
         )
     if card.is_gpu and options.attention == "efficient" and shape.kv_heads < shape.heads:
         yield (
-            "PyTorch's memory-efficient attention takes no fewer key/value heads than query heads: this model would"
-            " run dense attention (S² a head)"
+            "PyTorch's memory-efficient attention takes no fewer key/value heads than query heads: this model"
+            " would run dense attention (S² a head)"
         )
     if options.attention == "flash" and options.dtype_bytes == 4 and card.is_gpu:
         yield "FlashAttention takes 16-bit tensors alone: use bf16 or fp16, or attention efficient"
@@ -43,20 +43,18 @@ def warnings_of(step: Step, limits: Limits) -> Iterator[str]:
     from ..host import in_wsl
 
     options, card = step.options, step.card
-    away = options.checkpointing and options.kept(step.shape.layers) < step.shape.layers
-    pins = options.layers_on_host or (away and options.checkpoint_tier == "pinned")
-    if pins and in_wsl():
+    layers = step.shape.layers
+    pins = options.layers_on_host or options.away(layers) > options.on_disk(layers)
+    if card.is_gpu and pins and in_wsl():
         yield "WSL pins about 1 GB in all: what should be pinned becomes pageable, and its copies wait"
-    if card.is_gpu and _deterministic():
-        splits = max(-(-(card.sms or 128) // (options.batch * step.shape.heads)), 1)
-        yield (
-            "torch.use_deterministic_algorithms is on: FlashAttention's backward then keeps its fp32 dq"
-            f" {splits} times"
-        )
+    if card.is_gpu and (options.deterministic or _deterministic()):
+        splits = dq_copies(step)
+        counted = "which is counted" if options.deterministic else "which is not counted here"
+        yield f"deterministic attention keeps its fp32 sums of dq {splits} times, {counted}"
     if options.length >= _LONG and card.is_gpu:
         yield (
-            "padded batches build a dense mask of S² bytes: give rows of equal length, a batch of one, or packing"
-            " with document boundaries in the position ids"
+            "padded batches build a dense mask of S² bytes: give rows of equal length, a batch of one, or"
+            " packing with document boundaries in the position ids"
         )
     if options.embedding_on_host and step.shape.tied:
         yield "the embedding is the head's weight too and stays on the card: nothing is spared by a host copy"

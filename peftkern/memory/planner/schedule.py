@@ -1,121 +1,27 @@
-"""A training step of peftkern's patched decoder layers as data: what each operator makes and what goes after it.
+"""A training step of peftkern's patched decoder layers as data: what each operator makes and what goes after
+it.
 
-The order and the lifetimes are those that a count of the library's own steps shows (tests/memory); letters are
-bytes of the whole batch: h a hidden state, q queries, k keys, i the MLP's inner state, r a rank's fp32 product.
+The order and the lifetimes are those that a count of the library's own steps shows (tests/memory); letters
+are
+bytes of the whole batch: h a hidden state, q queries, k keys, i the MLP's inner state, r a rank's fp32
+product.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 from .attention import attention_workspace, score_bytes
-from .cards import Card
 from .ledger import Ledger
-from .options import RunOptions
-from .scratch import Member, Operators
-from .shapes import LinearShape, Shape
+from .step import Step
 
-__all__ = ["Step", "run_step"]
+__all__ = ["run_step"]
 
 _SAVED = "saved activations"
 _LAYER = "the layer at work"
 
 
-@dataclass(frozen=True)
-class Step:
-    """What the schedule needs of a run, in bytes of one batch."""
-
-    shape: Shape
-    options: RunOptions
-    card: Card
-    isa: str | None = None
-
-    @property
-    def m(self) -> int:
-        return self.options.tokens
-
-    @property
-    def e(self) -> int:
-        return self.options.dtype_bytes
-
-    @cached_property
-    def ops(self) -> Operators:
-        return Operators(self.card, self.e, self.options.adapter_bytes, self.isa)
-
-    @cached_property
-    def h(self) -> int:
-        return self.m * self.shape.hidden * self.e
-
-    @cached_property
-    def q(self) -> int:
-        return self.m * self.shape.heads * self.shape.head_dim * self.e
-
-    @cached_property
-    def k(self) -> int:
-        return self.m * self.shape.kv_heads * self.shape.head_dim * self.e
-
-    @cached_property
-    def i(self) -> int:
-        return self.m * self.shape.intermediate * self.e * max(self.shape.active_experts, 1)
-
-    @property
-    def r(self) -> int:
-        """xa of one adapter."""
-        return 4 * self.m * self.options.rank
-
-    @property
-    def rstd(self) -> int:
-        return 4 * self.m
-
-    @property
-    def lse(self) -> int:
-        return 4 * self.m * self.shape.heads
-
-    def xa(self, part: str) -> int:
-        """xa of all adapters of a part of the layer."""
-        return self.r * len(self.shape.of(part))
-
-    def members(self, part: str) -> list[Member]:
-        """The part's linears as its operator sees them."""
-        rank = self.options.rank
-        return [Member(one.n, one.k, rank, not self.options.four_bit) for one in self.shape.of(part)]
-
-    def gradient(self, part: str) -> int:
-        """Of all adapters of a part."""
-        return sum(self.adapter(linear) for linear in self.shape.of(part))
-
-    def adapter(self, linear: LinearShape) -> int:
-        """Bytes of a linear's adapters: A, B, and of DoRA the magnitude."""
-        elements = self.options.rank * (linear.n + linear.k) + (linear.n if self.options.dora else 0)
-        return elements * self.options.adapter_bytes * linear.count
-
-    @property
-    def layer_gradient(self) -> int:
-        return sum(self.adapter(linear) for linear in self.shape.linears)
-
-    @property
-    def rope(self) -> int:
-        """cos and sin."""
-        return 2 * self.options.length * self.shape.head_dim * self.e
-
-    @property
-    def ids(self) -> int:
-        """Token ids, labels, positions and shifted labels, int64."""
-        return 32 * self.m
-
-    @property
-    def fused_qkv(self) -> bool:
-        return len(self.shape.of("qkv")) == 1
-
-    @property
-    def saves_input(self) -> bool:
-        """Whether the first layer's input is part of the graph."""
-        return self.options.checkpointing
-
-
 def run_step(step: Step, ledger: Ledger) -> Ledger:
-    """Forward, loss and backward of one batch; the peaks are in the ledger. What is there all the time is not."""
+    """Forward, loss and backward of one batch; the peaks are in the ledger. What is there all the time is
+    not."""
     from .mlp import MLP
 
     walk = _Walk(step, ledger, MLP(step, ledger))
@@ -126,8 +32,8 @@ def run_step(step: Step, ledger: Ledger) -> Ledger:
 
 
 class _Walk:
-    """Layers that are alike between the first and the last are taken in one stride: what is there at them lies
-    between what is there at these two.
+    """Layers that are alike between the first and the last are taken in one stride: what is there at them
+    lies between what is there at these two.
     """
 
     def __init__(self, step: Step, ledger: Ledger, mlp: object) -> None:
@@ -225,16 +131,16 @@ class _Walk:
         self.ledger.keep("checkpoints on their way", moving, f"{on_their_way} × h", "checkpoints")
 
     def _written_late(self, layers: int) -> int:
-        """Inputs that wait for the thread that writes them: pinned memory is copied to before the next layer ends."""
-        options = self.step.options
-        if not self.step.card.is_gpu or options.checkpoint_tier == "pinned":
+        """Inputs that wait for the thread that writes the file; pinned memory is filled before the next layer
+        ends."""
+        if not self.step.card.is_gpu:
             return 0
-        return min(2, layers, self.layers - options.kept(self.layers))
+        return min(2, layers, self.step.options.on_disk(self.layers))
 
     def _fetched_early(self, layer: int) -> int:
-        """In backward the last layer that is away comes while a later one is at work; for the last layer none does."""
-        away = self.layers - self.step.options.kept(self.layers)
-        return 1 if away and 1 <= layer < self.layers - 1 else 0
+        """In backward the last layer that is away comes while a later one is at work; for the last layer none
+        does."""
+        return 1 if self.step.options.away(self.layers) and 1 <= layer < self.layers - 1 else 0
 
     # ---- attention
 
@@ -242,9 +148,11 @@ class _Walk:
         step, ledger, shape = self.step, self.ledger, self.step.shape
         u = step.q + 2 * step.k if step.options.dora else 0
         ledger.make(phase, "input norm", n1=(step.h, "h"), rstd1=(step.rstd, "4 B"))
-        qkv = {"qkv": (step.q + 2 * step.k, "q + 2k")} if step.fused_qkv else {
-            "q0": (step.q, "q"), "k0": (step.k, "k"), "v": (step.k, "k")
-        }  # fmt: skip
+        qkv = (
+            {"qkv": (step.q + 2 * step.k, "q + 2k")}
+            if step.fused_qkv
+            else {"q0": (step.q, "q"), "k0": (step.k, "k"), "v": (step.k, "k")}
+        )
         scratch = step.ops.forward(step.members("qkv"), step.m), "a slab of decoded weights"
         ledger.make(
             phase, "q, k, v", scratch=scratch, **qkv, xa_qkv=(step.xa("qkv"), "r each"), u_qkv=(u, "q + 2k")

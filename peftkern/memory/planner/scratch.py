@@ -1,7 +1,8 @@
 """What peftkern's operators allocate and free inside themselves, by device: no count from outside sees it.
 
-The same choosers that the launchers ask (`qlora_linear/config.py`, `low_rank_config.py`, `qlora_group/plan.py`)
-are asked here, so that a change of a limit changes the plan too. Every function returns bytes.
+The same choosers that the launchers ask (`qlora_linear/config.py`, `low_rank_config.py`,
+`qlora_group/plan.py`) are asked here, so that a change of a limit changes the plan too. Every function
+returns bytes.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ class Operators:
         return dyb + sums
 
     def _cpu_slices(self, members: Sequence[Member], m: int, *, forward: bool) -> int:
-        """torch's product with a decoded slice is a tensor of its own; members' gradients are put together."""
+        """torch's product with a decoded slice is a tensor of its own; members' gradients are put
+        together."""
         isa = self.isa or "avx512"
         dtype = "float32" if self.itemsize == 4 else "bfloat16"
         total = sum(one.n for one in members)

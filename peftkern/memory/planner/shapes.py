@@ -45,7 +45,8 @@ class LinearShape:
 class Shape:
     """A decoder-only language model.
 
-    name: as it was asked for. hidden, intermediate, layers, heads, kv_heads, head_dim, vocab: the usual sizes.
+    name: as it was asked for. hidden, intermediate, layers, heads, kv_heads, head_dim, vocab: the usual
+    sizes.
     tied: whether the head is the embedding. linears: those of one layer (of the largest kind, where layers
     differ). layer_weights: elements of all layers' linears together. other: elements of everything that is
     neither a linear of a layer nor embedding or head (norms, biases, expert tensors). query_norms: whether
@@ -252,9 +253,17 @@ def dense_linears(hidden: int, intermediate: int, q: int, kv: int) -> tuple[Line
 
 
 def llama_shape(
-    name: str, *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int,
-    tied: bool = False, head_dim: int | None = None,
-) -> Shape:  # fmt: skip
+    name: str,
+    *,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    tied: bool = False,
+    head_dim: int | None = None,
+) -> Shape:
     """The shape of a Llama by its numbers, for tests and examples: transformers is not needed."""
     dim = head_dim or hidden // heads
     linears = dense_linears(hidden, intermediate, heads * dim, kv_heads * dim)

@@ -1,4 +1,5 @@
-"""How long a step takes, from a card's stated rates: an expectation whose assumptions are named, not a measurement."""
+"""How long a step takes, from a card's stated rates: an expectation whose assumptions are named, not a
+measurement."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .schedule import Step
+    from .step import Step
 
 __all__ = ["StepTime", "step_time"]
 
@@ -28,7 +29,7 @@ class StepTime:
 def step_time(step: Step) -> StepTime:
     """Products at the card's rate, and copies that the products of a layer do not hide."""
     shape, options, card = step.shape, step.options, step.card
-    from .parts import _base
+    from .parts import base_bytes
 
     m, layers = step.m, shape.layers
     width = shape.heads * shape.head_dim
@@ -43,12 +44,12 @@ def step_time(step: Step) -> StepTime:
         flops += forward
     flops *= options.accumulation
     seconds = flops / (card.tflops * 1e12)
-    away = layers - options.kept(layers) if options.checkpointing else 0
-    copies = 2 * away * step.h * options.accumulation
-    packed, maxima = _base(shape, options)
+    disk = options.on_disk(layers)
+    copies = 2 * options.away(layers) * step.h * options.accumulation
+    packed, maxima = base_bytes(shape, options)
     streamed = 2 * (packed + maxima) * options.accumulation if options.layers_on_host else 0
     looked_up = step.h * options.accumulation if options.embedding_on_host else 0
-    on_disk = copies if options.checkpoint_tier == "disk" else 0
+    on_disk = 2 * disk * step.h * options.accumulation
     rate = card.link * 1e9
     over_link = (copies + streamed) / 2 / rate if rate else 0.0  # each direction has a lane of its own
     from_disk = on_disk / (card.disk * 1e9)

@@ -1,0 +1,229 @@
+"""The cheapest way to make a run fit: which checkpoints leave the card, what is tiled, what lies on the
+host."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...finetune.errors import InputError
+from .budgets import Limits, in_bytes
+from .cards import Card
+from .options import RunOptions
+from .plan import fits, longest, phase_peaks
+from .shapes import Shape
+from .step import Step
+from .steptime import step_time
+
+__all__ = ["Change", "changes", "choose", "minimum"]
+
+# Tokens of an MLP's tile, and the share of the step that the smaller products are taken to cost: not
+# measured.
+_TILES = ((None, 0.0), (8192, 0.003), (2048, 0.01), (512, 0.04))
+_COSTS = {
+    "kv_groups": 0.02,
+    "embedding_on_host": 0.002,
+    "layers_on_host": 0.03,
+    "offload": 0.01,
+    "disk": 0.02,
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to do differently. text: what; options: with it; device: bytes at the peak then; seconds: of
+    a step;
+    fits: whether the run fits then.
+    """
+
+    text: str
+    options: RunOptions
+    device: int
+    seconds: float
+    fits: bool
+
+
+def choose(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> RunOptions:
+    """The options of the least expected step time with which `options.length` and `batch` fit.
+
+    What is chosen: checkpointing, which checkpoints stay, tiles, attention by key/value heads, what lies on
+    the host. What changes the result of training (rank, dtypes, quantization, length) is left as it is.
+
+    Raises: InputError with the least that the run needs, where nothing fits.
+    """
+    candidates = sorted(_candidates(shape, options), key=lambda one: _cost(shape, one, card))
+    for candidate in candidates:
+        placed = _placed(shape, candidate, limits, card)
+        if placed is not None:
+            return placed
+    raise InputError(_too_small(shape, options, limits, card))
+
+
+def minimum(shape: Shape, options: RunOptions, card: Card) -> tuple[int, RunOptions]:
+    """The least bytes on the device with which the run can be done, and the options that take them."""
+    best = min(_candidates(shape, options), key=lambda one: _device(shape, _least(one), card))
+    return _device(shape, _least(best), card), _least(best)
+
+
+def changes(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> list[Change]:
+    """What would make a run that does not fit smaller, one thing at a time and at last together; what fits
+    comes first, the quickest step before the others.
+    """
+    before = _device(shape, options, card)
+    found = []
+    for text, changed in _single(shape, options):
+        device = _device(shape, changed, card)
+        works = fits(shape, changed, limits, card)
+        if device < before or works:
+            found.append(Change(text, changed, device, _seconds(shape, changed, card), works))
+    try:
+        together = choose(shape, options, limits, card)
+    except InputError:
+        together = None
+    if together is not None and together != options:
+        device, seconds = _device(shape, together, card), _seconds(shape, together, card)
+        found.append(Change(_described(options, together, shape), together, device, seconds, True))
+    return sorted(
+        found, key=lambda change: (not change.fits, change.seconds if change.fits else change.device)
+    )
+
+
+def _candidates(shape: Shape, options: RunOptions) -> Iterator[RunOptions]:
+    """Combinations, in which checkpoints have not been placed yet."""
+    yield options.but(checkpointing=False, keep_layers=None, disk_layers=0, layers_on_host=False)
+    hosts = (False,) if shape.tied else (False, True)
+    groups = (False, True) if shape.kv_heads > 1 else (False,)
+    for (tile, _), grouped, looked_up, streamed, kept in itertools.product(
+        _TILES, groups, hosts, (False, True), (None, 1)
+    ):
+        yield options.but(
+            checkpointing=True,
+            mlp_tile=tile if tile is None or tile < options.tokens else None,
+            kv_groups=grouped,
+            embedding_on_host=looked_up,
+            layers_on_host=streamed,
+            keep_layers=kept,
+            disk_layers=0,
+        )
+
+
+def _least(options: RunOptions) -> RunOptions:
+    return options.but(keep_layers=1) if options.checkpointing else options
+
+
+def _placed(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> RunOptions | None:
+    """With as many checkpoints on the device as fit, and on the disk only those for which the host has no
+    room."""
+    if options.keep_layers is None or not options.checkpointing:
+        return options if fits(shape, options, limits, card) else None
+    if _device(shape, options, card) > limits.gpu:
+        return None
+    low, high = 1, shape.layers
+    while high - low > 1:  # how many stay
+        middle = (low + high) // 2
+        enough = _device(shape, options.but(keep_layers=middle), card) <= limits.gpu
+        low, high = (middle, high) if enough else (low, middle)
+    kept = options.but(keep_layers=low)
+    if fits(shape, kept, limits, card):
+        return kept
+    away = kept.away(shape.layers)
+    return _on_disk(shape, kept, limits, card, away) if limits.disk else None
+
+
+def _on_disk(shape: Shape, options: RunOptions, limits: Limits, card: Card, away: int) -> RunOptions | None:
+    """With the fewest layers on the disk."""
+    for layers in range(1, away + 1):
+        candidate = options.but(disk_layers=layers)
+        if fits(shape, candidate, limits, card):
+            return candidate
+    return None
+
+
+def _cost(shape: Shape, options: RunOptions, card: Card) -> float:
+    share = dict(_TILES).get(options.mlp_tile, 0.0)
+    share += sum(cost for name, cost in _COSTS.items() if getattr(options, name, False))
+    if options.keep_layers is not None:
+        share += _COSTS["offload"]
+    return _seconds(shape, options, card) * (1 + share)
+
+
+def _device(shape: Shape, options: RunOptions, card: Card) -> int:
+    return max(peak.nbytes for peak in phase_peaks(Step(shape, options, card)))
+
+
+def _seconds(shape: Shape, options: RunOptions, card: Card) -> float:
+    return step_time(Step(shape, options, card)).seconds
+
+
+def _single(shape: Shape, options: RunOptions) -> Iterator[tuple[str, RunOptions]]:
+    if not options.checkpointing:
+        yield "gradient checkpointing", options.but(checkpointing=True)
+        return
+    if options.kept(shape.layers) > 1:
+        yield "checkpoints to the host", options.but(keep_layers=1)
+    for tile, _ in _TILES[1:]:
+        if tile < options.tokens and (options.mlp_tile is None or tile < options.mlp_tile):
+            yield f"the MLP in tiles of {tile:,} tokens", options.but(mlp_tile=tile)
+            break
+    if not options.kv_groups and shape.kv_heads > 1:
+        yield "attention's backward by key/value heads", options.but(kv_groups=True)
+    if not options.embedding_on_host and not shape.tied:
+        yield "the embedding on the host", options.but(embedding_on_host=True)
+    if not options.layers_on_host:
+        yield "the packed layers on the host, streamed", options.but(layers_on_host=True)
+    if not options.nested and options.four_bit:
+        yield "nested block maxima (double quantization)", options.but(nested=True)
+    if options.batch > 1:
+        rows = options.accumulation * options.batch
+        yield f"a batch of 1, {rows} times a step", options.but(batch=1, accumulation=rows)
+    if options.rank > 8:
+        yield f"rank {options.rank // 2}", options.but(rank=options.rank // 2)
+
+
+def _described(before: RunOptions, after: RunOptions, shape: Shape) -> str:
+    parts = []
+    if after.checkpointing != before.checkpointing:
+        parts.append("gradient checkpointing" if after.checkpointing else "no checkpointing")
+    if after.mlp_tile != before.mlp_tile:
+        parts.append(f"the MLP in tiles of {after.mlp_tile:,} tokens" if after.mlp_tile else "the MLP whole")
+    if after.checkpointing and after.kept(shape.layers) != (
+        before.kept(shape.layers) if before.checkpointing else -1
+    ):
+        away = after.away(shape.layers)
+        parts.append(
+            f"{away} of {shape.layers} checkpoints off the card" if away else "all checkpoints on the card"
+        )
+    if after.disk_layers != before.disk_layers:
+        parts.append(f"{after.disk_layers} of them on the disk")
+    names = (
+        ("kv_groups", "attention's backward by key/value heads"),
+        ("embedding_on_host", "the embedding on the host"),
+        ("layers_on_host", "the packed layers streamed from the host"),
+    )
+    parts += [text for name, text in names if getattr(after, name) and not getattr(before, name)]
+    return ", ".join(parts) or "as asked"
+
+
+def _too_small(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> str:
+    """Why nothing fits, with the least that would."""
+    from .parts import host_parts, total
+
+    least, how = minimum(shape, options, card)
+    run = f"{options.batch} × {options.length:,} tokens of {shape.name}"
+    if least > limits.gpu:
+        one = minimum(shape, options.but(length=1, batch=1), card)[0]
+        text = f"{run} needs {in_bytes(least)} on the card at the least, {in_bytes(limits.gpu)} may be used: "
+        if one > limits.gpu:
+            return (
+                text + f"even one token needs {in_bytes(one)}; give a larger card, or a smaller model or rank"
+            )
+        most = longest(shape, how, limits, card)
+        return text + f"shorten the sequences (to {most:,} tokens), or give a larger card"
+    host = host_parts(Step(shape, how, card), limits)
+    need = total(host, "pinned") + total(host, "host")
+    return (
+        f"{run} fits the card with {in_bytes(least)}, but then needs {in_bytes(need)} of host memory, of"
+        f" which {in_bytes(limits.host)} may be used, and a disk for what is left ({in_bytes(limits.disk)}"
+        " may be used): give more of either, or shorten the sequences"
+    )

@@ -1,0 +1,105 @@
+"""The sizes, in bytes of one batch, that the schedule of a training step is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .cards import Card
+from .options import RunOptions
+from .scratch import Member, Operators
+from .shapes import LinearShape, Shape
+
+__all__ = ["Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the schedule needs of a run, in bytes of one batch."""
+
+    shape: Shape
+    options: RunOptions
+    card: Card
+    isa: str | None = None
+
+    @property
+    def m(self) -> int:
+        return self.options.tokens
+
+    @property
+    def e(self) -> int:
+        return self.options.dtype_bytes
+
+    @cached_property
+    def ops(self) -> Operators:
+        return Operators(self.card, self.e, self.options.adapter_bytes, self.isa)
+
+    @cached_property
+    def h(self) -> int:
+        return self.m * self.shape.hidden * self.e
+
+    @cached_property
+    def q(self) -> int:
+        return self.m * self.shape.heads * self.shape.head_dim * self.e
+
+    @cached_property
+    def k(self) -> int:
+        return self.m * self.shape.kv_heads * self.shape.head_dim * self.e
+
+    @cached_property
+    def i(self) -> int:
+        return self.m * self.shape.intermediate * self.e * max(self.shape.active_experts, 1)
+
+    @property
+    def r(self) -> int:
+        """xa of one adapter."""
+        return 4 * self.m * self.options.rank
+
+    @property
+    def rstd(self) -> int:
+        return 4 * self.m
+
+    @property
+    def lse(self) -> int:
+        return 4 * self.m * self.shape.heads
+
+    def xa(self, part: str) -> int:
+        """xa of all adapters of a part of the layer."""
+        return self.r * len(self.shape.of(part))
+
+    def members(self, part: str) -> list[Member]:
+        """The part's linears as its operator sees them."""
+        rank = self.options.rank
+        return [Member(one.n, one.k, rank, not self.options.four_bit) for one in self.shape.of(part)]
+
+    def gradient(self, part: str) -> int:
+        """Of all adapters of a part."""
+        return sum(self.adapter(linear) for linear in self.shape.of(part))
+
+    def adapter(self, linear: LinearShape) -> int:
+        """Bytes of a linear's adapters: A, B, and of DoRA the magnitude."""
+        elements = self.options.rank * (linear.n + linear.k) + (linear.n if self.options.dora else 0)
+        return elements * self.options.adapter_bytes * linear.count
+
+    @property
+    def layer_gradient(self) -> int:
+        return sum(self.adapter(linear) for linear in self.shape.linears)
+
+    @property
+    def rope(self) -> int:
+        """cos and sin."""
+        return 2 * self.options.length * self.shape.head_dim * self.e
+
+    @property
+    def ids(self) -> int:
+        """Token ids, labels, positions and shifted labels, int64."""
+        return 32 * self.m
+
+    @property
+    def fused_qkv(self) -> bool:
+        return len(self.shape.of("qkv")) == 1
+
+    @property
+    def saves_input(self) -> bool:
+        """Whether the first layer's input is part of the graph."""
+        return self.options.checkpointing
