@@ -59,6 +59,8 @@ class _Rebuilding:
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)
         self.storage = self.key = self.hooks = None
+        if self.outer is not None:  # whose packing has s: a checkpoint, which keeps nothing of it, frees it
+            self.s = None
 
     def pack(self, tensor: Tensor) -> Any:
         if self._is_output(tensor):

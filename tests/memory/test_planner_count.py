@@ -114,7 +114,7 @@ def test_saved_bytes_of_a_layer_are_what_hooks_count() -> None:
     per_layer = predicted_saved(step)
     # Beside the layers: the last norm's input and factor, the loss's dx, the rotary tables.
     rest = 2 * step.h + step.rstd + step.rope
-    weights = sum(p.nbytes for p in _quantization_tensors(model))
+    weights = sum(p.nbytes for p in quantization_tensors(model))
     expected = 3 * per_layer - step.h + rest
     assert saved.bytes - weights == pytest.approx(expected, rel=0.01)
 
@@ -126,7 +126,7 @@ def predicted_saved(step: Step) -> int:
     return _Walk(step, Ledger(), MLP(step, Ledger())).saved_of_layer()
 
 
-def _quantization_tensors(model: Any) -> list[torch.Tensor]:
+def quantization_tensors(model: Any) -> list[torch.Tensor]:
     """absmax and codes, which are no parameters."""
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():

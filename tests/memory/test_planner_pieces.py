@@ -6,11 +6,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern.memory import Budgets, CheckpointStore, Tier, checkpoint_layers, tile_mlps
+from peftkern.memory import (
+    Budgets,
+    CheckpointStore,
+    Tier,
+    attention_by_groups,
+    checkpoint_layers,
+    layers_on_host,
+    rebuild_norms,
+    tile_mlps,
+)
+from peftkern.memory.count import MemoryCount
+from peftkern.memory.planner.budgets import Limits
+from peftkern.memory.planner.cards import CPU
+from peftkern.memory.planner.options import RunOptions
+from peftkern.memory.planner.parts import fixed_parts, host_parts
 from peftkern.memory.planner.shapes import shape_of
+from peftkern.memory.planner.step import Step
 
 from .build import build, config
-from .test_planner_count import PHASES, checkpointed, counted, predicted
+from .test_planner_count import PHASES, checkpointed, counted, predicted, quantization_tensors
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 448}
 
@@ -30,6 +45,32 @@ def test_the_mlp_in_tiles(checkpointing: bool, lora: dict) -> None:
         count, plan = counted(model, length).peaks, predicted(shape, length, 1, options)
         for phase in PHASES:
             assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length)
+
+
+PIECES = {
+    "groups": {"kv_groups": True},
+    "norms": {"rebuild_norms": True},
+    "all": {"kv_groups": True, "rebuild_norms": True, "mlp_tile": 64},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", PIECES)
+def test_attention_by_groups_and_norms_again(name: str, checkpointing: bool) -> None:
+    settings, options = config(**SIZES), PIECES[name] | {"rank": 4, "checkpointing": checkpointing}
+    model, shape = build(settings), shape_of(settings)
+    if "rebuild_norms" in options:
+        rebuild_norms(model)
+    if "mlp_tile" in options:
+        tile_mlps(model, tile=options["mlp_tile"])
+    if "kv_groups" in options:
+        attention_by_groups(model)
+    if checkpointing:
+        checkpointed(model)
+    counted(model, 64)
+    count, plan = counted(model, 768).peaks, predicted(shape, 768, 1, options)
+    for phase in PHASES:
+        assert plan[phase] == pytest.approx(count[phase], rel=0.02), phase
 
 
 @pytest.mark.parametrize("kept", [1, 2])
@@ -59,3 +100,52 @@ def test_nothing_is_left_behind() -> None:
     count = counted(checkpointed(model), 128)
     assert count.current <= sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert all(live.dtype == torch.float32 for live in count.live())
+
+
+@pytest.mark.parametrize(
+    "made", [{}, {"nested": False}, {"use_dora": True, "r": 8}, {"four_bit": False}], ids=str
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_are_always_there(made: dict, tied: bool) -> None:
+    settings = config(**SIZES, vocab_size=1000, tie_word_embeddings=tied)
+    model, shape = build(settings, **made), shape_of(settings)
+    held = {p.untyped_storage()._cdata: p.nbytes for p in model.parameters()}
+    total = sum(held.values()) + sum(tensor.nbytes for tensor in quantization_tensors(model))
+    options = RunOptions(
+        rank=made.get("r", 4),
+        nested=made.get("nested", True),
+        dora="use_dora" in made,
+        four_bit=made.get("four_bit", True),
+        optimizer="adamw",
+    )
+    parts = fixed_parts(Step(shape, options, CPU))
+    weights = [part for part in parts if part.group in ("weights", "embedding, head", "adapters")]
+    assert sum(part.nbytes for part in weights) == pytest.approx(total, rel=0.005)
+
+
+def test_the_states_of_torch_adamw() -> None:
+    settings = config(**SIZES)
+    model, shape = build(settings), shape_of(settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(trained)
+    with MemoryCount() as count, count.enter("optimizer"):
+        optimizer.step()
+    options = RunOptions(rank=4, optimizer="adamw")
+    (states,) = [part for part in fixed_parts(Step(shape, options, CPU)) if "state" in part.name]
+    assert states.nbytes == pytest.approx(count.current, rel=0.01)
+
+
+def test_slots_of_streamed_layers() -> None:
+    settings = config(**SIZES | {"num_hidden_layers": 3})
+    model, shape = build(settings), shape_of(settings)
+    with layers_on_host(model, device="cpu", min_bytes=1) as handle:
+        slots = sum(slot.nbytes for slot in handle._slots)
+    options = RunOptions(rank=4, layers_on_host=True)
+    (part,) = [part for part in fixed_parts(Step(shape, options, CPU)) if part.name == "streamed layers"]
+    (host,) = [
+        part for part in host_parts(Step(shape, options, CPU), Limits(0)) if part.name == "packed layers"
+    ]
+    assert part.nbytes == pytest.approx(slots, rel=0.05)
+    assert host.nbytes == pytest.approx(1.5 * slots, rel=0.05)

@@ -35,18 +35,19 @@ def attention_workspace(step: Step) -> int:
     none.
     """
     shape, options = step.shape, step.options
+    groups = shape.kv_heads if options.kv_groups else 1
+    # A group's gradients, and those of the group before it until they are replaced.
+    apart = 2 * (step.q + 2 * step.k) // groups if groups > 1 else 0
     if not step.card.is_gpu:
-        return 0
+        return apart
     rows = options.batch * (-(-options.length // 128) * 128)
     width = -(-shape.head_dim // 32) * 32
-    groups = shape.kv_heads if options.kv_groups else 1
     if options.attention == "math":
         return 3 * 4 * options.batch * shape.heads * options.length**2
-    sums = 4 * rows * shape.heads
+    sums = 4 * rows * shape.heads // groups
     if options.attention == "efficient":
-        wide = 4 * rows * shape.heads * width
-        return sums + 3 * wide
+        return sums + 3 * 4 * rows * shape.heads * width
     wide = 4 * rows * shape.heads * width // groups * (dq_copies(step) if options.deterministic else 1)
     expanded = 2 * step.q // groups if shape.kv_heads < shape.heads else 0
-    # A group at a time, its rows of d_out and its dq are tensors of their own.
-    return sums + wide + expanded + (step.q // groups if groups > 1 else 0)
+    log_sums = step.lse // groups if groups > 1 else 0
+    return sums + wide + expanded + apart + log_sums

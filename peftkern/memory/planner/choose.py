@@ -93,13 +93,14 @@ def _candidates(shape: Shape, options: RunOptions) -> Iterator[RunOptions]:
     """Combinations, in which checkpoints have not been placed yet."""
     yield options.but(checkpointing=False, keep_layers=None, disk_layers=0, layers_on_host=False)
     hosts = (False,) if shape.tied else (False, True)
-    groups = (False, True) if shape.kv_heads > 1 else (False,)
-    for (tile, _), grouped, looked_up, streamed, kept in itertools.product(
-        _TILES, groups, hosts, (False, True), (None, 1)
+    less = ((False, False), (True, False)) + (((True, True),) if shape.kv_heads > 1 else ())
+    for (tile, _), (rebuilt, grouped), looked_up, streamed, kept in itertools.product(
+        _TILES, less, hosts, (False, True), (None, 1)
     ):
         yield options.but(
             checkpointing=True,
             mlp_tile=tile if tile is None or tile < options.tokens else None,
+            rebuild_norms=rebuilt,
             kv_groups=grouped,
             embedding_on_host=looked_up,
             layers_on_host=streamed,
@@ -166,6 +167,8 @@ def _single(shape: Shape, options: RunOptions) -> Iterator[tuple[str, RunOptions
         if tile < options.tokens and (options.mlp_tile is None or tile < options.mlp_tile):
             yield f"the MLP in tiles of {tile:,} tokens", options.but(mlp_tile=tile)
             break
+    if not options.rebuild_norms:
+        yield "norms' outputs computed again in backward", options.but(rebuild_norms=True)
     if not options.kv_groups and shape.kv_heads > 1:
         yield "attention's backward by key/value heads", options.but(kv_groups=True)
     if not options.embedding_on_host and not shape.tied:
@@ -197,6 +200,7 @@ def _described(before: RunOptions, after: RunOptions, shape: Shape) -> str:
     if after.disk_layers != before.disk_layers:
         parts.append(f"{after.disk_layers} of them on the disk")
     names = (
+        ("rebuild_norms", "norms' outputs computed again in backward"),
         ("kv_groups", "attention's backward by key/value heads"),
         ("embedding_on_host", "the embedding on the host"),
         ("layers_on_host", "the packed layers streamed from the host"),

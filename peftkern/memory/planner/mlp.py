@@ -44,16 +44,15 @@ class MLP:
         """The names and bytes of what is kept for backward, without the input."""
         step = self.step
         if self.tiled:
-            return {"n2": 0, "mlp_x": step.h}
+            return {"n2": 0, "mlp_x": 0 if step.options.rebuild_norms else step.h}
         pieces = {"gate": step.i, "up": step.i, "xa_gate_up": step.xa("gate_up"), "xa_down": step.xa("down")}
         if step.options.dora:
             pieces |= {"u_gate_up": 2 * step.i, "act": step.i, "product": step.i, "u_down": step.h}
         return pieces
 
     def saved_bytes(self) -> int:
-        return sum(self.saved().values()) - (
-            self.step.h if self.tiled and not self.step.options.rebuild_norms else 0
-        )
+        """Beside the second norm's output, which tiles keep as their input."""
+        return sum(nbytes for name, nbytes in self.saved().items() if name != "mlp_x")
 
     def release(self) -> None:
         self.ledger.free(*self.saved())
@@ -74,6 +73,8 @@ class MLP:
             self._whole_forward(phase, saved)
         if phase == "forward":
             ledger.make(phase, "residual", x_next=(step.h, "h"))
+        if saved and step.options.rebuild_norms:
+            ledger.free("n2")
 
     def _whole_forward(self, phase: str, saved: bool) -> None:
         step, ledger, dora = self.step, self.ledger, self.step.options.dora
@@ -158,6 +159,8 @@ class MLP:
         # Of DoRA's separate linears the fullest moment is that of the product's gradients.
         inner = self.of_tile(8 * step.i + step.h) if step.options.dora else self._inner_backward(rows)
         tile = self.of_tile(step.xa("gate_up") + step.xa("down")) + inner + 2 * adapters
+        if step.options.rebuild_norms:
+            ledger.make(phase, "second norm again", n2=(step.h, "h"))
         ledger.make(
             phase, "a tile of the MLP", scratch=(tile, "tile·(h + 6i), sums of dA and dB"), dn2=(step.h, "h")
         )

@@ -78,10 +78,6 @@ class RunOptions:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 0")
         if self.rank < 0:
             raise InputError(f"rank: got {self.rank}, expected at least 0")
-        if self.layers_on_host and not self.checkpointing:
-            raise InputError(
-                "layers_on_host: needs checkpointing, as autograd would hold every streamed layer"
-            )
 
     def away(self, layers: int) -> int:
         """Checkpoints that leave the device."""

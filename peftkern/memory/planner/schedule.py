@@ -51,7 +51,7 @@ class _Walk:
         ledger.keep("rotary tables", step.rope, "2·length·d", "other")
         ledger.group = _LAYER
         ledger.make("forward", "embedding", x=(step.h, "h"))
-        if not step.options.checkpointing or step.options.kept(self.layers) < self.layers:
+        if step.options.away(self.layers) or not self._saves_first_input():
             # The model's forward holds it until it returns, whoever else does.
             ledger.keep("embedded tokens", step.h, "h", _LAYER)
             ledger.free("x")
@@ -91,10 +91,15 @@ class _Walk:
     def saved_of_layer(self, first: bool = False) -> int:
         """What one layer keeps for backward without checkpointing, its input with it."""
         step, options = self.step, self.step.options
-        total = (0 if first and not step.saves_input else step.h) + step.rstd
+        total = (0 if first and not self._saves_first_input() else step.h) + step.rstd
         total += (0 if options.rebuild_norms else step.h) + self._attention_saved()
         total += step.h + step.rstd + (0 if options.rebuild_norms else step.h)
         return total + self.mlp.saved_bytes()
+
+    def _saves_first_input(self) -> bool:
+        """Whether the first layer's input is kept: it has no gradient, but its norm may be computed again of
+        it."""
+        return self.step.saves_input or self.step.options.rebuild_norms
 
     def _attention_saved(self) -> int:
         step = self.step
@@ -283,7 +288,7 @@ class _Walk:
         """The last layer's saved pieces under their own names."""
         step, ledger = self.step, self.ledger
         pieces = {
-            "x": step.h if layer or step.saves_input else 0,
+            "x": step.h if layer or self._saves_first_input() else 0,
             "rstd1": step.rstd,
             "n1": step.h,
             "q": step.q,

@@ -125,6 +125,8 @@ def described(options: RunOptions, layers: int) -> list[str]:
     found.append(f"the MLP in tiles of {options.mlp_tile:,} tokens" if options.mlp_tile else "the MLP whole")
     by_heads = ", its backward by key/value heads" if options.kv_groups else ""
     found.append(f"{options.attention} attention{by_heads}")
+    if options.rebuild_norms:
+        found.append("norms' outputs computed again in backward")
     if options.embedding_on_host:
         found.append("the embedding on the host")
     if options.layers_on_host:
