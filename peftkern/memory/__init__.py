@@ -30,6 +30,7 @@ _HOMES = {
     "loss_tile": "tiles",
     "mlp_tile": "tiles",
     "rebuild_norms": "norms",
+    "tile_loss": "tiled_loss",
     "tile_mlps": "tiled_mlp",
     "untile_mlps": "tiled_mlp",
 }

@@ -7,6 +7,7 @@ made, and the stock loss function gets them. Nothing is set on the model, so tha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops.linear_cross_entropy.budget import logits_bytes
 from . import mixed
 from .detect import (
     Candidate,
@@ -33,7 +35,9 @@ from .loss_probe import StandIn, is_causal_lm_loss, probe, shifted
 from .report import Row
 from .weights import FLOATS, WeightCache, autocast_dtype, is_4bit
 
-__all__ = ["LossForward", "LossPlan", "install_loss", "loss_candidate", "plan_of"]
+__all__ = ["LOGITS_BYTES", "LossForward", "LossPlan", "install_loss", "loss_candidate", "plan_of"]
+
+LOGITS_BYTES = "_peftkern_logits_bytes"  # of the model: how many bytes of its logits may be there at a time
 
 # What torch's cross_entropy can be told besides; a model may hand such an option on.
 _OPTIONS = {"weight", "reduction", "label_smoothing"}
@@ -113,7 +117,9 @@ class LossForward(Forward):
     ) -> tuple[Any, _Head]:
         head = _Head(getattr(self.module, self.cache.head), self.cache, items, reduction, watcher)
         stand_in = StandIn(self.module, {self.cache.head: head, "loss_function": head.loss})
-        return type(self.module).forward(stand_in, *args, **kwargs), head
+        budget = self.module.__dict__.get(LOGITS_BYTES)
+        with contextlib.nullcontext() if budget is None or torch.compiler.is_compiling() else logits_bytes(budget):
+            return type(self.module).forward(stand_in, *args, **kwargs), head
 
     def reason(self, kwargs: dict[str, Any]) -> str | None:
         """Why a call with these arguments takes the stock forward, whatever mode the model is in."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import address, dtype_of, empty, native, scratch, zeros
+from .budget import given
 from .heads import EngineHead, Grads, Head, VendorHead, served_by_vendor
 
 __all__ = ["block_rows", "linear_cross_entropy"]
@@ -17,8 +18,11 @@ _MIN_ROWS, _MAX_ROWS = 16, 512
 
 
 def block_rows(n: int, itemsize: int) -> int:
-    """Rows whose logits are there at a time: whole panels of 16, what 48 MiB hold, 16 at least and 512 at most."""
-    return min(max(_LOGITS_BYTES // (n * itemsize) // 16 * 16, _MIN_ROWS), _MAX_ROWS)
+    """Rows whose logits are there at a time: whole panels of 16, what 48 MiB hold, 16 at least and 512 at most; or what the caller's
+    budget holds, 16 at least."""
+    budget = given()
+    rows = max((_LOGITS_BYTES if budget is None else budget) // (n * itemsize) // 16 * 16, _MIN_ROWS)
+    return min(rows, _MAX_ROWS) if budget is None else rows
 
 
 def _equal_blocks(count: int, most: int) -> int:

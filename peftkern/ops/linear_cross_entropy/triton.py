@@ -19,6 +19,7 @@ from ..sizes import next_power_of_2
 from ..specialization import Specialization
 from ..triton_launch import Call, run, specialization
 from ..triton_numerics import _cast, _float
+from .budget import given
 
 __all__ = ["block_rows", "linear_cross_entropy", "specializations"]
 
@@ -142,8 +143,9 @@ def _call(
 
 
 def block_rows(n: int, itemsize: int) -> int:
-    """Rows whose logits are there at a time: what 128 MiB hold, in whole tiles of 128 where that many fit; 16 at least."""
-    rows = _LOGITS_BYTES // (n * itemsize)
+    """Rows whose logits are there at a time: what 128 MiB or the caller's budget hold, in whole tiles of 128 where that many fit; 16 at
+    least."""
+    rows = (given() or _LOGITS_BYTES) // (n * itemsize)
     return max(rows // 128 * 128 if rows >= 128 else rows, _MIN_ROWS)
 
 
