@@ -29,8 +29,8 @@ from .samples import code_pairs, minilm_folder
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
-STEPS, RANK, EVAL_TOKENS = 30, 64, 8192
-MASKED_STEPS, MASK_RATE = 60, 0.15
+STEPS, RANK, EVAL_TOKENS = 20, 64, 4096
+MASKED_STEPS, MASK_RATE = 40, 0.15
 ARMS = {"before": "before", "adapted": "after the other books", "control": "after source code (control)"}
 
 
