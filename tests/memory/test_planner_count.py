@@ -81,6 +81,27 @@ CONFIGURATIONS: dict[str, tuple[dict, dict, int, bool, dict]] = {
     "dora checkpointed": ({}, {"use_dora": True}, 2, True, {"dora": True}),
     "dense base": ({}, {"four_bit": False}, 1, True, {"four_bit": False}),
     "16-bit adapters": ({}, {"adapter_dtype": BF16}, 2, False, {"adapter_bytes": 2}),
+    "queries and values": (
+        {},
+        {"target_modules": ["q_proj", "v_proj"]},
+        1,
+        False,
+        {"targets": ("q_proj", "v_proj")},
+    ),
+    "attention alone": (
+        {},
+        {"target_modules": ["q_proj", "o_proj"]},
+        2,
+        True,
+        {"targets": ("q_proj", "o_proj")},
+    ),
+    "the MLP alone": (
+        {"num_hidden_layers": 3},
+        {"target_modules": ["up_proj", "down_proj"]},
+        1,
+        True,
+        {"targets": ("up_proj", "down_proj")},
+    ),
     "fp32": ({"num_hidden_layers": 3}, {"dtype": torch.float32}, 1, True, {"dtype_bytes": 4}),
 }
 

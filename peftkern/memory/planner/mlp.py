@@ -33,7 +33,7 @@ class MLP:
         return (
             found[0]
             if found
-            else Member(shape.hidden, shape.intermediate, options.rank, not options.four_bit)
+            else Member(shape.hidden, shape.intermediate, options.rank_of("down_proj"), not options.four_bit)
         )
 
     def of_tile(self, nbytes: int) -> int:
@@ -44,15 +44,25 @@ class MLP:
         """The names and bytes of what is kept for backward, without the input."""
         step = self.step
         if self.tiled:
-            return {"n2": 0, "mlp_x": 0 if step.options.rebuild_norms else step.h}
-        pieces = {"gate": step.i, "up": step.i, "xa_gate_up": step.xa("gate_up"), "xa_down": step.xa("down")}
+            return {"n2": step.h if self.keeps_input() else 0}
+        pieces = {"n2": step.h if self.keeps_input() else 0}
+        pieces |= {"gate": step.i, "up": step.i, "xa_gate_up": step.xa("gate_up"), "xa_down": step.xa("down")}
         if step.options.dora:
             pieces |= {"u_gate_up": 2 * step.i, "act": step.i, "product": step.i, "u_down": step.h}
         return pieces
 
     def saved_bytes(self) -> int:
-        """Beside the second norm's output, which tiles keep as their input."""
-        return sum(nbytes for name, nbytes in self.saved().items() if name != "mlp_x")
+        """Beside the input."""
+        return sum(nbytes for name, nbytes in self.saved().items() if name != "n2")
+
+    def keeps_input(self) -> bool:
+        """Whether the second norm's output is saved: tiles need it in any case, to be computed again."""
+        tiled = self.tiled and not self.step.options.rebuild_norms
+        return tiled or self.step.keeps_norm("gate_up")
+
+    def again(self) -> bool:
+        """Whether it is computed again."""
+        return self.step.again("gate_up") or (self.tiled and self.step.options.rebuild_norms)
 
     def release(self) -> None:
         self.ledger.free(*self.saved())
@@ -73,7 +83,7 @@ class MLP:
             self._whole_forward(phase, saved)
         if phase == "forward":
             ledger.make(phase, "residual", x_next=(step.h, "h"))
-        if saved and step.options.rebuild_norms:
+        if saved and not self.keeps_input():
             ledger.free("n2")
 
     def _whole_forward(self, phase: str, saved: bool) -> None:
@@ -124,18 +134,21 @@ class MLP:
 
     def _whole_backward(self) -> None:
         step, ledger, phase = self.step, self.ledger, "mlp_backward"
-        scratch = (
-            step.ops.glu_backward(self.down, step.m),
-            "the product, its gradient, a slab and partial sums",
-        )
-        self.gradients("down")
+        if step.reads("down"):
+            self.gradients("down")
+            inside = step.ops.glu_backward(self.down, step.m)
+        else:  # the product's gradient is an operator's result, which stays
+            slab = step.ops.backward([self.down], step.m), "a slab"
+            ledger.make(phase, "down", scratch=slab, d_product=(step.i, "i"))
+            inside = 0
+        scratch = inside, "the product, its gradient, a slab, partial sums"
         ledger.make(phase, "down and product", scratch=scratch, d_gate=(step.i, "i"), d_up=(step.i, "i"))
-        if step.options.rebuild_norms:
+        if self.again():
             ledger.make(phase, "second norm again", n2=(step.h, "h"))
         scratch = step.ops.backward(step.members("gate_up"), step.m), "a slab and partial sums"
         self.gradients("gate_up")
         ledger.make(phase, "gate, up", scratch=scratch, dn2=(step.h, "h"))
-        ledger.free("n2", "gate", "up", "xa_gate_up", "xa_down", "d_gate", "d_up")
+        ledger.free("n2", "gate", "up", "xa_gate_up", "xa_down", "d_gate", "d_up", "d_product")
 
     def _separate_backward(self) -> None:
         """DoRA: torch's activation and product between the linears."""
@@ -159,14 +172,14 @@ class MLP:
         # Of DoRA's separate linears the fullest moment is that of the product's gradients.
         inner = self.of_tile(8 * step.i + step.h) if step.options.dora else self._inner_backward(rows)
         tile = self.of_tile(step.xa("gate_up") + step.xa("down")) + inner + 2 * adapters
-        if step.options.rebuild_norms:
+        if self.again():
             ledger.make(phase, "second norm again", n2=(step.h, "h"))
         ledger.make(
             phase, "a tile of the MLP", scratch=(tile, "tile·(h + 6i), sums of dA and dB"), dn2=(step.h, "h")
         )
         self.gradients("gate_up")
         self.gradients("down")
-        ledger.free("n2", "mlp_x")
+        ledger.free("n2")
 
     def _inner_backward(self, rows: int) -> int:
         """A tile's gate, up and output, and the fullest of: computing them, the product's and down's

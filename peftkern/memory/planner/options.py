@@ -18,7 +18,8 @@ class RunOptions:
     """A run of peftkern's patched layers with a LoRA on every linear of the decoder layers.
 
     length, batch: tokens of a sequence, sequences at a time. rank, adapter_bytes: of the adapters, 4 for fp32
-    and 2 for 16 bits; 0: no adapter. dtype_bytes: of activations and dense weights. four_bit, nested,
+    and 2 for 16 bits; 0: no adapter. targets: last words of the names of the linears
+    that have one; None: all. dtype_bytes: of activations and dense weights. four_bit, nested,
     blocksize: of the base's linears. dropout, dora: of the adapters.
     checkpointing: only layers' inputs are kept, a layer is computed again in backward. keep_layers: how many
     of these inputs stay on the device, the last layers', None for all; the last one always does. disk_layers:
@@ -35,6 +36,7 @@ class RunOptions:
     length: int = 1024
     batch: int = 1
     rank: int = 16
+    targets: tuple[str, ...] | None = None
     adapter_bytes: int = 4
     dtype_bytes: int = 2
     four_bit: bool = True
@@ -78,6 +80,10 @@ class RunOptions:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 0")
         if self.rank < 0:
             raise InputError(f"rank: got {self.rank}, expected at least 0")
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the adapter on a linear of this name; 0 where it has none."""
+        return self.rank if self.targets is None or name in self.targets else 0
 
     def away(self, layers: int) -> int:
         """Checkpoints that leave the device."""

@@ -53,8 +53,7 @@ def base_bytes(shape: Shape, options: RunOptions) -> tuple[int, int]:
 
 def adapter_elements(shape: Shape, options: RunOptions) -> int:
     """Trained elements: r (n + k) of each linear, of DoRA its n magnitudes too."""
-    each = (options.rank * (one.n + one.k) + (one.n if options.dora else 0) for one in shape.linears)
-    return shape.layers * sum(n * one.count for n, one in zip(each, shape.linears, strict=True))
+    return shape.layers * sum(sum(_tensors(linear, options)) for linear in shape.linears)
 
 
 def fixed_parts(step: Step) -> list[Part]:
@@ -177,8 +176,10 @@ def _optimizer_state(shape: Shape, options: RunOptions, elements: int) -> Part:
 
 
 def _tensors(linear: LinearShape, options: RunOptions) -> list[int]:
-    sizes = [options.rank * linear.k, options.rank * linear.n] + ([linear.n] if options.dora else [])
-    return sizes * linear.count
+    """Elements of each trained tensor of a linear."""
+    rank = options.rank_of(linear.name)
+    sizes = [rank * linear.k, rank * linear.n] + ([linear.n] if options.dora else [])
+    return sizes * linear.count if rank else []
 
 
 def host_parts(step: Step, limits: Limits) -> list[Part]:

@@ -90,10 +90,10 @@ class _Walk:
 
     def saved_of_layer(self, first: bool = False) -> int:
         """What one layer keeps for backward without checkpointing, its input with it."""
-        step, options = self.step, self.step.options
+        step = self.step
         total = (0 if first and not self._saves_first_input() else step.h) + step.rstd
-        total += (0 if options.rebuild_norms else step.h) + self._attention_saved()
-        total += step.h + step.rstd + (0 if options.rebuild_norms else step.h)
+        total += (step.h if step.keeps_norm("qkv") else 0) + self._attention_saved()
+        total += step.h + step.rstd + (step.h if self.mlp.keeps_input() else 0)
         return total + self.mlp.saved_bytes()
 
     def _saves_first_input(self) -> bool:
@@ -191,7 +191,7 @@ class _Walk:
         if saved and extra:
             ledger.make(phase, "further norms", extra_norms=(extra, "h each"))
         ledger.make(phase, "second norm", s=(step.h, "h"), n2=(step.h, "h"), rstd2=(step.rstd, "4 B"))
-        if step.options.rebuild_norms and saved:
+        if saved and not step.keeps_norm("qkv"):
             ledger.free("n1")
 
     def attention_backward(self) -> None:
@@ -209,7 +209,7 @@ class _Walk:
         if step.shape.query_norms:
             ledger.make(phase, "norms of q and k", dqn=(step.q, "q"), dkn=(step.k, "k"))
             ledger.free("dq0", "dk0", "q0", "k0", "rstd_heads")
-        if options.rebuild_norms:
+        if step.again("qkv"):
             ledger.make(phase, "input norm again", n1=(step.h, "h"))
         if step.fused_qkv:
             ledger.make(phase, "q, k, v together", dqkv=(step.q + 2 * step.k, "q + 2k"))
@@ -290,7 +290,7 @@ class _Walk:
         pieces = {
             "x": step.h if layer or self._saves_first_input() else 0,
             "rstd1": step.rstd,
-            "n1": step.h,
+            "n1": step.h if step.keeps_norm("qkv") else 0,
             "q": step.q,
         }
         pieces |= {"kr": step.k, "v": step.k, "out": step.q, "lse": step.lse, "xa_qkv": step.xa("qkv")}
@@ -301,9 +301,7 @@ class _Walk:
         if step.options.dora:
             pieces |= {"u_qkv": step.q + 2 * step.k, "u_o": step.h}
         pieces |= {"extra_norms": step.shape.extra_norms * (step.h + step.rstd), "scores": score_bytes(step)}
-        pieces |= {"xa_o": step.xa("o"), "s": step.h, "rstd2": step.rstd, "n2": step.h}
-        if step.options.rebuild_norms:
-            pieces |= {"n1": 0, "n2": 0}
+        pieces |= {"xa_o": step.xa("o"), "s": step.h, "rstd2": step.rstd}
         for name, nbytes in (pieces | self.mlp.saved()).items():
             if nbytes:
                 ledger.hold([_renamed(name, nbytes, "", _LAYER)])

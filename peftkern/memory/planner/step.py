@@ -51,11 +51,6 @@ class Step:
         return self.m * self.shape.intermediate * self.e * max(self.shape.active_experts, 1)
 
     @property
-    def r(self) -> int:
-        """xa of one adapter."""
-        return 4 * self.m * self.options.rank
-
-    @property
     def rstd(self) -> int:
         return 4 * self.m
 
@@ -65,12 +60,24 @@ class Step:
 
     def xa(self, part: str) -> int:
         """xa of all adapters of a part of the layer."""
-        return self.r * len(self.shape.of(part))
+        return sum(4 * self.m * self.options.rank_of(one.name) for one in self.shape.of(part))
+
+    def reads(self, part: str) -> bool:
+        """Whether an adapter of the part wants its input again in backward."""
+        return any(self.options.rank_of(one.name) for one in self.shape.of(part))
 
     def members(self, part: str) -> list[Member]:
         """The part's linears as its operator sees them."""
-        rank = self.options.rank
-        return [Member(one.n, one.k, rank, not self.options.four_bit) for one in self.shape.of(part)]
+        rank, dense = self.options.rank_of, not self.options.four_bit
+        return [Member(one.n, one.k, rank(one.name), dense) for one in self.shape.of(part)]
+
+    def keeps_norm(self, part: str) -> bool:
+        """Whether the norm's output that a part reads is saved."""
+        return self.reads(part) and not self.options.rebuild_norms
+
+    def again(self, part: str) -> bool:
+        """Whether that norm's output is computed again."""
+        return self.reads(part) and self.options.rebuild_norms
 
     def gradient(self, part: str) -> int:
         """Of all adapters of a part."""
@@ -78,7 +85,8 @@ class Step:
 
     def adapter(self, linear: LinearShape) -> int:
         """Bytes of a linear's adapters: A, B, and of DoRA the magnitude."""
-        elements = self.options.rank * (linear.n + linear.k) + (linear.n if self.options.dora else 0)
+        rank = self.options.rank_of(linear.name)
+        elements = rank * (linear.n + linear.k) + (linear.n if rank and self.options.dora else 0)
         return elements * self.options.adapter_bytes * linear.count
 
     @property

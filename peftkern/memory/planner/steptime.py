@@ -29,14 +29,14 @@ class StepTime:
 def step_time(step: Step) -> StepTime:
     """Products at the card's rate, and copies that the products of a layer do not hide."""
     shape, options, card = step.shape, step.options, step.card
-    from .parts import base_bytes
+    from .parts import adapter_elements, base_bytes
 
     m, layers = step.m, shape.layers
     width = shape.heads * shape.head_dim
     linear = 2 * m * shape.layer_weights
     attention = 2 * m * options.length * width * layers  # two products, causal: half of the square
     head = 2 * m * shape.embedding
-    adapters = 2 * m * options.rank * sum((one.n + one.k) * one.count for one in shape.linears) * layers
+    adapters = 2 * m * adapter_elements(shape, options)
     forward = linear + attention + adapters
     backward = linear + 2.5 * attention + 2 * adapters
     flops = forward + backward + 3 * head
