@@ -163,7 +163,7 @@ class _Run:
 
     def _trainer(self) -> tuple[MaskedTrainer, tuple[str, ...]]:
         base, tokenizer, new = _base(self.config)
-        model = adapted(base, self.config, new)
+        model = _adapted(base, self.config, new)
         masking = Masking.of(tokenizer, rate=self.rate, seed=self.config.seed)
         collator = DocumentCollator(tokenizer.pad_token_id, model.config._attn_implementation)
         packed = _packs(base, collator, self.config, self._say)
@@ -223,7 +223,7 @@ def _packs(base: PreTrainedModel, collator: DocumentCollator, config: FinetuneCo
     return False
 
 
-def adapted(base: PreTrainedModel, config: FinetuneConfig, new: tuple[str, ...]) -> PeftModel:
+def _adapted(base: PreTrainedModel, config: FinetuneConfig, new: tuple[str, ...]) -> PeftModel:
     """The base with a new LoRA adapter in fp32, patched; the modules of weights that are `new` in full."""
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in new if name.endswith(".weight")))
     if modules and config.quantization != "none":

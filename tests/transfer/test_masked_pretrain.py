@@ -158,6 +158,19 @@ def test_a_head_that_the_files_lack_is_trained_in_full_and_said(
         )
 
 
+@pytest.mark.slow
+def test_recomputed_activations_train_the_same_adapter(options: dict[str, Any], tmp_path: Path) -> None:
+    options |= {"steps": 3, "layer_rates": 2.0}
+    for name, recompute in (("kept", False), ("recomputed", True)):
+        config = FinetuneConfig(**options | {"gradient_checkpointing": recompute, "output": str(tmp_path / name)})
+        continued_pretraining(config, mask_rate=0.15, quiet=True)
+    kept, recomputed = (state(tmp_path / name / "adapted") for name in ("kept", "recomputed"))
+    moved = [name for name, value in kept.items() if "lora_B" in name and value.abs().max() > 1e-3]
+    assert len(moved) == sum("lora_B" in name for name in kept) == 13
+    for name, value in kept.items():
+        torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_roberta_gets_a_window_for_each_document(
     options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
