@@ -22,6 +22,7 @@ BENCHMARKS = (
     "step",
     "linear_cross_entropy",
     "blocks",
+    "tiled_mlp",
     "attention",
     "options",
     "option_steps",
