@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
+from peftkern.memory.count import MemoryCount
 from peftkern.memory.tiled_mlp import TiledMLP, tile_mlps, untile_mlps
+from peftkern.memory.tiles import mlp_tile_bytes
 from peftkern.ops import flops
 
 from ..patching import models, zoo
@@ -414,3 +416,39 @@ def test_a_replaced_forward_is_refused() -> None:
     report = tile_mlps(model, tile=7)
     assert [row.reason is None for row in report.rows] == [False, True]
     assert "its forward was replaced" in report.refused[0].reason and "1 whole" in str(report)
+
+
+# ---- bytes
+
+
+class Gated(nn.Module):
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_temporaries_are_those_of_one_tile() -> None:
+    """The peak is a line of the tokens: what is h wide a token, and the tile, which its formula holds."""
+    model = Gated(64, 320).bfloat16().requires_grad_(False)
+    tile_mlps(model, tile=128)
+    peaks: dict[str, list[int]] = {"forward": [], "backward": []}
+    for tokens in (512, 1024):
+        x = torch.randn(1, tokens, 64).bfloat16().requires_grad_()
+        dy = torch.randn(1, tokens, 64).bfloat16()
+        model(x)  # what the output is like is known then
+        with MemoryCount(phase="forward", classify=None) as count:
+            y = model(x)
+            with count.enter("backward"):
+                y.backward(dy)
+        for phase, found in peaks.items():
+            found.append(count.peaks[phase])
+    h, tile = 2 * 64, mlp_tile_bytes(128, 64, 320)
+    for phase, widths in (("forward", 1), ("backward", 2)):  # the output; beside it dx
+        short, long = peaks[phase]
+        assert (long - short) / 512 == widths * h
+        rest = short - 512 * widths * h
+        assert 0.4 * tile < rest <= tile, f"{phase}: {rest} bytes, a tile has {tile}"
