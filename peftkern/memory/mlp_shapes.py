@@ -57,8 +57,10 @@ def mlp_shape(module: nn.Module) -> MLPShape | str | None:
 
 
 def _linear(child: nn.Module | None) -> nn.Linear | None:
-    """The frozen or plain linear that a child is or holds."""
-    base = getattr(child, "base_layer", child)
+    """The linear that a child is or holds: beneath adapters, or the original of one that is trained as a
+    copy."""
+    base = getattr(child, "original_module", child) if hasattr(child, "modules_to_save") else child
+    base = getattr(base, "base_layer", base)
     return base if isinstance(base, nn.Linear) else None
 
 
@@ -93,13 +95,15 @@ def _itemsize(base: nn.Linear) -> int:
 def _hidden(forward: Callable[..., Any], module: nn.Module, sizes: dict[str, tuple[int, int]]) -> int | None:
     """The width of the input for which the forward maps rows to rows; None where there is none."""
     small = _small_widths(sizes)
-    weights = {name: _random(small[n], small[k], seed=i) for i, (name, (k, n)) in enumerate(sizes.items())}
+    linears = {
+        name: _small_linear(small[k], small[n], seed=i) for i, (name, (k, n)) in enumerate(sizes.items())
+    }
     for hidden in dict.fromkeys(k for k, _ in sizes.values()):
         x = (
             _random(_ROWS, small[hidden], seed=99)
             * torch.tensor(_SCALES, dtype=torch.float64, device="cpu")[:, None]
         )
-        if _by_rows(lambda rows: _run(forward, module, weights, rows), x):
+        if _by_rows(lambda rows: _run(forward, module, linears, rows), x):
             return hidden
     return None
 
@@ -135,18 +139,24 @@ def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
+def _small_linear(k: int, n: int, *, seed: int) -> nn.Linear:
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(_random(n, k, seed=seed), requires_grad=False)
+    return linear
+
+
 def _run(
-    forward: Callable[..., Any], module: nn.Module, weights: dict[str, Tensor], x: Tensor
+    forward: Callable[..., Any], module: nn.Module, linears: dict[str, nn.Linear], x: Tensor
 ) -> Tensor | None:
-    """What the forward gives in evaluation with these weights as its linears; None where it gives no
+    """What the forward gives in evaluation with these linears as its own; None where it gives no
     tensor."""
     stub = types.SimpleNamespace(**{n: v for n, v in vars(module).items() if not n.startswith("_")})
     stub.training = False
     for name, child in module.named_children():
         dropout = isinstance(child, nn.modules.dropout._DropoutNd)
         setattr(stub, name, nn.Identity() if dropout else child)
-    for name, weight in weights.items():
-        setattr(stub, name, lambda value, weight=weight: value @ weight.t())
+    for name, linear in linears.items():
+        setattr(stub, name, linear)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             result = forward(stub, x)

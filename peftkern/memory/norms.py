@@ -59,8 +59,8 @@ def rebuild_norms(model: nn.Module) -> NormReport:
     if not layers:
         reasons = "; ".join(f"{n} x {reason}" for reason, n in Counter(refused.values()).items())
         raise ValueError(
-            f"model: no layer of {type(model).__name__} runs its additions inside the norms; call "
-            f"peftkern.patch first{': ' if reasons else ''}{reasons}"
+            f"model: no layer of {type(model).__name__} has its additions inside the norms"
+            f"{': ' if reasons else '; call peftkern.patch first'}{reasons}"
         )
     return NormReport(tuple(layers), refused)
 

@@ -229,6 +229,6 @@ def _nothing(model: nn.Module, found: list[tuple[str, nn.Module, MLPShape | str]
     seen = (
         f"none of its {len(found)} MLPs could be tiled: {listed}"
         if found
-        else "it has no module with linears of its own"
+        else "it has no module of two or three nn.Linear that maps rows to rows"
     )
     return f"model: {type(model).__name__}: {seen}"
