@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from ..patching.attention import around_of, release, surround, surroundable
-from ..patching.detect import excluded
+from ..patching.detect import excluded, patterns_of
 from ..patching.weights import autocast_dtype
 
 __all__ = ["AttentionReport", "GroupedAttention", "attention_by_groups", "attention_whole", "grouped_sdpa"]
@@ -274,7 +274,7 @@ def attention_by_groups(
     """
     if groups is not None and (not isinstance(groups, int) or groups < 1):
         raise ValueError(f"groups: got {groups!r}, expected a number of groups, 1 or more")
-    patterns, found, refused, whole = tuple(exclude), [], {}, Counter()
+    patterns, found, refused, whole = patterns_of(model, exclude), [], {}, Counter()
     for name, module in model.named_modules():
         reason = surroundable(module)
         if reason is None and (reason := excluded(name, patterns)) is None:

@@ -45,9 +45,8 @@ class RowBlocks:
 
     def __init__(self, module: nn.Module, call: Callable[[Tensor], Tensor], tile: int) -> None:
         self.module, self.call, self.tile = module, call, tile
-        self.results: dict[
-            Any, tuple[int, torch.dtype]
-        ] = {}  # width and dtype, by the input's dtype and autocast's
+        # The output's width and dtype, by the input's dtype and autocast's state.
+        self.results: dict[Any, tuple[int, torch.dtype]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], as the module itself would give it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import transformed
 from ..patching import mixed
-from ..patching.detect import excluded
+from ..patching.detect import excluded, patterns_of
 from .mlp_shapes import MLPShape, holds_experts, mlp_shape
 from .row_blocks import RowBlocks
 from .tiles import mlp_tile, mlp_tile_bytes
@@ -156,7 +156,7 @@ def tile_mlps(
         raise ValueError(f"tile, budget: got tile={tile} and budget={budget}, expected exactly one of them")
     if tile is not None and (not isinstance(tile, int) or tile < 1):
         raise ValueError(f"tile: got {tile!r}, expected a number of rows, 1 or more")
-    found = _survey(model, _patterns(model, exclude))
+    found = _survey(model, patterns_of(model, exclude))
     shapes = [(name, module, shape) for name, module, shape in found if isinstance(shape, MLPShape)]
     if not shapes:
         raise ValueError(_nothing(model, found))
@@ -193,15 +193,6 @@ def _survey(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, nn.Mo
         found.append((name, module, shape))
         inside.append(f"{name}.experts." if isinstance(shape, str) else f"{name}.")
     return found
-
-
-def _patterns(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
-    patterns = tuple(exclude)
-    names = [f".{name}." for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if not any(f".{pattern}." in name for name in names):
-            raise ValueError(f"exclude: {pattern!r} names no module; give a name of model.named_modules()")
-    return patterns
 
 
 def _install(module: nn.Module, tile: int) -> None:

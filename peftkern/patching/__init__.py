@@ -17,7 +17,7 @@ from .attention import (
     wide_candidates,
 )
 from .blocks import install_norms, norm_candidates
-from .detect import Candidate, candidates, excluded
+from .detect import Candidate, candidates, excluded, patterns_of
 from .dora import drops
 from .forwards import install, remove
 from .groups import form_groups
@@ -57,7 +57,7 @@ def patch(
     >>> report.counts
     {'linear': 1}
     """
-    patterns = _patterns(model, exclude)
+    patterns = patterns_of(model, exclude)
     found = candidates(model, patterns, dense)
     if not any(item.row.reason is None for item in found):
         raise ValueError(_nothing(model, found))
@@ -136,17 +136,6 @@ def _install(found: list[Candidate]) -> None:
         base = item.module.base_layer if item.row.kind == "lora" else item.module
         cache = caches.setdefault(id(base), WeightCache())
         install(item.module, item.forward, cache)
-
-
-def _patterns(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(exclude, str):
-        raise ValueError(f"exclude: got the string {exclude!r}, expected a list of names; write exclude=[{exclude!r}]")
-    patterns = tuple(exclude)
-    names = [f".{name}." for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if not any(f".{pattern}." in name for name in names):
-            raise ValueError(f"exclude: {pattern!r} names no module; give a name of model.named_modules(), or whole dotted parts of one")
-    return patterns
 
 
 def _kernels(found: list[Candidate]) -> str:

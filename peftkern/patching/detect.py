@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from .hooks import against, has_hooks
 from .report import Row
 from .weights import FLOATS, forward_reason, is_4bit, repacked, slow_products, unpack
 
-__all__ = ["Candidate", "candidates", "excluded", "is_lora"]
+__all__ = ["Candidate", "candidates", "excluded", "is_lora", "patterns_of"]
 
 _PEFT_FORWARDS = {("peft.tuners.lora.layer", "Linear.forward"), ("peft.tuners.lora.bnb", "Linear4bit.forward")}
 
@@ -120,6 +121,18 @@ def _describe(base: nn.Module) -> str:
 def excluded(name: str, exclude: tuple[str, ...]) -> str | None:
     """Which of the caller's patterns leaves a module as it is."""
     return next((f"excluded by {pattern!r}" for pattern in exclude if f".{pattern}." in f".{name}."), None)
+
+
+def patterns_of(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
+    """The caller's patterns for `excluded`; ValueError where one names nothing."""
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude: got the string {exclude!r}, expected a list of names; write exclude=[{exclude!r}]")
+    patterns = tuple(exclude)
+    names = [f".{name}." for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(f".{pattern}." in name for name in names):
+            raise ValueError(f"exclude: {pattern!r} names no module; give a name of model.named_modules(), or whole dotted parts of one")
+    return patterns
 
 
 def _forward_reason(layer: nn.Module) -> str | None:
