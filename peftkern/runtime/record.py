@@ -134,6 +134,7 @@ class Recorder:
                 if base >= 0:
                     patches.append((at, base, offset))
             elif type(value) is tuple and any(isinstance(part, Tensor) for part in value):
+                fixed[at] = None  # a record holds no tensor
                 parts = (self._address(part) if isinstance(part, Tensor) else (-1, part) for part in value)
                 tuples.append((at, tuple(parts)))
         self.steps.append(Launch(compiled[(call.programs, 1, 1)], fixed, tuple(patches), tuple(tuples)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -232,6 +233,36 @@ def test_a_launch_gets_the_addresses_of_this_call() -> None:
     scratch = launch(x, packed)
     members = (packed.data_ptr() + 8, 2.5, 0, None)
     assert compiled.launches == [((7, 1, 1), scratch.data_ptr() + 16, x.data_ptr(), None, 3, members, 0)]
+
+
+def _reachable(root: Any) -> list[Any]:
+    """What a record holds, but for modules, classes and what functions see of their own module."""
+    found, todo, met = [], [root], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in met or isinstance(item, (type, ModuleType)):
+            continue
+        met.add(id(item))
+        found.append(item)
+        code = isinstance(item, FunctionType)
+        todo += [*(item.__closure__ or ()), *(item.__defaults__ or ())] if code else gc.get_referents(item)
+    return found
+
+
+def test_a_record_holds_no_tensor() -> None:
+    compiled = _Compiled()
+
+    @replayed()
+    def launch(x: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.new_empty(4)
+        launched(SimpleNamespace(programs=1), compiled, [x, (y, low, 1.0)])
+        return torch.mm(x[None], low[:, None]), y
+
+    for _ in range(3):
+        launch(torch.ones(4), torch.ones(4))
+    (record,) = _records(launch)
+    assert type(record) is Record
+    assert not [item for item in _reachable(record) if isinstance(item, Tensor)]
 
 
 def test_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
