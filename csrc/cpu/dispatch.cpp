@@ -15,6 +15,7 @@
 
 #include "checks.h"
 #include "kernels.h"
+#include "tile_plan.h"
 
 namespace {
 
@@ -105,7 +106,9 @@ int64_t group_floats(const Group& g, int64_t m, int threads) {
   const int64_t forward = g.forward_plan(m, current->lanes, threads).total;
   // A backward pass without dx runs on the plan without base products.
   const int64_t with_dx = g.backward_plan(m, true, current->lanes, threads).total, without = g.backward_plan(m, false, current->lanes, threads).total;
-  return largest(forward, largest(with_dx, without));
+  const int64_t most = largest(forward, largest(with_dx, without));
+  if (!current->tiles || !tiles_take(g)) return most;
+  return largest(most, largest(forward_tile_plan(g, m, threads).total, backward_tile_plan(g, m, threads).total));
 }
 
 // One linear as a group of one; without a base product where w is null.
@@ -124,9 +127,10 @@ struct Single {
 // 0 for sizes that no call takes.
 int64_t single_scratch_bytes(bool base, int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
   if (n < 1 || k < 1 || r < 0 || r > 256 || !matrix(m, n) || !matrix(m, k) || !matrix(n, k) || !matrix(largest(largest(m, n), k), r)) return 0;
-  static const char some = 0;
+  static const float some = 0;
   pk_weight w{};
-  w.data = &some;
+  w.data = w.code = &some;  // a 4-bit weight, so that there is room for either engine
+  w.blocksize = 64;
   pk_lora lora{};
   lora.r = r;
   lora.dropout_threshold = r != 0;  // room for a mask

@@ -2,6 +2,9 @@
 #pragma once
 #include "qlora_impl.h"
 #include "scale_impl.h"
+#if defined(PK_AVX512BF16)
+#include "tile_gradients.h"
+#endif
 
 namespace PK_NS {
 
@@ -72,6 +75,29 @@ static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapte
   }
 }
 
+#if defined(PK_AVX512BF16)
+// The same in tiles.
+static void accumulate(const pk::Group& g, const Source<bf16>& src, const pk_adapter* only, const Mask& mask, const bf16* rows, int64_t m0,
+                       int64_t count, int64_t width, float* buffer, float* c) {
+  bf16 *a = (bf16*)buffer, *b = a + GRADIENT_STEPS * STEP;
+  for (int64_t i = 0; i < g.adapter_count; i++) {
+    const pk_adapter& adapter = g.adapters[i];
+    if (!src.takes(adapter)) continue;
+    const pk::Lanes span = pk::lanes_of(adapter, m0, count);
+    const int64_t r = adapter.lora.r, size = span.to - span.from;
+    if (size > 0 && (only ? only == &adapter : !src.drops(adapter))) {
+      const float* low = src.low(adapter) + (m0 + span.from - adapter.row_begin) * r;
+      add_gradient(low, r, sum_pieces(adapter.lora.dtype), rows + span.from * src.cols, src.cols, size, width, only ? mask.bits : nullptr, mask.ld,
+                   only ? mask.scale : 1.0f, a, b, c, STRIP);
+    }
+    c += r * STRIP;
+  }
+}
+static inline void tiles_for(bf16*, bool on) { on ? tiles_on() : tiles_off(); }
+#endif
+template <typename T>
+static inline void tiles_for(T*, bool) {}
+
 // The sums over rows [m0, m0 + count) of a strip of a member's dy and of dy * u, added to.
 template <typename T>
 static void add_sums(const pk_member& member, const T* dy, int64_t ld, int64_t c0, int64_t m0, int64_t count, int64_t m, int64_t width, ScaleSums* sums) {
@@ -128,15 +154,20 @@ static void column_gradients(const Scratch& s, const T* x, int64_t m, int thread
   const int64_t of_x = g.wants(&pk_adapter::d_lora_a) ? strips(g.k()) : 0;
   int64_t total = of_x;
   for (int64_t i = 0; g.wants_columns() && i < g.count; i++) total += strips(g.members[i].weight.n);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t task = 0; task < total; task++) {
-    int64_t strip = task - of_x, member = 0;
-    if (strip < 0) {
-      gradient_strip(s, Source<T>{x, g.k(), ALL}, m, task * STRIP);
-      continue;
+#pragma omp parallel num_threads(threads)
+  {
+    tiles_for((T*)nullptr, true);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < total; task++) {
+      int64_t strip = task - of_x, member = 0;
+      if (strip < 0) {
+        gradient_strip(s, Source<T>{x, g.k(), ALL}, m, task * STRIP);
+        continue;
+      }
+      for (; strip >= strips(g.members[member].weight.n); member++) strip -= strips(g.members[member].weight.n);
+      gradient_strip(s, Source<T>{(const T*)g.members[member].dy, g.members[member].weight.n, member}, m, strip * STRIP);
     }
-    for (; strip >= strips(g.members[member].weight.n); member++) strip -= strips(g.members[member].weight.n);
-    gradient_strip(s, Source<T>{(const T*)g.members[member].dy, g.members[member].weight.n, member}, m, strip * STRIP);
+    tiles_for((T*)nullptr, false);
   }
 }
 

@@ -7,6 +7,7 @@ namespace pk {
 struct Kernels {
   const char* name;
   int lanes;
+  bool tiles;  // bf16 products of 4-bit weights are those of tile_impl.h
   void (*quantize)(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code, uint8_t* packed, float* absmax, int threads);
   void (*quantize_absmax)(const float* absmax, int64_t count, int32_t blocksize, const float* code, uint8_t* out, float* nested, int threads);
   void (*dequantize)(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out, int dtype, int threads);

@@ -9,6 +9,9 @@
 #include "rope_impl.h"
 #include "scale_impl.h"
 #include "squares_impl.h"
+#if defined(PK_AVX512BF16)
+#include "tile_impl.h"
+#endif
 
 namespace PK_NS {
 
@@ -61,6 +64,9 @@ static void gemv(const pk_weight& w, const pk_lora& l, const void* x, int dtype,
 }
 
 static void forward(const pk::Group& g, const void* x, int dtype, int64_t m, float* scratch, int threads) {
+#if defined(PK_AVX512BF16)
+  if (dtype == PK_BF16 && pk::tiles_take(g)) return forward_tiles(g, (const bf16*)x, m, scratch, threads);
+#endif
   const pk::Plan p = g.forward_plan(m, LANES, threads);
   if (dtype == PK_F32) forward_gemm(p, g, (const float*)x, m, scratch, threads);
   else if (dtype == PK_BF16) forward_gemm(p, g, (const bf16*)x, m, scratch, threads);
@@ -68,6 +74,9 @@ static void forward(const pk::Group& g, const void* x, int dtype, int64_t m, flo
 }
 
 static void backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, float* scratch, int threads) {
+#if defined(PK_AVX512BF16)
+  if (dx && dtype == PK_BF16 && pk::tiles_take(g)) return backward_tiles(g, (const bf16*)x, m, (bf16*)dx, scratch, threads);
+#endif
   const pk::Plan p = g.backward_plan(m, dx != nullptr, LANES, threads);
   if (dtype == PK_F32) backward_all(p, g, (const float*)x, m, (float*)dx, scratch, threads);
   else if (dtype == PK_BF16) backward_all(p, g, (const bf16*)x, m, (bf16*)dx, scratch, threads);
@@ -82,7 +91,12 @@ static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed
 
 }  // namespace PK_NS
 
+#if defined(PK_AVX512BF16)
+#define PK_TILES true
+#else
+#define PK_TILES false
+#endif
 #define PK_KERNELS(isa_name) \
-  {isa_name, PK_NS::LANES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask, \
+  {isa_name, PK_NS::LANES, PK_TILES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask, \
    PK_NS::glu, PK_NS::rms_norm, PK_NS::rms_norm_grad, PK_NS::rope, PK_NS::cross_entropy, PK_NS::scale_columns, PK_NS::scale_columns_grad, \
    PK_NS::dora_norm, PK_NS::row_squares}

@@ -185,6 +185,12 @@ def test_choice_is_data() -> None:
     assert config.choose(dtype="bfloat16", isa="avx512", m=2048, n=4096, k=4096).regime == "vendor"
     assert config.choose(dtype="float32", isa="avx2", m=2048, n=4096, k=4096, dense=True).regime == "vendor"
     assert config.choose(dtype="bfloat16", isa="avx2", m=2048, n=4096, k=4096, dense=True).regime == "gemm"
+    for isa in ("avx512bf16", "amx"):
+        large = dict(dtype="bfloat16", isa=isa, m=2048, n=4096)
+        assert config.choose(k=4096, **large).regime == "gemm"
+        # What tiles do not take: rows of half blocks, small blocks, DoRA, dense weights.
+        for other in (dict(k=4096 + 32), dict(k=4096, blocksize=32), dict(k=4096, tiles=False), dict(k=4096, dense=True)):
+            assert config.choose(**large, **other).regime == "vendor"
     for isa, row in config.TABLE.items():
         assert config.choose(dtype="float32", isa=isa, m=row.gemv_max_m, n=64, k=64).regime == "gemv"
         assert config.choose(dtype="float32", isa=isa, m=row.gemv_max_m + 1, n=64, k=64).regime == "gemm"

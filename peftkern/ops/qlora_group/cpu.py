@@ -34,9 +34,11 @@ class _Group:
         options = zip(self.lora_a, self.lora_b, scalings, dropout_ps, seeds, strict=True)
         self.loras = [single.lora_view(a, b, scaling, p, seed) for a, b, scaling, p, seed in options]
 
-    def choice(self, x: Tensor) -> config.Choice:
-        dense = all(quant[0] is None for quant in self.quants)
-        return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=self.m, n=sum(self.n), k=self.k, dense=dense)
+    def choice(self, x: Tensor, *, tiles: bool = True) -> config.Choice:
+        """tiles: whether bf16 tiles serve the call where they serve each of its weights."""
+        dense = [quant[0] is None for quant in self.quants]
+        sizes = dict(m=self.m, n=sum(self.n), k=self.k, dense=all(dense), blocksize=min(quant[6] for quant in self.quants))
+        return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), tiles=tiles and not any(dense), **sizes)
 
     def no_base(self, i: int) -> object:
         """Member i without its product: y and dx are added to."""

@@ -14,6 +14,7 @@ class Config:
 
     gemv_max_m: largest M for the fused GEMV. vendor: activation dtypes whose large-M product goes, slice by slice, to the vendor's GEMM;
     slice_rows: rows decoded a slice there. dense_vendor: for a dense weight, the largest M a dtype takes to the vendor (None: any).
+    tiles: dtypes whose large-M product with a 4-bit weight is that of csrc/cpu/tile_impl.h, where it takes the shape.
     """
 
     gemv_max_m: int
@@ -21,6 +22,7 @@ class Config:
     slice_rows: int
     dense_vendor: dict[str, int | None]
     measured: str
+    tiles: tuple[str, ...] = ()
 
 
 _NAIVE_HALF = {"float32": None, "bfloat16": 1, "float16": 1}
@@ -38,8 +40,8 @@ TABLE = {
     # fp32 at M = 16 0.161, 0.163, at M = 24 0.231, 0.164.
     # Not measured: who multiplies fp16 above that, and the dense weights' limits.
     "avx512": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
-    "avx512bf16": Config(16, ("bfloat16",), 512, _FAST_BF16, "not measured"),
-    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
+    "avx512bf16": Config(16, ("bfloat16",), 512, _FAST_BF16, "not measured", ("bfloat16",)),
+    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids", ("bfloat16",)),
 }
 
 
@@ -57,8 +59,13 @@ class Choice:
     slab_bytes: int = 0
 
 
-def choose(*, dtype: str, isa: str, m: int, n: int, k: int, dense: bool = False) -> Choice:
-    """The regime for x [m, k] of `dtype` ("bfloat16", ...) on `isa`; an unknown ISA takes the baseline's row."""
+def choose(
+    *, dtype: str, isa: str, m: int, n: int, k: int, dense: bool = False, blocksize: int = 64, tiles: bool = True
+) -> Choice:
+    """The regime for x [m, k] of `dtype` ("bfloat16", ...) on `isa`; an unknown ISA takes the baseline's row.
+
+    blocksize: the smallest of the weights'; tiles: whether the call is one that bf16 tiles serve (DoRA's is not).
+    """
     row = TABLE.get(isa, TABLE["baseline"])
     if dense:
         limit = row.dense_vendor[dtype]
@@ -67,6 +74,8 @@ def choose(*, dtype: str, isa: str, m: int, n: int, k: int, dense: bool = False)
         return Choice("gemm", f"the vendor's {dtype} product is slow at M = {m} on {isa}, {row.measured}")
     if m <= row.gemv_max_m:
         return Choice("gemv", f"M = {m} <= {row.gemv_max_m} on {isa}, {row.measured}")
+    if tiles and dtype in row.tiles and k % 64 == 0 and blocksize >= 64:
+        return Choice("gemm", f"{dtype} tiles for M = {m} > {row.gemv_max_m} on {isa}, {row.measured}")
     if dtype in row.vendor:
         return Choice("vendor", f"{dtype} on {isa} has a fast vendor GEMM, {row.measured}")
     return Choice("gemm", f"M = {m} > {row.gemv_max_m} on {isa}, {row.measured}")

@@ -14,7 +14,8 @@ __all__ = ["backward", "decode_slice", "few_rows", "forward", "lora_view", "slic
 
 
 def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int) -> config.Choice:
-    return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=m, n=n, k=k, dense=quant[0] is None)
+    sizes = dict(m=m, n=n, k=k, dense=quant[0] is None, blocksize=quant[6])
+    return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), **sizes)
 
 
 def lora_view(lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None) -> object:
