@@ -1,4 +1,4 @@
-"""`python -m tests.matrix`: the patching, recipe and op tests with the oldest and the newest supported libraries.
+"""`python -m tests.matrix`: patching, recipe, ops, adapters and transfer with the oldest and the newest libraries.
 
 Makes an environment for each combination of torch, transformers and {PEFT, bitsandbytes, TRL} (oldest supported: the lower
 bounds of pyproject.toml), runs the tests in each, with torch's instruction sets as they are and held to AVX2, and writes

@@ -15,7 +15,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Result)]
 _NUMBERS = {"passed": int, "failed": int, "skipped": int, "minutes": float}
 _HEAD = """# Compatibility
 
-Which libraries peftkern's patching, recipe and op tests really ran with. `python -m tests.matrix` wrote this page and
+Which libraries peftkern's tests of patching, recipe, ops, adapters and transfer really ran with. `python -m tests.matrix` wrote this page and
 `compatibility.csv` beside it.
 
 "avx2" in the column *instructions* means that torch and oneDNN were held to AVX2 by `ATEN_CPU_CAPABILITY` and
