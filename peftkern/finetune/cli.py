@@ -100,8 +100,18 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         ),
         "weight_decay": (float, "AdamW's weight decay"),
         "max_grad_norm": (float, "gradients are clipped to this norm"),
+        "optimizer": (str, "paged_adamw_8bit (default on a GPU), adamw_8bit or adamw (default on a CPU)"),
         "gradient_checkpointing": (bool, "recompute activations: less memory, slower"),
         "seed": (int, "seed of everything random"),
+    },
+    "memory": {
+        "fit": (
+            str,
+            "24GiB, say: choose checkpointing, its tiers and the tiles so that the run fits (see `peftkern plan`)",
+        ),
+        "fit_ram": (str, "host memory that --fit may use; default: what is available"),
+        "fit_disk": (str, "room on the disk that --fit may use for checkpoints; default: none"),
+        "longest_first": (bool, "before training run the longest batch once, for memory to run out then if it does"),
     },
     "forgetting": {
         "source_data": (

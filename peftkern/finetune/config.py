@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..memory.planner.budgets import bytes_of
+from ..memory.planner.options import OPTIMIZERS
 from .adapters import DEFAULT, check_adapter, is_lora
 from .errors import InputError
 from .forgetting import check_forgetting
@@ -40,7 +43,7 @@ _GENERAL_DEFAULTS = {
 }
 
 # How a run is started, not what it computes: these may differ between a run and its resumption.
-_NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints")
+_NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints", "longest_first")
 # What runs did that were stored before there was the option.
 _BEFORE = {
     "adapter": DEFAULT,
@@ -49,11 +52,12 @@ _BEFORE = {
     "source_data": [],
     "fisher": "true",
     "row_losses": False,
+    "optimizer": "adamw",
 }
 # What a resumption may change, because a run can be extended and because memory may not suffice: neither
 # changes which rows a step takes.
 LENGTH = ("steps", "epochs")
-_MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation")
+_MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation", "fit", "fit_ram", "fit_disk")
 
 # The least value of each option that is a whole number.
 _WHOLE = {
@@ -119,7 +123,12 @@ class FinetuneConfig:
     first_layer: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optimizer: str | None = None
     gradient_checkpointing: bool = False
+    fit: str | None = None
+    fit_ram: str | None = None
+    fit_disk: str | None = None
+    longest_first: bool = False
     seed: int = 0
     forget_budget: float | None = None
     ewc: float | None = None
@@ -145,10 +154,15 @@ class FinetuneConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         self._check_strings()
         self._check_numbers()
-        for name, allowed in (("quantization", _QUANTIZATIONS), ("schedule", _SCHEDULES), ("dtype", _DTYPES)):
+        for name, allowed in (
+            ("quantization", _QUANTIZATIONS),
+            ("schedule", _SCHEDULES),
+            ("dtype", _DTYPES),
+            ("optimizer", (None, *OPTIMIZERS)),
+        ):
             if getattr(self, name) not in allowed:
                 raise InputError(
-                    f"{_flag(name)} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                    f"{_flag(name)} must be one of {', '.join(filter(None, allowed))}; got {getattr(self, name)!r}"
                 )
         if self.loss_on not in (None, COMPLETIONS, ALL):
             raise InputError(f"--loss-on must be {COMPLETIONS} or {ALL}, got {self.loss_on!r}")
@@ -178,6 +192,9 @@ class FinetuneConfig:
                 f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep"
                 f" {others}"
             )
+        for name in ("fit", "fit_ram", "fit_disk"):
+            if getattr(self, name) is not None:
+                bytes_of(getattr(self, name), _flag(name))
         check_adapter(self)
         check_forgetting(self)
         if not self._on_sample() and not self.eval_data and not self.eval_fraction:
@@ -252,6 +269,8 @@ class FinetuneConfig:
             chosen["warmup"] = _WARMUPS.get(self.schedule, _WARMUP)
         if self.alpha is None and is_lora(self):
             chosen["alpha"] = 2.0 * self.r
+        if self.optimizer is None:
+            chosen["optimizer"] = _default_optimizer()
         if self._on_sample() and not self.eval_data:
             chosen["eval_data"] = (SAMPLE,)
         return dataclasses.replace(self, **chosen)
@@ -301,6 +320,14 @@ class FinetuneConfig:
         return {
             key: [stored.get(key), ours[key]] for key in (*LENGTH, *_MEMORY) if stored.get(key) != ours[key]
         }
+
+
+def _default_optimizer() -> str:
+    """bitsandbytes' paged 8-bit AdamW on a GPU: its states are a quarter, and may move to the host."""
+    import torch
+
+    served = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+    return OPTIMIZERS[0] if served else "adamw"
 
 
 def _flag(name: str) -> str:

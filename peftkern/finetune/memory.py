@@ -82,9 +82,14 @@ def memory_errors(config: FinetuneConfig) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         rows = (config.batch_size or 1) * (config.grad_accumulation or 1)
+        from .fitting import explanation
+
+        planned = explanation(config)
         raise MemoryError(
-            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Go on with --resume and less at a "
-            f"time: --batch-size 1 --grad-accumulation {rows} (now --batch-size {config.batch_size} --grad-accumulation "
-            f"{config.grad_accumulation}; the product stays), or --gradient-checkpointing. Where that does not do, start again with a "
-            f"lower --seq-length (now {config.seq_length}) or --quantization nf4: --overwrite, or another --output"
+            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Go on with"
+            f" --resume and less at a time: --batch-size 1 --grad-accumulation {rows} (now --batch-size"
+            f" {config.batch_size} --grad-accumulation {config.grad_accumulation}; the product stays), or"
+            " --gradient-checkpointing, or --fit SIZE. Where that does not do, start again with a lower --seq-length"
+            f" (now {config.seq_length}) or --quantization nf4: --overwrite, or another --output"
+            + (f". {planned}" if planned else "")
         ) from error

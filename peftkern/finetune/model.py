@@ -69,12 +69,15 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def load_base(path: str, config: FinetuneConfig) -> PreTrainedModel:
-    """Load `path` quantized on the fly, tensor by tensor; raises InputError unless every weight is in its files."""
+def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> PreTrainedModel:
+    """Load `path` quantized on the fly, tensor by tensor; raises InputError unless every weight is in its files.
+
+    on_host: it stays on the host, from where its layers are to be streamed.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype = compute_dtype(config.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not on_host else "cpu"
     with load_errors(config.model, path), mapped_allocations():
         base, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -90,9 +93,9 @@ def load_base(path: str, config: FinetuneConfig) -> PreTrainedModel:
     return base
 
 
-def load_model(path: str, config: FinetuneConfig) -> PeftModel:
+def load_model(path: str, config: FinetuneConfig, *, on_host: bool = False) -> PeftModel:
     """Load the base model, add the adapter of --adapter and, with --patch, peftkern's kernels."""
-    model = add_adapter(load_base(path, config), config)
+    model = add_adapter(load_base(path, config, on_host=on_host), config)
     if config.patch:
         import peftkern
 

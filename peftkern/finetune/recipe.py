@@ -131,7 +131,8 @@ class _Run:
             )
 
     def _trainer(self, train: Dataset, evaluations: dict[str, Dataset]) -> RecipeTrainer:
-        from .inputs import prepare
+        from .fitting import choose_fit, install_fit
+        from .inputs import is_packed, prepare
         from .metrics import MetricsCallback, restore_metrics
         from .model import load_model, load_tokenizer, resolve_model
         from .trainer import make_trainer
@@ -140,14 +141,20 @@ class _Run:
         tokenizer = load_tokenizer(path, trust_remote_code=self.config.trust_remote_code)
         inputs = prepare(self.config, train, evaluations, tokenizer)
         self.prompt = inputs.prompt
-        model = load_model(path, self.config)
+        lengths = map(len, inputs.train["input_ids"])
+        fit = choose_fit(self.config, path, lengths, is_packed(self.config, inputs.kind))
+        model = load_model(path, self.config, on_host=fit is not None and fit.options.layers_on_host)
+        config = self.config
+        if fit is not None:
+            self.held = install_fit(model, fit)
+            config = dataclasses.replace(config, gradient_checkpointing=fit.options.checkpointing)
         earlier: list[dict[str, Any]] = []
         if self.checkpoint:
             earlier, lost = restore_metrics(self.folder.metrics, self.checkpoint.step, self.checkpoint.state.get("log_history", []))
             if lost:
                 self._say(f"{self.folder.metrics} lacked the last {lost} steps: their tokens and times are unknown, and written as 0.")
         self.metrics = MetricsCallback(self.folder.metrics, earlier, quiet=self.quiet)
-        trainer = make_trainer(self.config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics)
+        trainer = make_trainer(config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics)
         trainer.stop = self.stop
         return trainer
 
@@ -188,6 +195,11 @@ class _Run:
             if trainer.budget_spent(self.checkpoint.state) or self.checkpoint.step >= planned:
                 trainer.load_adapter_of(self.checkpoint.path)
                 return
+        if self.config.longest_first:
+            from .rehearsal import rehearse
+
+            self._say("Running the longest batch once ...")
+            rehearse(trainer)
         trainer.run(self.checkpoint, seed=self.config.seed)
 
     def _finish(self, trainer: RecipeTrainer, stored: dict[str, Any]) -> FinetuneResult:

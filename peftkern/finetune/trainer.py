@@ -168,6 +168,7 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        **({} if config.optimizer in (None, "adamw") else {"optim": config.optimizer}),
     )
 
 

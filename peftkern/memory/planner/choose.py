@@ -52,7 +52,7 @@ def choose(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> Run
 
     Raises: InputError with the least that the run needs, where nothing fits.
     """
-    candidates = sorted(_candidates(shape, options), key=lambda one: _cost(shape, one, card))
+    candidates = sorted(_candidates(shape, options, card), key=lambda one: _cost(shape, one, card))
     for candidate in candidates:
         placed = _placed(shape, candidate, limits, card)
         if placed is not None:
@@ -62,8 +62,9 @@ def choose(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> Run
 
 def minimum(shape: Shape, options: RunOptions, card: Card) -> tuple[int, RunOptions]:
     """The least bytes on the device with which the run can be done, and the options that take them."""
-    best = min(_candidates(shape, options), key=lambda one: _device(shape, _least(one), card))
-    return _device(shape, _least(best), card), _least(best)
+    least = [_least(one, shape, card) for one in _candidates(shape, options, card)]
+    best = min(least, key=lambda one: _device(shape, one, card))
+    return _device(shape, best, card), best
 
 
 def changes(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> list[Change]:
@@ -72,7 +73,7 @@ def changes(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> li
     """
     before = _device(shape, options, card)
     found = []
-    for text, changed in _single(shape, options):
+    for text, changed in _single(shape, options, card):
         device = _device(shape, changed, card)
         works = fits(shape, changed, limits, card)
         if device < before or works:
@@ -89,13 +90,14 @@ def changes(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> li
     )
 
 
-def _candidates(shape: Shape, options: RunOptions) -> Iterator[RunOptions]:
-    """Combinations, in which checkpoints have not been placed yet."""
+def _candidates(shape: Shape, options: RunOptions, card: Card) -> Iterator[RunOptions]:
+    """Combinations, in which checkpoints have not been placed yet. A CPU's host is the device itself."""
     yield options.but(checkpointing=False, keep_layers=None, disk_layers=0, layers_on_host=False)
-    hosts = (False,) if shape.tied else (False, True)
+    hosts = (False,) if shape.tied or not card.is_gpu else (False, True)
+    streams = (False, True) if card.is_gpu else (False,)
     less = ((False, False), (True, False)) + (((True, True),) if shape.kv_heads > 1 else ())
     for (tile, _), (rebuilt, grouped), looked_up, streamed, kept in itertools.product(
-        _TILES, less, hosts, (False, True), (None, 1)
+        _TILES, less, hosts, streams, (None, 1)
     ):
         yield options.but(
             checkpointing=True,
@@ -109,8 +111,11 @@ def _candidates(shape: Shape, options: RunOptions) -> Iterator[RunOptions]:
         )
 
 
-def _least(options: RunOptions) -> RunOptions:
-    return options.but(keep_layers=1) if options.checkpointing else options
+def _least(options: RunOptions, shape: Shape, card: Card) -> RunOptions:
+    """With every checkpoint away that can be."""
+    if not options.checkpointing:
+        return options
+    return options.but(keep_layers=1, disk_layers=0 if card.is_gpu else shape.layers)
 
 
 def _placed(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> RunOptions | None:
@@ -126,6 +131,9 @@ def _placed(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> Ru
         enough = _device(shape, options.but(keep_layers=middle), card) <= limits.gpu
         low, high = (middle, high) if enough else (low, middle)
     kept = options.but(keep_layers=low)
+    if not card.is_gpu:
+        kept = kept.but(disk_layers=kept.away(shape.layers))
+        return kept if fits(shape, kept, limits, card) else None
     if fits(shape, kept, limits, card):
         return kept
     away = kept.away(shape.layers)
@@ -157,12 +165,13 @@ def _seconds(shape: Shape, options: RunOptions, card: Card) -> float:
     return step_time(Step(shape, options, card)).seconds
 
 
-def _single(shape: Shape, options: RunOptions) -> Iterator[tuple[str, RunOptions]]:
+def _single(shape: Shape, options: RunOptions, card: Card) -> Iterator[tuple[str, RunOptions]]:
     if not options.checkpointing:
         yield "gradient checkpointing", options.but(checkpointing=True)
         return
     if options.kept(shape.layers) > 1:
-        yield "checkpoints to the host", options.but(keep_layers=1)
+        where = "the host" if card.is_gpu else "the disk"
+        yield f"checkpoints to {where}", _least(options, shape, card)
     for tile, _ in _TILES[1:]:
         if tile < options.tokens and (options.mlp_tile is None or tile < options.mlp_tile):
             yield f"the MLP in tiles of {tile:,} tokens", options.but(mlp_tile=tile)
@@ -171,9 +180,9 @@ def _single(shape: Shape, options: RunOptions) -> Iterator[tuple[str, RunOptions
         yield "norms' outputs computed again in backward", options.but(rebuild_norms=True)
     if not options.kv_groups and shape.kv_heads > 1:
         yield "attention's backward by key/value heads", options.but(kv_groups=True)
-    if not options.embedding_on_host and not shape.tied:
+    if card.is_gpu and not options.embedding_on_host and not shape.tied:
         yield "the embedding on the host", options.but(embedding_on_host=True)
-    if not options.layers_on_host:
+    if card.is_gpu and not options.layers_on_host:
         yield "the packed layers on the host, streamed", options.but(layers_on_host=True)
     if not options.nested and options.four_bit:
         yield "nested block maxima (double quantization)", options.but(nested=True)

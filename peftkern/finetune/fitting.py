@@ -1,0 +1,197 @@
+"""`--fit`: how a run is to use memory, chosen by the planner before a model is loaded, and put on the model; and
+what the planner says when memory has run out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..memory.planner.budgets import bytes_of, in_bytes, limits_of
+from ..memory.planner.cards import CPU, Card, this_card
+from ..memory.planner.choose import changes, choose
+from ..memory.planner.options import RunOptions
+from ..memory.planner.plan import Plan, plan
+from ..memory.planner.shapes import Shape, read_shape
+from ..memory.planner.table import described, name_of
+from .adapters import is_lora
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from ..memory.planner.budgets import Limits
+    from .config import FinetuneConfig
+
+__all__ = ["Fit", "choose_fit", "explanation", "install_fit", "run_options"]
+
+_SHARE = 0.97  # of a card's memory: the rest is lost between blocks
+_LAYERS, _CHANGES = 6, 3  # parts and changes that a message names
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What was chosen: the shape, the options, and the limits that they keep to."""
+
+    shape: Shape
+    options: RunOptions
+    limits: Limits
+    card: Card
+
+
+def run_options(config: FinetuneConfig, shape: Shape, length: int) -> RunOptions:
+    """The run as the planner knows it, with sequences of `length` tokens; memory is used as the options say."""
+    from .config import ALL_LINEAR
+    from .model import compute_dtype
+
+    half = compute_dtype(config.dtype).itemsize == 2
+    cuda = torch.cuda.is_available()
+    names = {linear.name for linear in shape.linears}
+    targets = None if ALL_LINEAR in config.targets else tuple(t.rpartition(".")[2] for t in config.targets)
+    flash = not cuda or (half and torch.cuda.get_device_capability() >= (8, 0))
+    return RunOptions(
+        length=length,
+        batch=config.batch_size or 1,
+        accumulation=config.grad_accumulation or 1,
+        rank=config.r,
+        targets=targets if targets is None or set(targets) <= names else None,
+        dtype_bytes=2 if half else 4,
+        four_bit=config.quantization != "none",
+        nested=config.double_quant,
+        dropout=config.dropout > 0,
+        dora=config.dora,
+        checkpointing=config.gradient_checkpointing,
+        optimizer=config.optimizer or "adamw",
+        attention="flash" if flash else "math",
+    )
+
+
+def choose_fit(config: FinetuneConfig, path: str, lengths: Iterable[int], packed: bool) -> Fit | None:
+    """What --fit chooses for the longest batch of a run; None without --fit.
+
+    Raises: InputError with the least that the run needs, where nothing fits; and for what the planner does not
+    know.
+    """
+    if config.fit is None:
+        return None
+    _require_known(config)
+    shape, card = read_shape(path, trust_remote_code=config.trust_remote_code), this_card()
+    options = run_options(config, shape, _longest(config, lengths, packed))
+    limits = _limits(config, card)
+    try:
+        chosen = choose(shape, options, limits, card)
+    except InputError as error:
+        raise InputError(f"--fit {config.fit}: {error}") from None
+    print(_said(config, shape, chosen, limits, card), file=sys.stderr)
+    return Fit(shape, chosen, limits, card)
+
+
+def _require_known(config: FinetuneConfig) -> None:
+    if not is_lora(config) or not config.patch:
+        what = "--adapter lora" if not is_lora(config) else "peftkern's own kernels (drop --no-patch)"
+        raise InputError(f"--fit {config.fit}: the planner knows {what} alone")
+
+
+def _longest(config: FinetuneConfig, lengths: Iterable[int], packed: bool) -> int:
+    return config.seq_length if packed else min(max(lengths, default=1), config.seq_length)
+
+
+def _limits(config: FinetuneConfig, card: Card) -> Limits:
+    asked = bytes_of(config.fit, "--fit")
+    room = int(min(asked, card.memory) * _SHARE) if card.is_gpu else asked
+    ram = None if config.fit_ram is None else bytes_of(config.fit_ram, "--fit-ram")
+    disk = 0 if config.fit_disk is None else bytes_of(config.fit_disk, "--fit-disk")
+    return limits_of(card, ram=ram, disk=disk, room=room)
+
+
+def _said(config: FinetuneConfig, shape: Shape, options: RunOptions, limits: Limits, card: Card) -> str:
+    found = plan(shape, options, limits, card)
+    how = "; ".join(described(options, shape.layers))
+    text = f"--fit {config.fit}: {in_bytes(found.device_bytes)} planned for {options.batch} × {options.length:,} tokens: {how}."
+    return "\n".join([text, *(f"  note: {warning}." for warning in found.warnings)])
+
+
+def install_fit(model: nn.Module, fit: Fit) -> list[Any]:
+    """Put the choice on a patched model; the handles that hold memory, to be kept as long as the model is."""
+    from ..memory import attention_by_groups, embedding_on_host, layers_on_host, rebuild_norms, tile_mlps
+
+    options, handles = fit.options, []
+    device = "cuda" if fit.card.is_gpu else "cpu"
+    if options.layers_on_host:
+        handles.append(layers_on_host(model, device=device))
+    if options.embedding_on_host:
+        handles.append(embedding_on_host(model, device=device))
+    steps: list[tuple[bool, Callable[[], Any]]] = [
+        (options.mlp_tile is not None, lambda: tile_mlps(model, tile=options.mlp_tile)),
+        (options.rebuild_norms, lambda: rebuild_norms(model)),
+        (options.kv_groups, lambda: attention_by_groups(model)),
+    ]
+    for wanted, install in steps:
+        if wanted:
+            print(install(), file=sys.stderr)
+    if options.away(fit.shape.layers):
+        handles.append(_checkpoints(model, fit, device))
+    return handles
+
+
+def _checkpoints(model: nn.Module, fit: Fit, device: str) -> Any:
+    """A store with the room that was planned for each tier."""
+    from ..memory import Budgets, CheckpointStore, checkpoint_layers
+    from ..memory.planner.parts import BLOCK, host_parts
+    from ..memory.planner.step import Step
+
+    step, layers = Step(fit.shape, fit.options, fit.card), fit.shape.layers
+    parts = [part for part in host_parts(step, fit.limits) if part.name == "checkpoints"]
+    room = {part.tier: -(-part.nbytes // BLOCK) * BLOCK for part in parts}
+    budgets = Budgets(
+        device=(fit.options.kept(layers) - 1) * step.h,
+        pinned=room.get("pinned", 0),
+        host=room.get("host", 0),
+        disk=room.get("disk", 0),
+    )
+    return checkpoint_layers(model, store=CheckpointStore(budgets, device=device))
+
+
+def explanation(config: FinetuneConfig) -> str:
+    """What the planner says of a run that has run out of memory: the largest parts at the peak, and what would make
+    it smaller. Empty where the planner does not know the run.
+    """
+    try:
+        return _explained(config)
+    except Exception:  # of a model that cannot be read, say: the error at hand is the one to tell
+        return ""
+
+
+def _explained(config: FinetuneConfig) -> str:
+    from .model import resolve_model
+
+    if not is_lora(config) or not config.patch:
+        return ""
+    config = config.resolved()
+    card = this_card()
+    shape = read_shape(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
+    options = run_options(config, shape, config.seq_length)
+    limits = limits_of(card) if config.fit is None else _limits(config, card)
+    found = plan(shape, options, limits, card)
+    others = [
+        change for change in changes(shape, options, limits, card) if change.device < found.device_bytes
+    ]
+    return _worded(found, others[:_CHANGES], card)
+
+
+def _worded(found: Plan, others: list[Any], card: Card) -> str:
+    peak, options = found.peak, found.options
+    parts = sorted(peak.parts, key=lambda part: -part.nbytes)[:_LAYERS]
+    listed = ", ".join(f"{name_of(part)} {in_bytes(part.nbytes)}" for part in parts)
+    where = "host memory" if card is CPU else card.name
+    text = (
+        f"Planned for {options.batch} × {options.length:,} tokens: {in_bytes(peak.nbytes)} of {where} at the peak"
+        f" ({peak.phase.replace('_', ' ')}), of it {listed}."
+    )
+    if others:
+        less = ", ".join(f"{change.text} ({in_bytes(change.device)})" for change in others)
+        text += f" What takes less: {less}; --fit SIZE chooses among these."
+    return text

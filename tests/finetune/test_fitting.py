@@ -1,0 +1,130 @@
+"""`--fit`: memory used as the planner chooses, the same training; and what is said when memory runs out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftkern.finetune import FinetuneConfig, finetune
+from peftkern.finetune.errors import InputError
+
+PATCHED = {"patch": True, "seq_length": 128, "batch_size": 1, "steps": 3, "save_steps": 3}
+
+
+def run(options: dict[str, Any], **changes: Any) -> Any:
+    return finetune(FinetuneConfig(**options | PATCHED | changes), quiet=True)
+
+
+def losses(result: Any) -> list[float]:
+    lines = (Path(result.output) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def needed(options: dict[str, Any], **changes: Any) -> int:
+    """Bytes of the plan for a run on this machine."""
+    from peftkern.finetune.fitting import run_options
+    from peftkern.memory.planner.cards import CPU
+    from peftkern.memory.planner.plan import predict
+    from peftkern.memory.planner.shapes import read_shape
+
+    shape = read_shape(options["model"])
+    plan = run_options(FinetuneConfig(**options | PATCHED).resolved(), shape, 128)
+    return predict(shape, plan.but(**changes), CPU)
+
+
+def test_a_run_that_fits_is_left_as_it_is_and_a_smaller_budget_checkpoints(
+    options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    plain = run(options)
+    whole, least = needed(options, checkpointing=False), needed(options, checkpointing=True)
+    assert least < whole
+    roomy = run(options, output=str(tmp_path / "roomy"), fit=f"{whole + 1}B")
+    assert "no gradient checkpointing" in capfd.readouterr().err
+    assert losses(roomy) == losses(plain)
+    tight = run(options, output=str(tmp_path / "tight"), fit=f"{least}B")
+    assert "gradient checkpointing: layers' inputs 2 on the card" in capfd.readouterr().err
+    assert losses(tight) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_the_disk_and_tiles_are_used_where_they_must_be(
+    options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    from peftkern.finetune.fitting import run_options
+    from peftkern.memory.planner.cards import CPU
+    from peftkern.memory.planner.choose import minimum
+    from peftkern.memory.planner.shapes import read_shape
+
+    plain, shape = run(options), read_shape(options["model"])
+    asked = run_options(FinetuneConfig(**options | PATCHED).resolved(), shape, 128)
+    least, _ = minimum(shape, asked, CPU)
+    smallest = run(options, output=str(tmp_path / "small"), fit=f"{least}B", fit_disk="1GB")
+    said = capfd.readouterr().err
+    assert "on disk" in said
+    assert losses(smallest) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_budgets_below_the_minimum_are_refused_before_loading(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"--fit 100KB: .* needs .* at the least"):
+        run(options, fit="100KB")
+    with pytest.raises(InputError, match="--fit many"):
+        run(options, fit="many")
+    with pytest.raises(InputError, match="drop --no-patch"):
+        finetune(FinetuneConfig(**options | {"fit": "1GB", "patch": False}), quiet=True)
+    assert not Path(options["output"]).exists()
+
+
+def test_running_out_of_memory_says_which_part_took_how_much(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftkern.finetune import trainer
+
+    def exhausted(*args: Any, **kwargs: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(trainer.RecipeTrainer, "training_step", exhausted)
+    with pytest.raises(
+        MemoryError, match=r"Planned for 1 × 128 tokens: .* at the peak .*KiB.*What takes less: "
+    ):
+        run(options)
+    with pytest.raises(
+        MemoryError, match=r"^out of memory .*--quantization nf4: --overwrite, or another --output$"
+    ):
+        finetune(FinetuneConfig(**options | {"overwrite": True}), quiet=True)
+
+
+def test_the_longest_batch_first_changes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    dropping = options | {"dropout": 0.1}
+    plain = run(dropping)
+    rehearsed = run(dropping, output=str(tmp_path / "rehearsed"), longest_first=True)
+    assert losses(rehearsed) == losses(plain)
+
+
+def test_the_longest_batch_tells_before_training(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftkern.finetune import trainer
+
+    seen = []
+
+    def exhausted(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(inputs["input_ids"].shape)
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(trainer.RecipeTrainer, "compute_loss", exhausted)
+    with pytest.raises(MemoryError, match="no memory left"):
+        run(options, longest_first=True)
+    assert seen == [(1, 128)]
+
+
+def test_the_optimizer_is_stored_and_compared(options: dict[str, Any]) -> None:
+    run(options)
+    config = json.loads((Path(options["output"]) / "run.json").read_text())["config"]
+    assert config["optimizer"] == ("paged_adamw_8bit" if torch.cuda.is_available() else "adamw")
+    with pytest.raises(InputError, match="--optimizer: 'adamw' in the stored run, 'adamw_8bit' now"):
+        run(options, optimizer="adamw_8bit", resume=True, steps=6)
+    with pytest.raises(InputError, match="--optimizer must be one of"):
+        FinetuneConfig(optimizer="sgd")
