@@ -9,8 +9,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..memory.planner.budgets import bytes_of
-from ..memory.planner.options import OPTIMIZERS
 from .adapters import DEFAULT, check_adapter, is_lora
 from .errors import InputError
 from .forgetting import check_forgetting
@@ -82,6 +80,7 @@ _WARMUP = 0.05
 _UNFREEZE = re.compile(r"\d+|\d+:\d+(,\d+:\d+)*")
 FILTERS = ("duplicates", "overlap")
 _DTYPES = ("auto", "bf16", "fp16", "fp32")
+_OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +157,7 @@ class FinetuneConfig:
             ("quantization", _QUANTIZATIONS),
             ("schedule", _SCHEDULES),
             ("dtype", _DTYPES),
-            ("optimizer", (None, *OPTIMIZERS)),
+            ("optimizer", (None, *_OPTIMIZERS)),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(
@@ -192,9 +191,7 @@ class FinetuneConfig:
                 f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep"
                 f" {others}"
             )
-        for name in ("fit", "fit_ram", "fit_disk"):
-            if getattr(self, name) is not None:
-                bytes_of(getattr(self, name), _flag(name))
+        self._check_sizes()
         check_adapter(self)
         check_forgetting(self)
         if not self._on_sample() and not self.eval_data and not self.eval_fraction:
@@ -219,6 +216,13 @@ class FinetuneConfig:
                 and field.name not in ("eval_data", "filter_data", "source_data")
             ):
                 raise InputError(f"{_flag(field.name)} needs at least one value")
+
+    def _check_sizes(self) -> None:
+        from ..memory.planner.budgets import bytes_of  # which takes errors from this package
+
+        for name in ("fit", "fit_ram", "fit_disk"):
+            if getattr(self, name) is not None:
+                bytes_of(getattr(self, name), _flag(name))
 
     def _check_numbers(self) -> None:
         for name, least in _WHOLE.items():
@@ -327,7 +331,7 @@ def _default_optimizer() -> str:
     import torch
 
     served = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
-    return OPTIMIZERS[0] if served else "adamw"
+    return _OPTIMIZERS[0] if served else "adamw"
 
 
 def _flag(name: str) -> str:
