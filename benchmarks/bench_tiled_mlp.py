@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 SMALL = (Case(64, 176, 512, 64),)
-LARGE = (Case(576, 1536, 2048, 256), Case(2048, 8192, 2048, 256), Case(4096, 14336, 2048, 512))
+LARGE = (Case(576, 1536, 4096, 256), Case(576, 1536, 4096, 1024), Case(2048, 8192, 2048, 1024))
 
 
 class MLP(nn.Module):
