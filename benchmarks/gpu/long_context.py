@@ -27,27 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import bnb_linear
-from .step import CAP_GIB, TARGETS
+from .long_model import SHAPES, build, planned
+from .step import CAP_GIB
 
-__all__ = ["SHAPES", "Row", "build", "line"]
+__all__ = ["Row", "line"]
 
-SHAPES = {
-    "tiny": (64, 128, 4, 2, 1, 300),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-    "14b": (5120, 13824, 48, 40, 8, 152064),
-    "32b": (5120, 27648, 64, 40, 8, 152064),
-    "70b": (8192, 28672, 80, 64, 8, 128256),
-}
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
 _LONG_S = 45.0  # a first step that takes longer is the only one
 _ROUND = 1024  # of the longest sequence
 
@@ -55,7 +39,8 @@ _ROUND = 1024  # of the longest sequence
 @dataclass(frozen=True)
 class Row:
     """One length. Bytes are tensors' (without the CUDA context); fixed: before the first step; host: of the store's
-    pools, of layers and of the embedding there; seconds: of the last step."""
+    pools, of layers and of the embedding there; seconds: of the last step; planned: what the planner says of
+    peak_allocated."""
 
     device: str
     versions: str
@@ -63,6 +48,7 @@ class Row:
     options: str
     tokens: int
     peak_allocated: int = 0
+    planned: int = 0
     peak_reserved: int = 0
     fixed: int = 0
     host: int = 0
@@ -71,108 +57,6 @@ class Row:
     loss: float = float("nan")
     gradient_norm: float = float("nan")
     note: str = ""
-
-
-def build(args: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
-    """The patched model with all that the options ask for, and the handles that hold memory on the host."""
-    from peft import LoraConfig, get_peft_model
-
-    import peftkern
-    from peftkern import memory
-
-    model = _base(args)
-    lora = LoraConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
-        lora_dropout=0.0,
-        target_modules=TARGETS,
-        init_lora_weights=False,
-    )
-    torch.manual_seed(1)
-    model = get_peft_model(model, lora, autocast_adapter_dtype=False).train()
-    handles: list[Any] = []
-    if args.layers_on_host:
-        handles.append(
-            memory.layers_on_host(model, device=args.device, min_bytes=1 if args.shape == "tiny" else 65536)
-        )
-    if args.embedding_on_host:
-        handles.append(memory.embedding_on_host(model, device=args.device))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, args.adapter_dtype))
-    counts = peftkern.patch(model, fused_loss=True).counts
-    if counts.get("qlora_linear", 0) != 7 * SHAPES[args.shape][2]:
-        raise RuntimeError(f"patched {counts}, expected every LoRA layer")
-    if args.mlp_tile_mib:
-        memory.tile_mlps(model, budget=args.mlp_tile_mib << 20)
-    if args.attention_groups:
-        memory.attention_by_groups(model)
-    least = {"min_tokens": 1, "min_elements": 1} if args.shape == "tiny" else {}
-    store = memory.CheckpointStore(_budgets(args), device=args.device, directory=args.directory, **least)
-    memory.checkpoint_layers(model, store=store)
-    return model, [*handles, store]
-
-
-def _budgets(args: argparse.Namespace) -> Any:
-    from peftkern.memory import Budgets
-
-    if args.checkpoints == "device":
-        return Budgets(device=1 << 50, pinned=0, host=0)
-    if args.checkpoints == "disk":
-        return Budgets(pinned=0, host=0, disk=args.disk_gb * 10**9)
-    return Budgets(disk=args.disk_gb * 10**9)
-
-
-def _base(args: argparse.Namespace) -> nn.Module:
-    """Random weights, made and quantized one linear at a time on the device; with --layers-on-host each layer goes
-    to the host at once."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    sizes = dict(zip(_SIZES, SHAPES[args.shape], strict=True))
-    config = LlamaConfig(
-        **sizes,
-        tie_word_embeddings=False,
-        max_position_embeddings=1 << 20,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(args.device)
-    generator = torch.Generator(args.device).manual_seed(0)
-    for layer in model.model.layers:
-        _fill(layer, args.device, generator)
-        if args.layers_on_host:
-            _to_host(layer)
-    _fill(model, args.device, generator)
-    return model
-
-
-def _fill(root: nn.Module, device: str, generator: torch.Generator) -> None:
-    """Meta parameters to random ones; linears of layers to NF4, nested."""
-    for parent in list(root.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child.weight.is_meta and name != "lm_head":
-                setattr(parent, name, bnb_linear(_random(child.weight, device, generator)))
-        for name, parameter in list(parent.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                value = _random(parameter, device, generator)
-                value = value.fill_(1.0) if parameter.dim() == 1 else value
-                setattr(parent, name, nn.Parameter(value, requires_grad=False))
-
-
-def _random(like: Tensor, device: str, generator: torch.Generator) -> Tensor:
-    value = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
-    return value.normal_(0, 0.02, generator=generator)
-
-
-def _to_host(layer: nn.Module) -> None:
-    for module in layer.modules():
-        state = getattr(module, "quant_state", None)
-        if state is not None:
-            module.weight.data = module.weight.data.cpu()
-            state.to("cpu")
 
 
 # ---- a process for each length
@@ -193,6 +77,7 @@ def child(args: argparse.Namespace) -> Row:
         f"torch {torch.__version__}, transformers {transformers.__version__}, bitsandbytes {bnb.__version__}"
     )
     head = dict(device=name, versions=versions, shape=args.shape, options=_options(args), tokens=length)
+    head["planned"] = planned(args, length)
     try:
         model, handles = build(args)
         return Row(**head, **_steps(args, model, handles, length, bnb if cuda else None))
@@ -280,6 +165,8 @@ def _options(args: argparse.Namespace) -> str:
     parts = [f"r {args.rank}", f"{args.adapter_dtype} adapters", f"checkpoints: {args.checkpoints}"]
     parts += [f"MLP tiles of {args.mlp_tile_mib} MiB"] if args.mlp_tile_mib else ["MLP whole"]
     parts += ["attention by key/value heads"] if args.attention_groups else []
+    parts += [f"loss tiles of {args.loss_tile_mib} MiB"] if args.loss_tile_mib else []
+    parts += ["norms again"] if args.rebuild_norms else []
     parts += ["layers on the host"] if args.layers_on_host else []
     parts += ["embedding on the host"] if args.embedding_on_host else []
     return ", ".join([*parts, f"{args.cap_gib:g} GiB", args.attention])
@@ -338,6 +225,7 @@ def _show(row: Row) -> str:
     rate = row.tokens / row.seconds
     return (
         f"{row.shape} {row.tokens:7d} tokens  allocated {row.peak_allocated / 1e9:6.2f} GB"
+        f" (planned {row.planned / 1e9:.2f})"
         f"  reserved {row.peak_reserved / 1e9:6.2f}  fixed {row.fixed / 1e9:5.2f}  host {row.host / 1e9:6.2f}"
         f"  {row.seconds:7.2f} s ({rate:6.0f} tokens/s)  loss {row.loss:.4f}  |g| {row.gradient_norm:.3g}  {row.note}"
     )
@@ -355,6 +243,8 @@ def _parse() -> argparse.Namespace:
     p.add_argument("--disk-gb", type=int, default=0, help="of a temporary file, behind the host or alone")
     p.add_argument("--directory", type=Path, help="of the temporary file")
     p.add_argument("--mlp-tile-mib", type=int, default=352, help="0: the MLP whole")
+    p.add_argument("--loss-tile-mib", type=int, default=0, help="0: the loss's own choice")
+    p.add_argument("--rebuild-norms", action="store_true", help="norm outputs are computed again in backward")
     p.add_argument("--layers-on-host", action="store_true")
     p.add_argument("--embedding-on-host", action="store_true")
     p.add_argument("--attention-groups", action="store_true", help="its backward a key/value head at a time")
