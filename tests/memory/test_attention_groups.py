@@ -135,7 +135,14 @@ def grouped(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("patched", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gemma3", "gpt-neox"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gemma3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "phi3", "gpt-neox")),
+    ],
+)
 def test_a_model_has_the_gradients_it_had(name: str, patched: bool) -> None:
     model = zoo.build(name)
     if patched:

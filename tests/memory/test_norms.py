@@ -40,7 +40,13 @@ def patched(name: str = "llama", dtype: torch.dtype = torch.float32, **options) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("name", "four_bit"), [("llama", True), ("llama", False), ("qwen3", True), ("phi3", True)]
+    ("name", "four_bit"),
+    [
+        ("llama", True),
+        ("phi3", True),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("qwen3", True, marks=pytest.mark.slow),
+    ],
 )
 def test_bits_are_the_same_and_two_widths_a_token_are_not_saved(
     name: str, four_bit: bool, dtype: torch.dtype

@@ -55,7 +55,7 @@ def test_mlps_are_found_by_what_they_do(name: str, count: int, widths: tuple[int
     assert [(row.hidden, row.intermediate) for row in report.tiled] == [widths] * count and not report.refused
 
 
-@pytest.mark.parametrize("patched", [True, False])
+@pytest.mark.parametrize("patched", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_trained_parameter_has_its_gradient(kind: str, patched: bool) -> None:
     model = models.lora(models.llama(four_bit=False), **ADAPTERS[kind])

@@ -29,10 +29,10 @@ from ..patching.versions import exact
 CASES = [
     ("llama", True, True, torch.float32),
     ("llama", True, True, torch.bfloat16),
-    ("llama", True, False, torch.float32),
-    ("phi3", False, True, torch.bfloat16),
-    ("gemma2", True, True, torch.float32),
-    ("gpt-neox", False, False, torch.float32),
+    pytest.param("llama", True, False, torch.float32, marks=pytest.mark.slow),
+    pytest.param("phi3", False, True, torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param("gemma2", True, True, torch.float32, marks=pytest.mark.slow),
+    pytest.param("gpt-neox", False, False, torch.float32, marks=pytest.mark.slow),
 ]
 
 
