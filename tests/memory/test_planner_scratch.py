@@ -137,3 +137,38 @@ def test_the_loss_on_a_gpu(launchers: Any) -> None:
         inside = peak_inside(lambda: loss.linear_cross_entropy(x, weight, *arguments))
     planned = Operators(CARDS["rtx 4090"]).loss(tokens, words)
     assert planned == pytest.approx(inside, rel=0.01)
+
+
+@pytest.mark.parametrize("isa", ["avx512", None])
+@pytest.mark.parametrize("part", ["qkv", "o", "gate_up"])
+def test_groups_on_the_cpu(part: str, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftkern.backends import native
+    from peftkern.memory.planner.cards import CPU
+    from peftkern.ops.qlora_group import cpu as group
+
+    from peftkern.ops.qlora_linear import config
+
+    pytest.importorskip("peftkern._C", reason="the native kernels are not built")
+    if isa is not None:  # without tiles the vendor multiplies decoded slices
+        choose = config.choose
+        monkeypatch.setattr(config, "choose", lambda **sizes: choose(**sizes | {"tiles": False, "isa": isa}))
+    sizes, rank, tokens = [(n // 8, k // 8) for n, k in LLAMA[part]], 8, 1024
+    frozen, (a, b, members) = group_arguments(sizes, rank)
+    for tensor in (*frozen[0], *(t for t in frozen[1] if t is not None), *a, *b):
+        tensor.zero_()
+    rows, options = [0, tokens] * len(sizes), ([2.0] * len(sizes), [0.0] * len(sizes), [None] * len(sizes))
+    k, n, operators = sizes[0][1], [size[0] for size in sizes], Operators(CPU, isa=isa or native().isa())
+    as_planned = [Member(n, k, rank) for n, _ in sizes]
+    x = torch.zeros(tokens, k, dtype=BF16)
+    dy, xa = [torch.zeros(tokens, size, dtype=BF16) for size in n], [torch.zeros(tokens, rank) for _ in sizes]
+    needs = [True, *[False] * len(sizes), *[True] * 2 * len(sizes)]
+
+    def forward() -> Any:
+        return group.forward(x, *frozen, n, [None] * len(sizes), a, b, members, rows, *options)
+
+    def backward() -> Any:
+        return group.backward(dy, x, *frozen, tokens, k, a, b, members, rows, *options, xa, needs)
+
+    forward(), backward()  # whose reused buffers, of some megabytes, are there from now on
+    assert operators.forward(as_planned, tokens) == pytest.approx(peak_inside(forward), rel=0.05, abs=1 << 12)
+    assert operators.backward(as_planned, tokens) == pytest.approx(peak_inside(backward), rel=0.05, abs=1 << 12)

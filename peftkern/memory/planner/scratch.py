@@ -61,7 +61,7 @@ class Operators:
     def backward(self, members: Sequence[Member], m: int) -> int:
         """Of dx = sum dy_i W_i and every adapter's gradients."""
         if not self.card.is_gpu:
-            return self._cpu_slices(members, m, forward=False)
+            return self._cpu_slices(members, m, forward=False) + sum(4 * m * one.r for one in members)
         choice = self._choice(members[0], m, forward=False)
         merged = self._merged(members, choice)
         slab = self._slab(members, choice, by_rows=False) if choice.regime == "slab" else 0
