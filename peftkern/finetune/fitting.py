@@ -1,5 +1,5 @@
-"""`--fit`: how a run is to use memory, chosen by the planner before a model is loaded, and put on the model; and
-what the planner says when memory has run out.
+"""`--fit`: how a run is to use memory, chosen by the planner before a model is loaded, and put on the model;
+and what the planner says when memory has run out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Fit:
 
 
 def run_options(config: FinetuneConfig, shape: Shape, length: int) -> RunOptions:
-    """The run as the planner knows it, with sequences of `length` tokens; memory is used as the options say."""
+    """The run as the planner knows it, with sequences of `length` tokens; memory is used as the options
+    say."""
     from .config import ALL_LINEAR
     from .model import compute_dtype
 
@@ -72,8 +73,8 @@ def run_options(config: FinetuneConfig, shape: Shape, length: int) -> RunOptions
 def choose_fit(config: FinetuneConfig, path: str, lengths: Iterable[int], packed: bool) -> Fit | None:
     """What --fit chooses for the longest batch of a run; None without --fit.
 
-    Raises: InputError with the least that the run needs, where nothing fits; and for what the planner does not
-    know.
+    Raises: InputError with the least that the run needs, where nothing fits; and for what the planner does
+    not know.
     """
     if config.fit is None:
         return None
@@ -110,7 +111,8 @@ def _limits(config: FinetuneConfig, card: Card) -> Limits:
 def _said(config: FinetuneConfig, shape: Shape, options: RunOptions, limits: Limits, card: Card) -> str:
     found = plan(shape, options, limits, card)
     how = "; ".join(described(options, shape.layers))
-    text = f"--fit {config.fit}: {in_bytes(found.device_bytes)} planned for {options.batch} × {options.length:,} tokens: {how}."
+    run = f"{in_bytes(found.device_bytes)} planned for {options.batch} × {options.length:,} tokens"
+    text = f"--fit {config.fit}: {run}: {how}."
     return "\n".join([text, *(f"  note: {warning}." for warning in found.warnings)])
 
 
@@ -156,8 +158,8 @@ def _checkpoints(model: nn.Module, fit: Fit, device: str) -> Any:
 
 
 def explanation(config: FinetuneConfig) -> str:
-    """What the planner says of a run that has run out of memory: the largest parts at the peak, and what would make
-    it smaller. Empty where the planner does not know the run.
+    """What the planner says of a run that has run out of memory: the largest parts at the peak, and what
+    would make it smaller. Empty where the planner does not know the run.
     """
     try:
         return _explained(config)
@@ -188,8 +190,8 @@ def _worded(found: Plan, others: list[Any], card: Card) -> str:
     listed = ", ".join(f"{name_of(part)} {in_bytes(part.nbytes)}" for part in parts)
     where = "host memory" if card is CPU else card.name
     text = (
-        f"Planned for {options.batch} × {options.length:,} tokens: {in_bytes(peak.nbytes)} of {where} at the peak"
-        f" ({peak.phase.replace('_', ' ')}), of it {listed}."
+        f"Planned for {options.batch} × {options.length:,} tokens: {in_bytes(peak.nbytes)} of {where} at the"
+        f" peak ({peak.phase.replace('_', ' ')}), of it {listed}."
     )
     if others:
         less = ", ".join(f"{change.text} ({in_bytes(change.device)})" for change in others)

@@ -1,4 +1,5 @@
-"""The longest batch of a run, once before training: memory that does not suffice tells at once, not after hours."""
+"""The longest batch of a run, once before training: memory that does not suffice tells at once, not after
+hours."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ __all__ = ["rehearse"]
 
 
 def rehearse(trainer: RecipeTrainer) -> int:
-    """Forward and backward of the longest rows, as many as a batch has; nothing of it stays: no gradient, no random
-    number drawn, no token counted. Returns the tokens of the batch.
+    """Forward and backward of the longest rows, as many as a batch has; nothing of it stays: no gradient, no
+    random number drawn, no token counted. Returns the tokens of the batch.
     """
     rows = trainer.train_dataset
     lengths = [len(ids) for ids in rows["input_ids"]]

@@ -145,7 +145,6 @@ def test_groups_on_the_cpu(part: str, isa: str | None, monkeypatch: pytest.Monke
     from peftkern.backends import native
     from peftkern.memory.planner.cards import CPU
     from peftkern.ops.qlora_group import cpu as group
-
     from peftkern.ops.qlora_linear import config
 
     pytest.importorskip("peftkern._C", reason="the native kernels are not built")
@@ -171,4 +170,6 @@ def test_groups_on_the_cpu(part: str, isa: str | None, monkeypatch: pytest.Monke
 
     forward(), backward()  # whose reused buffers, of some megabytes, are there from now on
     assert operators.forward(as_planned, tokens) == pytest.approx(peak_inside(forward), rel=0.05, abs=1 << 12)
-    assert operators.backward(as_planned, tokens) == pytest.approx(peak_inside(backward), rel=0.05, abs=1 << 12)
+    assert operators.backward(as_planned, tokens) == pytest.approx(
+        peak_inside(backward), rel=0.05, abs=1 << 12
+    )
