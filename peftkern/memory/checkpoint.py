@@ -33,8 +33,9 @@ def checkpoint_layers(
 ) -> LayerCheckpointing:
     """Recompute each decoder layer in backward from its input, which `store` keeps until then.
 
-    The gradients are bit for bit those without checkpointing, dropout included. In evaluation, without gradients
-    and under torch.compile a layer runs as before. Nothing but instances is changed, and `remove` undoes it.
+    The gradients are bit for bit those without checkpointing, dropout included. In evaluation and
+    without gradients a layer runs as before; torch.compile gets torch's own checkpointing, without the store.
+    Nothing but instances is changed, and `remove` undoes it.
 
     Against transformers' own `gradient_checkpointing_enable`, which trainers call when they begin, this one wins:
     whoever asks for it gets this, for every layer, whatever its `use_reentrant`, `every_n_layers` and `offload` say.

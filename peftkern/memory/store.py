@@ -4,6 +4,7 @@ a file. Copies run on a side stream, held together by events; the computing thre
 from __future__ import annotations
 
 import enum
+import gc
 import threading
 import weakref
 from collections import deque
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .blocks import BlockPool, SpillFile, pinned
-from .host import host_available, pinned_limit
+from .host import host_available, host_limit, pinned_limit
 from .movers import DirectTier, SpillError, Stored, Worker, WorkerTier, on_device
 from .streams import Streams, streams_for
 
@@ -241,6 +242,11 @@ class CheckpointStore:
             raise ValueError(
                 f"pinned: got {budgets.pinned} bytes for {self.device}, expected 0: only a GPU copies from pinned memory"
             )
+        if budgets.pinned + budgets.host > host_limit():
+            raise ValueError(
+                f"host: got budgets of {_gb(budgets.pinned)} pinned and {_gb(budgets.host)} pageable, but this machine,"
+                f" or its cgroup, allows {_gb(host_limit())} in all"
+            )
         if budgets.device < 0:
             raise ValueError(f"device: got {budgets.device} bytes, expected 0 or more")
         host, file = BlockPool("host", size, budgets.host), SpillFile(directory, size, budgets.disk)
@@ -288,6 +294,10 @@ class CheckpointStore:
         """
         room = self.room()
         found = assign(layers - layer, tensor.nbytes, room)
+        if found is None:  # the graph of a step that failed may wait to be collected
+            gc.collect()
+            room = self.room()
+            found = assign(layers - layer, tensor.nbytes, room)
         if found is None:
             offloaded = layers - layer - 1
             fit = sum(left // tensor.nbytes for left in room.values())

@@ -45,7 +45,9 @@ def test_numbers_are_those_of_resident_layers(patched: str, checkpointed: bool, 
     expected = step(model)
     if patched == "patched after":
         peftkern.unpatch(model)
-    store = CheckpointStore(Budgets(host=1 << 20), device="cpu", block_bytes=1024, min_tokens=1, min_elements=1)
+    store = CheckpointStore(
+        Budgets(host=1 << 20), device="cpu", block_bytes=1024, min_tokens=1, min_elements=1
+    )
     with on_host(model, streams=streams and streams()):
         if patched == "patched after":
             assert peftkern.patch(model).counts["qlora_linear"] == 7 * LAYERS
@@ -73,7 +75,9 @@ def test_forwards_alone_come_back_to_the_first_layer(count: int) -> None:
         expected = layers(x)
         with on_host(layers, layers=list(layers)) as handle:
             assert all(torch.equal(layers(x), expected) for _ in range(3))
-            assert (handle._loaded[0] == 0) == (count % 2 == 0)  # the last layer of an odd number is in its slot
+            assert (handle._loaded[0] == 0) == (
+                count % 2 == 0
+            )  # the last layer of an odd number is in its slot
 
 
 def dense() -> nn.Module:
@@ -177,7 +181,9 @@ def test_state_dict_has_every_layers_own_bytes() -> None:
         with pytest.raises(TypeError, match="neither copied nor pickled; call remove"):
             copy.deepcopy(model)
         report = handle.report()
-    frozen = sum(p.nbytes for n, p in model.named_parameters() if not p.requires_grad and "layers" in n and "proj" in n)
+    frozen = sum(
+        p.nbytes for n, p in model.named_parameters() if not p.requires_grad and "layers" in n and "proj" in n
+    )
     assert frozen <= report["host"] <= 1.5 * frozen and report["device"] == 2 * report["host"] // LAYERS
     assert report["pinned"] == 0
 
@@ -189,7 +195,11 @@ def test_what_held_the_weights_before_lets_go_of_them(patched: bool) -> None:
         peftkern.patch(model)
     step(model)
     layers = model.get_base_model().model.layers
-    held = [StorageWeakRef(p.untyped_storage()) for p in layers.parameters() if not p.requires_grad and p.dim() > 1]
+    held = [
+        StorageWeakRef(p.untyped_storage())
+        for p in layers.parameters()
+        if not p.requires_grad and p.dim() > 1
+    ]
     on_host(model)
     gc.collect()
     assert len(held) == 7 * LAYERS and all(storage.expired() for storage in held)
@@ -197,7 +207,9 @@ def test_what_held_the_weights_before_lets_go_of_them(patched: bool) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     model = adapted()
-    with pytest.raises(ValueError, match=r"host: got a budget of 1000 bytes, but the frozen weights of 5 layers take \d+"):
+    with pytest.raises(
+        ValueError, match=r"host: got a budget of 1000 bytes, but the frozen weights of 5 layers take \d+"
+    ):
         on_host(model, host=1000)
     with pytest.raises(ValueError, match="no frozen weight that is large enough"):
         on_host(model, min_bytes=1 << 30)

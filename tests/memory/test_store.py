@@ -149,7 +149,6 @@ def test_room_comes_back_when_nothing_refers_to_a_checkpoint():
         kept = store.put(rows(i))
         assert torch.equal(kept.get(), rows(i))
         del kept
-        gc.collect()
     assert store.report()["host"] == {"in_use": 0, "peak": 600, "budget": 3 * BLOCK}
     assert store.host_bytes() == 3 * BLOCK
 
@@ -168,7 +167,13 @@ def test_a_pass_is_planned_before_it_begins_and_refused_with_what_it_lacks():
     store = make(Budgets(device=600, host=5 * BLOCK, disk=3 * BLOCK))
     run = store.begin(5)
     kept = [run.put(rows(i), i) for i in range(5)]
-    assert [getattr(item, "tier", None) for item in kept] == [Tier.DISK, Tier.HOST, Tier.HOST, Tier.DEVICE, None]
+    assert [getattr(item, "tier", None) for item in kept] == [
+        Tier.DISK,
+        Tier.HOST,
+        Tier.HOST,
+        Tier.DEVICE,
+        None,
+    ]
     del kept, run
     gc.collect()
     with pytest.raises(StoreFull, match=r"5 layers, 600 bytes each .* room for 4 of them.*by 600 bytes"):
@@ -186,6 +191,7 @@ def test_a_pass_is_planned_before_it_begins_and_refused_with_what_it_lacks():
         (Budgets(host=0, disk=3), "disk: got a budget of 3 bytes"),
         (Budgets(host=0, disk=1 << 60), "disk: got a budget of .* has .* left"),
         (Budgets(host=0, pinned=1 << 20), "only a GPU copies from pinned"),
+        (Budgets(host=1 << 50), "host: got budgets of .* allows .* in all"),
         (Budgets(host=0, device=-1), "device: got -1"),
         (Budgets(host=-1), "host: got a budget of -1"),
     ],
@@ -207,7 +213,9 @@ def test_a_full_disk_ends_with_a_message_and_the_store_goes_on():
     store = make(Budgets(host=0, disk=1 << 14))
     file = store._tiers[Tier.DISK].medium
     file._file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115 (the store closes it)
-    with pytest.raises(SpillError, match="the disk of .* is full: .*the step is lost, and nothing was trained on it"):
+    with pytest.raises(
+        SpillError, match="the disk of .* is full: .*the step is lost, and nothing was trained on it"
+    ):
         for i in range(3):
             store.put(rows(i)).get()
             store._tiers[Tier.DISK].worker.submit(int).result()
@@ -261,8 +269,12 @@ def test_out_of_memory_names_what_the_store_holds_and_leaves_it_usable(monkeypat
         return real(*like)
 
     monkeypatch.setattr(store_module, "on_device", on_device)
-    assert torch.equal(second.get(), rows(1))  # the prefetch of the first did not fit, which nobody needed yet
-    with pytest.raises(torch.OutOfMemoryError, match="600 bytes did not fit: .*holds: .*host 1200 bytes of 16384"):
+    assert torch.equal(
+        second.get(), rows(1)
+    )  # the prefetch of the first did not fit, which nobody needed yet
+    with pytest.raises(
+        torch.OutOfMemoryError, match="600 bytes did not fit: .*holds: .*host 1200 bytes of 16384"
+    ):
         first.get()
     monkeypatch.undo()
     assert torch.equal(first.get(), rows(0))
