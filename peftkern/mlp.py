@@ -48,7 +48,7 @@ class _GatedMLP(torch.autograd.Function):
         count = len(inner.weights) + 2 * len(inner.members)
         first, second = trainable[:count], trainable[count:]
         hidden, xa = group.run(inner, x, first)
-        h = torch.ops.peftkern.glu_fwd(*halves(hidden, gate_first), activation)
+        h = _glu.glu(*halves(hidden, gate_first), activation)
         (y,), ha = group.run(outer, h, second)
         inner_kept, ctx.inner = group.kept(inner, first, xa)
         outer_kept, ctx.outer = group.kept(outer, second, ha)
@@ -70,7 +70,7 @@ class _GatedMLP(torch.autograd.Function):
             options = hidden, ctx.gate_first, ctx.activation
             d_hidden, outer = qlora_glu.gradients(ctx.outer, saved[cut:], dy, *options, outer_needs)
         else:
-            h = torch.ops.peftkern.glu_fwd(gate, up, ctx.activation) if ctx.wants_h else None
+            h = _glu.glu(gate, up, ctx.activation) if ctx.wants_h else None
             d_h, *outer = group.gradients(ctx.outer, saved[cut:], [dy], h, tuple(gate.shape), outer_needs)
             if d_h is not None:
                 d_hidden = _hidden_gradients(d_h, hidden, ctx.activation, ctx.gate_first)
@@ -150,5 +150,5 @@ def _run(x: Tensor, inner: dict[str, Member], down: Member, width: int, activati
         y = _GatedMLP.apply(spec, outer, activation, gate_first, flat, *first, *second)
     else:
         hidden, _ = group.run(spec, flat, first)
-        (y,), _ = group.run(outer, torch.ops.peftkern.glu_fwd(*halves(hidden, gate_first), activation), second)
+        (y,), _ = group.run(outer, _glu.glu(*halves(hidden, gate_first), activation), second)
     return y.reshape(*x.shape[:-1], y.shape[1])

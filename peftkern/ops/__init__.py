@@ -6,7 +6,9 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -14,7 +16,7 @@ from torch.autograd import forward_ad
 
 from ..backends import select
 
-__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "serving", "transformed", "unobserved"]
+__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "entry", "serving", "transformed", "unobserved"]
 
 LIBRARY = library.Library("peftkern", "DEF")
 
@@ -65,6 +67,11 @@ def unobserved(x: Tensor) -> bool:
         and not transformed()
         and not _profiled()
     )
+
+
+def entry(x: Tensor, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """How an op on x is called: by its own function where `unobserved`, else as torch.ops.peftkern.<name>."""
+    return function if unobserved(x) else getattr(torch.ops.peftkern, name)
 
 
 def accumulation(x: Tensor) -> torch.dtype:

@@ -50,7 +50,8 @@ def refusals() -> dict[str, str]:
 
 def replayed(settings: Callable[[], tuple] = tuple) -> Callable[[Callable], Callable]:
     """A decorator for a function of tensors, numbers, None, and lists or tuples of these, which computes by launches
-    alone: its Python depends on nothing but the kind of its call and on `settings`. Calls on a CUDA device are replayed.
+    alone, which no gradient is to be recorded of: its Python depends on nothing but the kind of its call and on
+    `settings`. Calls on a CUDA device are replayed.
     """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,6 +61,9 @@ def replayed(settings: Callable[[], tuple] = tuple) -> Callable[[Callable], Call
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    return call(*args, **kwargs)
             first = args[0] if args else None
             if kwargs or not _on_gpu(first) or recording() or not switched_on():
                 return function(*args, **kwargs)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from ...backends import select
-from .. import LIBRARY, backend, transformed, unobserved
+from .. import LIBRARY, backend, entry, transformed
 from ..derivatives import derived, twice_differentiable
 from . import reference
 
@@ -68,12 +68,12 @@ class _GLU(torch.autograd.Function):
     def forward(ctx, gate, up, activation):
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return torch.ops.peftkern.glu_fwd(gate, up, activation)
+        return entry(gate, _fwd, "glu_fwd")(gate, up, activation)
 
     @staticmethod
     @twice_differentiable(_again)
     def backward(ctx, dy):
-        d_gate, d_up, _ = torch.ops.peftkern.glu_bwd(dy, *ctx.saved_tensors, ctx.activation, False)
+        d_gate, d_up, _ = entry(dy, _bwd, "glu_bwd")(dy, *ctx.saved_tensors, ctx.activation, False)
         return d_gate if ctx.needs_input_grad[0] else None, d_up if ctx.needs_input_grad[1] else None, None
 
 
@@ -82,5 +82,5 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if transformed():
         return reference.forward(gate, up, activation)
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
-        return (_fwd if unobserved(gate) else torch.ops.peftkern.glu_fwd)(gate, up, activation)
+        return entry(gate, _fwd, "glu_fwd")(gate, up, activation)
     return _GLU.apply(gate, up, activation)

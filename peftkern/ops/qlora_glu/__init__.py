@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library
 
-from .. import LIBRARY, autocast_off, backend, serving
+from .. import LIBRARY, autocast_off, backend, entry, serving
 from ..qlora_group import _ADAPTERS, _WEIGHTS, arguments, asked
 
 __all__ = ["gradients", "halves"]
@@ -61,5 +61,5 @@ def gradients(
     """d_hidden; and as `qlora_group.gradients`, without dx."""
     shape = tuple(halves(hidden, gate_first)[0].shape)
     args = arguments(static, saved, shape, needs)
-    d_hidden, *found = torch.ops.peftkern.qlora_glu_bwd(dy.contiguous(), hidden, gate_first, activation, *args)
+    d_hidden, *found = entry(dy, _bwd, "qlora_glu_bwd")(dy.contiguous(), hidden, gate_first, activation, *args)
     return d_hidden, asked(static, [True], needs, dy, *found)[1:]

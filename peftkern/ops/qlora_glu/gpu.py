@@ -3,13 +3,14 @@ cuBLAS' plan reads x in the launch that begins dx, so that the product has a lau
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ...runtime.replay import replayed
 from ..glu import triton as glu
 from ..qlora_group import gpu as group
 from ..qlora_group import split_needs
 from ..qlora_linear import gpu as single
+from ..qlora_linear import tuned
 
 __all__ = ["backward"]
 
@@ -33,7 +34,7 @@ class _Product:
         self.differentiated = True
 
 
-@torch.no_grad()
+@replayed(tuned.settings)
 def backward(
     dy, gate, up, activation, d_gate, d_up, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds,
     xa, needs,

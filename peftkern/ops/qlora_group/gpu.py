@@ -29,7 +29,6 @@ def _quant(quants: list[Tensor | None], blocksizes: list[int], i: int) -> tuple:
     return (*quants[6 * i : 6 * i + 6], *blocksizes[2 * i : 2 * i + 2])
 
 
-@torch.no_grad()
 @replayed(tuned.settings)
 def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds):
     """As the reference."""
@@ -56,7 +55,6 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
     return y, xa
 
 
-@torch.no_grad()
 @replayed(tuned.settings)
 def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
     """As the reference; dx is rounded at most once a member and once for the adapters, as autograd's own sum over them is."""

@@ -103,7 +103,6 @@ class _Slabs:
         return out
 
 
-@torch.no_grad()
 @replayed(tuned.settings)
 def forward(
     x: Tensor,
@@ -169,7 +168,6 @@ class LateInput(Protocol):
         """Once dx is; it may take dx's memory."""
 
 
-@torch.no_grad()
 @replayed(tuned.settings)
 def backward(
     dy: Tensor,

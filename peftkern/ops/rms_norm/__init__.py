@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from ...backends import select
-from .. import LIBRARY, backend, transformed, unobserved
+from .. import LIBRARY, backend, entry, transformed, unobserved
 from ..derivatives import derived, twice_differentiable
 from . import reference
 
@@ -90,7 +90,7 @@ def _again(ctx, dy):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset, cast):
-        y, rstd = torch.ops.peftkern.rms_norm_fwd(x, weight, eps, offset, cast)
+        y, rstd = entry(x, _fwd, "rms_norm_fwd")(x, weight, eps, offset, cast)
         ctx.save_for_backward(x, weight, rstd)
         ctx.options = eps, offset, cast
         return y
@@ -99,7 +99,7 @@ class _RMSNorm(torch.autograd.Function):
     @twice_differentiable(_again)
     def backward(ctx, dy):
         needs = list(ctx.needs_input_grad[:2])
-        dx, d_weight = torch.ops.peftkern.rms_norm_bwd(dy, *ctx.saved_tensors, *ctx.options[1:], needs)
+        dx, d_weight = entry(dy, _bwd, "rms_norm_bwd")(dy, *ctx.saved_tensors, *ctx.options[1:], needs)
         return dx if needs[0] else None, d_weight if needs[1] else None, None, None, None
 
 
@@ -134,9 +134,9 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps, offset, cast):
         ctx.set_materialize_grads(False)
         if residual is None:
-            s, (y, rstd) = x, torch.ops.peftkern.rms_norm_fwd(x, weight, eps, offset, cast)
+            s, (y, rstd) = x, entry(x, _fwd, "rms_norm_fwd")(x, weight, eps, offset, cast)
         else:
-            y, s, rstd = torch.ops.peftkern.add_rms_norm_fwd(x, residual, weight, eps, offset, cast)
+            y, s, rstd = entry(x, _add_fwd, "add_rms_norm_fwd")(x, residual, weight, eps, offset, cast)
         ctx.save_for_backward(s, weight, rstd)
         ctx.options = eps, offset, cast
         return y, s
@@ -154,9 +154,11 @@ def _sum_gradients(dy, ds, s, weight, rstd, offset, cast, need_sum: bool, need_w
     if dy is None:
         return ds, None
     if ds is None or not need_sum:
-        d_sum, d_weight = torch.ops.peftkern.rms_norm_bwd(dy, s, weight, rstd, offset, cast, [need_sum, need_weight])
+        run = entry(dy, _bwd, "rms_norm_bwd")
+        d_sum, d_weight = run(dy, s, weight, rstd, offset, cast, [need_sum, need_weight])
     else:
-        d_sum, d_weight = torch.ops.peftkern.add_rms_norm_bwd(dy, ds, s, weight, rstd, offset, cast, need_weight)
+        run = entry(dy, _add_bwd, "add_rms_norm_bwd")
+        d_sum, d_weight = run(dy, ds, s, weight, rstd, offset, cast, need_weight)
     return d_sum if need_sum else None, d_weight if need_weight else None
 
 
@@ -169,4 +171,4 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
         return _AddRMSNorm.apply(x, residual, weight, eps, offset, cast)
     if residual is None:
         return rms_norm(x, weight, eps, offset, cast), x
-    return (_add_fwd if unobserved(x) else torch.ops.peftkern.add_rms_norm_fwd)(x, residual, weight, eps, offset, cast)[:2]
+    return entry(x, _add_fwd, "add_rms_norm_fwd")(x, residual, weight, eps, offset, cast)[:2]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from ...backends import select
-from .. import LIBRARY, backend, transformed, unobserved
+from .. import LIBRARY, backend, entry, transformed
 from . import reference
 
 __all__ = ["empty_heads", "rope", "seq_first"]
@@ -43,7 +43,7 @@ class _RoPE(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, inverse):
         ctx.save_for_backward(cos, sin)
         ctx.seq_first, ctx.inverse = [seq_first(q), seq_first(k)], inverse
-        return torch.ops.peftkern.rope(q, k, cos, sin, inverse, ctx.seq_first)
+        return tuple(entry(q, _impl, "rope")(q, k, cos, sin, inverse, ctx.seq_first))
 
     @staticmethod
     def backward(ctx, dq, dk):
@@ -53,7 +53,7 @@ class _RoPE(torch.autograd.Function):
         ):  # to be differentiated again: of a linear map the same with dq, dk
             grads = _RoPE.apply(dq, dk, cos, sin, not ctx.inverse)
         else:  # The gradients lie in memory as q and k do, so that the projections read them without a copy.
-            grads = torch.ops.peftkern.rope(dq, dk, cos, sin, not ctx.inverse, ctx.seq_first)
+            grads = entry(dq, _impl, "rope")(dq, dk, cos, sin, not ctx.inverse, ctx.seq_first)
         return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None)
 
 
@@ -62,5 +62,5 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     if transformed():
         return reference.rotated(q, cos, sin, False), reference.rotated(k, cos, sin, False)
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic
-        return tuple((_impl if unobserved(q) else torch.ops.peftkern.rope)(q, k, cos, sin, False, [seq_first(q), seq_first(k)]))
+        return tuple(entry(q, _impl, "rope")(q, k, cos, sin, False, [seq_first(q), seq_first(k)]))
     return _RoPE.apply(q, k, cos, sin, False)
