@@ -18,7 +18,7 @@ from .run import Case, Run, device_name
 __all__ = ["build", "build_environment", "find_tool", "junit_counts", "sanitizer", "tests", "tune"]
 
 ROOT = Path(__file__).parents[2]
-GPU_TESTS = ("tests/cuda", "tests/triton")
+GPU_TESTS = ("tests/cuda", "tests/triton", "tests/memory")
 PROCESSES = max(1, min(14, (os.cpu_count() or 1) - 2))
 CUDA_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
