@@ -111,6 +111,11 @@ def materialize(model: nn.Module) -> None:
                     new.fill_(1)
                 module._parameters[name] = nn.Parameter(new, requires_grad=False)
         if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+            if not hasattr(module, "config"):  # a factor
+                module._buffers.update(
+                    {k: torch.ones(v.shape, dtype=v.dtype) for k, v in module._buffers.items()}
+                )
+                continue
             again = type(module)(module.config)
             module._buffers.update(again._buffers)
             module.__dict__.update({k: v for k, v in again.__dict__.items() if isinstance(v, Tensor)})

@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
         "plan", help="what a fine-tuning run will need, from the model's config alone"
     )
     parser.add_argument(
-        "model", help="hub id in the local cache, folder, or config.json; no weights are read"
+        "model", help="hub id, folder, config.json, .gguf file or `sample`; no weights are read"
     )
     _add_machine(parser.add_argument_group("machine"))
     _add_run(parser.add_argument_group("run"))
@@ -87,7 +87,7 @@ def _plan(args: argparse.Namespace) -> None:
     given = {name: None if text is None else bytes_of(text, f"--{name}") for name, text in sizes.items()}
     limits = limits_of(card, **given | {"disk": given["disk"] or 0})
     _calm()
-    shape = read_shape(args.model, trust_remote_code=args.trust_remote_code)
+    shape = read_shape(_resolved(args.model), trust_remote_code=args.trust_remote_code)
     options = _options(args, shape, limits, card)
     found = plan(shape, options, limits, card)
     others = [] if found.fits else changes(shape, options, limits, card)
@@ -140,6 +140,16 @@ def _options(args: argparse.Namespace, shape: Any, limits: Any, card: Any) -> An
     except InputError as error:
         print(f"peftkern plan: {error}.", file=sys.stderr)
         return minimum(shape, run, card)[1]
+
+
+def _resolved(model: str) -> str:
+    """The sample and GGUF files as the folders that the recipe makes of them."""
+    if model != "sample" and not model.lower().endswith(".gguf"):
+        return model
+    require("gguf")
+    from ...finetune.model import resolve_model
+
+    return resolve_model(model)
 
 
 def _picture(text: str) -> Path:

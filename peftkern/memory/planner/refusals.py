@@ -16,6 +16,8 @@ _LONG = 8192  # tokens from which a dense mask or dense scores are refused
 def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
     """One sentence each."""
     options, card, shape = step.options, step.card, step.shape
+    if shape.dense_attention and options.length >= _LONG:
+        yield "a soft cap on attention's scores has no fused kernel in PyTorch: scores are dense, S² a head"
     if card.is_gpu and options.attention == "math" and options.length >= _LONG:
         nbytes = in_bytes(score_bytes(step))
         yield (
@@ -58,6 +60,8 @@ def warnings_of(step: Step, limits: Limits) -> Iterator[str]:
         )
     if options.embedding_on_host and step.shape.tied:
         yield "the embedding is the head's weight too and stays on the card: nothing is spared by a host copy"
+    if step.shape.dense_attention:
+        yield "attention with a soft cap keeps dense scores, which are not counted here"
     if options.attention == "cudnn":
         yield "cuDNN does not say what it allocates: its workspace is taken to be FlashAttention's"
     yield from step.shape.notes

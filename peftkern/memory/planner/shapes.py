@@ -51,7 +51,8 @@ class Shape:
     differ). layer_weights: elements of all layers' linears together. other: elements of everything that is
     neither a linear of a layer nor embedding or head (norms, biases, expert tensors). query_norms: whether
     queries and keys have norms of their own. extra_norms: norms of a layer beyond two. experts,
-    active_experts: of a mixture. notes: what of the model the formulas do not know.
+    active_experts: of a mixture. dense_attention: whether its attention has no fused kernel (a soft cap).
+    notes: what of the model the formulas do not know.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Shape:
     extra_norms: int = 0
     experts: int = 0
     active_experts: int = 0
+    dense_attention: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -182,6 +184,7 @@ def _measured(model: nn.Module, config: Any, name: str) -> Shape:
         extra_norms=max(outer - 2, 0),
         experts=experts,
         active_experts=active if experts else 0,
+        dense_attention=getattr(config, "attn_logit_softcapping", None) is not None,
         notes=tuple(_notes(stack, linears, experts, outer)),
     )
 
