@@ -1,5 +1,6 @@
-"""A training step with gradient checkpointing: plain, and with the checkpoints in the store's host tier or in its file.
-On a CPU the copies run between the layers, so that what is measured is all that they and the bookkeeping cost."""
+"""A training step with gradient checkpointing: plain, and with the checkpoints in the store's host tier or
+in its file. On a CPU the copies run between the layers, so that what is measured is all that they and the
+bookkeeping cost."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""The longest sequence that one card trains on: a Llama of random 4-bit weights, QLoRA on every linear, batch 1,
-checkpoints in a store on the host, tiled MLP, loss without logits, under the memory of a 24 GB card.
+"""The longest sequence that one card trains on: a Llama of random 4-bit weights, QLoRA on every linear,
+batch 1, checkpoints in a store on the host, tiled MLP, loss without logits, under the memory of a 24 GB card.
 
     python -m benchmarks.gpu.long_context --shape 8b --tokens 16384 65536 --confirm --out $OUT
     python -m benchmarks.gpu.long_context --shape 70b --layers-on-host --embedding-on-host --tokens 4096 8192
 
-Every length runs in a process of its own. Two lengths give the line peak = fixed + slope * tokens; with --confirm the
-longest sequence that it promises is run too. Figures of --device cpu mean nothing: they prove the script.
+Every length runs in a process of its own. Two lengths give the line peak = fixed + slope * tokens; with
+--confirm the longest sequence that it promises is run too. Figures of --device cpu mean nothing: they prove
+the script.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ _ROUND = 1024  # of the longest sequence
 
 @dataclass(frozen=True)
 class Row:
-    """One length. Bytes are tensors' (without the CUDA context); fixed: before the first step; host: of the store's
-    pools, of layers and of the embedding there; seconds: of the last step; planned: what the planner says of
-    peak_allocated."""
+    """One length. Bytes are tensors' (without the CUDA context); fixed: before the first step; host: of the
+    store's pools, of layers and of the embedding there; seconds: of the last step; planned: what the planner
+    says of peak_allocated."""
 
     device: str
     versions: str
@@ -227,7 +228,8 @@ def _show(row: Row) -> str:
         f"{row.shape} {row.tokens:7d} tokens  allocated {row.peak_allocated / 1e9:6.2f} GB"
         f" (planned {row.planned / 1e9:.2f})"
         f"  reserved {row.peak_reserved / 1e9:6.2f}  fixed {row.fixed / 1e9:5.2f}  host {row.host / 1e9:6.2f}"
-        f"  {row.seconds:7.2f} s ({rate:6.0f} tokens/s)  loss {row.loss:.4f}  |g| {row.gradient_norm:.3g}  {row.note}"
+        f"  {row.seconds:7.2f} s ({rate:6.0f} tokens/s)  loss {row.loss:.4f}  |g| {row.gradient_norm:.3g}"
+        f"  {row.note}"
     )
 
 
@@ -275,9 +277,8 @@ def main() -> int:
     if found is not None:
         slope, intercept = found
         longest = int((args.cap_gib * 2**30 - intercept) / slope)
-        print(
-            f"{slope / 1e3:.1f} KB a token + {intercept / 1e9:.2f} GB: {longest} tokens in {args.cap_gib:g} GiB"
-        )
+        words = f"{slope / 1e3:.1f} KB a token + {intercept / 1e9:.2f} GB"
+        print(f"{words}: {longest} tokens in {args.cap_gib:g} GiB")
         if args.confirm:
             measured([longest * 97 // 100 // _ROUND * _ROUND])
     failed = [row for row in rows if row.note.startswith("error")]

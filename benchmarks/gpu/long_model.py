@@ -86,8 +86,8 @@ def _budgets(args: argparse.Namespace) -> Any:
 
 
 def _base(args: argparse.Namespace) -> nn.Module:
-    """Random weights, made and quantized one linear at a time on the device; with --layers-on-host each layer goes
-    to the host at once."""
+    """Random weights, made and quantized one linear at a time on the device; with --layers-on-host each
+    layer goes to the host at once."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -1,4 +1,5 @@
-"""Memory in separable pieces, each usable in a loop of one's own: docs/memory.md explains each with an example.
+"""Memory in separable pieces, each usable in a loop of one's own: docs/memory.md explains each with an
+example.
 
 Importing this package imports none of them: a name is fetched when it is first asked for.
 """
@@ -10,12 +11,12 @@ from typing import Any
 
 _HOMES = {
     "AttentionReport": "attention_groups",
-    "Budgets": "store",
+    "Budgets": "tiers",
     "CheckpointStore": "store",
     "NormReport": "norms",
-    "SpillError": "store",
-    "StoreFull": "store",
-    "Tier": "store",
+    "SpillError": "movers",
+    "StoreFull": "tiers",
+    "Tier": "tiers",
     "TileReport": "tiled_mlp",
     "TileRow": "tiled_mlp",
     "attention_by_groups": "attention_groups",

@@ -24,9 +24,9 @@ class Span(NamedTuple):
 
 
 class Blocks:
-    """Which bytes of equal blocks are taken. A taking is spread over as many blocks as it needs, and shares its
-    last one with the next, so that nothing is lost at the ends. A block is free again when all in it is given
-    back.
+    """Which bytes of equal blocks are taken. A taking is spread over as many blocks as it needs, and shares
+    its last one with the next, so that nothing is lost at the ends. A block is free again when all in it is
+    given back.
 
     block_bytes: a power of two. most: how many blocks there may be.
     """
@@ -36,8 +36,8 @@ class Blocks:
             raise ValueError(f"block_bytes: got {block_bytes}, expected a power of two")
         if 0 < budget < block_bytes:
             raise ValueError(
-                f"{name}: got a budget of {budget} bytes, expected 0 or at least one block of {block_bytes} bytes;"
-                f" raise the budget or lower block_bytes"
+                f"{name}: got a budget of {budget} bytes, expected 0 or at least one block of {block_bytes}"
+                f" bytes; raise the budget or lower block_bytes"
             )
         if budget < 0:
             raise ValueError(f"{name}: got a budget of {budget} bytes, expected 0 or more")
@@ -105,8 +105,8 @@ class BlockPool(Blocks):
 
     Pinned memory is rounded up to a power of two by torch: a block, which is one, loses nothing.
 
-    allocate: gives a uint8 tensor of so many bytes, or raises RuntimeError or MemoryError where there are none;
-    the pool is then as large as it has become, and `shortage` says why.
+    allocate: gives a uint8 tensor of so many bytes, or raises RuntimeError or MemoryError where there are
+    none; the pool is then as large as it has become, and `shortage` says why.
     """
 
     def __init__(
@@ -121,7 +121,8 @@ class BlockPool(Blocks):
         try:
             self.tensors.append(self._allocate(self.block_bytes))
         except (RuntimeError, MemoryError) as error:
-            self.shortage = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no memory'}"
+            lines = str(error).splitlines() or ["no memory"]
+            self.shortage = f"{type(error).__name__}: {lines[0]}"
             return False
         return True
 
@@ -148,8 +149,8 @@ def pinned(nbytes: int) -> Tensor:
 
 
 class SpillFile(Blocks):
-    """A temporary file without a name, which disappears with the process, however that ends. One thread at a time
-    may read and write."""
+    """A temporary file without a name, which disappears with the process, however that ends. One thread at a
+    time may read and write."""
 
     def __init__(self, directory: Path | str | None, block_bytes: int, budget: int) -> None:
         super().__init__("disk", block_bytes, budget)
@@ -195,6 +196,7 @@ class SpillFile(Blocks):
 
 
 def bytes_of(data: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, to be read and written in place; the tensor must be kept alive."""
+    """The bytes of a contiguous CPU tensor, to be read and written in place; the tensor must be kept
+    alive."""
     array = (ctypes.c_ubyte * data.nbytes).from_address(data.data_ptr())
     return memoryview(array).cast("B")

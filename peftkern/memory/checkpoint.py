@@ -1,7 +1,7 @@
 """Non-reentrant checkpointing of decoder layers, whose inputs are kept in a store.
 
-Only a layer's first input, the hidden states, goes to the store. What all layers share (masks, rotary tables) stays
-where it is, once.
+Only a layer's first input, the hidden states, goes to the store. What all layers share (masks, rotary
+tables) stays where it is, once.
 """
 
 from __future__ import annotations
@@ -37,33 +37,36 @@ def checkpoint_layers(
     without gradients a layer runs as before; torch.compile gets torch's own checkpointing, without the store.
     Nothing but instances is changed, and `remove` undoes it.
 
-    Against transformers' own `gradient_checkpointing_enable`, which trainers call when they begin, this one wins:
-    whoever asks for it gets this, for every layer, whatever its `use_reentrant`, `every_n_layers` and `offload` say.
-    `gradient_checkpointing_disable` switches it off.
+    Against transformers' own `gradient_checkpointing_enable`, which trainers call when they begin, this one
+    wins: whoever asks for it gets this, for every layer, whatever its `use_reentrant`, `every_n_layers` and
+    `offload` say. `gradient_checkpointing_disable` switches it off.
 
     Args:
-        model: a model of transformers, with or without PEFT and `peftkern.patch` (in any order), or any module.
-        layers: which modules, in the order in which they run; default: every layer that transformers can checkpoint.
-            Each takes its hidden states [..., tokens, width] first, or by the name of its first parameter.
-        preserve_rng_state: recompute with the random numbers of the forward. False spares some microseconds a layer
-            where nothing draws any.
+        model: a model of transformers, with or without PEFT and `peftkern.patch` (in any order), or any
+            module.
+        layers: which modules, in the order in which they run; default: every layer that transformers can
+            checkpoint. Each takes its hidden states [..., tokens, width] first, or by the name of its first
+            parameter.
+        preserve_rng_state: recompute with the random numbers of the forward. False spares some microseconds
+            a layer where nothing draws any.
     Returns: a handle with `remove`; also a context manager.
     Raises: ValueError where there is no layer to checkpoint.
 
-    The input of the first layer need not require grad: non-reentrant checkpointing finds the adapters inside. With
-    `enable_input_require_grads` it does, and its gradient is computed.
+    The input of the first layer need not require grad: non-reentrant checkpointing finds the adapters
+    inside. With `enable_input_require_grads` it does, and its gradient is computed.
     """
     stacks = [list(layers)] if layers is not None else stacks_of(model)
     if not stacks or not all(stacks):
         raise ValueError(
-            f"model: {type(model).__name__} has no layers that transformers can checkpoint; pass `layers`, the"
-            " modules to be checkpointed in the order in which they run"
+            f"model: {type(model).__name__} has no layers that transformers can checkpoint; pass `layers`,"
+            " the modules to be checkpointed in the order in which they run"
         )
     return LayerCheckpointing(model, stacks, store, preserve_rng_state)
 
 
 def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
-    """The stacks of layers in the model that transformers can checkpoint: each ModuleList that consists of them."""
+    """The stacks of layers in the model that transformers can checkpoint: each ModuleList that consists of
+    them."""
     kind = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", None)
     if kind is None:
         return []
@@ -115,8 +118,8 @@ class LayerCheckpointing:
 
 
 class _Guard:
-    """Before a forward: where transformers' checkpointing was switched on since, ours takes its place again. A copy
-    of the model gets no guard."""
+    """Before a forward: where transformers' checkpointing was switched on since, ours takes its place again.
+    A copy of the model gets no guard."""
 
     def __init__(self, sites: list[_Site]) -> None:
         self.sites = sites
@@ -189,7 +192,8 @@ class _Site:
 
 
 class _TransformersSite(_Site):
-    """A layer whose class asks `_gradient_checkpointing_func`, an attribute of the instance, to run its forward."""
+    """A layer whose class asks `_gradient_checkpointing_func`, an attribute of the instance, to run its
+    forward."""
 
     def __init__(self, layer: nn.Module, stack: _Stack, index: int) -> None:
         super().__init__(layer, stack, index)

@@ -16,16 +16,16 @@ _TOKENS = 8192  # looked up at a time: the rows between host and device stay bou
 def embedding_on_host(model: nn.Module, *, device: torch.device | str | None = None) -> HostEmbedding:
     """Move the model's frozen input embedding to the host, and look tokens up there.
 
-    It saves vocabulary x width x 2 bytes of the device (1.05 GB of an 8B model) for tokens x width x 2 bytes over
-    the bus a forward. The ids are read on the host: where they are on the device, the host waits for them once a
-    forward. The numbers are the same.
+    It saves vocabulary x width x 2 bytes of the device (1.05 GB of an 8B model) for tokens x width x 2 bytes
+    over the bus a forward. The ids are read on the host: where they are on the device, the host waits for
+    them once a forward. The numbers are the same.
 
     Args:
         model: a model of transformers, with or without PEFT.
         device: where the rows go; default: where the embedding is.
     Returns: a handle with `remove`; also a context manager.
-    Raises: ValueError where the embedding is trained, adapted, or tied to the head, which multiplies by it on the
-        device.
+    Raises: ValueError where the embedding is trained, adapted, or tied to the head, which multiplies by it
+        on the device.
     """
     embedding = model.get_input_embeddings()
     reason = _against(model, embedding)

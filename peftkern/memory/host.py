@@ -1,4 +1,5 @@
-"""How much memory this process may use on the host: the limit of its cgroup, and what the machine has left."""
+"""How much memory this process may use on the host: the limit of its cgroup, and what the machine has
+left."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def host_available(root: Path = Path("/")) -> int:
 
 
 def host_limit(root: Path = Path("/")) -> int:
-    """Bytes that all of this process may take: the smaller of the machine's memory and its cgroups' limits."""
+    """Bytes that all of this process may take: the smaller of the machine's memory and its cgroups'
+    limits."""
     machine = _meminfo(root, "MemTotal")
     if machine is None:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -82,7 +84,8 @@ def _cgroups(root: Path) -> list[tuple[int, int]]:
 
 
 def _upwards(base: Path, path: str, limit: str, usage: str, inactive: str) -> list[tuple[int, int]]:
-    """Of the group and its parents. In a container the path may be the host's: then the base alone is there."""
+    """Of the group and its parents. In a container the path may be the host's: then the base alone is
+    there."""
     group, found = base / path.lstrip("/"), []
     for folder in (group, *group.parents):
         most, used = _number(folder / limit), _number(folder / usage)

@@ -1,5 +1,5 @@
-"""Frozen layers on the host: their weights, packed to 4 bits or dense, are streamed through two slots on the device
-in the direction that the computation goes."""
+"""Frozen layers on the host: their weights, packed to 4 bits or dense, are streamed through two slots on the
+device in the direction that the computation goes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PACKED = ("packed", "absmax", "absmax_8bit", "nested_absmax")  # of NF4Weight, 
 @dataclass
 class _Place:
     """A frozen tensor of a layer that is streamed. write: puts a tensor there. key: its name in the layer's
-    state_dict, None where it is not in it. original: the device it came from; at: where in the layer's bytes it
-    begins."""
+    state_dict, None where it is not in it. original: the device it came from; at: where in the layer's bytes
+    it begins."""
 
     key: str | None
     tensor: Tensor | None
@@ -44,8 +44,8 @@ class _Place:
         return self.shape.numel() * self.dtype.itemsize
 
     def within(self, data: Tensor) -> Tensor:
-        """Its part of uint8 [layer's bytes]. `.data`: what is written to the slot later is no change that autograd
-        must forbid, as the same bytes are there again when backward reads them."""
+        """Its part of uint8 [layer's bytes]. `.data`: what is written to the slot later is no change that
+        autograd must forbid, as the same bytes are there again when backward reads them."""
         return data[self.at : self.at + self.nbytes].view(self.dtype).view(self.shape).data
 
 
@@ -59,22 +59,24 @@ def layers_on_host(
     min_bytes: int = MIN_BYTES,
     streams: Streams | None = None,
 ) -> HostLayers:
-    """Keep the frozen weights of decoder layers on the host, and on the device those of the layer that runs and of
-    the next.
+    """Keep the frozen weights of decoder layers on the host, and on the device those of the layer that runs
+    and of the next.
 
-    A layer's weights are copied on a side stream while its neighbour computes: in forward the following layer's, in
-    backward the preceding one's. It works with and without checkpointing, and changes no number. Trainable
-    parameters, buffers and small tensors (norms) are moved to the device and stay. What is streamed is right while
-    its layer runs, and in `state_dict`; to merge, to quantize or to read weights elsewhere, `remove` first.
+    A layer's weights are copied on a side stream while its neighbour computes: in forward the following
+    layer's, in backward the preceding one's. It works with and without checkpointing, and changes no number.
+    Trainable parameters, buffers and small tensors (norms) are moved to the device and stay. What is
+    streamed is right while its layer runs, and in `state_dict`; to merge, to quantize or to read weights
+    elsewhere, `remove` first.
 
     Args:
-        model: bitsandbytes 4-bit, NF4Weight or dense layers, on the host or on the device, with or without PEFT and
-            `peftkern.patch`.
+        model: bitsandbytes 4-bit, NF4Weight or dense layers, on the host or on the device, with or without
+            PEFT and `peftkern.patch`.
         device: where it computes.
-        layers: which modules, in the order in which they run; default: the longest stack that transformers knows.
+        layers: which modules, in the order in which they run; default: the longest stack that transformers
+            knows.
         host: bytes of host memory it may take; default: what the machine and the cgroup have available.
-        pinned: bytes of these that may be pinned (exactly the layers' size is); default: what is sensible here. A
-            layer that is not pinned is copied while the host waits.
+        pinned: bytes of these that may be pinned (exactly the layers' size is); default: what is sensible
+            here. A layer that is not pinned is copied while the host waits.
         min_bytes: smaller tensors stay on the device.
         streams: how copies and the computation wait for each other; the device's own where it is not given.
     Returns: a handle with `remove` and `report`; also a context manager.
@@ -85,8 +87,8 @@ def layers_on_host(
         layers = stacks[-1] if stacks else []
     if len(layers) < 2:
         raise ValueError(
-            f"layers: got {len(layers)} of {type(model).__name__}, expected at least two that run one after the other;"
-            " pass `layers`"
+            f"layers: got {len(layers)} of {type(model).__name__}, expected at least two that run one"
+            " after the other; pass `layers`"
         )
     return HostLayers(list(layers), torch.device(device), host, pinned, min_bytes, streams)
 
@@ -94,8 +96,8 @@ def layers_on_host(
 class HostLayers:
     """What `layers_on_host` did to a model; `remove`, or the end of a `with` block, undoes it.
 
-    Two slots: layer i is always in slot i % 2, so that its parameters have one address for good, which nothing that
-    was kept (a view, a tensor saved for backward) can miss.
+    Two slots: layer i is always in slot i % 2, so that its parameters have one address for good, which
+    nothing that was kept (a view, a tensor saved for backward) can miss.
     """
 
     def __init__(
@@ -190,8 +192,8 @@ class HostLayers:
             self._fill(index - 1)
 
     def _fill(self, index: int) -> None:
-        """Begin to copy a layer into its slot, once all that was computed so far is done: the layer before in it is
-        among that."""
+        """Begin to copy a layer into its slot, once all that was computed so far is done: the layer before
+        in it is among that."""
         slot, streams = index % 2, self.streams
         if self._loaded[slot] == index:
             return
@@ -341,7 +343,8 @@ def _lay_out(places: list[_Place]) -> int:
 
 
 def _rest_to(layer: nn.Module, device: torch.device) -> None:
-    """Move what is not streamed to the device: the rest of the parameters and of their states, and the buffers."""
+    """Move what is not streamed to the device: the rest of the parameters and of their states, and the
+    buffers."""
     for module in layer.modules():
         for parameter in module._parameters.values():
             if parameter is None:
@@ -359,7 +362,8 @@ def _rest_to(layer: nn.Module, device: torch.device) -> None:
 
 
 def _look_again(layer: nn.Module) -> None:
-    """Let what `peftkern.patch` put there see the weights where they are now: it holds the last ones that it saw."""
+    """Let what `peftkern.patch` put there see the weights where they are now: it holds the last ones that it
+    saw."""
     from ..patching.forwards import find
     from ..patching.weights import WeightCache, is_4bit
 

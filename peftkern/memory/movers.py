@@ -1,4 +1,5 @@
-"""How a checkpoint's bytes get into a tier and back: on the side stream at once, or by a thread of their own."""
+"""How a checkpoint's bytes get into a tier and back: on the side stream at once, or by a thread of their
+own."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ class Stored(Protocol):
     """A checkpoint's bytes in a tier."""
 
     def settle(self, wait: bool) -> bool:
-        """Let the computing stream wait for the end of the copy out; whether the source may be dropped then. A copy
-        that its thread has not begun is waited for only where `wait` says so."""
+        """Let the computing stream wait for the end of the copy out; whether the source may be dropped then.
+        A copy that its thread has not begun is waited for only where `wait` says so."""
 
     def fetch(self, target: Tensor) -> None:
         """Begin to fill `target`, uint8 [nbytes], once all that the computing stream has now is done."""
@@ -87,8 +88,8 @@ class _DirectStored:
 
 
 class Worker:
-    """The thread that writes and reads, in the order of its tasks, and the two staging blocks that the side stream
-    fills and empties for it beside a GPU.
+    """The thread that writes and reads, in the order of its tasks, and the two staging blocks that the side
+    stream fills and empties for it beside a GPU.
 
     allocate: gives a pinned uint8 tensor of `nbytes`, when it is first needed.
     """
@@ -131,7 +132,8 @@ class Worker:
         return data, self.streams.record(self.streams.copy)
 
     def unload(self, index: int, part: Tensor, data: Tensor) -> Any:
-        """In the thread: let the side stream copy a staging block into a part of a tensor; when that is done."""
+        """In the thread: let the side stream copy a staging block into a part of a tensor; when that is
+        done."""
         self.streams.move(part, data)
         self._busy[index % 2] = event = self.streams.record(self.streams.copy)
         return event
@@ -207,8 +209,8 @@ class WorkerTier:
             raise SpillError(f"the spill file could not be read: {error}; {_LOST}") from error
         if self.verified and zlib.crc32(bytes_of(data)) != checksum:
             raise SpillError(
-                f"block {span.block} of the spill file in {self.medium.directory} came back with another checksum"
-                f" than it was written with; {_LOST}. Check the disk, or give another `directory`"
+                f"block {span.block} of the spill file in {self.medium.directory} came back with another"
+                f" checksum than it was written with; {_LOST}. Check the disk, or give another `directory`"
             )
 
 
@@ -259,8 +261,8 @@ def _write_failure(medium: BlockPool | SpillFile, error: OSError) -> str:
         return f"the spill file in {where} could not be written: {error}; {_LOST}"
     has, most = (count * medium.block_bytes / 1e9 for count in (medium.made, medium.most))
     return (
-        f"the disk of {where} is full: the spill file has {has:.2f} GB of the {most:.2f} GB that `disk` allows;"
-        f" {_LOST}. Free room there, give another `directory`, or lower `disk` and raise `host`"
+        f"the disk of {where} is full: the spill file has {has:.2f} GB of the {most:.2f} GB that `disk`"
+        f" allows; {_LOST}. Free room there, give another `directory`, or lower `disk` and raise `host`"
     )
 
 

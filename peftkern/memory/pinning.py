@@ -11,8 +11,8 @@ __all__ = ["pin", "unpin"]
 
 
 def pin(data: Tensor, device: torch.device) -> bool:
-    """Pin a tensor's memory for copies from and to a GPU; whether that worked. Not measured on Windows and WSL, where
-    little can be pinned."""
+    """Pin a tensor's memory for copies from and to a GPU; whether that worked. Not measured on Windows and
+    WSL, where little can be pinned."""
     if device.type != "cuda" or not data.nbytes or data.is_pinned():
         return device.type == "cuda" and data.nbytes > 0
     with torch.cuda.device(device):

@@ -1,15 +1,13 @@
-"""A store for activation checkpoints in four tiers: kept on the device, pinned host memory, pageable host memory,
-a file. Copies run on a side stream, held together by events; the computing thread waits for none of them."""
+"""A store for activation checkpoints in four tiers: kept on the device, pinned host memory, pageable host
+memory, a file. Copies run on a side stream, held together by events; the computing thread waits for none of
+them."""
 
 from __future__ import annotations
 
-import enum
 import gc
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .blocks import BlockPool, SpillFile, pinned
-from .host import host_available, host_limit, pinned_limit
+from .host import host_available, host_limit
 from .movers import DirectTier, SpillError, Stored, Worker, WorkerTier, on_device
 from .streams import Streams, streams_for
+from .tiers import Budgets, StoreFull, Tier, assign, in_gb
 
 __all__ = [
     "Budgets",
@@ -34,62 +33,7 @@ __all__ = [
 
 BLOCK_BYTES = 64 << 20
 MIN_TOKENS, MIN_ELEMENTS = 512, 1 << 20
-_HOST_SHARE = 0.9  # of the host memory available, when no budget is stated
 _UNWRITTEN = 2  # sources on the device that wait for a writing thread before the computation waits for it
-
-
-class Tier(enum.Enum):
-    """Where a checkpoint is, in the order in which the tiers are filled."""
-
-    DEVICE = "device"
-    PINNED = "pinned"
-    HOST = "host"
-    DISK = "disk"
-
-
-class StoreFull(MemoryError):
-    """The budgets have no room for what is to be stored; the message names the least that would do."""
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """Bytes that the store may use of each kind of memory.
-
-    device: for checkpoints that stay where they are, beside the one that is being used and the next. pinned: host
-    memory that the GPU copies from and to by itself; None: four fifths of what is available (0 without a GPU, at
-    most 768 MiB under WSL). host: further, pageable host memory; None: the rest of nine tenths of what the machine
-    and the process's cgroup have available. disk: of a temporary file.
-    """
-
-    device: int = 0
-    pinned: int | None = None
-    host: int | None = None
-    disk: int = 0
-
-    def resolved(self, asynchronous: bool, available: int, block_bytes: int) -> Budgets:
-        """With numbers for what is None: whole blocks of `available` host memory."""
-        room = int(available * _HOST_SHARE)
-        fixed = self.pinned
-        if fixed is None:
-            fixed = pinned_limit(room) // block_bytes * block_bytes if asynchronous else 0
-        host = self.host
-        if host is None:
-            host = max(0, room - fixed) // block_bytes * block_bytes
-        return Budgets(self.device, fixed, host, self.disk)
-
-
-def assign(count: int, nbytes: int, room: Mapping[Tier, int]) -> list[Tier] | None:
-    """The tier of each of `count` layers' checkpoints of `nbytes`; None where they have no room.
-
-    The last layer's stays on the device and counts for nothing: its backward begins at once. Backward comes to the
-    later layers first, so that they get the faster tiers, and the earliest the file, which then has the longest
-    time to be written and read.
-    """
-    tiers = [Tier.DEVICE]
-    for tier in Tier:
-        fitting = max(0, room.get(tier, 0)) // max(1, nbytes)
-        tiers += [tier] * min(fitting, count - len(tiers))
-    return tiers[::-1][-count:] if len(tiers) >= count else None
 
 
 class Checkpoint:
@@ -115,8 +59,8 @@ class Checkpoint:
         self._previous: weakref.ref[Checkpoint] | None = None
 
     def get(self) -> Tensor:
-        """The tensor on its device. What the computing stream does with it comes after the copy; the checkpoint
-        stored before this one, which backward wants next, is fetched meanwhile.
+        """The tensor on its device. What the computing stream does with it comes after the copy; the
+        checkpoint stored before this one, which backward wants next, is fetched meanwhile.
 
         Raises: SpillError where the file has not kept it; torch.OutOfMemoryError with what the store holds.
         """
@@ -139,7 +83,7 @@ class Checkpoint:
         except torch.OutOfMemoryError as error:
             first = str(error).split("\n")[0]
             raise torch.OutOfMemoryError(
-                f"a checkpoint of {_gb(self.nbytes)} did not fit: {first} {self._store}"
+                f"a checkpoint of {in_gb(self.nbytes)} did not fit: {first} {self._store}"
             ) from error
         self._stored.fetch(data)
         self._incoming = target
@@ -160,7 +104,8 @@ class Checkpoint:
         self._previous = previous
 
     def settle(self, wait: bool) -> bool:
-        """Drop the source of a copy, once the computing stream waits for the copy's end; whether that is so."""
+        """Drop the source of a copy, once the computing stream waits for the copy's end; whether that is
+        so."""
         if self._stored is None or self._kept is None:
             return True
         if not self._stored.settle(wait):
@@ -198,15 +143,16 @@ class CheckpointStore:
     Args:
         budgets: bytes of each tier. Budgets that cannot hold one block are refused.
         device: where the tensors come from and go back to; others pass through.
-        directory: of the temporary file; the system's where it is not given. The file has no name, and is gone
-            with the process.
+        directory: of the temporary file; the system's where it is not given. The file has no name, and is
+            gone with the process.
         block_bytes: pools and the file consist of blocks of this size, a power of two.
-        min_tokens, min_elements: a tensor [..., tokens, width] with fewer of either passes through: its copy would
-            cost more than it frees.
+        min_tokens, min_elements: a tensor [..., tokens, width] with fewer of either passes through: its copy
+            would cost more than it frees.
         streams: how copies and the computation wait for each other; the device's own where it is not given.
     Raises: ValueError for budgets below the minimum.
 
-    >>> store = CheckpointStore(Budgets(host=1 << 20), device="cpu", block_bytes=1 << 16, min_tokens=1, min_elements=1)
+    >>> store = CheckpointStore(Budgets(host=1 << 20), device="cpu", block_bytes=1 << 16, min_tokens=1,
+    min_elements=1)
     >>> kept = store.put(torch.arange(6.0).view(2, 3))
     >>> kept.tier, kept.get().tolist()
     (<Tier.HOST: 'host'>, [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
@@ -240,19 +186,20 @@ class CheckpointStore:
         budgets, size, streams = self.budgets, self.block_bytes, self.streams
         if budgets.pinned and not asynchronous:
             raise ValueError(
-                f"pinned: got {budgets.pinned} bytes for {self.device}, expected 0: only a GPU copies from pinned memory"
+                f"pinned: got {budgets.pinned} bytes for {self.device}, expected 0: only a GPU copies"
+                " from pinned memory"
             )
         if budgets.pinned + budgets.host > host_limit():
             raise ValueError(
-                f"host: got budgets of {_gb(budgets.pinned)} pinned and {_gb(budgets.host)} pageable, but this machine,"
-                f" or its cgroup, allows {_gb(host_limit())} in all"
+                f"host: got budgets of {in_gb(budgets.pinned)} pinned and {in_gb(budgets.host)} pageable, but"
+                f" this machine, or its cgroup, allows {in_gb(host_limit())} in all"
             )
         if budgets.device < 0:
             raise ValueError(f"device: got {budgets.device} bytes, expected 0 or more")
         host, file = BlockPool("host", size, budgets.host), SpillFile(directory, size, budgets.disk)
         if budgets.disk and budgets.disk > (free := file.free_on_disk()):
             raise ValueError(
-                f"disk: got a budget of {_gb(budgets.disk)}, but {file.directory} has {_gb(free)} left"
+                f"disk: got a budget of {in_gb(budgets.disk)}, but {file.directory} has {in_gb(free)} left"
             )
         worker = Worker(streams, size, self._allocate)
         disk = WorkerTier(file, worker, verified=True)
@@ -302,9 +249,10 @@ class CheckpointStore:
             offloaded = layers - layer - 1
             fit = sum(left // tensor.nbytes for left in room.values())
             raise StoreFull(
-                f"the checkpoints of {offloaded} layers, {_gb(tensor.nbytes)} each for {tuple(tensor.shape)} in"
-                f" {tensor.dtype}, need {_gb(offloaded * tensor.nbytes)}, but there is room for {fit} of them. {self}"
-                f" Raise the budgets by {_gb((offloaded - fit) * tensor.nbytes)} (`host`, or `disk` with a"
+                f"the checkpoints of {offloaded} layers, {in_gb(tensor.nbytes)} each for"
+                f" {tuple(tensor.shape)} in {tensor.dtype}, need {in_gb(offloaded * tensor.nbytes)}, but there"
+                f" is room for {fit} of them. {self}"
+                f" Raise the budgets by {in_gb((offloaded - fit) * tensor.nbytes)} (`host`, or `disk` with a"
                 " `directory`), or shorten the sequences"
             )
         return [Tier.DEVICE] * layer + found
@@ -327,7 +275,8 @@ class CheckpointStore:
                 if found is not None:
                     return found
         raise StoreFull(
-            f"there is no room for a checkpoint of {_gb(tensor.nbytes)}. {self} Raise the budgets, or shorten the sequences"
+            f"there is no room for a checkpoint of {in_gb(tensor.nbytes)}. {self} Raise the budgets, or"
+            " shorten the sequences"
         )
 
     def _put(self, source: Tensor, tier: Tier) -> Checkpoint | None:
@@ -352,8 +301,8 @@ class CheckpointStore:
         return checkpoint
 
     def settle(self) -> None:
-        """Drop the sources of copies that the computing stream has been told to wait for. Where more than two wait
-        for a thread that writes, the computation waits for the oldest."""
+        """Drop the sources of copies that the computing stream has been told to wait for. Where more than
+        two wait for a thread that writes, the computation waits for the oldest."""
         with self.lock:
             self.drain()
             alive = [(ref, held) for ref in self._unsettled if (held := ref()) is not None]
@@ -395,7 +344,7 @@ class CheckpointStore:
 
     def __str__(self) -> str:
         parts = ", ".join(
-            f"{name} {_gb(row['in_use'])} of {_gb(row['budget'])}" for name, row in self.report().items()
+            f"{name} {in_gb(row['in_use'])} of {in_gb(row['budget'])}" for name, row in self.report().items()
         )
         return f"The checkpoint store holds: {parts}."
 
@@ -409,7 +358,3 @@ class CheckpointStore:
         raise TypeError(
             "a CheckpointStore holds the tensors of a running step and is neither copied nor pickled"
         )
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else f"{nbytes} bytes"

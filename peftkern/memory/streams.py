@@ -71,7 +71,8 @@ class CudaStreams:
     asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
         self.copy = torch.cuda.Stream(self.device)
 
     def current(self) -> torch.cuda.Stream:

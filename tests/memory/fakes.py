@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class FakeStreams:
-    """Two streams, "compute" and "copy". What is computed happens at once. A copy happens only when the computing
-    stream or the host waits for an event behind it: data that nobody waited for is not there.
+    """Two streams, "compute" and "copy". What is computed happens at once. A copy happens only when the
+    computing stream or the host waits for an event behind it: data that nobody waited for is not there.
 
     log: what was asked for, in order.
     """

@@ -1,4 +1,5 @@
-"""The store: where checkpoints go, that they come back as they were, and what happens when there is no room."""
+"""The store: where checkpoints go, that they come back as they were, and what happens when there is no
+room."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from peftkern.memory import Budgets, CheckpointStore, SpillError, StoreFull, Tie
 from peftkern.memory import blocks as blocks_module
 from peftkern.memory import store as store_module
 from peftkern.memory.blocks import Blocks
-from peftkern.memory.store import assign
+from peftkern.memory.tiers import assign
 
 from .fakes import FakeStreams
 
@@ -97,9 +98,9 @@ def test_copies_beside_the_computation_are_waited_for(tier):
 
 
 def test_the_order_of_streams_and_events():
-    """The side stream waits for the producer; a source is dropped once the computing stream waits for its copy; a
-    target is filled after what was computed before it was made, and used after it is filled; the host waits for
-    nothing."""
+    """The side stream waits for the producer; a source is dropped once the computing stream waits for its
+    copy; a target is filled after what was computed before it was made, and used after it is filled; the
+    host waits for nothing."""
     streams = FakeStreams()
     store = make(Budgets(pinned=1 << 14), streams=streams)
     first = store.put(rows(0))
