@@ -78,6 +78,7 @@ static void decode_columns(const pk_weight& w, int64_t n0, int64_t cols, int64_t
       for (int64_t i = 0; i < count; i++) {
         const int64_t start = (n0 + half * 16 + i) * w.k + k0 + s * SIDE;
         const uint8_t* packed = (const uint8_t*)w.data + (start >> 1);
+        __builtin_prefetch(packed + pk::CHUNK * SIDE / 2, 0, 2);  // of the next chunk: a row's piece is too short for the hardware's streams
         const vf scaled = codes * set1(pk::absmax_of(w, start >> shift));
         const __m512i table = round_both(scaled, scaled);
         store_words(rows + i * 64, _mm512_permutexvar_epi16(word_codes(packed), table));

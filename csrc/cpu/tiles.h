@@ -62,10 +62,10 @@ static void tile_product(const Segment* segments, int64_t count, float* c, bool 
     for (const bf16* end = a + segments[q].steps * STEP; a < end; a += STEP, b += STEP) {
       _tile_loadd(4, a, ROW);
       _tile_loadd(6, b, ROW);
-      _tile_loadd(7, b + HALF, ROW);
-      _tile_loadd(5, a + HALF, ROW);
       _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + HALF, ROW);
       _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + HALF, ROW);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }

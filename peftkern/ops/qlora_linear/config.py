@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Choice", "Config", "GPUConfig", "GPU_TABLE", "TABLE", "choose", "choose_gpu", "nearest_arch", "slices"]
 
@@ -14,7 +14,8 @@ class Config:
 
     gemv_max_m: largest M for the fused GEMV. vendor: activation dtypes whose large-M product goes, slice by slice, to the vendor's GEMM;
     slice_rows: rows decoded a slice there. dense_vendor: for a dense weight, the largest M a dtype takes to the vendor (None: any).
-    tiles: dtypes whose large-M product with a 4-bit weight is that of csrc/cpu/tile_impl.h, where it takes the shape.
+    tiles: for dtypes whose product with a 4-bit weight is that of csrc/cpu/tile_impl.h, where it takes the shape, the
+    largest M for the fused GEMV.
     """
 
     gemv_max_m: int
@@ -22,7 +23,15 @@ class Config:
     slice_rows: int
     dense_vendor: dict[str, int | None]
     measured: str
-    tiles: tuple[str, ...] = ()
+    tiles: dict[str, int] = field(default_factory=dict)
+
+    def few(self, dtype: str, *, dense: bool, k: int, blocksize: int, tiles: bool = True) -> int:
+        """The largest M for the fused GEMV; `tiles` as for `choose`."""
+        return self.tiles[dtype] if tiles and self.tiled(dtype, dense, k, blocksize) else self.gemv_max_m
+
+    def tiled(self, dtype: str, dense: bool, k: int, blocksize: int) -> bool:
+        """Whether bf16 tiles take such weights."""
+        return dtype in self.tiles and not dense and k % 64 == 0 and blocksize >= 64
 
 
 _NAIVE_HALF = {"float32": None, "bfloat16": 1, "float16": 1}
@@ -40,8 +49,12 @@ TABLE = {
     # fp32 at M = 16 0.161, 0.163, at M = 24 0.231, 0.164.
     # Not measured: who multiplies fp16 above that, and the dense weights' limits.
     "avx512": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
-    "avx512bf16": Config(16, ("bfloat16",), 512, _FAST_BF16, "not measured", ("bfloat16",)),
-    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids", ("bfloat16",)),
+    "avx512bf16": Config(16, ("bfloat16",), 512, _FAST_BF16, "not measured", {"bfloat16": 8}),
+    # Emerald Rapids, one thread of a shared machine, median CPU time of 25 to 150 calls in turn, ms, bf16: the GEMV, the
+    # tiles, torch on a dense weight. 4096 x 4096 at M = 4 2.09, 3.13, 3.27, at M = 8 3.78, 3.32, 3.52, at M = 16 6.50, 3.45,
+    # 3.64, at M = 64 22.9, 4.77, 5.33; 1536 x 576 at M = 1 0.149, 0.186, 0.182, at M = 4 0.218, 0.186, 0.178, at M = 16
+    # 0.537, 0.193, 0.202. Through the vendor's GEMM 1536 x 576 took 6.3 forward and backward at M = 512, in tiles 4.1.
+    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 4}),
 }
 
 
@@ -72,13 +85,14 @@ def choose(
         if limit is None or m <= limit:
             return Choice("vendor", f"the vendor's {dtype} product is fast on a dense weight at M = {m} on {isa}")
         return Choice("gemm", f"the vendor's {dtype} product is slow at M = {m} on {isa}, {row.measured}")
-    if m <= row.gemv_max_m:
-        return Choice("gemv", f"M = {m} <= {row.gemv_max_m} on {isa}, {row.measured}")
-    if tiles and dtype in row.tiles and k % 64 == 0 and blocksize >= 64:
-        return Choice("gemm", f"{dtype} tiles for M = {m} > {row.gemv_max_m} on {isa}, {row.measured}")
+    few = row.few(dtype, dense=dense, k=k, blocksize=blocksize, tiles=tiles)
+    if m <= few:
+        return Choice("gemv", f"M = {m} <= {few} on {isa}, {row.measured}")
+    if tiles and row.tiled(dtype, dense, k, blocksize):
+        return Choice("gemm", f"{dtype} tiles for M = {m} > {few} on {isa}, {row.measured}")
     if dtype in row.vendor:
         return Choice("vendor", f"{dtype} on {isa} has a fast vendor GEMM, {row.measured}")
-    return Choice("gemm", f"M = {m} > {row.gemv_max_m} on {isa}, {row.measured}")
+    return Choice("gemm", f"M = {m} > {few} on {isa}, {row.measured}")
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def few_rows(x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | Non
     k, extension = x.shape[-1], native()
     m = x.numel() // k
     row = config.TABLE.get(extension.isa())
-    if row is None or not 0 < m <= row.gemv_max_m:
+    if row is None or not 0 < m <= row.few(str(x.dtype)[6:], dense=False, k=k, blocksize=quant[6]):
         return None
     y = x.new_empty((*x.shape[:-1], n))
     buffer = scratch(extension.scratch_bytes(m, n, k, 0))
