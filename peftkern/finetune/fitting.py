@@ -126,6 +126,8 @@ def install_fit(model: nn.Module, fit: Fit) -> list[Any]:
         handles.append(layers_on_host(model, device=device))
     if options.embedding_on_host:
         handles.append(embedding_on_host(model, device=device))
+    if options.layers_on_host:
+        _rest_to(model, torch.device(device), stay=options.embedding_on_host)
     steps: list[tuple[bool, Callable[[], Any]]] = [
         (options.mlp_tile is not None, lambda: tile_mlps(model, tile=options.mlp_tile)),
         (options.rebuild_norms, lambda: rebuild_norms(model)),
@@ -137,6 +139,28 @@ def install_fit(model: nn.Module, fit: Fit) -> list[Any]:
     if options.away(fit.shape.layers):
         handles.append(_checkpoints(model, fit, device))
     return handles
+
+
+def _rest_to(model: nn.Module, device: torch.device, *, stay: bool) -> None:
+    """Move what is in no decoder layer, which was loaded on the host: head, last norm, tables of positions,
+    and the embedding unless it is to stay.
+    """
+    from ..memory.checkpoint import stacks_of
+
+    layers = max(stacks_of(model), key=len)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    if stay:
+        inside.add(id(model.get_input_embeddings()))
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = parameter.data.to(device)
+        module._buffers.update({k: v if v is None else v.to(device) for k, v in module._buffers.items()})
+    for owner in model.modules():
+        if getattr(owner, "hf_device_map", None):  # which trainers compare with their own device
+            owner.hf_device_map = {"": device.index or 0 if device.type == "cuda" else "cpu"}
 
 
 def _checkpoints(model: nn.Module, fit: Fit, device: str) -> Any:

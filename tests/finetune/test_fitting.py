@@ -12,6 +12,8 @@ import torch
 from peftkern.finetune import FinetuneConfig, finetune
 from peftkern.finetune.errors import InputError
 
+from .conftest import save_tiny_model
+
 PATCHED = {"patch": True, "seq_length": 128, "batch_size": 1, "steps": 3, "save_steps": 3}
 
 
@@ -128,3 +130,41 @@ def test_the_optimizer_is_stored_and_compared(options: dict[str, Any]) -> None:
         run(options, optimizer="adamw_8bit", resume=True, steps=6)
     with pytest.raises(InputError, match="--optimizer must be one of"):
         FinetuneConfig(optimizer="sgd")
+
+
+def test_all_that_can_be_chosen_is_put_on_a_model(options: dict[str, Any], tmp_path: Path) -> None:
+    from peftkern.finetune.fitting import Fit, install_fit
+    from peftkern.finetune.model import load_model
+    from peftkern.memory.planner.budgets import Limits
+    from peftkern.memory.planner.cards import CPU
+    from peftkern.memory.planner.options import RunOptions
+    from peftkern.memory.planner.shapes import read_shape
+
+    base = str(save_tiny_model(tmp_path / "base", hidden=512))  # whose weights are large enough to be streamed
+    config = FinetuneConfig(**options | PATCHED | {"model": base}).resolved()
+    ids = torch.arange(128)[None] % 300
+
+    def step(model: torch.nn.Module) -> list[torch.Tensor]:
+        model.train()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    shape = read_shape(base)
+    chosen = RunOptions(
+        length=128,
+        rank=4,
+        keep_layers=1,
+        disk_layers=1,
+        mlp_tile=64,
+        kv_groups=True,
+        rebuild_norms=True,
+        layers_on_host=True,
+    )
+    torch.manual_seed(0)
+    plain = step(load_model(base, config))
+    torch.manual_seed(0)
+    model = load_model(base, config, on_host=True)
+    handles = install_fit(model, Fit(shape, chosen, Limits(1 << 40, 1 << 30, 0, 1 << 30), CPU))
+    assert [type(handle).__name__ for handle in handles] == ["HostLayers", "LayerCheckpointing"]
+    for got, expected in zip(step(model), plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
