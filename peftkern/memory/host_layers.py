@@ -174,6 +174,8 @@ class HostLayers:
     def enter(self, index: int, *_: Any) -> None:
         """A layer's forward begins."""
         self._load(index)
+        if _in_backward():
+            return  # it is computed again: what comes next is the layer before
         if index + 1 < len(self.layers):
             self._fill(index + 1)
         elif index % 2 and not torch.is_grad_enabled():  # with gradients the last layer's backward follows
@@ -181,6 +183,8 @@ class HostLayers:
 
     def leave(self, index: int, _module: Any, _args: Any, output: Any) -> None:
         """A layer's forward has ended: its backward begins where a gradient reaches what it gave."""
+        if _in_backward():
+            return
         outputs = output if isinstance(output, (tuple, list)) else [output]
         for tensor in outputs:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -261,6 +265,12 @@ class _Hook:
         raise TypeError(
             "a model whose layers are on the host is neither copied nor pickled; call remove() first"
         )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running in this thread. Checkpointing that calls layers as modules (transformers'
+    up to 5.17) runs their hooks again there."""
+    return torch._C._current_graph_task_id() != -1
 
 
 # ---- what a layer has

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import peftkern
 from peftkern import NF4Weight
@@ -154,6 +155,27 @@ def test_layers_are_copied_once_a_direction_and_ahead_of_their_use() -> None:
         again = forward.replace("copy 0, ", "").replace("copy 1, ", "")  # both are there from the backward
         assert ", ".join(f"{what} {index}" for what, index in order) == f"{again}, {backward}"
     assert not any(entry[0] == "finish" for entry in streams.log)
+
+
+def test_a_layer_that_is_called_again_in_backward_goes_on_backward() -> None:
+    """As transformers' checkpointing called layers up to 5.17."""
+    layers, x = nn.Sequential(*(Packed(True) for _ in range(5))), torch.randn(3, 256)
+    streams = FakeStreams()
+
+    def run() -> dict[str, Tensor]:
+        layers.zero_grad()
+        y = x
+        for layer in layers:
+            y = checkpoint(layer, y, use_reentrant=False)
+        y.square().sum().backward()
+        return models.grads(layers)
+
+    expected = run()
+    with on_host(layers, layers=list(layers), streams=streams):
+        assert_equal(run(), expected)
+        assert sum(entry[0] == "move" for entry in streams.log) == 5 + 3
+        assert_equal(run(), expected)
+        assert sum(entry[0] == "move" for entry in streams.log) == 2 * (5 + 3) - 2
 
 
 def test_a_slot_is_filled_after_what_was_computed_and_used_after_it_is_filled() -> None:
