@@ -1,8 +1,9 @@
 """Masked language modelling on a target's text: masks that change with every step, documents kept apart in a
 window.
 
-transformers' collator draws its masks from the process's generator, so that a resumed run masks other tokens;
-here they are a pure function of seed, step and row. Its 15 % / 80 / 10 / 10 are BERT's (Devlin et al., 2019,
+transformers' collator draws its masks from the process's generator, or with `seed` from one of its own whose
+state is in no checkpoint (data_collator.py at 5.24, read): a resumed run masks other tokens. Here they are a
+pure function of seed, step and row. Its 15 % / 80 / 10 / 10 are BERT's (Devlin et al., 2019,
 section 3.1).
 """
 
