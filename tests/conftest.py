@@ -30,3 +30,18 @@ def isa(request: pytest.FixtureRequest):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+# Their kernels have no code of their own on avx512bf16: what runs there is what runs on amx, compiled with fewer flags.
+WITHOUT_PRODUCTS = ("add_rms_norm", "glu", "linear_cross_entropy", "lora_add", "rms_norm", "rope")
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is marked slow is deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where the CPU has AMX, the quick suite runs those kernels on the higher of the two levels alone."""
+    if "amx" not in backends.native().isas():
+        return
+    for item in items:
+        level = item.callspec.params.get("isa") if hasattr(item, "callspec") else None
+        if level == "avx512bf16" and item.path.stem.removeprefix("test_") in WITHOUT_PRODUCTS:
+            item.add_marker(pytest.mark.slow)

@@ -50,7 +50,7 @@ def jobs(of: Iterable[ModuleType], archs: Sequence[int] = ARCHS) -> list[Job]:
             kernels: set[str] = set()
             for spec in specializations(module, arch):
                 kernel = spec.kernel.__name__
-                found.append(Job(module.__name__, spec.name, kernel, arch, main=kernel not in kernels))
+                found.append(Job(module.__name__, spec.name, kernel, arch, main=kernel not in kernels, product=spec.expects_mma))
                 kernels.add(kernel)
     return found
 

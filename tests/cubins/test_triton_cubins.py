@@ -20,13 +20,15 @@ from .checks import broken_promises  # noqa: E402
 PROCESSES = int(os.environ.get("PEFTKERN_TEST_PROCESSES", "1"))
 JOBS = harness.jobs(harness.modules())
 SAMPLES = {(job.name, job.arch): job for job in harness.jobs([kernels])}
-# By default each kernel's main variant is compiled, for one architecture of each generation that lowers differently: Turing's
-# fp16 products, mma.sync with the least shared memory, wgmma, tcgen05. The nightly run has every variant on every architecture.
-QUICK_ARCHS = (75, 86, 90)
+# By default each kernel's main variant is compiled for sm_86: mma.sync, with the least shared memory. Products are lowered differently by
+# other generations, wgmma on sm_90 and no tensor core on sm_75: there the kernels of a single linear are compiled, whose functions those of
+# a group call. The nightly run has every variant on every architecture.
+PRODUCTS = {job.kernel for job in JOBS if job.product}
 
 
 def _parameter(job: harness.Job):
-    quick = job.main and job.arch in QUICK_ARCHS
+    lowered_differently = job.kernel in PRODUCTS and "qlora_group" not in job.module
+    quick = job.main and job.arch in ((75, 86, 90) if lowered_differently else (86,))
     return pytest.param(job, id=job.id, marks=() if quick else pytest.mark.slow)
 
 

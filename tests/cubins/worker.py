@@ -24,13 +24,14 @@ LOADS = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")  # from global memory to register
 
 @dataclass(frozen=True)
 class Job:
-    """A variant by name: the kernel itself stays in its module. `main`: the first of its kernel."""
+    """A variant by name: the kernel itself stays in its module. `main`: the first of its kernel; `product`: on tensor cores."""
 
     module: str
     name: str
     kernel: str
     arch: int
     main: bool
+    product: bool
 
     @property
     def id(self) -> str:

@@ -11,8 +11,17 @@ import pytest
 
 from peftkern.ops import native_cuda
 
+from ..native.compiled import once
 from .device_library import CudaLibrary
-from .emulated import EMULATION, KERNELS, compile_emulated, declare, load_emulated, load_emulated_module
+from .emulated import (
+    EMULATION,
+    KERNELS,
+    compile_emulated,
+    declare,
+    link_emulated_module,
+    load_emulated,
+    load_emulated_module,
+)
 
 ORDERS = (0, 1, 2)  # ascending, descending, shuffled: what a missing barrier changes
 
@@ -20,7 +29,7 @@ ORDERS = (0, 1, 2)  # ascending, descending, shuffled: what a missing barrier ch
 @pytest.fixture(scope="session")
 def emulated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shared library of `emulated`."""
-    return compile_emulated(tmp_path_factory.mktemp("emulated"), KERNELS)
+    return once(tmp_path_factory, "cuda_emulated", lambda folder: compile_emulated(folder, KERNELS))
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +39,10 @@ def emulated(emulated_path: Path) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="session")
-def _emulated_module(emulated_path: Path) -> ModuleType:
-    return load_emulated_module(emulated_path.parent, emulated_path)
+def _emulated_module(emulated_path: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return load_emulated_module(
+        once(tmp_path_factory, "cuda_emulated_module", lambda folder: link_emulated_module(folder, emulated_path))
+    )
 
 
 @pytest.fixture
@@ -46,7 +57,8 @@ def emulated_module(_emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="session")
 def selftest(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The emulator with kernels of its own."""
-    return load_emulated(compile_emulated(tmp_path_factory.mktemp("selftest"), [EMULATION / "selftest.cu"]))
+    sources = [EMULATION / "selftest.cu"]
+    return load_emulated(once(tmp_path_factory, "cuda_selftest", lambda folder: compile_emulated(folder, sources)))
 
 
 @pytest.fixture(params=ORDERS)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from ..native.compiled import CSRC, compile_objects, link_shared
 
-__all__ = ["EMULATION", "FLAGS", "KERNELS", "compile_emulated", "declare", "load_emulated", "load_emulated_module"]
+__all__ = ["EMULATION", "FLAGS", "KERNELS", "compile_emulated", "declare", "link_emulated_module", "load_emulated", "load_emulated_module"]
 
 EMULATION = Path(__file__).parent / "emulation"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
@@ -31,14 +31,18 @@ def compile_emulated(folder: Path, sources: Sequence[Path]) -> Path:
     return link_shared([*compile_objects(folder, jobs), *map(Path, SANITIZERS)], folder / "libpeftkern_emulated.so")
 
 
-def load_emulated_module(folder: Path, library: Path) -> ModuleType:
+def link_emulated_module(folder: Path, library: Path) -> Path:
     """The Python module over an emulated library: what the launchers call, taking tensors of the CPU."""
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     source = CSRC / "cuda" / "bindings_cuda.cpp"
     bindings = compile_objects(folder, [(source, ["-O0", "-fvisibility=hidden", *includes, '-DPK_CUDA_ARCHS="86"'])])
-    path = link_shared([*bindings, library], folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+    return link_shared([*bindings, library], folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+def load_emulated_module(path: Path) -> ModuleType:
+    """That module, whatever its folder."""
     spec = importlib.util.spec_from_file_location("_C_cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from peftkern.nf4 import code_tensor
 from peftkern.ops.dequantize import reference as dequantize
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
-from ..native.compiled import CSRC, DTYPES, c_lora, c_weight, i64, pointer
+from ..native.compiled import CSRC, DTYPES, c_lora, c_weight, i64, once, pointer
 from ..ops.bounds import assert_as_accurate
 from .device_library import CudaLibrary
 from .emulated import compile_emulated, load_emulated
@@ -56,12 +56,10 @@ class Case:
         return round(self.dropout_p * 65536)
 
 
-@functools.cache
-def load_probes(session: Path) -> ctypes.CDLL:
-    """tests/cuda/probes/*.cu, emulated; compiled once a session, in its folder."""
-    (folder := session / "probes").mkdir()
-    probes = sorted((Path(__file__).parent / "probes").glob("*.cu"))
-    return load_emulated(compile_emulated(folder, [*probes, CSRC / "cuda" / "status.cu"]))
+def load_probes(factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """tests/cuda/probes/*.cu, emulated; compiled once a session."""
+    sources = [*sorted((Path(__file__).parent / "probes").glob("*.cu")), CSRC / "cuda" / "status.cu"]
+    return load_emulated(once(factory, "cuda_probes", lambda folder: compile_emulated(folder, sources)))
 
 
 def make_case(

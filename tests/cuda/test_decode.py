@@ -17,7 +17,7 @@ from .linear import load_probes
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load_probes(tmp_path_factory.getbasetemp())
+    return load_probes(tmp_path_factory)
 
 
 def _tables() -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> CudaLibrary:
-    return CudaLibrary(load_probes(tmp_path_factory.getbasetemp()), "cpu")
+    return CudaLibrary(load_probes(tmp_path_factory), "cpu")
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -21,7 +21,7 @@ SHAPES = [(1, 33, 64, 8), (9, 40, 320, 3), (17, 40, 128, 200), (33, 31, 576, 1),
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> CudaLibrary:
-    return CudaLibrary(load_probes(tmp_path_factory.getbasetemp()), "cpu")
+    return CudaLibrary(load_probes(tmp_path_factory), "cpu")
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

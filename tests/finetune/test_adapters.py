@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from peftkern.__main__ import main
 from peftkern.finetune import FinetuneConfig, FinetuneResult, InputError, finetune
 
+from ..cases import nightly
 from .test_resume import break_at, losses
 
 
@@ -72,7 +73,9 @@ def test_a_bottleneck_run_breaks_resumes_and_is_put_to_use(
     assert capsys.readouterr().out.strip() == result.sample_after.strip()
 
 
-@pytest.mark.parametrize("adapter", ["seq_bn", "scaled_par_bn", "bottleneck[size=5]"])
+@pytest.mark.parametrize(
+    "adapter", nightly(["seq_bn", "scaled_par_bn", "bottleneck[size=5]"], quick=["scaled_par_bn"])
+)
 def test_every_named_bottleneck_trains(options: dict[str, Any], adapter: str) -> None:
     result = run(options, adapter=adapter, steps=2, gradient_checkpointing=True)
     assert result.steps == 2 and result.final_loss < 10

@@ -23,6 +23,8 @@ from peftkern.finetune.checkpoints import newest_sound, write_checksums
 from peftkern.finetune.metrics import restore_metrics
 from peftkern.finetune.signals import Interrupted
 
+from ..cases import nightly
+
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
@@ -131,7 +133,7 @@ def test_run_goes_on_from_the_older_checkpoint_to_the_same_end(options: dict[str
     assert result.perplexity_after == json.loads((finished_cache / "run/result.json").read_text())["perplexity_after"]
 
 
-@pytest.mark.parametrize("content", ["", '{"output": "o', "[]", '{"steps": 6}'])
+@pytest.mark.parametrize("content", nightly(["", '{"output": "o', "[]", '{"steps": 6}'], quick=['{"output": "o', '{"steps": 6}']))
 def test_damaged_result_is_made_again(options: dict[str, Any], finished: Path, finished_cache: Path, content: str) -> None:
     (finished / "result.json").write_text(content)
     result = run(options, resume=True)
@@ -166,7 +168,14 @@ def heard() -> Iterator[None]:
 
 @pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
-    ("number", "status", "batch"), [(signal.SIGTERM, 143, 0), (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 0), (signal.SIGUSR1, 138, 1)]
+    ("number", "status", "batch"),
+    [
+        (signal.SIGTERM, 143, 0),
+        (signal.SIGINT, 130, 1),
+        pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 138, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_signal_in_training_saves_and_says_so(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int, batch: int, finished_cache: Path
@@ -214,6 +223,7 @@ def test_handlers_of_the_program_stay(options: dict[str, Any], monkeypatch: pyte
     assert seen == ["mine"]
 
 
+@pytest.mark.slow  # a process that imports everything; above, the same signals to this one
 def test_command_ends_with_the_status_schedulers_expect(options: dict[str, Any]) -> None:
     arguments = FinetuneConfig(**(options | {"steps": 4000, "save_steps": 1000})).to_arguments()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -20,6 +20,8 @@ from peftkern.finetune import folder as folder_module
 from peftkern.finetune import trainer as trainer_module
 from peftkern.finetune.folder import open_run
 
+from ..cases import nightly
+
 
 def run(options: dict[str, Any], **changes: Any) -> Any:
     return finetune(FinetuneConfig(**(options | changes)), quiet=True)
@@ -226,7 +228,10 @@ def test_resume_does_not_take_a_folder_called_files(options: dict[str, Any], mon
     assert mine.read_text() == "mine"
 
 
-@pytest.mark.parametrize("changes", [{"overwrite": True, "steps": 3}, {"resume": True, "steps": 5}])
+OVERWRITE, LONGER = {"overwrite": True, "steps": 3}, {"resume": True, "steps": 5}
+
+
+@pytest.mark.parametrize("changes", nightly([OVERWRITE, LONGER], quick=[OVERWRITE]))
 def test_full_disk_loses_nothing_of_the_earlier_run(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: Any) -> None:
     patched = options | {"patch": True}
     first = run(patched, steps=2)

@@ -16,6 +16,8 @@ import pytest
 from peftkern.finetune import FinetuneConfig, FinetuneResult, InputError, finetune
 from peftkern.finetune import trainer as trainer_module
 
+from ..cases import nightly
+
 STEPS = 9
 
 
@@ -49,7 +51,7 @@ def break_at(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "training_s
     monkeypatch.setattr(trainer_module.RecipeTrainer, name, breaking)
 
 
-@pytest.mark.parametrize("step", [0, 3, 5])
+@pytest.mark.parametrize("step", nightly([0, 3, 5], quick=[0, 5]))
 def test_resumed_run_equals_the_unbroken_one(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, unbroken: dict[str, Any]
 ) -> None:
@@ -174,11 +176,12 @@ def kill_when(process: subprocess.Popen[bytes], condition: Any, timeout: float =
 
 
 def test_kill_9_then_resume_ends_with_the_same_loss(options: dict[str, Any], unbroken: dict[str, Any]) -> None:
+    """The resumed run is this process's; in test_kill_9_at_many_moments it is one of the command line."""
     output = Path(options["output"])
     metrics = output / "metrics.jsonl"
     kill_when(start(options), lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5)
     assert not (output / "result.json").exists()
-    assert start(options, resume=True).wait(timeout=300) == 0
+    run(options, resume=True)
     assert losses(str(output)) == unbroken["losses"]
     result = json.loads((output / "result.json").read_text())
     assert result["final_loss"] == unbroken["result"].final_loss

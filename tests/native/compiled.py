@@ -6,10 +6,12 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
+from filelock import FileLock  # torch requires it
 from torch import Tensor
 
 from peftkern import NF4Weight
@@ -81,6 +83,18 @@ def compile_objects(folder: Path, jobs: Sequence[tuple[Path, Sequence[str]]]) ->
             _, words = process.communicate(timeout=300)
             assert process.returncode == 0, f"{' '.join(command)}\n{words}"
     return objects
+
+
+def once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]) -> Path:
+    """What `build` makes in a folder of its own: made once, though modules and workers of pytest-xdist ask for it."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the workers' folders lie in the session's
+    with FileLock(base / f"{name}.lock"):
+        made = base / f"{name}.path"
+        if not made.exists():
+            (base / name).mkdir(exist_ok=True)
+            made.write_text(str(build(base / name)))
+        return Path(made.read_text())
 
 
 def link_shared(objects: Sequence[Path], out: Path) -> Path:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .compiled import CSRC, CXX, compile_objects
+from .compiled import CSRC, CXX, compile_objects, link_shared
 
 HERE = Path(__file__).parent
 MISSING = "the compiler finds no simde/x86/avx512.h: SIMDe is not installed (Debian and Ubuntu: apt install libsimde-dev)"
@@ -44,13 +44,16 @@ def emulated_objects(folder: Path) -> list[Path]:
     return compile_objects(folder, jobs)
 
 
+def emulated_library(folder: Path) -> Path:
+    """The C functions over those objects, for ctypes."""
+    return link_shared(emulated_objects(folder), folder / "libpeftkern_emulated.so")
+
+
 def emulated_extension(folder: Path) -> Path:
     """The Python extension over those objects; loaded as peftkern._C by tests/native/emulated_plugin.py."""
     import sysconfig
 
     import pybind11
-
-    from .compiled import link_shared
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     bindings = compile_objects(folder, [(CSRC / "bindings.cpp", ["-O1", "-fvisibility=hidden", *includes])])

@@ -25,8 +25,8 @@ from ..ops import test_rms_norm as test_rms_norm_op
 from ..ops import test_rope as test_rope_op
 from ..ops.bounds import FACTOR, assert_as_accurate, products_of_many_rows, relative_norm
 from . import compiled_blocks
-from .compiled import DTYPES, c_lora, c_weight, i64, link_shared, load, pointer
-from .emulation import MISSING, emulated_extension, emulated_objects, simde_missing
+from .compiled import DTYPES, c_lora, c_weight, i64, load, once, pointer
+from .emulation import MISSING, emulated_extension, emulated_library, simde_missing
 
 pytestmark = [
     pytest.mark.skipif(simde_missing(), reason=MISSING),
@@ -39,8 +39,7 @@ FORMATS = [{}, {"nested": False}, {"quant_type": "fp4"}, {"blocksize": 32}, {"bl
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("emulated")
-    return load(link_shared(emulated_objects(folder), folder / "libpeftkern_emulated.so"))
+    return load(once(tmp_path_factory, "avx512_emulated", emulated_library))
 
 
 def _level(lib: ctypes.CDLL, name: str) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from peftkern import backends
 
 from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
-from .compiled import DTYPES, i64, link_shared, load, pointer
-from .emulation import MISSING, emulated_objects, simde_missing
+from .compiled import DTYPES, i64, load, once, pointer
+from .emulation import MISSING, emulated_library, simde_missing
 
 OK, NULL, SHAPE, DTYPE = 0, 1, 2, 3
 GUARD = -777.0
@@ -27,8 +27,7 @@ def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if "emulated" in request.param:
         if simde_missing() or platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip(MISSING)
-        folder = tmp_path_factory.mktemp("emulated")
-        library = load(link_shared(emulated_objects(folder), folder / "libpeftkern_emulated.so"))
+        library = load(once(tmp_path_factory, "avx512_emulated", emulated_library))
     else:
         library = load(Path(backends.native().__file__))
     before = library.pk_isa()

@@ -25,6 +25,7 @@ from peftkern.ops.native import native, weight_view
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.scale_columns import scale_columns
 
+from ..cases import nightly
 from .bounds import FACTOR, assert_as_accurate, products_of_many_rows, relative_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -380,8 +381,16 @@ def test_the_vendor_never_multiplies_a_decoded_weight_in_fp32() -> None:
     assert not any("float32" in row.vendor for row in config.TABLE.values())
 
 
-@pytest.mark.parametrize("regime, kind, dtype", REGIMES, ids=str)
-def test_a_group_in_every_regime(isa: str, regime: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+# Every regime with every kind of weight, the dtype in turn.
+SERVED: dict[tuple[str, str], list[tuple]] = {}
+for _served in REGIMES:
+    SERVED.setdefault(_served[:2], []).append(_served)
+TURNS = [cases[(i + i // 3) % len(cases)] for i, cases in enumerate(SERVED.values())]
+
+
+@pytest.mark.parametrize("case", nightly(REGIMES, quick=TURNS), ids=lambda case: "-".join(map(str, case)))
+def test_a_group_in_every_regime(isa: str, case: tuple[str, str, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    regime, kind, dtype = case
     if regime == "composed":
         monkeypatch.setattr(op, "served", lambda x: False)
     elif regime != "gemv" or kind == "nf4":
@@ -389,7 +398,7 @@ def test_a_group_in_every_regime(isa: str, regime: str, kind: str, dtype: torch.
     _judge([_group_case(8, kind, dtype) for _ in range(8)])
 
 
-@pytest.mark.parametrize("m", [1, 3, 37, 600, 1100])
+@pytest.mark.parametrize("m", nightly([1, 3, 37, 600, 1100], quick=[3, 37, 600, 1100]))
 def test_rows_of_a_group(isa: str, m: int) -> None:
     """Up to three blocks of rows, the first of which makes the norms. With one row dA and dB are outer products, of few errors a draw."""
     _judge([_group_case(m, "nf4", torch.float32) for _ in range({1: 800, 3: 8, 37: 8}.get(m, 1))])

@@ -11,6 +11,7 @@ from peftkern import use_backend
 from peftkern.functional import glu
 from peftkern.ops.glu import ACTIVATIONS, reference
 
+from ..cases import each_pair
 from .bounds import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,10 +43,8 @@ def _check(shape: tuple[int, ...], dtype: torch.dtype, activation: str, draws: i
         assert_as_accurate(name, got, plainly, exactly)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_output_and_gradient(isa: str, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
+@pytest.mark.parametrize("shape, activation, dtype", each_pair(SHAPES, ACTIVATIONS, DTYPES))
+def test_every_output_and_gradient(isa: str, shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
     _check(shape, dtype, activation, draws=max(1, min(400, 2048 // torch.Size(shape).numel())))
 
 

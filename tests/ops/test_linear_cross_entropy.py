@@ -11,6 +11,7 @@ from peftkern import NF4Weight, use_backend
 from peftkern.functional import linear_cross_entropy
 from peftkern.ops.linear_cross_entropy import cpu, heads
 
+from ..cases import each_choice
 from .bounds import FACTOR, assert_as_accurate, relative_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -101,16 +102,14 @@ def check(cases: list, *, items=None, **options) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype", each_choice(SHAPES, DTYPES))
 def test_loss_and_every_gradient(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     draws = max(16, min(64, 256 // shape[0]))
     check([make(*shape, dtype) for _ in range(draws)], train_weight=True)
     check([make(*shape, dtype, bias=False) for _ in range(draws)])
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options, reduction", each_choice(OPTIONS, ["mean", "sum", "none"]))
 def test_options(isa: str, options: dict, reduction: str) -> None:
     d_loss = torch.rand(19) if reduction == "none" else torch.tensor(0.37)
     for dtype in (torch.float32, torch.bfloat16):

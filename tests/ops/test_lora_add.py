@@ -10,6 +10,7 @@ from peftkern import functional, use_backend
 from peftkern.functional import lora_add
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
+from ..cases import each_choice
 from .bounds import assert_as_accurate, products_of_many_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,8 +59,7 @@ def check(*shape: int, dtype: torch.dtype, lora_dtype: torch.dtype | None = None
         assert_as_accurate(name, got, stock, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype", each_choice(SHAPES, DTYPES))
 def test_output_and_every_gradient(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     # A row of rank 1 has one error in all of its dx: many draws, or noise is compared.
     check(*shape, dtype=dtype, draws=64 if shape[0] < 8 else 8 if shape[0] < 64 else 2)

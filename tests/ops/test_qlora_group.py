@@ -16,6 +16,7 @@ from peftkern.functional import Adapter, Member, qlora_group, qlora_linear
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
+from ..cases import each_choice
 from .bounds import assert_as_accurate, products_of_many_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -129,8 +130,7 @@ def _check(layout, m: int, k: int, dtype: torch.dtype, *, draws: int = 4, **opti
         assert_as_accurate(name, ours, plain, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, dtype", each_choice(LAYOUTS, DTYPES))
 def test_every_output_and_gradient(isa: str, layout: str, dtype: torch.dtype) -> None:
     _check(LAYOUTS[layout], 37, 100, dtype)
 

@@ -10,6 +10,7 @@ from peftkern import use_backend
 from peftkern.functional import rms_norm
 from peftkern.ops.rms_norm import reference
 
+from ..cases import each_pair
 from .bounds import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,11 +57,9 @@ def check(shape, dtype, weight_dtype, cast, offset, draws) -> None:
         assert_as_accurate(name, got, plain, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("cast", "offset"), MODES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_output_and_gradient(isa: str, shape, dtype: torch.dtype, cast: str, offset: float) -> None:
-    check(shape, dtype, dtype, cast, offset, draws=max(2, min(200, 1024 // torch.Size(shape).numel())))
+@pytest.mark.parametrize("shape, mode, dtype", each_pair(SHAPES, MODES, DTYPES))
+def test_every_output_and_gradient(isa: str, shape, mode: tuple[str, float], dtype: torch.dtype) -> None:
+    check(shape, dtype, dtype, *mode, draws=max(2, min(200, 1024 // torch.Size(shape).numel())))
 
 
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES if a != b], ids=str)

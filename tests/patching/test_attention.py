@@ -246,6 +246,7 @@ def test_patch_reports_it_and_exclude_and_blocks_leave_it(seen: list[torch.dtype
             assert "fp32_attention" not in peftkern.patch(build(), **options).counts
 
 
+@pytest.mark.any_isa
 def test_compile_fullgraph_does_not_recompile() -> None:
     torch._dynamo.reset()
     model = widened(llama())

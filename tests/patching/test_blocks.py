@@ -16,6 +16,7 @@ from peftkern.patching.attention import RopeMode, install_attention, rope_candid
 from peftkern.patching.blocks import NormMode, install_norms, norm_candidates
 from peftkern.patching.forwards import find, remove
 
+from ..cases import nightly
 from ..ops.bounds import FACTOR
 from . import models
 from .versions import exact
@@ -185,9 +186,8 @@ def test_other_instances_and_the_module_of_the_class_are_untouched(calls: Counte
     assert not calls and defining.apply_rotary_pos_emb is function and defining.LlamaAttention.forward is forward
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "qwen3", "gpt_neox"))]
-)
+@pytest.mark.any_isa
+@pytest.mark.parametrize("name", nightly(["llama", "phi3", "gemma2", "qwen3", "gpt_neox"], quick=["qwen3"]))
 def test_compile_fullgraph_runs_ours_and_does_not_recompile(name: str) -> None:
     """Dynamo sees the replaced function: the compiled graphs hold our ops."""
     from functorch.compile import make_boxed_func

@@ -7,9 +7,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftkern
 
+from ..cases import each_choice, nightly
 from . import models, zoo
 
-BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+pytestmark = pytest.mark.any_isa
+BACKENDS = ["aot_eager", "inductor"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,23 +59,25 @@ def patched(name, **options):
     return model
 
 
-@BACKENDS
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-def test_llama(four_bit, dropout, backend):
-    called = compare(lambda: patched("llama", four_bit=four_bit, lora_dropout=dropout), backend)
+LLAMA = [("nf4", 0.2, "aot_eager"), ("dense", 0.0, "aot_eager")]
+
+
+@pytest.mark.parametrize(
+    "base, dropout, backend", each_choice(["nf4", "dense"], [0.0, 0.2], BACKENDS, quick=LLAMA, nightly=["inductor"])
+)
+def test_llama(base, dropout, backend):
+    called = compare(lambda: patched("llama", four_bit=base == "nf4", lora_dropout=dropout), backend)
     # A layer left to its stock forward would be as right: its base and its adapter would be three calls in the graph.
     assert called.count(torch._C._nn.linear) <= 1 and not any("bitsandbytes" in str(target) for target in called)  # the head
 
 
-@BACKENDS
-@pytest.mark.parametrize("name, dropout", [("gpt2", 0.2), ("falcon", 0.0)])
-def test_branches_on_stock_bases(name, dropout, backend):
-    compare(lambda: patched(name, lora_dropout=dropout), backend)
-
-
 @pytest.mark.parametrize(
-    "name", ["phi3", "qwen3", "gemma2", "bert", pytest.param("t5", marks=pytest.mark.slow), pytest.param("mistral", marks=pytest.mark.slow)]
+    "name, backend", each_choice(["gpt2", "falcon"], BACKENDS, quick=[("gpt2", "aot_eager")], nightly=["falcon", "inductor"])
 )
+def test_branches_on_stock_bases(name, backend):
+    compare(lambda: patched(name, lora_dropout={"gpt2": 0.2, "falcon": 0.0}[name]), backend)
+
+
+@pytest.mark.parametrize("name", nightly(["phi3", "qwen3", "gemma2", "bert", "t5", "mistral"], quick=["gemma2"]))
 def test_other_architectures(name):
     compare(lambda: patched(name, four_bit=True), "aot_eager")

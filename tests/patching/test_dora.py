@@ -9,12 +9,13 @@ import torch
 
 import peftkern
 
+from ..cases import each_choice
 from . import models
 from .test_values import compare
 
 
-def make(dtype=torch.float32, *, four_bit=True, seed=0, bias=False, **options):
-    model = models.lora(models.llama(dtype, four_bit=four_bit, seed=seed, bias=bias), use_dora=True, **options)
+def make(dtype=torch.float32, *, four_bit=True, seed=0, bias=False, layers=2, **options):
+    model = models.lora(models.llama(dtype, four_bit=four_bit, seed=seed, bias=bias, layers=layers), use_dora=True, **options)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
@@ -41,12 +42,18 @@ def counted(monkeypatch, calls):
     return calls
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
-def test_as_accurate_as_stock(four_bit, dtype, bias, counted):
+@pytest.mark.parametrize(
+    "bias, base, dtype",
+    each_choice(
+        [True, False],
+        ["nf4", "dense"],
+        [torch.float32, torch.bfloat16],
+        quick=[(False, "nf4", torch.float32), (False, "nf4", torch.bfloat16), (True, "dense", torch.bfloat16)],
+    ),
+)
+def test_as_accurate_as_stock(bias, base, dtype, counted):
     """Of 12 seeds: of 4, one tensor's error was 1.7 times stock's, which over 32 is 1.08 times."""
-    compare(lambda seed: make(dtype, four_bit=four_bit, seed=seed, bias=bias), dtype, counted, seeds=range(12))
+    compare(lambda seed: make(dtype, four_bit=base == "nf4", seed=seed, bias=bias), dtype, counted, seeds=range(12))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
@@ -131,8 +138,9 @@ def test_disabled_merged_and_beside_another_adapter():
     same()
 
 
+@pytest.mark.any_isa
 def test_compiles_into_one_graph():
-    model = make(four_bit=False)
+    model = make(four_bit=False, layers=1)
     peftkern.patch(model)
     eager = models.run(model)
     compiled = models.run(torch.compile(model, fullgraph=True, backend="aot_eager"))

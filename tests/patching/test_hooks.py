@@ -13,9 +13,10 @@ from torch.nn.modules import module as torch_module
 
 import peftkern
 
+from ..cases import each_choice
 from . import models, zoo
 
-ORDERS = pytest.mark.parametrize("first", ["hook", "patch"])
+pytestmark = pytest.mark.any_isa
 MODELS = {"llama": {}, "phi3": dict(use_dora=True)}
 KINDS = ("forward", "forward_pre", "full_backward", "full_backward_pre")
 
@@ -65,6 +66,10 @@ def close(got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> Non
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item() + 1e-7, msg=f"{what}: {name}")
 
 
+def _words(value: str | tuple[str, str]) -> str:
+    return value if isinstance(value, str) else "-".join(value)
+
+
 def called(stock: nn.Module) -> list[str]:
     """Every module inside that may be called, but for the parts of LoRA layers that have a like one among them."""
     like = ("k_proj.", "v_proj.", "up_proj.", "down_proj.", "qkv_proj.")
@@ -72,8 +77,19 @@ def called(stock: nn.Module) -> list[str]:
     return [name for name in names if name and not any(part in name.replace("gate_up_proj.", "") for part in like)]
 
 
-@pytest.mark.parametrize("kind, first", [*((kind, "patch") for kind in KINDS), ("forward_pre", "hook")])
-def test_a_hook_on_any_module_runs_once_a_call_and_counts(stock: nn.Module, kind: str, first: str) -> None:
+ORDERS = [*((kind, "patch") for kind in KINDS), ("forward_pre", "hook")]
+HOOKED = [
+    ("llama", ("forward", "patch")),
+    ("llama", ("full_backward_pre", "patch")),
+    ("llama", ("forward_pre", "hook")),
+    ("phi3", ("forward_pre", "patch")),
+    ("phi3", ("full_backward", "patch")),
+]
+
+
+@pytest.mark.parametrize("stock, order", each_choice(MODELS, ORDERS, quick=HOOKED, name=_words), indirect=["stock"])
+def test_a_hook_on_any_module_runs_once_a_call_and_counts(stock: nn.Module, order: tuple[str, str]) -> None:
+    kind, first = order
     twin = copy.deepcopy(stock)
     if first == "patch":
         peftkern.patch(twin)
@@ -106,7 +122,7 @@ def test_hooks_for_every_module_see_the_calls_of_a_stock_model(stock: nn.Module,
     assert sorted(calls[0]) == sorted(calls[1]) and len(calls[0]) > 20
 
 
-@ORDERS
+@pytest.mark.parametrize("stock, first", each_choice(MODELS, ["hook", "patch"]), indirect=["stock"])
 def test_a_forward_replaced_on_any_instance_counts(stock: nn.Module, first: str) -> None:
     twin = copy.deepcopy(stock)
     if first == "patch":

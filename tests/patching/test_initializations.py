@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peftkern
 
+from ..cases import each_choice, nightly
 from ..ops.bounds import products_of_many_rows
 from . import models
 from .test_values import UNIT, further, over
@@ -72,13 +73,14 @@ def follow(make: Make, dtype: torch.dtype, counts: dict[str, int], optimize: Opt
 FUSED = {"qlora_linear": 14, "gated_mlp": 2, "rms_norm": 5, "rope": 2, "add_rms_norm": 2}  # of two Llama layers, every linear adapted
 
 
-@pytest.mark.parametrize("start", STARTS)
+# Other draws of lora_A, and PiSSA by its iteration, walk the same code: in the nightly run.
+@pytest.mark.parametrize("start", nightly(STARTS, quick=["pissa", "olora", "rslora", "patterns"]))
 def test_every_initialization_is_fused_and_trains_as_stock(start: str, calls) -> None:
     follow(lambda seed: adapted(start, seed=seed), torch.float32, FUSED)
     assert calls["lora"] >= 14 * 2 * len(SEEDS) and calls["lora"] % (14 * 2) == 0
 
 
-@pytest.mark.parametrize("start", ["olora", "gaussian", "rslora", "patterns"])
+@pytest.mark.parametrize("start", nightly(["olora", "gaussian", "rslora", "patterns"], quick=["olora", "patterns"]))
 def test_the_initializations_of_a_4_bit_base(start: str) -> None:
     """PiSSA and orthogonal change a dense base."""
     follow(lambda seed: adapted(start, four_bit=True, seed=seed), torch.float32, FUSED)
@@ -102,19 +104,22 @@ def loftq(seed: int, four_bit: bool) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-def test_adapters_that_start_from_the_quantization_error(four_bit: bool) -> None:
-    follow(lambda seed: loftq(seed, four_bit), torch.float32, FUSED)
+@pytest.mark.parametrize("base", nightly(["nf4", "dense"], quick=["nf4"]))
+def test_adapters_that_start_from_the_quantization_error(base: str) -> None:
+    follow(lambda seed: loftq(seed, base == "nf4"), torch.float32, FUSED)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("start", ["pissa", "patterns"])
+# In fp32 they are among test_every_initialization_is_fused_and_trains_as_stock.
+@pytest.mark.parametrize(
+    "start, dtype",
+    each_choice(["pissa", "patterns"], DTYPES, quick=[("pissa", DTYPES[1]), ("patterns", DTYPES[2])], nightly=[torch.float32]),
+)
 def test_dense_bases_in_every_dtype(start: str, dtype: torch.dtype) -> None:
     follow(lambda seed: adapted(start, dtype, seed=seed), dtype, FUSED)
 
 
-@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-def test_loraplus(four_bit: bool) -> None:
+@pytest.mark.parametrize("base", nightly(["nf4", "dense"], quick=["nf4"]))
+def test_loraplus(base: str) -> None:
     """LoRA+ is two learning rates: parameter groups must find the patched model's lora_B by name."""
 
     def optimize(model: nn.Module) -> torch.optim.Optimizer:
@@ -123,7 +128,7 @@ def test_loraplus(four_bit: bool) -> None:
         assert sizes == {0.01: 14, 0.08: 14}
         return optimizer
 
-    follow(lambda seed: adapted("rslora", four_bit=four_bit, seed=seed), torch.float32, FUSED, optimize)
+    follow(lambda seed: adapted("rslora", four_bit=base == "nf4", seed=seed), torch.float32, FUSED, optimize)
 
 
 def beside_stock(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[peftkern.PatchReport, dict[str, Tensor]]:
@@ -182,8 +187,9 @@ def exact_8bit(model: nn.Module) -> nn.Module:
     return models.in_fp64(double)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("start", ["gaussian", "rslora", "patterns"])
+@pytest.mark.parametrize(
+    "start, dtype", each_choice(ZERO_B, DTYPES[:2], quick=[("rslora", DTYPES[0]), ("patterns", DTYPES[1])], nightly=["gaussian"])
+)
 def test_8bit_bases_get_the_branch_added(start: str, dtype: torch.dtype) -> None:
     """The base rounds its input to 8 bits, by far the largest error, on both sides; ours must not add to it."""
 

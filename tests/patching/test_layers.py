@@ -17,6 +17,7 @@ from peftkern.patching.blocks import NormForward, install_norms, norm_candidates
 from peftkern.patching.forwards import find, remove
 from peftkern.patching.layers import Half, LayerForward, LayerMode, install_layers, layer_mode
 
+from ..cases import nightly
 from ..ops.bounds import FACTOR
 from . import models, prenorm, zoo
 from .prenorm import Layer, Wrapped, wrapping
@@ -396,7 +397,8 @@ def test_probing_changes_nothing_and_does_not_depend_on_torchs_defaults() -> Non
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.any_isa
+@pytest.mark.parametrize("name", nightly(["llama", "phi3"], quick=["llama"]))
 def test_compile_fullgraph_runs_ours_and_does_not_recompile(name: str) -> None:
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftkern.patching.forwards import remove
 from peftkern.patching.loss import install_loss, loss_candidate
 
+from ..cases import nightly
 from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -319,7 +320,8 @@ def test_removed_without_a_trace(calls: list) -> None:
     assert [set(module.__dict__) for module in model.modules()] == contents
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.any_isa
+@pytest.mark.parametrize("kind", nightly(["llama", "gemma2"], quick=["gemma2"]))
 def test_compiles_into_one_graph_and_never_again(kind: str) -> None:
     model = fuse(lora(make(kind)))
     eager = run(model)

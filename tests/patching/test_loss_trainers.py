@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 import peftkern
 
+from ..cases import each_choice
 from . import models
 from .test_loss import IDS, LABELS, lora, make
+
+pytestmark = pytest.mark.any_isa
 
 transformers = models.transformers
 TEXT = torch.where(torch.arange(12) < torch.tensor([[5], [0]]), 0, IDS)  # left-padded
@@ -46,8 +49,7 @@ def trained(model: nn.Module, folder: Path, **options) -> tuple[Tensor, Tensor]:
     return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]), torch.tensor(measured["eval_loss"])
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["own loss", "label smoothing"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind, smoothing", each_choice(["llama", "gpt2"], [0.0, 0.1]))
 def test_trainer(kind: str, smoothing: float, tmp_path: Path, loss_calls: list) -> None:
     """With label smoothing the trainer keeps the labels and makes its loss from logits, which are then there."""
     stock, ours = pair(kind)

@@ -16,6 +16,8 @@ from peftkern.patching.forwards import find
 
 from . import models
 
+pytestmark = pytest.mark.any_isa
+
 
 def pair(**options) -> tuple[nn.Module, nn.Module]:
     """A stock model and its patched copy."""

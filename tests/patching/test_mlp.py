@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import peftkern
 from peftkern.patching.forwards import find
 
+from ..cases import each_choice, nightly
 from . import models, zoo
 from .test_values import SEEDS, UNIT, rms
 from .versions import exact
@@ -49,13 +50,21 @@ def test_each_layout_and_activation_is_recognized(name: str) -> None:
         assert forward.cache.get("gate_first", True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-@EVERY
-def test_patched_models_err_no_more_than_stock_ones(name: str, four_bit: bool, dtype: torch.dtype, calls) -> None:
+ACCURATE = [
+    ("llama", "nf4", torch.bfloat16),
+    ("llama", "dense", torch.float32),
+    ("gemma2", "nf4", torch.float32),
+    ("phi3", "nf4", torch.bfloat16),
+    ("phi3", "dense", torch.float32),
+]
+
+
+@exact
+@pytest.mark.parametrize("name, base, dtype", each_choice(GOT, ["nf4", "dense"], [torch.float32, torch.bfloat16], quick=ACCURATE))
+def test_patched_models_err_no_more_than_stock_ones(name: str, base: str, dtype: torch.dtype, calls) -> None:
     stock, patched = [], []
     for seed in SEEDS:
-        model = zoo.build(name, four_bit=four_bit, seed=seed, dtype=dtype)
+        model = zoo.build(name, four_bit=base == "nf4", seed=seed, dtype=dtype)
         exact = zoo.train_exactly(model)
         stock.append(models.errors(zoo.train(copy.deepcopy(model)), exact))
         peftkern.patch(model)
@@ -224,7 +233,9 @@ def test_a_forward_replaced_on_the_instance_is_left() -> None:
     assert [got for got, _ in rows(report)] == ["stock"] and torch.equal(module(torch.ones(1, 16)), 2 * torch.ones(1, 16))
 
 
-@EVERY
+@pytest.mark.any_isa
+@exact
+@pytest.mark.parametrize("name", nightly(GOT, quick=["gemma2", "phi3"]))  # Llama's, with all else: test_compile.py
 def test_compiles_into_one_graph(name: str) -> None:
     model = zoo.build(name)
     peftkern.patch(model)

@@ -37,9 +37,14 @@ def check_report(report, model, case, four_bit):
     assert all("ParamWrapper" in row.reason and row.got == "stock" for row in rows.values() if row.reason is not None)
 
 
+# Of their kin in the quick suite: Llama's, BERT's and Qwen3-MoE's code.
+KIN = ("smollm", "mistral", "qwen2", "roberta", "minilm", "mixtral")
+
+
 def _kind(name: str, four_bit: bool, dtype: torch.dtype):
-    """The experts' 16 seeds take 20 s on a dense base; by default they run on the 4-bit one alone."""
-    slow = pytest.mark.slow if zoo.CASES[name].experts and not four_bit else ()
+    """By default an architecture runs on one base, the 4-bit one where it has one (experts take 20 s on a dense one), Llama on both."""
+    other = not four_bit and zoo.CASES[name].four_bit and name != "llama" and dtype == torch.float32
+    slow = pytest.mark.slow if other or name in KIN else ()
     return pytest.param(name, four_bit, dtype, marks=slow, id=f"{name}-{'nf4' if four_bit else 'dense'}-{dtype}")
 
 

@@ -17,6 +17,8 @@ import peftkern
 
 from . import models
 
+pytestmark = pytest.mark.any_isa
+
 
 class Gated(nn.Module):
     """Attributes of every kind that a forward may read."""

@@ -10,6 +10,8 @@ import peftkern
 from . import models
 from .versions import COUNTED, exact
 
+pytestmark = pytest.mark.any_isa
+
 
 class Zoo(nn.Module):
     """One of each layer type PEFT's LoRA can wrap."""

@@ -9,6 +9,8 @@ import peftkern
 from . import models
 from .versions import COUNTED
 
+pytestmark = pytest.mark.any_isa
+
 
 def same(left, right):
     assert left.keys() == right.keys()

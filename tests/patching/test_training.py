@@ -78,6 +78,7 @@ def test_autocast_trains_like_stock(dtype, four_bit, calls):
         assert ours[name] <= 2 * stock[name] + 2.0**-8, name  # one sample, not an average: twice, and a rounding
 
 
+@pytest.mark.any_isa
 @pytest.mark.parametrize(
     "four_bit, dropout, backend",
     [
@@ -104,6 +105,7 @@ def test_compile_fullgraph_forward_and_backward(four_bit, dropout, backend):
     assert second["loss"] != first["loss"]
 
 
+@pytest.mark.any_isa
 def test_compile_sees_a_merged_weight():
     torch._dynamo.reset()
     model = patched()

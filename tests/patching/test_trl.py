@@ -11,6 +11,8 @@ import peftkern
 
 from . import models
 
+pytestmark = pytest.mark.any_isa
+
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 trl = pytest.importorskip("trl", reason="trl is not installed")
 

@@ -8,6 +8,7 @@ import torch
 
 import peftkern
 
+from ..cases import each_choice
 from ..ops.bounds import products_of_many_rows
 from . import models
 
@@ -77,11 +78,13 @@ def test_formats(options, calls):
     compare(lambda seed: models.lora(models.llama(seed=seed, **options)), torch.float32, calls)
 
 
-@pytest.mark.parametrize(
-    "options", [dict(use_rslora=True), dict(lora_bias=True), dict(bias="lora_only")], ids=["rslora", "lora-bias", "trainable-bias"]
-)
-@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
-def test_lora_options(four_bit, options, calls):
+OPTIONS = {"rslora": dict(use_rslora=True), "lora-bias": dict(lora_bias=True), "trainable-bias": dict(bias="lora_only")}
+
+
+@pytest.mark.parametrize("base, option", each_choice(["nf4", "dense"], OPTIONS))
+def test_lora_options(base, option, calls):
+    options, four_bit = OPTIONS[option], base == "nf4"
+
     def make(seed):
         model = models.lora(models.llama(seed=seed, four_bit=four_bit, bias=True), **options)
         for name, parameter in model.named_parameters():
@@ -92,8 +95,7 @@ def test_lora_options(four_bit, options, calls):
     compare(make, torch.float32, calls)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
+@pytest.mark.parametrize("four_bit, dtype", each_choice([True, False], [torch.float32, torch.bfloat16]))
 def test_several_active_adapters(four_bit, dtype, calls):
     def make(seed):
         model = models.lora(models.llama(dtype, four_bit=four_bit, seed=seed))

@@ -21,6 +21,8 @@ from peftkern.patching.wrappers import UNKNOWN, innermost, rewrapped
 
 from . import zoo
 
+pytestmark = pytest.mark.any_isa
+
 LLAMA = zoo.transformers.models.llama.modeling_llama
 CLASSES = {"rope": LLAMA.LlamaAttention, "add_rms_norm": LLAMA.LlamaDecoderLayer}
 CLASSES |= {"rms_norm": LLAMA.LlamaRMSNorm, "gated_mlp": LLAMA.LlamaMLP}

@@ -12,6 +12,7 @@ from peftkern.functional import linear_cross_entropy  # noqa: E402
 from peftkern.ops.linear_cross_entropy import reference  # noqa: E402
 from peftkern.ops.linear_cross_entropy import triton as kernels  # noqa: E402
 
+from ..cases import each_choice  # noqa: E402
 from ..ops.bounds import FACTOR, relative_norm  # noqa: E402
 from ..ops.test_linear_cross_entropy import OPTIONS, leaf, make, named, plain  # noqa: E402
 
@@ -43,21 +44,17 @@ def _check(device: str, cases: list, **options) -> None:
 
 
 SHAPES = [(1, 97, 64, 4), (5, 1, 32, 2), (17, 63, 100, 3), (9, 5000, 40, 0)]
-LARGEST = (5000, torch.float16)  # the interpreter takes a quarter of a minute for it: in the nightly run
-CASES = [
-    pytest.param(shape, dtype, id=f"{shape}-{dtype}", marks=pytest.mark.slow if (shape[1], dtype) == LARGEST else ())
-    for shape in SHAPES
-    for dtype in DTYPES
-]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES)
+@pytest.mark.parametrize(("shape", "dtype"), each_choice(SHAPES, DTYPES))
 def test_loss_and_every_gradient(device: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     _check(device, [make(*shape, dtype) for _ in range(max(16, 64 // shape[0]))], train_weight=True)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+QUICK = list(zip(OPTIONS[1:], ("none", "mean", "none", "mean"), strict=True))  # no option: above
+
+
+@pytest.mark.parametrize(("options", "reduction"), each_choice(OPTIONS, ["mean", "none"], quick=QUICK, nightly=[{}]))
 def test_options(device: str, options: dict, reduction: str) -> None:
     d_loss = torch.rand(19) if reduction == "none" else torch.tensor(0.37)
     _check(

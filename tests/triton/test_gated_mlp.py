@@ -14,6 +14,7 @@ from peftkern.functional import Adapter, Member  # noqa: E402
 from peftkern.ops.glu import triton as glu  # noqa: E402
 from peftkern.ops.qlora_linear import tuned  # noqa: E402
 
+from ..cases import each_choice  # noqa: E402
 from ..ops import test_gated_mlp as mlp  # noqa: E402
 from ..ops.bounds import FACTOR, relative_norm  # noqa: E402
 from .test_gpu_plan import ROWS  # noqa: E402
@@ -44,16 +45,25 @@ def _check(device: str, row: str, layout: str, dtype: torch.dtype, **options) ->
         assert relative_norm(got, exact[name]) <= allowed, name
 
 
-@mlp.EITHER
-@pytest.mark.parametrize("row", PLANS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_output_and_gradient(device: str, layout: str, row: str, dtype: torch.dtype) -> None:
+DTYPES = [torch.float16, torch.bfloat16]
+QUICK = [  # layout and dtype by twos: all four pairs of them, one a plan
+    (torch.float16, "fused", "apart"),
+    (torch.bfloat16, "cublas", "apart"),
+    (torch.bfloat16, "triton", "packed"),
+    (torch.float16, "triton, slices", "packed"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "row", "layout"), each_choice(DTYPES, PLANS, mlp.LAYOUTS, quick=QUICK))
+def test_every_output_and_gradient(device: str, dtype: torch.dtype, row: str, layout: str) -> None:
     _check(device, row, layout, dtype)
 
 
-@pytest.mark.parametrize("row", ["cublas", "triton"])
-@pytest.mark.parametrize("options", [{"dropout": 0.25, "bias": True}, {"adapters": ("down",)}, {"adapters": ("gate", "up")}], ids=str)
-def test_options(device: str, row: str, options: dict) -> None:
+OPTIONS = [{"dropout": 0.25, "bias": True}, {"adapters": ("down",)}, {"adapters": ("gate", "up")}]
+
+
+@pytest.mark.parametrize(("options", "row"), each_choice(OPTIONS, ["triton", "cublas"]))
+def test_options(device: str, options: dict, row: str) -> None:
     _check(device, row, "apart", torch.float16, **options)
 
 

@@ -8,14 +8,14 @@ import torch
 from peftkern import use_backend
 from peftkern.ops.qlora_linear import tuned
 
+from ..cases import each_choice
 from ..ops import test_qlora_group as group
 from ..ops.bounds import assert_as_accurate
 from .test_gpu_plan import ROWS
 
 
-@pytest.mark.parametrize("regime", ["fused", "cublas", "triton"])
-@pytest.mark.parametrize("layout", group.LAYOUTS)
-def test_every_output_and_gradient(device: str, regime: str, layout: str) -> None:
+@pytest.mark.parametrize(("layout", "regime"), each_choice(group.LAYOUTS, ["cublas", "triton", "fused"]))
+def test_every_output_and_gradient(device: str, layout: str, regime: str) -> None:
     x, members = group._case(group.LAYOUTS[layout], 37, 192, torch.bfloat16)
     dys = [torch.randn(37, n).bfloat16() for n, _ in group.LAYOUTS[layout]]
     exact = group._plain(x, members, dys, torch.float64, torch.float64)

@@ -14,6 +14,7 @@ from peftkern.ops.qlora_linear import config, plan, tuned
 from peftkern.ops.qlora_linear.config import GPU_TABLE, Choice
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
+from ..cases import each_choice, nightly
 from ..ops.bounds import assert_as_accurate, products_of_many_rows
 
 FUSED = replace(GPU_TABLE[89], gemv_max_m=0, fused_max_m=1 << 30)
@@ -71,37 +72,34 @@ def _check(device, row, m=70, n=200, k=256, r=5, dtype=torch.bfloat16, lora_dtyp
         assert_as_accurate(name, ours[name], plain[name], exact[name])
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_every_regime(device: str, row: config.GPUConfig, dropout_p: float) -> None:
-    _check(device, row, dropout_p=dropout_p)
+@pytest.mark.parametrize(("row", "dropout_p"), each_choice(ROWS, [0.25, 0.0]))
+def test_every_regime(device: str, row: str, dropout_p: float) -> None:
+    _check(device, ROWS[row], dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize("row", SLAB.values(), ids=SLAB)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dtype": torch.float16},
-        {"dtype": torch.float32},
-        {"lora_dtype": torch.float32},
-        {"r": 64},
-        {"m": 1, "n": 33},
-        {"dense": True, "dropout_p": 0.5},
-    ],
-    ids=str,
-)
-def test_slabs(device: str, row: config.GPUConfig, options: dict) -> None:
-    _check(device, row, **options)
+OPTIONS = [
+    {"dtype": torch.float16},
+    {"dtype": torch.float32},
+    {"lora_dtype": torch.float32},
+    {"r": 64},
+    {"m": 1, "n": 33},
+    {"dense": True, "dropout_p": 0.5},
+]
+
+
+@pytest.mark.parametrize(("options", "row"), each_choice(OPTIONS, SLAB))
+def test_slabs(device: str, options: dict, row: str) -> None:
+    _check(device, SLAB[row], **options)
 
 
 def test_blocks_that_straddle_rows(device: str) -> None:
     _check(device, SLAB["cublas"], n=40, k=100, dropout_p=0.1)
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_two_runs_give_the_same_bits(device: str, row: config.GPUConfig) -> None:
+@pytest.mark.parametrize("row", nightly(ROWS, quick=["fused", "triton", "cublas, slices"]))
+def test_two_runs_give_the_same_bits(device: str, row: str) -> None:
     case, seed = _case(device, 40, 96, 128, 4, torch.bfloat16, torch.bfloat16, False), torch.tensor([7], device=device)
-    first, second = (_ours(*case, 0.1, seed, row) for _ in range(2))
+    first, second = (_ours(*case, 0.1, seed, ROWS[row]) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
@@ -143,13 +141,22 @@ def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("row", [name for name in ROWS if name != "fused"])
-@pytest.mark.parametrize("dense", [False, True], ids=["nf4", "dense"])
-@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "bare"])
-def test_launches_are_the_plans(launches: list[str], row: str, dense: bool, adapter: bool) -> None:
+LAUNCHED = [
+    ("lora", "nf4", "triton"),
+    ("lora", "nf4", "cublas, slices"),
+    ("lora", "dense", "triton, slices"),
+    ("bare", "nf4", "triton, slices"),
+    ("bare", "dense", "cublas"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "row"), each_choice(["lora", "bare"], ["nf4", "dense"], [name for name in ROWS if name != "fused"], quick=LAUNCHED)
+)
+def test_launches_are_the_plans(launches: list[str], kind: str, base: str, row: str) -> None:
     from peftkern.ops.qlora_linear import gpu
 
-    m, n, k, r = 600, 192, 256, 4
+    m, n, k, r, dense, adapter = 600, 192, 256, 4, base == "dense", kind == "lora"
     weight, x, a, b, _, dy = _case("cpu", m, n, k, r, torch.float16, torch.float16, dense)
     w = weight
     quant = (

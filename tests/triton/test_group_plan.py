@@ -16,6 +16,7 @@ from peftkern.ops.qlora_linear import tuned
 from peftkern.ops.qlora_linear.config import Choice
 from peftkern.ops.qlora_linear.plan import Shape
 
+from ..cases import each_choice, nightly
 from ..ops import test_qlora_group as group
 from ..ops.bounds import assert_as_accurate
 from .test_gpu_plan import _LAUNCHES as _SINGLE
@@ -27,15 +28,27 @@ PARTLY = [(64, []), (90, [(4, None, 0.1)]), (16, [])]
 BARE = [(64, []), (40, [])]
 LAYOUTS = {"qkv": QKV, "dropout": DROPOUT, "partly": PARTLY, "bare": BARE}
 K = 192
-# The interpreter takes seconds for each: fp16 and some of the others in the nightly run.
-QUICK = {("qkv", torch.float32), ("dropout", torch.bfloat16), ("partly", torch.float32), ("bare", torch.bfloat16)}
-PAIRS = [
-    pytest.param(layout, dtype, id=f"{layout}-{str(dtype)[6:]}", marks=() if (layout, dtype) in QUICK else pytest.mark.slow)
-    for layout in LAYOUTS
-    for dtype in (torch.bfloat16, torch.float32, torch.float16)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+# The interpreter takes seconds for each: most combinations are left to the nightly run.
+QUICK = [
+    ("qkv", torch.float32, "cublas"),
+    ("dropout", torch.bfloat16, "triton"),
+    ("partly", torch.float32, "triton"),
+    ("bare", torch.float16, "cublas"),
 ]
 # A buffer for the first member of 96 rows of 16 bits, and for two of the others: batches, but no member that would need slices.
 BATCHES = 96 * K * 2
+SLABS = {"one slab": 1 << 27, "batches": BATCHES, "composed": 1 << 14}
+OPTIONS = [
+    {"bias": False},
+    {"lora_dtype": torch.float32},
+    {"dense": (1,)},
+    {"dense": (0, 1, 2)},
+    {"slab_bytes": BATCHES},
+    {"slab_bytes": BATCHES, "dense": (1,), "bias": False},
+]
+# One row, whose sums are of eight draws; a quarter of a minute each.
+ONE_ROW = [pytest.param({"m": 1, "draws": 8}, gemm, marks=pytest.mark.slow, id=f"one row-{gemm}") for gemm in SLAB]
 _GROUP = {
     "_group_y_kernel": "y_epilogue", "_group_x_kernel": "x_pass",
     "_group_reduce_kernel": "reduce", "_group_y_matmul_kernel": "matmul", "_group_dx_matmul_kernel": "matmul",
@@ -80,39 +93,27 @@ def _poisoned(t: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("merged_only")
-@pytest.mark.parametrize("gemm", SLAB)
-@pytest.mark.parametrize("layout, dtype", PAIRS)
-def test_merged_launches_are_as_accurate_as_plain_pytorch(device: str, gemm: str, layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("layout", "dtype", "gemm"), each_choice(LAYOUTS, DTYPES, SLAB, quick=QUICK, name=lambda value: str(value).removeprefix("torch."))
+)
+def test_merged_launches_are_as_accurate_as_plain_pytorch(device: str, layout: str, dtype: torch.dtype, gemm: str) -> None:
     # In fp32 the 33 sums of a d_bias are all rounding: 1.4 times plain PyTorch's error over 12 draws, of one draw alone it is noise.
     _check(device, gemm, LAYOUTS[layout], dtype, draws=4 if dtype is torch.float32 else 1)
 
 
 @pytest.mark.usefixtures("merged_only")
-@pytest.mark.parametrize("gemm", SLAB)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"bias": False},
-        {"lora_dtype": torch.float32},
-        {"dense": (1,)},
-        {"dense": (0, 1, 2)},
-        pytest.param({"m": 1, "draws": 8}, marks=pytest.mark.slow),
-        {"slab_bytes": BATCHES},
-        {"slab_bytes": BATCHES, "dense": (1,), "bias": False},
-    ],
-    ids=str,
-)
-def test_every_option(device: str, gemm: str, options: dict) -> None:
+@pytest.mark.parametrize(("options", "gemm"), [*each_choice(OPTIONS, SLAB), *ONE_ROW])
+def test_every_option(device: str, options: dict, gemm: str) -> None:
     _check(device, gemm, DROPOUT, torch.bfloat16, **options)
 
 
-@pytest.mark.parametrize("gemm", SLAB)
+@pytest.mark.parametrize("gemm", nightly(SLAB, quick=["triton"]))
 def test_a_member_whose_slab_does_not_fit_is_composed(device: str, gemm: str) -> None:
     _check(device, gemm, [(300, [(4, None, 0.1)]), (64, [(2, None, 0.0)])], torch.bfloat16, slab_bytes=1 << 16)
 
 
 @pytest.mark.usefixtures("merged_only")
-@pytest.mark.parametrize("gemm", SLAB)
+@pytest.mark.parametrize("gemm", nightly(SLAB, quick=["triton"]))
 def test_a_member_nobody_uses_gets_no_gradient(device: str, gemm: str) -> None:
     x, members = group._case(DROPOUT, 40, K, torch.float32)
     x, members, _ = group.to(x, members, [], device)
@@ -128,9 +129,8 @@ def test_a_member_nobody_uses_gets_no_gradient(device: str, gemm: str) -> None:
 
 
 @pytest.mark.usefixtures("merged_only")
-@pytest.mark.parametrize("gemm", SLAB)
-@pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b"])
-def test_what_needs_no_gradient_changes_no_other(device: str, gemm: str, frozen: str) -> None:
+@pytest.mark.parametrize(("frozen", "gemm"), each_choice(["x", "lora_a", "lora_b"], SLAB))
+def test_what_needs_no_gradient_changes_no_other(device: str, frozen: str, gemm: str) -> None:
     x, members = group._case(DROPOUT, 40, K, torch.float32)
     dys = [torch.randn(40, n) for n, _ in DROPOUT]
     x, members, dys = group.to(x, members, dys, device)
@@ -188,6 +188,16 @@ def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+LAUNCHED = [
+    ("qkv", "one slab", "triton"),
+    ("qkv", "batches", "cublas"),
+    ("partly", "batches", "triton"),
+    ("bare", "one slab", "cublas"),
+    ("bare", "composed", "triton"),
+    ("dense", "one slab", "cublas"),
+]
+
+
 def _run(x: torch.Tensor, members: list, dys: list[torch.Tensor]) -> None:
     """Both directions for every gradient, below the op: a dispatch mode does not see what an op calls."""
     x, spec, trainable = prepare(x, members, [str(i) for i in range(len(members))])
@@ -197,11 +207,9 @@ def _run(x: torch.Tensor, members: list, dys: list[torch.Tensor]) -> None:
     gpu.backward(dys, x, *spec[:3], *x.shape, a, b, *spec[4:], xa, needs)
 
 
-@pytest.mark.parametrize("gemm", SLAB)
-@pytest.mark.parametrize("slab_bytes", [1 << 27, BATCHES, 1 << 14], ids=["one slab", "batches", "composed"])
-@pytest.mark.parametrize("layout", ["qkv", "partly", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bare", "dense"))])
-def test_launches_are_the_plans(launches: list[str], gemm: str, slab_bytes: int, layout: str) -> None:
-    m, dense = 300, (0, 1, 2) if layout == "dense" else ()
+@pytest.mark.parametrize(("layout", "slabs", "gemm"), each_choice(["qkv", "partly", "bare", "dense"], SLABS, SLAB, quick=LAUNCHED))
+def test_launches_are_the_plans(launches: list[str], layout: str, slabs: str, gemm: str) -> None:
+    m, dense, slab_bytes = 300, (0, 1, 2) if layout == "dense" else (), SLABS[slabs]
     layout = [(n, [(r, None, 0.0) for r, _, _ in low]) for n, low in LAYOUTS.get(layout, QKV)]
     x, members = group._case(layout, m, K, torch.float16, bias=False, dense=dense)
     dys = [torch.randn(m, n).half() for n, _ in layout]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from peftkern import NF4Weight, use_backend
 from peftkern.ops.qlora_linear.reference import dropout_scale
+from tests.cases import each_choice, nightly
 from tests.ops.bounds import assert_as_accurate, products_of_many_rows, relative_norm
 
 pytest.importorskip("triton")
@@ -19,8 +22,6 @@ SPLIT = MatmulConfig(32, 64, 64, split_k=3, group_m=2)
 DENSE = (None,) * 6 + (64, 256)
 # (M, N, K, R): one row; ragged everything; K of whole groups of four words, of one word, and odd; every class of ranks.
 SHAPES = [(1, 64, 128, 1), (5, 33, 64, 3), (17, 70, 96, 16), (33, 50, 72, 64), (20, 45, 97, 5), (3, 20, 160, 256)]
-# The quick suite takes two dtypes a shape, turn by turn.
-CASES = [pytest.param(s, d, marks=[pytest.mark.slow] * ((i + j) % 3 == 2)) for i, s in enumerate(SHAPES) for j, d in enumerate(FLOATS)]
 
 
 def _quant(w: NF4Weight) -> tuple:
@@ -84,15 +85,14 @@ def _check_dx(device, m, n, k, r, dtype, config, *, lora_dtype=None, dropout_p=0
     assert_as_accurate("dx", dx.cpu(), _on(device, dy, exact_w, dyb, a, None, keep, dtype), exact)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_choice(SHAPES, FLOATS))
 def test_both_directions(device: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     for config in (SMALL, SPLIT):
         _check_forward(device, *shape, dtype, config)
         _check_dx(device, *shape, dtype, config)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(17, 70, 96, 16), (20, 45, 97, 5), (70, 64, 64, 0)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_choice([(17, 70, 96, 16), (20, 45, 97, 5), (70, 64, 64, 0)], FLOATS))
 def test_dense_slabs(device: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     for config in (SMALL, SPLIT):
         _check_forward(device, *shape, dtype, config, dense=True)
@@ -106,12 +106,10 @@ def test_dropout(device: str, dropout_p: float, config: MatmulConfig) -> None:
     _check_dx(device, 20, 40, 64, 8, torch.bfloat16, config, dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"nested": False}, {"quant_type": "fp4"}, {"blocksize": 32}, {"blocksize": 4096}, {"blocksize": 128, "nested": False}],
-    ids=str,
-)
-@pytest.mark.parametrize("k", [192, 200], ids=["K192", "K200"])
+FORMATS = [{"nested": False}, {"quant_type": "fp4"}, {"blocksize": 32}, {"blocksize": 4096}, {"blocksize": 128, "nested": False}]
+
+
+@pytest.mark.parametrize(("k", "options"), each_choice([192, 200], FORMATS))
 def test_formats(device: str, k: int, options: dict) -> None:
     _check_forward(device, 9, 50, k, 4, torch.bfloat16, SMALL, **options)
     _check_dx(device, 9, 50, k, 4, torch.bfloat16, SMALL, **options)
@@ -133,23 +131,24 @@ def test_no_adapter_and_no_bias(device: str) -> None:
     assert_as_accurate("y", y.cpu(), x @ exact_w.t(), x.double() @ exact_w.double().t())
 
 
-@pytest.mark.parametrize("k", [160, 136, 35], ids=["four-words", "one-word", "ragged"])
-@pytest.mark.parametrize(
-    ("quant_type", "nested", "dtype"),
-    [
-        ("nf4", True, torch.float32),
-        ("nf4", False, torch.bfloat16),
-        pytest.param("nf4", True, torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("nf4", True, torch.float16, marks=pytest.mark.slow),
-        pytest.param("fp4", True, torch.bfloat16, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_one_hot_rows_read_the_decoded_weight(device: str, quant_type: str, nested: bool, dtype: torch.dtype, k: int) -> None:
+WEIGHTS = [
+    ("nf4", True, torch.float32),
+    ("nf4", False, torch.bfloat16),
+    ("nf4", True, torch.bfloat16),
+    ("nf4", True, torch.float16),
+    ("fp4", True, torch.bfloat16),
+]
+LENGTHS = {"four words": 160, "one word": 136, "ragged": 35}
+QUICK = [(WEIGHTS[0], "four words"), (WEIGHTS[1], "one word"), (WEIGHTS[0], "ragged")]
+
+
+@pytest.mark.parametrize("case", nightly(itertools.product(WEIGHTS, LENGTHS), quick=QUICK), ids=str)
+def test_one_hot_rows_read_the_decoded_weight(device: str, case: tuple[tuple[str, bool, torch.dtype], str]) -> None:
     """x = I gives W^T, dy = I gives W: every weight through the product, bit for bit (but for the sign of zeros, which sums lose).
 
     Blocks of 32 and several steps a program: each step has other absmax values.
     """
+    (quant_type, nested, dtype), k = case[0], LENGTHS[case[1]]
     w, _ = _weight(100, k, quant_type=quant_type, nested=nested, blocksize=32)
     with use_backend("reference"):
         exact = w.dequantize(dtype)

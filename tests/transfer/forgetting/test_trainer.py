@@ -20,6 +20,7 @@ from peftkern.transfer.forgetting import (
 )
 from peftkern.transfer.forgetting.trainer import ForgettingMixin
 
+from ...cases import nightly
 from . import tiny
 
 CLIP = 0.05  # far below the gradients' norm, so that what comes after the clipping would show
@@ -76,7 +77,7 @@ def factors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", nightly([1, 2], quick=[2]))
 def test_penalties_and_replay_are_in_the_loss_before_it_is_clipped(tmp_path: Path, accumulation: int) -> None:
     options = {"ewc": 5.0, "l2_sp": 0.7}
     model = tiny.lora(tiny.base(torch.float64))
@@ -125,7 +126,7 @@ def _order(made: Guarded, accumulation: int) -> list[dict[str, Tensor]]:
     return taken
 
 
-@pytest.mark.parametrize("budget", [None, 1e-7])
+@pytest.mark.parametrize("budget", nightly([None, 1e-7], quick=[1e-7]))
 def test_a_resumed_run_is_bit_equal_to_the_unbroken_one(tmp_path: Path, budget: float | None) -> None:
     torch.set_num_threads(1)
     replay = Replay(rows=6, ratio=0.5, slots=2)
