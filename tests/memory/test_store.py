@@ -154,6 +154,13 @@ def test_room_comes_back_when_nothing_refers_to_a_checkpoint():
     assert store.host_bytes() == 3 * BLOCK
 
 
+def test_blocks_are_made_before_they_are_needed():
+    store = make(Budgets(pinned=4 * BLOCK, host=2 * BLOCK), streams=FakeStreams())
+    assert store.reserve(3 * BLOCK - 1) == 3 * BLOCK - 1 and store.host_bytes() == 3 * BLOCK
+    assert store.reserve(10 * BLOCK) == 6 * BLOCK == store.host_bytes()
+    assert store.room()[Tier.PINNED] == 4 * BLOCK and store.report()["pinned"]["in_use"] == 0
+
+
 def test_what_is_short_or_of_another_device_passes_through():
     store = make(Budgets(host=1 << 14), min_tokens=20, min_elements=250)
     for tensor in (rows(0, 19), rows(0, 20), rows(0)[None].to("meta"), torch.ones(300)):

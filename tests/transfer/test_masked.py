@@ -155,6 +155,13 @@ def test_models_that_see_a_window_otherwise_are_found_out() -> None:
         assert packed_as_alone(encoder(attention=attention), DocumentCollator(PAD, attention), 16)
     # RoBERTa's positions begin after the padding's.
     assert not packed_as_alone(encoder("Roberta"), DocumentCollator(PAD), 16)
+    # The rounding of 16 bits is not taken for a neighbour's influence.
+    options = dict(hidden_size=96, num_hidden_layers=6, num_attention_heads=12, intermediate_size=192)
+    for kind in ("Bert", "Roberta"):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(vocab_size=300, max_position_embeddings=80, **options)
+        model = getattr(transformers, f"{kind}ForMaskedLM")(config).bfloat16()
+        assert packed_as_alone(model, DocumentCollator(PAD), 78) == (kind == "Bert")
     with pytest.raises(InputError, match="load the model with sdpa"):
         DocumentCollator(PAD, "flash_attention_2")
 
