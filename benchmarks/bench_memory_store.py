@@ -4,9 +4,6 @@ bookkeeping cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from . import peers  # noqa: F401 (first: it switches peftkern's bitsandbytes hook off)
 
 # isort: split
@@ -48,40 +45,35 @@ def _model(spec: Spec) -> nn.Module:
 
 
 def build(spec: Spec) -> list[Provider]:
-    """One model, whose checkpoints go elsewhere in turn; its gradients are the same bits."""
+    """The same model for each, whose gradients are the same bits."""
     from peftkern.memory import Budgets, CheckpointStore, checkpoint_layers
 
-    model = _model(spec)
     ids = torch.randint(0, 4096, (1, spec.m), generator=torch.Generator().manual_seed(2))
-    nbytes = 2 * spec.m * spec.k * (spec.n - 1)
-    everything: dict[str, Any] = {"device": "cpu", "block_bytes": 1 << 20, "min_tokens": 1, "min_elements": 1}
-    room = nbytes + (2 << 20)
+    room = 2 * spec.m * spec.k * (spec.n - 1) + (2 << 20)
+    expected: list[Tensor] = []
 
-    def plain() -> list[Tensor]:
-        model.zero_grad(set_to_none=True)
-        torch.manual_seed(3)
-        model(input_ids=ids, labels=ids).loss.backward()
-        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-    expected = [gradient.clone() for gradient in plain()]
-
-    def stored(budgets: Budgets) -> Callable[[], list[Tensor]]:
-        store = CheckpointStore(budgets, **everything)
+    def provider(name: str, budgets: Budgets | None) -> Provider:
+        model = _model(spec)
+        if budgets is not None:
+            sizes = {"block_bytes": 1 << 20, "min_tokens": 1, "min_elements": 1}
+            checkpoint_layers(model, store=CheckpointStore(budgets, device="cpu", **sizes))
 
         def call() -> list[Tensor]:
-            with checkpoint_layers(model, store=store):
-                return plain()
+            model.zero_grad(set_to_none=True)
+            torch.manual_seed(3)
+            model(input_ids=ids, labels=ids).loss.backward()
+            return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
-        return call
+        if budgets is None:
+            expected.extend(gradient.clone() for gradient in call())
+        return Provider(name, call, check)
 
     def check(got: list[Tensor]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), "other gradients"
 
-    return [
-        Provider(OURS, stored(Budgets(host=room)), check),
-        Provider(FILE, stored(Budgets(host=0, disk=room)), check),
-        Provider(PLAIN, plain, check),
-    ]
+    plain = provider(PLAIN, None)
+    stores = [provider(OURS, Budgets(host=room)), provider(FILE, Budgets(host=0, disk=room))]
+    return [*stores, plain]
 
 
 if __name__ == "__main__":
