@@ -3,6 +3,8 @@ host."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,11 +29,19 @@ from peftkern.memory.planner.step import Step
 from .build import build, config
 from .test_planner_count import PHASES, checkpointed, counted, predicted, quantization_tensors
 
+
+def nightly(value: Any) -> Any:
+    """A parameter of the nightly suite."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 SIZES = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 448}
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"lora_dropout": 0.1, "r": 8}], ids=str)
+@pytest.mark.parametrize(
+    "lora", [{}, *(nightly(lora) for lora in ({"use_dora": True}, {"lora_dropout": 0.1, "r": 8}))], ids=str
+)
 def test_the_mlp_in_tiles(checkpointing: bool, lora: dict) -> None:
     settings = config(**SIZES)
     model, shape = build(settings, **lora), shape_of(settings)
@@ -55,7 +65,7 @@ PIECES = {
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("name", [nightly("groups"), nightly("norms"), "all"])
 def test_attention_by_groups_and_norms_again(name: str, checkpointing: bool) -> None:
     settings, options = config(**SIZES), PIECES[name] | {"rank": 4, "checkpointing": checkpointing}
     model, shape = build(settings), shape_of(settings)
@@ -73,8 +83,8 @@ def test_attention_by_groups_and_norms_again(name: str, checkpointing: bool) -> 
         assert plan[phase] == pytest.approx(count[phase], rel=0.02), phase
 
 
-@pytest.mark.parametrize("kept", [1, 2])
-@pytest.mark.parametrize("tile", [None, 64])
+@pytest.mark.parametrize("kept", [1, nightly(2)])
+@pytest.mark.parametrize("tile", [nightly(None), 64])
 def test_checkpoints_on_the_host(kept: int, tile: int | None) -> None:
     settings = config(**SIZES | {"num_hidden_layers": 5})
     model, shape = build(settings), shape_of(settings)
@@ -103,9 +113,11 @@ def test_nothing_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    "made", [{}, {"nested": False}, {"use_dora": True, "r": 8}, {"four_bit": False}], ids=str
+    "made",
+    [{}, nightly({"nested": False}), {"use_dora": True, "r": 8}, nightly({"four_bit": False})],
+    ids=str,
 )
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [nightly(True), False])
 def test_weights_that_are_always_there(made: dict, tied: bool) -> None:
     settings = config(**SIZES, vocab_size=1000, tie_word_embeddings=tied)
     model, shape = build(settings, **made), shape_of(settings)

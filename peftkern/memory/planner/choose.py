@@ -62,7 +62,9 @@ def choose(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> Run
 
 def minimum(shape: Shape, options: RunOptions, card: Card) -> tuple[int, RunOptions]:
     """The least bytes on the device with which the run can be done, and the options that take them."""
-    least = [_least(one, shape, card) for one in _candidates(shape, options, card)]
+    least = {
+        _least(one, shape, card): None for one in _candidates(shape, options, card)
+    }  # each once, in order
     best = min(least, key=lambda one: _device(shape, one, card))
     return _device(shape, best, card), best
 
