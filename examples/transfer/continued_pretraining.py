@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkern.finetune import FinetuneConfig
-from peftkern.transfer.intervals import over_runs, paired_runs
+from peftkern.transfer.intervals import over_runs
 from peftkern.transfer.pretrain import continued_pretraining
 from peftkern.transfer.pretraining import PretrainingReport
 
@@ -97,13 +97,16 @@ def plot(masked: bool) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     heights, errors = [mean.mean for mean in means.values()], [mean.se for mean in means.values()]
+    if len(found["adapted"]) == 1:  # over documents then
+        errors = [float(row["se"]) for row in rows if row["arm"] in shown]
     colors = {"before": "0.6", "adapted": "C0", "control": "C1"}
     axes.bar(
         [ARMS[arm] for arm in means], heights, yerr=errors, capsize=4, color=[colors[arm] for arm in means]
     )
     for place, height in enumerate(heights):
         axes.text(place, height, f"{height:.3f}", ha="center", va="bottom")
-    over = paired_runs(found["control"], found["adapted"])
+    pairs = zip(found["control"], found["adapted"], strict=True)
+    over = over_runs([control - adapted for control, adapted in pairs])
     steps = MASKED_STEPS if masked else STEPS
     title = f"{steps} steps on the Bible save {over.mean:.3f} bits per byte\nmore than as many on source code"
     measure = "masked bits per byte" if masked else "bits per byte"
