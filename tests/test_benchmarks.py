@@ -176,10 +176,11 @@ def test_smoke(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["quantize", "gemv", "qlora_linear", "switching", "step", "blocks", "tiled_mlp", "options", "generate", "bottleneck"]
+    "name",
+    ["quantize", "gemv", "qlora_linear", "switching", "step", "blocks", "memory_store", "tiled_mlp", "options", "generate", "bottleneck"],
 )
 def test_smoke_of_the_longer_ones(tmp_path: Path, name: str) -> None:
-    if name in ("step", "generate", "bottleneck"):
+    if name in ("step", "memory_store", "generate", "bottleneck"):
         for package in ("transformers", "peft", "bitsandbytes"):
             pytest.importorskip(package)
     _smoke(tmp_path, name)
