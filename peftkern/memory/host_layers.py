@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..nf4 import NF4Weight
 from .checkpoint import stacks_of
 from .host import host_available, pinned_limit
-from .pinning import pin, unpin
+from .pinning import pin, unpin, whole_pages
 from .streams import Streams, streams_for
 
 __all__ = ["HostLayers", "layers_on_host"]
@@ -139,7 +139,7 @@ class HostLayers:
 
     def _to_host(self, places: list[_Place], nbytes: int) -> Tensor:
         """A layer's bytes, uint8 on the host, behind each other; what held them lets go of them."""
-        data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        data = whole_pages(nbytes)
         for place in places:
             target = place.within(data)
             target.copy_(place.tensor)

@@ -7,7 +7,17 @@ import contextlib
 import torch
 from torch import Tensor
 
-__all__ = ["pin", "unpin"]
+__all__ = ["pin", "unpin", "whole_pages"]
+
+_PAGE = 4096
+
+
+def whole_pages(nbytes: int) -> Tensor:
+    """Host memory, uint8 [nbytes], that shares no page with anything else: a page is pinned once or not at
+    all."""
+    data = torch.empty(nbytes + 2 * _PAGE, dtype=torch.uint8, device="cpu")
+    begin = -data.data_ptr() % _PAGE
+    return data[begin : begin + nbytes]
 
 
 def pin(data: Tensor, device: torch.device) -> bool:

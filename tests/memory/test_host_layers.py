@@ -16,6 +16,7 @@ import peftkern
 from peftkern import NF4Weight
 from peftkern.functional import linear_4bit
 from peftkern.memory import Budgets, CheckpointStore, checkpoint_layers, embedding_on_host, layers_on_host
+from peftkern.memory.pinning import whole_pages
 
 from ..patching import models
 from ..patching.models import IDS
@@ -225,6 +226,21 @@ def test_what_held_the_weights_before_lets_go_of_them(patched: bool) -> None:
     on_host(model)
     gc.collect()
     assert len(held) == 7 * LAYERS and all(storage.expired() for storage in held)
+
+
+def test_memory_to_be_pinned_has_pages_of_its_own() -> None:
+    made = [whole_pages(nbytes) for nbytes in (1, 4095, 4096, 10_000)]
+    pages = [{(data.data_ptr() + i) // 4096 for i in range(data.nbytes)} for data in made]
+    assert all(data.data_ptr() % 4096 == 0 for data in made) and [data.nbytes for data in made] == [
+        1,
+        4095,
+        4096,
+        10_000,
+    ]
+    assert len(set().union(*pages)) == sum(map(len, pages)) == 6
+    for data in made:  # the last page is the tensor's own to its end
+        storage = data.untyped_storage()
+        assert storage.data_ptr() + storage.nbytes() >= data.data_ptr() + -(-data.nbytes // 4096) * 4096
 
 
 def test_what_cannot_be_is_refused() -> None:
