@@ -225,7 +225,11 @@ def verdict() -> str:
     best, *others = sorted(summary(), key=lambda row: row[1])
     near = [row[0] for row in others if row[1] - best[1] <= 2 * (best[2] ** 2 + row[2] ** 2) ** 0.5]
     behind = [row[0] for row in others if row[0] not in near]
-    first = f"{' and '.join([best[0], *near])} cannot be told apart" if near else f"{best[0]} learns most"
+    first = (
+        f"{', '.join([best[0], *near[:-1]])} and {near[-1]} cannot be told apart"
+        if near
+        else f"{best[0]} learns most"
+    )
     return f"At equal parameters {first}" + (
         f"; {', '.join(behind)} learn{'s' * (len(behind) == 1)} less" if behind else ""
     )
@@ -248,7 +252,7 @@ def plot() -> None:
         capsize=4,
     )
     axes.set_ylabel("nats a token below the base's\n(held-out books, more is better)")
-    axes.set_title(verdict(), fontsize=11)
+    axes.set_title(verdict().replace("; ", ";\n"), fontsize=11)
     axes.set_xlabel(
         f"SmolLM2-135M in 4 bit, 2.4 M parameters, {STEPS} steps of {BATCH * LENGTH} tokens, better of 2"
         " rates, 3 seeds",
