@@ -18,7 +18,8 @@ __all__ = ["model_card"]
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 _SAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Where things lay on the machine that trained, and how the run was started: of no use to whoever reads the card.
-_PRIVATE = ("model", "data", "eval_data", "output", "prompt", "resume", "overwrite", "compare")
+_PLACES = ("model", "data", "eval_data", "output", "prompt", "resume", "overwrite", "compare")
+_PRIVATE = (*_PLACES, "fit", "fit_ram", "fit_disk", "longest_first")
 
 
 def model_card(config: FinetuneConfig, result: FinetuneResult, record: dict[str, Any]) -> str:
