@@ -40,7 +40,7 @@ static void pack_slots(const float* low, int64_t rows, int64_t r, int64_t pieces
 
 // Pairs of rows [rows][cols <= 32] -> steps of B; bits (may be null): which elements are kept, rows `ld_bits` bytes apart.
 static void pack_row_pairs(const bf16* src, int64_t ld, int64_t rows, int64_t cols, const uint8_t* bits, int64_t ld_bits, bf16* out) {
-  const __mmask32 some = first_words(cols);
+  const uint32_t some = first_words(cols);
   const auto row = [&](int64_t i) {
     if (i >= rows) return _mm512_setzero_si512();
     uint32_t keep = ~0u;

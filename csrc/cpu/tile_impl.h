@@ -97,7 +97,10 @@ static void project_panel(const TileScratch& s, const pk_adapter& a, int64_t pro
 // Rows [from, to) of a panel's sums times `scale` -> out [rows][r] of fp32, from its first row on.
 static void store_sums(const float* sums, const pk::Lanes& lanes, int64_t r, float scale, float* out) {
   for (int64_t i = lanes.from; i < lanes.to; i++, out += r)
-    for (int64_t j = 0; j < r; j++) out[j] = scale * sums[j / SIDE * STEP + i / 16 * 512 + j % SIDE / 16 * 256 + i % 16 * 16 + j % 16];
+    for (int64_t j = 0; j < r; j += VW) {
+      const vf v = set1(scale) * load(sums + j / SIDE * STEP + i / 16 * 512 + j % SIDE / 16 * 256 + i % 16 * 16);
+      memcpy(out + j, &v, (size_t)smaller(VW, r - j) * sizeof(float));
+    }
 }
 
 // One panel of x -> packed; xa of every adapter, and its low-rank operand.
@@ -117,7 +120,7 @@ static void forward_panel(const TileScratch& s, const bf16* x, int64_t row, int6
 
 // c, a block, plus bias [cols] (may be null) -> out [rows <= 32][cols <= 32] of bf16.
 static void store_block(const float* c, int64_t rows, int64_t cols, const float* bias, bf16* out, int64_t ld) {
-  const __mmask32 some = first_words(cols);
+  const uint32_t some = first_words(cols);
   float add[SIDE] = {};
   for (int64_t j = 0; bias && j < cols; j++) add[j] = bias[j];
   const vf low = load(add), high = load(add + 16);

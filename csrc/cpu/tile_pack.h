@@ -8,7 +8,7 @@ namespace PK_NS {
 
 static inline __m512i load_words(const void* p) { return _mm512_loadu_si512(p); }
 static inline void store_words(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
-static inline __mmask32 first_words(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
+static inline uint32_t first_words(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
 
 // a, b -> 32 bf16 numbers, those of a first; to nearest even, below 2^-126 to zero.
 static inline __m512i round_both(vf a, vf b) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
@@ -16,7 +16,7 @@ static inline __m512i round_both(vf a, vf b) { return (__m512i)_mm512_cvtne2ps_p
 // Rows [rows <= 32][cols], `ld` apart -> steps of A, zeros around them.
 static void pack_tiles(const bf16* src, int64_t ld, int64_t rows, int64_t cols, bf16* dst) {
   for (int64_t j = 0; j < cols; j += SIDE, dst += STEP) {
-    const __mmask32 some = first_words(cols - j);
+    const uint32_t some = first_words(cols - j);
     for (int64_t i = 0; i < SIDE; i++)
       store_words(dst + i * SIDE, i < rows ? _mm512_maskz_loadu_epi16(some, src + i * ld + j) : _mm512_setzero_si512());
   }
@@ -131,12 +131,19 @@ static inline int64_t pieces_of(int dtype) { return dtype == PK_BF16 ? 1 : dtype
 
 static inline vf rounded_value(vf v) { return (vf)((vu)round_bf16(v) << 16); }
 
+static inline vf some_of(const float* src, int64_t count) {
+  return (vf)_mm512_maskz_loadu_epi32((uint16_t)first_words(smaller(count, VW)), src);
+}
+static inline vf some_of(const f16* src, int64_t count) {
+  f16 values[VW] = {};
+  if (count > 0) memcpy(values, src, (size_t)smaller(count, VW) * sizeof(f16));
+  return loadx(values);
+}
+
 // Piece `index` of 32 numbers, those from `count` on zero.
 template <typename T>
 static inline __m512i piece_of(const T* src, int64_t count, int64_t index) {
-  float values[SIDE] = {};
-  for (int64_t j = 0; j < smaller(count, SIDE); j++) values[j] = to_float(src[j]);
-  vf low = load(values), high = load(values + 16);
+  vf low = some_of(src, count), high = some_of(src + VW, count - VW);
   for (; index > 0; index--) low -= rounded_value(low), high -= rounded_value(high);
   return round_both(low, high);
 }

@@ -1,4 +1,4 @@
-"""Builds the kernels with the AVX-512 level emulated by SIMDe in plain C: any CPU then runs that level's code, slowly."""
+"""Builds the kernels with the AVX-512 levels emulated by SIMDe in plain C: any CPU then runs their code, slowly."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ def simde_missing() -> bool:
     return subprocess.run([*CXX, "-E", "-x", "c++", "-"], input=probe, capture_output=True, text=True, check=False).returncode != 0
 
 
-def emulated_objects(folder: Path) -> list[Path]:
-    """Objects of baseline, emulated AVX-512 and the dispatcher; no flag asks for more than the plain architecture."""
+def emulated_objects(folder: Path, *, bf16: bool = False) -> list[Path]:
+    """Objects of baseline, emulated AVX-512 and the dispatcher, `bf16`: and the two levels with bf16 products; no flag
+    asks for more than the plain architecture."""
     stub = folder / "kernels_avx2_stub.cpp"
     stub.write_text(AVX2_STUB)
     emulated = ["-O1", "-DPK_SIMDE", "-include", str(HERE / "simde_missing.h")]
+    levels = ("avx512", "avx512bf16", "amx") if bf16 else ("avx512",)
     jobs = [
-        (CSRC / "cpu" / "kernels_avx512.cpp", emulated),
+        *((CSRC / "cpu" / f"kernels_{level}.cpp", emulated) for level in levels),
         (CSRC / "cpu" / "kernels_baseline.cpp", ["-O2"]),
-        (CSRC / "cpu" / "dispatch.cpp", ["-O1", *EVERY_LEVEL, *AVX512_ALONE]),
+        (CSRC / "cpu" / "dispatch.cpp", ["-O1", *EVERY_LEVEL, *([] if bf16 else AVX512_ALONE)]),
         (stub, ["-O1", f"-I{CSRC / 'cpu'}"]),
     ]
     return compile_objects(folder, jobs)

@@ -234,7 +234,7 @@ class Case:
         return {"y": y, "xa": xa, "dyb": dyb, "dx": dx, **grads}
 
 
-def _check(lib: ctypes.CDLL, *shape_and_dtype, gemv: bool, **options) -> None:
+def check_case(lib: ctypes.CDLL, *shape_and_dtype, gemv: bool, level: str = "avx512", **options) -> None:
     """Within the contract's bound of plain PyTorch's error, over enough draws that no handful of errors is judged. (The baseline
     level passes the same in tests/ops.)"""
     m, r = shape_and_dtype[0], shape_and_dtype[3]
@@ -243,7 +243,7 @@ def _check(lib: ctypes.CDLL, *shape_and_dtype, gemv: bool, **options) -> None:
     exact = [case.plain(lib, torch.float64) for case in cases]
     plain = [case.plain(lib, case.dtype) for case in cases]
     fp32 = [case.plain(lib, torch.float32) for case in cases]
-    ours = [case.run(lib, "avx512", gemv=gemv) for case in cases]
+    ours = [case.run(lib, level, gemv=gemv) for case in cases]
     for name in exact[0]:
         yardstick = plain if ours[0][name].dtype != torch.float32 else fp32
         got, plainly, exactly = (torch.cat([run[name].flatten() for run in runs]) for runs in (ours, yardstick, exact))
@@ -270,11 +270,11 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_by_blocks(lib: ctypes.CDLL, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    _check(lib, *shape, dtype, gemv=False)
+    check_case(lib, *shape, dtype, gemv=False)
 
 
 def test_linear_of_several_row_blocks(lib: ctypes.CDLL) -> None:
-    _check(lib, 530, 60, 300, 4, torch.float32, gemv=False)
+    check_case(lib, 530, 60, 300, 4, torch.float32, gemv=False)
 
 
 def test_bias_gradient_of_many_rows(lib: ctypes.CDLL) -> None:
@@ -286,33 +286,33 @@ def test_bias_gradient_of_many_rows(lib: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 3, 4, 8, 9, 16, 64])
 def test_gemv(lib: ctypes.CDLL, m: int, dtype: torch.dtype) -> None:
-    _check(lib, m, 45, 256, 8, dtype, gemv=True)
-    _check(lib, m, 45, 130, 3, dtype, gemv=True)
+    check_case(lib, m, 45, 256, 8, dtype, gemv=True)
+    check_case(lib, m, 45, 130, 3, dtype, gemv=True)
 
 
 def test_gemv_of_blocks_that_end_within_a_step(lib: ctypes.CDLL) -> None:
     for m in (1, 2, 3, 4, 7, 8):
-        _check(lib, m, 35, 96, 4, torch.float32, gemv=True, blocksize=32)
-        _check(lib, m, 34, 192, 4, torch.bfloat16, gemv=True, nested=False)
+        check_case(lib, m, 35, 96, 4, torch.float32, gemv=True, blocksize=32)
+        check_case(lib, m, 34, 192, 4, torch.bfloat16, gemv=True, nested=False)
 
 
 def test_gemv_of_rows_longer_than_a_piece(lib: ctypes.CDLL) -> None:
-    _check(lib, 5, 35, 4096 + 64, 64, torch.float32, gemv=True)
-    _check(lib, 1, 35, 4096 + 70, 256, torch.float32, gemv=True)
+    check_case(lib, 5, 35, 4096 + 64, 64, torch.float32, gemv=True)
+    check_case(lib, 1, 35, 4096 + 70, 256, torch.float32, gemv=True)
 
 
 @pytest.mark.parametrize("quant", FORMATS, ids=str)
 @pytest.mark.parametrize("gemv", [True, False])
 def test_formats(lib: ctypes.CDLL, quant: dict, gemv: bool) -> None:
-    _check(lib, 6, 70, 384, 4, torch.float32, gemv=gemv, **quant)
+    check_case(lib, 6, 70, 384, 4, torch.float32, gemv=gemv, **quant)
 
 
 @pytest.mark.parametrize("gemv", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_and_a_dense_base(lib: ctypes.CDLL, gemv: bool, dtype: torch.dtype) -> None:
-    _check(lib, 19, 70, 200, 8, dtype, gemv=gemv, dropout=6554)
-    _check(lib, 19, 70, 200, 8, dtype, gemv=gemv, dropout=32768, bias=False)
-    _check(lib, 19, 70, 200, 8, dtype, gemv=gemv, dense=True)
+    check_case(lib, 19, 70, 200, 8, dtype, gemv=gemv, dropout=6554)
+    check_case(lib, 19, 70, 200, 8, dtype, gemv=gemv, dropout=32768, bias=False)
+    check_case(lib, 19, 70, 200, 8, dtype, gemv=gemv, dense=True)
 
 
 def test_two_threads(lib: ctypes.CDLL) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -30,7 +29,10 @@ int main(void) {
   return 0;
 }
 """
-FIELDS = "mc chunk block pack_at low_at project_at bias_at own_at b_size low_size c_size sums_size own_size total".split()
+FIELDS = [
+    *("mc", "chunk", "block", "pack_at", "low_at", "project_at", "bias_at", "own_at"),
+    *("b_size", "low_size", "c_size", "sums_size", "own_size", "total"),
+]
 SIZES = [
     (1, 64, 64, 1),
     (17, 33, 128, 0),
@@ -52,9 +54,13 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[tuple, dict]]:
     command = [*CXX, *flags, str(folder / "plan.cpp"), "-o", str(folder / "plan")]
     built = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert built.returncode == 0 and not built.stderr, built.stderr
-    arguments = [(*size, threads, way) for size, threads, way in itertools.product(SIZES, (1, 2, 3, 16), (0, 1))]
+    arguments = [
+        (*size, threads, way) for size, threads, way in itertools.product(SIZES, (1, 2, 3, 16), (0, 1))
+    ]
     text = "\n".join(" ".join(map(str, a)) for a in arguments)
-    run = subprocess.run([folder / "plan"], input=text, capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run(
+        [folder / "plan"], input=text, capture_output=True, text=True, check=True, timeout=60
+    )
     lines = [dict(zip(FIELDS, map(int, line.split()), strict=True)) for line in run.stdout.splitlines()]
     return list(zip(arguments, lines, strict=True))
 
@@ -75,7 +81,10 @@ def test_parts_do_not_overlap(plans: list) -> None:
         assert all(start % 16 == 0 for start in starts)
         for start, size, end in zip(starts, sizes, starts[1:], strict=False):
             assert start + size <= end
-        assert p["own_size"] >= p["b_size"] + p["low_size"] + p["c_size"] + p["sums_size"] and p["own_size"] % 16 == 0
+        assert (
+            p["own_size"] >= p["b_size"] + p["low_size"] + p["c_size"] + p["sums_size"]
+            and p["own_size"] % 16 == 0
+        )
         assert p["c_size"] >= p["block"] * p["mc"] * 32 and p["b_size"] * 2 >= p["block"] * p["chunk"] * 1024
 
 

@@ -1,0 +1,77 @@
+"""The levels with bf16 products, vdpbf16ps and AMX, emulated: proof of their logic on CPUs that lack them (not of their
+speed). Compiling takes half a minute: pytest -m slow tests/native/test_bf16_emulated.py"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import pytest
+import torch
+
+from .compiled import link_shared, load
+from .emulation import MISSING, emulated_objects, simde_missing
+from .test_avx512_emulated import SHAPES, Case, check_case
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(simde_missing(), reason=MISSING),
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"), reason="these levels are on x86-64 only"
+    ),
+]
+LEVELS = ("avx512bf16", "amx")
+TILED = [
+    (5, 33, 128, 3),
+    (33, 97, 192, 16),
+    (70, 200, 576, 16),
+    (64, 60, 320, 64),
+    (20, 45, 64, 256),
+    (530, 40, 128, 4),
+]
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("emulated")
+    return load(link_shared(emulated_objects(folder, bf16=True), folder / "libpeftkern_emulated_bf16.so"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [*TILED, *SHAPES], ids=str)
+def test_linear(lib: ctypes.CDLL, level: str, shape: tuple[int, int, int, int]) -> None:
+    """Shapes that tiles take, with rows, columns and ranks that fill none of them, and shapes that they leave."""
+    check_case(lib, *shape, torch.bfloat16, gemv=False, level=level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "options", [{"nested": False}, {"blocksize": 256}, {"quant_type": "fp4"}, {"blocksize": 32}], ids=str
+)
+def test_formats(lib: ctypes.CDLL, level: str, options: dict) -> None:
+    check_case(lib, 40, 70, 384, 4, torch.bfloat16, gemv=False, level=level, **options)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_dropout(lib: ctypes.CDLL, level: str) -> None:
+    check_case(lib, 45, 70, 192, 8, torch.bfloat16, gemv=False, level=level, dropout=6554)
+    check_case(lib, 45, 70, 192, 8, torch.bfloat16, gemv=False, level=level, dropout=32768, bias=False)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_two_threads(lib: ctypes.CDLL, level: str) -> None:
+    case = Case(70, 197, 320, 8, torch.bfloat16, dropout=6554)
+    case.threads = 1
+    alone = case.run(lib, level, gemv=False)
+    case.threads = 2
+    together = case.run(lib, level, gemv=False)
+    for name in alone:
+        assert torch.equal(alone[name], together[name]), name
+
+
+def test_both_levels_give_the_same_bits(lib: ctypes.CDLL) -> None:
+    """y and dx: the same products in the same order. xa, dyb and what comes of them are summed in other chains."""
+    case = Case(70, 197, 320, 8, torch.bfloat16)
+    case.b.zero_()
+    dot, amx = (case.run(lib, level, gemv=False) for level in LEVELS)
+    assert torch.equal(dot["y"], amx["y"]) and torch.equal(dot["dx"], amx["dx"])

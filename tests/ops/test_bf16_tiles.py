@@ -1,0 +1,87 @@
+"""bf16 tiles (csrc/cpu/tile_impl.h) on the levels that have them and this CPU too; emulated elsewhere, in
+tests/native/test_bf16_emulated.py. What every level is held to is in test_qlora_linear.py and test_qlora_group.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftkern import NF4Weight, backends
+from peftkern.functional import qlora_linear
+
+TILED = [level for level in backends.native().isas() if level in ("avx512bf16", "amx")]
+
+
+@pytest.fixture(params=TILED)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    native = backends.native()
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+def _results(x: Tensor, weight: NF4Weight, dy: Tensor, **options) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    trained = [t for t in options.values() if isinstance(t, Tensor) and t.requires_grad]
+    y = qlora_linear(x, weight, **options)
+    return (y.detach(), *torch.autograd.grad(y, (x, *trained), dy))
+
+
+@pytest.mark.parametrize("n, k, blocksize", [(45, 64, 64), (97, 192, 64), (32, 576, 64), (70, 512, 256)])
+def test_one_hot_rows_bring_up_the_weight(level: str, n: int, k: int, blocksize: int) -> None:
+    """Each code and absmax at its place, bit for bit, in y and in dx: what dequantization gives."""
+    weight = NF4Weight.from_dense(torch.randn(n, k), blocksize=blocksize)
+    dense = weight.dequantize(torch.bfloat16)
+    y, _ = _results(torch.eye(k, dtype=torch.bfloat16), weight, torch.zeros(k, n, dtype=torch.bfloat16))
+    assert torch.equal(y.t(), dense)
+    dy = torch.zeros(max(n, 33), n, dtype=torch.bfloat16)
+    dy[:n] = torch.eye(n)
+    _, dx = _results(torch.zeros(len(dy), k, dtype=torch.bfloat16), weight, dy)
+    assert torch.equal(dx[:n], dense) and not dx[n:].any()
+
+
+def test_numbers_below_the_normal_ones_are_zero(level: str) -> None:
+    """vdpbf16ps and AMX take and give them as zero: the one place where a level's results are not within a rounding."""
+    weight = NF4Weight.from_dense(torch.ones(64, 64))
+    tiny = torch.full((40, 64), 2.0**-130).to(torch.bfloat16)
+    y, dx = _results(tiny, weight, tiny)
+    assert tiny.any() and not y.any() and not dx.any()
+
+
+def test_not_finite_numbers_stay_in_their_rows(level: str) -> None:
+    weight, x = NF4Weight.from_dense(torch.randn(70, 128)), torch.randn(50, 128).to(torch.bfloat16)
+    dy = torch.randn(50, 70).to(torch.bfloat16)
+    clean = _results(x, weight, dy)
+    x[7, 3], x[33, 100], dy[12, 69] = float("inf"), float("nan"), float("nan")
+    y, dx = _results(x, weight, dy)
+    touched = torch.tensor([7, 33])
+    assert not torch.isfinite(y[touched]).any() and dx[12].isnan().all()
+    others = torch.ones(50, dtype=torch.bool)
+    others[touched] = False
+    assert torch.equal(y[others], clean[0][others])
+    others[touched], others[12] = True, False
+    assert torch.equal(dx[others], clean[1][others])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_threads_do_not_change_a_bit(level: str, dropout_p: float) -> None:
+    weight, threads = NF4Weight.from_dense(torch.randn(200, 320)), torch.get_num_threads()
+    a, b = (
+        torch.randn(8, 320).to(torch.bfloat16).requires_grad_(),
+        torch.randn(200, 8).to(torch.bfloat16).requires_grad_(),
+    )
+    x, dy = torch.randn(100, 320).to(torch.bfloat16), torch.randn(100, 200).to(torch.bfloat16)
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(5)
+            results.append(_results(x, weight, dy, lora_a=a, lora_b=b, dropout_p=dropout_p))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
