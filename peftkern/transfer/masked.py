@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..finetune.errors import InputError
 from .alignment import divides_loss, step_seed
+from .windows import windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,12 +93,7 @@ def pack_documents(
 
     if not texts:
         raise InputError("there are no texts to train on: give at least one")
-    if length <= tokenizer.num_special_tokens_to_add():
-        raise InputError(f"a window of {length} tokens has no room for text: give a greater --seq-length")
-    # What does not fit overflows into rows of its own, each with its special tokens.
-    options = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
-    cut = tokenizer([text for text in texts if text], **options) if any(texts) else {}
-    pieces = [ids for ids in cut.get("input_ids", []) if len(ids) > tokenizer.num_special_tokens_to_add()]
+    pieces = [ids for _, ids, _ in windows(tokenizer, texts, length)]
     if not pieces:
         raise InputError(f"all {len(texts)} texts are empty: give texts with words")
     if packed:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..finetune.errors import InputError
 from .alignment import step_seed
 from .pretraining import DocumentBits
+from .windows import windows
 
 __all__ = ["masked_document_bits"]
 
@@ -52,8 +53,6 @@ def masked_document_bits(
         raise InputError("the tokenizer has no mask token: masked bits are of encoders")
     if rate is not None and not 0 < rate < 1:
         raise InputError(f"the part of the tokens to mask must be between 0 and 1, got {rate}")
-    if window <= tokenizer.num_special_tokens_to_add():
-        raise InputError(f"a window of {window} tokens has no room for text: give a greater --seq-length")
     training, bits = model.training, []
     model.eval()
     try:
@@ -72,12 +71,8 @@ def masked_document_bits(
 
 def _pieces(tokenizer: Any, text: str, window: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids [S] of each window, and the places [n] of those that are the text's own."""
-    options = {"truncation": True, "max_length": window, "return_overflowing_tokens": True}
-    found = tokenizer([text], return_special_tokens_mask=True, **options)
-    for ids, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
-        places = torch.tensor([place for place, special in enumerate(added) if not special])
-        if len(places):
-            yield torch.tensor(ids), places
+    for _, ids, places in windows(tokenizer, [text], window):
+        yield torch.tensor(ids), torch.tensor(places)
 
 
 def _batches(
