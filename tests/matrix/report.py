@@ -15,8 +15,8 @@ _FIELDS = [field.name for field in dataclasses.fields(Result)]
 _NUMBERS = {"passed": int, "failed": int, "skipped": int, "minutes": float}
 _HEAD = """# Compatibility
 
-Which libraries peftkern's tests of patching, recipe, ops, adapters and transfer really ran with. `python -m tests.matrix` wrote this page and
-`compatibility.csv` beside it.
+Which libraries peftkern's tests of patching, recipe, ops, adapters and transfer really ran with.
+`python -m tests.matrix` wrote this page and `compatibility.csv` beside it.
 
 "avx2" in the column *instructions* means that torch and oneDNN were held to AVX2 by `ATEN_CPU_CAPABILITY` and
 `ONEDNN_MAX_CPU_ISA`; "native" means that they took whatever the CPU has. peftkern's own kernels run on every level of
