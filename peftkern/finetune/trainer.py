@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..transfer.forgetting.trainer import ForgettingMixin
 from ..transfer.trainer import RatesMixin
+from .arguments import shared_arguments
 from .causality import require_causal
 from .config import FinetuneConfig
 from .errors import InputError
@@ -21,7 +22,6 @@ from .inputs import Inputs, is_packed, is_running_text, packing_strategy
 from .layer_rates import install_rates
 from .loss import adapter_on_head_hidden, install_model_loss, summed_nll
 from .metrics import MetricsCallback
-from .model import compute_dtype
 from .packing import require_separation
 from .resumable import ResumableMixin
 from .row_losses import RowLossRecorder
@@ -138,36 +138,13 @@ def _recorder(config: FinetuneConfig, inputs: Inputs, path: Path) -> RowLossReco
 
 
 def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str) -> SFTConfig:
-    dtype = compute_dtype(config.dtype)
     return SFTConfig(
-        output_dir=str(folder),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
+        **shared_arguments(config, folder),
         max_length=config.seq_length,
         packing=packing,
         eval_packing=False,
         packing_strategy=packing_strategy(config, kind),
-        per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.grad_accumulation,
-        max_steps=config.steps or -1,
-        num_train_epochs=config.epochs or 1.0,
-        learning_rate=config.lr,
-        # The slanted triangle is no schedule of transformers: `install_rates` puts it in the place of this one.
-        lr_scheduler_type="constant" if config.schedule == "slanted" else config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        disable_tqdm=True,
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
         **({} if config.optimizer in (None, "adamw") else {"optim": config.optimizer}),
     )
 

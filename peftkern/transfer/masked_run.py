@@ -18,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ..files import atomic_files, write_json
 from ..finetune.adapters import add_lora, is_lora
+from ..finetune.arguments import shared_arguments
 from ..finetune.base import base_fingerprint
 from ..finetune.checkpoints import Checkpoint, newest_sound
 from ..finetune.config import FinetuneConfig
@@ -314,29 +315,4 @@ def loaded_encoder(
 
 
 def _arguments(config: FinetuneConfig, folder: Path) -> TrainingArguments:
-    dtype = compute_dtype(config.dtype)
-    return TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.grad_accumulation,
-        max_steps=config.steps or -1,
-        num_train_epochs=config.epochs or 1.0,
-        learning_rate=config.lr,
-        lr_scheduler_type="constant" if config.schedule == "slanted" else config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    return TrainingArguments(**shared_arguments(config, folder), remove_unused_columns=False)
