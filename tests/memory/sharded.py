@@ -1,0 +1,129 @@
+"""What the processes of the sharding tests compute; numbers go back as numpy arrays or plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+import peftkern
+from peftkern.memory import Budgets, CheckpointStore, checkpoint_layers, ddp, shard, tile_mlps
+
+from ..patching import models
+
+ROWS = torch.randint(0, 96, (4, 12), generator=torch.Generator().manual_seed(5))
+LAYERS = 2
+
+
+def adapted(pieces: str = "patched", **options: Any) -> nn.Module:
+    """A tiny QLoRA model in training, with the named pieces of the library on it, always with the same weights."""
+    model = models.lora(models.llama(layers=LAYERS, **options)).train()
+    if "patched" in pieces:
+        peftkern.patch(model, fused_loss="loss" in pieces)
+    if "tiles" in pieces:
+        tile_mlps(model, tile=8)
+    if "checkpoints" in pieces:
+        store = CheckpointStore(Budgets(host=1 << 20), device="cpu", block_bytes=1024, min_tokens=1, min_elements=1)
+        checkpoint_layers(model, store=store)
+    return model
+
+
+def rows_of(rank: int) -> Tensor:
+    """This process's part of the global batch."""
+    return ROWS.chunk(distributed.get_world_size())[rank]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gradients(model: nn.Module) -> dict[str, Any]:
+    """The gathered gradients by the parameter's name without wrappers' prefixes, as arrays."""
+    return {
+        name.removeprefix("module."): whole(parameter.grad).numpy(force=True)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def step(model: nn.Module, rows: Tensor) -> dict[str, Any]:
+    """The gradients after one forward and backward on `rows`."""
+    model.zero_grad(set_to_none=True)
+    model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+    return gradients(model)
+
+
+def furthest(got: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The greatest relative error of a gradient, in its norm; infinite where one is missing."""
+    if got.keys() != expected.keys():
+        return float("inf")
+    distances = {name: ((got[name] - expected[name]) ** 2).sum() ** 0.5 for name in got}
+    return max(float(distance / (expected[name] ** 2).sum() ** 0.5) for name, distance in distances.items())
+
+
+def expected_gradients() -> dict[str, Any]:
+    """Those of one process on the global batch, without any piece of the library."""
+    return step(adapted(""), ROWS)
+
+
+def ddp_errors(rank: int, pieces: tuple[str, ...]) -> dict[str, float]:
+    """How far the gradients under DDP are from those of one process, by the pieces on the model; and where the
+    adapters begin otherwise on each process."""
+    expected = expected_gradients()
+    errors = {}
+    for names in pieces:
+        model = adapted(names)
+        if rank:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.normal_()
+        wrapped = ddp(model)
+        errors[names] = max(furthest(step(wrapped, rows_of(rank)), expected) for _ in range(2))
+    return errors
+
+
+def packed_bytes(model: nn.Module) -> list[Any]:
+    """The packed weights gathered, and their block maxima where those are in shards."""
+    names = ("base_layer.weight", "base_layer.weight_absmax")
+    return [
+        whole(p).contiguous().view(torch.uint8).numpy(force=True) for n, p in model.named_parameters() if n.endswith(names)
+    ]
+
+
+def fsdp_errors(rank: int, pieces: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The same under FSDP2, with `options` of the model; and whether the packed bytes are what they were."""
+    expected = step(adapted("", **options), ROWS)
+    errors: dict[str, Any] = {}
+    for names in pieces:
+        model = adapted(names, **options)
+        linears = [m.base_layer for m in model.modules() if hasattr(getattr(m, "base_layer", None), "quant_state")]
+        before = [
+            tensor.contiguous().view(torch.uint8).clone().numpy()
+            for linear in linears
+            for tensor in (linear.weight.data, linear.quant_state.absmax)
+        ]
+        report = shard(model)
+        errors[names] = max(furthest(step(model, rows_of(rank)), expected) for _ in range(2))
+        after = packed_bytes(model)
+        same = len(after) == len(before) and all((a == b).all() for a, b in zip(after, before, strict=True))
+        errors[f"{names}: bytes"] = same
+        errors[f"{names}: report"] = (report.bytes_whole, report.bytes_here, report.bytes_replicated, report.units)
+    return errors
+
+
+def averages(rank: int) -> dict[str, Any]:
+    """What gloo gives for ReduceOp.AVG in the collective that FSDP2 uses; and the gradient FSDP2 itself gives."""
+    count = distributed.get_world_size()
+    given = torch.full((count * 2,), float(rank + 1))
+    out = torch.empty(2)
+    try:
+        distributed.reduce_scatter_tensor(out, given, op=distributed.ReduceOp.AVG)
+        average = out.tolist()
+    except (RuntimeError, ValueError) as error:
+        average = str(error)
+    layer = nn.Linear(1, 4, bias=False)
+    shard(layer, layers=[layer])
+    layer(torch.full((1, 1), float(rank + 1))).sum().backward()
+    return {"gloo": average, "shard": whole(layer.weight.grad).flatten().tolist()}
