@@ -31,7 +31,9 @@ def run_processes(
     results = context.Queue()
     store = folder / f"store-{time.monotonic_ns()}"
     processes = [
-        context.Process(target=_run, args=(function, rank, count, str(store), results, arguments), daemon=True)
+        context.Process(
+            target=_run, args=(function, rank, count, str(store), results, arguments), daemon=True
+        )
         for rank in range(count)
     ]
     for process in processes:
@@ -44,7 +46,9 @@ def run_processes(
             assert error is None, f"process {rank}: {error}"
             found[rank] = value
     except queue.Empty:
-        raise AssertionError(f"after {seconds} s only processes {sorted(found)} of {count} were done") from None
+        raise AssertionError(
+            f"after {seconds} s only processes {sorted(found)} of {count} were done"
+        ) from None
     finally:
         for process in processes:
             process.join(timeout=10 if len(found) == count else 0.1)

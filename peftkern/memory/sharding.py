@@ -7,7 +7,7 @@ Every function is called by all processes of the group, after `torch.distributed
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,14 +128,16 @@ def shard(
     units = [*(unit for unit in units if unit is not model), *_embeddings(model, units), model]
     linears = [module for module in model.modules() if is_4bit(module) and module.quant_state is not None]
     _check_storage(linears, absmax)
+    _check_dtypes(units)
     for linear in linears:
         _plain_weight(linear, absmax)
-    _check_dtypes(units)
     sizes = [sum(map(_bytes, _own(unit, units))) for unit in units]
     mesh = _mesh(model) if mesh is None else mesh
     _fully_shard(units, mesh, options)
     for unit in units if absmax else ():
-        if held := [module for module in _modules(unit, units) if is_4bit(module) and _ABSMAX in module._parameters]:
+        if held := [
+            module for module in _modules(unit, units) if is_4bit(module) and _ABSMAX in module._parameters
+        ]:
             unit.register_forward_pre_hook(_Absmax(held))
     here = sum(_bytes(parameter.to_local()) for parameter in model.parameters())
     replicated = sum(_state_bytes(linear.quant_state, absmax) for linear in linears)
@@ -187,7 +189,9 @@ def _plain_weight(linear: nn.Module, absmax: bool) -> None:
 
 def _check_storage(linears: list[nn.Module], absmax: bool) -> None:
     version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
-    stored = [linear.weight for linear in linears] + [linear.quant_state.absmax for linear in linears if absmax]
+    stored = [linear.weight for linear in linears] + [
+        linear.quant_state.absmax for linear in linears if absmax
+    ]
     kept = {tensor.dtype for tensor in stored if not tensor.is_floating_point()}
     if kept and version < _INTEGERS_FROM:
         raise ValueError(
@@ -214,7 +218,9 @@ def _embeddings(model: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
     for module in model.modules():
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    found = (module for module in model.modules() if type(module) is nn.Embedding and id(module) not in inside)
+    found = (
+        module for module in model.modules() if type(module) is nn.Embedding and id(module) not in inside
+    )
     return [module for module in found if holders[id(module.weight)] == 1]
 
 
@@ -227,7 +233,9 @@ def _modules(unit: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
 
 def _own(unit: nn.Module, units: list[nn.Module]) -> list[nn.Parameter]:
     modules = _modules(unit, units)
-    return list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
+    return list(
+        {id(p): p for module in modules for p in module._parameters.values() if p is not None}.values()
+    )
 
 
 def _state_bytes(state: Any, absmax_sharded: bool) -> int:

@@ -24,7 +24,9 @@ def adapted(pieces: str = "patched", **options: Any) -> nn.Module:
     if "tiles" in pieces:
         tile_mlps(model, tile=8)
     if "checkpoints" in pieces:
-        store = CheckpointStore(Budgets(host=1 << 20), device="cpu", block_bytes=1024, min_tokens=1, min_elements=1)
+        store = CheckpointStore(
+            Budgets(host=1 << 20), device="cpu", block_bytes=1024, min_tokens=1, min_elements=1
+        )
         checkpoint_layers(model, store=store)
     return model
 
@@ -88,28 +90,35 @@ def packed_bytes(model: nn.Module) -> list[Any]:
     """The packed weights gathered, and their block maxima where those are in shards."""
     names = ("base_layer.weight", "base_layer.weight_absmax")
     return [
-        whole(p).contiguous().view(torch.uint8).numpy(force=True) for n, p in model.named_parameters() if n.endswith(names)
+        whole(p).contiguous().view(torch.uint8).numpy(force=True)
+        for n, p in model.named_parameters()
+        if n.endswith(names)
     ]
 
 
-def fsdp_errors(rank: int, pieces: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """The same under FSDP2, with `options` of the model; and whether the packed bytes are what they were."""
+def fsdp_errors(
+    rank: int, pieces: tuple[str, ...], options: dict[str, Any], absmax: bool = True
+) -> dict[str, Any]:
+    """The same under FSDP2, with `options` of the model; whether the packed bytes are what they were; and bytes
+    whole, here and on each process."""
     expected = step(adapted("", **options), ROWS)
     errors: dict[str, Any] = {}
     for names in pieces:
         model = adapted(names, **options)
-        linears = [m.base_layer for m in model.modules() if hasattr(getattr(m, "base_layer", None), "quant_state")]
+        linears = [
+            m.base_layer for m in model.modules() if hasattr(getattr(m, "base_layer", None), "quant_state")
+        ]
         before = [
             tensor.contiguous().view(torch.uint8).clone().numpy()
             for linear in linears
-            for tensor in (linear.weight.data, linear.quant_state.absmax)
+            for tensor in (linear.weight.data, linear.quant_state.absmax)[: 1 + absmax]
         ]
-        report = shard(model)
+        report = shard(model, absmax=absmax)
         errors[names] = max(furthest(step(model, rows_of(rank)), expected) for _ in range(2))
         after = packed_bytes(model)
         same = len(after) == len(before) and all((a == b).all() for a, b in zip(after, before, strict=True))
         errors[f"{names}: bytes"] = same
-        errors[f"{names}: report"] = (report.bytes_whole, report.bytes_here, report.bytes_replicated, report.units)
+        errors[f"{names}: report"] = (report.bytes_whole, report.bytes_here, report.bytes_replicated)
     return errors
 
 
