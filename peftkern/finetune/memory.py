@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import resource
 import sys
 from collections.abc import Iterator
@@ -13,9 +12,7 @@ import torch
 
 from .config import FinetuneConfig
 
-__all__ = ["current_memory", "mapped_allocations", "memory_errors", "out_of_memory", "peak_memory"]
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+__all__ = ["current_memory", "memory_errors", "out_of_memory", "peak_memory"]
 
 
 def _status_bytes(key: str) -> int | None:
@@ -44,25 +41,6 @@ def current_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return _status_bytes("VmRSS") or _max_rss()
-
-
-@contextlib.contextmanager
-def mapped_allocations() -> Iterator[None]:
-    """Let glibc give every large block back when it is freed, not keep it in the heap.
-
-    While a model is quantized tensor by tensor, dense temporaries and small lasting blocks alternate: without this the heap of a model
-    with 24 MiB of 4-bit weights grew to 104 MiB, with it to 30. Afterwards the limits are those that glibc itself arrives at, as mapping
-    every activation anew would slow training. Elsewhere than with glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 17)
-    try:
-        yield
-    finally:
-        if mallopt:
-            mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-            mallopt(_M_TRIM_THRESHOLD, 1 << 26)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..memory.heap import mapped_allocations
 from .adapters import add_adapter, is_lora
 from .config import SAMPLE, FinetuneConfig
 from .conversion import dense_folder
 from .errors import InputError
 from .loading import check_folder, load_errors, require_all_weights
-from .memory import mapped_allocations
 from .sample import sample_model_file
 from .stock import prepare_stock
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["host_available", "host_limit", "in_wsl", "pinned_limit"]
+__all__ = ["host_available", "host_limit", "in_wsl", "pinned_limit", "private_bytes"]
 
 _WSL_PINNED = 768 << 20  # WSL2 pins about 0.75 to 1 GiB in all
 _PINNED_SHARE = 0.8  # of what is available; the rest stays for what cannot be locked in memory
@@ -29,6 +29,13 @@ def host_limit(root: Path = Path("/")) -> int:
     if machine is None:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for limit, _ in _cgroups(root))])
+
+
+def private_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process has to itself: its anonymous pages, without those of files it maps, which the
+    kernel can take back."""
+    lines = (root / "proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def in_wsl(root: Path = Path("/")) -> bool:

@@ -1,0 +1,86 @@
+"""Quantization to 4 bits slice by slice, with the bits of quantizing the whole tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .stored_weights import SLICE
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Params4bit
+
+__all__ = ["dense_slices", "quantize_slices"]
+
+
+def quantize_slices(
+    slices: Iterable[tuple[int, Tensor]],
+    like: Params4bit,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Any,
+) -> Params4bit:
+    """A quantized parameter of the format of `like` from the slices of a dense tensor.
+
+    Slices are coded by bitsandbytes' op, which on a CPU is peftkern's kernel where its backend is registered.
+    The offset of a nested absmax is the mean of all of them: they stay in fp32 (1/16 of a byte an element)
+    until the last slice is there.
+
+    Args:
+        slices: (index of the first element, flat slice of any float dtype); all but the last hold a multiple
+            of 16,384 elements.
+        like: an unquantized Params4bit: its quant_type, blocksize, nesting, storage dtype and module.
+        shape, dtype: of the dense weight; slices are rounded to `dtype` first.
+        device: where the result is to be.
+    Returns: the Params4bit that `Params4bit(dense.to(dtype)).to(device)` is, bit for bit.
+    """
+    numel, size = torch.Size(shape).numel(), like.blocksize
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-numel // size), dtype=torch.float32, device=device)
+    for start, part in slices:
+        part = part.to(device=device, dtype=dtype)
+        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(part, size, like.quant_type, torch.uint8)
+        packed[start // 2 : start // 2 + codes.numel()] = codes.reshape(-1)
+        absmax[start // size : start // size + scales.numel()] = scales.reshape(-1)
+    return _parameter(packed, absmax, like, shape, dtype)
+
+
+def dense_slices(weight: Tensor) -> Iterable[tuple[int, Tensor]]:
+    """The slices of a dense tensor in row-major order, without a copy where it is contiguous."""
+    flat = weight.detach().reshape(-1)
+    return ((start, flat[start : start + SLICE]) for start in range(0, flat.numel(), SLICE))
+
+
+def _parameter(
+    packed: Tensor, absmax: Tensor, like: Params4bit, shape: tuple[int, ...], dtype: torch.dtype
+) -> Params4bit:
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Params4bit
+
+    parts: dict[str, Any] = dict(shape=torch.Size(shape), dtype=dtype, blocksize=like.blocksize)
+    parts |= dict(
+        code=functional.get_4bit_type(like.quant_type, device=packed.device), quant_type=like.quant_type
+    )
+    if like.compress_statistics:
+        offset = absmax.mean()
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=256)
+        parts |= dict(offset=offset, state2=state2)
+    state = functional.QuantState(absmax=absmax, **parts)
+    module = like.module
+    made = Params4bit(
+        packed.view(like.quant_storage).unsqueeze(1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=like.blocksize,
+        compress_statistics=like.compress_statistics,
+        quant_type=like.quant_type,
+        quant_storage=like.quant_storage,
+        module=module,
+        bnb_quantized=True,
+    )
+    if module is not None:
+        module.quant_state = state
+    return made
