@@ -8,6 +8,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+_HOOK = os.environ.get("PEFTKERN_BNB_BACKEND")
+
 import torch  # noqa: E402
 
 # Triton decides at the kernels' import whether they are interpreted: without a CUDA device their numerics are proven on the CPU.
@@ -30,6 +32,14 @@ def isa(request: pytest.FixtureRequest):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What a test module imports must not switch the bitsandbytes hook off in this process, as benchmarks.peers does:
+    it would not come back after a test that takes it out."""
+    if os.environ.get("PEFTKERN_BNB_BACKEND") != _HOOK:
+        raise pytest.UsageError("a test module's import has set PEFTKERN_BNB_BACKEND: import within the test, see test_long_context.py")
 
 
 # Their kernels have no code of their own on avx512bf16: what runs there is what runs on amx, compiled with fewer flags.

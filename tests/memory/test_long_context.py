@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.long_context import Row, line
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -42,7 +40,10 @@ def test_two_lengths(options: list[str], tmp_path: Path) -> None:
         assert math.isfinite(float(row["loss"])) and float(row["gradient_norm"]) > 0
 
 
-def test_the_line_through_the_two_longest_that_fit() -> None:
+def test_the_line_through_the_two_longest_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTKERN_BNB_BACKEND", "0")  # which this import sets, for good
+    from benchmarks.gpu.long_context import Row, line
+
     def row(tokens: int, peak: int, note: str = "steps of 1 s") -> Row:
         return Row("", "", "8b", "", tokens, peak_allocated=peak, note=note)
 
