@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..memory.heap import mapped_allocations
+from ..memory.loading import read_4bit, reads_in_slices
 from .adapters import add_adapter, is_lora
 from .config import SAMPLE, FinetuneConfig
 from .conversion import dense_folder
@@ -70,16 +71,42 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> PreTrainedModel:
-    """Load `path` quantized on the fly, tensor by tensor; raises InputError unless every weight is in its files.
+    """Load `path` quantized on the fly, from slices of its files; raises InputError unless every weight is in its files.
 
     on_host: it stays on the host, from where its layers are to be streamed.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = compute_dtype(config.dtype)
     device = "cuda" if torch.cuda.is_available() and not on_host else "cpu"
-    with load_errors(config.model, path), mapped_allocations():
-        base, report = AutoModelForCausalLM.from_pretrained(
+    with load_errors(config.model, path):
+        if config.quantization != "none" and reads_in_slices(_fetched(path)):
+            nested, quant_type = config.double_quant, config.quantization
+            base, report = read_4bit(path, device=device, dtype=dtype, quant_type=quant_type, nested=nested, keep_cache=True)
+        else:
+            base, report = _load_whole(path, config, dtype, device)
+    unused = require_all_weights(config.model, base, report)
+    if unused:
+        print(unused, file=sys.stderr)
+    return base
+
+
+def _fetched(path: str) -> str:
+    """The folder of a hub id, downloaded where it is not; what cannot be had is left to `from_pretrained`, which tells."""
+    if os.path.isdir(path):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"])
+    except (OSError, ValueError):
+        return path
+
+
+def _load_whole(path: str, config: FinetuneConfig, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """By transformers, a tensor at a time: code of the model's own, pickled weights, no quantization."""
+    from transformers import AutoModelForCausalLM
+
+    with mapped_allocations():
+        return AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             device_map={"": device},
@@ -87,10 +114,6 @@ def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> Pr
             output_loading_info=True,
             **quantization_options(config, dtype),
         )
-    unused = require_all_weights(config.model, base, report)
-    if unused:
-        print(unused, file=sys.stderr)
-    return base
 
 
 def load_model(path: str, config: FinetuneConfig, *, on_host: bool = False) -> PeftModel:

@@ -27,15 +27,16 @@ def load_4bit(model: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     """Load a causal language model with 4-bit linear layers, quantized slice by slice as its files are read.
 
     The model is the one that `AutoModelForCausalLM.from_pretrained` gives with a `BitsAndBytesConfig`, bit
-    for bit. Private memory beside it is one slice of 1 M elements and the fp32 absmax of one tensor. A checkpoint
-    that bitsandbytes has quantized keeps its bits.
+    for bit. Private memory beside it is one slice of 1 M elements and the fp32 absmax of one tensor. A
+    checkpoint that bitsandbytes has quantized keeps its bits.
 
     Args:
         model: a folder that holds config.json and safetensors files, or a hub id that is in the local cache.
         options: those of `read_4bit`.
     Returns: the model, in evaluation mode, all its parameters on one device.
     Raises: WeightsError (a ValueError) where a file is missing, cut or garbled, or where weights are missing
-        or have other shapes than config.json says; ValueError for a checkpoint or an argument that is not served.
+        or have other shapes than config.json says; ValueError for a checkpoint or an argument that is not
+        served.
 
     >>> model = load_4bit("my-model", dtype=torch.bfloat16)  # doctest: +SKIP
     """
@@ -86,7 +87,7 @@ def read_4bit(
         revision: of a hub id.
         keep_cache: leave the files in the page cache for the next run to find; otherwise each tensor's pages
             are dropped once it is read.
-        progress: show a bar of bytes, on terminals only.
+        progress: show a bar of bytes, on terminals only, unless transformers' bars are switched off.
         options: what else `from_pretrained` takes (attn_implementation, ...).
     Returns: (model, {"missing_keys", "unexpected_keys", "mismatched_keys", ...}).
     """
@@ -205,8 +206,8 @@ def _config(folder: Path) -> PretrainedConfig:
     other = _other_quantization(getattr(config, "quantization_config", None))
     if other:
         raise ValueError(
-            f"{folder}: is quantized by {other}: give its dense checkpoint, or one that bitsandbytes quantized "
-            "to 4 bits"
+            f"{folder}: is quantized by {other}: give its dense checkpoint, or one that bitsandbytes "
+            "quantized to 4 bits"
         )
     return config
 
@@ -254,7 +255,9 @@ def _progress(name: str, shown: bool) -> Iterator[Any]:
     was = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with tqdm(desc=f"Loading {name}", unit="B", unit_scale=True, disable=None if shown else True) as bar:
+        with tqdm(
+            desc=f"Loading {name}", unit="B", unit_scale=True, disable=None if shown and was else True
+        ) as bar:
             yield bar
     finally:
         if was:
@@ -270,11 +273,12 @@ def _other_shapes(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _tell_dense_experts(model: PreTrainedModel) -> None:
-    dense = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+    named = model.named_parameters()
+    dense = [parameter for name, parameter in named if parameter.ndim == 3 and "experts" in name]
     if dense:
         size = sum(parameter.numel() * parameter.element_size() for parameter in dense) / 1e9
         warnings.warn(
-            f"{len(dense)} parameters of three dimensions (experts) stay dense, {size:.2f} GB: bitsandbytes "
+            f"{len(dense)} parameters of experts stay dense, {size:.2f} GB: bitsandbytes "
             "quantizes linear layers",
             stacklevel=3,
         )

@@ -27,8 +27,9 @@ _DTYPES = {
     name: getattr(torch, dtype)
     for name, dtype in {
         "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
-        "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn",
-        "F8_E5M2": "float8_e5m2", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+        "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
+        "U32": "uint32", "U64": "uint64",
     }.items()
 }  # fmt: skip
 
@@ -144,8 +145,8 @@ class StoredWeights:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise WeightsError(
-                f"{path}: cannot be opened ({error.strerror}): download or copy the model again, with all its "
-                "shards"
+                f"{path}: cannot be opened ({error.strerror}): download or copy the model again, with all "
+                "its shards"
             ) from error
         self._descriptors.append(descriptor)
         entries, first = _header(path, descriptor)
