@@ -13,7 +13,7 @@ from .stored_weights import SLICE
 if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
 
-__all__ = ["dense_slices", "quantize_slices"]
+__all__ = ["dense_slices", "quantize_slices", "staging_bytes"]
 
 
 def quantize_slices(
@@ -41,10 +41,7 @@ def quantize_slices(
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-numel // size), dtype=torch.float32, device=device)
     for start, part in slices:
-        part = part.to(device=device, dtype=dtype)
-        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(part, size, like.quant_type, torch.uint8)
-        packed[start // 2 : start // 2 + codes.numel()] = codes.reshape(-1)
-        absmax[start // size : start // size + scales.numel()] = scales.reshape(-1)
+        _code(part.to(device=device, dtype=dtype), start, packed, absmax, like)
     return _parameter(packed, absmax, like, shape, dtype)
 
 
@@ -52,6 +49,24 @@ def dense_slices(weight: Tensor) -> Iterable[tuple[int, Tensor]]:
     """The slices of a dense tensor in row-major order, without a copy where it is contiguous."""
     flat = weight.detach().reshape(-1)
     return ((start, flat[start : start + SLICE]) for start in range(0, flat.numel(), SLICE))
+
+
+def _code(part: Tensor, start: int, packed: Tensor, absmax: Tensor, like: Params4bit) -> None:
+    """Put the bytes and the absmax of a slice where they belong."""
+    size = like.blocksize
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(part, size, like.quant_type, torch.uint8)
+    packed[start // 2 : start // 2 + codes.numel()] = codes.reshape(-1)
+    absmax[start // size : start // size + scales.numel()] = scales.reshape(-1)
+
+
+def staging_bytes(numel: int, itemsize: int, *, nested: bool, blocksize: int) -> int:
+    """Bytes on the device beside the result while a tensor of `numel` elements is quantized: a slice of
+    `itemsize` bytes an element with its codes and absmax; where absmax is nested, it is there once more in
+    fp32, and twice while it is quantized itself."""
+    count = min(SLICE, numel)
+    slice_bytes = count * itemsize + (count + 1) // 2 + 4 * -(-count // blocksize)
+    absmax = 4 * -(-numel // blocksize) if nested else 0
+    return max(slice_bytes + absmax, 2 * absmax)
 
 
 def _parameter(

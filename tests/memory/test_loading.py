@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch import nn
 
 from peftkern import nf4, use_backend
 from peftkern.memory import loading, sliced_quantize, stored_weights
+from peftkern.memory.count import MemoryCount
 from peftkern.memory.loading import load_4bit, read_4bit, reads_in_slices
-from peftkern.memory.sliced_quantize import dense_slices, quantize_slices
+from peftkern.memory.sliced_quantize import dense_slices, quantize_slices, staging_bytes
 from peftkern.memory.stored_weights import StoredTensor, StoredWeights, WeightsError
 from peftkern.ops import quantize
 
@@ -24,6 +26,7 @@ from .. import stock
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from peftkern.memory import sliced_quantizer  # noqa: E402  (imports transformers)
 
 SMALL = dict(
     vocab_size=131,
@@ -126,6 +129,23 @@ def test_slices_give_the_bits_of_the_whole(
         assert torch.equal(got.data, whole.data)
         mine, theirs = (one.quant_state.as_dict(packed=True) for one in (got, whole))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(31, 70), (700, 512)])
+def test_staging_is_what_the_planner_counts(shape: tuple[int, int], nested: bool) -> None:
+    dense = torch.randn(shape)
+    like = bnb.nn.Params4bit(torch.empty(shape, device="meta"), quant_type="nf4", compress_statistics=nested)
+    with MemoryCount(phase="load", classify=None) as count:
+        got = quantize_slices(dense_slices(dense), like, shape, torch.bfloat16, "cpu")
+    state = got.quant_state.as_dict()
+    tensors = [
+        got.data,
+        *(value for key, value in state.items() if isinstance(value, torch.Tensor) and "map" not in key),
+    ]
+    result = sum(tensor.nbytes for tensor in tensors)
+    predicted = result + staging_bytes(dense.numel(), 2, nested=nested, blocksize=64)
+    assert count.peaks["load"] == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -341,14 +361,15 @@ def open_files(folder: Path) -> list[Path]:
     return [file for link in links if (file := Path(link.readlink())).parent == folder]
 
 
-def alive() -> int:
-    """Quantized parameters and stored tensors that something holds."""
-    return sum(type(one) in (bnb.nn.Params4bit, StoredTensor) for one in gc.get_objects())
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux' /proc")
 def test_interrupted_loading_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
+    made: list[weakref.ref] = []
+
+    def quantize(*args: Any) -> Any:
+        weight = quantize_slices(*args)
+        made.append(weakref.ref(weight))
+        return weight
 
     class Bar(Progress):
         def update(self, count: int) -> None:
@@ -358,13 +379,13 @@ def test_interrupted_loading_leaves_nothing(folder: Path, monkeypatch: pytest.Mo
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(loading, "_progress", lambda name, shown: Bar())
+    monkeypatch.setattr(sliced_quantizer, "quantize_slices", quantize)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    before_it = alive()
     with pytest.raises(KeyboardInterrupt):
         load_4bit(folder)
     gc.collect()
     assert len(seen) == 20 and not open_files(folder)
-    assert alive() == before_it
+    assert made and not [one for one in made if one() is not None]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 

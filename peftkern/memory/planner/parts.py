@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+from ..sliced_quantize import staging_bytes
 from .budgets import Limits
 from .cards import GIB
 from .ledger import PHASES, Part
@@ -18,7 +19,7 @@ __all__ = [
     "base_bytes",
     "fixed_parts",
     "host_parts",
-    "largest_tensor",
+    "loading_bytes",
     "packed_bytes",
     "total",
 ]
@@ -98,25 +99,25 @@ def fixed_parts(step: Step) -> list[Part]:
                 group="driver",
             )
         )
-    dense = largest_tensor(shape, options)
     parts.append(
         Part(
             "a tensor being quantized",
-            dense,
+            loading_bytes(shape, options),
             phases=("load",),
-            formula="the largest dense tensor",
-            source="quantized as they load, one at a time",
+            formula="a slice of 1 M elements, absmax of the largest tensor in fp32",
+            source=_COUNT,
             group="scratch",
         )
     )
     return [part for part in parts if part.nbytes]
 
 
-def largest_tensor(shape: Shape, options: RunOptions) -> int:
-    """Bytes of the largest weight, dense, that is there while the model loads."""
+def loading_bytes(shape: Shape, options: RunOptions) -> int:
+    """Bytes beside the result while the largest linear is quantized from slices: peftkern.memory.loading."""
     if not options.four_bit:
         return 0
-    return max((one.n * one.k for one in shape.linears), default=0) * options.dtype_bytes
+    numel = max((one.n * one.k for one in shape.linears), default=0)
+    return staging_bytes(numel, options.dtype_bytes, nested=options.nested, blocksize=options.blocksize)
 
 
 def _weights(shape: Shape, options: RunOptions) -> list[Part]:
