@@ -202,7 +202,14 @@ def _config(folder: Path) -> PretrainedConfig:
 
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder}: has no config.json: give a folder that save_pretrained wrote")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        own = "trust_remote_code" in str(error)
+        reason = "brings Python code of its own, which is not run here: load it by from_pretrained"
+        raise WeightsError(
+            f"{folder}: {reason if own else f'its config.json is not understood ({str(error)[:300]})'}"
+        ) from error
     other = _other_quantization(getattr(config, "quantization_config", None))
     if other:
         raise ValueError(

@@ -282,6 +282,12 @@ def moved(folder: Path) -> None:
             lambda f: change(f, "config.json", intermediate_size=96),
             "other shapes than config.json says: 6 weights",
         ),
+        (
+            lambda f: change(f, "config.json", model_type="own", auto_map={"AutoConfig": "own.Own"}),
+            "is not run here",
+        ),
+        (lambda f: change(f, "config.json", model_type="own"), r"config\.json is not understood \(.*own"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not understood"),
         (lambda f: change(f, "config.json", model_type="t5"), "t5 is no causal language model"),
         (
             lambda f: change(f, "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
