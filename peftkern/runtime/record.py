@@ -69,7 +69,9 @@ class Recorder:
         wanted = _extent(t)
         inside = [i for i, e in enumerate(self.extents) if e.first <= wanted.first < wanted.last <= e.last]
         if not inside:
-            raise Unrecordable(f"a tensor {tuple(t.shape)} that is neither an argument nor allocated by the call")
+            raise Unrecordable(
+                f"a tensor {tuple(t.shape)} that is neither an argument nor allocated by the call"
+            )
         if len({self.extents[i].first for i in inside}) > 1:
             raise Unrecordable("arguments that overlap")
         base, like = inside[0], self.bases[inside[0]]
@@ -81,7 +83,9 @@ class Recorder:
         """As `place`, of a tensor that is made again as a view of its base."""
         found = self.place(t)
         like = self.bases[found.base]
-        if not found.whole and (t.dtype != like.dtype or found.offset % t.element_size() or type(like) not in _PLAIN):
+        if not found.whole and (
+            t.dtype != like.dtype or found.offset % t.element_size() or type(like) not in _PLAIN
+        ):
             raise Unrecordable(f"a view of {t.dtype} on a {type(like).__name__} of {like.dtype}")
         return found
 
@@ -238,7 +242,9 @@ def _with_drops(steps: list[Any], inputs: int, result: Any) -> list[Any]:
     return found
 
 
-def record(function: Callable[..., Any], args: tuple, tensors: list[Tensor]) -> tuple[Any, Record | None, str]:
+def record(
+    function: Callable[..., Any], args: tuple, tensors: list[Tensor]
+) -> tuple[Any, Record | None, str]:
     """Runs the call: its result, its record, and why there is none. tensors: those in `args`."""
     recorder = _current.recorder = Recorder(tensors)
     try:

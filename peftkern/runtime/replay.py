@@ -101,7 +101,9 @@ def _keep(table: dict[tuple, Any], key: tuple, value: Any) -> None:
     table[key] = value
 
 
-def _recorded(function: Callable[..., Any], name: str, table: dict, key: tuple, args: tuple, tensors: list) -> Any:
+def _recorded(
+    function: Callable[..., Any], name: str, table: dict, key: tuple, args: tuple, tensors: list
+) -> Any:
     try:
         result, made, reason = record(function, args, tensors)
     except torch.OutOfMemoryError:

@@ -143,7 +143,9 @@ def freeze_below(
     ['2.weight', '2.bias']
     """
     stop = BackwardStop(model, first_layer, layers=layers, reentrant=reentrant)
-    frozen = [parameter for _, parameter in below(model, first_layer, layers=layers) if parameter.requires_grad]
+    frozen = [
+        parameter for _, parameter in below(model, first_layer, layers=layers) if parameter.requires_grad
+    ]
     if len(frozen) == sum(parameter.requires_grad for parameter in model.parameters()):
         stop.remove()
         raise ValueError(

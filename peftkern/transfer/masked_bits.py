@@ -61,7 +61,9 @@ def masked_document_bits(
             if not pieces:
                 raise InputError(f"text {number} is empty: leave it out")
             with torch.no_grad(), autocast():
-                batches = (_batches(*piece, tokenizer.mask_token_id, rate, seed, batch_size) for piece in pieces)
+                batches = (
+                    _batches(*piece, tokenizer.mask_token_id, rate, seed, batch_size) for piece in pieces
+                )
                 nats = sum(_nats(model, *batch) for of_piece in batches for batch in of_piece)
             bits.append(nats / math.log(2))
     finally:

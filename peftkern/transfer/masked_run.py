@@ -88,7 +88,9 @@ def check_options(config: FinetuneConfig) -> None:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} is an option of causal models: drop it, or --masked")
     if not is_lora(config):
-        raise InputError(f"--masked trains LoRA adapters, and --adapter is {config.adapter}: drop one of them")
+        raise InputError(
+            f"--masked trains LoRA adapters, and --adapter is {config.adapter}: drop one of them"
+        )
     if not config.document_boundaries:
         raise InputError("--masked always keeps documents apart: drop --no-document-boundaries")
 
@@ -104,7 +106,9 @@ def window_of(config: FinetuneConfig) -> int:
     places = getattr(found, "max_position_embeddings", None) or _WINDOW
     most = min(places, tokenizer.model_max_length)
     if config.seq_length is not None and config.seq_length > most:
-        raise InputError(f"--seq-length {config.seq_length}: the model has {most} positions: give at most so many")
+        raise InputError(
+            f"--seq-length {config.seq_length}: the model has {most} positions: give at most so many"
+        )
     return config.seq_length or min(_WINDOW, most)
 
 
@@ -140,7 +144,9 @@ class _Run:
         check_same_run(stored, self.config, contents, self.folder.output)
         masked = {"rate": self.rate}
         if stored and stored["masked"] != masked:
-            raise InputError(f"--resume: the run masks {stored['masked']['rate']} of the tokens: give the same rate")
+            raise InputError(
+                f"--resume: the run masks {stored['masked']['rate']} of the tokens: give the same rate"
+            )
         if stored and self.folder.result.exists():
             values = read_record(self.folder.result)
             if values["steps"] == self.config.steps or self.config.steps is None:
@@ -228,7 +234,9 @@ def _adapted(base: PreTrainedModel, config: FinetuneConfig, new: tuple[str, ...]
     """The base with a new LoRA adapter in fp32, patched; the modules of weights that are `new` in full."""
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in new if name.endswith(".weight")))
     if modules and config.quantization != "none":
-        raise InputError(f"--model {config.model} lacks the weights of its masked head: give --quantization none")
+        raise InputError(
+            f"--model {config.model} lacks the weights of its masked head: give --quantization none"
+        )
     set_seed(config.seed)
     model = add_lora(base, config, task_type=None, trained=modules)
     for parameter in model.parameters():

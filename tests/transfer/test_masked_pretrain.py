@@ -84,7 +84,11 @@ def test_target_text_does_more_than_other_text(options: dict[str, Any], control:
     options |= {"steps": 30}
     report = continued_pretraining(FinetuneConfig(**options), (control,), mask_rate=0.15, quiet=True)
     assert list(report.arms) == ["before", "adapted", "control"] and report.steps == 30
-    assert report.gain("adapted").low > 0 and report.gain("adapted").mean > 0.3 and "it is the target's text" in report.verdict
+    assert (
+        report.gain("adapted").low > 0
+        and report.gain("adapted").mean > 0.3
+        and "it is the target's text" in report.verdict
+    )
     assert "masked bits per byte" in report.table() and "masked bits per byte" in report.verdict
     folder = Path(options["output"])
     assert report.verdict in (folder / "report.md").read_text(encoding="utf-8")
@@ -162,7 +166,9 @@ def test_a_head_that_the_files_lack_is_trained_in_full_and_said(
 def test_recomputed_activations_train_the_same_adapter(options: dict[str, Any], tmp_path: Path) -> None:
     options |= {"steps": 3, "layer_rates": 2.0}
     for name, recompute in (("kept", False), ("recomputed", True)):
-        config = FinetuneConfig(**options | {"gradient_checkpointing": recompute, "output": str(tmp_path / name)})
+        config = FinetuneConfig(
+            **options | {"gradient_checkpointing": recompute, "output": str(tmp_path / name)}
+        )
         continued_pretraining(config, mask_rate=0.15, quiet=True)
     kept, recomputed = (state(tmp_path / name / "adapted") for name in ("kept", "recomputed"))
     moved = [name for name, value in kept.items() if "lora_B" in name and value.abs().max() > 1e-3]

@@ -180,5 +180,3 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(
             f"--output {folder} is no earlier result of peftkern arithmetic: name another folder, or empty it"
         )
-
-

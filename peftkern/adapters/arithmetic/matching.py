@@ -83,5 +83,3 @@ def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
         return False
     pieces = pieces_of(one.entries[name].numel, PIECE)
     return all(torch.equal(one.read(name, *piece), other.read(name, *piece)) for piece in pieces)
-
-

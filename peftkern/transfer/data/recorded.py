@@ -81,7 +81,9 @@ class RowDynamics:
         trained = f"{len(self.seen)} of {rows} rows were trained on"
         first, last = (np.nanmedian(self.nats[epoch]) for epoch in (0, -1))
         if epochs == 1:
-            return f"{trained}, once each: a row's loss ({first:.2f} nats a token, the median) is from before it"
+            return (
+                f"{trained}, once each: a row's loss ({first:.2f} nats a token, the median) is from before it"
+            )
         stays = np.nanpercentile(self.nats[-1], 95)
         course = f"the median row goes from {first:.2f} to {last:.2f} nats a token in {epochs} epochs"
         return f"{trained}; {course}, and one in twenty stays above {stays:.2f}"
@@ -106,5 +108,7 @@ def row_dynamics(path: Path, sources: Sequence[str], rows: int) -> RowDynamics:
         trained = [stored["data"].get(source) for source in stored["config"]["data"]]
         if trained != [fingerprint(source) for source in sources]:
             given = " ".join(sources)
-            raise InputError(f"--row-losses {path} is of a run on other data than {given}: give the data of that run")
+            raise InputError(
+                f"--row-losses {path} is of a run on other data than {given}: give the data of that run"
+            )
     return RowDynamics(found.nats)
