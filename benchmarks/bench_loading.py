@@ -75,7 +75,7 @@ def _child(folder: str, warm: str, provider: str, dtype: str, device: str) -> No
             peak[0] = max(peak[0], private_bytes())
 
     load = {"peftkern": _ours, "transformers": _transformers}[provider]
-    load(warm, getattr(torch, dtype), "cpu")
+    load(warm, getattr(torch, dtype), "cpu" if device == "meta" else device)
     before, peak, done = private_bytes(), [0], threading.Event()
     thread = threading.Thread(target=watch)
     thread.start()
@@ -120,7 +120,8 @@ def _report(name: str, seen: dict[str, float], limit: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host-of-8b", action="store_true")
-    parser.add_argument("--child", nargs=5)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: then the host's share is measured")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return _child(*args.child)
@@ -134,7 +135,8 @@ def main() -> None:
         for dtype, itemsize in (("bfloat16", 2), ("float32", 4)):
             model, largest = _expected(itemsize, _MODEL)
             for provider in ("peftkern", "transformers"):
-                _report(f"{dtype}, {provider}", measure(folder, warm, provider, dtype), model + 1.2 * largest)
+                limit = model + 1.2 * largest if args.device == "cpu" else 1.5e9
+                _report(f"{dtype}, {provider}, {args.device}", measure(folder, warm, provider, dtype, args.device), limit)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from peftkern.finetune import FinetuneConfig, InputError
 from peftkern.finetune.model import compute_dtype, load_model, resolve_model
+from peftkern.memory.stored_weights import StoredTensor
 
 from .conftest import save_tiny_model
 
@@ -56,6 +58,19 @@ def test_loading_peaks_near_the_quantized_size(tmp_path: Path) -> None:
     # Half a byte and its block maxima a weight, one dense layer on the way, and the adapter, embeddings and bookkeeping: 24 + 9 + 8 MiB
     # of 144 MiB as fp32.
     assert 0.5 * weights <= after <= peak <= 0.53 * weights + 4 * weights / 16 + 8
+
+
+def test_hub_ids_are_read_in_slices_too(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--llama"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(tiny_model, repository / "snapshots" / ("a" * 40))
+    read: list[str] = []
+    slices = StoredTensor.slices
+    monkeypatch.setattr(StoredTensor, "slices", lambda self: read.append(self.name) or slices(self))
+    model = load_model("some/llama", FinetuneConfig(model="some/llama", patch=False).resolved())
+    assert len(read) == 2 * 9 + 2 and model.peft_config["default"].base_model_name_or_path == "some/llama"
 
 
 def test_linears_are_four_bit_and_the_rest_is_not(tiny_model: str) -> None:

@@ -188,12 +188,24 @@ def test_linears_are_never_dense(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_quantized_checkpoints_keep_their_bits(folder: Path, tmp_path: Path) -> None:
-    made = of_transformers(folder, torch.bfloat16, bnb_4bit_quant_type="fp4")
+    made = load_4bit(folder, quant_type="fp4", progress=False)
     made.save_pretrained(tmp_path, max_shard_size="60KB")
     model = load_4bit(tmp_path, progress=False)  # nf4 is the default: the checkpoint's own type stays
     assert_same(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}))
     mine, theirs = model.state_dict(), made.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_hub_ids_in_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--llama"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    model = load_4bit("some/llama", progress=False)
+    assert model.name_or_path == model.config._name_or_path == "some/llama"
+    with pytest.raises(WeightsError, match="some/llama: neither a folder nor a hub id in the local cache"):
+        load_4bit("some/llama", revision="other", progress=False)
 
 
 def gpt2() -> Any:
