@@ -16,7 +16,8 @@ __all__ = ["Checkpoint", "checkpoints", "newest_sound", "write_checksums"]
 
 _CHECKSUMS = "checksums.json"
 _ADAPTER, _STATE = "adapter_model.safetensors", "trainer_state.json"
-_PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_PICKLED = ("optimizer.pt", "scheduler.pt")
+_RANDOM = ("rng_state.pth", "rng_state_0.pth")  # of one process, of the first of several
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,16 @@ def _read(path: Path) -> Checkpoint:
     for name in (_ADAPTER, *_PICKLED, _STATE):
         if not (path / name).is_file():
             raise _DamagedError(f"{name} is missing")
+    random = [file.name for file in sorted(path.glob("rng_state*.pth"))]
+    if not set(_RANDOM) & set(random):
+        raise _DamagedError(f"{_RANDOM[0]} is missing")
     _check_sums(path)
     state = _json(path / _STATE)
     step = state.get("global_step")
     if not isinstance(step, int) or step < 1:
         raise _DamagedError(f"{_STATE} tells no step")
     _check_adapter(path / _ADAPTER)
-    for name in _PICKLED:
+    for name in (*_PICKLED, *random):
         _check_pickle(path / name)
     return Checkpoint(path, step, state)
 

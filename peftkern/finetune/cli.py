@@ -12,6 +12,7 @@ from .compare import compare
 from .config import FinetuneConfig
 from .errors import exit_status
 from .forgetting import forgetting_lines
+from .processes import is_first
 from .recipe import FinetuneResult, finetune
 
 __all__ = ["add_arguments", "main"]
@@ -111,7 +112,10 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
         ),
         "fit_ram": (str, "host memory that --fit may use; default: what is available"),
         "fit_disk": (str, "room on the disk that --fit may use for checkpoints; default: none"),
-        "longest_first": (bool, "before training run the longest batch once, for memory to run out then if it does"),
+        "longest_first": (
+            bool,
+            "before training run the longest batch once, for memory to run out then if it does",
+        ),
     },
     "forgetting": {
         "source_data": (
@@ -199,6 +203,8 @@ def main(args: argparse.Namespace) -> int:
             **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         )
         result = finetune(config)
+        if not is_first():
+            return 0
         print(summary(result))
         worse = worsened(result)
         if worse:

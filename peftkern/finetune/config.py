@@ -41,7 +41,15 @@ _GENERAL_DEFAULTS = {
 }
 
 # How a run is started, not what it computes: these may differ between a run and its resumption.
-_NOT_COMPARED = ("output", "resume", "overwrite", "compare", "save_steps", "keep_checkpoints", "longest_first")
+_NOT_COMPARED = (
+    "output",
+    "resume",
+    "overwrite",
+    "compare",
+    "save_steps",
+    "keep_checkpoints",
+    "longest_first",
+)
 # What runs did that were stored before there was the option.
 _BEFORE = {
     "adapter": DEFAULT,
@@ -299,9 +307,9 @@ class FinetuneConfig:
                 arguments += [flag, str(value)]
         return arguments
 
-    def differences(self, stored: dict[str, Any]) -> list[str]:
+    def differences(self, stored: dict[str, Any], processes: tuple[int, int] = (1, 1)) -> list[str]:
         """Lines "option: stored, now" for every option that changes what is computed and may not change in a
-        resumption."""
+        resumption. processes: in how many the stored run began, and how many there are now."""
         ours, stored = self.to_dict(), _BEFORE | stored
         lines = [
             f"{_flag(key)}: {stored.get(key)!r} in the stored run, {value!r} now"
@@ -311,10 +319,11 @@ class FinetuneConfig:
         rows, now = (
             (options.get("batch_size"), options.get("grad_accumulation")) for options in (stored, ours)
         )
-        if None in rows or rows[0] * rows[1] != now[0] * now[1]:
+        before, after = (f" x {n} processes" if max(processes) > 1 else "" for n in processes)
+        if None in rows or rows[0] * rows[1] * processes[0] != now[0] * now[1] * processes[1]:
             lines.append(
-                f"--batch-size and --grad-accumulation: {rows[0]} x {rows[1]} in the stored run, {now[0]} x"
-                f" {now[1]} now (others with the same product will do)"
+                f"--batch-size and --grad-accumulation: {rows[0]} x {rows[1]}{before} in the stored run, {now[0]} x"
+                f" {now[1]}{after} now (others with the same product will do)"
             )
         return lines
 

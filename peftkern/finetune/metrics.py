@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..files import TEMP_PREFIX
 from .memory import current_memory, peak_memory
@@ -41,10 +41,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def restore_metrics(path: Path, step: int, logged: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+def restore_metrics(path: Path, step: int, logged: list[dict[str, Any]], *, write: bool = True) -> tuple[list[dict[str, Any]], int]:
     """Keep the lines up to `step`, so that a resumed run writes no step twice; returns them, and how many of them were lost.
 
-    For a lost line stands what the trainer `logged` of that step, with no tokens and no time.
+    For a lost line stands what the trainer `logged` of that step, with no tokens and no time. write: False in a process that
+    only reads along.
     """
     rows = read_metrics(path)[:step]
     known, lost = {entry.get("step"): entry for entry in logged if "loss" in entry}, step - len(rows)
@@ -54,7 +55,8 @@ def restore_metrics(path: Path, step: int, logged: list[dict[str, Any]]) -> tupl
         rows.append(
             row | {"epoch": entry.get("epoch", 0.0), "grad_norm": entry.get("grad_norm"), "wall": rows[-1]["wall"] if rows else 0.0}
         )
-    _write(path, rows)
+    if write:
+        _write(path, rows)
     return rows, lost
 
 
@@ -87,16 +89,19 @@ class RandomState:
 class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl and drives the progress bar; `tokens` is set by the trainer before each step ends."""
 
-    def __init__(self, path: Path, earlier: list[dict[str, Any]], *, quiet: bool = False) -> None:
+    def __init__(self, path: Path, earlier: list[dict[str, Any]], *, quiet: bool = False, write: bool = True) -> None:
         self.path = path
         self.rows = earlier
         self.quiet = quiet
+        self.write = write
         self.tokens = 0
         self.random_state = RandomState()
         self._wall_before = earlier[-1]["wall"] if earlier else 0.0
         self._bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:  # each process drops out other elements; the order of the rows is drawn already
+            set_seed(args.seed + args.process_index)
         self._begin = self._step_begin = time.perf_counter()
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step", disable=self.quiet)
 
@@ -125,17 +130,21 @@ class MetricsCallback(TrainerCallback):
         }
         row |= {name: value for name, value in logs.items() if name in _FORGETTING}
         self.rows.append(row)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise OSError(f"could not write {self.path}: {error}. Free some disk space, then go on with --resume") from error
+        if self.write:
+            self._append(row)
         forgotten = f", forgets {row['forgetting']:.3f} nats" if "forgetting" in row else ""
         self._bar.set_postfix_str(
             f"loss {row['loss']:.3f}{forgotten}, {row['tokens_per_second']:.0f} tok/s, {current_memory() / 2**30:.2f} GiB",
             refresh=False,
         )
         self._bar.update(state.global_step - self._bar.n)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.path}: {error}. Free some disk space, then go on with --resume") from error
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from .config import SAMPLE, FinetuneConfig
 from .conversion import dense_folder
 from .errors import InputError
 from .loading import check_folder, load_errors, require_all_weights
+from .processes import say
 from .sample import sample_model_file
 from .stock import prepare_stock
 
@@ -76,7 +76,7 @@ def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> Pr
     on_host: it stays on the host, from where its layers are to be streamed.
     """
     dtype = compute_dtype(config.dtype)
-    device = "cuda" if torch.cuda.is_available() and not on_host else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() and not on_host else "cpu"
     with load_errors(config.model, path):
         if config.quantization != "none" and reads_in_slices(_fetched(path)):
             nested, quant_type = config.double_quant, config.quantization
@@ -85,7 +85,7 @@ def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> Pr
             base, report = _load_whole(path, config, dtype, device)
     unused = require_all_weights(config.model, base, report)
     if unused:
-        print(unused, file=sys.stderr)
+        say(unused)
     return base
 
 
@@ -123,11 +123,11 @@ def load_model(path: str, config: FinetuneConfig, *, on_host: bool = False) -> P
         import peftkern
 
         try:
-            print(peftkern.patch(model).summary, file=sys.stderr)
+            say(peftkern.patch(model).summary)
         except ValueError as error:
             if is_lora(config):
                 raise
-            print(f"Nothing of this model was patched, it runs as it is: {error}", file=sys.stderr)
+            say(f"Nothing of this model was patched, it runs as it is: {error}")
     else:
         prepare_stock(model)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import warnings
@@ -13,10 +14,11 @@ from .base import base_fingerprint
 from .card import model_card
 from .config import LENGTH, FinetuneConfig
 from .errors import InputError, require
-from .folder import RunFolder, open_run, read_record
+from .folder import RunFolder, read_record
 from .forgetting import FOLDER, choose_adapter, install_forgetting, load_source
 from .generation import generate
 from .memory import memory_errors, peak_memory
+from .processes import is_first, lost_processes, open_shared, process_count, process_group
 from .resume import changed_options, check_length, check_same_run, stored_run
 from .signals import StopSignals, stop_signals
 from .stock import stock_kernels
@@ -61,7 +63,13 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     require(*_EXTRA, *(() if config.quantization == "none" else ("bitsandbytes",)))
     config = config.resolved()
     # The folder comes first, before libraries that take seconds to import: whoever comes second learns it at once.
-    with stop_signals() as stop, open_run(config) as folder, warnings.catch_warnings(), memory_errors(config), stock_kernels(config):
+    quiet = quiet or not is_first()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lost_processes())
+        stack.enter_context(process_group(config))
+        stop, folder = stack.enter_context(stop_signals()), stack.enter_context(open_shared(config))
+        for context in (warnings.catch_warnings(), memory_errors(config), stock_kernels(config)):
+            stack.enter_context(context)
         calm_libraries(quiet or not sys.stderr.isatty())
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return _Run(config, folder, stop, quiet).execute()
@@ -150,10 +158,11 @@ class _Run:
             config = dataclasses.replace(config, gradient_checkpointing=fit.options.checkpointing)
         earlier: list[dict[str, Any]] = []
         if self.checkpoint:
-            earlier, lost = restore_metrics(self.folder.metrics, self.checkpoint.step, self.checkpoint.state.get("log_history", []))
+            logged = self.checkpoint.state.get("log_history", [])
+            earlier, lost = restore_metrics(self.folder.metrics, self.checkpoint.step, logged, write=is_first())
             if lost:
                 self._say(f"{self.folder.metrics} lacked the last {lost} steps: their tokens and times are unknown, and written as 0.")
-        self.metrics = MetricsCallback(self.folder.metrics, earlier, quiet=self.quiet)
+        self.metrics = MetricsCallback(self.folder.metrics, earlier, quiet=self.quiet, write=is_first())
         trainer = make_trainer(config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics)
         trainer.stop = self.stop
         return trainer
@@ -164,6 +173,7 @@ class _Run:
         """Write run.json: of a new run with the evaluation before it, of a resumed one with the options that change."""
         if not stored:
             record = {"config": self.config.to_dict(), "data": contents, "base": base_fingerprint(self.config.model)}
+            record |= {"processes": process_count()} if process_count() > 1 else {}
             if self.config.source_data:
                 record["files"] = [FOLDER]
             self.folder.begin(record | self._before(trainer))
@@ -176,6 +186,8 @@ class _Run:
         # The result and the adapter of an extended run stay until there are new ones; this tells that they are not the new ones.
         extends = result.steps if result else stored.get("extends", 0)
         record = record | {"extends": extends if extends < planned else 0}
+        if process_count() != stored.get("processes", 1):
+            record = record | {"processes": process_count()}
         if record != stored:
             self.folder.begin(record)
 
@@ -187,7 +199,7 @@ class _Run:
 
     def _train(self, trainer: RecipeTrainer, planned: int) -> None:
         if self.checkpoint is None:
-            if self.folder.metrics.exists():
+            if self.folder.metrics.exists() and is_first():
                 self._say("No checkpoint was saved: training begins again at step 1.")
                 self.folder.metrics.unlink()
         else:
@@ -204,9 +216,6 @@ class _Run:
 
     def _finish(self, trainer: RecipeTrainer, stored: dict[str, Any]) -> FinetuneResult:
         """Evaluate, save the adapter and the curve, and last result.json, which marks the run as finished."""
-        from ..transfer.forgetting.plots import plot_forgetting
-        from .metrics import plot_loss
-
         forgetting = choose_adapter(trainer, self._say)
         self._say("Evaluating after training ...")
         rows = self.metrics.rows
@@ -227,11 +236,20 @@ class _Run:
             sample_after=generate(trainer, self.prompt, self.config.sample_tokens),
             forgetting=forgetting,
         )
+        if is_first():
+            self._write(trainer, result, stored)
+        return result
+
+    def _write(self, trainer: RecipeTrainer, result: FinetuneResult, stored: dict[str, Any]) -> None:
+        from ..transfer.forgetting.plots import plot_forgetting
+        from .metrics import plot_loss
+
+        rows = self.metrics.rows
         with atomic_files(self.folder.work) as temporary:
             trainer.model.save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
             plot_loss(rows, temporary / "loss.png")
-            if forgetting:
+            if result.forgetting:
                 plot_forgetting(trainer.guard, temporary / "forgetting.png", rows)
             (temporary / "README.md").write_text(model_card(self.config, result, stored), encoding="utf-8")
             kept = [FOLDER] if self.config.source_data else []
@@ -239,7 +257,6 @@ class _Run:
         (self.folder.work / "compare.json").unlink(missing_ok=True)  # of the run before it was extended
         write_json(self.folder.result, dataclasses.asdict(result))
         self.folder.settle()
-        return result
 
     def _say(self, text: str) -> None:
         if not self.quiet:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,26 @@ from .metrics import MetricsCallback
 from .signals import Interrupted, StopSignals
 
 __all__ = ["ResumableMixin"]
+
+
+@contextlib.contextmanager
+def shared_directory(final: Path, processes: int, *, first: bool) -> Iterator[Path]:
+    """As `atomic_directory`, one for all processes, which see the same file system: the first one makes and
+    renames it, and all leave when it stands there."""
+    if processes == 1:
+        with atomic_directory(final) as temporary:
+            yield temporary
+        return
+    place: list[str | None] = [None]
+    if first:
+        with atomic_directory(final) as temporary:
+            place = [str(temporary)]
+            torch.distributed.broadcast_object_list(place)
+            yield temporary
+    else:
+        torch.distributed.broadcast_object_list(place)
+        yield Path(place[0])
+    torch.distributed.barrier()
 
 
 class TrainingStopped(Exception):
@@ -39,13 +60,29 @@ class ResumableMixin:
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the Trainer's; raises TrainingStopped after a signal, InputError for a loss that is no number."""
-        if self.stop is not None and self.stop.number is not None:
+        if self.stop is not None and self._stop_number() is not None:
             raise TrainingStopped
         self.metrics.tokens += self.tokens_of(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise self.diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
+
+    def _stop_number(self) -> int | None:
+        """The signal that asks to stop, in whichever process it came: all stop before the same batch."""
+        if self.args.world_size > 1:
+            seen = torch.tensor(self.stop.number or 0, device=self.args.device)
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+            self.stop.number = int(seen) or None
+        return self.stop.number
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; the tokens are those of all processes."""
+        if self.args.world_size > 1 and "loss" in logs:
+            tokens = torch.tensor(self.metrics.tokens, device=self.args.device)
+            torch.distributed.all_reduce(tokens)
+            self.metrics.tokens = int(tokens)
+        super().log(logs, *args, **kwargs)
 
     def tokens_of(self, inputs: dict[str, Any]) -> int:
         """How many tokens a batch has, without padding."""
@@ -76,17 +113,21 @@ class ResumableMixin:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite_weights()
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with atomic_directory(folder / name) as temporary:
+        first = self.args.process_index == 0
+        with shared_directory(folder / name, self.args.world_size, first=first) as temporary:
             self._writing_to = temporary
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._writing_to = None
-            for path in list((temporary / name).iterdir()):
-                path.rename(temporary / path.name)
-            (temporary / name).rmdir()
-            write_checksums(temporary)
-        for old in checkpoints(folder)[: -self.keep_checkpoints]:
+            if self.args.world_size > 1:
+                torch.distributed.barrier()  # every process has written its random state
+            if first:
+                for path in list((temporary / name).iterdir()):
+                    path.rename(temporary / path.name)
+                (temporary / name).rmdir()
+                write_checksums(temporary)
+        for old in checkpoints(folder)[: -self.keep_checkpoints] if first else ():
             remove_directory(old)
 
     def save_last_step(self) -> Path | None:

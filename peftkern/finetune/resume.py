@@ -9,6 +9,7 @@ from .base import base_changes
 from .config import LENGTH, FinetuneConfig
 from .errors import InputError
 from .folder import RunFolder, read_record
+from .processes import process_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +34,7 @@ def check_same_run(stored: dict[str, Any], config: FinetuneConfig, contents: dic
     """Raise InputError with a line for each option, data file and file of the base that is not as in the `stored` run."""
     if not stored:
         return
-    differing = config.differences(stored["config"])
+    differing = config.differences(stored["config"], (stored.get("processes", 1), process_count()))
     changed = [source for source, value in contents.items() if stored["data"].get(source, value) != value]
     differing += [f"the content of {source} has changed" for source in changed]
     if not differing:

@@ -11,6 +11,7 @@ import torch
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..memory.sharding import ignore_frozen
 from ..transfer.forgetting.trainer import ForgettingMixin
 from ..transfer.trainer import RatesMixin
 from .arguments import shared_arguments
@@ -20,7 +21,7 @@ from .errors import InputError
 from .fit import require_fit
 from .inputs import Inputs, is_packed, is_running_text, packing_strategy
 from .layer_rates import install_rates
-from .loss import adapter_on_head_hidden, install_model_loss, summed_nll
+from .loss import adapter_on_head_hidden, install_model_loss, summed_nll, token_nll
 from .metrics import MetricsCallback
 from .packing import require_separation
 from .resumable import ResumableMixin
@@ -71,14 +72,20 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             for batch in self.get_eval_dataloader(name):
                 batch = self._prepare_inputs(batch)
-                total += summed_nll(base, batch).item()
-                count += int((batch["labels"][:, 1:] != -100).sum())
+                more = self._nll_of_all(base, batch) if self.args.world_size > 1 else _nll(base, batch)
+                total, count = total + more[0], count + more[1]
         if not count:
             raise InputError(
                 f"the evaluation text {name!r} has no token to predict within --seq-length {self.args.max_length}: raise "
                 "--seq-length, or give other rows"
             )
         return self._exponential(total / count, name)
+
+    def _nll_of_all(self, base: Any, batch: dict[str, Any]) -> tuple[float, int]:
+        """As `_nll`, of the batches of all processes; the rows that accelerate repeats to fill the last ones are left out."""
+        rows = torch.stack([token_nll(base, batch).double().sum(1), (batch["labels"][:, 1:] != -100).sum(1).double()], dim=1)
+        total, count = self.accelerator.gather_for_metrics(rows).sum(0).tolist()
+        return total, int(count)
 
     def _exponential(self, mean: float, name: str) -> float:
         """exp of a loss in nats per token; a loss that is none, or of which the exponential is no number, ends the run."""
@@ -87,6 +94,11 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
         if self.state.global_step:
             raise self.diverged(f"after step {self.state.global_step} the loss on the evaluation text {name!r} is {mean:g}")
         raise InputError(f"the model's loss on the evaluation text {name!r} is {mean:g} before training: choose another --dtype or --model")
+
+
+def _nll(base: Any, batch: dict[str, Any]) -> tuple[float, int]:
+    """The summed negative log-likelihood of a batch in nats, and the number of its targets."""
+    return summed_nll(base, batch).item(), int((batch["labels"][:, 1:] != -100).sum())
 
 
 def make_trainer(
@@ -105,7 +117,7 @@ def make_trainer(
     with adapter_on_head_hidden(model):
         trainer = RecipeTrainer(
             model=model,
-            args=_arguments(config, folder, packing=packing, kind=inputs.kind),
+            args=_arguments(config, folder, packing=packing, kind=inputs.kind, unused=_may_be_unused(model)),
             train_dataset=inputs.train,
             eval_dataset=inputs.evaluations,
             processing_class=tokenizer,
@@ -117,6 +129,8 @@ def make_trainer(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if trainer.args.world_size > 1:
+        ignore_frozen(model)
     install_rates(trainer, config)
     if config.row_losses:
         trainer.row_losses = _recorder(config, inputs, metrics.path.with_name("row_losses.csv"))
@@ -137,7 +151,7 @@ def _recorder(config: FinetuneConfig, inputs: Inputs, path: Path) -> RowLossReco
     return RowLossRecorder(path, zip(inputs.numbers, inputs.train["input_ids"], strict=True), length=config.seq_length)
 
 
-def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str) -> SFTConfig:
+def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str, unused: bool) -> SFTConfig:
     return SFTConfig(
         **shared_arguments(config, folder),
         max_length=config.seq_length,
@@ -145,8 +159,15 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
         eval_packing=False,
         packing_strategy=packing_strategy(config, kind),
         per_device_eval_batch_size=config.batch_size,
+        ddp_find_unused_parameters=unused,
         **({} if config.optimizer in (None, "adamw") else {"optim": config.optimizer}),
     )
+
+
+def _may_be_unused(model: PeftModel) -> bool:
+    """Whether a batch may leave trained weights without a gradient: those of experts that it does not reach."""
+    base = model.get_base_model().config.get_text_config()
+    return any(getattr(base, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
 def spread(dataset: Dataset, count: int) -> Dataset:

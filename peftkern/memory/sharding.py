@@ -69,7 +69,7 @@ def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
     """torch's DistributedDataParallel of which the trained parameters alone are broadcast, from rank 0.
 
     Each process loads the same base; what is trained becomes rank 0's. Gradients share the reducer's buckets,
-    and buffers are not sent with every forward. `find_unused_parameters` is not needed, with
+    and buffers are not sent. `find_unused_parameters` is not needed, with
     `peftkern.patch`, `checkpoint_layers` and `tile_mlps` neither: each trained parameter gets one gradient.
 
     Args:
@@ -83,9 +83,7 @@ def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model: no parameter of {type(model).__name__} requires grad; add an adapter first")
     ignore_frozen(model)
-    return DistributedDataParallel(
-        model, **{"gradient_as_bucket_view": True, "broadcast_buffers": False} | options
-    )
+    return DistributedDataParallel(model, **{"gradient_as_bucket_view": True} | options)
 
 
 # ---- FSDP2
