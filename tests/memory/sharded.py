@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint.state_dict  # here, once for all processes
 from torch import Tensor, distributed, nn
 
 import peftkern
-from peftkern.memory import Budgets, CheckpointStore, checkpoint_layers, ddp, shard, tile_mlps
+from peftkern.memory import (
+    Budgets,
+    CheckpointStore,
+    adamw,
+    checkpoint_layers,
+    ddp,
+    load_state,
+    newest_state,
+    save_adapter,
+    save_state,
+    shard,
+    tile_mlps,
+)
 
 from ..patching import models
 
@@ -16,9 +32,9 @@ ROWS = torch.randint(0, 96, (4, 12), generator=torch.Generator().manual_seed(5))
 LAYERS = 2
 
 
-def adapted(pieces: str = "patched", **options: Any) -> nn.Module:
+def adapted(pieces: str = "patched", lora_dropout: float = 0.0, **options: Any) -> nn.Module:
     """A tiny QLoRA model in training, with the named pieces of the library on it, always with the same weights."""
-    model = models.lora(models.llama(layers=LAYERS, **options)).train()
+    model = models.lora(models.llama(layers=LAYERS, **options), lora_dropout=lora_dropout).train()
     if "patched" in pieces:
         peftkern.patch(model, fused_loss="loss" in pieces)
     if "tiles" in pieces:
@@ -136,3 +152,71 @@ def averages(rank: int) -> dict[str, Any]:
     shard(layer, layers=[layer])
     layer(torch.full((1, 1), float(rank + 1))).sum().backward()
     return {"gloo": average, "shard": whole(layer.weight.grad).flatten().tolist()}
+
+
+def trained_model(way: str, dropout: float) -> nn.Module:
+    """The model in training as `way` says (ddp, shard or alone), with an fp32 adapter."""
+    model = adapted("patched", lora_dropout=dropout)
+    if way == "shard":
+        shard(model)
+    return ddp(model) if way == "ddp" else model
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: int) -> None:
+    """Updates on this process's part of the global batch."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=rows_of(rank), labels=rows_of(rank), use_cache=False).loss.backward()
+        optimizer.step()
+
+
+def adapter_of(model: nn.Module) -> dict[str, Any]:
+    """The trained parameters gathered, as arrays."""
+    named = model.named_parameters()
+    return {
+        n.removeprefix("module."): whole(p.detach()).numpy(force=True) for n, p in named if p.requires_grad
+    }
+
+
+def save_and_go_on(rank: int, folder: str, way: str, dropout: float) -> dict[str, Any]:
+    """Two updates, a checkpoint and the adapter's file, three more updates; the adapter then."""
+    torch.manual_seed(rank)
+    model = trained_model(way, dropout)
+    optimizer = adamw(model, lr=1e-2, kind="adamw")
+    train(model, optimizer, rank, 2)
+    save_state(folder, model, optimizer, step=2)
+    save_adapter(model, f"{folder}/adapter")
+    if not rank:
+        files = sorted(path.name for path in Path(folder).iterdir())
+        assert files == ["adapter", "step-2"], files
+    saved = adapter_of(model)
+    train(model, optimizer, rank, 3)
+    return {"saved": saved, "end": adapter_of(model)}
+
+
+def load_and_go_on(rank: int, folder: str, way: str, dropout: float) -> dict[str, Any]:
+    """Another start, the checkpoint, three updates; the adapter then."""
+    torch.manual_seed(99)
+    model = trained_model(way, dropout)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    optimizer = adamw(model, lr=1e-2, kind="adamw")
+    assert load_state(newest_state(folder), model, optimizer) == 2
+    loaded = adapter_of(model)
+    train(model, optimizer, rank, 3)
+    return {"saved": loaded, "end": adapter_of(model)}
+
+
+def optimizer_in_shards(rank: int) -> tuple[str, str, bool]:
+    """The optimizer that a sharded model gets in the place of the paged 8-bit one, what was printed, and whether
+    it trains."""
+    model = trained_model("shard", 0.0)
+    before = adapter_of(model)
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        optimizer = adamw(model, lr=1e-2)
+    train(model, optimizer, rank, 2)
+    moved = all((value != before[name]).any() for name, value in adapter_of(model).items())
+    return type(optimizer).__name__, told.getvalue(), moved
