@@ -119,7 +119,12 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     of_model, of_optimizer = get_state_dict(model, optimizer, options=_options())
-    return {"model": of_model, "optimizer": of_optimizer}
+    # A whole Linear4bit would add its quantization state, one in shards has none to add.
+    trained = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "model": {name: tensor for name, tensor in of_model.items() if name in trained},
+        "optimizer": of_optimizer,
+    }
 
 
 def _options(**more: Any) -> Any:
