@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..memory.heap import mapped_allocations
-from ..memory.loading import read_4bit, reads_in_slices
+from ..memory.loading import load_4bit, reads_in_slices
 from .adapters import add_adapter, is_lora
 from .config import SAMPLE, FinetuneConfig
 from .conversion import dense_folder
@@ -79,8 +79,15 @@ def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> Pr
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() and not on_host else "cpu"
     with load_errors(config.model, path):
         if config.quantization != "none" and reads_in_slices(_fetched(path)):
-            nested, quant_type = config.double_quant, config.quantization
-            base, report = read_4bit(path, device=device, dtype=dtype, quant_type=quant_type, nested=nested, keep_cache=True)
+            base, report = load_4bit(
+                path,
+                device=device,
+                dtype=dtype,
+                quant_type=config.quantization,
+                nested=config.double_quant,
+                keep_cache=True,
+                output_loading_info=True,
+            )
         else:
             base, report = _load_whole(path, config, dtype, device)
     unused = require_all_weights(config.model, base, report)

@@ -18,47 +18,12 @@ from .stored_weights import StoredWeights, WeightsError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["load_4bit", "read_4bit", "reads_in_slices"]
+__all__ = ["load_4bit", "reads_in_slices"]
 
 _SHOWN = 4  # names in a message
 
 
-def load_4bit(model: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-    """Load a causal language model with 4-bit linear layers, quantized slice by slice as its files are read.
-
-    The model is the one that `AutoModelForCausalLM.from_pretrained` gives with a `BitsAndBytesConfig`, bit
-    for bit. Private memory beside it is one slice of 1 M elements and the fp32 absmax of one tensor. A
-    checkpoint that bitsandbytes has quantized keeps its bits.
-
-    Args:
-        model: a folder that holds config.json and safetensors files, or a hub id that is in the local cache.
-        options: those of `read_4bit`.
-    Returns: the model, in evaluation mode, all its parameters on one device.
-    Raises: WeightsError (a ValueError) where a file is missing, cut or garbled, or where weights are missing
-        or have other shapes than config.json says; ValueError for a checkpoint or an argument that is not
-        served.
-
-    >>> model = load_4bit("my-model", dtype=torch.bfloat16)  # doctest: +SKIP
-    """
-    loaded, info = read_4bit(model, **options)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise WeightsError(
-            f"{model}: its files lack {_listing(missing)}, which would be random numbers: download or "
-            "convert the model again, or correct config.json (architectures, number of layers)"
-        )
-    shapes = [*(str(key) for key in info["mismatched_keys"]), *_other_shapes(loaded)]
-    if shapes:
-        raise WeightsError(f"{model}: weights have other shapes than config.json says: {_listing(shapes)}")
-    if info["unexpected_keys"]:
-        warnings.warn(
-            f"{model}: not used from its files: {_listing(sorted(info['unexpected_keys']))}", stacklevel=2
-        )
-    _tell_dense_experts(loaded)
-    return loaded
-
-
-def read_4bit(
+def load_4bit(
     model: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
@@ -71,16 +36,21 @@ def read_4bit(
     revision: str | None = None,
     keep_cache: bool = False,
     progress: bool = True,
+    output_loading_info: bool = False,
     **options: Any,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """`load_4bit` without its checks: the model, and what transformers tells about its loading.
+) -> Any:
+    """Load a causal language model with 4-bit linear layers, quantized slice by slice as its files are read.
+
+    The model is the one that `AutoModelForCausalLM.from_pretrained` gives with a `BitsAndBytesConfig`, bit
+    for bit. Private memory beside it is one slice of 1 M elements and the fp32 absmax of one tensor. A
+    checkpoint that bitsandbytes has quantized keeps its bits, quant type and nesting.
 
     Args:
+        model: a folder that holds config.json and safetensors files, or a hub id that is in the local cache.
         device: of all parameters; default: the current CUDA device, else the CPU.
         dtype: of embeddings, norms and all else that is not quantized, and the one weights are rounded to
             before they are; default: config.json's, else the first stored one.
-        quant_type, nested: "nf4" or "fp4"; whether absmax is quantized too. Those of a quantized checkpoint
-            are its own.
+        quant_type, nested: "nf4" or "fp4"; whether absmax is quantized too.
         compute_dtype: in which bitsandbytes' own forward multiplies; default: `dtype`.
         quant_storage: the dtype under which the packed bytes are stored.
         skip_modules: names of modules that stay dense; default: transformers' choice (the output head).
@@ -88,43 +58,82 @@ def read_4bit(
         keep_cache: leave the files in the page cache for the next run to find; otherwise each tensor's pages
             are dropped once it is read.
         progress: show a bar of bytes, on terminals only, unless transformers' bars are switched off.
+        output_loading_info: as in `from_pretrained`: give (model, missing and other keys), and check nothing.
         options: what else `from_pretrained` takes (attn_implementation, ...).
-    Returns: (model, {"missing_keys", "unexpected_keys", "mismatched_keys", ...}).
+    Returns: the model, in evaluation mode.
+    Raises: WeightsError (a ValueError) where a file is missing, cut or garbled, or where weights are missing
+        or have other shapes than config.json says; ValueError for a checkpoint or an argument that is not
+        served.
+
+    >>> model = load_4bit("my-model", dtype=torch.bfloat16)  # doctest: +SKIP
     """
     if quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type: got {quant_type!r}, expected 'nf4' or 'fp4'")
+    quantization = dict(
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_quant_storage=quant_storage,
+        llm_int8_skip_modules=skip_modules,
+    )
     folder = _folder(model, revision)
-    model_class, config = _model_class(folder)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_progress(folder.name, progress))
-        stored = stack.enter_context(StoredWeights(folder, keep_cache=keep_cache, on_read=bar.update))
+    with (
+        _progress(folder.name, progress) as bar,
+        StoredWeights(folder, keep_cache=keep_cache, on_read=bar.update) as stored,
+        mapped_allocations(),
+    ):
         bar.reset(stored.nbytes)
-        dtype = dtype or _default_dtype(config, stored)
-        quantization = dict(
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype=compute_dtype or dtype,
-            bnb_4bit_quant_type=quant_type,
-            bnb_4bit_use_double_quant=nested,
-            bnb_4bit_quant_storage=quant_storage,
-            llm_int8_skip_modules=skip_modules,
-        )
-        stack.enter_context(mapped_allocations())
-        loaded, info = model_class.from_pretrained(
-            None,
-            config=config,
-            dtype=dtype,
-            device_map={"": _device(device)},
-            output_loading_info=True,
-            generation_config=_generation_config(folder),
-            **_weights(stored, config, quantization, options.get("key_mapping")),
-            **options,
-        )
+        loaded, info = _load(folder, stored, quantization, device=device, dtype=dtype, **options)
     loaded.config._name_or_path = loaded.name_or_path = str(model)
-    return loaded, info
+    if output_loading_info:
+        return loaded, info
+    _check(model, loaded, info)
+    return loaded
+
+
+def _load(
+    folder: Path,
+    stored: StoredWeights,
+    quantization: dict[str, Any],
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    model_class, config = _model_class(folder)
+    dtype = dtype or _default_dtype(config, stored)
+    quantization["bnb_4bit_compute_dtype"] = quantization["bnb_4bit_compute_dtype"] or dtype
+    return model_class.from_pretrained(
+        None,
+        config=config,
+        dtype=dtype,
+        device_map={"": _device(device)},
+        output_loading_info=True,
+        generation_config=_generation_config(folder),
+        **_weights(stored, config, quantization, options.get("key_mapping")),
+        **options,
+    )
+
+
+def _check(model: str | os.PathLike[str], loaded: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise WeightsError unless all weights came from the files; warn of what was not used or stays dense."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise WeightsError(
+            f"{model}: its files lack {_listing(missing)}, which would be random numbers: download or "
+            "convert the model again, or correct config.json (architectures, number of layers)"
+        )
+    shapes = [*(str(key) for key in info["mismatched_keys"]), *_other_shapes(loaded)]
+    if shapes:
+        raise WeightsError(f"{model}: weights have other shapes than config.json says: {_listing(shapes)}")
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        warnings.warn(f"{model}: not used from its files: {_listing(unused)}", stacklevel=3)
+    _tell_dense_experts(loaded)
 
 
 def reads_in_slices(folder: str | os.PathLike[str]) -> bool:
-    """Whether `read_4bit` serves this folder: safetensors of a model that transformers has the code of, dense
+    """Whether `load_4bit` serves this folder: safetensors of a model that transformers has the code of, dense
     or quantized by bitsandbytes to 4 bits."""
     path = Path(folder)
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors*")):
@@ -150,7 +159,7 @@ def _weights(
     weights = LazyWeights(stored.tensors, key_mapping)
     if getattr(config, "quantization_config", None) is not None:
         return {"state_dict": weights.state_dict}
-    sliced = SlicedConfig(BitsAndBytesConfig(**quantization), weights)
+    sliced = SlicedConfig(BitsAndBytesConfig(load_in_4bit=True, **quantization), weights)
     return {"state_dict": weights.state_dict, "quantization_config": sliced}
 
 
@@ -287,7 +296,7 @@ def _tell_dense_experts(model: PreTrainedModel) -> None:
         warnings.warn(
             f"{len(dense)} parameters of experts stay dense, {size:.2f} GB: bitsandbytes "
             "quantizes linear layers",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

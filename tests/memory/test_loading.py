@@ -17,7 +17,7 @@ from torch import nn
 from peftkern import nf4, use_backend
 from peftkern.memory import loading, sliced_quantize, stored_weights
 from peftkern.memory.count import MemoryCount
-from peftkern.memory.loading import load_4bit, read_4bit, reads_in_slices
+from peftkern.memory.loading import load_4bit, reads_in_slices
 from peftkern.memory.sliced_quantize import dense_slices, quantize_slices, staging_bytes
 from peftkern.memory.stored_weights import StoredTensor, StoredWeights, WeightsError
 from peftkern.ops import quantize
@@ -423,5 +423,5 @@ def test_which_folders_it_serves(copy: Path, tmp_path: Path) -> None:
 
 def test_the_report_is_that_of_transformers(copy: Path) -> None:
     change(copy, "config.json", num_hidden_layers=3)
-    _, info = read_4bit(copy, progress=False)
+    _, info = load_4bit(copy, progress=False, output_loading_info=True)
     assert len(info["missing_keys"]) == 9 and not info["unexpected_keys"] and not info["mismatched_keys"]
