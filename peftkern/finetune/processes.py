@@ -17,7 +17,15 @@ from .folder import RunFolder, open_run
 if TYPE_CHECKING:
     from .config import FinetuneConfig
 
-__all__ = ["FollowedFolder", "is_first", "lost_processes", "open_shared", "process_count", "process_group", "say"]
+__all__ = [
+    "FollowedFolder",
+    "is_first",
+    "lost_processes",
+    "open_shared",
+    "process_count",
+    "process_group",
+    "say",
+]
 
 # What a process says of whose peer is gone: gloo, NCCL, and the store that they meet at.
 _LOST = ("gloo", "connection closed", "connection reset", "nccl", "tcpstore", "broken pipe", "timed out")

@@ -224,3 +224,15 @@ def optimizer_in_shards(rank: int) -> tuple[str, str, bool]:
     train(model, optimizer, rank, 2)
     moved = all((value != before[name]).any() for name, value in adapter_of(model).items())
     return type(optimizer).__name__, told.getvalue(), moved
+
+
+def after_ddp(rank: int) -> list[float]:
+    """A frozen weight, a trained one and a buffer, each the process's rank before, after `ddp` and a forward."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    model[0].requires_grad_(False)
+    model.register_buffer("held", torch.tensor(float(rank)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.fill_(rank)
+    ddp(model)(torch.ones(1, 1))
+    return [model[0].weight.item(), model[1].weight.item(), model.held.item()]

@@ -83,7 +83,11 @@ def test_averages_are_averages(tmp_path: Path) -> None:
         assert isinstance(found["gloo"], str) or found["gloo"] in ([1.5] * 2, [3.0] * 2)
 
 
-def test_frozen_weights_are_not_broadcast() -> None:
+def test_what_is_trained_alone_is_broadcast(tmp_path: Path) -> None:
+    assert run_processes(sharded.after_ddp, 2, tmp_path) == [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
+
+
+def test_frozen_weights_are_left_out() -> None:
     model = models.lora(models.llama())
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -110,6 +114,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         patched.setattr(torch, "__version__", "2.11.0+cu128")
         with pytest.raises(ValueError, match=r"torch 2\.11\.0\+cu128 cannot shard.*2\.12.*bfloat16"):
             shard(model)
+    monkeypatch.setattr("peftkern.memory.sharding._INTEGERS_FROM", (2, 0))
     next(p for p in model.parameters() if p.requires_grad).data = torch.zeros(4, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"torch\.bfloat16, torch\.float32; FSDP2 wants one dtype"):
         shard(model)
