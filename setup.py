@@ -1,10 +1,12 @@
-"""Builds the native extensions, with no torch at build time: the CPU kernels, one translation unit per ISA level with its own flags, and,
-where nvcc is found, the CUDA kernels as a module of their own.
+"""Builds the native extensions, with no torch at build time: the CPU kernels, one translation unit per ISA
+level with its own flags, and, where nvcc is found, the CUDA kernels as a module of their own.
 
 PEFTKERN_CPU         0: no CPU kernels, and no C++ compiler needed: for those who only use GPUs
-PEFTKERN_CUDA        0: no CUDA kernels; 1: a missing or failing nvcc is an error; unset: they are built where that succeeds
+PEFTKERN_CUDA        0: no CUDA kernels; 1: a missing or failing nvcc is an error; unset: they are built where
+that succeeds
 PEFTKERN_CUDA_ARCHS  compute capabilities, such as "86;89"; "all": every supported one;
-                     unset: those of this machine's GPUs, else 8.0, whose PTX newer ones compile when they load it
+                     unset: those of this machine's GPUs, else 8.0, whose PTX newer ones compile when they
+                         load it
 """
 
 import os
@@ -38,14 +40,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
-# Where no GPU is seen: machine code of 8.0 serves 8.x, and its PTX all that came later. Seven architectures take five times as long.
+# Where no GPU is seen: machine code of 8.0 serves 8.x, and its PTX all that came later. Seven architectures
+# take five times as long.
 UNSEEN = ["80"]
 NO_NVCC = "nvcc was not found: set CUDA_HOME to a CUDA toolkit (12 or later), put nvcc on PATH, or run: pip install nvidia-cuda-nvcc"
 
 NO_CXX = "install g++ (apt-get install g++), or set CXX to a C++17 compiler with OpenMP (Clang's is in the package libomp-dev)"
 WITHOUT = "PEFTKERN_CPU=0 builds without the CPU kernels: enough for GPUs; on the CPU the slow reference then runs"
 PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
-BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}  # not sdist, nor what pip asks beforehand
+# not sdist, nor what pip asks beforehand
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 
 def cxx_command():
@@ -54,7 +58,8 @@ def cxx_command():
 
 
 def leave_out_unknown_levels():
-    """Drops the levels whose flags the compiler does not know (GCC before 11, Clang before 12); the dispatcher's macros for that."""
+    """Drops the levels whose flags the compiler does not know (GCC before 11, Clang before 12); the
+    dispatcher's macros for that."""
     missing = []
     for level in ("avx512bf16", "amx"):
         if level in LEVELS and subprocess.run(
@@ -66,7 +71,8 @@ def leave_out_unknown_levels():
 
 
 def check_compiler():
-    """SystemExit with one message where there is no compiler that the CPU kernels can be built with: before anything else is printed."""
+    """SystemExit with one message where there is no compiler that the CPU kernels can be built with: before
+    anything else is printed."""
     cxx = cxx_command()
     if shutil.which(cxx[0]) is None:
         raise SystemExit(f"no C++ compiler: {' '.join(cxx)!r} was not found; {NO_CXX}. {WITHOUT}")
@@ -81,13 +87,15 @@ def check_compiler():
 
 
 def find_nvcc():
-    """CUDA_HOME's (or CUDA_PATH's) where it is set, else the first on PATH, in /usr/local/cuda or in NVIDIA's pip packages, else None."""
+    """CUDA_HOME's (or CUDA_PATH's) where it is set, else the first on PATH, in /usr/local/cuda or in NVIDIA's
+    pip packages, else None."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [Path(home, "bin/nvcc") for home in homes]
     if not homes:
         on_path = shutil.which("nvcc")
         candidates = [*([Path(on_path)] if on_path else []), Path("/usr/local/cuda/bin/nvcc")]
-        # An isolated build does not see the environment it builds for on sys.path: sysconfig names that one's packages.
+        # An isolated build does not see the environment it builds for on sys.path: sysconfig names that one's
+        # packages.
         for packages in dict.fromkeys([*sys.path, sysconfig.get_path("purelib")]):
             candidates += sorted(Path(packages).glob("nvidia/*/bin/nvcc"), reverse=True)
     return next((str(c) for c in candidates if c.is_file() and os.access(c, os.X_OK)), None)
@@ -119,11 +127,13 @@ def cuda_archs(nvcc):
 
 
 def cudart_static(nvcc):
-    """The static runtime of nvcc's toolkit, for the linker. nvcc is asked where it lies, as it may be a script that calls another."""
+    """The static runtime of nvcc's toolkit, for the linker. nvcc is asked where it lies, as it may be a
+    script that calls another."""
     top = re.search(r"^#\$ TOP=(.+)$", words_of([nvcc, "--dryrun", "nothing.o"]), re.MULTILINE)
     root = Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
     found = [path for pattern in ("lib64", "lib", "targets/*/lib") for path in sorted(root.glob(f"{pattern}/libcudart_static.a"))]
-    return str(found[0]) if found else "-lcudart_static"  # a distribution's toolkit: among the linker's own directories
+    # a distribution's toolkit: among the linker's own directories
+    return str(found[0]) if found else "-lcudart_static"
 
 
 def nvcc_command(nvcc, archs):
@@ -146,7 +156,8 @@ class Build(build_ext):
         if ext.name == "peftkern._C_cuda":
             return self._build_cuda(ext, tmp, cxx, includes, target)
         jobs = []
-        # gcc 12's own header trips these on _mm512_cvtph_ps and _mm512_unpacklo_epi32; Clang has no such warning.
+        # gcc 12's own header trips these on _mm512_cvtph_ps and _mm512_unpacklo_epi32; Clang has no such
+        # warning.
         silent = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
         quiet = [] if "clang" in words_of([*cxx, "--version"]) else silent
         for source in ext.sources:
@@ -160,7 +171,8 @@ class Build(build_ext):
         self.spawn([*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], "-fopenmp", *loader, "-o", str(target)])
 
     def _build_cuda(self, ext, tmp, cxx, includes, target):
-        """nvcc for the kernels, the C++ compiler for the bindings. cudart is linked in, so that the module imports without a driver."""
+        """nvcc for the kernels, the C++ compiler for the bindings. cudart is linked in, so that the module
+        imports without a driver."""
         nvcc = find_nvcc()
         try:
             if nvcc is None:
@@ -173,7 +185,8 @@ class Build(build_ext):
             bindings = [*cxx, "-fPIC", *COMMON, *includes, f'-DPK_CUDA_ARCHS="{";".join(archs)}"']
             jobs = [(s, tmp / f"{Path(s).stem}.o", nvcc_command(nvcc, archs) if s.endswith(".cu") else bindings) for s in ext.sources]
             self._compile(jobs, tmp)
-            # No nvcc here: its device link would add code for an architecture that nobody asked for, and there is nothing to link.
+            # No nvcc here: its device link would add code for an architecture that nobody asked for, and
+            # there is nothing to link.
             # exclude-libs: another cudart in the process, torch's, must not take this one's calls.
             runtime = [cudart_static(nvcc), "-Wl,--exclude-libs,ALL", "-lrt", "-lpthread", "-ldl"]
             self.spawn([*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], *runtime, "-o", str(target)])

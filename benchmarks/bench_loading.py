@@ -1,8 +1,9 @@
-"""The private memory of a process that loads a model in 4 bits: peftkern.memory.load_4bit, and transformers' own loading.
+"""The private memory of a process that loads a model in 4 bits: peftkern.memory.load_4bit, and transformers'
+own loading.
 
-Each loading runs in a process of its own. Counted is RssAnon, which leaves out mapped pages of files. The model is random.
-`--host-of-8b` loads the shape of Llama-3.1-8B from a sparse file (zeros, no disk) onto the meta device: what is left on the host
-is what loading onto a GPU takes there.
+Each loading runs in a process of its own. Counted is RssAnon, which leaves out mapped pages of files. The
+model is random. `--host-of-8b` loads the shape of Llama-3.1-8B from a sparse file (zeros, no disk) onto the
+meta device: what is left on the host is what loading onto a GPU takes there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A whole QLoRA training step of a SmolLM2-135M-shaped Llama (random weights), LoRA on every linear: stock PEFT on bitsandbytes, the same
-patched by peftkern (without logits; by default with them), and PEFT LoRA on the dense base. Tokens a second, and the peak memory of a
-step in a process of its own: of all the process, and above what it held when the model was loaded (activations, gradients, the
-optimizer's state, buffers of libraries)."""
+"""A whole QLoRA training step of a SmolLM2-135M-shaped Llama (random weights), LoRA on every linear: stock
+PEFT on bitsandbytes, the same patched by peftkern (without logits; by default with them), and PEFT LoRA on
+the dense base. Tokens a second, and the peak memory of a
+step in a process of its own: of all the process, and above what it held when the model was loaded
+(activations, gradients, the optimizer's state, buffers of libraries)."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ R = 16
 
 
 def build_model(provider: str, dtype: torch.dtype, small: bool, **options: Any) -> nn.Module:
-    """The model with LoRA (r 16, every linear but the head; `options` of its LoraConfig), seeded alike for all providers."""
+    """The model with LoRA (r 16, every linear but the head; `options` of its LoraConfig), seeded alike for
+    all providers."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,7 +69,8 @@ def quantize(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Step:
-    """Forward, backward and optimizer on 2 sequences of 256 tokens (small: 32); the learning rate is 0, so that every step is the first."""
+    """Forward, backward and optimizer on 2 sequences of 256 tokens (small: 32); the learning rate is 0, so
+    that every step is the first."""
 
     def __init__(self, provider: str, dtype: torch.dtype, small: bool, **options: Any) -> None:
         self.model = build_model(provider, dtype, small, **options)
@@ -104,7 +107,8 @@ def _check(stock: Callable[[], dict] | None, dtype: torch.dtype) -> Callable[[di
 
 
 def _peak(provider: str, dtype: str, small: bool, isa: str | None) -> tuple[float, float]:
-    """MB at the peak of a step, and of these above the loaded model, in a process that holds this provider alone."""
+    """MB at the peak of a step, and of these above the loaded model, in a process that holds this provider
+    alone."""
     command = [sys.executable, "-m", "benchmarks.bench_step", "--peak", provider, "--dtype", dtype, *(["--small"] if small else [])]
     done = subprocess.run(command + (["--isa", isa] if isa else []), capture_output=True, text=True, timeout=900, check=True)
     peak, loaded = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
-"""Interleaved timing of several providers of one result: verified first, then measured in turn within every round."""
+"""Interleaved timing of several providers of one result: verified first, then measured in turn within every
+round."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ __all__ = ["CAP_S", "OURS", "Provider", "Row", "Spec", "Timing", "main", "measur
 
 OURS = "peftkern"
 CAP_S = 5.0  # a provider whose one call takes longer is measured once, and its row says so
-SAMPLE_S = 0.004  # a sample repeats a call until it takes this long: the clock and the scheduler stay below a percent
+# a sample repeats a call until it takes this long: the clock and the scheduler stay below a percent
+SAMPLE_S = 0.004
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute it. `check` gets what `call` returned and raises where it is wrong; `moved`: bytes a call must read and write."""
+    """One way to compute it. `check` gets what `call` returned and raises where it is wrong; `moved`: bytes a
+    call must read and write."""
 
     name: str
     call: Callable[[], Any]
@@ -63,7 +66,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV. `ratio`: this provider's time divided by peftkern's, per round, then the median; above 1, peftkern is faster."""
+    """One line of the CSV. `ratio`: this provider's time divided by peftkern's, per round, then the median;
+    above 1, peftkern is faster."""
 
     device: str
     isa: str
@@ -99,7 +103,8 @@ def _sample(call: Callable[[], Any], repeats: int) -> float:
 
 
 def measure(providers: Sequence[Provider], *, rounds: int = 15, cap_s: float = CAP_S, ours: str = OURS) -> dict[str, Timing]:
-    """Every provider checked on its first call, which is also its warm-up; then `rounds` rounds in which each is timed in turn.
+    """Every provider checked on its first call, which is also its warm-up; then `rounds` rounds in which each
+    is timed in turn.
 
     The order turns by one each round, so that nobody always runs in the caches (or the clock speed) another
     left behind. A peer whose result is wrong here is named and left out: bitsandbytes' repacked weights, say,

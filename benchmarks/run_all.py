@@ -1,4 +1,5 @@
-"""Every benchmark in a process of its own, one after the other, into CSVs under a folder, then the report and its plot."""
+"""Every benchmark in a process of its own, one after the other, into CSVs under a folder, then the report and
+its plot."""
 
 from __future__ import annotations
 

@@ -31,17 +31,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of a linear head's logits, which exist for one block of rows at a time only.
 
-    u = x W^T + scaling * x A^T B^T + bias; l = u, or softcap * tanh(u / softcap); lse = logsumexp(l); of a row with label t
-    loss = lse - (1 - label_smoothing) * l[t] - label_smoothing * mean(l) + z_loss * lse^2.
+    u = x W^T + scaling * x A^T B^T + bias; l = u, or softcap * tanh(u / softcap); lse = logsumexp(l); of a
+    row with label t loss = lse - (1 - label_smoothing) * l[t] - label_smoothing * mean(l) + z_loss * lse^2.
 
-    The gradients are made in the same pass as the loss (two matrix products with a frozen weight, three with a trained one) and scaled by
-    the incoming one in backward: kept till then are dx [M, K] in x's dtype and the parameters' gradients in fp32. With reduction "none" and
-    a parameter that requires grad, that pass is made again in backward. Nothing of it is done where no gradient is wanted.
+    The gradients are made in the same pass as the loss (two matrix products with a frozen weight, three with
+    a trained one) and scaled by
+    the incoming one in backward: kept till then are dx [M, K] in x's dtype and the parameters' gradients in
+    fp32. With reduction "none" and a parameter that requires grad, that pass is made again in backward.
+    Nothing of it is done where no gradient is wanted.
 
-    Sums, softmax and loss are fp32. The logits of 16-bit x are rounded to its dtype where a vendor's 16-bit product makes them (GPUs,
-    AVX-512), as in stock models; elsewhere they stay fp32. Scratch: a block's logits, 48 MiB or 16 rows on a CPU, 128 MiB or 16 rows
-    on a GPU, whichever is more, whatever M is. On a CPU rows without a label cost nothing; on a GPU they are multiplied along, as
-    leaving them out would make the host wait.
+    Sums, softmax and loss are fp32. The logits of 16-bit x are rounded to its dtype where a vendor's 16-bit
+    product makes them (GPUs, AVX-512), as in stock models; elsewhere they stay fp32. Scratch: a block's
+    logits, 48 MiB or 16 rows on a CPU, 128 MiB or 16 rows on a GPU, whichever is more, whatever M is. On a
+    CPU rows without a label cost nothing; on a GPU they are multiplied along, as leaving them out would make
+    the host wait.
 
     Args:
         x: [..., K], fp32, bf16 or fp16; in this dtype, whatever autocast says.
@@ -54,14 +57,17 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1], as in torch's cross_entropy.
         z_loss: weight of lse^2, >= 0.
         softcap: positive, or None.
-        reduction: "mean" over the labels that are not ignored (nan where there is none, the gradients then 0: as torch), "sum", "none".
-        num_items_in_batch: with "mean", divide by this number (int, or a tensor of one element on x's device) instead, as transformers does
-            over gradient accumulation.
-        row_losses: fp32 of labels' shape, contiguous, on x's device: filled with each row's loss, 0 where the label is ignored, at no cost
-            but the copy. No gradient goes through it.
+        reduction: "mean" over the labels that are not ignored (nan where there is none, the gradients then 0:
+            as torch), "sum", "none".
+        num_items_in_batch: with "mean", divide by this number (int, or a tensor of one element on x's device)
+            instead, as transformers does over gradient accumulation.
+        row_losses: fp32 of labels' shape, contiguous, on x's device: filled with each row's loss, 0 where the
+            label is ignored, at no cost but the copy. No gradient goes through it.
     Returns: fp32 scalar; with "none" fp32 of labels' shape.
-    Raises: TypeError, ValueError naming the argument; IndexError for a label out of range (on a GPU: that row's loss is nan).
-    Source: Cut Your Losses (Wijmans et al., 2024), section 2; z-loss: PaLM (Chowdhery et al., 2022), section 5; softcap: Gemma 2 (2024).
+    Raises: TypeError, ValueError naming the argument; IndexError for a label out of range (on a GPU: that
+    row's loss is nan).
+    Source: Cut Your Losses (Wijmans et al., 2024), section 2; z-loss: PaLM (Chowdhery et al., 2022), section
+    5; softcap: Gemma 2 (2024).
 
     >>> x, w = torch.randn(6, 64, requires_grad=True), torch.randn(1000, 64)
     >>> loss = linear_cross_entropy(x, w, torch.tensor([5, 999, -100, 0, 1, 2]))

@@ -1,4 +1,5 @@
-"""A gated MLP of frozen linears with adapters as one function, which keeps neither the activation nor the product."""
+"""A gated MLP of frozen linears with adapters as one function, which keeps neither the activation nor the
+product."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def _again(ctx, dy):
 
 
 class _GatedMLP(torch.autograd.Function):
-    """inner: two members, gate and up, or one whose output's halves they are; gate_first: which half is the gate."""
+    """inner: two members, gate and up, or one whose output's halves they are; gate_first: which half is the
+    gate."""
 
     @staticmethod
     def forward(ctx, inner, outer, activation, gate_first, x, *trainable):
@@ -80,7 +82,8 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def _hidden_gradients(d_h: Tensor, hidden: Sequence[Tensor], activation: str, gate_first: bool) -> list[Tensor]:
-    """The gradients of the inner linears' outputs; of one output in one tensor, whose halves are written in place."""
+    """The gradients of the inner linears' outputs; of one output in one tensor, whose halves are written in
+    place."""
     gate, up = halves(hidden, gate_first)
     if len(hidden) == 2:
         return list(torch.ops.peftkern.glu_bwd(d_h, gate, up, activation, False)[:2])
@@ -92,14 +95,15 @@ def _hidden_gradients(d_h: Tensor, hidden: Sequence[Tensor], activation: str, ga
 def gated_mlp(x: Tensor, gate: Member, up: Member, down: Member, *, activation: str = "silu") -> Tensor:
     """A decoder layer's gated MLP: y = down(act(gate(x)) * up(x)), each a frozen linear with its adapters.
 
-    gate and up are one group: one read of x, one dx. The product act(gate) * up is computed again in the backward pass, as its gradient
-    needs gate and up anyway.
+    gate and up are one group: one read of x, one dx. The product act(gate) * up is computed again in the
+    backward pass, as its gradient needs gate and up anyway.
 
     Args:
         x: [..., K], fp32, bf16 or fp16.
         gate, up: members of shape [I, K]; down: a member of shape [N, I]. See `qlora_group`.
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU).
-    Returns: [..., N] in x's dtype. Saved for backward: x, gate(x), up(x) [M, I], the packed weights, the adapters and their xa.
+    Returns: [..., N] in x's dtype. Saved for backward: x, gate(x), up(x) [M, I], the packed weights, the
+    adapters and their xa.
     Raises: TypeError, ValueError naming the member, the argument, what was got and what was expected.
     Source: GLU Variants Improve Transformer (Shazeer, 2020), section 2.
 
@@ -113,18 +117,22 @@ def gated_mlp(x: Tensor, gate: Member, up: Member, down: Member, *, activation: 
 
 
 def gated_mlp_packed(x: Tensor, gate_up: Member, down: Member, *, activation: str = "silu", gate_first: bool = True) -> Tensor:
-    """A gated MLP whose gate and up are the halves of one linear: y = down(act(gate) * up), (gate, up) = chunk(gate_up(x), 2).
+    """A gated MLP whose gate and up are the halves of one linear: y = down(act(gate) * up), (gate, up) =
+    chunk(gate_up(x), 2).
 
     As `gated_mlp`; the halves are read, and their gradients written, in place.
 
     Args:
         x: [..., K], fp32, bf16 or fp16.
-        gate_up: a member of shape [2I, K]; its adapters span both halves. down: a member of shape [N, I]. See `qlora_group`.
+        gate_up: a member of shape [2I, K]; its adapters span both halves. down: a member of shape [N, I]. See
+            `qlora_group`.
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU).
         gate_first: whether the first I outputs are the gate (Phi-3), or the last.
-    Returns: [..., N] in x's dtype. Saved for backward: x, gate_up(x) [M, 2I], the packed weights, the adapters and their xa.
+    Returns: [..., N] in x's dtype. Saved for backward: x, gate_up(x) [M, 2I], the packed weights, the
+    adapters and their xa.
     Raises: TypeError, ValueError naming the member, the argument, what was got and what was expected.
-    Source: GLU Variants Improve Transformer (Shazeer, 2020), section 2; one projection for both, Phi-3 Technical Report (2024).
+    Source: GLU Variants Improve Transformer (Shazeer, 2020), section 2; one projection for both, Phi-3
+    Technical Report (2024).
 
     >>> gate_up, down = Member(torch.randn(96, 32)), Member(torch.randn(32, 48))
     >>> gated_mlp_packed(torch.randn(2, 5, 32), gate_up, down).shape
@@ -140,7 +148,8 @@ def _run(x: Tensor, inner: dict[str, Member], down: Member, width: int, activati
     if activation not in _glu.ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {_glu.ACTIVATIONS}")
     flat, spec, first = prepare(x, tuple(inner.values()), tuple(inner))
-    like_h = flat.new_empty((1, 1)).expand(flat.shape[0], width)  # its shape and dtype, to check `down` against
+    # its shape and dtype, to check `down` against
+    like_h = flat.new_empty((1, 1)).expand(flat.shape[0], width)
     _, outer, second = prepare(like_h, (down,), ("down",))
     flat = flat.contiguous()
     observe()

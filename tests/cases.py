@@ -1,4 +1,5 @@
-"""Which combinations of several parameters the quick suite takes: every value of each, in as few cases as that needs."""
+"""Which combinations of several parameters the quick suite takes: every value of each, in as few cases as
+that needs."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def each_choice(
     nightly: Iterable[Any] = (),
     name: Callable[[Any], str] = str,
 ) -> list:
-    """Every combination of the axes' values, for pytest.mark.parametrize; all but a few of them are marked slow.
+    """Every combination of the axes' values, for pytest.mark.parametrize; all but a few of them are marked
+    slow.
 
     The quick suite takes every value of every parameter at least once ("each choice" coverage), the nightly
     one every combination. Quick are the given combinations or, without any, the diagonal: the i-th takes the
@@ -47,7 +49,8 @@ def each_choice(
 
 
 def each_pair(rows: Iterable[Any], columns: Iterable[Any], third: Iterable[Any], **options: Any) -> list:
-    """As `each_choice` of three axes, the quick cases a Latin square: every row with every column, the third in turn.
+    """As `each_choice` of three axes, the quick cases a Latin square: every row with every column, the third
+    in turn.
 
     Where no axis is shorter than the third, all pairs of values of any two parameters are among them.
     """

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-# Two workers on two cores: OpenMP's threads wait asleep, or each would spin on the cores the other's work needs. Read when torch is loaded.
+# Two workers on two cores: OpenMP's threads wait asleep, or each would spin on the cores the other's work
+# needs. Read when torch is loaded.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -12,7 +13,8 @@ _HOOK = os.environ.get("PEFTKERN_BNB_BACKEND")
 
 import torch  # noqa: E402
 
-# Triton decides at the kernels' import whether they are interpreted: without a CUDA device their numerics are proven on the CPU.
+# Triton decides at the kernels' import whether they are interpreted: without a CUDA device their numerics are
+# proven on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -36,13 +38,14 @@ def _seed() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """What a test module imports must not switch the bitsandbytes hook off in this process, as benchmarks.peers does:
-    it would not come back after a test that takes it out."""
+    """What a test module imports must not switch the bitsandbytes hook off in this process, as
+    benchmarks.peers does: it would not come back after a test that takes it out."""
     if os.environ.get("PEFTKERN_BNB_BACKEND") != _HOOK:
         raise pytest.UsageError("a test module's import has set PEFTKERN_BNB_BACKEND: import within the test, see test_long_context.py")
 
 
-# Their kernels have no code of their own on avx512bf16: what runs there is what runs on amx, compiled with fewer flags.
+# Their kernels have no code of their own on avx512bf16: what runs there is what runs on amx, compiled with
+# fewer flags.
 WITHOUT_PRODUCTS = ("add_rms_norm", "glu", "linear_cross_entropy", "lora_add", "rms_norm", "rope")
 
 

@@ -1,5 +1,5 @@
-"""Runs a function in several gloo processes: torch and the libraries are imported once, in a server from which
-the processes are forked."""
+"""Runs a function in several gloo processes: torch and the libraries are imported once, in a server from
+which the processes are forked."""
 
 from __future__ import annotations
 

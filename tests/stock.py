@@ -1,7 +1,9 @@
-"""What bitsandbytes gives by itself, and whether that is right on this CPU: a comparison with it needs an answer first.
+"""What bitsandbytes gives by itself, and whether that is right on this CPU: a comparison with it needs an
+answer first.
 
-bitsandbytes 0.50 on CPUs with AVX-512 decodes 4-bit weights wrongly where in_features is no multiple of the block size, has a `gemv_4bit`
-that reads its repacked layout only, and repacks weights at their first evaluation, for good.
+bitsandbytes 0.50 on CPUs with AVX-512 decodes 4-bit weights wrongly where in_features is no multiple of the
+block size, has a `gemv_4bit` that reads its repacked layout only, and repacks weights at their first
+evaluation, for good.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def need(answer: bool, what: str) -> None:
 
 @functools.cache
 def decodes(shape: tuple[int, ...], blocksize: int, quant_type: str, dtype: torch.dtype) -> bool:
-    """Whether bitsandbytes' own dequantization of such weights is right here, in values and in shape; a few are tried."""
+    """Whether bitsandbytes' own dequantization of such weights is right here, in values and in shape; a few
+    are tried."""
     for seed in range(8):
         dense = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         packed, absmax = quantized(dense, blocksize, quant_type)
@@ -59,7 +62,8 @@ def decodes(shape: tuple[int, ...], blocksize: int, quant_type: str, dtype: torc
 
 @functools.cache
 def quantizes(shape: tuple[int, ...], blocksize: int) -> bool:
-    """Whether bitsandbytes itself takes such weights: before 0.50 an odd number of values, or too few for a block, were an error."""
+    """Whether bitsandbytes itself takes such weights: before 0.50 an odd number of values, or too few for a
+    block, were an error."""
     return _alone("quantize_4bit", torch.ones(shape), blocksize, "nf4", torch.uint8) is not None
 
 
@@ -74,7 +78,8 @@ def _alone(op: str, *args: Any) -> Any:
 
 @functools.cache
 def gemv_reads_plain() -> bool:
-    """Whether bitsandbytes' own gemv_4bit is right for plain weights; asked of a process of its own, which it may abort."""
+    """Whether bitsandbytes' own gemv_4bit is right for plain weights; asked of a process of its own, which it
+    may abort."""
     code = (
         "import torch, bitsandbytes.functional as F\n"
         "w, x = torch.randn(48, 64), torch.randn(1, 64)\n"
@@ -88,7 +93,8 @@ def gemv_reads_plain() -> bool:
 
 @contextmanager
 def right() -> Iterator[None]:
-    """bitsandbytes without our hook, and right on any CPU, in any version: its formula for its kernel, and no layer that repacks."""
+    """bitsandbytes without our hook, and right on any CPU, in any version: its formula for its kernel, and no
+    layer that repacks."""
     scoped = library._scoped_library("bitsandbytes", "IMPL")
     with bnb_backend.suspended(), pytest.MonkeyPatch.context() as patch, scoped as kernels:
         patch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
@@ -97,7 +103,8 @@ def right() -> Iterator[None]:
 
 
 def _plain(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """The generic dequantization in fp32, as of bitsandbytes 0.50; that of 0.48 rounds the code itself to `dtype` first."""
+    """The generic dequantization in fp32, as of bitsandbytes 0.50; that of 0.48 rounds the code itself to
+    `dtype` first."""
     packed = A.contiguous().view(torch.uint8).reshape(-1)
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1).int()[: math.prod(shape)]  # [N * K]
     scales = absmax.float().reshape(-1).repeat_interleave(blocksize)[: codes.numel()]

@@ -1,4 +1,5 @@
-"""The benchmarks' own logic: what is wrong is never timed, what is slow is called once, ratios come per round; and a smoke run."""
+"""The benchmarks' own logic: what is wrong is never timed, what is slow is called once, ratios come per
+round; and a smoke run."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def test_a_slow_provider_is_called_once_and_says_so(clock: Clock) -> None:
 def test_quick_calls_are_repeated_within_a_sample(clock: Clock) -> None:
     calls: list[str] = []
     timings = measure([_provider(clock, OURS, 0.0015, calls)], rounds=2)
-    assert len(calls) == 2 + 2 * 2  # a check, a look at the time, and two rounds of two calls, since 4 ms hold two of 1.5
+    # a check, a look at the time, and two rounds of two calls, since 4 ms hold two of 1.5
+    assert len(calls) == 2 + 2 * 2
     assert timings[OURS].seconds == pytest.approx((0.0015, 0.0015))
 
 
@@ -96,7 +98,8 @@ def test_ratios_are_taken_within_a_round(clock: Clock) -> None:
 
     providers = [Provider(n, lambda n=n, s=s: run(n, s), lambda result: None) for n, s in ((OURS, 0.01), ("twice", 0.02))]
     timings = measure(providers, rounds=3)
-    assert timings[OURS].seconds == pytest.approx((0.03, 0.04, 0.05))  # after the check and a look at the time
+    # after the check and a look at the time
+    assert timings[OURS].seconds == pytest.approx((0.03, 0.04, 0.05))
     assert timings["twice"].ratios == pytest.approx((2.0, 2.0, 2.0))
 
 
@@ -158,7 +161,8 @@ def test_report_writes_table_and_plot(tmp_path: Path) -> None:
 
 
 def test_a_panel_answers_one_question_with_a_dozen_bars() -> None:
-    """Of the recorded figures: every panel has bars, few enough to read; the title says what they span, losses included."""
+    """Of the recorded figures: every panel has bars, few enough to read; the title says what they span,
+    losses included."""
     lines = report.load(Path(report.__file__).parent / "results/zen3-2core-avx2")
     for panel in panels.PANELS:
         bars = panels.bars_of(panel, lines)

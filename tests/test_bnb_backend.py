@@ -1,4 +1,5 @@
-"""The bitsandbytes hook: bitsandbytes' values from our kernels, switchable, and never in the way of `import bitsandbytes`."""
+"""The bitsandbytes hook: bitsandbytes' values from our kernels, switchable, and never in the way of `import
+bitsandbytes`."""
 
 import logging
 import os
@@ -19,7 +20,8 @@ from .cases import nightly  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 64), (7, 33), (5,), (50,), (3, 4, 50), (96, 130), (64, 80)]
-GEMM = hasattr(torch.ops.bitsandbytes, "gemm_4bit")  # since 0.50; it serves calls with and without autograd alike
+# since 0.50; it serves calls with and without autograd alike
+GEMM = hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 OPS = ["quantize_4bit", "dequantize_4bit", "gemv_4bit"] + ["gemm_4bit"] * GEMM
 NATIVE = backends.available("cpu")[0]
 REPOSITORY = Path(__file__).parents[1]
@@ -27,7 +29,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def hook(monkeypatch):
-    """Each test starts without the hook and leaves it as it was; without the native extension the ops run their reference."""
+    """Each test starts without the hook and leaves it as it was; without the native extension the ops run
+    their reference."""
     was = bnb_backend.unregister()
     monkeypatch.delenv("PEFTKERN_BNB_BACKEND", raising=False)
     if not NATIVE:
@@ -67,7 +70,8 @@ def nearest(packed, absmax, w, blocksize, quant_type):
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_a_token_takes_the_short_way_with_the_same_bits(quant_type, nested, monkeypatch):
-    """And what the kernel would misread takes the long one: strides, another dtype of an operand, sizes that do not fit."""
+    """And what the kernel would misread takes the long one: strides, another dtype of an operand, sizes that
+    do not fit."""
     assert bnb_backend.register(), bnb_backend.state()
     if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
         pytest.skip("before 0.50 bitsandbytes has no gemm_4bit")
@@ -95,7 +99,8 @@ def test_a_token_takes_the_short_way_with_the_same_bits(quant_type, nested, monk
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("blocksize", [32, 4096])
 def test_quantize_gives_the_same_codes(blocksize, shape, dtype, quant_type):
-    """But where x / absmax is within 1e-6 of a threshold, where bitsandbytes' own backends differ among themselves."""
+    """But where x / absmax is within 1e-6 of a threshold, where bitsandbytes' own backends differ among
+    themselves."""
     w = sample(shape, dtype)
     assert bnb_backend.register()
     ours, our_absmax = torch.ops.bitsandbytes.quantize_4bit(w, blocksize, quant_type, torch.uint8)
@@ -152,7 +157,8 @@ def linear(dtype=torch.float32, **options):
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear4bit_forward_and_backward(dtype, nested, m):
-    """Error against fp64 at most 1.5 times that of bitsandbytes, for y with and without autograd and for dx."""
+    """Error against fp64 at most 1.5 times that of bitsandbytes, for y with and without autograd and for
+    dx."""
     layer, x = linear(dtype, compress_statistics=nested), sample((m, 64), dtype)
     layer.bias.data = layer.bias.data.to(dtype)
 
@@ -176,7 +182,8 @@ def test_linear4bit_forward_and_backward(dtype, nested, m):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(48, 64), (64, 80), (7, 33)], ids=str)
 def test_gemv_takes_plain_weights(shape, quant_type):
-    """bitsandbytes' own reads only the repacked layout on CPUs with AVX512_BF16, and may abort the process."""
+    """bitsandbytes' own reads only the repacked layout on CPUs with AVX512_BF16, and may abort the
+    process."""
     assert bnb_backend.register()
     packed, state = bnb.functional.quantize_4bit(sample(shape), quant_type=quant_type)
     weight = theirs.exact(packed, state.absmax, 64, quant_type, shape, torch.float32).double()
@@ -188,7 +195,8 @@ def test_gemv_takes_plain_weights(shape, quant_type):
     torch.testing.assert_close(x.grad.double(), dy.double() @ weight, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow  # a process of its own says whether bitsandbytes' is right; the test above compares with fp64
+# a process of its own says whether bitsandbytes' is right; the test above compares with fp64
+@pytest.mark.slow
 def test_gemv_of_plain_weights_equals_bitsandbytes():
     theirs.need(theirs.gemv_reads_plain(), "its gemv_4bit of plain weights")
     layer, x = linear(compress_statistics=False), sample((1, 64))
@@ -311,7 +319,8 @@ def test_a_failure_is_logged_and_leaves_bitsandbytes_whole(monkeypatch, caplog):
 
 @pytest.mark.parametrize("value", nightly(["1", "0"], quick=["1"]))  # "0" within this process: above
 def test_importing_bitsandbytes_registers_through_the_entry_point(value, tmp_path):
-    """In a fresh process, with the package's metadata on the path: bitsandbytes imports us while it is itself half imported."""
+    """In a fresh process, with the package's metadata on the path: bitsandbytes imports us while it is itself
+    half imported."""
     info = tmp_path / "peftkern-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peftkern\nVersion: 0\n")

@@ -1,4 +1,5 @@
-"""The hook where bitsandbytes would repack its weights: every test makes stock repack on any CPU, and shows that it does."""
+"""The hook where bitsandbytes would repack its weights: every test makes stock repack on any CPU, and shows
+that it does."""
 
 import copy
 import importlib

@@ -1,4 +1,5 @@
-"""The parts that build and prove before anything is timed: build, tests, compute-sanitizer; and tune, which keeps the card's limits."""
+"""The parts that build and prove before anything is timed: build, tests, compute-sanitizer; and tune, which
+keeps the card's limits."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def build_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], s
 
 
 def _command(run: Run, case: Case, words: Sequence[str], environment: Mapping[str, str], log: str, limit_s: float) -> tuple[int, str]:
-    """Run a command from the repository's root, keep its output as a file; (status, output). A row says how long it took."""
+    """Run a command from the repository's root, keep its output as a file; (status, output). A row says how
+    long it took."""
     start = time.monotonic()
     path = run.out / log
     with path.open("w") as file:
@@ -64,7 +66,8 @@ def build(run: Run) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     status, output = _command(run, Case("build", words, "", timed=""), command, environment, "build.log", 400)
     print(output[-3000:], flush=True)
-    if status and environment.get("PEFTKERN_CUDA") == "1":  # Triton's kernels and the CPU's can be measured without it
+    # Triton's kernels and the CPU's can be measured without it
+    if status and environment.get("PEFTKERN_CUDA") == "1":
         environment["PEFTKERN_CUDA"] = "0"
         _command(run, Case("build", "without CUDA C++", "", timed=""), command, environment, "build-without-cuda.log", 120)
     _, output = _command(run, Case("env", "", "", timed=""), [sys.executable, "-m", "peftkern", "env"], environment, "env.txt", 120)
@@ -96,7 +99,8 @@ def junit_counts(path: Path) -> dict[str, float]:
 
 
 def sanitizer(run: Run) -> None:
-    """compute-sanitizer's memcheck and racecheck over every kernel, small; and which kernels that script does not reach."""
+    """compute-sanitizer's memcheck and racecheck over every kernel, small; and which kernels that script does
+    not reach."""
     script = [sys.executable, "-m", "benchmarks.gpu.every_kernel", "--device", run.device, "--quick"]
     case = Case("sanitizer", "coverage", "", timed="")
     status, output = _command(run, case, [*script, "--names"], os.environ, "every_kernel.log", 300)

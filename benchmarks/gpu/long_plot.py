@@ -1,4 +1,5 @@
-"""The picture of `long_context.csv`: memory by tokens, measured and planned, beside published tables of others.
+"""The picture of `long_context.csv`: memory by tokens, measured and planned, beside published tables of
+others.
 
     python -m benchmarks.gpu.long_plot benchmarks/results/h100-80gb-hbm3
 """

@@ -1,5 +1,5 @@
-"""Continued pretraining on real text, and its control: SmolLM2 or MiniLM on the King James Bible, and on Python's
-library.
+"""Continued pretraining on real text, and its control: SmolLM2 or MiniLM on the King James Bible, and on
+Python's library.
 
 Three arms on held-out chapters (Ruth, Jonah, Mark, James, Esther): the model as it is; after pretraining on
 the other books; and after as many steps on source code, which has nothing to do with them. Causal: SmolLM2,

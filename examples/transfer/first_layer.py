@@ -1,7 +1,8 @@
 """What a step costs that trains from layer n up: SmolLM2 with LoRA r = 8 on 2 x 256 tokens of the King James
 Bible.
 
-Processor time of a step (forward, backward), the bytes that it keeps for backward, and the loss, with and without
+Processor time of a step (forward, backward), the bytes that it keeps for backward, and the loss, with and
+without
 gradient checkpointing, beside the arithmetic: (L + 2 (L - n)) / 3 L of the time with every activation kept,
 (L + 3 (L - n)) / 4 L with recomputation, (L - n) / L of the bytes. Run as `python -m
 examples.transfer.first_layer`; about three minutes on a core.

@@ -1,5 +1,5 @@
-"""The runs of examples/transfer/forgetting.py as a table, and its two plots: the frontier of target and source,
-and the forecast against what was measured.
+"""The runs of examples/transfer/forgetting.py as a table, and its two plots: the frontier of target and
+source, and the forecast against what was measured.
 """
 
 from __future__ import annotations

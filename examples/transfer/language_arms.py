@@ -1,9 +1,9 @@
 """The controls of transfer on real language: Yosinski's four arms, and whether pretraining helps or poisons.
 
-Small Llamas of bytes, since SmolLM2 cannot be trained from scratch within minutes. `arms`: three layers, Python's
-reference prose as task A, the King James Bible as task B, score the negative loss in nats a byte on held-out
-books. `negative`: two layers that have learned the reference prose, or random bytes by heart, or nothing, learn
-the Bible's other books from few windows. CSV and PNG go into results/. Run as `python -m
+Small Llamas of bytes, since SmolLM2 cannot be trained from scratch within minutes. `arms`: three layers,
+Python's reference prose as task A, the King James Bible as task B, score the negative loss in nats a byte on
+held-out books. `negative`: two layers that have learned the reference prose, or random bytes by heart, or
+nothing, learn the Bible's other books from few windows. CSV and PNG go into results/. Run as `python -m
 examples.transfer.language_arms arms` (or negative, or both without a name); minutes on a core.
 """
 

@@ -26,7 +26,8 @@ def shared_arguments(config: FinetuneConfig, folder: Path) -> dict[str, Any]:
         max_steps=config.steps or -1,
         num_train_epochs=config.epochs or 1.0,
         learning_rate=config.lr,
-        # The slanted triangle is no schedule of transformers: `install_rates` puts it in the place of this one.
+        # The slanted triangle is no schedule of transformers: `install_rates` puts it in the place of this
+        # one.
         lr_scheduler_type="constant" if config.schedule == "slanted" else config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,

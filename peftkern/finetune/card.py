@@ -17,13 +17,15 @@ __all__ = ["model_card"]
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 _SAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Where things lay on the machine that trained, and how the run was started: of no use to whoever reads the card.
+# Where things lay on the machine that trained, and how the run was started: of no use to whoever reads the
+# card.
 _PLACES = ("model", "data", "eval_data", "output", "prompt", "resume", "overwrite", "compare")
 _PRIVATE = (*_PLACES, "fit", "fit_ram", "fit_disk", "longest_first")
 
 
 def model_card(config: FinetuneConfig, result: FinetuneResult, record: dict[str, Any]) -> str:
-    """README.md for the adapter of a run, with the front matter that model hubs read; it names files, but no folder of this machine."""
+    """README.md for the adapter of a run, with the front matter that model hubs read; it names files, but no
+    folder of this machine."""
     base = _base(config.model)
     return "\n".join(
         [

@@ -1,4 +1,5 @@
-"""The output folder of a run: one run at a time, an earlier one kept until its replacement is complete, other files untouched."""
+"""The output folder of a run: one run at a time, an earlier one kept until its replacement is complete, other
+files untouched."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _UNLISTED = (
 
 
 class RunFolder:
-    """Where one run writes: `output`, or with --overwrite a folder in it that takes the earlier run's place at the end."""
+    """Where one run writes: `output`, or with --overwrite a folder in it that takes the earlier run's place
+    at the end."""
 
     def __init__(self, output: Path, work: Path) -> None:
         self.output = output
@@ -43,7 +45,8 @@ class RunFolder:
         return self.work != self.output
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Write run.json, by which the folder holds a run; an unfinished replacement of before is given up now."""
+        """Write run.json, by which the folder holds a run; an unfinished replacement of before is given up
+        now."""
         write_json(self.record, record)
         for other in _replacements(self.output):
             if other != self.work:
@@ -60,7 +63,8 @@ class RunFolder:
                 self.work.rmdir()
 
     def list_files(self, files: Iterable[str]) -> None:
-        """Note in run.json what this run is about to write besides the usual files, so that a later --overwrite takes no others."""
+        """Note in run.json what this run is about to write besides the usual files, so that a later
+        --overwrite takes no others."""
         write_json(self.record, read_record(self.record) | {"files": sorted(files)})
 
     def settle(self) -> None:
@@ -71,9 +75,11 @@ class RunFolder:
 
 @contextlib.contextmanager
 def open_run(config: FinetuneConfig) -> Iterator[RunFolder]:
-    """The locked folder of the run that `config` starts or goes on with; nothing stays of one that fails before it begins.
+    """The locked folder of the run that `config` starts or goes on with; nothing stays of one that fails
+    before it begins.
 
-    Raises InputError where the folder is in use by another process, or for something else, or cannot be written.
+    Raises InputError where the folder is in use by another process, or for something else, or cannot be
+    written.
     """
     output = Path(config.output)
     made = [path for path in (output, *output.parents) if not path.exists()]
@@ -137,7 +143,8 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _choose(output: Path, config: FinetuneConfig) -> RunFolder:
-    """Which run is meant: the one there, an unfinished replacement of it, or a new one; a complete replacement is put in place first."""
+    """Which run is meant: the one there, an unfinished replacement of it, or a new one; a complete
+    replacement is put in place first."""
     replacements = _replacements(output)
     for work in replacements:
         if (work / "result.json").exists():
@@ -190,7 +197,8 @@ def _names(folder: Path) -> set[str]:
 
 
 def _own(folder: Path) -> list[Path]:
-    """The files and checkpoints of the run in `folder`, and of the one that --compare made in its folder "stock"."""
+    """The files and checkpoints of the run in `folder`, and of the one that --compare made in its folder
+    "stock"."""
     paths = [path for path in (folder / name for name in sorted(_names(folder))) if path.exists()] + _checkpoints(folder)
     return paths + (_own(folder / "stock") if (folder / "stock" / "run.json").exists() else [])
 
@@ -209,9 +217,11 @@ def _refuse_inputs_among(config: FinetuneConfig, output: Path) -> None:
 
 
 def _promote(output: Path, work: Path) -> None:
-    """Move a complete run from `work` into `output` over the earlier one; begun again after a kill, it ends the same.
+    """Move a complete run from `work` into `output` over the earlier one; begun again after a kill, it ends
+    the same.
 
-    The earlier result.json goes first and the new one comes last: in between, the one in `work` tells that this is to be completed.
+    The earlier result.json goes first and the new one comes last: in between, the one in `work` tells that
+    this is to be completed.
     """
     (output / "result.json").unlink(missing_ok=True)
     if (work / "run.json").exists():

@@ -16,7 +16,8 @@ __all__ = ["current_memory", "memory_errors", "out_of_memory", "peak_memory"]
 
 
 def _status_bytes(key: str) -> int | None:
-    """One figure of /proc/self/status; ru_maxrss will not do, as a child inherits its parent's across exec."""
+    """One figure of /proc/self/status; ru_maxrss will not do, as a child inherits its parent's across
+    exec."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -53,7 +54,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_errors(config: FinetuneConfig) -> Iterator[None]:
-    """Turn every way in which memory runs out into a MemoryError that says what to lower, and what --resume allows of it."""
+    """Turn every way in which memory runs out into a MemoryError that says what to lower, and what --resume
+    allows of it."""
     try:
         yield
     except Exception as error:

@@ -42,10 +42,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def restore_metrics(path: Path, step: int, logged: list[dict[str, Any]], *, write: bool = True) -> tuple[list[dict[str, Any]], int]:
-    """Keep the lines up to `step`, so that a resumed run writes no step twice; returns them, and how many of them were lost.
+    """Keep the lines up to `step`, so that a resumed run writes no step twice; returns them, and how many of
+    them were lost.
 
-    For a lost line stands what the trainer `logged` of that step, with no tokens and no time. write: False in a process that
-    only reads along.
+    For a lost line stands what the trainer `logged` of that step, with no tokens and no time. write: False in
+    a process that only reads along.
     """
     rows = read_metrics(path)[:step]
     known, lost = {entry.get("step"): entry for entry in logged if "loss" in entry}, step - len(rows)
@@ -87,7 +88,8 @@ class RandomState:
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes metrics.jsonl and drives the progress bar; `tokens` is set by the trainer before each step ends."""
+    """Writes metrics.jsonl and drives the progress bar; `tokens` is set by the trainer before each step
+    ends."""
 
     def __init__(self, path: Path, earlier: list[dict[str, Any]], *, quiet: bool = False, write: bool = True) -> None:
         self.path = path
@@ -100,7 +102,8 @@ class MetricsCallback(TrainerCallback):
         self._bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.world_size > 1:  # each process drops out other elements; the order of the rows is drawn already
+        # each process drops out other elements; the order of the rows is drawn already
+        if args.world_size > 1:
             set_seed(args.seed + args.process_index)
         self._begin = self._step_begin = time.perf_counter()
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step", disable=self.quiet)

@@ -29,9 +29,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """The dtype called `name`; "auto" is bf16 where the hardware multiplies it natively, else what it does well.
+    """The dtype called `name`; "auto" is bf16 where the hardware multiplies it natively, else what it does
+    well.
 
-    On a CPU without bf16 instructions torch's bf16 matrix product is hundreds of times slower than the fp32 one.
+    On a CPU without bf16 instructions torch's bf16 matrix product is hundreds of times slower than the fp32
+    one.
     """
     cuda = torch.cuda.is_available()
     if name == "fp16" and not cuda:
@@ -44,7 +46,8 @@ def compute_dtype(name: str) -> torch.dtype:
 
 
 def resolve_model(model: str) -> str:
-    """What `from_pretrained` takes for --model: a hub id or folder as it is; a GGUF file or the sample as a dense folder."""
+    """What `from_pretrained` takes for --model: a hub id or folder as it is; a GGUF file or the sample as a
+    dense folder."""
     if model == SAMPLE:
         return str(dense_folder(sample_model_file()))
     path = Path(model)
@@ -71,7 +74,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> PreTrainedModel:
-    """Load `path` quantized on the fly, from slices of its files; raises InputError unless every weight is in its files.
+    """Load `path` quantized on the fly, from slices of its files; raises InputError unless every weight is in
+    its files.
 
     on_host: it stays on the host, from where its layers are to be streamed.
     """
@@ -97,7 +101,8 @@ def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> Pr
 
 
 def _fetched(path: str) -> str:
-    """The folder of a hub id, downloaded where it is not; what cannot be had is left to `from_pretrained`, which tells."""
+    """The folder of a hub id, downloaded where it is not; what cannot be had is left to `from_pretrained`,
+    which tells."""
     if os.path.isdir(path):
         return path
     from huggingface_hub import snapshot_download

@@ -1,5 +1,6 @@
-"""The same run in several processes, as torchrun or `accelerate launch` starts them: process 0 opens the folder
-and writes, all train. The process group is accelerate's, the gradients' average DistributedDataParallel's.
+"""The same run in several processes, as torchrun or `accelerate launch` starts them: process 0 opens the
+folder and writes, all train. The process group is accelerate's, the gradients' average
+DistributedDataParallel's.
 """
 
 from __future__ import annotations

@@ -56,13 +56,15 @@ class FinetuneResult:
 def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     """Fine-tune `config.model` on `config.data` with LoRA and save the PEFT adapter to `config.output`.
 
-    Raises InputError (a ValueError) or FileNotFoundError for what the caller can mend, OSError when the output cannot be
-    written, MemoryError when memory runs out, ModuleNotFoundError when the extra `finetune` is not installed; Interrupted
-    (a KeyboardInterrupt) when a signal ends the run, which saves a checkpoint first if it is training.
+    Raises InputError (a ValueError) or FileNotFoundError for what the caller can mend, OSError when the
+    output cannot be written, MemoryError when memory runs out, ModuleNotFoundError when the extra `finetune`
+    is not installed; Interrupted (a KeyboardInterrupt) when a signal ends the run, which saves a checkpoint
+    first if it is training.
     """
     require(*_EXTRA, *(() if config.quantization == "none" else ("bitsandbytes",)))
     config = config.resolved()
-    # The folder comes first, before libraries that take seconds to import: whoever comes second learns it at once.
+    # The folder comes first, before libraries that take seconds to import: whoever comes second learns it at
+    # once.
     quiet = quiet or not is_first()
     with contextlib.ExitStack() as stack:
         stack.enter_context(lost_processes())
@@ -112,7 +114,8 @@ class _Run:
         return self._finish(trainer, stored_run(self.folder))
 
     def _result(self, stored: dict[str, Any]) -> FinetuneResult | None:
-        """What result.json holds if the run is finished; a damaged one counts as missing, for it can be made again from the checkpoint."""
+        """What result.json holds if the run is finished; a damaged one counts as missing, for it can be made
+        again from the checkpoint."""
         if not stored or not self.folder.result.exists():
             return None
         try:
@@ -170,7 +173,8 @@ class _Run:
     def _begin(
         self, trainer: RecipeTrainer, stored: dict[str, Any], contents: dict[str, str], planned: int, result: FinetuneResult | None
     ) -> None:
-        """Write run.json: of a new run with the evaluation before it, of a resumed one with the options that change."""
+        """Write run.json: of a new run with the evaluation before it, of a resumed one with the options that
+        change."""
         if not stored:
             record = {"config": self.config.to_dict(), "data": contents, "base": base_fingerprint(self.config.model)}
             record |= {"processes": process_count()} if process_count() > 1 else {}
@@ -183,7 +187,8 @@ class _Run:
         trained = self.checkpoint.step if self.checkpoint else 0
         check_length(self.config, planned=planned, trained=trained)
         record = changed_options(stored, self.config, planned=planned, trained=trained, say=self._say)
-        # The result and the adapter of an extended run stay until there are new ones; this tells that they are not the new ones.
+        # The result and the adapter of an extended run stay until there are new ones; this tells that they
+        # are not the new ones.
         extends = result.steps if result else stored.get("extends", 0)
         record = record | {"extends": extends if extends < planned else 0}
         if process_count() != stored.get("processes", 1):
@@ -268,7 +273,8 @@ def _listing(perplexities: dict[str, float]) -> str:
 
 
 def calm_libraries(no_bars: bool) -> None:
-    """Bars of loading and tokenizing go to terminals only; hints of the libraries to their own users go nowhere."""
+    """Bars of loading and tokenizing go to terminals only; hints of the libraries to their own users go
+    nowhere."""
     import datasets
     import transformers
 

@@ -1,5 +1,5 @@
-"""For any Trainer of transformers: checkpoints that are whole or absent, runs that stop between two batches and
-go on bit for bit, and losses that are numbers.
+"""For any Trainer of transformers: checkpoints that are whole or absent, runs that stop between two batches
+and go on bit for bit, and losses that are numbers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class ResumableMixin:
     _writing_to: Path | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the Trainer's; raises TrainingStopped after a signal, InputError for a loss that is no number."""
+        """As the Trainer's; raises TrainingStopped after a signal, InputError for a loss that is no
+        number."""
         if self.stop is not None and self._stop_number() is not None:
             raise TrainingStopped
         self.metrics.tokens += self.tokens_of(inputs)

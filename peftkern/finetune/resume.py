@@ -1,4 +1,5 @@
-"""Whether a run in the output folder can be gone on with: what it was started with against what is asked for now."""
+"""Whether a run in the output folder can be gone on with: what it was started with against what is asked for
+now."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _NEEDED = {"config": dict, "data": dict, "perplexity_before": dict, "sample_befo
 
 
 def stored_run(folder: RunFolder, needed: dict[str, type] = _NEEDED) -> dict[str, Any]:
-    """What run.json holds, empty where there is none; InputError where it is damaged: `needed` are its keys."""
+    """What run.json holds, empty where there is none; InputError where it is damaged: `needed` are its
+    keys."""
     if not folder.record.exists():
         return {}
     stored = read_record(folder.record)
@@ -31,7 +33,8 @@ def stored_run(folder: RunFolder, needed: dict[str, type] = _NEEDED) -> dict[str
 
 
 def check_same_run(stored: dict[str, Any], config: FinetuneConfig, contents: dict[str, str], output: Path) -> None:
-    """Raise InputError with a line for each option, data file and file of the base that is not as in the `stored` run."""
+    """Raise InputError with a line for each option, data file and file of the base that is not as in the
+    `stored` run."""
     if not stored:
         return
     differing = config.differences(stored["config"], (stored.get("processes", 1), process_count()))
@@ -58,7 +61,8 @@ def check_length(config: FinetuneConfig, *, planned: int, trained: int) -> None:
 def changed_options(
     stored: dict[str, Any], config: FinetuneConfig, *, planned: int, trained: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The record of a run whose options a resumption changes, each change told to `say`; the same record where none does."""
+    """The record of a run whose options a resumption changes, each change told to `say`; the same record
+    where none does."""
     changes = config.changes(stored["config"])
     if not changes:
         return stored

@@ -1,4 +1,5 @@
-"""--row-losses: the loss of each training row in each epoch, noted from the losses that training makes anyway."""
+"""--row-losses: the loss of each training row in each epoch, noted from the losses that training makes
+anyway."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ FIELDS = ("step", "epoch", "row", "tokens", "nats")
 
 
 class RowLossRecorder(TrainerCallback):
-    """Writes row_losses.csv: a line for each row, or piece of one, that a step trained on; nats are the sum over
-    its tokens.
+    """Writes row_losses.csv: a line for each row, or piece of one, that a step trained on; nats are the sum
+    over its tokens.
 
     A row is known by its token ids, which packing does not change; rows of equal ids share tokens and losses
     alike. Lines are written after each step; a resumed run drops those of steps that it makes again.
@@ -91,7 +92,8 @@ class RowLossRecorder(TrainerCallback):
 
 @dataclass(frozen=True)
 class RecordedLosses:
-    """nats [epochs, rows], a token, NaN where a row was not trained on; tokens [rows] that it has to learn."""
+    """nats [epochs, rows], a token, NaN where a row was not trained on; tokens [rows] that it has to
+    learn."""
 
     nats: numpy.ndarray
     tokens: numpy.ndarray

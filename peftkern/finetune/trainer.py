@@ -1,4 +1,5 @@
-"""TRL's SFTTrainer with checkpoints that are whole or absent, fp32 adapters, and a token-weighted perplexity."""
+"""TRL's SFTTrainer with checkpoints that are whole or absent, fp32 adapters, and a token-weighted
+perplexity."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ _MOST_NATS = 700.0  # a little less than the logarithm of the largest number
 
 
 class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
-    """SFTTrainer whose loss is the model's own, whose checkpoints are whole, and which goes on bit for bit."""
+    """SFTTrainer whose loss is the model's own, whose checkpoints are whole, and which goes on bit for
+    bit."""
 
     row_losses: RowLossRecorder | None = None
 
@@ -52,7 +54,8 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
             recorder.note(inputs, outputs, epoch=int(self.state.epoch or 0))
         router_loss = getattr(outputs, "aux_loss", None)
         if self.aux_loss_enabled and num_items_in_batch is not None and isinstance(router_loss, torch.Tensor):
-            # A mean over one batch, and of such a mean a step's loss holds the mean over its batches, not their sum.
+            # A mean over one batch, and of such a mean a step's loss holds the mean over its batches, not
+            # their sum.
             surplus = 1 - 1 / self.current_gradient_accumulation_steps
             loss = loss - surplus * self.router_aux_loss_coef * router_loss.to(loss.device)
         return (loss, outputs) if return_outputs else loss
@@ -82,13 +85,15 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
         return self._exponential(total / count, name)
 
     def _nll_of_all(self, base: Any, batch: dict[str, Any]) -> tuple[float, int]:
-        """As `_nll`, of the batches of all processes; the rows that accelerate repeats to fill the last ones are left out."""
+        """As `_nll`, of the batches of all processes; the rows that accelerate repeats to fill the last ones
+        are left out."""
         rows = torch.stack([token_nll(base, batch).double().sum(1), (batch["labels"][:, 1:] != -100).sum(1).double()], dim=1)
         total, count = self.accelerator.gather_for_metrics(rows).sum(0).tolist()
         return total, int(count)
 
     def _exponential(self, mean: float, name: str) -> float:
-        """exp of a loss in nats per token; a loss that is none, or of which the exponential is no number, ends the run."""
+        """exp of a loss in nats per token; a loss that is none, or of which the exponential is no number,
+        ends the run."""
         if mean < _MOST_NATS:
             return math.exp(mean)
         if self.state.global_step:
@@ -125,7 +130,8 @@ def make_trainer(
         )
     trainer.metrics, trainer.keep_checkpoints = metrics, config.keep_checkpoints
     trainer.remove_callback(PrinterCallback)
-    # TRL turns adapters on 4-bit bases into bf16; fp32 ones do not lose small updates, and autocast rounds them where it pays.
+    # TRL turns adapters on 4-bit bases into bf16; fp32 ones do not lose small updates, and autocast rounds
+    # them where it pays.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -165,7 +171,8 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
 
 
 def _may_be_unused(model: PeftModel) -> bool:
-    """Whether a batch may leave trained weights without a gradient: those of experts that it does not reach."""
+    """Whether a batch may leave trained weights without a gradient: those of experts that it does not
+    reach."""
     base = model.get_base_model().config.get_text_config()
     return any(getattr(base, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 

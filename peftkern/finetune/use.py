@@ -115,7 +115,8 @@ def _ask() -> str | None:
 
 
 def _answer(model: LoadedModel, turns: list[dict[str, str]], how: Generation, *, base: bool) -> list[dict[str, str]]:
-    """The conversation with the model's answer; without the last turn where it does not fit or is broken off."""
+    """The conversation with the model's answer; without the last turn where it does not fit or is broken
+    off."""
     try:
         prompt = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         if base and model.has_adapter:

@@ -17,7 +17,8 @@ _KINDS = {"paged_adamw_8bit": "PagedAdamW8bit", "adamw_8bit": "AdamW8bit"}
 def adamw(
     model: nn.Module, *, lr: float, kind: str = "paged_adamw_8bit", **options: Any
 ) -> torch.optim.Optimizer:
-    """bitsandbytes' 8-bit AdamW over what is trained, or torch's where that cannot be, with the reason printed.
+    """bitsandbytes' 8-bit AdamW over what is trained, or torch's where that cannot be, with the reason
+    printed.
 
     Its kernels take a tensor's address: of a parameter in shards (`shard`) they would see no numbers, and
     paged states are memory that only CUDA moves.

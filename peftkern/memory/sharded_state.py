@@ -87,8 +87,8 @@ def load_state(path: str | Path, model: nn.Module, optimizer: Optimizer) -> int:
 
 
 def newest_state(folder: str | Path) -> Path | None:
-    """The checkpoint of the most steps in `folder`, None where there is none; what a killed run left incomplete
-    is removed by process 0."""
+    """The checkpoint of the most steps in `folder`, None where there is none; what a killed run left
+    incomplete is removed by process 0."""
     folder = Path(folder)
     if _rank() == 0:
         clear_temporaries(folder)
@@ -135,7 +135,8 @@ def _options(**more: Any) -> Any:
 
 @contextlib.contextmanager
 def _directory(final: Path) -> Iterator[Path]:
-    """As `atomic_directory`, one for all processes: process 0 makes it, and renames it when all have written."""
+    """As `atomic_directory`, one for all processes: process 0 makes it, and renames it when all have
+    written."""
     if not _several():
         with atomic_directory(final) as temporary:
             yield temporary

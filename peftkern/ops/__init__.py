@@ -29,17 +29,20 @@ _FLAGGED = hasattr(torch.compiler, "_is_exporting_flag")
 
 @functools.cache
 def backend(op: str, name: str) -> ModuleType:
-    """The module with an op's launchers for a backend; imported at its first use, as Triton is not there on every machine."""
+    """The module with an op's launchers for a backend; imported at its first use, as Triton is not there on
+    every machine."""
     folder = f"{__name__}.{op}"
     if name in ("cuda", "triton"):
-        # Some ops are a plan over Triton, CUDA and cuBLAS launches, composed in one file; others have Triton kernels alone.
+        # Some ops are a plan over Triton, CUDA and cuBLAS launches, composed in one file; others have Triton
+        # kernels alone.
         name = next(file for file in ("gpu", name, "triton") if importlib.util.find_spec(f"{folder}.{file}"))
     return importlib.import_module(f"{folder}.{name}")
 
 
 def transformed() -> bool:
-    """Whether torch follows what is computed in a way that knows its own operators alone: torch.func's transforms, forward-mode AD, and
-    torch.jit.trace and torch.export, whose programs are to run without this package."""
+    """Whether torch follows what is computed in a way that knows its own operators alone: torch.func's
+    transforms, forward-mode AD, and torch.jit.trace and torch.export, whose programs are to run without this
+    package."""
     # The compiler of torch 2.11 takes is_exporting() for true in whatever it traces; it reads the flag behind
     # it.
     return (
@@ -51,13 +54,14 @@ def transformed() -> bool:
 
 
 def serving(x: Tensor, *weights: Tensor) -> str:
-    """The backend for tensors like x and these weights; where one has no element, the reference: kernels count tiles of what is there."""
+    """The backend for tensors like x and these weights; where one has no element, the reference: kernels
+    count tiles of what is there."""
     return select(x) if all(map(Tensor.numel, weights)) else "reference"
 
 
 def unobserved(x: Tensor) -> bool:
-    """Whether an op on x may be run without torch's dispatcher, which costs more than one row's arithmetic: no gradient is wanted, and
-    nobody traces, transforms, intercepts or profiles what is computed."""
+    """Whether an op on x may be run without torch's dispatcher, which costs more than one row's arithmetic:
+    no gradient is wanted, and nobody traces, transforms, intercepts or profiles what is computed."""
     return (
         not _grad_enabled()
         and type(x) is Tensor

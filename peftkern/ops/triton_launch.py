@@ -15,7 +15,8 @@ from .specialization import Specialization
 
 __all__ = ["UNSPECIALIZED", "Call", "run", "specialization"]
 
-# Integers whose value must not make a variant of its own: such kernels have @triton.jit(do_not_specialize=UNSPECIALIZED).
+# Integers whose value must not make a variant of its own: such kernels have
+# @triton.jit(do_not_specialize=UNSPECIALIZED).
 UNSPECIALIZED = ("M", "threshold", "first_programs", "chunks0", "chunks1", "chunks2")
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8"}
@@ -23,10 +24,11 @@ _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*f
 
 @dataclass(frozen=True)
 class Call:
-    """One launch of `programs` programs in one dimension, with every argument of the kernel by name; a tuple is an argument for several
-    members of a group, indexed by constants in the kernel.
+    """One launch of `programs` programs in one dimension, with every argument of the kernel by name; a tuple
+    is an argument for several members of a group, indexed by constants in the kernel.
 
-    max_registers: a thread may have; left to itself ptxas may spill a few for the sake of one more block an SM.
+    max_registers: a thread may have; left to itself ptxas may spill a few for the sake of one more block an
+    SM.
     """
 
     kernel: Any
@@ -131,9 +133,11 @@ def _type(part: Any) -> Any:
 
 
 def specialization(name: str, call: Call, **promises: Any) -> Specialization:
-    """What Triton compiles for the call, its tensors (of any device, also "meta") taken as aligned to 16 bytes."""
+    """What Triton compiles for the call, its tensors (of any device, also "meta") taken as aligned to 16
+    bytes."""
     signature, constexprs, divisible = {}, {}, []
-    parameters = inspect.signature(call.kernel.fn).parameters  # the interpreter's kernels have no other description
+    # the interpreter's kernels have no other description
+    parameters = inspect.signature(call.kernel.fn).parameters
     for key, value in call.arguments.items():
         constant = "constexpr" in str(parameters[key].annotation) or value is None
         if constant or (type(value) is int and value == 1 and key not in UNSPECIALIZED):

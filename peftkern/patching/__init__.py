@@ -1,4 +1,5 @@
-"""`patch(model)`: put peftkern's kernels under the PEFT and bitsandbytes layers of a model, per instance and reversibly."""
+"""`patch(model)`: put peftkern's kernels under the PEFT and bitsandbytes layers of a model, per instance and
+reversibly."""
 
 from __future__ import annotations
 
@@ -35,21 +36,25 @@ __all__ = ["PatchReport", "Row", "mixed_adapters", "patch", "unpatch"]
 def patch(
     model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None = None, blocks: bool = True, fused_loss: bool = False
 ) -> PatchReport:
-    """Let the LoRA layers and frozen 4-bit linears of a model, and the blocks around them, run peftkern's fused functions.
+    """Let the LoRA layers and frozen 4-bit linears of a model, and the blocks around them, run peftkern's
+    fused functions.
 
-    Replaces `forward`, and of LoRA layers `merge` and `unmerge`, on module instances, nothing else: classes, parameters, `state_dict`,
-    saving and loading stay as they are, and `unpatch` restores every forward exactly. Patching twice is patching once; call it again
-    after adding modules. Merging by PEFT's methods rounds once, and unmerging restores every byte.
+    Replaces `forward`, and of LoRA layers `merge` and `unmerge`, on module instances, nothing else: classes,
+    parameters, `state_dict`, saving and loading stay as they are, and `unpatch` restores every forward
+    exactly. Patching twice is patching once; call it again after adding modules. Merging by PEFT's methods
+    rounds once, and unmerging restores every byte.
 
     Args:
-        model: a PEFT LoRA model on a bitsandbytes 4-bit or a dense base, or any model with bitsandbytes Linear4bit layers.
+        model: a PEFT LoRA model on a bitsandbytes 4-bit or a dense base, or any model with bitsandbytes
+            Linear4bit layers.
         exclude: module names, or whole dotted parts of them ("lm_head", "layers.0"), to leave as they are.
-        dense: also patch frozen dense nn.Linear outside LoRA layers (a tied lm_head, say). Default: where it pays, on CPUs whose bf16 or
-            fp16 matrix products torch computes by naive loops.
-        blocks: also patch gated MLPs, RMSNorm, rotary embeddings, and the residual additions of pre-norm decoder layers, each recognized
-            by what it computes on a small probe; and compute 16-bit attention in fp32 on CPUs whose 16-bit products torch computes by
-            naive loops.
-        fused_loss: a causal LM that is given labels in training computes its loss without the logits, and returns none.
+        dense: also patch frozen dense nn.Linear outside LoRA layers (a tied lm_head, say). Default: where it
+            pays, on CPUs whose bf16 or fp16 matrix products torch computes by naive loops.
+        blocks: also patch gated MLPs, RMSNorm, rotary embeddings, and the residual additions of pre-norm
+            decoder layers, each recognized by what it computes on a small probe; and compute 16-bit attention
+            in fp32 on CPUs whose 16-bit products torch computes by naive loops.
+        fused_loss: a causal LM that is given labels in training computes its loss without the logits, and
+            returns none.
     Returns: PatchReport, naming every module looked at, what it got, and why others fall back.
     Raises: ValueError where nothing could be patched, or an entry of `exclude` names no module.
 

@@ -1,5 +1,5 @@
-"""Attention modules, patched per instance through the global names their class's forward looks up: rotary embeddings, and attention itself
-in fp32 where torch multiplies 16-bit matrices in naive loops."""
+"""Attention modules, patched per instance through the global names their class's forward looks up: rotary
+embeddings, and attention itself in fp32 where torch multiplies 16-bit matrices in naive loops."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class RopeMode(NamedTuple):
 
 
 class WideMode(NamedTuple):
-    """The dtypes in whose place attention is computed in fp32; and what stands around the attention function, as `surround` takes it."""
+    """The dtypes in whose place attention is computed in fp32; and what stands around the attention function,
+    as `surround` takes it."""
 
     slow: tuple[torch.dtype, ...]
     around: Callable[..., Any] | None = None
@@ -92,7 +93,8 @@ def _install(module: nn.Module, modes: list[NamedTuple]) -> None:
 
 
 def rope_candidates(model: nn.Module) -> list[Block]:
-    """Every module whose class's forward calls the global function `apply_rotary_pos_emb`, in the model's order."""
+    """Every module whose class's forward calls the global function `apply_rotary_pos_emb`, in the model's
+    order."""
     found = []
     for name, module in model.named_modules():
         if not _uses(module, _ROTARY):
@@ -171,11 +173,12 @@ def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, partial: bool) -> boo
 
 
 def wide_candidates(model: nn.Module) -> list[Block]:
-    """Every module whose class's forward asks transformers' `ALL_ATTENTION_FUNCTIONS` for its function, in the model's order; none where
-    torch's 16-bit products are fast, or no weight is in 16 bits.
+    """Every module whose class's forward asks transformers' `ALL_ATTENTION_FUNCTIONS` for its function, in
+    the model's order; none where torch's 16-bit products are fast, or no weight is in 16 bits.
 
-    On a CPU without AVX-512's bf16 instructions scaled_dot_product_attention's backward takes 75 ms in bf16 and 12 ms in fp32 (2 x 256
-    tokens, 9 heads of 64, 3 of keys; Zen 3, one thread); `python -m benchmarks.bench_attention`.
+    On a CPU without AVX-512's bf16 instructions scaled_dot_product_attention's backward takes 75 ms in bf16
+    and 12 ms in fp32 (2 x 256 tokens, 9 heads of 64, 3 of keys; Zen 3, one thread); `python -m
+    benchmarks.bench_attention`.
     """
     slow = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if slow_products(dtype))
     if not any(p.dtype in slow and p.device.type == "cpu" for p in model.parameters()):
@@ -194,7 +197,8 @@ def _no_interfaces(module: nn.Module) -> str | None:
 
 
 class _Interfaces:
-    """transformers' attention functions, the eager and the SDPA one in fp32, `around` around each; all else of it as it is."""
+    """transformers' attention functions, the eager and the SDPA one in fp32, `around` around each; all else
+    of it as it is."""
 
     def __init__(self, stock: Any, slow: tuple[torch.dtype, ...], around: Callable[..., Any] | None = None) -> None:
         self._stock, self._slow, self._around = stock, slow, around
@@ -252,9 +256,9 @@ def _wide(value: Any) -> Any:
 
 
 def surround(module: nn.Module, around: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Let `around(function, kind, module, query, key, value, attention_mask, **kwargs)` run in place of the attention function that the
-    module's class looks up; kind is "eager", "sdpa" or "other". It stays through `patch` and `unpatch`, until `release`. Returns what was
-    there before.
+    """Let `around(function, kind, module, query, key, value, attention_mask, **kwargs)` run in place of the
+    attention function that the module's class looks up; kind is "eager", "sdpa" or "other". It stays through
+    `patch` and `unpatch`, until `release`. Returns what was there before.
 
     Raises ValueError where the module cannot be served (see `surroundable`).
     """
@@ -325,7 +329,8 @@ def _not_ours(module: nn.Module) -> str | None:
 
 
 class AttentionForward(WrappedForward):
-    """An attention module's own forward, whose code sees ours under the names of the modes in `cache`. torch.compile traces into it."""
+    """An attention module's own forward, whose code sees ours under the names of the modes in `cache`.
+    torch.compile traces into it."""
 
     __slots__ = ("_stock", "_code", "_names", "_replacements", "scope")
 
@@ -356,7 +361,8 @@ class AttentionForward(WrappedForward):
         return function
 
     def _refresh(self) -> None:
-        """What others have put into the module's globals since then is seen; while a function of theirs is under our names, it is used."""
+        """What others have put into the module's globals since then is seen; while a function of theirs is
+        under our names, it is used."""
         if type(self.module).forward is not self._seen or (self._function is not None and self._stock.__code__ is not self._code):
             self.build()
         if self._function is None:
@@ -378,8 +384,8 @@ def _global_names(code: types.CodeType) -> frozenset[str]:
 
 
 def _scope(forward: types.FunctionType) -> dict[str, Any]:
-    """A copy of its globals. Without `__name__`: by it torch.compile (2.13) names the module as the source of what it reads here,
-    and its guards would watch the module's rotary function in place of ours."""
+    """A copy of its globals. Without `__name__`: by it torch.compile (2.13) names the module as the source of
+    what it reads here, and its guards would watch the module's rotary function in place of ours."""
     scope = dict(forward.__globals__)
     scope.pop("__name__", None)
     return scope

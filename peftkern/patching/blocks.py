@@ -1,4 +1,5 @@
-"""RMSNorms of a model: recognized by what they compute on a probe, not by a class's name; patched per instance."""
+"""RMSNorms of a model: recognized by what they compute on a probe, not by a class's name; patched per
+instance."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ _ON_CPU = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults
 
 
 class NormMode(NamedTuple):
-    """What an RMSNorm module computes: `functional.rms_norm`'s arguments, where its eps stands, and whether x may have another dtype than
-    the weight."""
+    """What an RMSNorm module computes: `functional.rms_norm`'s arguments, where its eps stands, and whether x
+    may have another dtype than the weight."""
 
     eps_name: str
     offset: float
@@ -32,8 +33,8 @@ class NormMode(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A module that was looked at: its name, what it would run ("rms_norm", "rope" or "fp32_attention") and how (a NormMode, or a mode of
-    `attention`), or the reason why it cannot."""
+    """A module that was looked at: its name, what it would run ("rms_norm", "rope" or "fp32_attention") and
+    how (a NormMode, or a mode of `attention`), or the reason why it cannot."""
 
     name: str
     module: nn.Module
@@ -51,7 +52,8 @@ def install_norms(found: Iterable[Block]) -> int:
 
 
 def _replaced(module: nn.Module) -> str | None:
-    """Someone else's forward on the instance; ours, and what accelerate's hooks keep of the class's, are none."""
+    """Someone else's forward on the instance; ours, and what accelerate's hooks keep of the class's, are
+    none."""
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward = module.__dict__.get(slot)
     if forward is None or isinstance(forward, Forward):
@@ -69,8 +71,9 @@ def _reads(module: nn.Module, eps_name: str) -> Reads | str:
 
 
 def norm_candidates(model: nn.Module) -> list[Block]:
-    """Every module with a 1-D weight and an eps, in the model's order: those whose class computes on a probe, bit for bit, what
-    `functional.rms_norm` is defined as, and the others with the reason. LayerNorm keeps torch's own fused kernel and is not listed."""
+    """Every module with a 1-D weight and an eps, in the model's order: those whose class computes on a probe,
+    bit for bit, what `functional.rms_norm` is defined as, and the others with the reason. LayerNorm keeps
+    torch's own fused kernel and is not listed."""
     found = []
     for name, module in model.named_modules():
         eps_name = _eps_name(module)
@@ -84,7 +87,8 @@ def norm_candidates(model: nn.Module) -> list[Block]:
 
 
 def _recognized(module: nn.Module) -> tuple[NormMode | str, Reads | str]:
-    """What the module computes, or why it is no norm of ours; and what that depends on besides the weight and eps."""
+    """What the module computes, or why it is no norm of ours; and what that depends on besides the weight and
+    eps."""
     eps_name = _eps_name(module)
     mode = _norm_mode(module, eps_name) if eps_name else "it has no eps"
     seen = mode if isinstance(mode, str) else _reads(module, eps_name)
@@ -117,13 +121,16 @@ def _norm_mode(module: nn.Module, eps_name: str) -> NormMode | str:
 
 
 _MODES = (("llama", 0.0), ("gemma", 0.0), ("gemma", 1.0))
-_PROBES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))  # of x and the weight
+# of x and the weight
+_PROBES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
 
 
 def _matching(module: nn.Module, eps: float, dtype: torch.dtype, weight_dtype: torch.dtype) -> list[tuple[str, float]]:
-    """The modes whose reference gives, on random rows of several sizes and a random weight, the bits of the class's own forward."""
+    """The modes whose reference gives, on random rows of several sizes and a random weight, the bits of the
+    class's own forward."""
     size, options = module.weight.shape[0], dict(generator=torch.Generator().manual_seed(0), **_ON_CPU)
-    x = torch.randn(2, 4, size, **options) * torch.tensor([1.0, 30.0, eps**0.5, 0.01], **_ON_CPU)[:, None]  # eps must matter in one
+    # eps must matter in one
+    x = torch.randn(2, 4, size, **options) * torch.tensor([1.0, 30.0, eps**0.5, 0.01], **_ON_CPU)[:, None]
     weight = torch.randn(size, **options).to(weight_dtype)
     probe = type(module).__new__(type(module))
     probe.__dict__.update(module.__dict__, _parameters={"weight": nn.Parameter(weight, requires_grad=False)})
@@ -165,7 +172,8 @@ class NormForward(RecognizedForward):
         return (None if isinstance(mode, str) else mode), seen
 
     def joined(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """norm(s) and s = residual + x, x itself without a residual: in one launch where the operands are alike."""
+        """norm(s) and s = residual + x, x itself without a residual: in one launch where the operands are
+        alike."""
         if residual is not None and (x.dtype, x.shape, x.device) != (residual.dtype, residual.shape, residual.device):
             x, residual = residual + x, None
         found = self.operands(x) if self.bare() else None

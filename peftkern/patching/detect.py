@@ -1,4 +1,5 @@
-"""Which modules of a model can be patched, and why others cannot. PEFT and bitsandbytes are recognized by structure, never imported."""
+"""Which modules of a model can be patched, and why others cannot. PEFT and bitsandbytes are recognized by
+structure, never imported."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _PEFT_FORWARDS = {("peft.tuners.lora.layer", "Linear.forward"), ("peft.tuners.lo
 
 
 class Candidate(NamedTuple):
-    """A module that was looked at; `static`: nothing but the choice of adapters stands against `forward`, the fused path."""
+    """A module that was looked at; `static`: nothing but the choice of adapters stands against `forward`, the
+    fused path."""
 
     module: nn.Module
     row: Row

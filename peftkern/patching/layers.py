@@ -1,6 +1,8 @@
-"""Decoder layers of the usual pre-norm form: the residual additions run inside the norms' kernels, in both directions.
+"""Decoder layers of the usual pre-norm form: the residual additions run inside the norms' kernels, in both
+directions.
 
-A layer is recognized by what its class's forward does with stand-ins for its children. Only straight-line code that names nothing but its
+A layer is recognized by what its class's forward does with stand-ins for its children. Only straight-line
+code that names nothing but its
 children is looked at: what it does once, it always does.
 """
 
@@ -30,9 +32,10 @@ __all__ = ["Half", "LayerForward", "LayerMode", "install_layers", "joined", "lay
 class Half(NamedTuple):
     """One of a layer's two steps: s + after(block(norm(s))).
 
-    hidden: the keyword by which the block gets the norm's output, None: its first argument; keywords: the block's, each with the layer's
-    parameter that it passes on; rest: whether the layer's further keyword arguments go to the block too; parts: the block returns a
-    tuple, of which the first counts; after: what the block's output runs through (dropout).
+    hidden: the keyword by which the block gets the norm's output, None: its first argument; keywords: the
+    block's, each with the layer's parameter that it passes on; rest: whether the layer's further keyword
+    arguments go to the block too; parts: the block returns a tuple, of which the first counts; after: what
+    the block's output runs through (dropout).
     """
 
     norm: str
@@ -56,7 +59,8 @@ class LayerMode(NamedTuple):
 
 
 class LayerForward(WrappedForward):
-    """A decoder layer; `cache` holds its LayerMode. What its class's forward is wrapped in (gradient checkpointing) is kept around ours."""
+    """A decoder layer; `cache` holds its LayerMode. What its class's forward is wrapped in (gradient
+    checkpointing) is kept around ours."""
 
     __slots__ = ("_inner",)
 
@@ -69,12 +73,14 @@ class LayerForward(WrappedForward):
         super().__setstate__(state)
 
     def inside(self, stock: types.FunctionType) -> Callable[..., Any] | None:
-        """The layer with the additions inside the norms, while its class's forward is the one that was recognized."""
+        """The layer with the additions inside the norms, while its class's forward is the one that was
+        recognized."""
         return _forward(stock, self.cache) if stock is self._inner else None
 
 
 def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
-    """The layer's forward with the additions inside the norms; `stock` answers what it cannot be called with."""
+    """The layer's forward with the additions inside the norms; `stock` answers what it cannot be called
+    with."""
     parameters = list(inspect.signature(stock).parameters.values())[1:]
     names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -99,7 +105,8 @@ def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
 def _step(
     module: nn.Module, half: Half, x: Tensor, residual: Tensor | None, given: dict[str, Any], rest: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """What the half's block adds to the stream, and the stream that it adds it to: residual + x, or x alone."""
+    """What the half's block adds to the stream, and the stream that it adds it to: residual + x, or x
+    alone."""
     norm = getattr(module, half.norm)
     y, stream = joined(norm, x, residual)
     keywords = {name: given[source] for name, source in half.keywords}
@@ -118,7 +125,8 @@ def _step(
 
 
 def joined(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """norm(s) and s = residual + x. A norm that is watched by hooks is called, and so is one whose forward is not ours."""
+    """norm(s) and s = residual + x. A norm that is watched by hooks is called, and so is one whose forward is
+    not ours."""
     held = find(norm)
     if held is not None and held[0] == "forward" and type(held[1]) is NormForward and not has_hooks(norm):
         return held[1].joined(x, residual)
@@ -130,8 +138,9 @@ def joined(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor,
 
 
 def install_layers(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, str, str | None]]:
-    """Patch every layer of the pre-norm form whose norms run ours; name, what it runs, and None or why not, of each one looked at: elements
-    of a ModuleList with a norm and two blocks of their own, whatever they are, and others that are recognized."""
+    """Patch every layer of the pre-norm form whose norms run ours; name, what it runs, and None or why not,
+    of each one looked at: elements of a ModuleList with a norm and two blocks of their own, whatever they
+    are, and others that are recognized."""
     listed = {id(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module.children()}
     found = []
     for name, module in model.named_modules():
@@ -176,7 +185,8 @@ def _ours(norm: nn.Module | None) -> bool:
 
 
 def _straight(function: types.FunctionType, module: nn.Module) -> bool:
-    """Code without branches, whose only names are the module's children: it cannot but do the same at every call."""
+    """Code without branches, whose only names are the module's children: it cannot but do the same at every
+    call."""
     code, parameters = function.__code__, inspect.signature(function).parameters.values()
     plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_KEYWORD) for p in parameters)
     branches = any(step.opcode in dis.hasjrel or step.opcode in dis.hasjabs for step in dis.get_instructions(code))
@@ -193,9 +203,11 @@ class _Called(NamedTuple):
 
 
 def _probe(function: types.FunctionType, module: nn.Module, dtype: torch.dtype, parts: bool) -> LayerMode | None:
-    """The mode that explains, bit for bit, what the function does to random rows with stand-ins for the children; None where none does.
+    """The mode that explains, bit for bit, what the function does to random rows with stand-ins for the
+    children; None where none does.
 
-    The second call, the attention's, gives a tuple where `parts` says so. Every other argument of the layer is an object of its own.
+    The second call, the attention's, gives a tuple where `parts` says so. Every other argument of the layer
+    is an object of its own.
     """
     names, rest = _parameters(function)
     given = {name: object() for name in names[1:] + rest}
@@ -220,7 +232,8 @@ def _probe(function: types.FunctionType, module: nn.Module, dtype: torch.dtype, 
 
 
 def _parameters(function: types.FunctionType) -> tuple[list[str], list[str]]:
-    """The names of its parameters without self, and one more name for further keyword arguments where it takes them."""
+    """The names of its parameters without self, and one more name for further keyword arguments where it
+    takes them."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     return names, ["peftkern_probe"] if any(p.kind is p.VAR_KEYWORD for p in parameters) else []

@@ -1,8 +1,10 @@
-"""A causal language model's training loss without the logits: found by what the model does, put on the instance, taken off again.
+"""A causal language model's training loss without the logits: found by what the model does, put on the
+instance, taken off again.
 
-The model's own forward runs, on a stand-in for the model that answers for two names: the head, which hands on logits that nobody has made
-yet, and the loss function, which makes the loss from what the forward has done to them. Where it does anything else with them they are
-made, and the stock loss function gets them. Nothing is set on the model, so that nothing is left behind by an exception.
+The model's own forward runs, on a stand-in for the model that answers for two names: the head, which hands on
+logits that nobody has made yet, and the loss function, which makes the loss from what the forward has done to
+them. Where it does anything else with them they are made, and the stock loss function gets them. Nothing is
+set on the model, so that nothing is left behind by an exception.
 """
 
 from __future__ import annotations
@@ -61,11 +63,13 @@ class LossPlan:
 class LossForward(Forward):
     """A causal LM that in training, given labels, returns its loss and no logits. `cache` holds its LossPlan.
 
-    Stock, decided at each call: evaluation, no labels, a tuple asked for, `logits_to_keep`, another loss function than when patched, hooks
-    on the head, several adapters or dropout on it, dtypes and devices without kernels.
+    Stock, decided at each call: evaluation, no labels, a tuple asked for, `logits_to_keep`, another loss
+    function than when patched, hooks on the head, several adapters or dropout on it, dtypes and devices
+    without kernels.
 
-    watcher: gets what a loss was made of before it was reduced, the loss of each label in nats (fp32 [batch, length], at the place that
-    predicts it, without gradient) and these labels (-100: none); the loss stays as it is, bit for bit. None: nobody looks.
+    watcher: gets what a loss was made of before it was reduced, the loss of each label in nats (fp32 [batch,
+    length], at the place that predicts it, without gradient) and these labels (-100: none); the loss stays as
+    it is, bit for bit. None: nobody looks.
     """
 
     __slots__ = ("watcher",)
@@ -89,8 +93,8 @@ class LossForward(Forward):
         return type(output)(**{name: made(value) for name, value in output.items() if not _unmade(value)})
 
     def negative_log_likelihood(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Summed over the labels of one call of the model in the mode it is in, and nothing else that the model adds to its loss; None
-        where only the logits tell.
+        """Summed over the labels of one call of the model in the mode it is in, and nothing else that the
+        model adds to its loss; None where only the logits tell.
         """
         if self.reason(kwargs) is not None:
             return None
@@ -98,8 +102,8 @@ class LossForward(Forward):
         return head.value
 
     def token_losses(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As `negative_log_likelihood`, but of each label: fp32, the labels' shape, at the place that predicts it,
-        0 where there is none. Without gradients.
+        """As `negative_log_likelihood`, but of each label: fp32, the labels' shape, at the place that
+        predicts it, 0 where there is none. Without gradients.
         """
         if self.reason(kwargs) is not None:
             return None
@@ -179,7 +183,8 @@ def _parts(head: nn.Module) -> _Parts | str:
 
 
 class _Head:
-    """Stands in for the head and the loss function during one forward. `value`: the fused loss alone; `items` overrules its divisor.
+    """Stands in for the head and the loss function during one forward. `value`: the fused loss alone; `items`
+    overrules its divisor.
 
     With the reduction "none" the value is that of each label, and the model is given their sum.
     """
@@ -287,8 +292,9 @@ def _bias(bias: Tensor | None, adapter: Adapter | None, scale: float) -> Tensor 
 
 
 def loss_candidate(model: nn.Module, exclude: tuple[str, ...] = ()) -> Candidate | None:
-    """The causal LM in `model` whose loss can be fused, for `install_loss`, or in its row the reason why not; None where `model` holds no
-    language model of transformers. `exclude` may name the model or its "loss_function".
+    """The causal LM in `model` whose loss can be fused, for `install_loss`, or in its row the reason why not;
+    None where `model` holds no language model of transformers. `exclude` may name the model or its
+    "loss_function".
     """
     for name, module in model.named_modules():
         if not isinstance(getattr(type(module), "loss_function", None), property) or not hasattr(module, "get_output_embeddings"):
@@ -333,7 +339,8 @@ def plan_of(model: nn.Module) -> LossPlan | str:
         return "its loss function is not transformers' ForCausalLMLoss"
     try:
         form = probe(model, name)
-    except Exception as error:  # whatever a forward does with the stand-in that it would not do with the model
+    # whatever a forward does with the stand-in that it would not do with the model
+    except Exception as error:
         return f"its forward cannot be probed ({type(error).__name__}: {error})"
     return form if isinstance(form, str) else LossPlan(name, form, model.loss_function)
 

@@ -183,7 +183,8 @@ def recording() -> bool:
 def launched(call: Any, compiled: Any, values: list[Any] | None) -> None:
     """A Triton kernel has been launched, of which the record of this thread, if there is one, is told.
 
-    compiled: Triton's compiled kernel with `values`, its arguments in order; None where the kernel was interpreted.
+    compiled: Triton's compiled kernel with `values`, its arguments in order; None where the kernel was
+    interpreted.
     """
     recorder = _current.recorder
     if recorder is not None:

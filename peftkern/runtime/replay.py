@@ -1,13 +1,13 @@
 """A GPU op's call, recorded once and replayed afterwards: the same launches with other pointers.
 
-A call of a GPU op is Python that looks at shapes and options, allocates, launches Triton kernels and multiplies with
-cuBLAS. For equal shapes it does the same again, and up to a few thousand rows this Python takes longer than the
-kernels. `replayed` wraps such a function: the second call of a kind is recorded (`record.py`), later ones go through
-the record's steps (`steps.py`).
+A call of a GPU op is Python that looks at shapes and options, allocates, launches Triton kernels and
+multiplies with cuBLAS. For equal shapes it does the same again, and up to a few thousand rows this Python
+takes longer than the kernels. `replayed` wraps such a function: the second call of a kind is recorded
+(`record.py`), later ones go through the record's steps (`steps.py`).
 
-Calls are of one kind where every number, flag and None among their arguments is equal, and of every tensor its dtype,
-shape, strides, device, its alignment to 16 bytes, and which of them begin at one address; and whatever `settings` says.
-Arguments of other types, and calls that no record can hold, run as they are.
+Calls are of one kind where every number, flag and None among their arguments is equal, and of every tensor
+its dtype, shape, strides, device, its alignment to 16 bytes, and which of them begin at one address; and
+whatever `settings` says. Arguments of other types, and calls that no record can hold, run as they are.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def refusals() -> dict[str, str]:
 
 
 def replayed(settings: Callable[[], tuple] = tuple) -> Callable[[Callable], Callable]:
-    """A decorator for a function of tensors, numbers, None, and lists or tuples of these, which computes by launches
-    alone, which no gradient is to be recorded of: its Python depends on nothing but the kind of its call and on
-    `settings`. Calls on a CUDA device are replayed.
+    """A decorator for a function of tensors, numbers, None, and lists or tuples of these, which computes by
+    launches
+    alone, which no gradient is to be recorded of: its Python depends on nothing but the kind of its call and
+    on `settings`. Calls on a CUDA device are replayed.
     """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,8 +118,8 @@ def _recorded(
 
 
 def _key(args: tuple | list, tensors: list[Tensor]) -> tuple | None:
-    """What calls of one kind have in common; None of arguments that have no kind. Their tensors are appended to
-    `tensors` in the order in which they stand."""
+    """What calls of one kind have in common; None of arguments that have no kind. Their tensors are appended
+    to `tensors` in the order in which they stand."""
     addresses: dict[int, int] = {}
     found: list[Any] = []
     return tuple(found) if _describe(args, tensors, addresses, found) else None

@@ -1,7 +1,8 @@
 """What a record of a GPU op's call consists of: allocations, launches, operators of torch.
 
-The tensors of a call are numbered: its arguments first, then what it allocates. Such a numbered tensor is a base. Every
-other tensor is a place within a base. A step reads and writes two lists, `bases` and their addresses, `pointers`.
+The tensors of a call are numbered: its arguments first, then what it allocates. Such a numbered tensor is a
+base. Every other tensor is a place within a base. A step reads and writes two lists, `bases` and their
+addresses, `pointers`.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ class Allocate:
 
 
 class Launch:
-    """A compiled Triton kernel. values: its arguments in order; at the positions that `patches` names stands the
-    address of a base plus an offset. `tuples`: positions whose value is a tuple of addresses and other values, of
-    which (-1, value) is a value."""
+    """A compiled Triton kernel. values: its arguments in order; at the positions that `patches` names stands
+    the address of a base plus an offset. `tuples`: positions whose value is a tuple of addresses and other
+    values, of which (-1, value) is a value."""
 
     __slots__ = ("runner", "values", "patches", "tuples")
 

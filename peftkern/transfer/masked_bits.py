@@ -1,5 +1,5 @@
-"""What whole documents cost a masked language model: masked bits per byte, and pseudo-perplexity, its limit of
-one mask at a time.
+"""What whole documents cost a masked language model: masked bits per byte, and pseudo-perplexity, its limit
+of one mask at a time.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""One run of masked pretraining by the recipe's means: LoRA on an encoder with its masked head, a folder that is
-whole or absent, whole checkpoints, and a resumption that equals the unbroken run bit for bit.
+"""One run of masked pretraining by the recipe's means: LoRA on an encoder with its masked head, a folder that
+is whole or absent, whole checkpoints, and a resumption that equals the unbroken run bit for bit.
 """
 
 from __future__ import annotations

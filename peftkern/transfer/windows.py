@@ -1,7 +1,8 @@
 """Texts longer than a window, cut into pieces without losing a token.
 
-The tokenizers' own overflow (`return_overflowing_tokens`) depends on their version: tokenizers 0.23.2 gave a text of
-four windows as two, 0.23.3 as four. Here the tokens of the text are counted out, whatever the version.
+The tokenizers' own overflow (`return_overflowing_tokens`) depends on their version: tokenizers 0.23.2 gave a
+text of four windows as two, 0.23.3 as four. Here the tokens of the text are counted out, whatever the
+version.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 def windows(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
 ) -> Iterator[tuple[int, list[int], range]]:
-    """Every window of at most `length` tokens: the text's number, the window's tokens with those that begin and end
-    a text, and the places of the text's own. A text without tokens has no window.
+    """Every window of at most `length` tokens: the text's number, the window's tokens with those that begin
+    and end a text, and the places of the text's own. A text without tokens has no window.
 
     Raises: InputError where the window has no room for text.
     """

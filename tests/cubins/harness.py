@@ -1,4 +1,5 @@
-"""Every variant of every Triton kernel, compiled for every architecture without a GPU, in processes of their own."""
+"""Every variant of every Triton kernel, compiled for every architecture without a GPU, in processes of their
+own."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ class Compiler:
                 self._futures[job] = self._pool.submit(worker.compile_job, job)
 
     def facts(self, job: Job) -> Facts:
-        """Waits for it. A compiler that crashes takes its process along: the job is then tried once more, alone."""
+        """Waits for it. A compiler that crashes takes its process along: the job is then tried once more,
+        alone."""
         try:
             self.submit([job])
             return self._futures[job].result()

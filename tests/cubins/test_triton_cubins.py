@@ -1,4 +1,5 @@
-"""Promises of the machine code, read from cubins: it fits, spills nothing, uses tensor cores, loads packed weights 16 bytes wide."""
+"""Promises of the machine code, read from cubins: it fits, spills nothing, uses tensor cores, loads packed
+weights 16 bytes wide."""
 
 from __future__ import annotations
 
@@ -20,8 +21,10 @@ from .checks import broken_promises  # noqa: E402
 PROCESSES = int(os.environ.get("PEFTKERN_TEST_PROCESSES", "1"))
 JOBS = harness.jobs(harness.modules())
 SAMPLES = {(job.name, job.arch): job for job in harness.jobs([kernels])}
-# By default each kernel's main variant is compiled for sm_86: mma.sync, with the least shared memory. Products are lowered differently by
-# other generations, wgmma on sm_90 and no tensor core on sm_75: there the kernels of a single linear are compiled, whose functions those of
+# By default each kernel's main variant is compiled for sm_86: mma.sync, with the least shared memory.
+# Products are lowered differently by
+# other generations, wgmma on sm_90 and no tensor core on sm_75: there the kernels of a single linear are
+# compiled, whose functions those of
 # a group call. The nightly run has every variant on every architecture.
 PRODUCTS = {job.kernel for job in JOBS if job.product}
 
@@ -103,7 +106,8 @@ def test_a_promise_about_nothing_is_an_error(name: str, words: str, compiler: ha
 
 
 def test_limits_are_those_of_the_architecture(compiler: harness.Compiler) -> None:
-    """Two tiles of 64x64 in 16 bits are counted; 128 KiB fit into sm_90's shared memory and not into sm_86's."""
+    """Two tiles of 64x64 in 16 bits are counted; 128 KiB fit into sm_90's shared memory and not into
+    sm_86's."""
     facts = compiler.facts(SAMPLES["product", 86])
     assert 8192 <= facts.shared <= 16384
     facts = replace(facts, shared=128 * 1024)

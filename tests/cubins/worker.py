@@ -1,4 +1,5 @@
-"""Compiles one kernel variant to a cubin and reads its facts; runs in a process of its own, where Triton's interpreter is off."""
+"""Compiles one kernel variant to a cubin and reads its facts; runs in a process of its own, where Triton's
+interpreter is off."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from . import ptx, sass
 
 __all__ = ["LOADS", "Facts", "Job", "compile_job", "start"]
 
-LOADS = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")  # from global memory to registers, to shared memory, and whole tiles by the TMA unit
+# from global memory to registers, to shared memory, and whole tiles by the TMA unit
+LOADS = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A variant by name: the kernel itself stays in its module. `main`: the first of its kernel; `product`: on tensor cores."""
+    """A variant by name: the kernel itself stays in its module. `main`: the first of its kernel; `product`:
+    on tensor cores."""
 
     module: str
     name: str
@@ -42,8 +45,9 @@ class Job:
 class Facts:
     """What is asserted of a cubin.
 
-    shared: static and dynamic bytes a block; stack: local memory, where spilled registers go; loads: global loads by opcode; wide, narrow:
-    those of the declared pointers of 16 bytes and of less, by source line; fused: multiply-adds where none may be.
+    shared: static and dynamic bytes a block; stack: local memory, where spilled registers go; loads: global
+    loads by opcode; wide, narrow: those of the declared pointers of 16 bytes and of less, by source line;
+    fused: multiply-adds where none may be.
     """
 
     kernel: str
@@ -65,10 +69,12 @@ class Facts:
 
 
 def start() -> None:
-    """Runs first in a worker: pytest's own process has the interpreter on, which would replace every kernel."""
+    """Runs first in a worker: pytest's own process has the interpreter on, which would replace every
+    kernel."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.pop("TRITON_DISABLE_LINE_INFO", None)
-    # Triton's cache knows a kernel by its text, the cubin's line information by its path too: a cache of this checkout's own.
+    # Triton's cache knows a kernel by its text, the cubin's line information by its path too: a cache of this
+    # checkout's own.
     checkout = hashlib.sha1(os.path.realpath(__file__).encode()).hexdigest()[:8]
     os.environ["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / f"peftkern-{checkout}")
 
@@ -151,7 +157,8 @@ def _declared_loads(code: str, pointers: Iterable[str]) -> tuple[Counter[str], C
 
 
 def _fused(instructions: Iterable[sass.Instruction], lines: set[tuple[str, int]]) -> Counter[str]:
-    """Multiply-adds there. One that adds the zero register is a plain product: the compiler picks it for its unit."""
+    """Multiply-adds there. One that adds the zero register is a plain product: the compiler picks it for its
+    unit."""
     found: Counter[str] = Counter()
     for i in instructions:
         if i.opcode.split(".")[0] in ("FFMA", "FFMA2") and (os.path.realpath(i.file), i.line) in lines:
@@ -193,7 +200,8 @@ def compile_job(job: Job) -> Facts:
     try:
         specs = {spec.name: spec for spec in importlib.import_module(job.module).specializations(job.arch)}
         return _facts(specs[job.name], job.arch, _compile(specs[job.name], job.arch))
-    except Exception as error:  # its own type may not survive the way between processes, and its causes do not
+    # its own type may not survive the way between processes, and its causes do not
+    except Exception as error:
         words = [f"{job.id}:"]
         cause: BaseException | None = error
         while cause is not None:  # a Triton error in a device function is the cause of one at its call

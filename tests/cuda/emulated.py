@@ -1,4 +1,5 @@
-"""Compiles csrc/cuda/*.cu as plain C++ over the emulator in tests/cuda/emulation, and loads the result through ctypes."""
+"""Compiles csrc/cuda/*.cu as plain C++ over the emulator in tests/cuda/emulation, and loads the result
+through ctypes."""
 
 from __future__ import annotations
 
@@ -17,8 +18,10 @@ __all__ = ["EMULATION", "FLAGS", "KERNELS", "compile_emulated", "declare", "link
 EMULATION = Path(__file__).parent / "emulation"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 FLAGS = ["-DPK_CUDA_EMULATION", f"-I{EMULATION}", f"-I{CSRC / 'cuda'}", "-O1", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-FLAGS += ["-Wno-unknown-pragmas", "-fsanitize=alignment"]  # #pragma unroll; the emulator brings the sanitizer's handler
-SANITIZERS = os.environ.get("PEFTKERN_EMULATION_FLAGS", "").split()  # more flags, for the compiler and the linker
+# #pragma unroll; the emulator brings the sanitizer's handler
+FLAGS += ["-Wno-unknown-pragmas", "-fsanitize=alignment"]
+# more flags, for the compiler and the linker
+SANITIZERS = os.environ.get("PEFTKERN_EMULATION_FLAGS", "").split()
 
 
 def compile_emulated(folder: Path, sources: Sequence[Path]) -> Path:

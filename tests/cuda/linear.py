@@ -1,4 +1,5 @@
-"""One QLoRA linear as the fused CUDA kernels see it: random cases, the C calls, and what plain PyTorch and fp64 give."""
+"""One QLoRA linear as the fused CUDA kernels see it: random cases, the C calls, and what plain PyTorch and
+fp64 give."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def run_xa(library: CudaLibrary, case: Case) -> Tensor:
 
 
 def linear(library: CudaLibrary, function: str, case: Case, xa: Tensor | None, extra: Sequence[int] | None = None) -> Tensor:
-    """y of `function` on the library's device; xa None: no low-rank part. A probe takes `extra` for stream and device."""
+    """y of `function` on the library's device; xa None: no low-rank part. A probe takes `extra` for stream
+    and device."""
     (m, n, _, _), c = case.sizes, case.to(library.device)
     out = library.poisoned(m + GUARD, n, dtype=c.x.dtype)
     weight, low = c_weight(c.weight), c_lora(c.a, c.b, case.scaling) if xa is not None else None

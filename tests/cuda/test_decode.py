@@ -1,4 +1,5 @@
-"""Decoding in registers and the dropout's generator: every nibble in every place, against the definitions, bit for bit."""
+"""Decoding in registers and the dropout's generator: every nibble in every place, against the definitions,
+bit for bit."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_pair_table_gives_fp32_codes(probe: ctypes.CDLL, table: str) -> None:
 
 
 def test_pair_table_never_conflicts(probe: ctypes.CDLL) -> None:
-    """An 8-byte access serves 16 lanes at once: whatever their bytes are, they must hit different banks of 4 bytes."""
+    """An 8-byte access serves 16 lanes at once: whatever their bytes are, they must hit different banks of 4
+    bytes."""
     for _ in range(200):
         octets = torch.randint(0, 256, (32,)).tolist()
         for half in (range(16), range(16, 32)):

@@ -1,4 +1,5 @@
-"""The CUDA GEMV and the xa kernel, emulated on the CPU and, with -m gpu, on a device: against fp64, or bit for bit."""
+"""The CUDA GEMV and the xa kernel, emulated on the CPU and, with -m gpu, on a device: against fp64, or bit
+for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from .linear import (
 )
 
 GEMV = "pk_gemv_4bit_cuda"
-# (M, N, K, R): every number of rows that x is read by, ragged N, K in pieces of 32 and not, one step and several, ranks of every class.
+# (M, N, K, R): every number of rows that x is read by, ragged N, K in pieces of 32 and not, one step and
+# several, ranks of every class.
 SHAPES = [
     (1, 33, 64, 8), (2, 18, 1056, 1), (3, 40, 2048, 3), (4, 17, 96, 40), (7, 37, 160, 16), (16, 20, 3104, 5),
     (1, 11, 100, 3), (5, 9, 257, 7), (1, 20, 40, 256), (64, 5, 32, 4),
@@ -78,13 +80,15 @@ def test_one_hot_rows_return_the_decoded_weight(
         x[torch.arange(len(part)), part] = 1
         case = Case(weight, x, torch.empty(0, k), torch.empty(n, 0), None)
         got = linear(cuda_library, GEMV, case, None).cpu()
-        assert torch.equal(got, dense[:, part].t()), part  # -0.0 equals 0.0: a sum with zeros has lost that sign
+        # -0.0 equals 0.0: a sum with zeros has lost that sign
+        assert torch.equal(got, dense[:, part].t()), part
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])
 @pytest.mark.parametrize(("n", "k", "processors"), [(70, 32, 1), (150, 96, 2), (40, 4128, 2), (26, 8992, 1)], ids=str)
 def test_every_number_of_tiles_steps_and_pieces(probe: CudaLibrary, tokens: int, n: int, k: int, processors: int) -> None:
-    """Blocks that walk over several tiles, warps of one row and of several, x in one piece and in several, rows shared by warps or not."""
+    """Blocks that walk over several tiles, warps of one row and of several, x in one piece and in several,
+    rows shared by warps or not."""
     fixed = probe.lib.probe_fixed_shared()
     m = 2 * tokens + 1 if k < 100 else tokens
     cases = [make_case(m, n, k, 3, torch.float32) for _ in range(2)]

@@ -1,4 +1,5 @@
-"""The CUDA tensor-core kernel, emulated on the CPU and, with -m gpu, on a device: against fp64, or bit for bit."""
+"""The CUDA tensor-core kernel, emulated on the CPU and, with -m gpu, on a device: against fp64, or bit for
+bit."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from .linear import Case, assert_accurate, exact, linear, load_probes, make_case
 MMA = "pk_mma_4bit_cuda"
 HALVES = [torch.bfloat16, torch.float16]
 TILES = [(nt, wm) for nt in (1, 2, 4, 8) for wm in (1, 2)]
-# (M, N, K, R): every tile width of x, ragged M and N, K of part of a stage and of more than are in flight, ranks of every class.
+# (M, N, K, R): every tile width of x, ragged M and N, K of part of a stage and of more than are in flight,
+# ranks of every class.
 SHAPES = [(1, 33, 64, 8), (9, 40, 320, 3), (17, 40, 128, 200), (33, 31, 576, 1), (70, 65, 1216, 5), (130, 20, 128, 16)]
 
 
@@ -63,7 +65,8 @@ def test_every_tile(probe: CudaLibrary, nt: int, wm: int) -> None:
 def test_one_hot_rows_return_the_decoded_weight(
     cuda_library: CudaLibrary, quant_type: str, k: int, blocksize: int, dtype: torch.dtype
 ) -> None:
-    """With the identity as x a result is T(fp32(T(code)) * fp32(absmax)) of one weight, bit for bit: every place of the layout is right."""
+    """With the identity as x a result is T(fp32(T(code)) * fp32(absmax)) of one weight, bit for bit: every
+    place of the layout is right."""
     n = 37
     weight = random_weight(n, k, quant_type, blocksize)
     expected = replace(weight, code=weight.code.to(dtype).float()).dequantize(dtype)
@@ -72,7 +75,8 @@ def test_one_hot_rows_return_the_decoded_weight(
 
 
 def test_a_rows_bits_depend_on_nothing_beside_it(probe: CudaLibrary) -> None:
-    """Neither on the tile nor on how many rows there are: a request's logits are the same alone and in a batch."""
+    """Neither on the tile nor on how many rows there are: a request's logits are the same alone and in a
+    batch."""
     case = make_case(40, 70, 832, 5, torch.bfloat16)
     xa = exact(case)[1].float()
     first, *others = (linear(probe, "probe_mma", case, xa, tile) for tile in TILES)
@@ -107,7 +111,8 @@ def _banks(addresses: list[int], size: int) -> int:
 
 
 def test_every_lane_reads_its_part_of_a_stage_once_and_without_conflicts(probe: CudaLibrary) -> None:
-    """8-byte reads of W serve half a warp at once, 16-byte reads of x a quarter; each must hit all 32 banks."""
+    """8-byte reads of W serve half a warp at once, 16-byte reads of x a quarter; each must hit all 32
+    banks."""
     w_chunk, x_chunk = probe.lib.probe_w_chunk, probe.lib.probe_x_chunk
     read: dict[str, list[int]] = {"w": [], "x": []}
     for quarter in range(4):
@@ -142,7 +147,8 @@ def test_copies_and_sums_pass_shared_memory_without_conflicts(probe: CudaLibrary
 
 
 def test_every_tile_fits_the_smallest_shared_memory(probe: CudaLibrary) -> None:
-    """99 KB on sm_86, sm_89 and sm_120, 1 KB of it static; tiles of up to 16 rows fit twice into the 100 KB of a processor."""
+    """99 KB on sm_86, sm_89 and sm_120, 1 KB of it static; tiles of up to 16 rows fit twice into the 100 KB
+    of a processor."""
     for nt, wm in TILES:
         assert probe.lib.probe_shared_bytes(nt, wm) + 1024 <= 99 << 10
         if nt <= 2:

@@ -180,7 +180,8 @@ def heard() -> Iterator[None]:
 def test_signal_in_training_saves_and_says_so(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int, batch: int, finished_cache: Path
 ) -> None:
-    """In the middle of a step's batches or at its end; what follows is bit for bit as if nothing had happened."""
+    """In the middle of a step's batches or at its end; what follows is bit for bit as if nothing had
+    happened."""
     original, batches = trainer_module.RecipeTrainer.training_step, []
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -138,9 +138,11 @@ def test_missing_package_names_the_extra(
     assert "needs trl, which is not installed: run pip install 'peftkern[finetune]'" in capsys.readouterr().err
 
 
-@pytest.mark.slow  # a process of its own, whose files are limited; in test_folder.py this process finds the disk full
+# a process of its own, whose files are limited; in test_folder.py this process finds the disk full
+@pytest.mark.slow
 def test_full_disk_leaves_nothing_half_written(options: dict[str, Any], tmp_path: Path) -> None:
-    # Files over the limit cannot be written, as on a full disk; the adapter and the optimizer's state are larger.
+    # Files over the limit cannot be written, as on a full disk; the adapter and the optimizer's state are
+    # larger.
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 

@@ -1,4 +1,5 @@
-"""--resume of another run than the stored one: what is refused, what may change, and how a finished run grows longer."""
+"""--resume of another run than the stored one: what is refused, what may change, and how a finished run grows
+longer."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def rows(output: str | Path, *keys: str) -> list[tuple[Any, ...]]:
 
 
 def test_extended_run_equals_one_of_that_length_from_the_start(options: dict[str, Any], tmp_path: Path) -> None:
-    """With a rate that does not depend on the length; the data go on where they were, over the end of an epoch."""
+    """With a rate that does not depend on the length; the data go on where they were, over the end of an
+    epoch."""
     constant = options | {"schedule": "constant_with_warmup", "warmup": 0.0, "dropout": 0.1}
     whole = run(constant, steps=9, output=str(tmp_path / "whole"))
     first = run(constant, steps=4)
@@ -150,7 +152,8 @@ def test_fingerprint_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_interrupted_extension_is_gone_on_with(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the longer run is complete, the adapter and the result in the folder are those of the shorter one."""
+    """Until the longer run is complete, the adapter and the result in the folder are those of the shorter
+    one."""
     first = run(options, steps=4)
     adapter = (Path(options["output"]) / "adapter_model.safetensors").read_bytes()
     original = trainer_module.RecipeTrainer.training_step

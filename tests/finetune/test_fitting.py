@@ -140,7 +140,8 @@ def test_all_that_can_be_chosen_is_put_on_a_model(options: dict[str, Any], tmp_p
     from peftkern.memory.planner.options import RunOptions
     from peftkern.memory.planner.shapes import read_shape
 
-    base = str(save_tiny_model(tmp_path / "base", hidden=512))  # whose weights are large enough to be streamed
+    # whose weights are large enough to be streamed
+    base = str(save_tiny_model(tmp_path / "base", hidden=512))
     config = FinetuneConfig(**options | PATCHED | {"model": base}).resolved()
     ids = torch.arange(128)[None] % 300
 

@@ -17,7 +17,8 @@ from peftkern.memory.stored_weights import StoredTensor
 
 from .conftest import save_tiny_model
 
-# Peak of the anonymous memory while loading: pages of the mapped weight file are the page cache's, and can be dropped at any time.
+# Peak of the anonymous memory while loading: pages of the mapped weight file are the page cache's, and can be
+# dropped at any time.
 LOAD = """
 import sys, threading, time
 import bitsandbytes.functional, peft, transformers, torch
@@ -50,12 +51,14 @@ print(max(peak[0], after) - before, after - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' /proc")
 def test_loading_peaks_near_the_quantized_size(tmp_path: Path) -> None:
     folder, warm = save_tiny_model(tmp_path / "big", layers=16, hidden=512, dtype=torch.bfloat16), save_tiny_model(tmp_path / "warm")
-    weights = 16 * (512 * 512 * 2 + 512 * 256 * 2 + 3 * 512 * 1024) / 2**20  # in millions, or MiB at one byte each
+    # in millions, or MiB at one byte each
+    weights = 16 * (512 * 512 * 2 + 512 * 256 * 2 + 3 * 512 * 1024) / 2**20
     command = [sys.executable, "-c", LOAD, str(folder), str(warm)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peak, after = map(float, done.stdout.split()[-2:])
-    # Half a byte and its block maxima a weight, one dense layer on the way, and the adapter, embeddings and bookkeeping: 24 + 9 + 8 MiB
+    # Half a byte and its block maxima a weight, one dense layer on the way, and the adapter, embeddings and
+    # bookkeeping: 24 + 9 + 8 MiB
     # of 144 MiB as fp32.
     assert 0.5 * weights <= after <= peak <= 0.53 * weights + 4 * weights / 16 + 8
 

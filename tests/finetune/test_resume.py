@@ -23,7 +23,8 @@ STEPS = 9
 
 @pytest.fixture
 def options(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Our kernels; dropout, accumulation and an epoch's end after six steps, so that the random state and the place in the data matter."""
+    """Our kernels; dropout, accumulation and an epoch's end after six steps, so that the random state and the
+    place in the data matter."""
     data = tmp_path / "text.txt"
     data.write_text(Path(options["data"]).read_text()[:12000])
     changes = {"data": str(data), "steps": STEPS, "save_steps": 3, "dropout": 0.1, "grad_accumulation": 2, "seq_length": 256}
@@ -82,7 +83,8 @@ def unbroken(options: dict[str, Any], tmp_path: Path, unbroken_cache: dict[str, 
 
 
 def test_a_resumed_stock_run_equals_the_unbroken_one(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before either training there is an evaluation, or none: a stock layer must train the same after both."""
+    """Before either training there is an evaluation, or none: a stock layer must train the same after
+    both."""
     whole = run(options, patch=False, output=str(tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         break_at(patch, 3)

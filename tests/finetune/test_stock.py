@@ -1,4 +1,5 @@
-"""--no-patch: the stock libraries, as far as they are right on this machine. Repacking is driven on any CPU."""
+"""--no-patch: the stock libraries, as far as they are right on this machine. Repacking is driven on any
+CPU."""
 
 from __future__ import annotations
 
@@ -80,4 +81,5 @@ def test_a_stock_that_decodes_wrongly_is_refused(
     assert main(["finetune", *FinetuneConfig(**options).to_arguments()]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("peftkern finetune: error: --no-patch: ") and "--quantization none" in error
-    finetune(FinetuneConfig(**(options | {"patch": True, "steps": 1})), quiet=True)  # our own kernels do not ask it
+    # our own kernels do not ask it
+    finetune(FinetuneConfig(**(options | {"patch": True, "steps": 1})), quiet=True)

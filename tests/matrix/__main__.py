@@ -1,9 +1,10 @@
-"""`python -m tests.matrix`: patching, recipe, ops, adapters and transfer with the oldest and the newest libraries.
+"""`python -m tests.matrix`: patching, recipe, ops, adapters and transfer with the oldest and the newest
+libraries.
 
-Makes an environment for each combination of torch, transformers and {PEFT, bitsandbytes, TRL} (oldest supported: the lower
-bounds of pyproject.toml), runs the tests in each, with torch's instruction sets as they are and held to AVX2, and writes
-docs/compatibility.csv and docs/compatibility.md. Lines of earlier runs stay unless this run has the same combination.
-The committed tree is tested. Exit status: 0 where every run passed.
+Makes an environment for each combination of torch, transformers and {PEFT, bitsandbytes, TRL} (oldest
+supported: the lower bounds of pyproject.toml), runs the tests in each, with torch's instruction sets as they
+are and held to AVX2, and writes docs/compatibility.csv and docs/compatibility.md. Lines of earlier runs stay
+unless this run has the same combination. The committed tree is tested. Exit status: 0 where every run passed.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def read(path: Path) -> list[Result]:
 
 
 def write(path: Path, results: Iterable[Result], new: Iterable[Result]) -> list[Result]:
-    """The record with the new lines in it, each in the place of an earlier one of its key; returns it, sorted."""
+    """The record with the new lines in it, each in the place of an earlier one of its key; returns it,
+    sorted."""
     merged = {result.key: result for result in (*results, *new)}
     ordered = sorted(merged.values(), key=lambda result: tuple(map(_order, result.key)))
     with path.open("w", newline="") as file:

@@ -30,12 +30,14 @@ from ..patching import models
 
 ROWS = torch.randint(0, 96, (4, 12), generator=torch.Generator().manual_seed(5))
 LAYERS = 2
-# Adam divides by the gradient's size: with its usual 1e-8 an element whose gradient is rounding moves as others.
+# Adam divides by the gradient's size: with its usual 1e-8 an element whose gradient is rounding moves as
+# others.
 EPS = 1e-3
 
 
 def adapted(pieces: str = "patched", lora_dropout: float = 0.0, **options: Any) -> nn.Module:
-    """A tiny QLoRA model in training, with the named pieces of the library on it, always with the same weights."""
+    """A tiny QLoRA model in training, with the named pieces of the library on it, always with the same
+    weights."""
     model = models.lora(models.llama(layers=LAYERS, **options), lora_dropout=lora_dropout).train()
     if "patched" in pieces:
         peftkern.patch(model, fused_loss="loss" in pieces)
@@ -89,8 +91,8 @@ def expected_gradients() -> dict[str, Any]:
 
 
 def ddp_errors(rank: int, pieces: tuple[str, ...]) -> dict[str, float]:
-    """How far the gradients under DDP are from those of one process, by the pieces on the model; and where the
-    adapters begin otherwise on each process."""
+    """How far the gradients under DDP are from those of one process, by the pieces on the model; and where
+    the adapters begin otherwise on each process."""
     expected = expected_gradients()
     errors = {}
     for names in pieces:
@@ -117,8 +119,8 @@ def packed_bytes(model: nn.Module) -> list[Any]:
 def fsdp_errors(
     rank: int, pieces: tuple[str, ...], options: dict[str, Any], absmax: bool = True
 ) -> dict[str, Any]:
-    """The same under FSDP2, with `options` of the model; whether the packed bytes are what they were; and bytes
-    whole, here and on each process."""
+    """The same under FSDP2, with `options` of the model; whether the packed bytes are what they were; and
+    bytes whole, here and on each process."""
     expected = step(adapted("", **options), ROWS)
     errors: dict[str, Any] = {}
     for names in pieces:
@@ -141,7 +143,8 @@ def fsdp_errors(
 
 
 def averages(rank: int) -> dict[str, Any]:
-    """What gloo gives for ReduceOp.AVG in the collective that FSDP2 uses; and the gradient FSDP2 itself gives."""
+    """What gloo gives for ReduceOp.AVG in the collective that FSDP2 uses; and the gradient FSDP2 itself
+    gives."""
     count = distributed.get_world_size()
     given = torch.full((count * 2,), float(rank + 1))
     out = torch.empty(2)
@@ -214,8 +217,8 @@ def load_and_go_on(rank: int, folder: str, way: str, dropout: float) -> dict[str
 
 
 def optimizer_in_shards(rank: int) -> tuple[str, str, bool]:
-    """The optimizer that a sharded model gets in the place of the paged 8-bit one, what was printed, and whether
-    it trains."""
+    """The optimizer that a sharded model gets in the place of the paged 8-bit one, what was printed, and
+    whether it trains."""
     model = trained_model("shard", 0.0)
     before = adapter_of(model)
     told = io.StringIO()
@@ -227,7 +230,8 @@ def optimizer_in_shards(rank: int) -> tuple[str, str, bool]:
 
 
 def after_ddp(rank: int) -> list[float]:
-    """A frozen weight, a trained one and a buffer, each the process's rank before, after `ddp` and a forward."""
+    """A frozen weight, a trained one and a buffer, each the process's rank before, after `ddp` and a
+    forward."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
     model[0].requires_grad_(False)
     model.register_buffer("held", torch.tensor(float(rank)))

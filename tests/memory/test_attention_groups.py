@@ -39,7 +39,8 @@ def operands(b: int, heads: int, kv: int, s: int, d: int, **options) -> list[Ten
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Of few heads torch leaves the threads to MKL, which then cuts its sums otherwise than for many heads."""
+    """Of few heads torch leaves the threads to MKL, which then cuts its sums otherwise than for many
+    heads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

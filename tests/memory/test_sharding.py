@@ -49,7 +49,8 @@ def test_fsdp_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
     reports = [errors[f"{pieces[0]}: report"] for errors in found]
     whole = reports[0][0]
     assert sum(here for _, here, _ in reports) == whole  # nothing twice: every size here is even
-    # Of each of 14 weights two codebooks of 16 and 256, an offset and the maxima of at most 20 blocks stay whole.
+    # Of each of 14 weights two codebooks of 16 and 256, an offset and the maxima of at most 20 blocks stay
+    # whole.
     assert all(replicated <= 14 * 4 * (16 + 256 + 1 + 1) for _, _, replicated in reports)
 
 

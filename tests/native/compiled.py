@@ -1,4 +1,5 @@
-"""Compiling csrc/ by hand, as a project that vendors it would, and calling the result through ctypes: no Python extension involved."""
+"""Compiling csrc/ by hand, as a project that vendors it would, and calling the result through ctypes: no
+Python extension involved."""
 
 from __future__ import annotations
 
@@ -86,9 +87,11 @@ def compile_objects(folder: Path, jobs: Sequence[tuple[Path, Sequence[str]]]) ->
 
 
 def once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]) -> Path:
-    """What `build` makes in a folder of its own: made once, though modules and workers of pytest-xdist ask for it."""
+    """What `build` makes in a folder of its own: made once, though modules and workers of pytest-xdist ask
+    for it."""
     base = factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the workers' folders lie in the session's
+    # the workers' folders lie in the session's
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(base / f"{name}.lock"):
         made = base / f"{name}.path"
         if not made.exists():

@@ -1,4 +1,5 @@
-"""Builds the kernels with the AVX-512 levels emulated by SIMDe in plain C: any CPU then runs their code, slowly."""
+"""Builds the kernels with the AVX-512 levels emulated by SIMDe in plain C: any CPU then runs their code,
+slowly."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from .compiled import CSRC, CXX, compile_objects, link_shared
 
 HERE = Path(__file__).parent
 MISSING = "the compiler finds no simde/x86/avx512.h: SIMDe is not installed (Debian and Ubuntu: apt install libsimde-dev)"
-# The dispatcher asks the CPU for each level: here it has all of them. The AVX2 level is an empty row that is never chosen.
+# The dispatcher asks the CPU for each level: here it has all of them. The AVX2 level is an empty row that is
+# never chosen.
 EVERY_LEVEL = ["-D__builtin_cpu_supports(feature)=1", "-DPK_SIMDE"]
 AVX512_ALONE = ["-DPK_NO_AVX512BF16", "-DPK_NO_AMX"]
 AVX2_STUB = """#include "kernels.h"
@@ -23,7 +25,8 @@ const Kernels kernels_avx2 = {"none", 0, 0, 0, 0, 0, 0, 0, 0};
 
 
 def simde_missing() -> bool:
-    """Asked of the compiler, wherever it looks. Where there is none the tests are not skipped: building fails, as the others' does."""
+    """Asked of the compiler, wherever it looks. Where there is none the tests are not skipped: building
+    fails, as the others' does."""
     if shutil.which(CXX[0]) is None:
         return False
     probe = "#if !__has_include(<simde/x86/avx512.h>)\n#error\n#endif\n"
@@ -31,8 +34,8 @@ def simde_missing() -> bool:
 
 
 def emulated_objects(folder: Path, *, bf16: bool = False) -> list[Path]:
-    """Objects of baseline, emulated AVX-512 and the dispatcher, `bf16`: and the two levels with bf16 products; no flag
-    asks for more than the plain architecture."""
+    """Objects of baseline, emulated AVX-512 and the dispatcher, `bf16`: and the two levels with bf16
+    products; no flag asks for more than the plain architecture."""
     stub = folder / "kernels_avx2_stub.cpp"
     stub.write_text(AVX2_STUB)
     emulated = ["-O1", "-DPK_SIMDE", "-include", str(HERE / "simde_missing.h")]

@@ -1,5 +1,6 @@
-"""The AVX-512 level's own code, emulated by SIMDe: proof of its logic on CPUs that lack it (not of its speed). What is exact by contract is
-compared bit for bit with the baseline level and with PyTorch, the rest with fp64."""
+"""The AVX-512 level's own code, emulated by SIMDe: proof of its logic on CPUs that lack it (not of its
+speed). What is exact by contract is compared bit for bit with the baseline level and with PyTorch, the rest
+with fp64."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def _equal_bits(a: Tensor, b: Tensor) -> bool:
 def _dequantize(lib: ctypes.CDLL, level: str, weight: NF4Weight, window: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
     _level(lib, level)
     row, rows, col, cols = window
-    guard = torch.full((rows * cols + 64,), -777.0, dtype=dtype)  # what lies behind the output stays as it was
+    # what lies behind the output stays as it was
+    guard = torch.full((rows * cols + 64,), -777.0, dtype=dtype)
     status = lib.pk_dequantize_4bit_cpu(ctypes.byref(c_weight(weight)), *map(i64, window), pointer(guard), DTYPES[dtype], THREADS)
     assert status == 0
     assert (guard[rows * cols :] == -777.0).all()
@@ -235,8 +237,8 @@ class Case:
 
 
 def check_case(lib: ctypes.CDLL, *shape_and_dtype, gemv: bool, level: str = "avx512", **options) -> None:
-    """Within the contract's bound of plain PyTorch's error, over enough draws that no handful of errors is judged. (The baseline
-    level passes the same in tests/ops.)"""
+    """Within the contract's bound of plain PyTorch's error, over enough draws that no handful of errors is
+    judged. (The baseline level passes the same in tests/ops.)"""
     m, r = shape_and_dtype[0], shape_and_dtype[3]
     draws = max(1, min(256, -(-1024 // (m * r))))
     cases = [Case(*shape_and_dtype, **options) for _ in range(draws)]
@@ -247,7 +249,8 @@ def check_case(lib: ctypes.CDLL, *shape_and_dtype, gemv: bool, level: str = "avx
     for name in exact[0]:
         yardstick = plain if ours[0][name].dtype != torch.float32 else fp32
         got, plainly, exactly = (torch.cat([run[name].flatten() for run in runs]) for runs in (ours, yardstick, exact))
-        # By the norm: xa and dyb, on their way into the gradients; and adapter gradients over few rows, nearly products of two Gaussian
+        # By the norm: xa and dyb, on their way into the gradients; and adapter gradients over few rows,
+        # nearly products of two Gaussian
         # draws, whose worst error says little. All else by element too.
         if name in ("xa", "dyb") or (name.startswith("d_lora") and m < 16):
             assert relative_norm(got, exactly) <= FACTOR * relative_norm(plainly, exactly), name
@@ -328,7 +331,8 @@ def test_two_threads(lib: ctypes.CDLL) -> None:
 
 
 def _draws(case, ours, plainly, count: int = 20) -> None:
-    """Each result of `count` draws together, within the contract's bound; `ours` runs on the emulated level."""
+    """Each result of `count` draws together, within the contract's bound; `ours` runs on the emulated
+    level."""
     runs = [(ours(*args), plainly(*args), plainly(*(t.double() for t in args))) for args in (case() for _ in range(count))]
     for name in runs[0][0]:
         assert_as_accurate(name, *(torch.cat([run[i][name].flatten() for run in runs]) for i in range(3)))
@@ -383,7 +387,8 @@ def test_rope(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_the_ops_own_tests_on_the_emulated_level(tmp_path: Path) -> None:
-    """tests/ops as they are, on an extension whose AVX-512 level is emulated: launchers, regimes and bounds included."""
+    """tests/ops as they are, on an extension whose AVX-512 level is emulated: launchers, regimes and bounds
+    included."""
     variables = {"PEFTKERN_TEST_EXTENSION": str(emulated_extension(tmp_path)), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,

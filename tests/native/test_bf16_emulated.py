@@ -1,5 +1,5 @@
-"""The levels with bf16 products, vdpbf16ps and AMX, emulated: proof of their logic on CPUs that lack them (not of their
-speed). Compiling takes half a minute: pytest -m slow tests/native/test_bf16_emulated.py"""
+"""The levels with bf16 products, vdpbf16ps and AMX, emulated: proof of their logic on CPUs that lack them
+(not of their speed). Compiling takes half a minute: pytest -m slow tests/native/test_bf16_emulated.py"""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("shape", [*TILED, *SHAPES], ids=str)
 def test_linear(lib: ctypes.CDLL, level: str, shape: tuple[int, int, int, int]) -> None:
-    """Shapes that tiles take, with rows, columns and ranks that fill none of them, and shapes that they leave."""
+    """Shapes that tiles take, with rows, columns and ranks that fill none of them, and shapes that they
+    leave."""
     check_case(lib, *shape, torch.bfloat16, gemv=False, level=level)
 
 
@@ -70,7 +71,8 @@ def test_two_threads(lib: ctypes.CDLL, level: str) -> None:
 
 
 def test_both_levels_give_the_same_bits(lib: ctypes.CDLL) -> None:
-    """y and dx: the same products in the same order. xa, dyb and what comes of them are summed in other chains."""
+    """y and dx: the same products in the same order. xa, dyb and what comes of them are summed in other
+    chains."""
     case = Case(70, 197, 320, 8, torch.bfloat16)
     case.b.zero_()
     dot, amx = (case.run(lib, level, gemv=False) for level in LEVELS)

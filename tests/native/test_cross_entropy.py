@@ -1,4 +1,5 @@
-"""The cross-entropy kernel through its C function: every level this CPU has, and the AVX-512 one emulated by SIMDe, against fp64."""
+"""The cross-entropy kernel through its C function: every level this CPU has, and the AVX-512 one emulated by
+SIMDe, against fp64."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def kernel(
     gradient: bool = True,
     threads: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) of u [m, n]; laid out in slices of `width` columns for the call, with a guard behind them."""
+    """(loss, gradient) of u [m, n]; laid out in slices of `width` columns for the call, with a guard behind
+    them."""
     m, n = u.shape
     parts = u.split(min(width, n), dim=1)
     logits = torch.cat([*(part.reshape(-1) for part in parts), torch.full((64,), GUARD, dtype=u.dtype)])

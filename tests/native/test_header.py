@@ -54,7 +54,8 @@ def test_every_status_has_a_text_of_its_own(lib: ctypes.CDLL) -> None:
 
 
 def test_version_and_structs_match_the_header(lib: ctypes.CDLL, tmp_path: Path) -> None:
-    """The sizes ctypes lays out here are the compiler's: these tests pass the structs they think they pass."""
+    """The sizes ctypes lays out here are the compiler's: these tests pass the structs they think they
+    pass."""
     source = tmp_path / "sizes.c"
     source.write_text(
         f'#include <stdio.h>\n#include "{HEADER}"\n'
@@ -219,7 +220,8 @@ def _printed(code: str, **variables: str) -> str:
 
 
 def test_the_variable_forces_a_level(lib: ctypes.CDLL) -> None:
-    """Chosen once, when the library is loaded; a level the CPU lacks, or no level at all, leaves the best it has."""
+    """Chosen once, when the library is loaded; a level the CPU lacks, or no level at all, leaves the best it
+    has."""
     path, names = backends.native().__file__, backends.native().isas()
     code = f"import ctypes; lib = ctypes.CDLL({path!r}); lib.pk_isa.restype = ctypes.c_char_p; print(lib.pk_isa().decode())"
     for name in names:

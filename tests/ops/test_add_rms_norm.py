@@ -1,4 +1,5 @@
-"""A residual addition and the RMSNorm behind it: against fp64, bounded by plain PyTorch's own error, on every ISA level."""
+"""A residual addition and the RMSNorm behind it: against fp64, bounded by plain PyTorch's own error, on every
+ISA level."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ OPS = torch.ops.peftkern
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Tensor]:
-    """x, residual, weight, and the gradients of y and of s. The sums are the norm's own cases: errors of dx go with 1 / |s|."""
+    """x, residual, weight, and the gradients of y and of s. The sums are the norm's own cases: errors of dx
+    go with 1 / |s|."""
     total, weight, dy = norm_case(shape, torch.float32, weight_dtype)
     x = torch.randn(shape)
     return [x.to(dtype), (total - x).to(dtype), weight, dy.to(dtype), torch.randn(shape).to(dtype)]

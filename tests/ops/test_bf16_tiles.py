@@ -1,5 +1,6 @@
 """bf16 tiles (csrc/cpu/tile_impl.h) on the levels that have them and this CPU too; emulated elsewhere, in
-tests/native/test_bf16_emulated.py. What every level is held to is in test_qlora_linear.py and test_qlora_group.py."""
+tests/native/test_bf16_emulated.py. What every level is held to is in test_qlora_linear.py and
+test_qlora_group.py."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def test_one_hot_rows_bring_up_the_weight(level: str, n: int, k: int, blocksize:
 
 
 def test_numbers_below_the_normal_ones_are_zero(level: str) -> None:
-    """vdpbf16ps and AMX take and give them as zero: the one place where a level's results are not within a rounding."""
+    """vdpbf16ps and AMX take and give them as zero: the one place where a level's results are not within a
+    rounding."""
     weight = NF4Weight.from_dense(torch.ones(64, 64))
     tiny = torch.full((40, 64), 2.0**-130).to(torch.bfloat16)
     y, dx = _results(tiny, weight, tiny)

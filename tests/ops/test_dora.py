@@ -118,7 +118,8 @@ def test_squares_of_rows_are_exact_but_for_roundings(shape: tuple[int, int], dty
     dense = (torch.randn(shape) * 0.05).to(dtype)
     for weight, values in ((dense, dense), *_four_bit(dense)):
         exact, plain = values.double().square().sum(1), torch.linalg.vector_norm(values.float(), dim=1).square()
-        bound = max(FACTOR * relative_norm(plain, exact), torch.finfo(torch.float32).eps)  # the contract's two roundings
+        # the contract's two roundings
+        bound = max(FACTOR * relative_norm(plain, exact), torch.finfo(torch.float32).eps)
         assert relative_norm(row_squares(weight), exact) <= bound
         assert relative_norm(_squares_of_dense(values), exact) <= bound
 
@@ -400,7 +401,8 @@ def test_a_group_in_every_regime(isa: str, case: tuple[str, str, torch.dtype], m
 
 @pytest.mark.parametrize("m", nightly([1, 3, 37, 600, 1100], quick=[3, 37, 600, 1100]))
 def test_rows_of_a_group(isa: str, m: int) -> None:
-    """Up to three blocks of rows, the first of which makes the norms. With one row dA and dB are outer products, of few errors a draw."""
+    """Up to three blocks of rows, the first of which makes the norms. With one row dA and dB are outer
+    products, of few errors a draw."""
     _judge([_group_case(m, "nf4", torch.float32) for _ in range({1: 800, 3: 8, 37: 8}.get(m, 1))])
 
 

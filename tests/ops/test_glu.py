@@ -1,4 +1,5 @@
-"""Gated linear units: the native kernels against fp64, bounded by plain PyTorch's own error, on every ISA level."""
+"""Gated linear units: the native kernels against fp64, bounded by plain PyTorch's own error, on every ISA
+level."""
 
 from __future__ import annotations
 
@@ -95,9 +96,11 @@ def test_activations_err_by_a_few_ulp(isa: str, activation: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_extreme_values_are_as_exact_arithmetic_has_them(isa: str, activation: str, dtype: torch.dtype) -> None:
-    """Large ones saturate without NaN, in the slope too; inf and NaN go where the definition sends them; at every place in a vector.
+    """Large ones saturate without NaN, in the slope too; inf and NaN go where the definition sends them; at
+    every place in a vector.
 
-    The definition is PyTorch's in fp64, one number at a time: its vectorized gelu gives NaN for inf on CPUs with AVX-512.
+    The definition is PyTorch's in fp64, one number at a time: its vectorized gelu gives NaN for inf on CPUs
+    with AVX-512.
     """
     top = torch.finfo(dtype).max
     x = torch.tensor([top, -top, 1e4, -1e4, 300.0, -300.0, 104.0, -104.0, 0.0, -0.0, 1e-7, -1e-7]).to(dtype).repeat(3)

@@ -112,7 +112,8 @@ def test_dropout_statistics_and_seeds() -> None:
     assert abs(kept - 0.9) < 4 * (0.09 / mask.numel()) ** 0.5
     assert abs(mask.double().mean().item() - 1.0) < 0.003
     assert not torch.equal(mask, dropout_scale(512, 1000, 0.1, torch.tensor([2])))
-    assert torch.equal(mask[:100, :64], dropout_scale(100, 64, 0.1, torch.tensor([1])))  # a function of (row, column, seed) alone
+    # a function of (row, column, seed) alone
+    assert torch.equal(mask[:100, :64], dropout_scale(100, 64, 0.1, torch.tensor([1])))
 
 
 def test_philox_known_answer() -> None:

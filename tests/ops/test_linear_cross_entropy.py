@@ -1,4 +1,5 @@
-"""Linear + cross-entropy against fp64, bounded by the error of plain PyTorch's logits and cross_entropy, on every ISA level."""
+"""Linear + cross-entropy against fp64, bounded by the error of plain PyTorch's logits and cross_entropy, on
+every ISA level."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ OPTIONS = [
     {"softcap": 5.0},
     {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 3.0},
 ]
-# (M, V, K, R): one row, a vocabulary of one word, ragged everything, a tail shorter than a vector, several row blocks, no adapter.
+# (M, V, K, R): one row, a vocabulary of one word, ragged everything, a tail shorter than a vector, several
+# row blocks, no adapter.
 SHAPES = [(1, 97, 64, 4), (5, 1, 32, 2), (17, 63, 100, 3), (33, 1030, 65, 0), (70, 257, 48, 16), (600, 50, 40, 0), (3, 5, 7, 0)]
 
 
@@ -79,10 +81,12 @@ def plain(
 
 
 def check(cases: list, *, items=None, **options) -> None:
-    """Every output and gradient of several draws together: errors of a handful of numbers would compare noise.
+    """Every output and gradient of several draws together: errors of a handful of numbers would compare
+    noise.
 
-    Gradients by the norm: their errors have long tails (the few rows whose label is uncertain carry them; plain PyTorch's worst element is
-    10 to 40 times its root mean square), so that two draws of the worst one compare noise. Losses by element too.
+    Gradients by the norm: their errors have long tails (the few rows whose label is uncertain carry them;
+    plain PyTorch's worst element is 10 to 40 times its root mean square), so that two draws of the worst one
+    compare noise. Losses by element too.
     """
     named_items = {} if items is None else {"num_items_in_batch": items}
     runs = []
@@ -125,7 +129,8 @@ def test_4bit_weight(isa: str, quant: dict, k: int) -> None:
 
 
 def test_slices_of_the_vocabulary(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vocabulary of several slices and a last narrow one, and blocks of few rows: dense 16-bit, 4-bit, and all gradients."""
+    """A vocabulary of several slices and a last narrow one, and blocks of few rows: dense 16-bit, 4-bit, and
+    all gradients."""
     monkeypatch.setattr(heads, "_WIDTH", 300)
     monkeypatch.setattr(cpu, "_MAX_ROWS", 16)
     for four_bit in (None, {}, {"nested": False}):
@@ -154,7 +159,8 @@ def test_num_items_in_batch_as_a_number_and_as_a_tensor(isa: str) -> None:
 
 @pytest.mark.parametrize("scale", [1e2, 1e4])
 def test_large_logits(isa: str, scale: float) -> None:
-    """Neither overflow nor a loss of digits beyond plain PyTorch's: the maximum is taken off before the exponential."""
+    """Neither overflow nor a loss of digits beyond plain PyTorch's: the maximum is taken off before the
+    exponential."""
     cases = []
     for _ in range(8):
         x, weight, *rest = make(9, 70, 32, 0, torch.float32)
@@ -163,7 +169,8 @@ def test_large_logits(isa: str, scale: float) -> None:
 
 
 def test_exponential_and_tanh_over_their_range(isa: str) -> None:
-    """One logit per row runs from -90 to 90 against another of 0; and through a softcap, small and saturated ones."""
+    """One logit per row runs from -90 to 90 against another of 0; and through a softcap, small and saturated
+    ones."""
     x = torch.linspace(-90, 90, 4001)[:, None]
     weight, labels = torch.tensor([[1.0], [0.0]]), torch.randint(0, 2, (4001,))
     for softcap in (None, 30.0, 1.0):

@@ -1,4 +1,5 @@
-"""Groups of QLoRA linears on one input against fp64, bounded by plain PyTorch's own error, on every ISA level."""
+"""Groups of QLoRA linears on one input against fp64, bounded by plain PyTorch's own error, on every ISA
+level."""
 
 from __future__ import annotations
 
@@ -20,8 +21,10 @@ from ..cases import each_choice
 from .bounds import assert_as_accurate, products_of_many_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Members as (N, [(R, rows, dropout_p)]): query, key and value; one linear with several adapters; a batch of mixed adapters whose borders
-# lie inside a panel of rows, one of them empty, one with dropout; members without an adapter; all of it at once.
+# Members as (N, [(R, rows, dropout_p)]): query, key and value; one linear with several adapters; a batch of
+# mixed adapters whose borders
+# lie inside a panel of rows, one of them empty, one with dropout; members without an adapter; all of it at
+# once.
 QKV = [(96, [(8, None, 0.0)]), (33, [(4, None, 0.0)]), (32, [(1, None, 0.0)])]
 SEVERAL = [(70, [(8, None, 0.0), (3, None, 0.0), (16, None, 0.25)])]
 MIXED = [(70, [(8, (0, 13), 0.0), (8, (13, 13), 0.0), (4, (13, 30), 0.5), (16, (30, 37), 0.0)])]

@@ -1,4 +1,5 @@
-"""The QLoRA linear's native kernels against fp64, bounded by plain PyTorch's own error, on every ISA level."""
+"""The QLoRA linear's native kernels against fp64, bounded by plain PyTorch's own error, on every ISA
+level."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from peftkern.ops.qlora_linear.reference import dropout_scale
 from .bounds import assert_as_accurate, products_of_many_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (M, N, K, R): one row, both GEMV limits, ragged everything, K that straddles blocks, several row blocks, ranks of every class.
+# (M, N, K, R): one row, both GEMV limits, ragged everything, K that straddles blocks, several row blocks,
+# ranks of every class.
 SHAPES = [
     (1, 96, 64, 8), (2, 33, 128, 1), (4, 50, 192, 3), (5, 64, 64, 16), (17, 63, 100, 3), (33, 130, 257, 5), (64, 200, 320, 64),
     (70, 97, 576, 16),
@@ -34,7 +36,8 @@ def _case(
 
 @products_of_many_rows
 def _plain(weight, x, a, b, bias, dy, scaling, keep, dtype, low_dtype):
-    """Plain PyTorch, activations in `dtype`, adapters in `low_dtype`: the outputs and every gradient, by name."""
+    """Plain PyTorch, activations in `dtype`, adapters in `low_dtype`: the outputs and every gradient, by
+    name."""
     w = weight.to(dtype)
     x, a, b = (t.detach().to(d, copy=True).requires_grad_() for t, d in ((x, dtype), (a, low_dtype), (b, low_dtype)))
     bias = None if bias is None else bias.detach().to(dtype, copy=True).requires_grad_()
@@ -53,7 +56,8 @@ def _ours(weight, x, a, b, bias, dy, scaling, dropout_p, seed):
 
 
 def _check(*shape_and_dtype, draws: int = 8, scaling: float = 0.7, dropout_p: float = 0.0, **options) -> None:
-    """Every output and gradient of several random draws together: errors of a handful of numbers would compare noise."""
+    """Every output and gradient of several random draws together: errors of a handful of numbers would
+    compare noise."""
     runs = [_run(_case(*shape_and_dtype, **options), scaling, dropout_p) for _ in range(draws)]
     for name in runs[0][0]:
         ours, plain, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
@@ -96,7 +100,8 @@ def test_backward_draws_a_mask_again_that_is_too_large_to_be_kept() -> None:
 
 
 def _backward_draws_the_mask_of_forward(m: int, k: int) -> None:
-    """dx draws a mask and keeps its bits for dA, up to 1.25 MiB of them, 10.5 million elements; above, and without dx, dA draws again."""
+    """dx draws a mask and keeps its bits for dA, up to 1.25 MiB of them, 10.5 million elements; above, and
+    without dx, dA draws again."""
     _check(m, 8, k, 2, torch.float32, dropout_p=0.25, draws=1)
     x, w, seed = torch.randn(m, k), NF4Weight.from_dense(torch.randn(8, k)), torch.tensor([77])
     a, b, dy = torch.randn(2, k, requires_grad=True), torch.randn(8, 2), torch.randn(m, 8)
@@ -121,7 +126,8 @@ def test_formats(isa: str, quant: dict, m: int) -> None:
 @pytest.mark.parametrize("quant", [{"blocksize": 32}, {"blocksize": 64}, {"blocksize": 128, "nested": False}], ids=str)
 @pytest.mark.parametrize("k", [128, 384, 576, 640, 1152])
 def test_few_rows_of_blocks_that_end_within_a_step(isa: str, k: int, quant: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A level that takes several blocks and rows of W at once meets rows that are not a multiple of either."""
+    """A level that takes several blocks and rows of W at once meets rows that are not a multiple of
+    either."""
     monkeypatch.setattr(config, "choose", lambda **_: config.Choice("gemv", "forced by the test"))
     weight = NF4Weight.from_dense(torch.randn(37, k), **quant)
     dense, xs = weight.dequantize(torch.float32), [torch.randn(m, k) for m in range(1, 10)]
@@ -144,7 +150,8 @@ def test_dense_base(isa: str, weight_dtype: torch.dtype, m: int) -> None:
 
 @pytest.mark.parametrize("regime", ["gemv", "gemm", "vendor"])
 def test_every_regime_serves_the_same_call(isa: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limits between regimes are a matter of speed alone; forward and backward of all three pass the same bounds."""
+    """The limits between regimes are a matter of speed alone; forward and backward of all three pass the same
+    bounds."""
     monkeypatch.setattr(config, "choose", lambda **_: config.Choice(regime, "forced by the test"))
     _check(4, 600, 192, 8, torch.float32, dropout_p=0.25)
     _check(4, 600, 192, 8, torch.bfloat16, bias=False)

@@ -40,7 +40,8 @@ def ours(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> Ten
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Tensor]:
-    """Rows of various size, within a factor of two: errors of dx go with 1 / size, and the worst is to be one of many."""
+    """Rows of various size, within a factor of two: errors of dx go with 1 / size, and the worst is to be one
+    of many."""
     x = torch.randn(shape) * (1 + torch.rand(*shape[:-1], 1))
     return [x.to(dtype), (torch.rand(shape[-1]) + 0.5).to(weight_dtype), torch.randn(shape).to(dtype)]
 
@@ -83,7 +84,8 @@ def test_reference_is_what_autograd_says(dtype: torch.dtype, cast: str, offset: 
 
 
 def test_the_casts_differ_in_16_bits_and_ours_follow(isa: str) -> None:
-    """Rounding before the weight is another function than rounding after it; each is met nearly everywhere, bit for bit."""
+    """Rounding before the weight is another function than rounding after it; each is met nearly everywhere,
+    bit for bit."""
     x, weight, _ = case((50, 64), torch.bfloat16, torch.bfloat16)
     results = {}
     for cast, offset in MODES[:2]:
@@ -113,7 +115,8 @@ def test_extreme_rows(isa: str) -> None:
 
 
 def test_strides_of_every_kind(isa: str) -> None:
-    """Slices of a wider matrix are read where they lie; transposed, expanded and gapped ones give the bits of contiguous ones."""
+    """Slices of a wider matrix are read where they lie; transposed, expanded and gapped ones give the bits of
+    contiguous ones."""
     wide, weight, dy = torch.randn(12, 90), torch.rand(80)[::2], torch.randn(40, 12).t()
     for x in (wide[:, 5:45], torch.randn(40, 12).t(), torch.randn(40).expand(12, 40), torch.randn(12, 80)[:, ::2]):
         expected = run(ours, x.contiguous(), weight.contiguous(), dy.contiguous(), 0.0, "llama")

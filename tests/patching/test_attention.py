@@ -1,4 +1,5 @@
-"""Attention of 16-bit models in fp32, where torch's 16-bit products are slow: which calls, and that they err no more than stock's."""
+"""Attention of 16-bit models in fp32, where torch's 16-bit products are slow: which calls, and that they err
+no more than stock's."""
 
 from __future__ import annotations
 
@@ -135,7 +136,8 @@ def test_a_layer_attends_as_stock_does_in_fp32_and_rounds_once(implementation: s
 
 
 def test_calls_that_stay_in_16_bits(seen: list[torch.dtype]) -> None:
-    """One token against a cache; attention dropout, whose draws depend on the dtype; another device's tensors are not ours."""
+    """One token against a cache; attention dropout, whose draws depend on the dtype; another device's tensors
+    are not ours."""
     model = widened(llama())
     with torch.no_grad():
         cache = model(IDS, use_cache=True).past_key_values

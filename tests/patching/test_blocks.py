@@ -1,4 +1,5 @@
-"""Norms and rotary embeddings of tiny random models: patched against unpatched, reversible, carried along by copies."""
+"""Norms and rotary embeddings of tiny random models: patched against unpatched, reversible, carried along by
+copies."""
 
 from __future__ import annotations
 

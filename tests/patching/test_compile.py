@@ -22,7 +22,8 @@ def fresh_dynamo():
 
 
 def steps(model, forward, seeds=(1, 2, 3)):
-    """Loss and gradients of some steps of SGD; the seed is set before each, so that dropout draws the same in eager and compiled."""
+    """Loss and gradients of some steps of SGD; the seed is set before each, so that dropout draws the same in
+    eager and compiled."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     seen = {}
     for seed in seeds:
@@ -36,7 +37,8 @@ def steps(model, forward, seeds=(1, 2, 3)):
 
 
 def compare(make, backend, graphs=1):
-    """The compiled model trains as the eager one, in `graphs` graphs compiled once; what the first of them calls."""
+    """The compiled model trains as the eager one, in `graphs` graphs compiled once; what the first of them
+    calls."""
     eager, model = make(), make()
     expected = steps(eager, zoo.output)
     counter = CompileCounterWithBackend(backend)
@@ -67,8 +69,10 @@ LLAMA = [("nf4", 0.2, "aot_eager"), ("dense", 0.0, "aot_eager")]
 )
 def test_llama(base, dropout, backend):
     called = compare(lambda: patched("llama", four_bit=base == "nf4", lora_dropout=dropout), backend)
-    # A layer left to its stock forward would be as right: its base and its adapter would be three calls in the graph.
-    assert called.count(torch._C._nn.linear) <= 1 and not any("bitsandbytes" in str(target) for target in called)  # the head
+    # A layer left to its stock forward would be as right: its base and its adapter would be three calls in
+    # the graph.
+    # the head
+    assert called.count(torch._C._nn.linear) <= 1 and not any("bitsandbytes" in str(target) for target in called)
 
 
 @pytest.mark.parametrize(

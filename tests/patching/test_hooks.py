@@ -1,4 +1,5 @@
-"""Hooks and replacements anywhere inside a patched model: they run as often as in the stock one, and what they return counts."""
+"""Hooks and replacements anywhere inside a patched model: they run as often as in the stock one, and what
+they return counts."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def _words(value: str | tuple[str, str]) -> str:
 
 
 def called(stock: nn.Module) -> list[str]:
-    """Every module inside that may be called, but for the parts of LoRA layers that have a like one among them."""
+    """Every module inside that may be called, but for the parts of LoRA layers that have a like one among
+    them."""
     like = ("k_proj.", "v_proj.", "up_proj.", "down_proj.", "qkv_proj.")
     names = [name for name, module in stock.named_modules() if type(module).forward is not nn.Module.forward]
     return [name for name in names if name and not any(part in name.replace("gate_up_proj.", "") for part in like)]

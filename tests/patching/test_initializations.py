@@ -1,4 +1,5 @@
-"""Adapters however they were initialized and optimized: two steps of training, patched against stock, judged by the same steps in fp64."""
+"""Adapters however they were initialized and optimized: two steps of training, patched against stock, judged
+by the same steps in fp64."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ STARTS = {
     "patterns": dict(rank_pattern={"q_proj": 7, "layers.1.mlp.up_proj": 1}, alpha_pattern={"v_proj": 3, "down_proj": 16}),
 }
 SEEDS = range(8)
-ZERO_B = ("gaussian", "rslora", "patterns")  # their lora_B starts at zero, where lora_A has no gradient to compare
+# their lora_B starts at zero, where lora_A has no gradient to compare
+ZERO_B = ("gaussian", "rslora", "patterns")
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -56,7 +58,8 @@ def adapted(start: str, dtype: torch.dtype = torch.float32, *, four_bit: bool = 
 
 
 def follow(make: Make, dtype: torch.dtype, counts: dict[str, int], optimize: Optimize = sgd, exact_form=models.in_fp64) -> None:
-    """The patched model errs, root mean square over the seeds, at most 1.5 times what stock errs, plus a small part of a rounding."""
+    """The patched model errs, root mean square over the seeds, at most 1.5 times what stock errs, plus a
+    small part of a rounding."""
     stock, patched = [], []
     for seed in (*SEEDS, *further(SEEDS)):
         if seed == len(SEEDS) and not over(stock, patched, UNIT[dtype]):
@@ -65,12 +68,14 @@ def follow(make: Make, dtype: torch.dtype, counts: dict[str, int], optimize: Opt
         exact = steps(exact_form(model), optimize)
         stock.append(models.errors(products_of_many_rows(steps)(copy.deepcopy(model), optimize), exact))
         report = peftkern.patch(model)
-        assert not COUNTED or (counts.items() <= report.counts.items() and not report.fallbacks)  # beside them, in bf16 and fp16, the head
+        # beside them, in bf16 and fp16, the head
+        assert not COUNTED or (counts.items() <= report.counts.items() and not report.fallbacks)
         patched.append(models.errors(steps(model, optimize), exact))
     assert not over(stock, patched, UNIT[dtype])
 
 
-FUSED = {"qlora_linear": 14, "gated_mlp": 2, "rms_norm": 5, "rope": 2, "add_rms_norm": 2}  # of two Llama layers, every linear adapted
+# of two Llama layers, every linear adapted
+FUSED = {"qlora_linear": 14, "gated_mlp": 2, "rms_norm": 5, "rope": 2, "add_rms_norm": 2}
 
 
 # Other draws of lora_A, and PiSSA by its iteration, walk the same code: in the nightly run.
@@ -87,8 +92,8 @@ def test_the_initializations_of_a_4_bit_base(start: str) -> None:
 
 
 def loftq(seed: int, four_bit: bool) -> nn.Module:
-    """LoftQ of one iteration: an NF4 base, or its dequantized values, and the best low-rank form of what quantization took. PEFT computes
-    it on CUDA alone."""
+    """LoftQ of one iteration: an NF4 base, or its dequantized values, and the best low-rank form of what
+    quantization took. PEFT computes it on CUDA alone."""
     dense = models.llama(four_bit=False, seed=seed)
     quantized = models.in_fp64(models.llama(seed=seed))
     model = peft.get_peft_model(models.llama(four_bit=four_bit, seed=seed), models.config()).train()
@@ -132,7 +137,8 @@ def test_loraplus(base: str) -> None:
 
 
 def beside_stock(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[peftkern.PatchReport, dict[str, Tensor]]:
-    """Two steps of the patched model, each value within roundings of stock's; for bases that have no fp64 form here."""
+    """Two steps of the patched model, each value within roundings of stock's; for bases that have no fp64
+    form here."""
     expected = steps(copy.deepcopy(model))
     report = peftkern.patch(model)
     got = steps(model)
@@ -191,7 +197,8 @@ def exact_8bit(model: nn.Module) -> nn.Module:
     "start, dtype", each_choice(ZERO_B, DTYPES[:2], quick=[("rslora", DTYPES[0]), ("patterns", DTYPES[1])], nightly=["gaussian"])
 )
 def test_8bit_bases_get_the_branch_added(start: str, dtype: torch.dtype) -> None:
-    """The base rounds its input to 8 bits, by far the largest error, on both sides; ours must not add to it."""
+    """The base rounds its input to 8 bits, by far the largest error, on both sides; ours must not add to
+    it."""
 
     def make(seed: int) -> nn.Module:
         model = peft.get_peft_model(in_8bit(models.llama(dtype, four_bit=False, seed=seed)), models.config(**STARTS[start]))

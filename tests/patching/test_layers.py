@@ -1,4 +1,5 @@
-"""Decoder layers whose residual additions run inside the norms: recognized by behaviour, right in every use, reversible."""
+"""Decoder layers whose residual additions run inside the norms: recognized by behaviour, right in every use,
+reversible."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def test_layers_of_every_architecture_are_fused_or_named_with_the_reason(name: s
     elif name in ("gpt2", "gpt-neox", "falcon", "vit"):
         assert [row.got for row in rows] == ["stock"] * 2 and all("norms do not run" in row.reason for row in rows)
     else:
-        assert name in ("bert", "roberta", "minilm", "t5") and not rows  # no layer with a norm and two blocks of its own
+        # no layer with a norm and two blocks of its own
+        assert name in ("bert", "roberta", "minilm", "t5") and not rows
 
 
 def test_what_a_layer_passes_on_is_recognized() -> None:
@@ -109,7 +111,8 @@ def test_other_layers_keep_their_forward_and_say_why(kind: type[Layer]) -> None:
 
 @pytest.mark.parametrize("kind", [Layer, Wrapped])
 def test_tensors_for_tuples_and_wrappers_of_forwards(kind: type[Layer], calls: Counter[str]) -> None:
-    """An attention that returns a tensor, a layer that returns a tuple, a decorator that takes an argument away."""
+    """An attention that returns a tensor, a layer that returns a tuple, a decorator that takes an argument
+    away."""
     model, x = single(kind), torch.randn(2, 3, 8)
     options = {"deprecated": 1} if kind is Wrapped else {}
     expected = model[0](x, 0.5, **options)
@@ -148,7 +151,8 @@ def test_a_class_whose_forward_is_replaced_later_is_asked(monkeypatch: pytest.Mo
 
 
 def test_a_subclass_that_wraps_again_is_followed(calls: Counter[str]) -> None:
-    """As FSDP2 makes one of every layer: its forward is the layer's, wrapped for gradient checkpointing a second time."""
+    """As FSDP2 makes one of every layer: its forward is the layer's, wrapped for gradient checkpointing a
+    second time."""
     model = patched(build("llama").train())
     expected = run(model)
     for layer in layers(model):
@@ -269,7 +273,8 @@ def test_generation_with_a_cache(calls: Counter[str]) -> None:
 
 
 def test_a_stream_wider_than_what_is_added(calls: Counter[str]) -> None:
-    """bf16 blocks beside an fp32 stream: torch's promoting addition, and the stream's gradient in the norm all the same."""
+    """bf16 blocks beside an fp32 stream: torch's promoting addition, and the stream's gradient in the norm
+    all the same."""
     stock = single(Layer)
     for part in ("attn", "mlp"):
         getattr(stock[0], part).register_forward_hook(lambda module, args, output: output.bfloat16())

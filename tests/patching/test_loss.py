@@ -1,4 +1,5 @@
-"""The fused loss of causal language models against the stock one: values, gradients, fallbacks, copies, compile."""
+"""The fused loss of causal language models against the stock one: values, gradients, fallbacks, copies,
+compile."""
 
 from __future__ import annotations
 
@@ -394,7 +395,8 @@ def test_trainable_tokens_of_a_tied_head_go_to_the_stock_forward(calls: list) ->
 
 @pytest.mark.parametrize("head", ["4-bit", "adapter on 4-bit", "adapter on dense"])
 def test_beside_patch(head: str, calls: list) -> None:
-    """The layers patched too, and the head among them: the fused loss goes round its forward and agrees with it."""
+    """The layers patched too, and the head among them: the fused loss goes round its forward and agrees with
+    it."""
     import peftkern
 
     from . import models

@@ -1,4 +1,5 @@
-"""The fused loss under transformers' Trainer and generate, which ask a model's forward for its signature, and under TRL's trainer."""
+"""The fused loss under transformers' Trainer and generate, which ask a model's forward for its signature, and
+under TRL's trainer."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def trained(model: nn.Module, folder: Path, **options) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind, smoothing", each_choice(["llama", "gpt2"], [0.0, 0.1]))
 def test_trainer(kind: str, smoothing: float, tmp_path: Path, loss_calls: list) -> None:
-    """With label smoothing the trainer keeps the labels and makes its loss from logits, which are then there."""
+    """With label smoothing the trainer keeps the labels and makes its loss from logits, which are then
+    there."""
     stock, ours = pair(kind)
     expected = trained(stock, tmp_path, label_smoothing_factor=smoothing)
     got = trained(ours, tmp_path, label_smoothing_factor=smoothing)
@@ -71,7 +73,8 @@ def test_generate_from_left_padded_text(kind: str, mask: bool) -> None:
 
 
 def fitted(folder: Path) -> tuple[nn.Module, int]:
-    """A patched model that TRL has put its head on and trained, and how many forwards were patched before that."""
+    """A patched model that TRL has put its head on and trained, and how many forwards were patched before
+    that."""
     pytest.importorskip("trl", reason="trl is not installed")
     from .test_trl import trainer
 

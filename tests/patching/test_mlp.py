@@ -1,4 +1,5 @@
-"""Gated MLPs in models: both layouts recognized by what they compute, as accurate as stock, and stock where a child cannot take part."""
+"""Gated MLPs in models: both layouts recognized by what they compute, as accurate as stock, and stock where a
+child cannot take part."""
 
 from __future__ import annotations
 
@@ -235,7 +236,8 @@ def test_a_forward_replaced_on_the_instance_is_left() -> None:
 
 @pytest.mark.any_isa
 @exact
-@pytest.mark.parametrize("name", nightly(GOT, quick=["gemma2", "phi3"]))  # Llama's, with all else: test_compile.py
+# Llama's, with all else: test_compile.py
+@pytest.mark.parametrize("name", nightly(GOT, quick=["gemma2", "phi3"]))
 def test_compiles_into_one_graph(name: str) -> None:
     model = zoo.build(name)
     peftkern.patch(model)

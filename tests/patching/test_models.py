@@ -1,4 +1,5 @@
-"""Patched against stock for every architecture: outputs, losses and all gradients over steps of training, judged in fp64."""
+"""Patched against stock for every architecture: outputs, losses and all gradients over steps of training,
+judged in fp64."""
 
 import copy
 import io
@@ -11,7 +12,8 @@ import peftkern
 from . import models, zoo
 
 SEEDS = range(4)
-WRAPS_EXPERTS = tuple(map(int, models.peft.__version__.split(".")[:2])) >= (0, 20)  # where "all-linear" finds them
+# where "all-linear" finds them
+WRAPS_EXPERTS = tuple(map(int, models.peft.__version__.split(".")[:2])) >= (0, 20)
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 FOUR_BIT = [name for name, case in zoo.CASES.items() if case.four_bit]
 KINDS = [(name, False, torch.float32) for name in zoo.CASES] + [(name, True, torch.float32) for name in FOUR_BIT]
@@ -42,7 +44,8 @@ KIN = ("smollm", "mistral", "qwen2", "roberta", "minilm", "mixtral")
 
 
 def _kind(name: str, four_bit: bool, dtype: torch.dtype):
-    """By default an architecture runs on one base, the 4-bit one where it has one (experts take 20 s on a dense one), Llama on both."""
+    """By default an architecture runs on one base, the 4-bit one where it has one (experts take 20 s on a
+    dense one), Llama on both."""
     other = not four_bit and zoo.CASES[name].four_bit and name != "llama" and dtype == torch.float32
     slow = pytest.mark.slow if other or name in KIN else ()
     return pytest.param(name, four_bit, dtype, marks=slow, id=f"{name}-{'nf4' if four_bit else 'dense'}-{dtype}")
@@ -50,9 +53,11 @@ def _kind(name: str, four_bit: bool, dtype: torch.dtype):
 
 @pytest.mark.parametrize("name, four_bit, dtype", [_kind(*kind) for kind in KINDS])
 def test_training_follows_stock(name, four_bit, dtype, calls):
-    """The error of each tensor against fp64, over seeds and steps: at most 1.5 times stock's, plus a small part of a rounding."""
+    """The error of each tensor against fp64, over seeds and steps: at most 1.5 times stock's, plus a small
+    part of a rounding."""
     stock, patched, case = [], [], zoo.CASES[name]
-    # A router's adapter has 16 numbers in its gradient: more seeds, or noise is compared (1.9 over 4 of them, 1.07 over 16).
+    # A router's adapter has 16 numbers in its gradient: more seeds, or noise is compared (1.9 over 4 of them,
+    # 1.07 over 16).
     seeds = range(16) if case.experts else SEEDS
     for seed in seeds:
         model = zoo.build(name, four_bit=four_bit, seed=seed, dtype=dtype)
@@ -63,7 +68,8 @@ def test_training_follows_stock(name, four_bit, dtype, calls):
         check_report(peftkern.patch(model), model, case, four_bit)
         patched.append(models.errors(zoo.train(model), exact))
     fused = {"qlora_linear": "lora", "lora_add": "add"}["qlora_linear" if four_bit else case.dense]
-    assert calls[fused] == case.fused * 2 * len(stock) and len(stock) >= len(seeds) - 1  # two steps; a bf16 head may be patched too
+    # two steps; a bf16 head may be patched too
+    assert calls[fused] == case.fused * 2 * len(stock) and len(stock) >= len(seeds) - 1
     ours, theirs = pooled(patched), pooled(stock)
     assert {"output", "losses"} < ours.keys() and len(ours) >= 2 + 2 * case.fused
     for tensor, error in ours.items():

@@ -1,4 +1,5 @@
-"""What a gated MLP was recognized by, changed later: the activation, attributes, a configuration, the class's forward."""
+"""What a gated MLP was recognized by, changed later: the activation, attributes, a configuration, the class's
+forward."""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ def test_bases_without_a_fused_form_get_the_branch_added_and_say_why(calls):
     assert "has no quant_state" in notes[0] and "replaced on the instance" in notes[1] and "hook is registered" in notes[2]
     assert notes[3] == "on its stock base: its base weight is trainable"
     stock_bases = {item.name: item.reason for item in report.rows if item.kind == "linear" and item.got == "stock"}
-    assert len(stock_bases) == 3 and all(name.endswith("base_layer") for name in stock_bases)  # the 4-bit ones are looked at as such
+    # the 4-bit ones are looked at as such
+    assert len(stock_bases) == 3 and all(name.endswith("base_layer") for name in stock_bases)
     fresh.to("cpu")
     calls.clear()
     model(input_ids=models.IDS)

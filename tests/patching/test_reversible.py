@@ -90,7 +90,8 @@ class Counting(ModelHook):
 
 @pytest.mark.parametrize("order", ["hook first", "patch first"])
 def test_accelerate_hooks_keep_running(order, calls):
-    """accelerate wraps `forward` on the instance and calls `_old_forward`: ours goes inside, whichever came first."""
+    """accelerate wraps `forward` on the instance and calls `_old_forward`: ours goes inside, whichever came
+    first."""
     model = models.lora(models.llama())
     before, layer, hook = models.run(model), models.first(model), Counting()
     if order == "patch first":

@@ -1,5 +1,5 @@
-"""torch's own tools on a patched model see what they see of the stock one: torch.func, forward-mode AD, second derivatives, tracing,
-export, compiled checkpointing, FLOP counting, the profiler."""
+"""torch's own tools on a patched model see what they see of the stock one: torch.func, forward-mode AD,
+second derivatives, tracing, export, compiled checkpointing, FLOP counting, the profiler."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ OTHER = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(2)
 def pair() -> tuple[nn.Module, nn.Module]:
     """A stock model and its patched copy."""
     stock = models.lora(models.llama(four_bit=False))
-    stock.set_attn_implementation("eager")  # torch's fused attention has neither tangents nor second derivatives
+    # torch's fused attention has neither tangents nor second derivatives
+    stock.set_attn_implementation("eager")
     model = copy.deepcopy(stock)
     peftkern.patch(model)
     return stock, model

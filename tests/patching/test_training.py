@@ -1,4 +1,5 @@
-"""A patched model inside the things people wrap around it: checkpointing, autocast, compile, generate, optimizers."""
+"""A patched model inside the things people wrap around it: checkpointing, autocast, compile, generate,
+optimizers."""
 
 import copy
 
@@ -75,7 +76,8 @@ def test_autocast_trains_like_stock(dtype, four_bit, calls):
     assert {n: t.dtype for n, t in results[0].items()} == {n: t.dtype for n, t in results[1].items()}
     stock, ours = (models.errors(result, exact) for result in results)
     for name in stock:
-        assert ours[name] <= 2 * stock[name] + 2.0**-8, name  # one sample, not an average: twice, and a rounding
+        # one sample, not an average: twice, and a rounding
+        assert ours[name] <= 2 * stock[name] + 2.0**-8, name
 
 
 @pytest.mark.any_isa
@@ -172,8 +174,8 @@ REPACKS = pytest.mark.skipif(
 
 
 def repacked_linear(dtype, nested, out_features=64):
-    """A Linear4bit as a stock evaluation leaves it on CPUs with AVX512_BF16; that is plain PyTorch and can be done on any machine.
-    Also its weight as it was."""
+    """A Linear4bit as a stock evaluation leaves it on CPUs with AVX512_BF16; that is plain PyTorch and can be
+    done on any machine. Also its weight as it was."""
     torch.manual_seed(0)
     base = models.linear_4bit(torch.nn.Linear(256, out_features).to(dtype), dtype, nested)
     before = copy.deepcopy(base.weight)
@@ -236,7 +238,8 @@ def test_an_unpacked_weight_has_its_bytes_in_the_storage_it_had(storage):
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @REPACKS
 def test_what_bitsandbytes_own_way_back_leaves_is_put_right(nested):
-    """Saving a repacked layer brings it back: with a plain absmax still transposed, or the offset of a nested one in the weight's dtype."""
+    """Saving a repacked layer brings it back: with a plain absmax still transposed, or the offset of a nested
+    one in the weight's dtype."""
     base, before = repacked_linear(torch.bfloat16, nested)
     base.state_dict()
     (row,) = peftkern.patch(torch.nn.Sequential(base)).rows

@@ -1,4 +1,5 @@
-"""Patched against stock: logits, loss and every gradient, judged by the error of each against the same model in fp64."""
+"""Patched against stock: logits, loss and every gradient, judged by the error of each against the same model
+in fp64."""
 
 import contextlib
 
@@ -36,7 +37,8 @@ def over(stock, patched, unit):
 
 
 def compare(make, dtype, calls, seeds=SEEDS):
-    """Root mean square over the seeds of each tensor's relative error: patched at most 1.5 times stock, plus a small part of a rounding."""
+    """Root mean square over the seeds of each tensor's relative error: patched at most 1.5 times stock, plus
+    a small part of a rounding."""
     stock, patched = [], []
     for seed in (*seeds, *further(seeds)):
         if seed == len(seeds) and not over(stock, patched, UNIT[dtype]):
@@ -125,7 +127,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("compute", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
 def test_dtypes_of_a_4bit_layer(x_dtype, compute, autocast, calls):
-    """Output, dtype of the output and of each gradient are stock's for every mix of input, compute dtype and autocast."""
+    """Output, dtype of the output and of each gradient are stock's for every mix of input, compute dtype and
+    autocast."""
     model = models.llama()
     models.set_compute_dtype(model, compute)
     check_layer(models.lora(model), x_dtype, autocast, calls)
@@ -160,8 +163,9 @@ def check_layer(model, x_dtype, autocast, calls):
 
 
 def test_cuda_autocast_promotes_the_output_as_stock_does(calls):
-    """PEFT's 4-bit layer asks torch.is_autocast_enabled() without a device, which is CUDA's switch; there it adds the low-rank part uncast.
-    Both switches on, with one dtype, act on CPU tensors as CUDA's acts on CUDA tensors."""
+    """PEFT's 4-bit layer asks torch.is_autocast_enabled() without a device, which is CUDA's switch; there it
+    adds the low-rank part uncast. Both switches on, with one dtype, act on CPU tensors as CUDA's acts on CUDA
+    tensors."""
     model = models.lora(models.llama(torch.bfloat16))
     layer, x = models.first(model), torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).half()
     before = torch.get_autocast_dtype("cuda")

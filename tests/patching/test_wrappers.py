@@ -1,5 +1,5 @@
-"""Models as another version of transformers might write them: forwards behind decorators, with arguments renamed or added. Each module is
-fused, or refused with a reason, and gives what the stock one gives."""
+"""Models as another version of transformers might write them: forwards behind decorators, with arguments
+renamed or added. Each module is fused, or refused with a reason, and gives what the stock one gives."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_an_argument_that_is_renamed_or_added(old: str, new: str, monkeypatch: p
     if not old.startswith("**"):
         stock = LLAMA.LlamaDecoderLayer.forward
 
-        def renamed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # as the model of that version would call it
+        # as the model of that version would call it
+        def renamed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return stock(self, *args, **{new if name == old else name: value for name, value in kwargs.items()})
 
         monkeypatch.setattr(LLAMA.LlamaDecoderLayer, "forward", functools.wraps(stock)(renamed))

@@ -1,5 +1,5 @@
-"""`peftkern pretrain --masked`: an encoder learns its target's text, a killed run goes on bit for bit, and masked
-bits are those of their definition.
+"""`peftkern pretrain --masked`: an encoder learns its target's text, a killed run goes on bit for bit, and
+masked bits are those of their definition.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Linear + cross-entropy on Triton's kernel and torch's GEMMs, against fp64 and within plain PyTorch's error."""
+"""Linear + cross-entropy on Triton's kernel and torch's GEMMs, against fp64 and within plain PyTorch's
+error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A gated MLP on the GPU's plans: its gradients against fp64, and when the product that was not kept is formed again."""
+"""A gated MLP on the GPU's plans: its gradients against fp64, and when the product that was not kept is
+formed again."""
 
 from __future__ import annotations
 

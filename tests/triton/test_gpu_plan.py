@@ -1,4 +1,5 @@
-"""The whole QLoRA linear as a GPU runs it: every regime against fp64, and its launches against the plan that counts them."""
+"""The whole QLoRA linear as a GPU runs it: every regime against fp64, and its launches against the plan that
+counts them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ QUICK = [
     ("partly", torch.float32, "triton"),
     ("bare", torch.float16, "cublas"),
 ]
-# A buffer for the first member of 96 rows of 16 bits, and for two of the others: batches, but no member that would need slices.
+# A buffer for the first member of 96 rows of 16 bits, and for two of the others: batches, but no member that
+# would need slices.
 BATCHES = 96 * K * 2
 SLABS = {"one slab": 1 << 27, "batches": BATCHES, "composed": 1 << 14}
 OPTIONS = [
@@ -97,7 +98,8 @@ def _poisoned(t: torch.Tensor) -> torch.Tensor:
     ("layout", "dtype", "gemm"), each_choice(LAYOUTS, DTYPES, SLAB, quick=QUICK, name=lambda value: str(value).removeprefix("torch."))
 )
 def test_merged_launches_are_as_accurate_as_plain_pytorch(device: str, layout: str, dtype: torch.dtype, gemm: str) -> None:
-    # In fp32 the 33 sums of a d_bias are all rounding: 1.4 times plain PyTorch's error over 12 draws, of one draw alone it is noise.
+    # In fp32 the 33 sums of a d_bias are all rounding: 1.4 times plain PyTorch's error over 12 draws, of one
+    # draw alone it is noise.
     _check(device, gemm, LAYOUTS[layout], dtype, draws=4 if dtype is torch.float32 else 1)
 
 

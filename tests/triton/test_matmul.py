@@ -1,4 +1,5 @@
-"""The base product with its low-rank part, bias and mask: against fp64, bounded by plain PyTorch's own error; decoding bit by bit."""
+"""The base product with its low-rank part, bias and mask: against fp64, bounded by plain PyTorch's own error;
+decoding bit by bit."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = MatmulConfig(16, 64, 32, num_stages=2)
 SPLIT = MatmulConfig(32, 64, 64, split_k=3, group_m=2)
 DENSE = (None,) * 6 + (64, 256)
-# (M, N, K, R): one row; ragged everything; K of whole groups of four words, of one word, and odd; every class of ranks.
+# (M, N, K, R): one row; ragged everything; K of whole groups of four words, of one word, and odd; every class
+# of ranks.
 SHAPES = [(1, 64, 128, 1), (5, 33, 64, 3), (17, 70, 96, 16), (33, 50, 72, 64), (20, 45, 97, 5), (3, 20, 160, 256)]
 
 
@@ -36,7 +38,8 @@ def _weight(n: int, k: int, **options) -> tuple[NF4Weight, torch.Tensor]:
 
 @products_of_many_rows
 def _product(t: torch.Tensor, w: torch.Tensor, low: torch.Tensor | None, adapter: torch.Tensor | None, bias, keep, dtype: torch.dtype):
-    """t @ w + keep * (low @ adapter) + bias in plain PyTorch; the low-rank part in the adapter's dtype, or in fp64 where `dtype` is."""
+    """t @ w + keep * (low @ adapter) + bias in plain PyTorch; the low-rank part in the adapter's dtype, or in
+    fp64 where `dtype` is."""
     y = t.to(dtype) @ w.to(dtype)
     if low is not None:
         low_dtype = torch.float64 if dtype == torch.float64 else adapter.dtype
@@ -144,7 +147,8 @@ QUICK = [(WEIGHTS[0], "four words"), (WEIGHTS[1], "one word"), (WEIGHTS[0], "rag
 
 @pytest.mark.parametrize("case", nightly(itertools.product(WEIGHTS, LENGTHS), quick=QUICK), ids=str)
 def test_one_hot_rows_read_the_decoded_weight(device: str, case: tuple[tuple[str, bool, torch.dtype], str]) -> None:
-    """x = I gives W^T, dy = I gives W: every weight through the product, bit for bit (but for the sign of zeros, which sums lose).
+    """x = I gives W^T, dy = I gives W: every weight through the product, bit for bit (but for the sign of
+    zeros, which sums lose).
 
     Blocks of 32 and several steps a program: each step has other absmax values.
     """
@@ -162,7 +166,8 @@ def test_one_hot_rows_read_the_decoded_weight(device: str, case: tuple[tuple[str
 @pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_rank_rows_are_not_rounded(device: str, dtype: torch.dtype, config: MatmulConfig) -> None:
-    """xa and dyb are fp32 in the product: beside a zero base product only the result's own rounding is left."""
+    """xa and dyb are fp32 in the product: beside a zero base product only the result's own rounding is
+    left."""
     w, _ = _weight(64, 64)
     on, zero, low = w.to(device), torch.zeros(16, 64, dtype=dtype, device=device), torch.randn(16, 16)
     a, b = torch.randn(16, 64).to(dtype), torch.randn(64, 16).to(dtype)

@@ -1,5 +1,5 @@
-"""Launchers of the native CPU kernels: one engine call, which makes the norms, scales what it stores and what it packs; other regimes are
-composed of a group and scaled columns."""
+"""Launchers of the native CPU kernels: one engine call, which makes the norms, scales what it stores and what
+it packs; other regimes are composed of a group and scaled columns."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, ma
 def _composed_forward(x: Tensor, args: tuple, dense: list[bool], scales: list[Tensor], with_u: list[bool]) -> tuple[list, list, list]:
     """y, u, xa. args: a qlora_group's, behind x."""
     *head, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds = args
-    # Where g is 1, as at the start, y is that of a dense base to the bit: the bias goes with its product, and comes off for u.
+    # Where g is 1, as at the start, y is that of a dense base to the bit: the bias goes with its product, and
+    # comes off for u.
     inside = [bias if wide and x.dtype == torch.float32 else None for bias, wide in zip(biases, dense, strict=True)]
     products, xa = group_cpu.forward(x, *head, list(inside), lora_a, lora_b, members, rows, scalings, dropout_ps, seeds)
     y, u = [], []

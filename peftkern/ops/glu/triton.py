@@ -1,4 +1,5 @@
-"""Gated linear units in one launch each way, memory-bound: every operand is read once, every result written once."""
+"""Gated linear units in one launch each way, memory-bound: every operand is read once, every result written
+once."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ BLOCK, WARPS = 1024, 4  # 8 elements a thread: one 16-byte load of each operand 
 
 @triton.jit
 def _activate(g, ACTIVATION: tl.constexpr):
-    """act(g) and act'(g), fp32. 1 + tanh(z) = 2 sigmoid(2 z), and a sigmoid by e^-|z| neither overflows nor cancels."""
+    """act(g) and act'(g), fp32. 1 + tanh(z) = 2 sigmoid(2 z), and a sigmoid by e^-|z| neither overflows nor
+    cancels."""
     if ACTIVATION == "gelu":
         below = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
         value = g * below
@@ -115,7 +117,8 @@ def forward_call(gate: Tensor, up: Tensor, h: Tensor, activation: str) -> Call:
 
 
 def backward_call(dy: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, h: Tensor | None, activation: str) -> Call:
-    """dy [M, n] contiguous; gate, up, d_gate, d_up [M, n] with contiguous rows; h [M, n] contiguous, or None."""
+    """dy [M, n] contiguous; gate, up, d_gate, d_up [M, n] with contiguous rows; h [M, n] contiguous, or
+    None."""
     m, n, pieces = _grid(gate, up, d_gate, d_up)
     arguments: dict[str, Any] = {"dy_ptr": dy, "gate_ptr": gate, "up_ptr": up, "d_gate_ptr": d_gate, "d_up_ptr": d_up, "h_ptr": h}
     arguments |= {"ld_gate": gate.stride(0), "ld_up": up.stride(0), "ld_d_gate": d_gate.stride(0), "ld_d_up": d_up.stride(0)}

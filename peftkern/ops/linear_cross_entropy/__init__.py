@@ -1,4 +1,5 @@
-"""Linear + cross-entropy without the logits: one op that gives each row's loss and, a block of rows at a time, the gradients already."""
+"""Linear + cross-entropy without the logits: one op that gives each row's loss and, a block of rows at a
+time, the gradients already."""
 
 from __future__ import annotations
 
@@ -53,9 +54,10 @@ def _again(ctx, d_loss):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the rows' losses over `divisor`, or with `by_row` each row's. Gradients are made in forward, while a block's logits are
-    there, and scaled in backward: of the sum all of them, by row that of x. Those of the parameters mix the rows, so that by row they
-    are made in backward, in a second pass.
+    """The sum of the rows' losses over `divisor`, or with `by_row` each row's. Gradients are made in forward,
+    while a block's logits are
+    there, and scaled in backward: of the sum all of them, by row that of x. Those of the parameters mix the
+    rows, so that by row they are made in backward, in a second pass.
     """
 
     @staticmethod
@@ -83,7 +85,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _reduced(loss: Tensor, divisor: Tensor | None) -> Tensor:
-    """In fp64, where the device has it: a mean of a thousand fp32 losses then errs by its last rounding alone."""
+    """In fp64, where the device has it: a mean of a thousand fp32 losses then errs by its last rounding
+    alone."""
     total = loss.sum(dtype=loss.dtype if loss.device.type == "mps" else torch.float64)
     return (total if divisor is None else total / divisor).to(loss.dtype)
 
@@ -103,8 +106,9 @@ def _backward(ctx, d_loss):
 
 
 def _last_use(d_loss: Tensor) -> bool:
-    """Whether this backward frees the graph: what forward made for it alone is then scaled in place and handed out. A copy of a trained
-    head's gradient (49,152 x 576, fp32) is 113 MB and 57 of 1,145 ms. Not where vmap batches d_loss; a traced graph has its own passes.
+    """Whether this backward frees the graph: what forward made for it alone is then scaled in place and
+    handed out. A copy of a trained head's gradient (49,152 x 576, fp32) is 113 MB and 57 of 1,145 ms. Not
+    where vmap batches d_loss; a traced graph has its own passes.
     """
     if torch.compiler.is_compiling() or not torch._C._has_storage(d_loss):
         return False
@@ -112,7 +116,8 @@ def _last_use(d_loss: Tensor) -> bool:
 
 
 def _scaled(grad: Tensor | None, factor: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor | None:
-    """`factor` [1] or [M, 1]. Without a dimension it would be rounded to the dtype of a 16-bit gradient first."""
+    """`factor` [1] or [M, 1]. Without a dimension it would be rounded to the dtype of a 16-bit gradient
+    first."""
     if grad is None or factor is None:
         return None if grad is None else grad.to(dtype)
     return (grad.mul_(factor) if in_place else grad * factor).to(dtype)
@@ -155,8 +160,8 @@ def linear_cross_entropy(
     by_row: bool,
     row_losses: Tensor | None = None,
 ) -> Tensor:
-    """x [M, K] -> the loss; `functional.linear_cross_entropy` has checked the arguments. options: ignore_index, label_smoothing, z_loss,
-    softcap.
+    """x [M, K] -> the loss; `functional.linear_cross_entropy` has checked the arguments. options:
+    ignore_index, label_smoothing, z_loss, softcap.
     """
     (data, quant), n = operands(weight), weight.shape[0]
     if transformed():

@@ -13,7 +13,8 @@ _GIVEN: contextvars.ContextVar[int | None] = contextvars.ContextVar("peftkern_lo
 
 @contextlib.contextmanager
 def logits_bytes(budget: int | None) -> Iterator[None]:
-    """Let the op's calls inside have at most this many bytes of logits at a time, 16 rows at least; None: as they choose."""
+    """Let the op's calls inside have at most this many bytes of logits at a time, 16 rows at least; None: as
+    they choose."""
     token = _GIVEN.set(budget)
     try:
         yield

@@ -1,4 +1,5 @@
-"""The CPU's linear + cross-entropy: a block of rows' logits fill a reused scratch and become their own gradient there."""
+"""The CPU's linear + cross-entropy: a block of rows' logits fill a reused scratch and become their own
+gradient there."""
 
 from __future__ import annotations
 
@@ -11,15 +12,17 @@ from .heads import EngineHead, Grads, Head, VendorHead, served_by_vendor
 
 __all__ = ["block_rows", "linear_cross_entropy"]
 
-# Logits at a time: 256 rows of 49,152 in fp32. Every block reads the weight twice: the two GEMMs of 512 rows x 49,152 x 576 take as long as
-# in one piece with 256 rows a block, 1.09 times that with 128, 1.27 with 64 (Zen 3, one thread, least CPU time of five on a busy machine).
+# Logits at a time: 256 rows of 49,152 in fp32. Every block reads the weight twice: the two GEMMs of 512 rows
+# x 49,152 x 576 take as long as
+# in one piece with 256 rows a block, 1.09 times that with 128, 1.27 with 64 (Zen 3, one thread, least CPU
+# time of five on a busy machine).
 _LOGITS_BYTES = 48 << 20
 _MIN_ROWS, _MAX_ROWS = 16, 512
 
 
 def block_rows(n: int, itemsize: int) -> int:
-    """Rows whose logits are there at a time: whole panels of 16, what 48 MiB hold, 16 at least and 512 at most; or what the caller's
-    budget holds, 16 at least."""
+    """Rows whose logits are there at a time: whole panels of 16, what 48 MiB hold, 16 at least and 512 at
+    most; or what the caller's budget holds, 16 at least."""
     budget = given()
     rows = max((_LOGITS_BYTES if budget is None else budget) // (n * itemsize) // 16 * 16, _MIN_ROWS)
     return min(rows, _MAX_ROWS) if budget is None else rows

@@ -1,7 +1,8 @@
-"""The GPU's linear + cross-entropy: cuBLAS for the products of a block of rows, one Triton launch for its losses and gradients in between.
+"""The GPU's linear + cross-entropy: cuBLAS for the products of a block of rows, one Triton launch for its
+losses and gradients in between.
 
-Two GEMMs and one launch a block with a frozen weight. No host synchronization and no shape that depends on data: rows without a label are
-multiplied along, with a gradient of zero.
+Two GEMMs and one launch a block with a frozen weight. No host synchronization and no shape that depends on
+data: rows without a label are multiplied along, with a gradient of zero.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .budget import given
 
 __all__ = ["block_rows", "linear_cross_entropy", "specializations"]
 
-# Logits at a time, and a 4-bit weight's decoded rows at a time: not measured. Fewer bytes would stay in an L2, but make small products.
+# Logits at a time, and a 4-bit weight's decoded rows at a time: not measured. Fewer bytes would stay in an
+# L2, but make small products.
 _LOGITS_BYTES = _SLAB_BYTES = 128 << 20
 _MIN_ROWS = 16
 _BLOCK, _WARPS = 4096, 8  # of a program; not measured
@@ -31,8 +33,8 @@ _BLOCK, _WARPS = 4096, 8  # of a program; not measured
 
 @triton.jit
 def _tanh(x):
-    """tanh and its slope: a polynomial below 0.625 (coefficients: Cephes, tanhf), 1 - 2e / (1 + e) with e = exp(-2|x|) above; there the
-    slope is 4e / (1 + e)^2, which keeps its digits where tanh has become 1.
+    """tanh and its slope: a polynomial below 0.625 (coefficients: Cephes, tanhf), 1 - 2e / (1 + e) with e =
+    exp(-2|x|) above; there the slope is 4e / (1 + e)^2, which keeps its digits where tanh has become 1.
     """
     z, size = x * x, tl.abs(x)
     p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
@@ -143,14 +145,15 @@ def _call(
 
 
 def block_rows(n: int, itemsize: int) -> int:
-    """Rows whose logits are there at a time: what 128 MiB or the caller's budget hold, in whole tiles of 128 where that many fit; 16 at
-    least."""
+    """Rows whose logits are there at a time: what 128 MiB or the caller's budget hold, in whole tiles of 128
+    where that many fit; 16 at least."""
     rows = (given() or _LOGITS_BYTES) // (n * itemsize)
     return max(rows // 128 * 128 if rows >= 128 else rows, _MIN_ROWS)
 
 
 class _Weight:
-    """The head's weight as dense slabs of rows, (rows, [size, K]); a 4-bit one that is one slab is decoded once."""
+    """The head's weight as dense slabs of rows, (rows, [size, K]); a 4-bit one that is one slab is decoded
+    once."""
 
     def __init__(self, x: Tensor, weight: Tensor, quant: tuple, n: int) -> None:
         self.weight, self.quant, self.shape = weight, quant, (n, x.shape[1])
@@ -230,7 +233,8 @@ def _add_gradients(
     xa: Tensor | None,
     scaling: float,
 ) -> None:
-    """dx[part], and the block's share of the parameters' gradients added to theirs in fp32. `b` carries the scaling."""
+    """dx[part], and the block's share of the parameters' gradients added to theirs in fp32. `b` carries the
+    scaling."""
     dx, d_bias, d_a, d_b, d_w = grads
     dyb = None if a is None or (dx is None and d_a is None) else d_u @ b
     if dx is not None:

@@ -1,5 +1,5 @@
-"""The backward pass of a gated MLP's second half, y = linear(act(gate) * up), as one op: a device may choose when the product, which is not
-kept, is formed again."""
+"""The backward pass of a gated MLP's second half, y = linear(act(gate) * up), as one op: a device may choose
+when the product, which is not kept, is formed again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..qlora_group import _ADAPTERS, _WEIGHTS, arguments, asked
 
 __all__ = ["gradients", "halves"]
 
-# hidden: gate and up [M, I], or one [M, 2 I], whose first half is the gate where gate_first says so; the rest as in qlora_group_bwd, of one
+# hidden: gate and up [M, I], or one [M, 2 I], whose first half is the gate where gate_first says so; the rest
+# as in qlora_group_bwd, of one
 # member. dx is always made, being what d_hidden, in hidden's layout, comes from; needs[0] is true.
 LIBRARY.define(
     f"qlora_glu_bwd(Tensor dy, Tensor[] hidden, bool gate_first, str activation, {_WEIGHTS}, SymInt m, SymInt k, {_ADAPTERS}, "

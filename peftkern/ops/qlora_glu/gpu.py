@@ -1,5 +1,6 @@
-"""On a GPU the product is formed with its gradient, in one launch, where the linear's dx is there before its x is read: with our own GEMM.
-cuBLAS' plan reads x in the launch that begins dx, so that the product has a launch of its own."""
+"""On a GPU the product is formed with its gradient, in one launch, where the linear's dx is there before its
+x is read: with our own GEMM. cuBLAS' plan reads x in the launch that begins dx, so that the product has a
+launch of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ __all__ = ["backward"]
 
 
 class _Product:
-    """act(gate) * up as the linear's x; a `single.LateInput`. Its gradient is taken once, by whoever comes first."""
+    """act(gate) * up as the linear's x; a `single.LateInput`. Its gradient is taken once, by whoever comes
+    first."""
 
     def __init__(self, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor) -> None:
         self.operands, self.grads, self.differentiated = (gate, up, activation), (d_gate, d_up), False

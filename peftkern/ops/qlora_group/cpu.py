@@ -1,4 +1,5 @@
-"""Launchers of the native CPU kernels for a group: one engine call, the GEMV a member, or the vendor's GEMM and one low-rank pass."""
+"""Launchers of the native CPU kernels for a group: one engine call, the GEMV a member, or the vendor's GEMM
+and one low-rank pass."""
 
 from __future__ import annotations
 
@@ -92,8 +93,8 @@ def _gemv_forward(group: _Group, x: Tensor, y, xa, biases) -> set[int]:
 
 
 def few_rows(x: Tensor, spec: Spec, biases, lora_a, lora_b) -> FewRows | None:
-    """As `_gemv_forward`, for calls to come; at most one adapter a member, on all rows. None where the GEMV is not the choice, or
-    would read a copy, which later writes to the original do not reach."""
+    """As `_gemv_forward`, for calls to come; at most one adapter a member, on all rows. None where the GEMV
+    is not the choice, or would read a copy, which later writes to the original do not reach."""
     tensors = (*spec.weights, *biases, *lora_a, *lora_b)
     if None in spec.quants[::6] or any(t is not None and not t.is_contiguous() for t in tensors):
         return None
@@ -102,7 +103,8 @@ def few_rows(x: Tensor, spec: Spec, biases, lora_a, lora_b) -> FewRows | None:
 
 
 class FewRows:
-    """The GEMV of each member with its adapter, everything but x described beforehand. Threads may share it."""
+    """The GEMV of each member with its adapter, everything but x described beforehand. Threads may share
+    it."""
 
     def __init__(self, group: _Group, dtype: torch.dtype, biases: Sequence[Tensor | None]) -> None:
         self.held = group, biases
@@ -159,7 +161,8 @@ def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, 
 
 
 def _vendor_backward(group: _Group, dy: list[Tensor | None], used: list[int], dx: Tensor) -> None:
-    """dx = sum of dy_i W_i by slices of columns, those of all members in one product, so that no partial sum is rounded."""
+    """dx = sum of dy_i W_i by slices of columns, those of all members in one product, so that no partial sum
+    is rounded."""
     if len(used) == 1:
         i = used[0]
         single.vendor_backward(dy[i], group.weights[i], group.quants[i], group.views[i], dx)

@@ -1,5 +1,5 @@
-"""A group on a GPU: few launches for all members where `merged.py` serves it; else each member by the single linear's plan with the
-adapter that sees all rows, further ones in passes of their own."""
+"""A group on a GPU: few launches for all members where `merged.py` serves it; else each member by the single
+linear's plan with the adapter that sees all rows, further ones in passes of their own."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
 
 @replayed(tuned.settings)
 def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
-    """As the reference; dx is rounded at most once a member and once for the adapters, as autograd's own sum over them is."""
+    """As the reference; dx is rounded at most once a member and once for the adapters, as autograd's own sum
+    over them is."""
     rows = _spans(rows)
     need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(members))
     lora_a, lora_b = [t.contiguous() for t in lora_a], [t.contiguous() for t in lora_b]

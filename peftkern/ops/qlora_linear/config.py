@@ -1,4 +1,5 @@
-"""Which kernels a QLoRA linear takes, on a CPU and on a GPU: pure functions over tables, testable on any machine."""
+"""Which kernels a QLoRA linear takes, on a CPU and on a GPU: pure functions over tables, testable on any
+machine."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ __all__ = ["Choice", "Config", "GPUConfig", "GPU_TABLE", "TABLE", "choose", "cho
 class Config:
     """Limits of one ISA.
 
-    gemv_max_m: largest M for the fused GEMV. vendor: activation dtypes whose large-M product goes, slice by slice, to the vendor's GEMM;
-    slice_rows: rows decoded a slice there. dense_vendor: for a dense weight, the largest M a dtype takes to the vendor (None: any).
-    tiles: for dtypes whose product with a 4-bit weight is that of csrc/cpu/tile_impl.h, where it takes the shape, the
-    largest M for the fused GEMV.
+    gemv_max_m: largest M for the fused GEMV. vendor: activation dtypes whose large-M product goes, slice by
+    slice, to the vendor's GEMM;
+    slice_rows: rows decoded a slice there. dense_vendor: for a dense weight, the largest M a dtype takes to
+    the vendor (None: any).
+    tiles: for dtypes whose product with a 4-bit weight is that of csrc/cpu/tile_impl.h, where it takes the
+    shape, the largest M for the fused GEMV.
     """
 
     gemv_max_m: int
@@ -50,10 +53,14 @@ TABLE = {
     # Not measured: who multiplies fp16 above that, and the dense weights' limits.
     "avx512": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
     "avx512bf16": Config(16, ("bfloat16",), 512, _FAST_BF16, "not measured", {"bfloat16": 8}),
-    # Emerald Rapids, one thread of a shared machine, median CPU time of 25 to 150 calls in turn, ms, bf16: the GEMV, the
-    # tiles, torch on a dense weight. 4096 x 4096 at M = 4 2.09, 3.13, 3.27, at M = 8 3.78, 3.32, 3.52, at M = 16 6.50, 3.45,
-    # 3.64, at M = 64 22.9, 4.77, 5.33; 1536 x 576 at M = 1 0.149, 0.186, 0.182, at M = 4 0.218, 0.186, 0.178, at M = 16
-    # 0.537, 0.193, 0.202. Through the vendor's GEMM 1536 x 576 took 6.3 forward and backward at M = 512, in tiles 4.1.
+    # Emerald Rapids, one thread of a shared machine, median CPU time of 25 to 150 calls in turn, ms, bf16:
+    # the GEMV, the
+    # tiles, torch on a dense weight. 4096 x 4096 at M = 4 2.09, 3.13, 3.27, at M = 8 3.78, 3.32, 3.52, at M =
+    # 16 6.50, 3.45,
+    # 3.64, at M = 64 22.9, 4.77, 5.33; 1536 x 576 at M = 1 0.149, 0.186, 0.182, at M = 4 0.218, 0.186, 0.178,
+    # at M = 16
+    # 0.537, 0.193, 0.202. Through the vendor's GEMM 1536 x 576 took 6.3 forward and backward at M = 512, in
+    # tiles 4.1.
     "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 4}),
 }
 
@@ -62,8 +69,10 @@ TABLE = {
 class Choice:
     """What a call runs.
 
-    `regime` on a CPU: "gemv", "gemm" (our kernel, decode fused with the product), "vendor" (torch.mm, on decoded slices of a 4-bit weight);
-    on a GPU: "gemv", "mma" (CUDA), "fused" (Triton, decode in the product), "slab" (decoded slices, multiplied by `gemm`).
+    `regime` on a CPU: "gemv", "gemm" (our kernel, decode fused with the product), "vendor" (torch.mm, on
+    decoded slices of a 4-bit weight);
+    on a GPU: "gemv", "mma" (CUDA), "fused" (Triton, decode in the product), "slab" (decoded slices,
+    multiplied by `gemm`).
     """
 
     regime: str
@@ -77,7 +86,8 @@ def choose(
 ) -> Choice:
     """The regime for x [m, k] of `dtype` ("bfloat16", ...) on `isa`; an unknown ISA takes the baseline's row.
 
-    blocksize: the smallest of the weights'; tiles: whether the call is one that bf16 tiles serve (DoRA's is not).
+    blocksize: the smallest of the weights'; tiles: whether the call is one that bf16 tiles serve (DoRA's is
+    not).
     """
     row = TABLE.get(isa, TABLE["baseline"])
     if dense:
@@ -99,9 +109,11 @@ def choose(
 class GPUConfig:
     """Limits of one GPU architecture.
 
-    gemv_max_m: largest M for the CUDA GEMV (0: never). mma_min_m: from here on the CUDA tensor-core kernel, where it takes the shape.
+    gemv_max_m: largest M for the CUDA GEMV (0: never). mma_min_m: from here on the CUDA tensor-core kernel,
+    where it takes the shape.
     fused_max_m: largest M whose products decode inside the kernel, forward and dx.
-    gemm: who multiplies by a decoded slab above that: "cublas" (the low-rank product in passes of its own) or "triton" (in the epilogue).
+    gemm: who multiplies by a decoded slab above that: "cublas" (the low-rank product in passes of its own) or
+    "triton" (in the epilogue).
     slab_bytes: decoded weight held at a time.
     """
 
@@ -114,12 +126,18 @@ class GPUConfig:
 
 
 _MIB = 1 << 20
-# By compute capability. mma_min_m: by instruction counts the GEMV's shared-memory reads bind it from M = 3 on. fused_max_m: where decoding
-# inside the product still pays, derived from data-sheet peaks: 256 on a 4090, 128 on a 3090, 64 on Hopper; on Turing Triton's products do
-# not reach the tensor cores. gemm: GeForce cards multiply with fp32 sums at half rate, which a plain mma.sync kernel should saturate, so
-# that sparing the low-rank passes over y and dx wins (it must reach 0.97 to 0.99 of cuBLAS's rate); others need cuBLAS.
-# slab_bytes: one slab for 14336 x 4096 in 16 bits (117 MB), so that a linear takes at most seven launches; slabs of half an L2
-# (4090: 36 MB) would stay on the chip for four launches more each. With our own GEMM two such slabs, so that gate and up of an 8B model are
+# By compute capability. mma_min_m: by instruction counts the GEMV's shared-memory reads bind it from M = 3
+# on. fused_max_m: where decoding
+# inside the product still pays, derived from data-sheet peaks: 256 on a 4090, 128 on a 3090, 64 on Hopper; on
+# Turing Triton's products do
+# not reach the tensor cores. gemm: GeForce cards multiply with fp32 sums at half rate, which a plain mma.sync
+# kernel should saturate, so
+# that sparing the low-rank passes over y and dx wins (it must reach 0.97 to 0.99 of cuBLAS's rate); others
+# need cuBLAS.
+# slab_bytes: one slab for 14336 x 4096 in 16 bits (117 MB), so that a linear takes at most seven launches;
+# slabs of half an L2
+# (4090: 36 MB) would stay on the chip for four launches more each. With our own GEMM two such slabs, so that
+# gate and up of an 8B model are
 # one batch: a decoder layer then takes 39 launches in place of 43, for 117 MB that live for two of them.
 # On an H100 (benchmarks/results/h100-80gb-hbm3): the GEMV wins at M = 1 and 2 (10.7 against 13.2 us), the
 # tensor-core kernel from 4 on (13.3 against 15.5); at M = 64 a fused product takes 20 to 23 us and a slab
@@ -146,7 +164,8 @@ def choose_gpu(
 ) -> Choice:
     """The regime of one direction for x (or dy) of m rows and `dtype` on compute capability `arch`.
 
-    cuda: the CUDA C++ kernels are built; mma: their tensor-core kernel takes this shape; row: limits that `peftkern tune` measured here.
+    cuda: the CUDA C++ kernels are built; mma: their tensor-core kernel takes this shape; row: limits that
+    `peftkern tune` measured here.
     """
     row = row or GPU_TABLE[nearest_arch(arch)]
     where = f"sm_{arch}, {row.measured}"
@@ -162,12 +181,14 @@ def choose_gpu(
 
 
 def _gemm(row: GPUConfig, dtype: str) -> str:
-    """fp32 stays with cuBLAS, whose use of TF32 is the user's switch (torch.backends.cuda.matmul.allow_tf32)."""
+    """fp32 stays with cuBLAS, whose use of TF32 is the user's switch
+    (torch.backends.cuda.matmul.allow_tf32)."""
     return "cublas" if dtype == "float32" else row.gemm
 
 
 def slices(total: int, width: int, itemsize: int, limit: int) -> list[slice]:
-    """Ranges of `total` rows (or columns) of `width` elements, as few and equal as `limit` bytes allow; multiples of 128 but the last."""
+    """Ranges of `total` rows (or columns) of `width` elements, as few and equal as `limit` bytes allow;
+    multiples of 128 but the last."""
     most = max(limit // (width * itemsize) // 128 * 128, 128)
     count = -(-total // most)
     step = -(-total // count)

@@ -1,4 +1,5 @@
-"""Launchers of the native CPU kernels: the fused GEMV, our GEMM, or decoded slices for the vendor's GEMM, as `config.choose` says."""
+"""Launchers of the native CPU kernels: the fused GEMV, our GEMM, or decoded slices for the vendor's GEMM, as
+`config.choose` says."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def _no_adapter() -> object:
 def few_rows(x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | None) -> Tensor | None:
     """x [..., K] -> y [..., N] of a 4-bit weight where the fused GEMV serves x, else None.
 
-    Nothing is checked or made contiguous: that is the caller's, as Python takes most of a token's time in a small layer.
+    Nothing is checked or made contiguous: that is the caller's, as Python takes most of a token's time in a
+    small layer.
     """
     k, extension = x.shape[-1], native()
     m = x.numel() // k
@@ -87,7 +89,8 @@ def few_rows(x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | Non
 
 
 def slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
-    """Slices of `total` rows (or columns) of `width` elements, the configured number or what 5 MB hold, and a reused buffer for one."""
+    """Slices of `total` rows (or columns) of `width` elements, the configured number or what 5 MB hold, and a
+    reused buffer for one."""
     step = min(total, config.TABLE[native().isa()].slice_rows, (5 << 20) // (width * dtype.itemsize) // 32 * 32)
     step = max(step, min(total, 32))
     buffer = scratch(step * width * dtype.itemsize, "slice")[: step * width * dtype.itemsize]
@@ -95,8 +98,9 @@ def slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Ten
 
 
 def vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """y = x W^T; of a 4-bit weight a slice of rows at a time: disjoint columns of y. Returns the bias if it is still to be added: where all
-    is fp32 and dense it is not, so that y has the bits of torch's own linear."""
+    """y = x W^T; of a 4-bit weight a slice of rows at a time: disjoint columns of y. Returns the bias if it
+    is still to be added: where all is fp32 and dense it is not, so that y has the bits of torch's own
+    linear."""
     if quant[0] is None:
         if bias is not None and x.dtype == weight.dtype == bias.dtype == torch.float32:
             torch.addmm(bias, x, weight.t(), out=y)
@@ -111,7 +115,8 @@ def vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Ten
 
 
 def vendor_backward(dy: Tensor, weight: Tensor, quant: tuple, view: object, dx: Tensor) -> None:
-    """dx = dy W; of a 4-bit weight a slice of columns at a time: disjoint columns of dx, so that no partial sum is rounded."""
+    """dx = dy W; of a 4-bit weight a slice of columns at a time: disjoint columns of dx, so that no partial
+    sum is rounded."""
     if quant[0] is None:
         torch.mm(dy, weight.to(dy.dtype), out=dx)
         return

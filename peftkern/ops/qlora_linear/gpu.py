@@ -1,7 +1,9 @@
-"""The QLoRA linear on a GPU: which kernels run in which order. `plan.py` lists the same launches as data, and a test compares the two.
+"""The QLoRA linear on a GPU: which kernels run in which order. `plan.py` lists the same launches as data, and
+a test compares the two.
 
-Large M, cuBLAS. Forward: 1 slab || xa, 2 y = s xa B^T + bias, 3 y += x W^T. Backward: 1 slab || dyb, dB, 2 dx = drop(dyb A) and dA,
-3 dx += dy W, 4 the partial sums. Seven launches, to which a further slab adds a decode and a GEMM each way. With our own GEMM the low-rank
+Large M, cuBLAS. Forward: 1 slab || xa, 2 y = s xa B^T + bias, 3 y += x W^T. Backward: 1 slab || dyb, dB, 2 dx
+= drop(dyb A) and dA, 3 dx += dy W, 4 the partial sums. Seven launches, to which a further slab adds a decode
+and a GEMM each way. With our own GEMM the low-rank
 product starts its accumulator, which spares the passes that write y and dx first: six.
 """
 
@@ -29,7 +31,8 @@ __all__ = ["LateInput", "backward", "choose", "explain", "forward"]
 
 _INTERPRETED_ARCH, _INTERPRETED_L2 = 89, 72 << 20  # the interpreter follows a 4090's plan
 _DENSE = (None,) * 6 + (64, 256)
-# From this L2 on, the programs for dyb and for dB read the same rows of dy out of it; below, one program does both. Derived, not measured.
+# From this L2 on, the programs for dyb and for dB read the same rows of dy out of it; below, one program does
+# both. Derived, not measured.
 _SHARED_L2 = 32 << 20
 
 
@@ -49,7 +52,8 @@ def _l2(index: int) -> int:
 
 
 def _low_rank_config(x: Tensor, adapter: Tensor | None, n: int, k: int, rank: int, slab: bool) -> LowRankConfig:
-    """Beside a slab's decoding the device is full already: no split contraction; and with a large L2 dyb needs no partial sums."""
+    """Beside a slab's decoding the device is full already: no split contraction; and with a large L2 dyb
+    needs no partial sums."""
     found = low_rank.config_for(x, adapter, x.shape[0], n, k, max(rank, 1))
     if not slab:
         return found
@@ -74,7 +78,8 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 class _Slabs:
-    """The weight as dense slabs of rows or columns, decoded one after the other into one buffer; `beside` shares the first one's launch."""
+    """The weight as dense slabs of rows or columns, decoded one after the other into one buffer; `beside`
+    shares the first one's launch."""
 
     def __init__(self, x: Tensor, weight: Tensor, quant: tuple, shape: tuple[int, int], choice: Choice, *, by_rows: bool) -> None:
         self.weight, self.quant, self.shape, self.by_rows = weight, quant, shape, by_rows

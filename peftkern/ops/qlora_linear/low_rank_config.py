@@ -1,4 +1,5 @@
-"""Tiles and chunks of the GPU's low-rank passes: a pure function of the sizes, testable on any machine. Nothing here is measured."""
+"""Tiles and chunks of the GPU's low-rank passes: a pure function of the sizes, testable on any machine.
+Nothing here is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ __all__ = ["EXACT_ROWS", "LowRankConfig", "Tile", "choose_low_rank", "dot_mode"]
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program holds of the wide operand at a time, [rows, cols], and the launch's warps and pipeline stages."""
+    """What a program holds of the wide operand at a time, [rows, cols], and the launch's warps and pipeline
+    stages."""
 
     rows: int
     cols: int
@@ -25,10 +27,12 @@ class Tile:
 class LowRankConfig:
     """xa, dy, x, epilogue: the passes' tiles.
 
-    xa_splits: parts of xa's contraction, summed by a launch of their own where there are several. dy_rows, x_rows: rows a program walks,
-    multiples of the tile's; each such chunk leaves one partial sum of dB or dA. fused: dyb, dB and d_bias from one read of dy, with a
-    partial dyb a column chunk; else dyb by programs of its own beside dB's, which read the same rows while a cache may hold them.
-    sum_dyb: the column chunks' dyb are summed by a launch of their own, not by whoever reads them. ranks: the epilogue's step over R.
+    xa_splits: parts of xa's contraction, summed by a launch of their own where there are several. dy_rows,
+    x_rows: rows a program walks, multiples of the tile's; each such chunk leaves one partial sum of dB or dA.
+    fused: dyb, dB and d_bias from one read of dy, with a partial dyb a column chunk; else dyb by programs of
+    its own beside dB's, which read the same rows while a cache may hold them.
+    sum_dyb: the column chunks' dyb are summed by a launch of their own, not by whoever reads them. ranks: the
+    epilogue's step over R.
     """
 
     xa: Tile
@@ -43,13 +47,16 @@ class LowRankConfig:
     ranks: int
 
 
-# fp32 operands of up to so many rows are multiplied outside the tensor cores, whose three TF32 products err up to 1.6
-# times as much as plain PyTorch's sums of so few terms (measured on an H100); of more rows they err less than its sums.
+# fp32 operands of up to so many rows are multiplied outside the tensor cores, whose three TF32 products err
+# up to 1.6
+# times as much as plain PyTorch's sums of so few terms (measured on an H100); of more rows they err less than
+# its sums.
 EXACT_ROWS = 128
 
 
 def dot_mode(x_dtype: str, adapter_dtype: str, arch: int, m: int | None = None) -> str:
-    """How the products of `triton_low_rank_bodies` take their operands ("bfloat16", ...) on sm_<arch>: Turing multiplies fp16 alone.
+    """How the products of `triton_low_rank_bodies` take their operands ("bfloat16", ...) on sm_<arch>: Turing
+    multiplies fp16 alone.
     m: rows; None: many."""
     if x_dtype == adapter_dtype == "float16" or (x_dtype == adapter_dtype == "bfloat16" and arch >= 80):
         return "native"
@@ -61,7 +68,8 @@ def dot_mode(x_dtype: str, adapter_dtype: str, arch: int, m: int | None = None) 
 
 
 def _chunk(m: int, tile: Tile, columns: int, sms: int) -> int:
-    """The most rows a program can walk with two programs left for every SM: longer walks leave fewer partial sums."""
+    """The most rows a program can walk with two programs left for every SM: longer walks leave fewer partial
+    sums."""
     for rows in (4096, 2048, 1024, 512, 256, 128):
         if ceil_div(m, rows) * ceil_div(columns, tile.cols) >= 2 * sms:
             return rows
@@ -70,16 +78,20 @@ def _chunk(m: int, tile: Tile, columns: int, sms: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def choose_low_rank(m: int, n: int, k: int, r: int, *, mode: str, sms: int = 128, arch: int = 89) -> LowRankConfig:
-    """The passes of x [m, k], dy [m, n] and rank r on `sms` multiprocessors of sm_<arch>, with `dot_mode`'s answer."""
+    """The passes of x [m, k], dy [m, n] and rank r on `sms` multiprocessors of sm_<arch>, with `dot_mode`'s
+    answer."""
     pad = max(16, next_power_of_2(r))
     xa, dy, x = _tiles(pad, mode, arch)
-    # Programs enough for all SMs: shorter blocks of rows first, they cost only further reads of the adapter; then a split contraction.
+    # Programs enough for all SMs: shorter blocks of rows first, they cost only further reads of the adapter;
+    # then a split contraction.
     rows = next((size for size in (xa.rows, xa.rows // 2) if ceil_div(m, size) >= 3 * sms // 2), 16)
     xa = replace(xa, rows=min(rows, xa.rows))
     blocks = ceil_div(m, xa.rows)
     splits = 1 if 2 * blocks >= sms else min(ceil_div(2 * sms, blocks), max(1, min(n, k) // 512))
-    fused = dy.cols >= 4 * pad  # else dyb's partial sums, 8 R / (2 cols) of dy, move more than a second read of dy
-    # x's pass reads every chunk's dyb once a column of its own tiles: past half of x's own bytes a launch that adds them before pays.
+    # else dyb's partial sums, 8 R / (2 cols) of dy, move more than a second read of dy
+    fused = dy.cols >= 4 * pad
+    # x's pass reads every chunk's dyb once a column of its own tiles: past half of x's own bytes a launch
+    # that adds them before pays.
     chunks = ceil_div(n, dy.cols) if fused else 1
     sum_dyb = chunks > 8 or (chunks > 1 and chunks * 4 * r * ceil_div(k, x.cols) > k)
     return LowRankConfig(
@@ -97,8 +109,10 @@ def choose_low_rank(m: int, n: int, k: int, r: int, *, mode: str, sms: int = 128
 
 
 def _tiles(pad: int, mode: str, arch: int) -> tuple[Tile, Tile, Tile]:
-    """(xa, dy, x) for a padded rank: accumulators in registers, stages in shared memory, no spills in the cubins of any architecture."""
-    if arch < 80 or mode == "ieee":  # Triton multiplies on the CUDA cores then, with a whole row of each operand in registers
+    """(xa, dy, x) for a padded rank: accumulators in registers, stages in shared memory, no spills in the
+    cubins of any architecture."""
+    # Triton multiplies on the CUDA cores then, with a whole row of each operand in registers
+    if arch < 80 or mode == "ieee":
         return (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)) if pad <= 64 else (Tile(16, 16, 8, 1),) * 3
     if mode in ("native", "split"):
         native = mode == "native"

@@ -1,7 +1,9 @@
-"""The low-rank passes over x, y, dy and dx on a GPU: thin kernels over `triton_low_rank_bodies`, and their launchers.
+"""The low-rank passes over x, y, dy and dx on a GPU: thin kernels over `triton_low_rank_bodies`, and their
+launchers.
 
-The `..._call` functions give a launch as data: its arguments also serve whoever merges two bodies into one launch. All tensors but y are
-contiguous; M, N and K are at least 1. Partial sums are fp32 with the chunk as first axis.
+The `..._call` functions give a launch as data: its arguments also serve whoever merges two bodies into one
+launch. All tensors but y are contiguous; M, N and K are at least 1. Partial sums are fp32 with the chunk as
+first axis.
 """
 
 from __future__ import annotations
@@ -123,8 +125,8 @@ def _reduce_kernel(
 
 @dataclass(frozen=True)
 class DyPartials:
-    """What one pass over dy left: dyb fp32 [chunks, M, R]; d_lora_b [chunks, N, R] and d_bias fp32 [chunks, N], in their final dtype where
-    there is one chunk, else fp32. None where nobody needs it."""
+    """What one pass over dy left: dyb fp32 [chunks, M, R]; d_lora_b [chunks, N, R] and d_bias fp32 [chunks,
+    N], in their final dtype where there is one chunk, else fp32. None where nobody needs it."""
 
     dyb: Tensor | None
     d_lora_b: Tensor | None
@@ -172,7 +174,8 @@ def _threshold(dropout_p: float, seed: Tensor | None) -> int:
 def project_call(
     x: Tensor, adapter: Tensor, scale: float, dropout_p: float, seed: Tensor | None, config: LowRankConfig, *, by_rank: bool, arch: int
 ) -> tuple[Call, Tensor]:
-    """scale * drop(x) @ adapter -> fp32 [splits, M, R]; the adapter is lora_a [R, C] by rank, else lora_b [C, R]."""
+    """scale * drop(x) @ adapter -> fp32 [splits, M, R]; the adapter is lora_a [R, C] by rank, else lora_b [C,
+    R]."""
     (m, c), r, tile = x.shape, adapter.shape[0 if by_rank else 1], config.xa
     split_cols = ceil_div(ceil_div(c, config.xa_splits), tile.cols) * tile.cols
     splits = ceil_div(c, split_cols)
@@ -193,7 +196,8 @@ def _whole(partials: Tensor) -> Tensor:
 def xa_forward(
     x: Tensor, lora_a: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None, *, config: LowRankConfig | None = None
 ) -> Tensor:
-    """x [M, K], lora_a [R, K] -> xa = drop(x) A^T, fp32 [M, R]; two launches where the contraction is split (few rows), else one."""
+    """x [M, K], lora_a [R, K] -> xa = drop(x) A^T, fp32 [M, R]; two launches where the contraction is split
+    (few rows), else one."""
     config = config or config_for(x, lora_a, x.shape[0], x.shape[1], x.shape[1], lora_a.shape[0])
     call, xa = project_call(x, lora_a, 1.0, dropout_p, seed, config, by_rank=True, arch=_arch(x))
     run(call)
@@ -211,7 +215,8 @@ def dyb_backward(dy: Tensor, lora_b: Tensor, scaling: float, *, config: LowRankC
 def dy_calls(
     dy: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, needs: Sequence[bool], config: LowRankConfig, *, arch: int
 ) -> tuple[Call, DyPartials]:
-    """The one launch over dy, `needs` as the op's: (dx, d_bias, dA, dB); at least one of dyb, d_bias, dB must be needed."""
+    """The one launch over dy, `needs` as the op's: (dx, d_bias, dA, dB); at least one of dyb, d_bias, dB must
+    be needed."""
     (m, n), tile, new = dy.shape, config.dy, functools.partial(torch.empty, device=dy.device)
     r, chunks = (0 if lora_b is None else lora_b.shape[1]), ceil_div(m, config.dy_rows)
     need_dyb, need_b = r > 0 and (needs[0] or needs[2]), r > 0 and needs[3]
@@ -237,8 +242,8 @@ def dy_calls(
 def dy_pass(
     dy: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, needs: Sequence[bool], *, config: LowRankConfig | None = None
 ) -> DyPartials:
-    """dy [M, N], xa fp32 [M, R] -> dyb = s dy B, partial sums of dB = s dy^T xa and d_bias; one launch, and one that adds the dyb of the
-    column chunks where the configuration says so."""
+    """dy [M, N], xa fp32 [M, R] -> dyb = s dy B, partial sums of dB = s dy^T xa and d_bias; one launch, and
+    one that adds the dyb of the column chunks where the configuration says so."""
     config = config or config_for(dy, lora_b, *dy.shape, dy.shape[1], 1 if lora_b is None else lora_b.shape[1])
     call, partials = dy_calls(dy, xa, lora_b, scaling, needs, config, arch=_arch(dy))
     run(call)
@@ -246,7 +251,8 @@ def dy_pass(
 
 
 def summed(dyb: Tensor | None, config: LowRankConfig) -> Tensor | None:
-    """dyb [chunks, M, R], added up to one chunk by a launch of its own: of a split contraction, or where the configuration says so."""
+    """dyb [chunks, M, R], added up to one chunk by a launch of its own: of a split contraction, or where the
+    configuration says so."""
     apart = dyb is not None and dyb.shape[0] > 1 and (config.sum_dyb or not config.fused or config.xa_splits > 1)
     return _whole(dyb)[None] if apart else dyb
 
@@ -282,9 +288,9 @@ def x_pass(
     accumulate: bool = True,
     config: LowRankConfig | None = None,
 ) -> Tensor | None:
-    """dyb fp32 [chunks, M, R] -> partial sums [row chunks, R, K] of dA = dyb^T drop(x) where needed (in lora_a's dtype where there is one
-    chunk, else fp32); where dx [M, K] is given also, in place, dx += drop(dyb A), or dx = that without `accumulate`. One launch; x is read
-    for dA alone."""
+    """dyb fp32 [chunks, M, R] -> partial sums [row chunks, R, K] of dA = dyb^T drop(x) where needed (in
+    lora_a's dtype where there is one chunk, else fp32); where dx [M, K] is given also, in place, dx +=
+    drop(dyb A), or dx = that without `accumulate`. One launch; x is read for dA alone."""
     wide = x if need_a else dx
     config = config or config_for(wide, lora_a, dyb.shape[1], lora_a.shape[1], lora_a.shape[1], dyb.shape[2])
     call, d_lora_a = x_call(x, dyb, lora_a, dropout_p, seed, dx, need_a, config, arch=_arch(dyb), accumulate=accumulate)
@@ -310,13 +316,15 @@ def y_epilogue(
     y: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, *, accumulate: bool = True,
     config: LowRankConfig | None = None,
 ) -> None:  # fmt: skip
-    """y [M, N] += s xa B^T + bias in place, or y = without `accumulate`; columns contiguous, rows any stride; one launch."""
+    """y [M, N] += s xa B^T + bias in place, or y = without `accumulate`; columns contiguous, rows any stride;
+    one launch."""
     config = config or config_for(y, lora_b, *y.shape, y.shape[1], 1 if lora_b is None else lora_b.shape[1])
     run(y_call(y, xa, lora_b, scaling, bias, config, arch=_arch(y), accumulate=accumulate))
 
 
 def reduce_calls(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[list[Call], list[Tensor | None]]:
-    """Up to three (partials [chunks, ...], dtype of the sum) -> at most one launch, and the sums; what has one chunk is taken as it is."""
+    """Up to three (partials [chunks, ...], dtype of the sum) -> at most one launch, and the sums; what has
+    one chunk is taken as it is."""
     outs: list[Tensor | None] = []
     arguments: dict[str, Any] = {}
     slot = programs = 0
@@ -340,7 +348,8 @@ def reduce_calls(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[lis
 def reduce_partials(
     d_lora_a: Tensor | None, d_lora_b: Tensor | None, d_bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Partials of `x_pass` and `dy_pass` -> dA [R, K], dB [N, R] in `dtype`, the adapters', d_bias fp32 [N]; at most one launch."""
+    """Partials of `x_pass` and `dy_pass` -> dA [R, K], dB [N, R] in `dtype`, the adapters', d_bias fp32 [N];
+    at most one launch."""
     calls, (a, b, bias) = reduce_calls([(d_lora_a, dtype), (d_lora_b, dtype), (d_bias, torch.float32)])
     for call in calls:
         run(call)
@@ -361,7 +370,8 @@ _VARIANTS = (  # activations, adapters, rank
 
 
 def specializations(arch: int) -> Iterable[Specialization]:
-    """The variants of a 4096 x 4096 linear with dropout and bias, the largest tiles at M = 8192. See `Specialization`."""
+    """The variants of a 4096 x 4096 linear with dropout and bias, the largest tiles at M = 8192. See
+    `Specialization`."""
     variants = [v for v in _VARIANTS if arch >= 80 or torch.bfloat16 not in v]
     m, n, k = 8192, 4096, 4096
     seed = torch.empty(1, dtype=torch.int64, device="meta")

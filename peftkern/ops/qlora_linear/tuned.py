@@ -50,7 +50,8 @@ def path(device_name: str) -> Path:
 
 @functools.cache
 def load(device_name: str) -> GPUConfig | None:
-    """The measured row of a device; None where there is none, or where the file does not fit this version (a warning names the fix)."""
+    """The measured row of a device; None where there is none, or where the file does not fit this version (a
+    warning names the fix)."""
     file = path(device_name)
     try:
         row = json.loads(file.read_text())["config"]
@@ -95,7 +96,8 @@ def _changed() -> None:
 
 
 def crossover(sizes: list[int], first: list[float], second: list[float]) -> int:
-    """The largest size up to which `first` is the faster at every measured size; 0 where it loses at the smallest.
+    """The largest size up to which `first` is the faster at every measured size; 0 where it loses at the
+    smallest.
 
     A single loss between wins is noise below 2 %: it does not end the range.
     """

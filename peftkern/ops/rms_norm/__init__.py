@@ -1,4 +1,5 @@
-"""RMSNorm with the two orders of casting that models use, one op per direction; alone, or of the next sum of a residual stream."""
+"""RMSNorm with the two orders of casting that models use, one op per direction; alone, or of the next sum of
+a residual stream."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ LIBRARY.define(
 
 
 def result_dtype(x: Tensor, weight: Tensor, cast: str) -> torch.dtype:
-    """Of y: in the "llama" order a product of a tensor of x's dtype with the weight promotes as PyTorch does."""
+    """Of y: in the "llama" order a product of a tensor of x's dtype with the weight promotes as PyTorch
+    does."""
     return torch.promote_types(x.dtype, weight.dtype) if cast == "llama" else x.dtype
 
 
@@ -150,7 +152,8 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def _sum_gradients(dy, ds, s, weight, rstd, offset, cast, need_sum: bool, need_weight: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the sum and of the weight. An output that nobody used has none: the other's is all there is."""
+    """The gradients of the sum and of the weight. An output that nobody used has none: the other's is all
+    there is."""
     if dy is None:
         return ds, None
     if ds is None or not need_sum:
@@ -163,7 +166,8 @@ def _sum_gradients(dy, ds, s, weight, rstd, offset, cast, need_sum: bool, need_w
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
-    """x, residual [..., N], weight [N] -> y, s [..., N]; `functional.add_rms_norm` has checked the arguments."""
+    """x, residual [..., N], weight [N] -> y, s [..., N]; `functional.add_rms_norm` has checked the
+    arguments."""
     if transformed():
         s = x if residual is None else residual + x
         return reference.forward(s, weight, eps, offset, cast)[0], s

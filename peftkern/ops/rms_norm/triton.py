@@ -1,6 +1,8 @@
-"""RMSNorm in one launch forward and one for dx; a trainable weight's gradient takes two more, in a fixed order of sums.
+"""RMSNorm in one launch forward and one for dx; a trainable weight's gradient takes two more, in a fixed
+order of sums.
 
-A residual stream's addition before the norm, and in backward of the stream's gradient, are in the same launches.
+A residual stream's addition before the norm, and in backward of the stream's gradient, are in the same
+launches.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ __all__ = [
     "specializations",
 ]
 
-# A program holds whole rows of up to MAX_BLOCK elements in registers, and reads longer ones twice, in pieces. Not measured.
+# A program holds whole rows of up to MAX_BLOCK elements in registers, and reads longer ones twice, in pieces.
+# Not measured.
 MAX_BLOCK, PIECE, VALUES = 8192, 2048, 1024
 COLUMNS, ROWS = 128, 32  # tile of d_weight
 MAX_CHUNKS = 256  # partial sums of d_weight
@@ -76,7 +79,8 @@ def _rms_norm_fwd_kernel(
         _scale(x, rstd, weight_ptr, to_ptr, cols, inside, offset, n, x_ptr.dtype.element_ty, LLAMA)
     else:
         for start in range(0, n, BLOCK):
-            x = _summed(from_ptr, residual_ptr, None, at, start + cols, inside, n)  # formed again: another thread may have stored it
+            # formed again: another thread may have stored it
+            x = _summed(from_ptr, residual_ptr, None, at, start + cols, inside, n)
             _scale(x, rstd, weight_ptr, to_ptr, start + cols, inside, offset, n, x_ptr.dtype.element_ty, LLAMA)
 
 
@@ -206,7 +210,8 @@ def forward_call(
     residual: Tensor | None = None,
     s: Tensor | None = None,
 ) -> Call:
-    """x [M, n] with contiguous rows -> y [M, n], rstd fp32 [M]; with residual [M, n] of x + residual, which s [M, n] gets."""
+    """x [M, n] with contiguous rows -> y [M, n], rstd fp32 [M]; with residual [M, n] of x + residual, which s
+    [M, n] gets."""
     m, n = x.shape
     programs, warps, tile = _blocking(m, n)
     arguments = {"x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "s_ptr": s, "y_ptr": y, "rstd_ptr": rstd}
@@ -292,7 +297,8 @@ def _d_weight(dy: Tensor, rows: Tensor, weight: Tensor, rstd: Tensor, cast: str)
 
 
 def specializations(arch: int) -> Iterator[Specialization]:
-    """Every kernel, dtype and order of casting; heads (many rows a program), hidden sizes, and rows longer than a block."""
+    """Every kernel, dtype and order of casting; heads (many rows a program), hidden sizes, and rows longer
+    than a block."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32) if arch < 80 else (torch.bfloat16, torch.float16, torch.float32)
     shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     for dtype in dtypes:

@@ -11,7 +11,8 @@ from . import reference
 
 __all__ = ["empty_heads", "rope", "seq_first"]
 
-# seq_first: whether q's (k's) result lies in memory as [B, S, H, D], else as [B, H, S, D]; its shape is [B, H, S, D] in either case.
+# seq_first: whether q's (k's) result lies in memory as [B, S, H, D], else as [B, H, S, D]; its shape is [B,
+# H, S, D] in either case.
 LIBRARY.define("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse, bool[2] seq_first) -> (Tensor rotated_q, Tensor rotated_k)")
 
 
@@ -58,7 +59,8 @@ class _RoPE(torch.autograd.Function):
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, S, D], k [B, Hk, S, D], cos, sin [B or 1, S, Dr]; `functional.rope` has checked the arguments."""
+    """q [B, Hq, S, D], k [B, Hk, S, D], cos, sin [B or 1, S, Dr]; `functional.rope` has checked the
+    arguments."""
     if transformed():
         return reference.rotated(q, cos, sin, False), reference.rotated(k, cos, sin, False)
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs more than one row's arithmetic

@@ -38,7 +38,8 @@ def _rope_tile(
     INVERSE: tl.constexpr,
 ):
     inside = (head < heads)[:, None]
-    from_ptr, to_ptr = x_ptr + head.to(tl.int64)[:, None] * x_head, y_ptr + head.to(tl.int64)[:, None] * y_head  # [HEADS, 1]
+    # [HEADS, 1]
+    from_ptr, to_ptr = x_ptr + head.to(tl.int64)[:, None] * x_head, y_ptr + head.to(tl.int64)[:, None] * y_head
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     if HALF > 0:
         i = tl.arange(0, BLOCK_HALF)[None, :]  # [1, BLOCK_HALF]
