@@ -43,10 +43,18 @@ ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 # Where no GPU is seen: machine code of 8.0 serves 8.x, and its PTX all that came later. Seven architectures
 # take five times as long.
 UNSEEN = ["80"]
-NO_NVCC = "nvcc was not found: set CUDA_HOME to a CUDA toolkit (12 or later), put nvcc on PATH, or run: pip install nvidia-cuda-nvcc"
+NO_NVCC = (
+    "nvcc was not found: set CUDA_HOME to a CUDA toolkit (12 or later), put nvcc on PATH, or run: pip "
+    "install nvidia-cuda-nvcc"
+)
 
-NO_CXX = "install g++ (apt-get install g++), or set CXX to a C++17 compiler with OpenMP (Clang's is in the package libomp-dev)"
-WITHOUT = "PEFTKERN_CPU=0 builds without the CPU kernels: enough for GPUs; on the CPU the slow reference then runs"
+NO_CXX = (
+    "install g++ (apt-get install g++), or set CXX to a C++17 compiler with OpenMP (Clang's is in the "
+    "package libomp-dev)"
+)
+WITHOUT = (
+    "PEFTKERN_CPU=0 builds without the CPU kernels: enough for GPUs; on the CPU the slow reference then runs"
+)
 PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
 # not sdist, nor what pip asks beforehand
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
@@ -62,9 +70,14 @@ def leave_out_unknown_levels():
     dispatcher's macros for that."""
     missing = []
     for level in ("avx512bf16", "amx"):
-        if level in LEVELS and subprocess.run(
-            [*cxx_command(), *LEVELS[level], "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True, check=False
-        ).returncode:
+        if (
+            level in LEVELS
+            and subprocess.run(
+                [*cxx_command(), *LEVELS[level], "-fsyntax-only", "-x", "c++", os.devnull],
+                capture_output=True,
+                check=False,
+            ).returncode
+        ):
             missing.append(f"-DPK_NO_{level.upper()}")
             del LEVELS[level]
     return missing
@@ -79,11 +92,24 @@ def check_compiler():
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(PROBE)
-        command = [*cxx, "-std=c++17", "-fopenmp", "-fPIC", "-shared", str(source), "-o", str(Path(folder, "probe.so"))]
+        command = [
+            *cxx,
+            "-std=c++17",
+            "-fopenmp",
+            "-fPIC",
+            "-shared",
+            str(source),
+            "-o",
+            str(Path(folder, "probe.so")),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        words = next((line.strip() for line in done.stdout.splitlines() if "error" in line), done.stdout.strip()[:200])
-        raise SystemExit(f"the C++ compiler {' '.join(cxx)!r} cannot build with OpenMP ({words}); {NO_CXX}. {WITHOUT}")
+        words = next(
+            (line.strip() for line in done.stdout.splitlines() if "error" in line), done.stdout.strip()[:200]
+        )
+        raise SystemExit(
+            f"the C++ compiler {' '.join(cxx)!r} cannot build with OpenMP ({words}); {NO_CXX}. {WITHOUT}"
+        )
 
 
 def find_nvcc():
@@ -104,7 +130,9 @@ def find_nvcc():
 def words_of(command):
     """What a command prints, on either stream; "" where it fails."""
     try:
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=True)
+        run = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=True
+        )
         return run.stdout
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -119,9 +147,16 @@ def cuda_archs(nvcc):
     elif asked:
         archs = [a for a in re.split(r"[;, ]+", asked) if a]
         if bad := [a for a in archs if not re.fullmatch(r"\d{2,3}[a-z]?", a)]:
-            raise SystemExit(f"PEFTKERN_CUDA_ARCHS: got {bad[0]!r}, expected compute capabilities such as '86;89', or 'all'")
+            raise SystemExit(
+                f"PEFTKERN_CUDA_ARCHS: got {bad[0]!r}, expected compute capabilities such as '86;89', "
+                "or 'all'"
+            )
     else:
-        here = set(words_of(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]).replace(".", "").split())
+        here = set(
+            words_of(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+            .replace(".", "")
+            .split()
+        )
         archs = [a for a in here if a in known] or [a for a in UNSEEN if a in known]
     return sorted(set(archs), key=lambda a: (int(re.match(r"\d+", a)[0]), a))
 
@@ -131,7 +166,11 @@ def cudart_static(nvcc):
     script that calls another."""
     top = re.search(r"^#\$ TOP=(.+)$", words_of([nvcc, "--dryrun", "nothing.o"]), re.MULTILINE)
     root = Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
-    found = [path for pattern in ("lib64", "lib", "targets/*/lib") for path in sorted(root.glob(f"{pattern}/libcudart_static.a"))]
+    found = [
+        path
+        for pattern in ("lib64", "lib", "targets/*/lib")
+        for path in sorted(root.glob(f"{pattern}/libcudart_static.a"))
+    ]
     # a distribution's toolkit: among the linker's own directories
     return str(found[0]) if found else "-lcudart_static"
 
@@ -168,7 +207,9 @@ class Build(build_ext):
             jobs.append((source, obj, [*cxx, "-fPIC", "-fopenmp", *COMMON, *level, *includes]))
         self._compile(jobs, tmp)
         loader = ["-ldl"] if sys.platform.startswith("linux") else []
-        self.spawn([*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], "-fopenmp", *loader, "-o", str(target)])
+        self.spawn(
+            [*cxx, "-shared", *[str(obj) for _, obj, _ in jobs], "-fopenmp", *loader, "-o", str(target)]
+        )
 
     def _build_cuda(self, ext, tmp, cxx, includes, target):
         """nvcc for the kernels, the C++ compiler for the bindings. cudart is linked in, so that the module
@@ -183,7 +224,10 @@ class Build(build_ext):
             tmp = tmp / "cuda"
             tmp.mkdir(parents=True, exist_ok=True)
             bindings = [*cxx, "-fPIC", *COMMON, *includes, f'-DPK_CUDA_ARCHS="{";".join(archs)}"']
-            jobs = [(s, tmp / f"{Path(s).stem}.o", nvcc_command(nvcc, archs) if s.endswith(".cu") else bindings) for s in ext.sources]
+            jobs = [
+                (s, tmp / f"{Path(s).stem}.o", nvcc_command(nvcc, archs) if s.endswith(".cu") else bindings)
+                for s in ext.sources
+            ]
             self._compile(jobs, tmp)
             # No nvcc here: its device link would add code for an architecture that nobody asked for, and
             # there is nothing to link.
@@ -193,8 +237,12 @@ class Build(build_ext):
         except Exception as error:
             target.unlink(missing_ok=True)  # of an earlier build
             if not ext.optional:
-                raise SystemExit(f"PEFTKERN_CUDA=1, but the CUDA kernels could not be built: {error}") from error
-            raise CompileError(f"the CUDA kernels ({error}); going on with the CPU kernels. PEFTKERN_CUDA=0 leaves them out") from error
+                raise SystemExit(
+                    f"PEFTKERN_CUDA=1, but the CUDA kernels could not be built: {error}"
+                ) from error
+            raise CompileError(
+                f"the CUDA kernels ({error}); going on with the CPU kernels. PEFTKERN_CUDA=0 leaves them out"
+            ) from error
 
     def _compile(self, jobs, tmp):
         if shutil.which("ninja"):
@@ -232,7 +280,11 @@ MISSING = []
 if switch("PEFTKERN_CPU", "0", "1") != "0":
     if BUILDS & set(sys.argv) and shutil.which(cxx_command()[0]):
         MISSING = leave_out_unknown_levels()
-    sources = ["csrc/bindings.cpp", str(CPU / "dispatch.cpp"), *(str(CPU / f"kernels_{level}.cpp") for level in LEVELS)]
+    sources = [
+        "csrc/bindings.cpp",
+        str(CPU / "dispatch.cpp"),
+        *(str(CPU / f"kernels_{level}.cpp") for level in LEVELS),
+    ]
     extensions.append(Pybind11Extension("peftkern._C", sources))
 wanted = switch("PEFTKERN_CUDA", "0", "1")
 if wanted == "1" or (wanted != "0" and find_nvcc()):

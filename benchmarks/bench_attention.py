@@ -1,8 +1,10 @@
-"""Causal attention of grouped queries, forward + backward, in the forms a model can ask torch for: which of them is fastest on this device.
+"""Causal attention of grouped queries, forward + backward, in the forms a model can ask torch for: which of
+them is fastest on this device.
 
-Attention stays torch's. `patch` leaves it as transformers calls it, but for 16-bit operands on CPUs whose 16-bit products torch computes
-by naive loops: there the same function gets fp32 operands. FlexAttention has no backward on a CPU (torch 2.13), and is measured where it
-has one.
+Attention stays torch's. `patch` leaves it as transformers calls it, but for 16-bit operands on CPUs whose
+16-bit products torch computes
+by naive loops: there the same function gets fp32 operands. FlexAttention has no backward on a CPU (torch
+2.13), and is measured where it has one.
 """
 
 from __future__ import annotations
@@ -28,9 +30,14 @@ GROUP = 3  # heads of q for one of k and v
 
 
 def specs(small: bool) -> list[Spec]:
-    """n: heads, k: their size, m: tokens, in two sequences; the largest is SmolLM2-135M's attention over 2 x 1,024."""
+    """n: heads, k: their size, m: tokens, in two sequences; the largest is SmolLM2-135M's attention over 2 x
+    1,024."""
     lengths = (64,) if small else (512, 2048)
-    return [Spec("attention", "forward + backward", dtype, 9, 64, m) for m in lengths for dtype in ("float32", "bfloat16")]
+    return [
+        Spec("attention", "forward + backward", dtype, 9, 64, m)
+        for m in lengths
+        for dtype in ("float32", "bfloat16")
+    ]
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -84,7 +91,9 @@ def _both_ways(attention: Attention, inputs: list[Tensor], dy: Tensor) -> Callab
     def run() -> dict[str, Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         y = attention(*leaves)
-        return {"y": y.detach()} | dict(zip(("dq", "dk", "dv"), torch.autograd.grad(y, leaves, dy.to(y.dtype)), strict=True))
+        return {"y": y.detach()} | dict(
+            zip(("dq", "dk", "dv"), torch.autograd.grad(y, leaves, dy.to(y.dtype)), strict=True)
+        )
 
     return run
 
@@ -92,17 +101,26 @@ def _both_ways(attention: Attention, inputs: list[Tensor], dy: Tensor) -> Callab
 def build(spec: Spec) -> list[Provider]:
     torch.manual_seed(0)
     dtype, seq = DTYPES[spec.dtype], spec.m // 2
-    q, k, v = (torch.randn(2, seq, heads, spec.k).to(dtype).transpose(1, 2) for heads in (spec.n, spec.n // GROUP, spec.n // GROUP))
+    q, k, v = (
+        torch.randn(2, seq, heads, spec.k).to(dtype).transpose(1, 2)
+        for heads in (spec.n, spec.n // GROUP, spec.n // GROUP)
+    )
     dy = torch.randn(2, seq, spec.n, spec.k).to(dtype)
     exact = _both_ways(_products, [x.double() for x in (q, k, v)], dy)()
-    plain = {name: value.to(dtype) for name, value in _both_ways(_products, [x.float() for x in (q, k, v)], dy)().items()}
+    plain = {
+        name: value.to(dtype)
+        for name, value in _both_ways(_products, [x.float() for x in (q, k, v)], dy)().items()
+    }
     slow = slow_products(dtype)
     ways: dict[str, Attention] = {OURS: _wide if slow else _stock, "SDPA as transformers calls it": _stock}
     ways |= {"SDPA, keys repeated": _repeated, "SDPA, a mask": _masked, "products and softmax": _products}
     if torch.cuda.is_available():
         ways["FlexAttention"] = _flex()
     checks = {OURS: within_bound(exact, plain if slow else _both_ways(_stock, [q, k, v], dy)())}
-    return [Provider(name, _both_ways(way, [q, k, v], dy), checks.get(name, close(exact, dtype))) for name, way in ways.items()]
+    return [
+        Provider(name, _both_ways(way, [q, k, v], dy), checks.get(name, close(exact, dtype)))
+        for name, way in ways.items()
+    ]
 
 
 if __name__ == "__main__":

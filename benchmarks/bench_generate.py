@@ -1,5 +1,6 @@
-"""Greedy decoding of a SmolLM2-135M-shaped Llama (random weights, LoRA left unmerged): patched on 4 bits, stock PEFT on bitsandbytes, and
-PEFT on the dense base in bf16 and fp32. Tokens a second, one sequence, with a KV cache."""
+"""Greedy decoding of a SmolLM2-135M-shaped Llama (random weights, LoRA left unmerged): patched on 4 bits,
+stock PEFT on bitsandbytes, and PEFT on the dense base in bf16 and fp32. Tokens a second, one sequence, with a
+KV cache."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ PROMPT = 16
 
 
 class Generate:
-    """`tokens` new tokens after a prompt, each the likeliest; returns them with the logits they were taken from."""
+    """`tokens` new tokens after a prompt, each the likeliest; returns them with the logits they were taken
+    from."""
 
     def __init__(self, provider: str, dtype: torch.dtype, small: bool) -> None:
         kind, own = PROVIDERS[provider]
@@ -50,8 +52,11 @@ class Generate:
         return torch.cat(chosen, 1), torch.cat(scores)
 
 
-def _check(stock: Callable[[], tuple[Tensor, Tensor]] | None, dtype: torch.dtype) -> Callable[[tuple[Tensor, Tensor]], None]:
-    """Our logits beside stock's up to the first token that differs: a tie of two rounded logits may go either way, once."""
+def _check(
+    stock: Callable[[], tuple[Tensor, Tensor]] | None, dtype: torch.dtype
+) -> Callable[[tuple[Tensor, Tensor]], None]:
+    """Our logits beside stock's up to the first token that differs: a tie of two rounded logits may go either
+    way, once."""
     allowed = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
 
     def check(got: tuple[Tensor, Tensor]) -> None:
@@ -64,7 +69,10 @@ def _check(stock: Callable[[], tuple[Tensor, Tensor]] | None, dtype: torch.dtype
         alike = int(differs[0]) + 1 if len(differs) else tokens.shape[1]
         error = peers.relative(got[1][:alike], scores[:alike])
         if error > allowed:
-            raise AssertionError(f"the logits of the first {alike} tokens differ from stock's by {error:.3g}, more than {allowed}")
+            raise AssertionError(
+                f"the logits of the first {alike} tokens differ from stock's by {error:.3g}, more than "
+                f"{allowed}"
+            )
 
     return check
 
@@ -73,7 +81,9 @@ def rows(dtype_name: str, small: bool, rounds: int, cap_s: float) -> list[Row]:
     dtype = peers.DTYPES[dtype_name]
     calls = {name: Generate(name, dtype, small) for name in PROVIDERS}
     stock = calls["peft+bitsandbytes"]
-    providers = [Provider(name, call, _check(stock if name == OURS else None, dtype)) for name, call in calls.items()]
+    providers = [
+        Provider(name, call, _check(stock if name == OURS else None, dtype)) for name, call in calls.items()
+    ]
     load = Load()
     timings = measure(providers, rounds=rounds, cap_s=cap_s)
     words, head, found = load.words(), describe(), []
@@ -83,19 +93,28 @@ def rows(dtype_name: str, small: bool, rounds: int, cap_s: float) -> list[Row]:
         cuts = statistics.quantiles(rates, n=10, method="inclusive") if len(rates) > 1 else rates * 9
         ratio = statistics.median(timing.ratios) if timing.ratios else float("nan")
         note = "one call only, over the time cap" if timing.once else ""
-        found.append(Row(*head, "generate", name, *what, cuts[1], cuts[4], cuts[7], ratio, "tokens/s", words, note=note))
+        found.append(
+            Row(
+                *head, "generate", name, *what, cuts[1], cuts[4], cuts[7], ratio, "tokens/s", words, note=note
+            )
+        )
     return found
 
 
 def main() -> int:
     p = parser(__doc__)
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the 4-bit models' activations; default: both")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the 4-bit models' activations; default: both"
+    )
     args = p.parse_args()
     force_isa(args.isa)
     for dtype in (args.dtype,) if args.dtype else ("bfloat16", "float32"):
         found = rows(dtype, args.small, args.rounds or (2 if args.small else 5), 600.0)
         for row in found:
-            print(f"{row.kernel} {row.dtype:9s} {row.provider:20s} {row.p50:10.1f} {row.unit:9s} x{row.ratio:.3f} {row.note}")
+            print(
+                f"{row.kernel} {row.dtype:9s} {row.provider:20s} {row.p50:10.1f} {row.unit:9s} "
+                f"x{row.ratio:.3f} {row.note}"
+            )
         if args.out:
             write_csv(args.out, found)
     return 0

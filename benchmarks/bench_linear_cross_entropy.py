@@ -1,7 +1,8 @@
-"""A frozen or trained language-model head with its cross-entropy, forward + backward, against stock logits, and against its GEMMs alone.
+"""A frozen or trained language-model head with its cross-entropy, forward + backward, against stock logits,
+and against its GEMMs alone.
 
-The target is the GEMMs: all else (softmax, gradient, the passes between) may add 15 %. The GEMMs alone write logits [M, V] into a tensor
-that was allocated before, which ours never has.
+The target is the GEMMs: all else (softmax, gradient, the passes between) may add 15 %. The GEMMs alone write
+logits [M, V] into a tensor that was allocated before, which ours never has.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ def specs(small: bool) -> list[Spec]:
     if small:
         return [Spec("linear_cross_entropy", mode, "float32", 1000, 64, 40) for mode in MODES]
     heads = ((49_152, 576, 512), (49_152, 576, 2048), (256_000, 2304, 256))
-    found = [Spec("linear_cross_entropy", "frozen", d, v, k, m) for v, k, m in heads for d in ("float32", "bfloat16")]
+    found = [
+        Spec("linear_cross_entropy", "frozen", d, v, k, m)
+        for v, k, m in heads
+        for d in ("float32", "bfloat16")
+    ]
     return found + [Spec("linear_cross_entropy", mode, "float32", 49_152, 576, 512) for mode in MODES[1:]]
 
 
@@ -34,22 +39,33 @@ def build(spec: Spec) -> list[Provider]:
     dtype, softcap = DTYPES[spec.dtype], 30.0 if "softcap" in spec.mode else None
     x, weight = torch.randn(spec.m, spec.k).to(dtype), (torch.randn(spec.n, spec.k) * 0.05).to(dtype)
     labels, trained = torch.randint(0, spec.n, (spec.m,)), spec.mode == "trained"
-    exact, rounded = (_stock(x.to(d), weight.to(d), labels, softcap, trained)() for d in (torch.float64, torch.float32))
-    # Plain PyTorch's arithmetic: rounded inputs, fp32 sums, results rounded; its own bf16 product takes minutes on a CPU without AVX-512.
+    exact, rounded = (
+        _stock(x.to(d), weight.to(d), labels, softcap, trained)() for d in (torch.float64, torch.float32)
+    )
+    # Plain PyTorch's arithmetic: rounded inputs, fp32 sums, results rounded; its own bf16 product takes
+    # minutes on a CPU without AVX-512.
     rounded = {name: t if name == "loss" else t.to(dtype) for name, t in rounded.items()}
     moved = (3 if trained else 2) * weight.nbytes + 3 * x.nbytes
-    providers = [Provider(OURS, _ours(x, weight, labels, softcap, trained), within_bound(exact, rounded), moved)]
+    providers = [
+        Provider(OURS, _ours(x, weight, labels, softcap, trained), within_bound(exact, rounded), moved)
+    ]
     fast = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     wide, head = (x, weight) if fast else (x.float(), weight.float())
-    providers.append(Provider("stock logits", _stock(wide, head, labels, softcap, trained), close(exact, wide.dtype)))
+    providers.append(
+        Provider("stock logits", _stock(wide, head, labels, softcap, trained), close(exact, wide.dtype))
+    )
     providers.append(Provider("GEMMs alone", _gemms(wide, head, trained), lambda _: None))
     if has("liger_kernel") and not trained:
-        providers.append(Provider("liger's chunks", _chunked(wide, head, labels, softcap), close(exact, wide.dtype)))
+        providers.append(
+            Provider("liger's chunks", _chunked(wide, head, labels, softcap), close(exact, wide.dtype))
+        )
     return providers
 
 
 def _named(loss: Tensor, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    return {"loss": loss.detach().reshape(1), "dx": x.grad} | ({} if weight.grad is None else {"d_weight": weight.grad})
+    return {"loss": loss.detach().reshape(1), "dx": x.grad} | (
+        {} if weight.grad is None else {"d_weight": weight.grad}
+    )
 
 
 def _ours(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, trained: bool):

@@ -22,8 +22,16 @@ from typing import Any
 __all__ = ["measure", "save_random", "save_sparse"]
 
 _MIB = 1 << 20
-_MODEL = dict(vocab_size=32_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8)
-_8B = dict(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32)
+_MODEL = dict(
+    vocab_size=32_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8
+)
+_8B = dict(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+)
 
 
 def save_random(folder: Path, **sizes: Any) -> Path:
@@ -59,8 +67,20 @@ def save_sparse(folder: Path, **sizes: Any) -> Path:
 
 def measure(folder: Path, warm: Path, provider: str, dtype: str, device: str = "cpu") -> dict[str, float]:
     """{"peak", "after" (bytes above those before loading), "seconds"} of a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, "--child", str(folder), str(warm), provider, dtype, device]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--child",
+        str(folder),
+        str(warm),
+        provider,
+        dtype,
+        device,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -100,9 +120,14 @@ def _transformers(folder: str, dtype: Any, device: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, quantization_config=config)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": device}, quantization_config=config
+    )
 
 
 def _expected(itemsize: int, sizes: dict[str, int]) -> tuple[int, int]:
@@ -115,7 +140,11 @@ def _expected(itemsize: int, sizes: dict[str, int]) -> tuple[int, int]:
 
 def _report(name: str, seen: dict[str, float], limit: float) -> None:
     peak, after = seen["peak"] / _MIB, seen["after"] / _MIB
-    print(f"{name:34} peak {peak:8.1f} MiB  after {after:8.1f} MiB  limit {limit / _MIB:8.1f} MiB  {seen['seconds']:6.2f} s", flush=True)
+    print(
+        f"{name:34} peak {peak:8.1f} MiB  after {after:8.1f} MiB  limit {limit / _MIB:8.1f} MiB  "
+        f"{seen['seconds']:6.2f} s",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -128,7 +157,10 @@ def main() -> None:
         return _child(*args.child)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        warm = save_random(root / "warm", **_MODEL | dict(hidden_size=64, intermediate_size=64, vocab_size=64, num_hidden_layers=1))
+        warm = save_random(
+            root / "warm",
+            **_MODEL | dict(hidden_size=64, intermediate_size=64, vocab_size=64, num_hidden_layers=1),
+        )
         if args.host_of_8b:
             seen = measure(save_sparse(root / "8b", **_8B), warm, "peftkern", "bfloat16", "meta")
             return _report("8B's shape, host, peftkern", seen, 1.5e9)
@@ -137,7 +169,11 @@ def main() -> None:
             model, largest = _expected(itemsize, _MODEL)
             for provider in ("peftkern", "transformers"):
                 limit = model + 1.2 * largest if args.device == "cpu" else 1.5e9
-                _report(f"{dtype}, {provider}, {args.device}", measure(folder, warm, provider, dtype, args.device), limit)
+                _report(
+                    f"{dtype}, {provider}, {args.device}",
+                    measure(folder, warm, provider, dtype, args.device),
+                    limit,
+                )
 
 
 if __name__ == "__main__":

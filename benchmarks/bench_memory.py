@@ -18,7 +18,8 @@ R = 16
 
 
 def scratch_bytes(m: int, n: int, k: int, regime: str) -> int:
-    """What a forward and a backward of this size need beside their results: the plan's scratch, and the vendor regime's decoded slice."""
+    """What a forward and a backward of this size need beside their results: the plan's scratch, and the
+    vendor regime's decoded slice."""
     native = backends.native().scratch_bytes(m, n, k, R)
     if regime != "vendor":
         return native
@@ -26,9 +27,14 @@ def scratch_bytes(m: int, n: int, k: int, regime: str) -> int:
 
 
 def saved_bytes(m: int, n: int, k: int) -> tuple[int, int]:
-    """Bytes that the forward saves, and those of x, packed, absmax, A, B and xa; the two must be one number."""
+    """Bytes that the forward saves, and those of x, packed, absmax, A, B and xa; the two must be one
+    number."""
     weight = NF4Weight.from_dense(torch.randn(n, k, dtype=torch.bfloat16))
-    x, a, b = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(R, k, dtype=torch.bfloat16), torch.randn(n, R, dtype=torch.bfloat16)
+    x, a, b = (
+        torch.randn(m, k, dtype=torch.bfloat16),
+        torch.randn(R, k, dtype=torch.bfloat16),
+        torch.randn(n, R, dtype=torch.bfloat16),
+    )
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         qlora_linear(x.requires_grad_(), weight, lora_a=a.requires_grad_(), lora_b=b.requires_grad_())
@@ -49,7 +55,20 @@ def rows(m: int, n: int, k: int) -> list[Row]:
     ours = {"scratch": scratch, "saved": saved}
     head = describe()
     return [
-        Row(*head, "memory", who, mode, "bfloat16", f"{n}x{k}", m, *(size / 1e6,) * 3, size / ours[mode], "MB", "", note=f"regime {regime}")
+        Row(
+            *head,
+            "memory",
+            who,
+            mode,
+            "bfloat16",
+            f"{n}x{k}",
+            m,
+            *(size / 1e6,) * 3,
+            size / ours[mode],
+            "MB",
+            "",
+            note=f"regime {regime}",
+        )
         for mode, who, size in found
     ]
 
@@ -60,7 +79,10 @@ def main() -> int:
     shape, m = (KV_135M, 32) if args.small else (GATE_8B, 512)
     found = rows(m, shape.n, shape.k)
     for row in found:
-        print(f"{row.kernel:8s} {row.mode:8s} {row.shape} M={row.M} {row.provider:30s} {row.p50:10.3f} MB  {row.note}")
+        print(
+            f"{row.kernel:8s} {row.mode:8s} {row.shape} M={row.M} {row.provider:30s} {row.p50:10.3f} "
+            f"MB  {row.note}"
+        )
     if args.out:
         write_csv(args.out, found)
     return 0

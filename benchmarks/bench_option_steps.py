@@ -1,5 +1,6 @@
-"""What an option of LoRA costs in a whole step of SmolLM2-135M, forward + backward: dropout, DoRA, and four adapters mixed in one batch,
-each against the step without it; patched models, `fused_loss=True`, 512 tokens."""
+"""What an option of LoRA costs in a whole step of SmolLM2-135M, forward + backward: dropout, DoRA, and four
+adapters mixed in one batch, each against the step without it; patched models, `fused_loss=True`, 512
+tokens."""
 
 from __future__ import annotations
 
@@ -25,13 +26,15 @@ ADAPTERS = ("default", "second", "third", "fourth")
 
 
 def specs(small: bool) -> list[Spec]:
-    """n, k: the hidden size; m: tokens. fp32 alone: on CPUs without bf16 instructions torch's part of a bf16 step is another."""
+    """n, k: the hidden size; m: tokens. fp32 alone: on CPUs without bf16 instructions torch's part of a bf16
+    step is another."""
     size, m = (192, 64) if small else (576, 512)
     return [Spec("options step", mode, "float32", size, size, m) for mode in OPTIONS]
 
 
 def _both_ways(step: Step) -> dict[str, Tensor]:
-    """Forward and backward; the optimizer's time is that of the parameters, of which four adapters have four times as many."""
+    """Forward and backward; the optimizer's time is that of the parameters, of which four adapters have four
+    times as many."""
     step.model.zero_grad(set_to_none=True)
     loss = step.model(input_ids=step.ids, labels=step.ids).loss
     loss.backward()

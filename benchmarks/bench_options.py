@@ -1,5 +1,5 @@
-"""What the options of a LoRA linear cost, forward + backward: dropout, DoRA, mixed adapters and a group of three, each against the call
-without it, on the linears of a SmolLM2-135M layer and on one 4096x4096."""
+"""What the options of a LoRA linear cost, forward + backward: dropout, DoRA, mixed adapters and a group of
+three, each against the call without it, on the linears of a SmolLM2-135M layer and on one 4096x4096."""
 
 from __future__ import annotations
 
@@ -20,20 +20,30 @@ R, SCALING, DROPOUT, MIXED = 16, 2.0, 0.1, 4
 # q, k, v, o, gate, up, down of SmolLM2-135M, (N, K); a shape of one linear stands for itself.
 LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
 # The option, and the name of what it is compared with.
-BASELINES = {"dropout 0.1": "without dropout", "DoRA": "LoRA", "4 mixed adapters": "1 adapter", "q, k, v": "single linears"}
+BASELINES = {
+    "dropout 0.1": "without dropout",
+    "DoRA": "LoRA",
+    "4 mixed adapters": "1 adapter",
+    "q, k, v": "single linears",
+}
 
 
 def specs(small: bool) -> list[Spec]:
     """n x k: of one linear, or the hidden size twice for the linears of a layer; small: fewer rows."""
     m = 64 if small else 512
-    found = [Spec("options layer", mode, d, 576, 576, m) for mode in BASELINES for d in ("bfloat16", "float32")]
+    found = [
+        Spec("options layer", mode, d, 576, 576, m) for mode in BASELINES for d in ("bfloat16", "float32")
+    ]
     n = 256 if small else 4096
     single = [mode for mode in BASELINES if mode != "q, k, v"]
-    return found + [Spec("options linear", mode, d, n, n, m) for mode in single for d in ("bfloat16", "float32")]
+    return found + [
+        Spec("options linear", mode, d, n, n, m) for mode in single for d in ("bfloat16", "float32")
+    ]
 
 
 class _Linear:
-    """A frozen 4-bit linear, its adapters, an input and a gradient; every call gives the gradients of x and of all adapters."""
+    """A frozen 4-bit linear, its adapters, an input and a gradient; every call gives the gradients of x and
+    of all adapters."""
 
     def __init__(self, n: int, k: int, m: int, dtype: torch.dtype) -> None:
         self.weight = NF4Weight.from_dense(torch.randn(n, k) * 0.02)
@@ -54,7 +64,9 @@ class _Linear:
 
     def mixed(self, count: int) -> dict[str, Tensor]:
         step = len(self.x) // count
-        found = [Adapter(self.a[i], self.b[i], SCALING, rows=(i * step, (i + 1) * step)) for i in range(count)]
+        found = [
+            Adapter(self.a[i], self.b[i], SCALING, rows=(i * step, (i + 1) * step)) for i in range(count)
+        ]
         return self._gradients(qlora_group(self.x, [Member(self.weight, None, found)])[0], count)
 
     def _gradients(self, y: Tensor, count: int, *more: Tensor) -> dict[str, Tensor]:
@@ -64,7 +76,9 @@ class _Linear:
 
 def _together(linears: list[_Linear]) -> dict[str, Tensor]:
     """q, k and v as one call on one input."""
-    members = [Member(linear.weight, None, [Adapter(linear.a[0], linear.b[0], SCALING)]) for linear in linears]
+    members = [
+        Member(linear.weight, None, [Adapter(linear.a[0], linear.b[0], SCALING)]) for linear in linears
+    ]
     x = linears[0].x
     trained = [x, *(linear.a[0] for linear in linears), *(linear.b[0] for linear in linears)]
     outputs = qlora_group(x, members)
@@ -74,12 +88,18 @@ def _together(linears: list[_Linear]) -> dict[str, Tensor]:
 def _one_by_one(linears: list[_Linear]) -> dict[str, Tensor]:
     x = linears[0].x
     trained = [x, *(linear.a[0] for linear in linears), *(linear.b[0] for linear in linears)]
-    outputs = [qlora_linear(x, linear.weight, None, linear.a[0], linear.b[0], scaling=SCALING) for linear in linears]
+    outputs = [
+        qlora_linear(x, linear.weight, None, linear.a[0], linear.b[0], scaling=SCALING) for linear in linears
+    ]
     return _named(outputs, torch.autograd.grad(outputs, trained, [linear.dy for linear in linears]))
 
 
 def _named(outputs, grads) -> dict[str, Tensor]:
-    return {f"{prefix}{i}": t.detach() for prefix, many in (("y", outputs), ("d", grads)) for i, t in enumerate(many)}
+    return {
+        f"{prefix}{i}": t.detach()
+        for prefix, many in (("y", outputs), ("d", grads))
+        for i, t in enumerate(many)
+    }
 
 
 def _calls(mode: str, linears: list[_Linear]) -> tuple[Callable[[], dict], Callable[[], dict]]:
@@ -105,7 +125,8 @@ def _finite(got: dict[str, Tensor]) -> None:
 
 
 def _exact(mode: str, linears: list[_Linear]) -> dict[str, Tensor] | None:
-    """What the option gives computed without it, where that can be: a group's parts are the single linears, mixed rows each adapter's."""
+    """What the option gives computed without it, where that can be: a group's parts are the single linears,
+    mixed rows each adapter's."""
     if mode == "q, k, v":
         return _one_by_one(linears[:3])
     if mode != "4 mixed adapters":
@@ -113,7 +134,10 @@ def _exact(mode: str, linears: list[_Linear]) -> dict[str, Tensor] | None:
     found = {}
     for i, one in enumerate(linears):
         step = len(one.x) // MIXED
-        parts = [qlora_linear(x, one.weight, None, a, b, scaling=SCALING) for x, a, b in zip(one.x.split(step), one.a, one.b, strict=True)]
+        parts = [
+            qlora_linear(x, one.weight, None, a, b, scaling=SCALING)
+            for x, a, b in zip(one.x.split(step), one.a, one.b, strict=True)
+        ]
         found |= {f"{i} {name}": value for name, value in one._gradients(torch.cat(parts), MIXED).items()}
     return found
 

@@ -1,10 +1,13 @@
-"""The Python part of a patched call: opcodes executed, which no machine's noise touches, and the median wall time.
+"""The Python part of a patched call: opcodes executed, which no machine's noise touches, and the median wall
+time.
 
     python -m benchmarks.bench_python_time [--baseline CHECKOUT] [--functions ROW]
 
-A decoder layer of width 64 (NF4 and LoRA, no gradients) is called, and each of its parts, on 1 and 512 tokens. `stock` is the same layer
-unpatched: what transformers' own decorators take is in every row of its column. With --baseline the same is done with another checkout's
-package, in processes of its own that take turns; --functions shows which functions a row's opcodes are executed in.
+A decoder layer of width 64 (NF4 and LoRA, no gradients) is called, and each of its parts, on 1 and 512
+tokens. `stock` is the same layer
+unpatched: what transformers' own decorators take is in every row of its column. With --baseline the same is
+done with another checkout's package, in processes of its own that take turns; --functions shows which
+functions a row's opcodes are executed in.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ ROOT, ROUNDS, CALLS = Path(__file__).resolve().parents[1], 5, 40
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--baseline", type=Path, help="another checkout, built, to compare with")
     parser.add_argument("--functions", metavar="ROW", help='the functions of one row, such as "norm M=1"')
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
@@ -53,19 +58,33 @@ def _show(found: dict[str, list[dict[str, dict[str, Any]]]], paths: dict[str, Pa
     for row in found["here"][0]:
         for name, rounds in found.items():
             first, times = rounds[0][row], [each[row]["us"] for each in rounds]
-            print(f"{row:14} {name:9} {first['opcodes']:6} opcodes (stock {first['stock']:6}) {statistics.median(times):8.1f} us")
+            print(
+                f"{row:14} {name:9} {first['opcodes']:6} opcodes (stock {first['stock']:6}) "
+                f"{statistics.median(times):8.1f} us"
+            )
 
 
 def _in_process(path: Path) -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, "--json"], env=environment, check=True, capture_output=True, text=True, cwd=path)
+    done = subprocess.run(
+        [sys.executable, __file__, "--json"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=path,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _measured() -> dict[str, dict[str, Any]]:
     stock, patched = _calls(patched=False), _calls(patched=True)
     return {
-        row: {"opcodes": _opcodes(call).total(), "stock": _opcodes(stock[row]).total(), "us": _microseconds(call)}
+        row: {
+            "opcodes": _opcodes(call).total(),
+            "stock": _opcodes(stock[row]).total(),
+            "us": _microseconds(call),
+        }
         for row, call in patched.items()
     }
 
@@ -101,15 +120,26 @@ def _layer(patched: bool) -> tuple[Any, Any]:
     import transformers
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, num_hidden_layers=1)
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        num_hidden_layers=1,
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     for parent in [m for m in model.modules() if type(m).__name__ in ("LlamaMLP", "LlamaAttention")]:
         for name, linear in list(parent.named_children()):
             if isinstance(linear, torch.nn.Linear):
-                base = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
+                base = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, quant_type="nf4"
+                )
                 base.load_state_dict(linear.state_dict())
                 setattr(parent, name, base.to("cpu"))
-    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)).eval()
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)
+    ).eval()
     if patched:
         import peftkern
 

@@ -35,7 +35,8 @@ def build(spec: Spec) -> list[Provider]:
 
 
 def _check_codes(dense: torch.Tensor):
-    """Every code is the nearest: no other code's value lies nearer to w/absmax, but by the rounding of that quotient."""
+    """Every code is the nearest: no other code's value lies nearer to w/absmax, but by the rounding of that
+    quotient."""
 
     def check(w: NF4Weight) -> None:
         plain = quantize_4bit(dense, nested=False)

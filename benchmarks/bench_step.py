@@ -38,13 +38,25 @@ def build_model(provider: str, dtype: torch.dtype, small: bool, **options: Any) 
 
     torch.manual_seed(0)
     size = dict(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
     )
     if small:
         size |= dict(
-            hidden_size=192, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=500
+            hidden_size=192,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            vocab_size=500,
         )
-    model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=True, max_position_embeddings=2048)).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=True, max_position_embeddings=2048)).to(
+        dtype
+    )
     if provider != "peft dense":
         quantize(model, dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -55,7 +67,10 @@ def build_model(provider: str, dtype: torch.dtype, small: bool, **options: Any) 
         import peftkern
 
         report = peftkern.patch(model, fused_loss=provider == OURS)
-        if sum(report.counts.get(name, 0) for name in ("qlora_linear", "dora_linear")) != 7 * size["num_hidden_layers"]:
+        if (
+            sum(report.counts.get(name, 0) for name in ("qlora_linear", "dora_linear"))
+            != 7 * size["num_hidden_layers"]
+        ):
             raise RuntimeError(f"patched {report.counts}, expected every LoRA layer:\n{report}")
     return model
 
@@ -84,7 +99,10 @@ class Step:
         loss = self.model(input_ids=self.ids, labels=self.ids).loss
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.detach().float(), "grad": torch.cat([p.grad.flatten().float() for p in self.parameters])}
+        return {
+            "loss": loss.detach().float(),
+            "grad": torch.cat([p.grad.flatten().float() for p in self.parameters]),
+        }
 
 
 def _check(stock: Callable[[], dict] | None, dtype: torch.dtype) -> Callable[[dict], None]:
@@ -109,8 +127,19 @@ def _check(stock: Callable[[], dict] | None, dtype: torch.dtype) -> Callable[[di
 def _peak(provider: str, dtype: str, small: bool, isa: str | None) -> tuple[float, float]:
     """MB at the peak of a step, and of these above the loaded model, in a process that holds this provider
     alone."""
-    command = [sys.executable, "-m", "benchmarks.bench_step", "--peak", provider, "--dtype", dtype, *(["--small"] if small else [])]
-    done = subprocess.run(command + (["--isa", isa] if isa else []), capture_output=True, text=True, timeout=900, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_step",
+        "--peak",
+        provider,
+        "--dtype",
+        dtype,
+        *(["--small"] if small else []),
+    ]
+    done = subprocess.run(
+        command + (["--isa", isa] if isa else []), capture_output=True, text=True, timeout=900, check=True
+    )
     peak, loaded = json.loads(done.stdout.splitlines()[-1])
     return peak, peak - loaded
 
@@ -130,7 +159,10 @@ def rows(dtype_name: str, small: bool, rounds: int, cap_s: float, isa: str | Non
     dtype = peers.DTYPES[dtype_name]
     steps = {name: Step(name, dtype, small) for name in PROVIDERS}
     stock = steps["peft+bitsandbytes"]
-    providers = [Provider(name, step, _check(stock if name in (OURS, LOGITS) else None, dtype)) for name, step in steps.items()]
+    providers = [
+        Provider(name, step, _check(stock if name in (OURS, LOGITS) else None, dtype))
+        for name, step in steps.items()
+    ]
     load = Load()
     timings = measure(providers, rounds=rounds, cap_s=cap_s)
     words, head, found = load.words(), describe(), []
@@ -142,9 +174,14 @@ def rows(dtype_name: str, small: bool, rounds: int, cap_s: float, isa: str | Non
         what = ("step", name, "all linears, r 16", dtype_name, "small" if small else "SmolLM2-135M", tokens)
         note = "one step only, over the time cap" if timings[name].once else ""
         found.append(Row(*head, *what, cuts[1], cuts[4], cuts[7], ratio, "tokens/s", words, note=note))
-        notes = ("peak memory", "resident, whole process"), ("peak memory above the model", "resident, above the loaded model")
+        notes = (
+            ("peak memory", "resident, whole process"),
+            ("peak memory above the model", "resident, above the loaded model"),
+        )
         for (mode, note), mb in zip(notes, _peak(name, dtype_name, small, isa), strict=True):
-            found.append(Row(*head, "step", name, mode, *what[3:], mb, mb, mb, float("nan"), "MB", words, note=note))
+            found.append(
+                Row(*head, "step", name, mode, *what[3:], mb, mb, mb, float("nan"), "MB", words, note=note)
+            )
     return found
 
 
@@ -161,7 +198,8 @@ def main() -> int:
         found = rows(dtype, args.small, args.rounds or (2 if args.small else 5), 600.0, args.isa)
         for row in found:
             print(
-                f"{row.kernel} {row.mode:18s} {row.dtype:9s} {row.provider:20s} {row.p50:10.1f} {row.unit:9s} x{row.ratio:.3f} {row.note}"
+                f"{row.kernel} {row.mode:18s} {row.dtype:9s} {row.provider:20s} {row.p50:10.1f} "
+                f"{row.unit:9s} x{row.ratio:.3f} {row.note}"
             )
         if args.out:
             write_csv(args.out, found)

@@ -1,4 +1,5 @@
-"""One OpenMP runtime: our kernel and torch.mm in turn, against each of them alone. "alone" is the sum of the two times."""
+"""One OpenMP runtime: our kernel and torch.mm in turn, against each of them alone. "alone" is the sum of the
+two times."""
 
 from __future__ import annotations
 
@@ -49,7 +50,10 @@ def build(spec: Spec) -> list[Provider]:
             mm = vendor()
         return {"y": y, "mm": mm}
 
-    return [Provider(OURS, in_turn, within_bound(exact, plain)), Provider("alone", alone, close(exact, torch.float32))]
+    return [
+        Provider(OURS, in_turn, within_bound(exact, plain)),
+        Provider("alone", alone, close(exact, torch.float32)),
+    ]
 
 
 if __name__ == "__main__":

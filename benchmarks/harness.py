@@ -16,7 +16,18 @@ from typing import Any
 
 from .machine import Load, describe
 
-__all__ = ["CAP_S", "OURS", "Provider", "Row", "Spec", "Timing", "main", "measure", "measure_spec", "write_csv"]
+__all__ = [
+    "CAP_S",
+    "OURS",
+    "Provider",
+    "Row",
+    "Spec",
+    "Timing",
+    "main",
+    "measure",
+    "measure_spec",
+    "write_csv",
+]
 
 OURS = "peftkern"
 CAP_S = 5.0  # a provider whose one call takes longer is measured once, and its row says so
@@ -41,7 +52,9 @@ class Spec:
 
     @property
     def id(self) -> str:
-        return "-".join(str(v) for v in (self.kernel, self.mode, self.dtype, self.shape, self.m)).replace(" ", "_")
+        return "-".join(str(v) for v in (self.kernel, self.mode, self.dtype, self.shape, self.m)).replace(
+            " ", "_"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,9 @@ def _sample(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def measure(providers: Sequence[Provider], *, rounds: int = 15, cap_s: float = CAP_S, ours: str = OURS) -> dict[str, Timing]:
+def measure(
+    providers: Sequence[Provider], *, rounds: int = 15, cap_s: float = CAP_S, ours: str = OURS
+) -> dict[str, Timing]:
     """Every provider checked on its first call, which is also its warm-up; then `rounds` rounds in which each
     is timed in turn.
 
@@ -139,7 +154,11 @@ def _timing(name: str, seconds: dict[str, list[float]], first: dict[str, float],
     if ours not in seconds:
         return Timing(own, (), once)
     reference = seconds[ours]
-    ratios = tuple(own[0] / r for r in reference) if once else tuple(a / b for a, b in zip(own, reference, strict=True))
+    ratios = (
+        tuple(own[0] / r for r in reference)
+        if once
+        else tuple(a / b for a, b in zip(own, reference, strict=True))
+    )
     return Timing(own, ratios, once)
 
 
@@ -151,7 +170,9 @@ def _quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def measure_spec(spec: Spec, providers: Sequence[Provider], *, rounds: int, cap_s: float = CAP_S) -> list[Row]:
+def measure_spec(
+    spec: Spec, providers: Sequence[Provider], *, rounds: int, cap_s: float = CAP_S
+) -> list[Row]:
     """The CSV rows of one spec, milliseconds a call."""
     load = Load()
     timings = measure(providers, rounds=rounds, cap_s=cap_s)
@@ -188,11 +209,15 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--small", action="store_true", help="small shapes, seconds in all; a smoke run, not a result")
+    p.add_argument(
+        "--small", action="store_true", help="small shapes, seconds in all; a smoke run, not a result"
+    )
     p.add_argument("--isa", help="force a level the CPU has: baseline, avx2, avx512, avx512bf16, amx")
     p.add_argument("--out", type=Path, help="append the rows to this CSV")
     p.add_argument("--rounds", type=int, default=0, help="rounds; default 15, small 3")
-    p.add_argument("--cap", type=float, default=CAP_S, help="seconds above which a provider's one call is measured once")
+    p.add_argument(
+        "--cap", type=float, default=CAP_S, help="seconds above which a provider's one call is measured once"
+    )
     return p
 
 
@@ -203,17 +228,27 @@ def force_isa(name: str | None) -> None:
         backends.native().set_isa(name)
 
 
-def main(specs: Callable[[bool], list[Spec]], build: Callable[[Spec], list[Provider]], description: str | None) -> int:
+def main(
+    specs: Callable[[bool], list[Spec]], build: Callable[[Spec], list[Provider]], description: str | None
+) -> int:
     """The command line of a benchmark of kernels."""
     p = parser(description)
-    p.add_argument("--only", default="", metavar="TEXT", help="only the measurements whose name holds this, as float32-49152x576")
+    p.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="only the measurements whose name holds this, as float32-49152x576",
+    )
     args = p.parse_args()
     os.environ.setdefault("PEFTKERN_BNB_BACKEND", "0")
     force_isa(args.isa)
     rounds = args.rounds or (3 if args.small else 15)
     busy, chosen = False, [spec for spec in specs(args.small) if args.only in spec.id]
     if not chosen:
-        p.error(f"--only {args.only}: no such measurement; there are: {', '.join(spec.id for spec in specs(args.small))}")
+        p.error(
+            f"--only {args.only}: no such measurement; there are: "
+            f"{', '.join(spec.id for spec in specs(args.small))}"
+        )
     for spec in chosen:
         rows = measure_spec(spec, build(spec), rounds=rounds, cap_s=args.cap)
         for row in rows:
@@ -223,6 +258,8 @@ def main(specs: Callable[[bool], list[Spec]], build: Callable[[Spec], list[Provi
         busy |= rows[0].load.endswith("BUSY")
     if busy:
         print(
-            "warning: other processes used the CPU meanwhile; the load column says how much. Do not record these numbers.", file=sys.stderr
+            "warning: other processes used the CPU meanwhile; the load column says how much. Do not "
+            "record these numbers.",
+            file=sys.stderr,
         )
     return 0

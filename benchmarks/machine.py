@@ -14,7 +14,9 @@ from pathlib import Path
 
 __all__ = ["BUSY_CORES", "Load", "describe", "device", "peak_mb", "reset_peak", "resident_mb", "versions"]
 
-BUSY_CORES = 0.1  # more of other processes' CPU than this spoils a measurement on two cores (spinning barriers wait in steps of 8 ms)
+# more of other processes' CPU than this spoils a measurement on two cores (spinning barriers wait in steps of
+# 8 ms)
+BUSY_CORES = 0.1
 _PACKAGES = ("torch", "bitsandbytes", "peft", "transformers")
 
 
@@ -48,13 +50,20 @@ def describe() -> tuple[str, str, int, str]:
 
     from peftkern import backends
 
-    return device(), backends.native().isa() if backends.available("cpu")[0] else "none", torch.get_num_threads(), versions()
+    return (
+        device(),
+        backends.native().isa() if backends.available("cpu")[0] else "none",
+        torch.get_num_threads(),
+        versions(),
+    )
 
 
 def _busy_seconds() -> float | None:
     """CPU seconds all processes of the machine have used since boot."""
     try:
-        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+        user, nice, system, _, _, irq, softirq, *_ = map(
+            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        )
     except (OSError, ValueError):
         return None
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
@@ -114,7 +123,8 @@ def peak_mb() -> float:
 
 
 def resident_mb() -> float:
-    """Resident size in MB now, after what is free has been given back to the system; nan where that cannot be told."""
+    """Resident size in MB now, after what is free has been given back to the system; nan where that cannot be
+    told."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

@@ -19,7 +19,8 @@ Line = dict[str, str]
 
 @dataclass(frozen=True)
 class Panel:
-    """What is compared, with what, which rows of the CSVs say so, and what names a bar beside the provider."""
+    """What is compared, with what, which rows of the CSVs say so, and what names a bar beside the
+    provider."""
 
     subject: str
     against: str
@@ -113,7 +114,10 @@ def draw(lines: Sequence[Line], out: Path) -> bool:
     for axis, (panel, bars) in zip(axes.flat, shown, strict=False):
         _draw(axis, panel, bars)
     first = lines[0]
-    hardware = f"{first['device']}; {', '.join(sorted({x['isa'] for x in lines}))}; {first['threads']} threads; {first['versions']}"
+    hardware = (
+        f"{first['device']}; {', '.join(sorted({x['isa'] for x in lines}))}; {first['threads']} threads; "
+        f"{first['versions']}"
+    )
     figure.suptitle(hardware, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(out, dpi=110)

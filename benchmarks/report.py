@@ -1,4 +1,5 @@
-"""python -m benchmarks.report DIR: the recorded CSVs as a markdown table with the targets, and a plot of a few panels."""
+"""python -m benchmarks.report DIR: the recorded CSVs as a markdown table with the targets, and a plot of a
+few panels."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Line = dict[str, str]
 
 @dataclass(frozen=True)
 class Target:
-    """`over`: peers whose time, divided by ours, must reach `limit`. `under`: ours ÷ the fastest of these is at most `limit`."""
+    """`over`: peers whose time, divided by ours, must reach `limit`. `under`: ours ÷ the fastest of these is
+    at most `limit`."""
 
     kernel: str
     limit: float
@@ -52,14 +54,34 @@ TARGETS = (
     Target("qlora_linear", 1.05, under=DENSE, dtype="bfloat16", shapes=SQUARE, m=(2048,)),
     Target("qlora_linear", 1.04, under=DENSE, dtype="bfloat16", shapes=WIDE, m=(512,)),
     Target("qlora_linear", 1.20, under=DENSE, dtype="bfloat16", shapes=("1536x576",), m=(512,)),
-    Target("step", 2.2, over=("peft+bitsandbytes",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
-    Target("step", 1.6, over=("peft dense",), mode="all linears, r 16", dtype="bfloat16", shapes=("SmolLM2-135M",)),
+    Target(
+        "step",
+        2.2,
+        over=("peft+bitsandbytes",),
+        mode="all linears, r 16",
+        dtype="bfloat16",
+        shapes=("SmolLM2-135M",),
+    ),
+    Target(
+        "step",
+        1.6,
+        over=("peft dense",),
+        mode="all linears, r 16",
+        dtype="bfloat16",
+        shapes=("SmolLM2-135M",),
+    ),
     Target("switching", 1.0, under=("alone",)),
     Target("linear_cross_entropy", 1.15, under=("GEMMs alone",), shapes=("49152x576",), m=(512,)),
     Target("bottleneck step", 1.05, under=("LoRA",), m=(512,)),
-    *(Target(f"options {what}", 1.03, under=("without dropout",), m=(512,)) for what in ("layer", "linear", "step")),
+    *(
+        Target(f"options {what}", 1.03, under=("without dropout",), m=(512,))
+        for what in ("layer", "linear", "step")
+    ),
     *(Target(f"options {what}", 1.10, under=("LoRA",), m=(512,)) for what in ("layer", "linear", "step")),
-    *(Target(f"options {what}", 1.08, under=("1 adapter",), m=(512,)) for what in ("layer", "linear", "step")),
+    *(
+        Target(f"options {what}", 1.08, under=("1 adapter",), m=(512,))
+        for what in ("layer", "linear", "step")
+    ),
     Target("generate", 1.5, over=("peft+bitsandbytes",), shapes=("SmolLM2-135M",)),
     Target("generate", 1.0, over=DENSE, shapes=("SmolLM2-135M",)),
 )
@@ -67,13 +89,16 @@ KEY = ("device", "isa", "threads", "kernel", "mode", "dtype", "shape", "M")
 
 
 def load(folder: Path) -> list[Line]:
-    """Every row of every CSV of a folder that holds timings; loss curves, whose columns are others, are no such rows."""
+    """Every row of every CSV of a folder that holds timings; loss curves, whose columns are others, are no
+    such rows."""
     lines: list[Line] = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             lines += [line for line in csv.DictReader(file) if all(key in line for key in KEY)]
     if not lines:
-        raise FileNotFoundError(f"{folder}: no CSV with rows; run python -m benchmarks.run_all --out {folder}")
+        raise FileNotFoundError(
+            f"{folder}: no CSV with rows; run python -m benchmarks.run_all --out {folder}"
+        )
     return lines
 
 
@@ -85,7 +110,8 @@ def _groups(lines: Iterable[Line]) -> dict[tuple[str, ...], list[Line]]:
 
 
 def judge(line: Line, group: Sequence[Line]) -> list[tuple[str, float, bool]]:
-    """(words, measured, reached) of every target on this provider's row; a peer's row carries the targets it is named in."""
+    """(words, measured, reached) of every target on this provider's row; a peer's row carries the targets it
+    is named in."""
     found = []
     for target in TARGETS:
         if not target.applies(line):
@@ -104,8 +130,24 @@ def _fastest(group: Sequence[Line], names: Sequence[str]) -> str | None:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Markdown: one line a provider, with times, the ratio to ours, GB/s, and targets with what was measured for them."""
-    head = ("kernel", "mode", "dtype", "shape", "M", "provider", "p20", "p50", "p80", "unit", "÷ ours", "GB/s", "target", "reached")
+    """Markdown: one line a provider, with times, the ratio to ours, GB/s, and targets with what was measured
+    for them."""
+    head = (
+        "kernel",
+        "mode",
+        "dtype",
+        "shape",
+        "M",
+        "provider",
+        "p20",
+        "p50",
+        "p80",
+        "unit",
+        "÷ ours",
+        "GB/s",
+        "target",
+        "reached",
+    )
     out = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for group in _groups(lines).values():
         for line in group:
@@ -113,20 +155,39 @@ def table(lines: Sequence[Line]) -> str:
             numbers = [f"{float(line[p]):.4g}" for p in ("p20", "p50", "p80")]
             ratio = float(line["ratio"])
             rate = float(line["gb_per_s"] or 0)
-            cells = [line[k] for k in ("kernel", "mode", "dtype", "shape", "M", "provider")] + numbers + [line["unit"]]
-            cells += ["" if math.isnan(ratio) else f"{ratio:.3g}", f"{rate:.1f}" if rate else "", "; ".join(t[0] for t in targets)]
+            cells = (
+                [line[k] for k in ("kernel", "mode", "dtype", "shape", "M", "provider")]
+                + numbers
+                + [line["unit"]]
+            )
+            cells += [
+                "" if math.isnan(ratio) else f"{ratio:.3g}",
+                f"{rate:.1f}" if rate else "",
+                "; ".join(t[0] for t in targets),
+            ]
             cells += ["; ".join(f"{'yes' if ok else 'NO'} ({value:.3g})" for _, value, ok in targets)]
-            out.append(f"| {' | '.join(c + (' *' if c == line['provider'] and line['note'].startswith('one ') else '') for c in cells)} |")
+            starred = (
+                cell + " *" if cell == line["provider"] and line["note"].startswith("one ") else cell
+                for cell in cells
+            )
+            out.append(f"| {' | '.join(starred)} |")
     return "\n".join(out)
 
 
 def preface(lines: Sequence[Line]) -> str:
     first = lines[0]
-    words = [f"{first['device']}; ISA {', '.join(sorted({x['isa'] for x in lines}))}; threads {first['threads']}; {first['versions']}."]
+    levels = ", ".join(sorted({x["isa"] for x in lines}))
+    words = [f"{first['device']}; ISA {levels}; threads {first['threads']}; {first['versions']}."]
     busy = sorted({x["load"] for x in lines if x["load"].endswith("BUSY")})
     if busy:
-        words.append(f"**Not a quiet machine: other processes used the CPU meanwhile ({len(busy)} of the runs; {busy[-1]}).**")
-    words.append("÷ ours: the provider's time divided by peftkern's in the same round, median. * one call only, over the time cap.")
+        words.append(
+            "**Not a quiet machine: other processes used the CPU meanwhile "
+            f"({len(busy)} of the runs; {busy[-1]}).**"
+        )
+    words.append(
+        "÷ ours: the provider's time divided by peftkern's in the same round, median. "
+        "* one call only, over the time cap."
+    )
     return "\n\n".join(words)
 
 

@@ -36,8 +36,15 @@ BENCHMARKS = (
 def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--small", action="store_true", help="smoke sizes")
-    p.add_argument("--out", type=Path, required=True, help="folder for the CSVs, the table and the plot: benchmarks/results/<device>")
-    p.add_argument("--isa", action="append", help="measure on this level too (repeatable); default: the best one")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the CSVs, the table and the plot: benchmarks/results/<device>",
+    )
+    p.add_argument(
+        "--isa", action="append", help="measure on this level too (repeatable); default: the best one"
+    )
     p.add_argument("--only", nargs="*", choices=BENCHMARKS, default=BENCHMARKS)
     args = p.parse_args(arguments)
     failed = []

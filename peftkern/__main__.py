@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merge_cli.add_commands(commands)
     data.add_commands(commands)
     planner.add_commands(commands)
-    env = commands.add_parser("env", help="versions, instruction sets, threads and backends, for a bug report")
+    env = commands.add_parser(
+        "env", help="versions, instruction sets, threads and backends, for a bug report"
+    )
     env.set_defaults(run=_env)
     tune = commands.add_parser("tune", help="measure on this GPU where each kernel pays, and keep the limits")
     tune.add_argument("--forget", action="store_true", help="drop the measured limits of this GPU")

@@ -14,7 +14,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "available", "explain", "forced", "gpu_arch", "native", "select", "served_by", "use_backend", "use_cuda_kernels"]
+__all__ = [
+    "BACKENDS",
+    "available",
+    "explain",
+    "forced",
+    "gpu_arch",
+    "native",
+    "select",
+    "served_by",
+    "use_backend",
+    "use_cuda_kernels",
+]
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 ABI_VERSION = 6  # of csrc/include/peftkern.h
@@ -28,10 +39,18 @@ def _load_native() -> tuple[ModuleType | None, str]:
     try:
         extension = importlib.import_module("._C", __package__)
     except ImportError as error:
-        return None, f"the native extension is not built ({error}); in the source tree, run: pip install -e . (needs a C++ compiler)"
+        return (
+            None,
+            f"the native extension is not built ({error}); in the source tree, run: pip install -e . "
+            "(needs a C++ compiler)",
+        )
     built = getattr(extension, "abi_version", None)
     if built != ABI_VERSION:
-        return None, f"the native extension is of another version ({built}, not {ABI_VERSION}); run pip install -e . again"
+        return (
+            None,
+            f"the native extension is of another version ({built}, not {ABI_VERSION}); run pip install "
+            "-e . again",
+        )
     return extension, f"native kernels, ISA {extension.isa()}"
 
 
@@ -78,7 +97,11 @@ def _cuda() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"{reason}, but there is no CUDA device"
     if not native_cuda.serves(gpu_arch(), native_cuda.native_cuda().architectures):
-        return False, f"{reason}, not for this sm_{gpu_arch()}; run: PEFTKERN_CUDA_ARCHS={gpu_arch()} pip install -e . --no-deps"
+        return (
+            False,
+            f"{reason}, not for this sm_{gpu_arch()}; run: PEFTKERN_CUDA_ARCHS={gpu_arch()} pip "
+            "install -e . --no-deps",
+        )
     if not _triton()[0]:
         return False, f"{reason}, but the linear's low-rank passes need Triton: {_triton()[1]}"
     return _new_enough(reason)
@@ -86,7 +109,10 @@ def _cuda() -> tuple[bool, str]:
 
 def _new_enough(what: str) -> tuple[bool, str]:
     arch = gpu_arch()
-    return arch >= MIN_ARCH, what if arch >= MIN_ARCH else f"{what}, but sm_{arch} is older than sm_{MIN_ARCH}"
+    return (
+        arch >= MIN_ARCH,
+        what if arch >= MIN_ARCH else f"{what}, but sm_{arch} is older than sm_{MIN_ARCH}",
+    )
 
 
 def available(name: str) -> tuple[bool, str]:
@@ -105,7 +131,8 @@ def available(name: str) -> tuple[bool, str]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every op of the process onto one backend within the block; RuntimeError where it is not available.
+    """Force every op of the process onto one backend within the block; RuntimeError where it is not
+    available.
 
     Process-wide, as autograd runs a GPU's backward in a thread of its own.
     """
@@ -126,8 +153,8 @@ def forced() -> str | None:
 
 
 def select(x: Tensor) -> str:
-    """The backend an op takes for tensors like `x`: the forced one, else the best of x's device, else the reference, of which a
-    RuntimeWarning tells once where the native extension is missing."""
+    """The backend an op takes for tensors like `x`: the forced one, else the best of x's device, else the
+    reference, of which a RuntimeWarning tells once where the native extension is missing."""
     kind = x.device.type
     if _forced is not None:
         _check_forced(_forced, kind)
@@ -152,7 +179,8 @@ def _check_forced(name: str, kind: str) -> None:
 
 
 def served_by(x: Tensor) -> tuple[str, str]:
-    """As `select`, and what that is in words: of the reference, also why the kernels for x's device are missing, where they are."""
+    """As `select`, and what that is in words: of the reference, also why the kernels for x's device are
+    missing, where they are."""
     name = select(x)
     reason, best = available(name)[1], {"cpu": "cpu", "cuda": "triton"}.get(x.device.type)
     if name != "reference" or _forced is not None or best is None or available(best)[0]:
@@ -172,9 +200,11 @@ def use_cuda_kernels(x: Tensor) -> bool:
 
 
 def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
-    """Which kernels a 4-bit linear with out_features `n`, in_features `k` and rank `r` takes for `x` [..., k], and why.
+    """Which kernels a 4-bit linear with out_features `n`, in_features `k` and rank `r` takes for `x` [...,
+    k], and why.
 
-    "refused: ..." with the reason where `functional.qlora_linear` takes no such call; a patched module then runs its stock forward.
+    "refused: ..." with the reason where `functional.qlora_linear` takes no such call; a patched module then
+    runs its stock forward.
     """
     if refusal := _refusal(x, n, k, r):
         return f"refused: {refusal}; a patched module runs its stock forward on such a call"
@@ -202,7 +232,9 @@ def _refusal(x: Tensor, n: int, k: int, r: int) -> str:
     try:
         checks.activation(x, (n, k), x.device)
         if r:
-            checks.adapter(torch.empty(r, k, device="meta"), torch.empty(n, r, device="meta"), n, k, torch.device("meta"))
+            checks.adapter(
+                torch.empty(r, k, device="meta"), torch.empty(n, r, device="meta"), n, k, torch.device("meta")
+            )
     except (TypeError, ValueError) as error:
         return str(error)
     return ""

@@ -1,11 +1,14 @@
 """Entry point `bitsandbytes.backends`: plain bitsandbytes on the CPU runs peftkern's native 4-bit kernels.
 
-bitsandbytes calls `register` while it is being imported. `PEFTKERN_BNB_BACKEND=0` switches it off; `unregister` takes everything back.
+bitsandbytes calls `register` while it is being imported. `PEFTKERN_BNB_BACKEND=0` switches it off;
+`unregister` takes everything back.
 
-Two things of bitsandbytes change, and nothing else: the CPU kernels of its four 4-bit ops, and one name, `_convert_weight_packed_for_cpu`
-in bitsandbytes.nn.modules. Through that name `Linear4bit.forward` repacks its weight for inference at the first evaluation on a CPU with
-AVX512_BF16, for good: afterwards there is no gradient, the absmax is rounded to bf16, and shapes that do not divide are an assertion.
-While the hook is registered the name returns the weight as it is. Weights repacked elsewhere are read rightly, with their gradient.
+Two things of bitsandbytes change, and nothing else: the CPU kernels of its four 4-bit ops, and one name,
+`_convert_weight_packed_for_cpu` in bitsandbytes.nn.modules. Through that name `Linear4bit.forward` repacks
+its weight for inference at the first evaluation on a CPU with
+AVX512_BF16, for good: afterwards there is no gradient, the absmax is rounded to bf16, and shapes that do not
+divide are an assertion. While the hook is registered the name returns the weight as it is. Weights repacked
+elsewhere are read rightly, with their gradient.
 """
 
 from __future__ import annotations
@@ -43,12 +46,24 @@ _ARGUMENTS = {
     "quantize_4bit": ("A", "blocksize", "quant_type", "quant_storage"),
     "dequantize_4bit": ("A", "absmax", "blocksize", "quant_type", "shape", "dtype"),
     "gemv_4bit": ("A", "B", "shapeB", "absmax", "code", "blocksize"),
-    "gemm_4bit": ("A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code", "absmax_offset"),
+    "gemm_4bit": (
+        "A",
+        "B",
+        "shapeB",
+        "absmax",
+        "blocksize",
+        "quant_type",
+        "bias",
+        "absmax_8bit",
+        "absmax_code",
+        "absmax_offset",
+    ),
 }
 
 
 class _Hook:
-    """What is registered now: the library handle that undoes it, bitsandbytes' own kernels, and its own function that repacks."""
+    """What is registered now: the library handle that undoes it, bitsandbytes' own kernels, and its own
+    function that repacks."""
 
     registration: library.Library | None = None
     stock: dict[str, Any] = {}
@@ -57,7 +72,8 @@ class _Hook:
 
 
 def register() -> bool:
-    """Override bitsandbytes' 4-bit CPU ops; whether they are ours now. Never raises: `state()` tells the reason."""
+    """Override bitsandbytes' 4-bit CPU ops; whether they are ours now. Never raises: `state()` tells the
+    reason."""
     if _Hook.registration is not None:
         return True
     try:
@@ -87,7 +103,8 @@ def state() -> tuple[bool, str]:
 
 @contextmanager
 def suspended() -> Iterator[None]:
-    """bitsandbytes' own CPU kernels and its repacking inside the block, whatever was registered before; afterwards as it was."""
+    """bitsandbytes' own CPU kernels and its repacking inside the block, whatever was registered before;
+    afterwards as it was."""
     importlib.import_module("bitsandbytes")  # which registers the hook, so that it can be taken back
     was = unregister()
     try:
@@ -122,7 +139,8 @@ def _override() -> str:
 
 
 def _prevent_repacking() -> str:
-    """Put a function that leaves the weight as it is in the place of the one that repacks; what `state` is to say of it."""
+    """Put a function that leaves the weight as it is in the place of the one that repacks; what `state` is to
+    say of it."""
     modules = importlib.import_module("bitsandbytes.nn.modules")
     repack = getattr(modules, _REPACK, None)
     if repack is None:  # a version that does not repack
@@ -156,29 +174,40 @@ def _stock(name: str, *args: Any) -> Any:
     return _Hook.stock[name].call_boxed(_CPU, *args)
 
 
-def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
+def _quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
     if A.dtype not in _FLOATS or A.numel() == 0 or blocksize not in nf4.BLOCKSIZES:
         return _stock("quantize_4bit", A, blocksize, quant_type, quant_storage)
     packed, absmax = _quantize.quantize_4bit(A.contiguous(), blocksize, nf4.code_tensor(quant_type))
-    return (packed if quant_storage == torch.uint8 else packed.view(-1).view(quant_storage).unsqueeze(1)), absmax
+    return (
+        packed if quant_storage == torch.uint8 else packed.view(-1).view(quant_storage).unsqueeze(1)
+    ), absmax
 
 
-def _dequantize_4bit(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _dequantize_4bit(
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     weight = _weight(A, shape, dtype, blocksize, quant_type, absmax=absmax)
     return functional.dequantize_4bit(weight)
 
 
-def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+def _gemv_4bit(
+    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
+) -> Tensor:
     if is_repacked(B, absmax, shapeB, blocksize) and _reads_repacked():
         return _stock("gemv_4bit", A, B, shapeB, absmax, code, blocksize)
     return _linear(A, _gemv_weight(B, shapeB, absmax, code, blocksize, A.dtype))
 
 
 class _Gemv4bit(torch.autograd.Function):
-    """gemv_4bit with its gradient: bitsandbytes registers none, and its `matmul_4bit` calls this op in training on a repacked weight."""
+    """gemv_4bit with its gradient: bitsandbytes registers none, and its `matmul_4bit` calls this op in
+    training on a repacked weight."""
 
     @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    def forward(
+        ctx: Any, A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
+    ) -> Tensor:
         ctx.save_for_backward(B, absmax, code)
         ctx.shape, ctx.blocksize, ctx.dtype = tuple(shapeB), blocksize, A.dtype
         with torch._C._AutoDispatchBelowAutograd():
@@ -197,8 +226,12 @@ class _Gemv4bit(torch.autograd.Function):
         return _Gemv4bit.apply(*args)
 
 
-def _gemv_weight(B: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> NF4Weight:
-    return _weight(B, shape, dtype, blocksize, "nf4", code, absmax=absmax)  # the values of `code` count, not the name
+def _gemv_weight(
+    B: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> NF4Weight:
+    return _weight(
+        B, shape, dtype, blocksize, "nf4", code, absmax=absmax
+    )  # the values of `code` count, not the name
 
 
 def _reads_repacked() -> bool:
@@ -220,7 +253,11 @@ def _gemm_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    parts = (absmax, None, None, None, None) if absmax_8bit is None else (None, absmax_8bit, absmax_code, absmax, absmax_offset)
+    parts = (
+        (absmax, None, None, None, None)
+        if absmax_8bit is None
+        else (None, absmax_8bit, absmax_code, absmax, absmax_offset)
+    )
     y = _token(A, B, shapeB, blocksize, quant_type, parts, bias)
     if y is not None:
         return y
@@ -254,19 +291,37 @@ def _weight(
 
 
 def _token(
-    x: Tensor, packed: Tensor, shape: Sequence[int], blocksize: int, quant_type: str, scales: tuple, bias: Tensor | None
+    x: Tensor,
+    packed: Tensor,
+    shape: Sequence[int],
+    blocksize: int,
+    quant_type: str,
+    scales: tuple,
+    bias: Tensor | None,
 ) -> Tensor | None:
     """x W^T + bias for few rows of x where every operand is as the kernel reads it, else None.
 
-    In a small layer the way through `_weight` and `functional.linear_4bit` takes several times as long as the product. What they check for
-    native code is checked here, call by call. scales: absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, or None each.
+    In a small layer the way through `_weight` and `functional.linear_4bit` takes several times as long as the
+    product. What they check for native code is checked here, call by call. scales: absmax, absmax_8bit,
+    absmax_code, nested_absmax, absmax_offset, or None each.
     """
     n, k = shape
-    if not (x.dtype in _FLOATS and x.shape[-1:] == (k,) and k and n and blocksize in nf4.BLOCKSIZES and quant_type in nf4.CODES):
+    if not (
+        x.dtype in _FLOATS
+        and x.shape[-1:] == (k,)
+        and k
+        and n
+        and blocksize in nf4.BLOCKSIZES
+        and quant_type in nf4.CODES
+    ):
         return None
     blocks = -(-n * k // blocksize)
     sizes = (blocks, blocks, 256, -(-blocks // _NESTED_BLOCK), 1)
-    fits = _fits(packed, torch.uint8, (n * k + 1) // 2) and x.is_contiguous() and (bias is None or _fits(bias, bias.dtype, n))
+    fits = (
+        _fits(packed, torch.uint8, (n * k + 1) // 2)
+        and x.is_contiguous()
+        and (bias is None or _fits(bias, bias.dtype, n))
+    )
     for scale, dtype, size in zip(scales, _SCALES, sizes, strict=True):
         fits = fits and (scale is None or _fits(scale, dtype, size))
     if not fits or (bias is not None and bias.dtype not in _FLOATS):
@@ -290,7 +345,9 @@ def _linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     n, k = weight.shape
     if x.shape[-1:] != (k,):  # bitsandbytes' own product is torch's, whose error callers know
         rows = tuple(x.shape) if x.dim() < 2 else (x.shape[:-1].numel(), x.shape[-1])
-        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({'x'.join(map(str, rows))} and {k}x{n})")
+        raise RuntimeError(
+            f"mat1 and mat2 shapes cannot be multiplied ({'x'.join(map(str, rows))} and {k}x{n})"
+        )
     with torch.no_grad():  # the autograd of these ops is bitsandbytes'
         return functional.linear_4bit(x, weight, bias)
 

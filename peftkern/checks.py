@@ -1,4 +1,5 @@
-"""Checks of the public functions' arguments: each error names the argument, what was got, what was expected and what to do."""
+"""Checks of the public functions' arguments: each error names the argument, what was got, what was expected
+and what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p: got {p}, expected a probability from 0 to 1")
     if p and seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
-        raise ValueError(f"seed: got {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 [1] on {device}")
+        raise ValueError(
+            f"seed: got {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 [1] on {device}"
+        )
 
 
 def seed(x: Tensor, p: float, given: Tensor | None) -> Tensor | None:
@@ -38,11 +41,13 @@ def weight_shape(weight: NF4Weight | Tensor) -> tuple[tuple[int, int], torch.dev
     if isinstance(weight, Tensor):
         if weight.dtype not in FLOATS:
             raise TypeError(
-                f"weight: got a {weight.dtype} tensor, expected float32, bfloat16, float16 or an NF4Weight (NF4Weight.from_bnb)"
+                f"weight: got a {weight.dtype} tensor, expected float32, bfloat16, float16 or an "
+                "NF4Weight (NF4Weight.from_bnb)"
             )
         if weight.requires_grad:
             raise ValueError(
-                "weight: requires grad, but the base weight is frozen here; call weight.requires_grad_(False) or use torch's linear"
+                "weight: requires grad, but the base weight is frozen here; call "
+                "weight.requires_grad_(False) or use torch's linear"
             )
     return shape, weight.device
 
@@ -52,8 +57,14 @@ def activation(x: Tensor, shape: tuple[int, int], device: torch.device) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16")
     if x.dim() == 0 or x.shape[-1] != shape[1]:
-        hint = "; the weight looks transposed, quantize it as [out_features, in_features]" if x.dim() and x.shape[-1] == shape[0] else ""
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {shape[1]}] for a weight {shape}{hint}")
+        hint = (
+            "; the weight looks transposed, quantize it as [out_features, in_features]"
+            if x.dim() and x.shape[-1] == shape[0]
+            else ""
+        )
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected [..., {shape[1]}] for a weight {shape}{hint}"
+        )
     if x.device != device:
         raise ValueError(f"x: is on {x.device}, the weight is on {device}; move one of them")
 
@@ -69,7 +80,10 @@ def vector(name: str, value: Tensor | None, n: int, device: torch.device) -> Non
     if value is None:
         return
     if value.dtype not in FLOATS or tuple(value.shape) != (n,) or value.device != device:
-        raise ValueError(f"{name}: got {value.dtype} {tuple(value.shape)} on {value.device}, expected a float tensor [{n}] on {device}")
+        raise ValueError(
+            f"{name}: got {value.dtype} {tuple(value.shape)} on {value.device}, expected a float "
+            f"tensor [{n}] on {device}"
+        )
 
 
 def adapter(lora_a: Tensor | None, lora_b: Tensor | None, n: int, k: int, device: torch.device) -> None:

@@ -31,20 +31,31 @@ def main(args: object = None) -> int:
 
 
 def report() -> str:
-    """The report as text: no paths of this machine, no environment variable beyond PEFTKERN_* and the thread settings."""
+    """The report as text: no paths of this machine, no environment variable beyond PEFTKERN_* and the thread
+    settings."""
     return _compose()[0]
 
 
 def smoke_check() -> float:
-    """Quantize a weight and run `qlora_linear` forward and backward; the largest error of y and the gradients against plain fp64 PyTorch,
-    relative to the largest value of each."""
+    """Quantize a weight and run `qlora_linear` forward and backward; the largest error of y and the gradients
+    against plain fp64 PyTorch, relative to the largest value of each."""
     generator = torch.Generator().manual_seed(0)
     weight = functional.quantize_4bit(torch.randn(96, 128, generator=generator))
-    x, a, b = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((5, 128), (8, 128), (96, 8)))
+    x, a, b = (
+        torch.randn(shape, generator=generator).requires_grad_() for shape in ((5, 128), (8, 128), (96, 8))
+    )
     y = functional.qlora_linear(x, weight, lora_a=a, lora_b=b, scaling=0.5)
     got = (y, *torch.autograd.grad(y.square().sum(), (x, a, b)))
-    absmax = (weight.absmax, weight.absmax_8bit, weight.absmax_code, weight.nested_absmax, weight.absmax_offset)
-    dense = reference.dequantize_4bit(weight.packed, weight.code, *absmax, weight.shape, 64, 256, torch.float32).double()
+    absmax = (
+        weight.absmax,
+        weight.absmax_8bit,
+        weight.absmax_code,
+        weight.nested_absmax,
+        weight.absmax_offset,
+    )
+    dense = reference.dequantize_4bit(
+        weight.packed, weight.code, *absmax, weight.shape, 64, 256, torch.float32
+    ).double()
     x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, a, b))
     y64 = x64 @ dense.t() + 0.5 * (x64 @ a64.t() @ b64.t())
     expected = (y64, *torch.autograd.grad(y64.square().sum(), (x64, a64, b64)))
@@ -68,13 +79,20 @@ def _smoke() -> tuple[str, bool]:
     except Exception as failure:  # the report must come out, whatever is broken
         return f"FAILED: {type(failure).__name__}: {failure}", False
     ok = error < 1e-4  # fp32 sums of 128 terms, fifty times over
-    return f"{'ok' if ok else 'FAILED'}, max error {error:.1e} (quantize, qlora_linear forward and backward against fp64)", ok
+    return (
+        f"{'ok' if ok else 'FAILED'}, max error {error:.1e} (quantize, qlora_linear forward and "
+        "backward against fp64)",
+        ok,
+    )
 
 
 def _versions() -> list[tuple[str, str]]:
     from . import __version__
 
-    rows = [("peftkern", __version__), ("python", f"{platform.python_version()} ({platform.python_implementation()})")]
+    rows = [
+        ("peftkern", __version__),
+        ("python", f"{platform.python_version()} ({platform.python_implementation()})"),
+    ]
     return rows + [(name, _version(name)) for name in _PACKAGES]
 
 
@@ -88,8 +106,18 @@ def _version(package: str) -> str:
 def _machine() -> list[tuple[str, str]]:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return [
-        ("system", f"{platform.system()} {platform.release()} {platform.machine()}, {' '.join(platform.libc_ver())}".rstrip(", ")),
-        ("cpu", f"{_cpu_model()}, {os.cpu_count()} logical cores, torch uses {torch.backends.cpu.get_cpu_capability()}"),
+        (
+            "system",
+            (
+                f"{platform.system()} {platform.release()} {platform.machine()}, "
+                f"{' '.join(platform.libc_ver())}"
+            ).rstrip(", "),
+        ),
+        (
+            "cpu",
+            f"{_cpu_model()}, {os.cpu_count()} logical cores, torch uses "
+            f"{torch.backends.cpu.get_cpu_capability()}",
+        ),
         ("cuda device", cuda),
         ("threads", f"torch {torch.get_num_threads()}, {_openmp()}"),
     ]
@@ -100,12 +128,18 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _openmp() -> str:
     settings = [f"{name}={os.environ[name]}" for name in _THREADS if name in os.environ]
-    return f"OpenMP {'available' if torch.backends.openmp.is_available() else 'missing'} ({', '.join(settings) or 'default settings'})"
+    return (
+        f"OpenMP {'available' if torch.backends.openmp.is_available() else 'missing'} "
+        f"({', '.join(settings) or 'default settings'})"
+    )
 
 
 def _backends() -> list[tuple[str, str]]:

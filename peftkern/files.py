@@ -42,9 +42,11 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `final`; it is synced and renamed to `final` on success, removed on failure.
+    """Yield a temporary sibling of `final`; it is synced and renamed to `final` on success, removed on
+    failure.
 
-    Writers report a full disk in many ways (OSError, RuntimeError, safetensors' own error); all leave here as OSError.
+    Writers report a full disk in many ways (OSError, RuntimeError, safetensors' own error); all leave here as
+    OSError.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{TEMP_PREFIX}{final.name}-{uuid.uuid4().hex[:8]}"
@@ -92,8 +94,9 @@ class LockedError(RuntimeError):
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the operating system's lock on the file `path`, which exists for that time only.
 
-    Raises LockedError where another process holds it, unless `wait`. The system frees the lock of a process that ends in any way,
-    so that the file a killed one leaves behind blocks nobody. File systems without locks (some network mounts) lock nothing.
+    Raises LockedError where another process holds it, unless `wait`. The system frees the lock of a process
+    that ends in any way, so that the file a killed one leaves behind blocks nobody. File systems without
+    locks (some network mounts) lock nothing.
     """
     file = _open_locked(path, wait)
     try:
@@ -120,7 +123,8 @@ def _open_locked(path: Path, wait: bool) -> int:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 os.close(file)
                 raise
-        # The holder before may have removed the file between our opening and our locking it: then a new one is the lock.
+        # The holder before may have removed the file between our opening and our locking it: then a new one
+        # is the lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file)):
                 return file
@@ -155,4 +159,6 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {error}. Check the free disk space and the permissions") from error
+        raise OSError(
+            f"could not write {path}: {error}. Check the free disk space and the permissions"
+        ) from error

@@ -1,4 +1,5 @@
-"""Linears on one input as one op, and what describes them: `Adapter` is a low-rank branch, `Member` a frozen linear with its adapters."""
+"""Linears on one input as one op, and what describes them: `Adapter` is a low-rank branch, `Member` a frozen
+linear with its adapters."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ __all__ = ["Adapter", "Member", "few_rows", "prepare", "qlora_group"]
 class Adapter:
     """A low-rank branch: scaling * drop(x) A^T B^T on rows [begin, end) of the flattened x.
 
-    lora_a: [R, K]; lora_b: [N, R]; one dtype, fp32, bf16 or fp16, R from 1 to 256. rows: None for all of them; disjoint ranges of several
-    adapters make a batch of mixed adapters, equal ones add up. dropout_p, seed as in `qlora_linear`; row 0 of the mask is `rows[0]`.
+    lora_a: [R, K]; lora_b: [N, R]; one dtype, fp32, bf16 or fp16, R from 1 to 256. rows: None for all of
+    them; disjoint ranges of several adapters make a batch of mixed adapters, equal ones add up. dropout_p,
+    seed as in `qlora_linear`; row 0 of the mask is `rows[0]`.
     """
 
     lora_a: Tensor
@@ -34,7 +36,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Member:
-    """A frozen linear of a group. weight: NF4Weight of shape [N, K] or dense [N, K]; bias: [N] or None, may require grad."""
+    """A frozen linear of a group. weight: NF4Weight of shape [N, K] or dense [N, K]; bias: [N] or None, may
+    require grad."""
 
     weight: NF4Weight | Tensor
     bias: Tensor | None = None
@@ -42,22 +45,26 @@ class Member:
 
 
 def qlora_group(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
-    """Frozen linears that share their input, each with its low-rank branches: y_i = x W_i^T + bias_i + sum of their adapters.
+    """Frozen linears that share their input, each with its low-rank branches: y_i = x W_i^T + bias_i + sum of
+    their adapters.
 
-    One read of x for all products and adapters, one dx, no partial sum of it rounded. For q, k, v; for gate and up; for one linear with
-    several active adapters; for a batch whose rows belong to different adapters.
+    One read of x for all products and adapters, one dx, no partial sum of it rounded. For q, k, v; for gate
+    and up; for one linear with several active adapters; for a batch whose rows belong to different adapters.
 
     Args:
         x: [..., K], fp32, bf16 or fp16.
         members: one or more; their weights share K and x's device.
-    Returns: a tuple of y_i [..., N_i] in x's dtype. Saved for backward: x, the packed weights, A, B, xa = drop(x) A^T of each adapter.
+    Returns: a tuple of y_i [..., N_i] in x's dtype. Saved for backward: x, the packed weights, A, B, xa =
+    drop(x) A^T of each adapter.
     Raises: TypeError, ValueError naming the member, the argument, what was got and what was expected.
-    Source: LoRA (Hu et al., 2021), section 4.1; batches of mixed adapters: Punica (Chen et al., 2023), here for training too.
+    Source: LoRA (Hu et al., 2021), section 4.1; batches of mixed adapters: Punica (Chen et al., 2023), here
+    for training too.
 
     >>> from peftkern.functional import quantize_4bit
     >>> q, k = quantize_4bit(torch.randn(64, 32)), quantize_4bit(torch.randn(16, 32))
     >>> a, b = torch.randn(4, 32, requires_grad=True), torch.zeros(64, 4, requires_grad=True)
-    >>> [tuple(y.shape) for y in qlora_group(torch.randn(2, 5, 32), [Member(q, adapters=[Adapter(a, b)]), Member(k)])]
+    >>> members = [Member(q, adapters=[Adapter(a, b)]), Member(k)]
+    >>> [tuple(y.shape) for y in qlora_group(torch.randn(2, 5, 32), members)]
     [(2, 5, 64), (2, 5, 16)]
     """
     if not members:
@@ -67,17 +74,23 @@ def qlora_group(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
 
 
 def few_rows(x: Tensor, members: Sequence[Member]) -> Callable[[Tensor], list[Tensor]] | None:
-    """`qlora_group` for repeated calls with tensors of x's shape and dtype, on the CPU, few rows, no gradients: everything is checked and
-    described now. None where the kernel for few rows does not serve. The members' tensors are held; they must stay where they are.
+    """`qlora_group` for repeated calls with tensors of x's shape and dtype, on the CPU, few rows, no
+    gradients: everything is checked and described now. None where the kernel for few rows does not serve. The
+    members' tensors are held; they must stay where they are.
     """
-    if any(len(m.adapters) > 1 or any(a.dropout_p or a.rows is not None for a in m.adapters) for m in members):
+    if any(
+        len(m.adapters) > 1 or any(a.dropout_p or a.rows is not None for a in m.adapters) for m in members
+    ):
         return None
     flat, spec, trainable = prepare(x, members, [f"members[{i}]" for i in range(len(members))])
     return _op.few_rows(flat, spec, trainable)
 
 
-def prepare(x: Tensor, members: Sequence[Member], names: Sequence[str]) -> tuple[Tensor, _op.Spec, tuple[Tensor | None, ...]]:
-    """Checks all; x flattened, the op's description of the members, and the tensors that autograd sees: biases, A's, B's."""
+def prepare(
+    x: Tensor, members: Sequence[Member], names: Sequence[str]
+) -> tuple[Tensor, _op.Spec, tuple[Tensor | None, ...]]:
+    """Checks all; x flattened, the op's description of the members, and the tensors that autograd sees:
+    biases, A's, B's."""
     shapes = [_check_member(x, name, member) for name, member in zip(names, members, strict=True)]
     flat = checks.flat(x)
     pairs = [(i, adapter) for i, member in enumerate(members) for adapter in member.adapters]
@@ -94,7 +107,11 @@ def prepare(x: Tensor, members: Sequence[Member], names: Sequence[str]) -> tuple
         tuple(float(a.dropout_p) for _, a in pairs),
         _seeds([a for _, a in pairs], x.device),
     )
-    return flat, spec, (*(m.bias for m in members), *(a.lora_a for _, a in pairs), *(a.lora_b for _, a in pairs))
+    return (
+        flat,
+        spec,
+        (*(m.bias for m in members), *(a.lora_a for _, a in pairs), *(a.lora_b for _, a in pairs)),
+    )
 
 
 def _check_member(x: Tensor, name: str, member: Member) -> tuple[int, int]:
@@ -118,13 +135,19 @@ def _rows(adapter: Adapter, m: int) -> tuple[int, int]:
         return 0, m
     begin, end = adapter.rows
     if not 0 <= begin <= end <= m:
-        raise ValueError(f"rows: got {adapter.rows}, expected 0 <= begin <= end <= {m}, the rows of the flattened x")
+        raise ValueError(
+            f"rows: got {adapter.rows}, expected 0 <= begin <= end <= {m}, the rows of the flattened x"
+        )
     return begin, end
 
 
 def _seeds(adapters: list[Adapter], device: torch.device) -> tuple[Tensor | None, ...]:
     """The given ones; the missing ones drawn from torch's generator in one launch."""
     missing = [j for j, a in enumerate(adapters) if a.dropout_p and a.seed is None]
-    drawn = torch.randint(0, 2**63 - 1, (len(missing),), dtype=torch.int64, device=device).split(1) if missing else ()
+    drawn = (
+        torch.randint(0, 2**63 - 1, (len(missing),), dtype=torch.int64, device=device).split(1)
+        if missing
+        else ()
+    )
     new = dict(zip(missing, drawn, strict=True))
     return tuple(new.get(j, a.seed) if a.dropout_p else None for j, a in enumerate(adapters))

@@ -82,10 +82,17 @@ def linear_cross_entropy(
     _check_options(label_smoothing, z_loss, softcap, reduction, num_items_in_batch)
     _check_row_losses(row_losses, labels)
     flat, by_row = labels.reshape(-1), reduction == "none"
-    options = (int(ignore_index), float(label_smoothing), float(z_loss), None if softcap is None else float(softcap))
+    options = (
+        int(ignore_index),
+        float(label_smoothing),
+        float(z_loss),
+        None if softcap is None else float(softcap),
+    )
     divisor = _divisor(flat, ignore_index, num_items_in_batch, x.device) if reduction == "mean" else None
     filled = None if row_losses is None else row_losses.view(-1)
-    loss = _linear_cross_entropy(checks.flat(x), weight, flat, bias, lora_a, lora_b, float(scaling), options, divisor, by_row, filled)
+    loss = _linear_cross_entropy(
+        checks.flat(x), weight, flat, bias, lora_a, lora_b, float(scaling), options, divisor, by_row, filled
+    )
     return loss.reshape(labels.shape) if by_row else loss
 
 
@@ -102,7 +109,10 @@ def _weight_shape(weight: NF4Weight | Tensor) -> tuple[int, int]:
     if len(shape) != 2 or shape[0] == 0:
         raise ValueError(f"weight: got shape {shape}, expected [V, K] with V of 1 or more")
     if isinstance(weight, Tensor) and weight.dtype not in checks.FLOATS:
-        raise TypeError(f"weight: got a {weight.dtype} tensor, expected float32, bfloat16, float16 or an NF4Weight (NF4Weight.from_bnb)")
+        raise TypeError(
+            f"weight: got a {weight.dtype} tensor, expected float32, bfloat16, float16 or an NF4Weight "
+            "(NF4Weight.from_bnb)"
+        )
     return shape
 
 
@@ -118,13 +128,20 @@ def _check_row_losses(row_losses: Tensor | None, labels: Tensor) -> None:
     if row_losses is None:
         return
     got = (tuple(row_losses.shape), row_losses.dtype, row_losses.device)
-    if got != (tuple(labels.shape), torch.float32, labels.device) or not row_losses.is_contiguous() or row_losses.requires_grad:
+    if (
+        got != (tuple(labels.shape), torch.float32, labels.device)
+        or not row_losses.is_contiguous()
+        or row_losses.requires_grad
+    ):
         raise ValueError(
-            f"row_losses: got {got}, expected contiguous {(tuple(labels.shape), torch.float32, labels.device)} that requires no grad"
+            f"row_losses: got {got}, expected contiguous "
+            f"{(tuple(labels.shape), torch.float32, labels.device)} that requires no grad"
         )
 
 
-def _check_options(label_smoothing: float, z_loss: float, softcap: float | None, reduction: str, items: int | Tensor | None) -> None:
+def _check_options(
+    label_smoothing: float, z_loss: float, softcap: float | None, reduction: str, items: int | Tensor | None
+) -> None:
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number from 0 to 1")
     if not z_loss >= 0.0:
@@ -136,4 +153,6 @@ def _check_options(label_smoothing: float, z_loss: float, softcap: float | None,
     if items is not None and reduction != "mean":
         raise ValueError(f"num_items_in_batch: goes with reduction 'mean', got {reduction!r}")
     if isinstance(items, Tensor) and items.numel() != 1:
-        raise ValueError(f"num_items_in_batch: got a tensor of shape {tuple(items.shape)}, expected one number")
+        raise ValueError(
+            f"num_items_in_batch: got a tensor of shape {tuple(items.shape)}, expected one number"
+        )

@@ -20,11 +20,15 @@ from .ops.qlora_glu import halves
 __all__ = ["gated_mlp", "gated_mlp_packed"]
 
 
-def _plain(inner, outer, activation: str, gate_first: bool, x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
+def _plain(
+    inner, outer, activation: str, gate_first: bool, x: Tensor, *trainable: Tensor | None
+) -> list[Tensor]:
     """[y] by the definitions."""
     count = len(inner.weights) + 2 * len(inner.members)
     hidden = group.plain(inner, x, trainable[:count])
-    return group.plain(outer, _glu_reference.forward(*halves(hidden, gate_first), activation), trainable[count:])
+    return group.plain(
+        outer, _glu_reference.forward(*halves(hidden, gate_first), activation), trainable[count:]
+    )
 
 
 def _again(ctx, dy):
@@ -32,8 +36,12 @@ def _again(ctx, dy):
     x, *saved = ctx.saved_tensors
     n = [h.shape[1] for h in saved[:outputs]]
     x = known_input("gated_mlp", x, dy, shape, any(needs))
-    inner, first = group.trainable_again(ctx.inner, saved[outputs : outputs + cut], needs[1 : 1 + count], n, dy)
-    outer, second = group.trainable_again(ctx.outer, saved[outputs + cut :], needs[1 + count :], [dy.shape[1]], dy)
+    inner, first = group.trainable_again(
+        ctx.inner, saved[outputs : outputs + cut], needs[1 : 1 + count], n, dy
+    )
+    outer, second = group.trainable_again(
+        ctx.outer, saved[outputs + cut :], needs[1 + count :], [dy.shape[1]], dy
+    )
 
     def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
         return _plain(inner, outer, ctx.activation, ctx.gate_first, x, *trainable)
@@ -55,7 +63,10 @@ class _GatedMLP(torch.autograd.Function):
         inner_kept, ctx.inner = group.kept(inner, first, xa)
         outer_kept, ctx.outer = group.kept(outer, second, ha)
         ctx.save_for_backward(x if group.wants_x(inner, first) else None, *hidden, *inner_kept, *outer_kept)
-        ctx.wants_h, ctx.sizes = group.wants_x(outer, second), (count, len(hidden), len(inner_kept), tuple(x.shape))
+        ctx.wants_h, ctx.sizes = (
+            group.wants_x(outer, second),
+            (count, len(hidden), len(inner_kept), tuple(x.shape)),
+        )
         ctx.activation, ctx.gate_first = activation, gate_first
         return y
 
@@ -81,7 +92,9 @@ class _GatedMLP(torch.autograd.Function):
         return (None, None, None, None, *inner, *outer)
 
 
-def _hidden_gradients(d_h: Tensor, hidden: Sequence[Tensor], activation: str, gate_first: bool) -> list[Tensor]:
+def _hidden_gradients(
+    d_h: Tensor, hidden: Sequence[Tensor], activation: str, gate_first: bool
+) -> list[Tensor]:
     """The gradients of the inner linears' outputs; of one output in one tensor, whose halves are written in
     place."""
     gate, up = halves(hidden, gate_first)
@@ -112,11 +125,16 @@ def gated_mlp(x: Tensor, gate: Member, up: Member, down: Member, *, activation: 
     torch.Size([2, 5, 32])
     """
     if gate.weight.shape != up.weight.shape:
-        raise ValueError(f"up: got a weight {tuple(up.weight.shape)}, gate's is {tuple(gate.weight.shape)}; both must be [I, K]")
+        raise ValueError(
+            f"up: got a weight {tuple(up.weight.shape)}, gate's is {tuple(gate.weight.shape)}; both "
+            "must be [I, K]"
+        )
     return _run(x, {"gate": gate, "up": up}, down, gate.weight.shape[0], activation, True)
 
 
-def gated_mlp_packed(x: Tensor, gate_up: Member, down: Member, *, activation: str = "silu", gate_first: bool = True) -> Tensor:
+def gated_mlp_packed(
+    x: Tensor, gate_up: Member, down: Member, *, activation: str = "silu", gate_first: bool = True
+) -> Tensor:
     """A gated MLP whose gate and up are the halves of one linear: y = down(act(gate) * up), (gate, up) =
     chunk(gate_up(x), 2).
 
@@ -140,11 +158,15 @@ def gated_mlp_packed(x: Tensor, gate_up: Member, down: Member, *, activation: st
     """
     rows = gate_up.weight.shape[0]
     if rows % 2:
-        raise ValueError(f"gate_up: got a weight {tuple(gate_up.weight.shape)}, expected [2I, K], an even number of rows")
+        raise ValueError(
+            f"gate_up: got a weight {tuple(gate_up.weight.shape)}, expected [2I, K], an even number of rows"
+        )
     return _run(x, {"gate_up": gate_up}, down, rows // 2, activation, gate_first)
 
 
-def _run(x: Tensor, inner: dict[str, Member], down: Member, width: int, activation: str, gate_first: bool) -> Tensor:
+def _run(
+    x: Tensor, inner: dict[str, Member], down: Member, width: int, activation: str, gate_first: bool
+) -> Tensor:
     if activation not in _glu.ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {_glu.ACTIVATIONS}")
     flat, spec, first = prepare(x, tuple(inner.values()), tuple(inner))

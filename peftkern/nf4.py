@@ -14,10 +14,23 @@ __all__ = ["BLOCKSIZES", "CODES", "NF4Weight", "code_tensor", "dynamic_map", "op
 
 # Source of the values: QLoRA (Dettmers et al., 2023), appendix E, as bitsandbytes stores them.
 NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 _FP4_POSITIVE = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
 FP4_CODE = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
 CODES: Mapping[str, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
@@ -35,7 +48,8 @@ def code_tensor(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The signed dynamic 8-bit map of the nested absmax, fp32 [256], sorted (Dettmers, 8-bit optimizers, 2021)."""
+    """The signed dynamic 8-bit map of the nested absmax, fp32 [256], sorted (Dettmers, 8-bit optimizers,
+    2021)."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
@@ -52,7 +66,8 @@ class NF4Weight:
     packed        uint8, (N*K+1)//2 bytes in any shape; row-major, the first element in the HIGH nibble
     code          fp32 [16]
     absmax        fp32 [ceil(N*K/blocksize)], or None where the absmax is nested
-    absmax_8bit   uint8 [ceil(N*K/blocksize)] with absmax_code fp32 [256], nested_absmax fp32 [ceil(blocks/nested_blocksize)]
+    absmax_8bit   uint8 [ceil(N*K/blocksize)] with absmax_code fp32 [256], nested_absmax fp32
+    [ceil(blocks/nested_blocksize)]
                   and absmax_offset fp32 []; or all None
     shape, dtype  of the dense weight
     """
@@ -85,7 +100,9 @@ class NF4Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(t.numel() * t.element_size() for name in _TENSORS if (t := getattr(self, name)) is not None)
+        return sum(
+            t.numel() * t.element_size() for name in _TENSORS if (t := getattr(self, name)) is not None
+        )
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """The same weight on a device."""
@@ -98,8 +115,11 @@ class NF4Weight:
         return dequantize_4bit(self, dtype=dtype)
 
     @classmethod
-    def from_dense(cls, weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True) -> NF4Weight:
-        """Quantize a dense fp32, bf16 or fp16 weight of any shape; `functional.quantize_4bit` under another name."""
+    def from_dense(
+        cls, weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True
+    ) -> NF4Weight:
+        """Quantize a dense fp32, bf16 or fp16 weight of any shape; `functional.quantize_4bit` under another
+        name."""
         from .functional import quantize_4bit
 
         return quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, nested=nested)
@@ -108,23 +128,27 @@ class NF4Weight:
     def from_bnb(cls, weight: Any) -> NF4Weight:
         """View a live `bitsandbytes.nn.Params4bit` or `Linear4bit` without copying a byte.
 
-        Raises ValueError where the weight is not quantized yet, has lost its quant_state, or was repacked by bitsandbytes' CPU
-        inference path (whose bytes are in another layout).
+        Raises ValueError where the weight is not quantized yet, has lost its quant_state, or was repacked by
+        bitsandbytes' CPU inference path (whose bytes are in another layout).
         """
         module_state = getattr(weight, "quant_state", None) if isinstance(weight, torch.nn.Module) else None
         param = weight.weight if isinstance(weight, torch.nn.Module) else weight
         state = getattr(param, "quant_state", None) or module_state
         if state is None:
             raise ValueError(
-                "weight: has no quant_state. Quantize it first: move the bitsandbytes Linear4bit to a device (.to('cpu') or .cuda())"
+                "weight: has no quant_state. Quantize it first: move the bitsandbytes Linear4bit to a "
+                "device (.to('cpu') or .cuda())"
             )
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
-                "weight: bitsandbytes repacked it for CPU inference; run peftkern.patch(model), which unpacks it, or load the model again"
+                "weight: bitsandbytes repacked it for CPU inference; run peftkern.patch(model), which "
+                "unpacks it, or load the model again"
             )
         nested = state.nested
         if nested and state.state2 is None:
-            raise ValueError("weight: its absmax is nested, but its quant_state has no state2; load the model again")
+            raise ValueError(
+                "weight: its absmax is nested, but its quant_state has no state2; load the model again"
+            )
         return cls(
             packed=param.data.view(torch.uint8),
             code=state.code,
@@ -136,25 +160,39 @@ class NF4Weight:
             absmax_8bit=state.absmax if nested else None,
             absmax_code=state.state2.code if nested else None,
             nested_absmax=state.state2.absmax if nested else None,
-            absmax_offset=state.offset.float() if nested else None,  # bf16 where bitsandbytes has repacked and unpacked it
+            absmax_offset=state.offset.float()
+            if nested
+            else None,  # bf16 where bitsandbytes has repacked and unpacked it
             nested_blocksize=state.state2.blocksize if nested else 256,
         )
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "weight") -> NF4Weight:
-        """Build from the keys bitsandbytes serializes (`<prefix>`, `<prefix>.absmax`, `<prefix>.quant_state.bitsandbytes__nf4`, ...)."""
+        """Build from the keys bitsandbytes serializes (`<prefix>`, `<prefix>.absmax`,
+        `<prefix>.quant_state.bitsandbytes__nf4`, ...)."""
         if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors")
-        heads = [k for k in state_dict if isinstance(k, str) and k.startswith(f"{prefix}.quant_state.bitsandbytes__")]
+            raise TypeError(
+                f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors"
+            )
+        heads = [
+            k
+            for k in state_dict
+            if isinstance(k, str) and k.startswith(f"{prefix}.quant_state.bitsandbytes__")
+        ]
         if prefix not in state_dict or len(heads) != 1:
             raise ValueError(
-                f"state_dict: expected {prefix!r} and exactly one '{prefix}.quant_state.bitsandbytes__<type>', found {heads or 'none'}"
+                f"state_dict: expected {prefix!r} and exactly one "
+                f"'{prefix}.quant_state.bitsandbytes__<type>', found {heads or 'none'}"
             )
         meta = _read_meta(_entry(state_dict, heads[0]), heads[0])
         packed, code = _entry(state_dict, prefix), _finite(state_dict, f"{prefix}.quant_map")
         nested = "nested_offset" in meta
         absmax = _entry(state_dict, f"{prefix}.absmax") if nested else _finite(state_dict, f"{prefix}.absmax")
-        offset = torch.tensor(float(meta["nested_offset"]), dtype=torch.float32, device=packed.device) if nested else None
+        offset = (
+            torch.tensor(float(meta["nested_offset"]), dtype=torch.float32, device=packed.device)
+            if nested
+            else None
+        )
         try:
             return cls(
                 packed=packed.view(torch.uint8),
@@ -170,10 +208,15 @@ class NF4Weight:
                 absmax_offset=offset,
                 nested_blocksize=meta["nested_blocksize"] if nested else 256,
             )
-        except (ValueError, RuntimeError) as error:  # RuntimeError: of a view that the layout of `packed` does not allow
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # RuntimeError: of a view that the layout of `packed` does not allow
             if str(error).startswith("state_dict: "):
                 raise
-            raise ValueError(f"state_dict: the entries of {prefix!r} do not fit together: {error}; {_AGAIN}") from None
+            raise ValueError(
+                f"state_dict: the entries of {prefix!r} do not fit together: {error}; {_AGAIN}"
+            ) from None
 
     def to_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The keys `bitsandbytes` writes and reads; the inverse of `from_state_dict`."""
@@ -186,7 +229,11 @@ class NF4Weight:
         }
         out = {prefix: self.packed, f"{prefix}.quant_map": self.code}
         if self.nested:
-            meta |= {"nested_blocksize": self.nested_blocksize, "nested_dtype": "float32", "nested_offset": self.absmax_offset.item()}
+            meta |= {
+                "nested_blocksize": self.nested_blocksize,
+                "nested_dtype": "float32",
+                "nested_offset": self.absmax_offset.item(),
+            }
             out |= {
                 f"{prefix}.absmax": self.absmax_8bit,
                 f"{prefix}.nested_absmax": self.nested_absmax,
@@ -225,14 +272,21 @@ def _read_meta(blob: Tensor, key: str) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"state_dict: {key!r} is corrupt ({error}); {_AGAIN}") from None
     if not isinstance(meta, dict):
-        raise ValueError(f"state_dict: {key!r} holds a JSON {type(meta).__name__}, expected an object; {_AGAIN}")
+        raise ValueError(
+            f"state_dict: {key!r} holds a JSON {type(meta).__name__}, expected an object; {_AGAIN}"
+        )
     for name, (expected, valid) in (_PLAIN | _NESTED if "nested_offset" in meta else _PLAIN).items():
         if name not in meta:
             raise ValueError(f"state_dict: {key!r} lacks {name!r}, expected {expected}; {_AGAIN}")
         if not valid(meta[name]):
-            raise ValueError(f"state_dict: {name!r} of {key!r} is {_short(meta[name])}, expected {expected}; {_AGAIN}")
+            raise ValueError(
+                f"state_dict: {name!r} of {key!r} is {_short(meta[name])}, expected {expected}; {_AGAIN}"
+            )
     if not key.endswith(f"__{meta['quant_type']}"):
-        raise ValueError(f"state_dict: {key!r} says quant_type {meta['quant_type']!r}, expected the type of its name; {_AGAIN}")
+        raise ValueError(
+            f"state_dict: {key!r} says quant_type {meta['quant_type']!r}, expected the type of its "
+            f"name; {_AGAIN}"
+        )
     return meta
 
 
@@ -255,7 +309,10 @@ _PLAIN: _Entries = {
     "quant_type": (f"one of {sorted(CODES)}", lambda value: isinstance(value, str) and value in CODES),
     "blocksize": (f"one of {BLOCKSIZES}", lambda value: type(value) is int and value in BLOCKSIZES),
     "dtype": (f"one of {sorted(_DTYPES)}", lambda value: isinstance(value, str) and value in _DTYPES),
-    "shape": ("a list of sizes from 0 to 2**48", lambda value: isinstance(value, list) and all(map(_count, value))),
+    "shape": (
+        "a list of sizes from 0 to 2**48",
+        lambda value: isinstance(value, list) and all(map(_count, value)),
+    ),
 }
 _NESTED: _Entries = {
     "nested_blocksize": ("a power of two", lambda value: _count(value) and value.bit_count() == 1),
@@ -264,11 +321,21 @@ _NESTED: _Entries = {
 
 
 def operands(weight: NF4Weight | Tensor) -> tuple[Tensor, tuple]:
-    """A weight as the ops take it: its bytes, and what their schemas call code ... nested_blocksize; of a dense weight itself and None."""
+    """A weight as the ops take it: its bytes, and what their schemas call code ... nested_blocksize; of a
+    dense weight itself and None."""
     if isinstance(weight, Tensor):
         return weight, (None,) * 6 + (64, 256)
     w = weight
-    return w.packed, (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
+    return w.packed, (
+        w.code,
+        w.absmax,
+        w.absmax_8bit,
+        w.absmax_code,
+        w.nested_absmax,
+        w.absmax_offset,
+        w.blocksize,
+        w.nested_blocksize,
+    )
 
 
 def _check(w: NF4Weight) -> None:
@@ -298,15 +365,21 @@ def _check(w: NF4Weight) -> None:
     for name, (dtype, count) in expected.items():
         tensor = getattr(w, name)
         if tensor is None:
-            raise ValueError(f"{name}: is missing; a {'nested' if w.nested else 'plain'} weight needs {sorted(expected)}")
+            raise ValueError(
+                f"{name}: is missing; a {'nested' if w.nested else 'plain'} weight needs {sorted(expected)}"
+            )
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
         if tensor.dtype != dtype or tensor.numel() != count:
             raise ValueError(
-                f"{name}: got {tensor.dtype} with {tensor.numel()} elements, expected {dtype} with {count} for shape {w.shape}"
+                f"{name}: got {tensor.dtype} with {tensor.numel()} elements, expected {dtype} with "
+                f"{count} for shape {w.shape}"
             )
         if tensor.device != w.packed.device:
-            raise ValueError(f"{name}: is on {tensor.device}, packed is on {w.packed.device}; move the weight with .to(device)")
+            raise ValueError(
+                f"{name}: is on {tensor.device}, packed is on {w.packed.device}; move the weight with "
+                ".to(device)"
+            )
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: must be contiguous")
 

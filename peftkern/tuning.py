@@ -1,4 +1,5 @@
-"""`peftkern tune`: measures on this card where each regime of the QLoRA linear pays, and keeps the limits for later runs."""
+"""`peftkern tune`: measures on this card where each regime of the QLoRA linear pays, and keeps the limits for
+later runs."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def main(args: argparse.Namespace) -> int:
     """Measure and save; 1 with the reason where there is nothing to tune."""
     usable, reason = backends.available("triton")
     if not torch.cuda.is_available() or not usable:
-        print(f"peftkern tune: needs a CUDA device that Triton can use, found none ({reason})", file=sys.stderr)
+        print(
+            f"peftkern tune: needs a CUDA device that Triton can use, found none ({reason})", file=sys.stderr
+        )
         return 1
     name = torch.cuda.get_device_name()
     if args.forget:
@@ -40,7 +43,11 @@ def main(args: argparse.Namespace) -> int:
     print(f"{name}: measuring, about a minute", flush=True)
     timings = measure("cuda", cuda_timer, print_row=lambda text: print(text, flush=True))
     row = derive(timings, config.GPU_TABLE[config.nearest_arch(backends.gpu_arch())])
-    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "backend": backends.select(torch.empty(1, device="cuda"))}
+    versions = {
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "backend": backends.select(torch.empty(1, device="cuda")),
+    }
     print(f"{row}\nkept in {tuned.save(name, row, timings, versions)}")
     return 0
 
@@ -85,14 +92,17 @@ def measure(
     sizes: tuple[tuple[int, ...], tuple[int, ...], int] = (DECODE_M, FUSED_M, LARGE_M),
     print_row: Callable[[str], object] = lambda _: None,
 ) -> dict[str, float]:
-    """Milliseconds by "what/M/variant": decode (gemv, mma, fused), medium (fused, slab), gemm (cublas, triton), slab (MiB)."""
+    """Milliseconds by "what/M/variant": decode (gemv, mma, fused), medium (fused, slab), gemm (cublas,
+    triton), slab (MiB)."""
     decode_m, fused_m, large_m = sizes
     base = GPUConfig(0, NEVER, ALWAYS, "cublas", SLAB_MIB[-1] << 20, "tuning")
     variants = {"gemv": replace(base, gemv_max_m=ALWAYS), "mma": replace(base, mma_min_m=0), "fused": base}
     variants["slab"] = replace(base, fused_max_m=0)
     out: dict[str, float] = {}
 
-    def compare(what: str, shape: tuple[int, int], m: int, rows: Mapping[str, GPUConfig], backward: bool) -> None:
+    def compare(
+        what: str, shape: tuple[int, int], m: int, rows: Mapping[str, GPUConfig], backward: bool
+    ) -> None:
         step = _step(device, shape, m, backward)
         got = timer({name: (lambda row=row: _with(row, step)) for name, row in rows.items()})
         out.update({f"{what}/{m}/{name}": ms for name, ms in got.items()})
@@ -103,8 +113,20 @@ def measure(
             compare("decode", square, m, {name: variants[name] for name in ("gemv", "mma", "fused")}, False)
     for m in fused_m:
         compare("medium", square, m, {name: variants[name] for name in ("fused", "slab")}, True)
-    compare("gemm", square, large_m, {gemm: replace(base, fused_max_m=0, gemm=gemm) for gemm in ("cublas", "triton")}, True)
-    compare("slab", up, large_m, {str(mib): replace(base, fused_max_m=0, slab_bytes=mib << 20) for mib in SLAB_MIB}, True)
+    compare(
+        "gemm",
+        square,
+        large_m,
+        {gemm: replace(base, fused_max_m=0, gemm=gemm) for gemm in ("cublas", "triton")},
+        True,
+    )
+    compare(
+        "slab",
+        up,
+        large_m,
+        {str(mib): replace(base, fused_max_m=0, slab_bytes=mib << 20) for mib in SLAB_MIB},
+        True,
+    )
     return out
 
 
@@ -118,7 +140,10 @@ def _step(device: str, shape: tuple[int, int], m: int, backward: bool) -> Callab
     n, k = shape
     weight = NF4Weight.from_dense(torch.randn(n, k, dtype=torch.float32, device=device) * 0.02)
     x, dy = (torch.randn(m, size, device=device).bfloat16() for size in (k, n))
-    a, b = torch.randn(16, k, device=device).bfloat16() / 64, torch.randn(n, 16, device=device).bfloat16() / 64
+    a, b = (
+        torch.randn(16, k, device=device).bfloat16() / 64,
+        torch.randn(n, 16, device=device).bfloat16() / 64,
+    )
     tensors = [t.requires_grad_(backward) for t in (x, a, b)]
 
     def step() -> None:
@@ -130,8 +155,8 @@ def _step(device: str, shape: tuple[int, int], m: int, backward: bool) -> Callab
 
 
 def _slab_bytes(ms: dict[str, float], table: int) -> int:
-    """The fastest of the buffers measured on one linear. Where that is the largest of them, the table's stays if larger still: it may hold
-    the weights of a group."""
+    """The fastest of the buffers measured on one linear. Where that is the largest of them, the table's stays
+    if larger still: it may hold the weights of a group."""
     if not ms:
         return table
     best = int(min(ms, key=ms.__getitem__))
@@ -154,7 +179,9 @@ def derive(timings: Mapping[str, float], row: GPUConfig) -> GPUConfig:
         sizes = sorted(map(int, rows))
         if not sizes:
             return default
-        return tuned.crossover(sizes, [rows[str(m)][first] for m in sizes], [rows[str(m)][second] for m in sizes])
+        return tuned.crossover(
+            sizes, [rows[str(m)][first] for m in sizes], [rows[str(m)][second] for m in sizes]
+        )
 
     gemm, slab = (next(iter(by(what).values()), {}) for what in ("gemm", "slab"))
     return GPUConfig(
@@ -163,5 +190,7 @@ def derive(timings: Mapping[str, float], row: GPUConfig) -> GPUConfig:
         fused_max_m=limit("medium", "fused", "slab", row.fused_max_m),
         gemm=min(gemm, key=gemm.__getitem__) if gemm else row.gemm,
         slab_bytes=_slab_bytes(slab, row.slab_bytes),
-        measured=f"measured on this card: {', '.join(dict.fromkeys(key.split('/')[0] for key in timings))}" if timings else row.measured,
+        measured=f"measured on this card: {', '.join(dict.fromkeys(key.split('/')[0] for key in timings))}"
+        if timings
+        else row.measured,
     )

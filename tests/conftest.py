@@ -41,7 +41,10 @@ def pytest_collection_finish() -> None:
     """What a test module imports must not switch the bitsandbytes hook off in this process, as
     benchmarks.peers does: it would not come back after a test that takes it out."""
     if os.environ.get("PEFTKERN_BNB_BACKEND") != _HOOK:
-        raise pytest.UsageError("a test module's import has set PEFTKERN_BNB_BACKEND: import within the test, see test_long_context.py")
+        raise pytest.UsageError(
+            "a test module's import has set PEFTKERN_BNB_BACKEND: import within the test, see "
+            "test_long_context.py"
+        )
 
 
 # Their kernels have no code of their own on avx512bf16: what runs there is what runs on amx, compiled with

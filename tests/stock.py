@@ -28,11 +28,20 @@ from peftkern.ops import quantize
 __all__ = ["decodes", "exact", "gemv_reads_plain", "need", "quantized", "quantizes", "right"]
 
 
-def exact(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def exact(
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
     """The dense weight of bitsandbytes' bytes, by the project's reference."""
     packed = packed.contiguous().view(torch.uint8).reshape(-1)
     with use_backend("reference"):
-        return NF4Weight(packed, nf4.code_tensor(quant_type), tuple(shape), dtype, blocksize, quant_type, absmax=absmax).dequantize()
+        return NF4Weight(
+            packed, nf4.code_tensor(quant_type), tuple(shape), dtype, blocksize, quant_type, absmax=absmax
+        ).dequantize()
 
 
 def quantized(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
@@ -88,7 +97,12 @@ def gemv_reads_plain() -> bool:
         "assert (F.gemv_4bit(x, packed, state=state) - wanted).norm() < 0.01 * wanted.norm()\n"
     )
     environment = os.environ | {"PEFTKERN_BNB_BACKEND": "0"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120).returncode == 0
+    return (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=120
+        ).returncode
+        == 0
+    )
 
 
 @contextmanager
@@ -102,7 +116,9 @@ def right() -> Iterator[None]:
         yield
 
 
-def _plain(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _plain(
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
     """The generic dequantization in fp32, as of bitsandbytes 0.50; that of 0.48 rounds the code itself to
     `dtype` first."""
     packed = A.contiguous().view(torch.uint8).reshape(-1)

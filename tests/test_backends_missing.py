@@ -1,4 +1,5 @@
-"""Where the native extension is missing or of another version: the reason in words, and one warning when the slow reference runs."""
+"""Where the native extension is missing or of another version: the reason in words, and one warning when the
+slow reference runs."""
 
 from __future__ import annotations
 

@@ -96,7 +96,10 @@ def test_ratios_are_taken_within_a_round(clock: Clock) -> None:
         calls[name] += 1
         clock.now += seconds * calls[name]
 
-    providers = [Provider(n, lambda n=n, s=s: run(n, s), lambda result: None) for n, s in ((OURS, 0.01), ("twice", 0.02))]
+    providers = [
+        Provider(n, lambda n=n, s=s: run(n, s), lambda result: None)
+        for n, s in ((OURS, 0.01), ("twice", 0.02))
+    ]
     timings = measure(providers, rounds=3)
     # after the check and a look at the time
     assert timings[OURS].seconds == pytest.approx((0.03, 0.04, 0.05))
@@ -111,7 +114,9 @@ def test_rounds_interleave_and_turn(clock: Clock) -> None:
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc/stat")
 def test_load_sees_other_processes() -> None:
-    other = subprocess.Popen([sys.executable, "-c", "import time; t = time.time()\nwhile time.time() < t + 20: pass"])
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import time; t = time.time()\nwhile time.time() < t + 20: pass"]
+    )
     try:
         loaded = Load()
         time.sleep(0.6)
@@ -123,13 +128,39 @@ def test_load_sees_other_processes() -> None:
 
 
 def _row(provider: str, ratio: float, **changes: object) -> Row:
-    values = dict(kernel="qlora_linear", mode="dropout 0", dtype="bfloat16", shape="4096x4096", M=512) | changes
-    head = ("Test CPU", "avx2", 2, "peftkern 0", values["kernel"], provider, values["mode"], values["dtype"], values["shape"], values["M"])
-    return Row(*head, 1.0, ratio, 2.0, ratio, "ms", "average 0.00; others 0.00 cores", note=str(values.get("note", "")))
+    values = (
+        dict(kernel="qlora_linear", mode="dropout 0", dtype="bfloat16", shape="4096x4096", M=512) | changes
+    )
+    head = (
+        "Test CPU",
+        "avx2",
+        2,
+        "peftkern 0",
+        values["kernel"],
+        provider,
+        values["mode"],
+        values["dtype"],
+        values["shape"],
+        values["M"],
+    )
+    return Row(
+        *head,
+        1.0,
+        ratio,
+        2.0,
+        ratio,
+        "ms",
+        "average 0.00; others 0.00 cores",
+        note=str(values.get("note", "")),
+    )
 
 
 def test_report_judges_by_the_faster_dense(tmp_path: Path) -> None:
-    rows = [_row(OURS, 1.0), _row("dense bfloat16", 500.0, note="one call only, over the time cap"), _row("dense float32", 0.5)]
+    rows = [
+        _row(OURS, 1.0),
+        _row("dense bfloat16", 500.0, note="one call only, over the time cap"),
+        _row("dense float32", 0.5),
+    ]
     rows += [
         _row(OURS, 1.0, kernel="dequantize", mode="allocating", M=0),
         _row("bitsandbytes", 13.0, kernel="dequantize", mode="allocating", M=0),
@@ -140,7 +171,9 @@ def test_report_judges_by_the_faster_dense(tmp_path: Path) -> None:
     lines = report.load(tmp_path)
     assert len(lines) == 6 and lines[1]["provider"] == "dense bfloat16"
     text = report.table(lines).splitlines()
-    found = {line.split("|")[6].strip(): [cell.strip() for cell in line.split("|")[13:15]] for line in text[2:]}
+    found = {
+        line.split("|")[6].strip(): [cell.strip() for cell in line.split("|")[13:15]] for line in text[2:]
+    }
     assert found["dense float32"] == ["ours ≤ 1.06×", "NO (2)"]
     assert found["dense bfloat16 *"] == ["", ""]
     assert found["bitsandbytes"] == ["≥ 12×", "yes (13)"]
@@ -166,7 +199,9 @@ def test_a_panel_answers_one_question_with_a_dozen_bars() -> None:
     lines = report.load(Path(report.__file__).parent / "results/zen3-2core-avx2")
     for panel in panels.PANELS:
         bars = panels.bars_of(panel, lines)
-        assert 2 <= len(bars) <= panels.MOST_BARS and len({name for name, _ in bars}) == len(bars), panel.subject
+        assert 2 <= len(bars) <= panels.MOST_BARS and len({name for name, _ in bars}) == len(bars), (
+            panel.subject
+        )
         ratios = [ratio for _, ratio in bars]
         recorded = {float(line["ratio"]) for line in lines if panel.holds(line)}
         assert recorded >= set(ratios)
@@ -181,7 +216,19 @@ def test_smoke(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["quantize", "gemv", "qlora_linear", "switching", "step", "blocks", "memory_store", "tiled_mlp", "options", "generate", "bottleneck"],
+    [
+        "quantize",
+        "gemv",
+        "qlora_linear",
+        "switching",
+        "step",
+        "blocks",
+        "memory_store",
+        "tiled_mlp",
+        "options",
+        "generate",
+        "bottleneck",
+    ],
 )
 def test_smoke_of_the_longer_ones(tmp_path: Path, name: str) -> None:
     if name in ("step", "memory_store", "generate", "bottleneck"):
@@ -193,8 +240,26 @@ def test_smoke_of_the_longer_ones(tmp_path: Path, name: str) -> None:
 def _smoke(tmp_path: Path, name: str) -> None:
     """--small runs, its results pass their gates, and the CSV has its columns."""
     out = tmp_path / "out.csv"
-    command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--small", "--rounds", "2", "--isa", "baseline", "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.bench_{name}",
+        "--small",
+        "--rounds",
+        "2",
+        "--isa",
+        "baseline",
+        "--out",
+        str(out),
+    ]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     with out.open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -205,7 +270,10 @@ def _smoke(tmp_path: Path, name: str) -> None:
 def _curves(shift: float) -> dict[tuple[str, int], list[float]]:
     """Two seeds, 0.2 apart; the patched ones `shift` above stock in the second half."""
     stock = {("stock", seed): [4.0 - 0.1 * step + 0.2 * seed for step in range(8)] for seed in (0, 1)}
-    ours = {("peftkern", seed): [v + (shift if i >= 4 else 0.0) for i, v in enumerate(stock["stock", seed])] for seed in (0, 1)}
+    ours = {
+        ("peftkern", seed): [v + (shift if i >= 4 else 0.0) for i, v in enumerate(stock["stock", seed])]
+        for seed in (0, 1)
+    }
     return stock | ours
 
 

@@ -76,8 +76,18 @@ def test_a_token_takes_the_short_way_with_the_same_bits(quant_type, nested, monk
     if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
         pytest.skip("before 0.50 bitsandbytes has no gemm_4bit")
     weight = NF4Weight.from_dense(sample((40, 128)), quant_type=quant_type, nested=nested)
-    scales = dict(absmax_8bit=weight.absmax_8bit, absmax_code=weight.absmax_code, absmax_offset=weight.absmax_offset) if nested else {}
-    absmax, x, bias = weight.nested_absmax if nested else weight.absmax, sample((1, 2, 128), torch.bfloat16), sample((40,))
+    scales = (
+        dict(
+            absmax_8bit=weight.absmax_8bit, absmax_code=weight.absmax_code, absmax_offset=weight.absmax_offset
+        )
+        if nested
+        else {}
+    )
+    absmax, x, bias = (
+        weight.nested_absmax if nested else weight.absmax,
+        sample((1, 2, 128), torch.bfloat16),
+        sample((40,)),
+    )
     taken = []
     few_rows = bnb_backend.cpu.few_rows
     monkeypatch.setattr(bnb_backend.cpu, "few_rows", lambda *args: taken.append(few_rows(*args)) or taken[-1])
@@ -110,7 +120,9 @@ def test_quantize_gives_the_same_codes(blocksize, shape, dtype, quant_type):
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit(w, blocksize, quant_type, torch.uint8)
     assert ours.shape == packed.shape and ours.dtype == packed.dtype
     assert torch.equal(our_absmax, absmax)
-    theirs.need(nearest(packed, absmax, w, blocksize, quant_type), f"it takes other than the nearest code of {dtype}")
+    theirs.need(
+        nearest(packed, absmax, w, blocksize, quant_type), f"it takes other than the nearest code of {dtype}"
+    )
     ordered = nf4.code_tensor(quant_type).sort().values
     scaled = w.flatten().float() / absmax.repeat_interleave(blocksize)[: w.numel()]
     near = (scaled[:, None] - (ordered[:-1] + ordered[1:]) / 2).abs().amin(1) < 1e-6
@@ -125,7 +137,9 @@ def test_quant_storage_and_nesting_round_trip(nested, storage):
     options = dict(quant_type="nf4", compress_statistics=nested, quant_storage=storage)
     (packed, state), (ours, our_state) = both(lambda: bnb.functional.quantize_4bit(w, **options))
     assert ours.dtype == packed.dtype == storage and ours.shape == packed.shape
-    assert torch.equal(ours.view(torch.uint8), packed.view(torch.uint8)) and torch.equal(our_state.absmax, state.absmax)
+    assert torch.equal(ours.view(torch.uint8), packed.view(torch.uint8)) and torch.equal(
+        our_state.absmax, state.absmax
+    )
     dense = bnb.functional.dequantize_4bit(packed, state)
     bnb_backend.unregister()
     theirs.need(theirs.decodes((96, 128), 64, "nf4", torch.bfloat16), "its dequantization in bf16")
@@ -143,14 +157,21 @@ def test_dequantize_is_bit_equal(blocksize, shape, dtype, quant_type):
     assert bnb_backend.register()
     ours = torch.ops.bitsandbytes.dequantize_4bit(*args)
     assert ours.shape == exact.shape and torch.equal(ours, exact)
-    theirs.need(theirs.decodes(shape, blocksize, quant_type, dtype), f"its dequantization of {shape} in blocks of {blocksize}")
+    theirs.need(
+        theirs.decodes(shape, blocksize, quant_type, dtype),
+        f"its dequantization of {shape} in blocks of {blocksize}",
+    )
     bnb_backend.unregister()
     assert torch.equal(ours, torch.ops.bitsandbytes.dequantize_4bit(*args))
 
 
 def linear(dtype=torch.float32, **options):
     torch.manual_seed(0)
-    return bnb.nn.Linear4bit(64, 48, compute_dtype=dtype, quant_type="nf4", **options).to("cpu").requires_grad_(False)
+    return (
+        bnb.nn.Linear4bit(64, 48, compute_dtype=dtype, quant_type="nf4", **options)
+        .to("cpu")
+        .requires_grad_(False)
+    )
 
 
 @pytest.mark.parametrize("m", [1, 3, 40])
@@ -205,7 +226,10 @@ def test_gemv_of_plain_weights_equals_bitsandbytes():
     torch.testing.assert_close(ours, stock)
 
 
-@pytest.mark.parametrize("m", [1, pytest.param(2, marks=pytest.mark.skipif(not GEMM, reason="before 0.50 gemv_4bit is of one row"))])
+@pytest.mark.parametrize(
+    "m",
+    [1, pytest.param(2, marks=pytest.mark.skipif(not GEMM, reason="before 0.50 gemv_4bit is of one row"))],
+)
 def test_gemv_compiles(m):
     torch._dynamo.reset()
     packed, state = bnb.functional.quantize_4bit(sample((48, 64)), quant_type="nf4")
@@ -219,10 +243,15 @@ def test_gemv_compiles(m):
     def gemv(x):
         return bnb.functional.gemv_4bit(x, packed, state=state) + 1
 
-    torch.testing.assert_close(gradient(torch.compile(gemv, fullgraph=True, backend="aot_eager")), gradient(gemv))
+    torch.testing.assert_close(
+        gradient(torch.compile(gemv, fullgraph=True, backend="aot_eager")), gradient(gemv)
+    )
 
 
-@pytest.mark.skipif(not hasattr(bnb.functional, "_convert_weight_packed_for_cpu"), reason="this bitsandbytes repacks no weight")
+@pytest.mark.skipif(
+    not hasattr(bnb.functional, "_convert_weight_packed_for_cpu"),
+    reason="this bitsandbytes repacks no weight",
+)
 def test_repacked_weights_go_to_bitsandbytes_untouched_where_it_reads_them(monkeypatch):
     x = sample((1, 64), torch.bfloat16)
     layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
@@ -238,7 +267,9 @@ def test_repacked_weights_go_to_bitsandbytes_untouched_where_it_reads_them(monke
 
     monkeypatch.setitem(bnb_backend._Hook.stock, "gemv_4bit", Stock())
     bnb.matmul_4bit(x, packed, quant_state=state)
-    assert len(seen) == 1 and seen[0][1].data_ptr() == packed.data_ptr() and seen[0][3].dtype == torch.bfloat16
+    assert (
+        len(seen) == 1 and seen[0][1].data_ptr() == packed.data_ptr() and seen[0][3].dtype == torch.bfloat16
+    )
 
 
 def test_compiles():
@@ -252,7 +283,9 @@ def test_compiles():
 def test_sizes_that_do_not_fit_are_an_error_not_a_crash():
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit(sample((64, 64)), 64, "nf4", torch.uint8)
     assert bnb_backend.register()
-    with pytest.raises(ValueError, match="absmax: got torch.float32 with 8 elements, expected torch.float32 with 64"):
+    with pytest.raises(
+        ValueError, match="absmax: got torch.float32 with 8 elements, expected torch.float32 with 64"
+    ):
         torch.ops.bitsandbytes.dequantize_4bit(packed, absmax[:8], 64, "nf4", (64, 64), torch.float32)
     with pytest.raises(ValueError, match="packed: got torch.uint8 with 2048 elements"):
         torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", (640, 64), torch.float32)
@@ -324,10 +357,14 @@ def test_importing_bitsandbytes_registers_through_the_entry_point(value, tmp_pat
     info = tmp_path / "peftkern-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peftkern\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[bitsandbytes.backends]\npeftkern = peftkern.bnb_backend:register\n")
+    (info / "entry_points.txt").write_text(
+        "[bitsandbytes.backends]\npeftkern = peftkern.bnb_backend:register\n"
+    )
     program = "import bitsandbytes, peftkern.bnb_backend as b; print(b.state()[0])"
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "PEFTKERN_BNB_BACKEND": value, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(value == "1" and NATIVE)] and "Overriding" not in result.stderr

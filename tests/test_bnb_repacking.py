@@ -36,7 +36,14 @@ def repacking(monkeypatch):
 
 def linear(out_features=64, in_features=128, dtype=torch.float32, nested=True, **options):
     torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(in_features, out_features, compute_dtype=dtype, quant_type="nf4", compress_statistics=nested, **options)
+    layer = bnb.nn.Linear4bit(
+        in_features,
+        out_features,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        compress_statistics=nested,
+        **options,
+    )
     layer = layer.to(dtype).to("cpu").requires_grad_(False)
     assert layer.support_avx512bf16_for_cpu
     return layer
@@ -88,7 +95,11 @@ def test_training_goes_on_after_an_evaluation(dtype, nested):
     with torch.inference_mode():
         assert relative_error(layer(x[:1]), y[:1].double()) < 0.01
     assert torch.equal(gradient(layer, x), first)
-    assert layer.weight.quant_state is state and torch.equal(state.absmax, absmax) and torch.equal(layer.weight.data, data)
+    assert (
+        layer.weight.quant_state is state
+        and torch.equal(state.absmax, absmax)
+        and torch.equal(layer.weight.data, data)
+    )
     exact = x.double() @ dense(layer).t() + layer.bias.double()
     bound = {torch.float32: 1e-6, torch.bfloat16: 0.01, torch.float16: 2e-3}[dtype]
     assert relative_error(y, exact) < bound
@@ -208,7 +219,10 @@ def test_copies_made_after_an_evaluation_are_whole(how):
     else:
         copied, saved = linear(), layer.state_dict()
         copied.weight = bnb.nn.Params4bit.from_prequantized(
-            saved["weight"], {k: v for k, v in saved.items() if k.startswith("weight.")}, device="cpu", module=copied
+            saved["weight"],
+            {k: v for k, v in saved.items() if k.startswith("weight.")},
+            device="cpu",
+            module=copied,
         )
         copied.bias = layer.bias
     assert torch.equal(evaluate(copied, x), y) and torch.equal(gradient(copied, x), gradient(layer, x))
@@ -227,7 +241,10 @@ def test_a_layer_repacked_before_the_hook_has_values_and_gradients(nested, reade
     elif not bnb.functional.has_avx512bf16():
         pytest.skip("bitsandbytes reads its own layout only on CPUs with AVX512_BF16")
     assert bnb_backend.register()
-    assert relative_error(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), whole) < 0.003
+    assert (
+        relative_error(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), whole)
+        < 0.003
+    )
     exact = x.double() @ whole.t() + layer.bias.double()
     assert relative_error(evaluate(layer, x), exact) < 0.005
     assert relative_error(evaluate(layer, x[:1]), exact[:1]) < 0.005
@@ -243,7 +260,9 @@ def test_a_plain_absmax_that_bitsandbytes_has_left_transposed_is_read_rightly():
     layer.state_dict()
     assert not repacked(layer) and layer.weight.quant_state.absmax.dim() == 2
     assert bnb_backend.register()
-    assert torch.equal(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), weight.bfloat16())
+    assert torch.equal(
+        bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), weight.bfloat16()
+    )
     assert relative_error(evaluate(layer, x), exact) < 0.01
     assert relative_error(gradient(layer, x), 2 * exact @ weight) < 0.02
 

@@ -1,4 +1,5 @@
-"""`peftkern env`: complete, honest about what is missing, and without the paths or secrets of the machine it ran on."""
+"""`peftkern env`: complete, honest about what is missing, and without the paths or secrets of the machine it
+ran on."""
 
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def test_report_names_what_a_bug_report_needs():
         assert found[f"backend {name}"].startswith("yes: " if ok else "no: ")
     assert f"torch {torch.get_num_threads()}" in found["threads"]
     if backends.available("cpu")[0]:
-        assert found["isa"].startswith(backends.native().isa()) and all(level in found["isa"] for level in backends.native().isas())
+        assert found["isa"].startswith(backends.native().isa()) and all(
+            level in found["isa"] for level in backends.native().isas()
+        )
 
 
 def test_only_our_variables_and_no_paths(monkeypatch):

@@ -1,4 +1,5 @@
-"""The GPU benchmarks, proven on the CPU: what is wrong is a row with its error, a stopped part goes on, targets are judged; a smoke run."""
+"""The GPU benchmarks, proven on the CPU: what is wrong is a row with its error, a stopped part goes on,
+targets are judged; a smoke run."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def _run(tmp_path: Path, part: str = "linear", **options: object) -> Run:
     return Run(part, tmp_path, device="cpu", small=True, **options)
 
 
-def _candidate(clock: list[float], name: str, seconds: float, moved: int = 0, flops: int = 0, result: object = None) -> Candidate:
+def _candidate(
+    clock: list[float], name: str, seconds: float, moved: int = 0, flops: int = 0, result: object = None
+) -> Candidate:
     def call() -> object:
         clock[0] += seconds
         return result
@@ -70,18 +73,31 @@ def test_a_wrong_provider_is_refused_and_the_others_are_timed(tmp_path: Path, cl
     )
     rows = _rows(run)
     assert list(rows) == ["broken", "raising", "absent", OURS, DENSE]
-    assert rows["broken"]["note"] == "error: AssertionError: relative error 1.0" and rows["broken"]["p50"] == ""
-    assert rows["raising"]["note"].startswith("error: ZeroDivisionError") and rows["absent"]["note"] == "skipped: axolotl is not installed"
+    assert (
+        rows["broken"]["note"] == "error: AssertionError: relative error 1.0" and rows["broken"]["p50"] == ""
+    )
+    assert (
+        rows["raising"]["note"].startswith("error: ZeroDivisionError")
+        and rows["absent"]["note"] == "skipped: axolotl is not installed"
+    )
     ours, dense = rows[OURS], rows[DENSE]
     assert [float(ours[p]) for p in ("p20", "p50", "p80")] == pytest.approx([2.0] * 3)
     assert float(ours["percent_bandwidth"]) == pytest.approx(50.0)  # 1 GB in 2 ms, of 1000 GB/s
     assert float(ours["percent_gemm"]) == pytest.approx(50.0)  # 0.1 TFLOP in 2 ms, of 100 TFLOP/s
     assert float(dense["ratio"]) == pytest.approx(0.5) and dense["percent_bandwidth"] == ""
-    assert (dense["what"], dense["mode"], dense["shape"], dense["M"], dense["unit"]) == ("linear", CASE.mode, "4096x4096", "2048", "ms")
+    assert (dense["what"], dense["mode"], dense["shape"], dense["M"], dense["unit"]) == (
+        "linear",
+        CASE.mode,
+        "4096x4096",
+        "2048",
+        "ms",
+    )
     assert "peftkern" in dense["versions"] and dense["device"]
 
 
-def test_a_rotation_is_checked_in_every_place_and_timed_by_the_call(tmp_path: Path, clock: list[float]) -> None:
+def test_a_rotation_is_checked_in_every_place_and_timed_by_the_call(
+    tmp_path: Path, clock: list[float]
+) -> None:
     def call(result: str) -> str:
         clock[0] += 1e-3
         return result
@@ -102,12 +118,26 @@ def test_rounds_interleave_and_turn(tmp_path: Path, clock: list[float]) -> None:
     factories = {}
     for name in (OURS, "b", "c"):
         candidate = _candidate(clock, name, 5e-3)
-        factories[name] = lambda c=candidate: Candidate(c.name, lambda: (order.append(c.name), c.call()), c.check)
+        factories[name] = lambda c=candidate: Candidate(
+            c.name, lambda: (order.append(c.name), c.call()), c.check
+        )
     measure(_run(tmp_path, rounds=3), CASE, factories)
-    assert order[6:] == [OURS, "b", "c", "b", "c", OURS, "c", OURS, "b"]  # after a check and a look at the time of each
+    assert order[6:] == [
+        OURS,
+        "b",
+        "c",
+        "b",
+        "c",
+        OURS,
+        "c",
+        OURS,
+        "b",
+    ]  # after a check and a look at the time of each
 
 
-def test_a_lost_context_ends_the_part_with_its_row_kept(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_context_ends_the_part_with_its_row_kept(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = _run(tmp_path)
 
     def lost() -> None:
@@ -121,7 +151,9 @@ def test_a_lost_context_ends_the_part_with_its_row_kept(tmp_path: Path, clock: l
         measure(run, CASE, {"faulty": fails, OURS: lambda: _candidate(clock, OURS, 1e-3)})
     assert list(_rows(run)) == ["faulty"]
     resumed = _run(tmp_path, resume=True)
-    assert not resumed.wanted(CASE) and resumed.wanted(Case("linear", "r 64, dropout 0", n=4096, k=4096, m=2048))
+    assert not resumed.wanted(CASE) and resumed.wanted(
+        Case("linear", "r 64, dropout 0", n=4096, k=4096, m=2048)
+    )
 
 
 def test_resume_keeps_what_was_timed_and_a_new_run_drops_it(tmp_path: Path, clock: list[float]) -> None:
@@ -157,8 +189,17 @@ def test_copies_exceed_the_cache(tmp_path: Path) -> None:
 
 def _line(provider: str, ratio: float = 1.0, **changes: str) -> dict[str, str]:
     base = {field.name: "" for field in fields(Row)}
-    base |= dict(device="Test GPU", versions="peftkern 0", what="linear", mode="r 16, dropout 0", dtype="bfloat16", shape="4096x4096")
-    base |= dict(M="8192", timed="eager", provider=provider, p20="1", p50="1", p80="1", unit="ms", ratio=f"{ratio}")
+    base |= dict(
+        device="Test GPU",
+        versions="peftkern 0",
+        what="linear",
+        mode="r 16, dropout 0",
+        dtype="bfloat16",
+        shape="4096x4096",
+    )
+    base |= dict(
+        M="8192", timed="eager", provider=provider, p20="1", p50="1", p80="1", unit="ms", ratio=f"{ratio}"
+    )
     return base | changes
 
 
@@ -170,7 +211,10 @@ def _write(path: Path, lines: list[dict[str, str]]) -> None:
 
 
 def _judged(lines: list[dict[str, str]]) -> dict[str, list[str]]:
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.target_table(lines).splitlines()[2:]]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.target_table(lines).splitlines()[2:]
+    ]
     return {row[0]: row[1:] for row in cells}
 
 
@@ -191,7 +235,12 @@ def test_targets_are_judged_by_the_worst_row() -> None:
         _line(OURS, what="memory", mode="saved, r 16, dropout 0.1", timed="", p50="164"),
     ]
     judged = _judged(lines)
-    assert judged["QLoRA linear ÷ frozen bf16, M = 8192 ≤ 1.12"] == ["1.2", "14336x4096 M=8192", "2", "NO (1 do)"]
+    assert judged["QLoRA linear ÷ frozen bf16, M = 8192 ≤ 1.12"] == [
+        "1.2",
+        "14336x4096 M=8192",
+        "2",
+        "NO (1 do)",
+    ]
     assert judged["QLoRA linear ÷ frozen bf16, M = 2048 ≤ 1.25"][3] == "yes"
     assert judged["dropout 0.1 ÷ no dropout ≤ 1.02"][::3] == ["1.01", "yes"]
     assert judged["decode ≥ 1.3 x bitsandbytes"] == ["1.5", "4096x4096 M=4", "1", "yes"]
@@ -204,10 +253,18 @@ def test_targets_are_judged_by_the_worst_row() -> None:
 
 def test_report_writes_targets_rows_failures_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert report.main(tmp_path) == 1 and "benchmarks.gpu --part all" in capsys.readouterr().out
-    _write(tmp_path / "linear.csv", [_line(OURS), _line(DENSE, 0.9), _line("faulty", p50="", note="error: wrong | value")])
+    _write(
+        tmp_path / "linear.csv",
+        [_line(OURS), _line(DENSE, 0.9), _line("faulty", p50="", note="error: wrong | value")],
+    )
     assert report.main(tmp_path) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "Test GPU; peftkern 0." in text and "Failed:" in text and "| not measured |" in text and "wrong / value" in text
+    assert (
+        "Test GPU; peftkern 0." in text
+        and "Failed:" in text
+        and "| not measured |" in text
+        and "wrong / value" in text
+    )
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "linear.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -221,7 +278,11 @@ def test_build_takes_the_cuda_kernels_where_nvcc_is(tmp_path: Path, monkeypatch:
     nvcc.write_text("#!/bin/sh\n")
     nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
     environment, words = checks.build_environment({"PATH": str(nvcc.parent)})
-    assert environment["PEFTKERN_CUDA"] == "1" and environment["CUDA_HOME"] == str(tmp_path / "cuda") and str(nvcc) in words
+    assert (
+        environment["PEFTKERN_CUDA"] == "1"
+        and environment["CUDA_HOME"] == str(tmp_path / "cuda")
+        and str(nvcc) in words
+    )
 
 
 def test_junit_counts(tmp_path: Path) -> None:
@@ -231,14 +292,18 @@ def test_junit_counts(tmp_path: Path) -> None:
 
 
 def test_every_kernel_of_the_sources_is_looked_for() -> None:
-    """The names are read by pattern: as many as the sources have, and only a launched kernel's own name counts."""
+    """The names are read by pattern: as many as the sources have, and only a launched kernel's own name
+    counts."""
     cuda, triton = every_kernel.source_kernels()
     sources = [p.read_text() for p in (ROOT / "csrc" / "cuda").rglob("*.cu")]
     assert len(cuda) == sum(text.count("__global__ void") for text in sources)
     assert all(name.startswith("_") for name in triton)
     names = sorted(cuda | triton)
     assert every_kernel.missing(set()) == (cuda, triton)
-    assert every_kernel.missing({f"void pk::{name}<__nv_bfloat16, 4>(int)" for name in names}) == (set(), set())
+    assert every_kernel.missing({f"void pk::{name}<__nv_bfloat16, 4>(int)" for name in names}) == (
+        set(),
+        set(),
+    )
     assert every_kernel.missing({f"{name}_other" for name in names}) == (cuda, triton)
 
 
@@ -248,10 +313,16 @@ def test_command_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert all(name in listed for name in PARTS) and "not measured yet" in listed
     assert all(part.seconds <= 600 and part.minutes * 60 < part.seconds for part in PARTS.values())
     readme = (ROOT / "benchmarks" / "gpu" / "README.md").read_text()
-    assert all(f"timeout {part.seconds:3d} python -m benchmarks.gpu --part {name} " in readme for name, part in PARTS.items())
+    assert all(
+        f"timeout {part.seconds:3d} python -m benchmarks.gpu --part {name} " in readme
+        for name, part in PARTS.items()
+    )
     assert main(["--part", "nonsense"]) == 2 and "expected all or some of" in capsys.readouterr().err
     if not torch.cuda.is_available():
-        assert main(["--part", "linear", "--out", str(tmp_path)]) == 2 and "no CUDA device" in capsys.readouterr().err
+        assert (
+            main(["--part", "linear", "--out", str(tmp_path)]) == 2
+            and "no CUDA device" in capsys.readouterr().err
+        )
 
 
 DRIVER = """
@@ -269,7 +340,8 @@ from benchmarks.gpu import layers
 right = layers.qlora_linear
 def measure(name, wrong):
     layers.qlora_linear = wrong
-    options = ["--device", "cpu", "--small", "--rounds", "1", "--only", "r 16", "--out", f"{sys.argv[1]}/{name}"]
+    options = ["--device", "cpu", "--small", "--rounds", "1", "--only", "r 16"]
+    options += ["--out", f"{sys.argv[1]}/{name}"]
     assert main(["--part", "linear", *options]) == 0
 measure("scaled", lambda *a, **k: right(*a, **k) * 1.02)
 measure("undropped", lambda *a, **k: right(*a, **k | dict(dropout_p=0.0)))
@@ -306,20 +378,30 @@ def test_smoke(tmp_path: Path) -> None:
     assert {OURS, "copy"} <= _provided(found["dequantize"], "dequantize")
     assert {OURS, "dense bf16"} <= _provided(found["decode"], "decode")
     assert {OURS, DENSE, NO_DROPOUT, f"{OURS}, fp32 adapters"} <= _provided(found["linear"], "linear")
-    shares = [float(row["percent_bandwidth"]) for row in found["decode"] if row["provider"] == OURS and row["p50"]]
+    shares = [
+        float(row["percent_bandwidth"]) for row in found["decode"] if row["provider"] == OURS and row["p50"]
+    ]
     assert shares and all(math.isfinite(share) and share > 0 for share in shares)
     skips = {row["provider"] for row in found["linear"] if row["note"].startswith("skipped")}
     assert f"{OURS}, Triton only" in skips
     saved = {row["mode"]: float(row["p50"]) for row in found["memory"] if row["provider"] == OURS}
-    assert saved["saved, r 16, dropout 0.1"] - saved["saved, r 16, dropout 0"] == pytest.approx(8e-6, abs=1e-6)  # the seed
+    assert saved["saved, r 16, dropout 0.1"] - saved["saved, r 16, dropout 0"] == pytest.approx(
+        8e-6, abs=1e-6
+    )  # the seed
 
 
 def test_a_wrong_linear_is_refused(tmp_path: Path) -> None:
-    """With the real checks: 2 % off in y and every gradient; and a mask that is not applied, which only the dropout's cases can show."""
+    """With the real checks: 2 % off in y and every gradient; and a mask that is not applied, which only the
+    dropout's cases can show."""
     _drive(tmp_path, BREAK)
-    for name, cases in (("scaled", {"r 16, dropout 0", "r 16, dropout 0.1"}), ("undropped", {"r 16, dropout 0.1"})):
+    for name, cases in (
+        ("scaled", {"r 16, dropout 0", "r 16, dropout 0.1"}),
+        ("undropped", {"r 16, dropout 0.1"}),
+    ):
         rows = [row for row in read_rows(tmp_path / name / "linear.csv") if row["provider"] == OURS]
-        assert {row["mode"] for row in rows if "plain PyTorch's allows" in row["note"] and not row["p50"]} == cases
+        assert {
+            row["mode"] for row in rows if "plain PyTorch's allows" in row["note"] and not row["p50"]
+        } == cases
         assert {row["mode"] for row in rows if row["p50"]} == {"r 16, dropout 0", "r 16, dropout 0.1"} - cases
 
 
@@ -339,6 +421,8 @@ def test_smoke_of_the_longer_ones(tmp_path: Path) -> None:
     for package in ("transformers", "peft", "bitsandbytes"):
         pytest.importorskip(package)
     found = _smoke(tmp_path, "quantize", "small", "launches", "step")
-    assert {OURS, "bitsandbytes"} <= _provided(found["quantize"], "quantize") & _provided(found["small"], "small")
+    assert {OURS, "bitsandbytes"} <= _provided(found["quantize"], "quantize") & _provided(
+        found["small"], "small"
+    )
     assert {OURS, DENSE} <= _provided(found["launches"], "launches")
     assert {OURS, "PEFT + bitsandbytes"} <= _provided(found["step"], "step")

@@ -1,4 +1,5 @@
-"""What the compatibility matrix runs and writes; the runs themselves need the network: `python -m tests.matrix`."""
+"""What the compatibility matrix runs and writes; the runs themselves need the network: `python -m
+tests.matrix`."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,5 @@
-"""How two runs of PEFT's tests are compared; the runs themselves need the network: `python -m tests.peft_suite`."""
+"""How two runs of PEFT's tests are compared; the runs themselves need the network: `python -m
+tests.peft_suite`."""
 
 from tests.peft_suite.__main__ import _regressions, _summary
 

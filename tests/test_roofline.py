@@ -1,4 +1,5 @@
-"""The roofline model: cases computed by hand, its direction when an input changes, and that it counts the launches of our own plan."""
+"""The roofline model: cases computed by hand, its direction when an input changes, and that it counts the
+launches of our own plan."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from benchmarks.roofline import PEAKS, PEERS, Assumptions, frozen, ours, peer, r
 from peftkern.ops.qlora_linear.plan import Launch, Shape
 from peftkern.ops.targets import ARCHITECTURES, CARDS, nearest, occupancy
 
-CARD = replace(CARDS["RTX 4090"], half=100e12, dram=1e12, fp32=40e12)  # its ALU rate: a quarter of fp32's, 10e12
+CARD = replace(
+    CARDS["RTX 4090"], half=100e12, dram=1e12, fp32=40e12
+)  # its ALU rate: a quarter of fp32's, 10e12
 EXACT = Assumptions(gemm=1.0, dram=1.0, alu=1.0, launch=0.0)
 
 
@@ -36,8 +39,12 @@ def test_a_frozen_linear_and_a_peer_by_hand() -> None:
     unsloth = next(p for p in PEERS if p.name == "unsloth")
     launches = peer(unsloth, s)
     extra = sum(one.reads + one.writes for one in launches) - sum(one.reads + one.writes for one in (y, dx))
-    decode = 64 * 128 // 2 + 128 + 4 + 2 * 64 * 128  # codes, 8-bit absmax, one nested block; the weight in 16 bits
-    assert 0 <= extra - (2 * decode + 5 * 2 * 4 * 128 + 5 * 2 * 4 * 64) < 18, "passes are shared out among 18 launches, rounded up"
+    decode = (
+        64 * 128 // 2 + 128 + 4 + 2 * 64 * 128
+    )  # codes, 8-bit absmax, one nested block; the weight in 16 bits
+    assert 0 <= extra - (2 * decode + 5 * 2 * 4 * 128 + 5 * 2 * 4 * 64) < 18, (
+        "passes are shared out among 18 launches, rounded up"
+    )
 
 
 @pytest.mark.parametrize("p", PEERS, ids=lambda p: p.name)
@@ -45,10 +52,15 @@ def test_peers_have_the_launches_that_were_counted(p: roofline.Peer) -> None:
     assert len(peer(p, Shape(2048, 4096, 4096))) == p.launches
 
 
-# 4096 x 4096, M = 8192, r = 16: derived at the data sheet's peaks when the peers' code was read. LoRAFusion's there has the mask's bytes.
-@pytest.mark.parametrize(("card", "expected"), [("RTX 4090", (1.40, 1.24, 1.22, 1.16)), ("H200", (1.50, 1.29, 1.27, 1.19))])
+# 4096 x 4096, M = 8192, r = 16: derived at the data sheet's peaks when the peers' code was read. LoRAFusion's
+# there has the mask's bytes.
+@pytest.mark.parametrize(
+    ("card", "expected"), [("RTX 4090", (1.40, 1.24, 1.22, 1.16)), ("H200", (1.50, 1.29, 1.27, 1.19))]
+)
 def test_the_survey_of_peers_is_reproduced(card: str, expected: tuple[float, ...]) -> None:
-    found = {row.provider: row.at_peaks for row in rows([CARDS[card]], [(4096, 4096)], [8192], 16, Assumptions())}
+    found = {
+        row.provider: row.at_peaks for row in rows([CARDS[card]], [(4096, 4096)], [8192], 16, Assumptions())
+    }
     for p, ratio in zip(PEERS, expected, strict=True):
         assert found[p.name] == pytest.approx(ratio, abs=0.045 if "LoRAFusion" in p.name else 0.02)
 
@@ -70,7 +82,12 @@ def test_more_work_never_takes_less_time() -> None:
     for grown in ("m", "n", "k", "r"):
         small = Shape(2048, 4096, 4096, 16)
         large = replace(small, **{grown: 2 * getattr(small, grown)})
-        for of in (frozen, roofline.floor, lambda s: ours(s, card)[0], *(lambda s, p=p: peer(p, s) for p in PEERS)):
+        for of in (
+            frozen,
+            roofline.floor,
+            lambda s: ours(s, card)[0],
+            *(lambda s, p=p: peer(p, s) for p in PEERS),
+        ):
             assert seconds(of(large), card, PEAKS) >= seconds(of(small), card, PEAKS), grown
     launches = ours(Shape(2048, 4096, 4096), card)[0]
     for slower in (Assumptions(gemm=0.4), Assumptions(dram=0.4), Assumptions(launch=9e-6)):
@@ -84,7 +101,10 @@ def test_dropout_costs_operations_and_no_bytes() -> None:
 
 
 def test_the_command_labels_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert roofline.main(["--card", "L4", "--shape", "1024x512", "--m", "512", "--csv", str(tmp_path / "a.csv")]) == 0
+    assert (
+        roofline.main(["--card", "L4", "--shape", "1024x512", "--m", "512", "--csv", str(tmp_path / "a.csv")])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert all(roofline.LABEL in line for line in printed.splitlines() if line.startswith(("#", "Forward")))
     with (tmp_path / "a.csv").open(newline="") as file:
@@ -97,15 +117,23 @@ def test_a_page_is_written_between_its_markers(tmp_path: Path) -> None:
     page.write_text("before\n<!-- roofline: begin -->\nold\n<!-- roofline: end -->\nafter\n")
     assert roofline.main(["--card", "L4", "--shape", "1024x512", "--m", "512", "--write", str(page)]) == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "### L4, 1024x512" in text
+    assert (
+        text.startswith("before\n")
+        and text.endswith("\nafter\n")
+        and "old" not in text
+        and "### L4, 1024x512" in text
+    )
     with pytest.raises(ValueError, match="cubins: begin"):
         put(page, "cubins", "")
     for name in ("cubins", "roofline"):
-        assert f"<!-- {name}: begin -->" in (Path(__file__).parents[1] / "docs" / "gpu-kernels.md").read_text()
+        assert (
+            f"<!-- {name}: begin -->" in (Path(__file__).parents[1] / "docs" / "gpu-kernels.md").read_text()
+        )
 
 
 def test_occupancy_by_hand() -> None:
-    """sm_86: 48 warps, 64 K registers in quarters, 100 KiB of shared memory of which each block's first KiB is the system's."""
+    """sm_86: 48 warps, 64 K registers in quarters, 100 KiB of shared memory of which each block's first KiB
+    is the system's."""
     sm86 = ARCHITECTURES[86]
     assert occupancy(sm86, registers=32, shared=0, warps=4).blocks == 12  # 48 warps / 4
     assert occupancy(sm86, registers=32, shared=0, warps=1).limit == "blocks"  # 16 of one warp
@@ -116,12 +144,15 @@ def test_occupancy_by_hand() -> None:
     assert occupancy(sm86, registers=32, shared=49 * 1024 + 1, warps=4).blocks == 1
     assert occupancy(sm86, registers=32, shared=99 * 1024, warps=4).blocks == 1
     assert occupancy(sm86, registers=32, shared=99 * 1024 + 1, warps=4).blocks == 0
-    assert occupancy(sm86, registers=128, shared=0, warps=32).blocks == 0  # 16384 / 4096 = 4 warps a quarter, 16 an SM
+    assert (
+        occupancy(sm86, registers=128, shared=0, warps=32).blocks == 0
+    )  # 16384 / 4096 = 4 warps a quarter, 16 an SM
     assert [nearest(sm).sm for sm in (61, 75, 87, 89, 103, 121)] == [75, 75, 86, 89, 100, 120]
 
 
 def test_cards_are_consistent() -> None:
-    """A typing error shows as an impossible clock, or as FLOPs a clock and SM of the tensor cores that are no power of two."""
+    """A typing error shows as an impossible clock, or as FLOPs a clock and SM of the tensor cores that are no
+    power of two."""
     for card in CARDS.values():
         assert card.sm in ARCHITECTURES and card.source
         assert card.tf32 == 0 or card.tf32 == pytest.approx(card.half / 2, rel=0.03)

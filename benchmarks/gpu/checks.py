@@ -38,10 +38,17 @@ def build_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], s
         return dict(environment), "nvcc was not found: the CUDA C++ kernels are not built and not measured"
     home = str(Path(nvcc).resolve().parents[1])
     path = os.pathsep.join((str(Path(nvcc).parent), environment.get("PATH", "")))
-    return {**environment, "PEFTKERN_CUDA": "1", "CUDA_HOME": environment.get("CUDA_HOME", home), "PATH": path}, f"CUDA C++ with {nvcc}"
+    return {
+        **environment,
+        "PEFTKERN_CUDA": "1",
+        "CUDA_HOME": environment.get("CUDA_HOME", home),
+        "PATH": path,
+    }, f"CUDA C++ with {nvcc}"
 
 
-def _command(run: Run, case: Case, words: Sequence[str], environment: Mapping[str, str], log: str, limit_s: float) -> tuple[int, str]:
+def _command(
+    run: Run, case: Case, words: Sequence[str], environment: Mapping[str, str], log: str, limit_s: float
+) -> tuple[int, str]:
     """Run a command from the repository's root, keep its output as a file; (status, output). A row says how
     long it took."""
     start = time.monotonic()
@@ -54,7 +61,9 @@ def _command(run: Run, case: Case, words: Sequence[str], environment: Mapping[st
         except subprocess.TimeoutExpired:
             status = 124
     seconds = time.monotonic() - start
-    note = {0: "ok", 124: f"error: over {limit_s:.0f} s, stopped"}.get(status, f"error: exit status {status}, see {log}")
+    note = {0: "ok", 124: f"error: over {limit_s:.0f} s, stopped"}.get(
+        status, f"error: exit status {status}, see {log}"
+    )
     run.add(case, "seconds", p20=seconds, p50=seconds, p80=seconds, unit="s", note=note)
     return status, path.read_text(errors="replace")
 
@@ -69,8 +78,22 @@ def build(run: Run) -> None:
     # Triton's kernels and the CPU's can be measured without it
     if status and environment.get("PEFTKERN_CUDA") == "1":
         environment["PEFTKERN_CUDA"] = "0"
-        _command(run, Case("build", "without CUDA C++", "", timed=""), command, environment, "build-without-cuda.log", 120)
-    _, output = _command(run, Case("env", "", "", timed=""), [sys.executable, "-m", "peftkern", "env"], environment, "env.txt", 120)
+        _command(
+            run,
+            Case("build", "without CUDA C++", "", timed=""),
+            command,
+            environment,
+            "build-without-cuda.log",
+            120,
+        )
+    _, output = _command(
+        run,
+        Case("env", "", "", timed=""),
+        [sys.executable, "-m", "peftkern", "env"],
+        environment,
+        "env.txt",
+        120,
+    )
     print(output, flush=True)
 
 
@@ -94,8 +117,15 @@ def tests(run: Run) -> None:
 def junit_counts(path: Path) -> dict[str, float]:
     """passed, failed, errors, skipped of a junit file."""
     suites = list(ET.parse(path).getroot().iter("testsuite"))
-    total, failed, errors, skipped = (sum(int(s.get(name, 0)) for s in suites) for name in ("tests", "failures", "errors", "skipped"))
-    return {"passed": float(total - failed - errors - skipped), "failed": float(failed), "errors": float(errors), "skipped": float(skipped)}
+    total, failed, errors, skipped = (
+        sum(int(s.get(name, 0)) for s in suites) for name in ("tests", "failures", "errors", "skipped")
+    )
+    return {
+        "passed": float(total - failed - errors - skipped),
+        "failed": float(failed),
+        "errors": float(errors),
+        "skipped": float(skipped),
+    }
 
 
 def sanitizer(run: Run) -> None:
@@ -145,7 +175,9 @@ def tune(run: Run) -> None:
     from peftkern.ops.qlora_linear import tuned
 
     case = Case("tune", "limits", timed="")
-    status, output = _command(run, case, [sys.executable, "-m", "peftkern", "tune"], os.environ, "tune.log", 480)
+    status, output = _command(
+        run, case, [sys.executable, "-m", "peftkern", "tune"], os.environ, "tune.log", 480
+    )
     print(output[-4000:], flush=True)
     path = tuned.path(device_name(run.device))
     if status or not path.exists():

@@ -1,7 +1,9 @@
-"""Every GPU kernel once or more on small ragged shapes, with its result checked: what compute-sanitizer watches.
+"""Every GPU kernel once or more on small ragged shapes, with its result checked: what compute-sanitizer
+watches.
 
 python -m benchmarks.gpu.every_kernel             runs them
-python -m benchmarks.gpu.every_kernel --names     also prints, as JSON, the kernels of the sources and which of them ran
+python -m benchmarks.gpu.every_kernel --names     also prints, as JSON, the kernels of the sources and which
+of them ran
 """
 
 from __future__ import annotations
@@ -46,18 +48,38 @@ __all__ = ["main", "missing", "run_all", "source_kernels"]
 
 ROOT = Path(__file__).parents[2]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# (M, N, K): few rows, ragged; the GEMV's most; more rows, ragged; whole blocks in K; one row; several tiles; rows enough for split sums.
-SHAPES = ((3, 65, 72), (16, 130, 192), (33, 65, 72), (70, 130, 192), (1, 96, 128), (130, 192, 256), (600, 136, 320))
+# (M, N, K): few rows, ragged; the GEMV's most; more rows, ragged; whole blocks in K; one row; several tiles;
+# rows enough for split sums.
+SHAPES = (
+    (3, 65, 72),
+    (16, 130, 192),
+    (33, 65, 72),
+    (70, 130, 192),
+    (1, 96, 128),
+    (130, 192, 256),
+    (600, 136, 320),
+)
 QUICK_SHAPES = 4  # the first ones: every path of every kernel, in a checker's time
 RANKS = (16, 40, 1, 256)
-_GLOBAL = re.compile(r"__global__\s+(?:__launch_bounds__\([^)]*\)\s+)?void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
+_GLOBAL = re.compile(
+    r"__global__\s+(?:__launch_bounds__\([^)]*\)\s+)?void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\("
+)
 _TRITON = re.compile(r"@triton\.jit(?:\([^)]*\))?\ndef (\w+_kernel)\(")
 
 
 def source_kernels() -> tuple[set[str], set[str]]:
     """Names of the CUDA C++ kernels in csrc/cuda and of the Triton kernels under peftkern/ops."""
-    cuda = {name for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file() for name in _GLOBAL.findall(path.read_text())}
-    triton = {name for path in (ROOT / "peftkern" / "ops").rglob("triton*.py") for name in _TRITON.findall(path.read_text())}
+    cuda = {
+        name
+        for path in (ROOT / "csrc" / "cuda").rglob("*")
+        if path.is_file()
+        for name in _GLOBAL.findall(path.read_text())
+    }
+    triton = {
+        name
+        for path in (ROOT / "peftkern" / "ops").rglob("triton*.py")
+        for name in _TRITON.findall(path.read_text())
+    }
     return cuda, triton
 
 
@@ -67,7 +89,9 @@ def contexts(device: str) -> Iterator[tuple[str, Callable[[], AbstractContextMan
     if device == "cpu" and not backends.interpreted():
         yield "cpu", contextlib.nullcontext
         return
-    backends_here = ("triton",) if device == "cpu" or not backends.available("cuda")[0] else ("cuda", "triton")
+    backends_here = (
+        ("triton",) if device == "cpu" or not backends.available("cuda")[0] else ("cuda", "triton")
+    )
     regimes = {
         "gemv": dict(gemv_max_m=ALWAYS, mma_min_m=ALWAYS, fused_max_m=ALWAYS),
         "fused": dict(gemv_max_m=NEVER, mma_min_m=ALWAYS, fused_max_m=ALWAYS),
@@ -106,7 +130,9 @@ Work = tuple[Callable[[], AbstractContextManager], Callable[[], int]]
 
 def _works(device: str, quick: bool) -> Iterator[Work]:
     """Pieces of work that may run in any process, each within its context."""
-    shapes, ranks, floats = (SHAPES[:QUICK_SHAPES], RANKS[:2], FLOATS[:1]) if quick else (SHAPES, RANKS, FLOATS)
+    shapes, ranks, floats = (
+        (SHAPES[:QUICK_SHAPES], RANKS[:2], FLOATS[:1]) if quick else (SHAPES, RANKS, FLOATS)
+    )
     for dtype, nested in itertools.product(FLOATS, (True, False)):
         yield contextlib.nullcontext, functools.partial(_formats, device, dtype, nested)
     for name, context in contexts(device):
@@ -130,19 +156,30 @@ def _formats(device: str, dtype: torch.dtype, nested: bool) -> int:
     return 6
 
 
-def _linears(device: str, m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], regime: str) -> int:
+def _linears(
+    device: str, m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], regime: str
+) -> int:
     torch.manual_seed(0)
     weight = quantize_4bit(torch.randn(n, k, device=device).to(dtype) * 0.05, nested=m % 2 == 0)
     x = torch.randn(m, k, device=device).to(dtype)
-    _compare(f"linear {regime} {m}x{n}x{k} {dtype}", linear_4bit(x, weight), _reference(lambda: linear_4bit(x, weight)))
+    _compare(
+        f"linear {regime} {m}x{n}x{k} {dtype}",
+        linear_4bit(x, weight),
+        _reference(lambda: linear_4bit(x, weight)),
+    )
     for r, dropout_p in zip(ranks, itertools.cycle((0.0, 0.1)), strict=False):
         adapters = dtype if r % 16 else torch.float32
-        a, b = torch.randn(r, k, device=device).to(adapters), (torch.randn(n, r, device=device) * 0.05).to(adapters)
+        a, b = (
+            torch.randn(r, k, device=device).to(adapters),
+            (torch.randn(n, r, device=device) * 0.05).to(adapters),
+        )
         bias, seed = torch.randn(n, device=device).to(dtype), torch.tensor([7], device=device)
         tensors = [t.requires_grad_() for t in (x.clone(), bias, a, b)]
         dy = torch.randn(m, n, device=device).to(dtype)
 
-        def both(tensors: list = tensors, dropout_p: float = dropout_p, seed=seed, dy=dy) -> tuple[torch.Tensor, ...]:
+        def both(
+            tensors: list = tensors, dropout_p: float = dropout_p, seed=seed, dy=dy
+        ) -> tuple[torch.Tensor, ...]:
             leaf, bias, a, b = tensors
             y = qlora_linear(leaf, weight, bias, a, b, scaling=0.5, dropout_p=dropout_p, seed=seed)
             return (y, *torch.autograd.grad(y, tensors, dy))
@@ -229,13 +266,18 @@ def _compare(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
 def missing(launched: set[str]) -> tuple[set[str], set[str]]:
     """CUDA and Triton kernels of the sources whose name is in no launched kernel's name."""
     cuda, triton = source_kernels()
-    unseen = lambda names: {name for name in names if not any(re.search(rf"\b{name}\b", kernel) for kernel in launched)}  # noqa: E731
+
+    def unseen(names):
+        return {name for name in names if not any(re.search(rf"\b{name}\b", one) for one in launched)}
+
     return unseen(cuda), unseen(triton)
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--names", action="store_true", help="profile, and print which kernels of the sources did not run")
+    p.add_argument(
+        "--names", action="store_true", help="profile, and print which kernels of the sources did not run"
+    )
     p.add_argument("--device", default="cuda")
     p.add_argument("--quick", action="store_true", help="fewer shapes, ranks and dtypes: for a slow checker")
     shares = "every N-th piece of work from the I-th on, to share it among processes"
@@ -248,12 +290,23 @@ def main() -> int:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA if args.device == "cuda" else ProfilerActivity.CPU]) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CUDA if args.device == "cuda" else ProfilerActivity.CPU]
+    ) as profiler:
         run_all(args.device, args.quick, shard)
     names = {e.name for e in profiler.events() if e.device_type == DeviceType.CUDA}
     cuda, triton = missing(names)
     built = args.device == "cuda" and backends.available("cuda")[0]
-    print(json.dumps({"launched": len(names), "cuda_built": built, "missing_cuda": sorted(cuda), "missing_triton": sorted(triton)}))
+    print(
+        json.dumps(
+            {
+                "launched": len(names),
+                "cuda_built": built,
+                "missing_cuda": sorted(cuda),
+                "missing_triton": sorted(triton),
+            }
+        )
+    )
     return 0
 
 

@@ -14,4 +14,6 @@ _WITHOUT_A_CARD = 89
 
 
 def gpu_row() -> config.GPUConfig:
-    return config.GPU_TABLE[config.nearest_arch(backends.gpu_arch() if torch.cuda.is_available() else _WITHOUT_A_CARD)]
+    return config.GPU_TABLE[
+        config.nearest_arch(backends.gpu_arch() if torch.cuda.is_available() else _WITHOUT_A_CARD)
+    ]

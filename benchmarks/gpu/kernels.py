@@ -1,4 +1,5 @@
-"""The parts that measure one kernel: ceilings, dequantize, quantize, decode, and the fused products of medium M."""
+"""The parts that measure one kernel: ceilings, dequantize, quantize, decode, and the fused products of medium
+M."""
 
 from __future__ import annotations
 
@@ -58,8 +59,15 @@ def baseline(run: Run) -> None:
         for m in (16, 64) if run.small else (16, 64, 256, 512, 2048, 8192):
             x = torch.randn(m, shape.k, device=run.device).bfloat16()
             check = _named(close({"y": x.double() @ w.double().t()}, torch.bfloat16))
-            candidate = Candidate("torch", functools.partial(F.linear, x, w), check, 0, 2 * m * shape.n * shape.k)
-            measure(run, Case("GEMM", "bf16", "bfloat16", shape.n, shape.k, m), {"torch": lambda c=candidate: c}, ours="")
+            candidate = Candidate(
+                "torch", functools.partial(F.linear, x, w), check, 0, 2 * m * shape.n * shape.k
+            )
+            measure(
+                run,
+                Case("GEMM", "bf16", "bfloat16", shape.n, shape.k, m),
+                {"torch": lambda c=candidate: c},
+                ours="",
+            )
 
 
 def _named(check: Callable[[dict], None]) -> Callable[[Tensor], None]:
@@ -67,7 +75,9 @@ def _named(check: Callable[[dict], None]) -> Callable[[Tensor], None]:
     return lambda y: check({"y": y})
 
 
-def _within(context: Callable[[], contextlib.AbstractContextManager], call: Callable[..., Any]) -> Callable[..., Any]:
+def _within(
+    context: Callable[[], contextlib.AbstractContextManager], call: Callable[..., Any]
+) -> Callable[..., Any]:
     def run_within(*args: Any) -> Any:
         with context(), torch.no_grad():
             return call(*args)
@@ -76,19 +86,32 @@ def _within(context: Callable[[], contextlib.AbstractContextManager], call: Call
 
 
 def dequantize(run: Run) -> None:
-    """A whole weight to a dense tensor: ours, Triton's, bitsandbytes', and copying the result as the yardstick."""
+    """A whole weight to a dense tensor: ours, Triton's, bitsandbytes', and copying the result as the
+    yardstick."""
     dtypes = ("bfloat16",) if run.small else ("bfloat16", "float16", "float32")
     for shape in shapes(run):
         for dtype, nested in [(d, True) for d in dtypes] + [("bfloat16", False)]:
             for timed in run.modes():
                 case = Case("dequantize", "nested" if nested else "plain", dtype, shape.n, shape.k, 0, timed)
                 if run.wanted(case):
-                    measure(run, case, _dequantize_factories(run, weights(run.device, shape.n, shape.k, DTYPES[dtype], nested)))
+                    measure(
+                        run,
+                        case,
+                        _dequantize_factories(
+                            run, weights(run.device, shape.n, shape.k, DTYPES[dtype], nested)
+                        ),
+                    )
 
 
 def _dequantize_factories(run: Run, w: Weights) -> Mapping[str, Factory]:
     dtype = w.dense.dtype
-    absmax = (w.packed.absmax, w.packed.absmax_8bit, w.packed.absmax_code, w.packed.nested_absmax, w.packed.absmax_offset)
+    absmax = (
+        w.packed.absmax,
+        w.packed.absmax_8bit,
+        w.packed.absmax_code,
+        w.packed.nested_absmax,
+        w.packed.absmax_offset,
+    )
     sizes = (w.packed.shape, w.packed.blocksize, w.packed.nested_blocksize)
     expected = dequantize_reference.dequantize_4bit(w.packed.packed, w.packed.code, *absmax, *sizes, dtype)
     moved, count = w.packed.nbytes + expected.nbytes, run.copies(w.packed.nbytes + expected.nbytes)
@@ -105,12 +128,17 @@ def _dequantize_factories(run: Run, w: Weights) -> Mapping[str, Factory]:
         import bitsandbytes.functional as functional
 
         layers = [copy.deepcopy(w.layer) for _ in range(count)]
-        calls = [functools.partial(functional.dequantize_4bit, layer.weight.data, layer.weight.quant_state) for layer in layers]
+        calls = [
+            functools.partial(functional.dequantize_4bit, layer.weight.data, layer.weight.quant_state)
+            for layer in layers
+        ]
         return rotating(BNB, calls, _named(close({"y": expected}, dtype)), moved)
 
     def copying() -> Candidate:
         sources = [expected.clone() for _ in range(count)]
-        calls = [functools.partial(output.copy_, source) for output, source in zip(outputs, sources, strict=True)]
+        calls = [
+            functools.partial(output.copy_, source) for output, source in zip(outputs, sources, strict=True)
+        ]
         return rotating("copy", calls, equal(expected), 2 * expected.nbytes)
 
     triton = f"{OURS}, Triton only"
@@ -131,7 +159,11 @@ def quantize(run: Run) -> None:
                 if run.wanted(case):
                     torch.manual_seed(0)
                     measure(
-                        run, case, _quantize_factories(run, (torch.randn(shape.n, shape.k, device=run.device) * 0.02).to(DTYPES[dtype]))
+                        run,
+                        case,
+                        _quantize_factories(
+                            run, (torch.randn(shape.n, shape.k, device=run.device) * 0.02).to(DTYPES[dtype])
+                        ),
                     )
 
 
@@ -144,7 +176,9 @@ def _quantize_factories(run: Run, dense: Tensor) -> Mapping[str, Factory]:
     def check(got: NF4Weight) -> None:
         """Codes and absmax bit for bit the definition's; the nested absmax that of the offset it says."""
         equal(codes.reshape(-1))(got.packed.reshape(-1))
-        nested = quantize_reference.quantize_absmax(absmax - got.absmax_offset, got.absmax_code, got.nested_blocksize)
+        nested = quantize_reference.quantize_absmax(
+            absmax - got.absmax_offset, got.absmax_code, got.nested_blocksize
+        )
         for expected, value in zip(nested, (got.absmax_8bit, got.nested_absmax), strict=True):
             equal(expected)(value)
 
@@ -165,7 +199,11 @@ def _quantize_factories(run: Run, dense: Tensor) -> Mapping[str, Factory]:
         return rotating(BNB, [functools.partial(call, w) for w in inputs], check_peer, moved)
 
     triton = f"{OURS}, Triton only"
-    return {OURS: lambda: own(contextlib.nullcontext, OURS), triton: lambda: own(triton_only(run), triton), BNB: bnb}
+    return {
+        OURS: lambda: own(contextlib.nullcontext, OURS),
+        triton: lambda: own(triton_only(run), triton),
+        BNB: bnb,
+    }
 
 
 def decode(run: Run) -> None:
@@ -176,8 +214,18 @@ def decode(run: Run) -> None:
                 case = Case("decode", "nested", "bfloat16", shape.n, shape.k, m, timed)
                 if run.wanted(case):
                     gemv = functools.partial(forced, run, gemv_max_m=ALWAYS, mma_min_m=ALWAYS)
-                    variants = {"gemv": gemv, "mma": _variants(run)["mma"], "Triton only": lambda: triton_only(run)}
-                    measure(run, case, _forward_factories(run, weights(run.device, shape.n, shape.k, torch.bfloat16), m, variants))
+                    variants = {
+                        "gemv": gemv,
+                        "mma": _variants(run)["mma"],
+                        "Triton only": lambda: triton_only(run),
+                    }
+                    measure(
+                        run,
+                        case,
+                        _forward_factories(
+                            run, weights(run.device, shape.n, shape.k, torch.bfloat16), m, variants
+                        ),
+                    )
 
 
 def _variants(run: Run) -> dict[str, Callable[[], Callable[[], contextlib.AbstractContextManager]]]:
@@ -190,7 +238,9 @@ def _variants(run: Run) -> dict[str, Callable[[], Callable[[], contextlib.Abstra
     }
 
 
-def _forward_factories(run: Run, w: Weights, m: int, variants: Mapping[str, Callable]) -> Mapping[str, Factory]:
+def _forward_factories(
+    run: Run, w: Weights, m: int, variants: Mapping[str, Callable]
+) -> Mapping[str, Factory]:
     n, k = w.dense.shape
     torch.manual_seed(1)
     x = torch.randn(m, k, device=run.device).to(w.dense.dtype)
@@ -213,7 +263,13 @@ def _forward_factories(run: Run, w: Weights, m: int, variants: Mapping[str, Call
 
     def dense() -> Candidate:
         copies = [rounded.clone() for _ in range(run.copies(dense_moved))]
-        return rotating(DENSE, [functools.partial(F.linear, x, c) for c in copies], _named(close(exact, x.dtype)), dense_moved, flops)
+        return rotating(
+            DENSE,
+            [functools.partial(F.linear, x, c) for c in copies],
+            _named(close(exact, x.dtype)),
+            dense_moved,
+            flops,
+        )
 
     factories: dict[str, Factory] = {OURS: lambda: own(contextlib.nullcontext, OURS), BNB: bnb, DENSE: dense}
     for suffix, make in variants.items():
@@ -229,7 +285,13 @@ def small_m(run: Run) -> None:
                 for timed in run.modes():
                     case = Case("small", direction, "bfloat16", shape.n, shape.k, m, timed)
                     if run.wanted(case):
-                        measure(run, case, build(run, weights(run.device, shape.n, shape.k, torch.bfloat16), m, _variants(run)))
+                        measure(
+                            run,
+                            case,
+                            build(
+                                run, weights(run.device, shape.n, shape.k, torch.bfloat16), m, _variants(run)
+                            ),
+                        )
 
 
 def _dx_factories(run: Run, w: Weights, m: int, variants: Mapping[str, Callable]) -> Mapping[str, Factory]:
@@ -242,7 +304,9 @@ def _dx_factories(run: Run, w: Weights, m: int, variants: Mapping[str, Callable]
     activations, flops = (m * k + m * n) * x.element_size(), 2 * m * n * k
     moved = w.packed.nbytes + activations
 
-    def gradient(forward: Callable[[Tensor], Tensor], context: Callable = contextlib.nullcontext) -> Callable[[], Tensor]:
+    def gradient(
+        forward: Callable[[Tensor], Tensor], context: Callable = contextlib.nullcontext
+    ) -> Callable[[], Tensor]:
         leaf = x.detach().requires_grad_()
         with context():
             y = forward(leaf)
@@ -266,7 +330,9 @@ def _dx_factories(run: Run, w: Weights, m: int, variants: Mapping[str, Callable]
 
     def dense() -> Candidate:
         size = rounded.nbytes + activations
-        calls = [gradient(functools.partial(F.linear, weight=rounded.clone())) for _ in range(run.copies(size))]
+        calls = [
+            gradient(functools.partial(F.linear, weight=rounded.clone())) for _ in range(run.copies(size))
+        ]
         return rotating(DENSE, calls, _named(close(exact, x.dtype)), size, flops)
 
     factories: dict[str, Factory] = {OURS: lambda: own(contextlib.nullcontext, OURS), BNB: bnb, DENSE: dense}

@@ -1,4 +1,5 @@
-"""A QLoRA linear as every provider computes it: ours in each of its forms, PEFT + bitsandbytes, axolotl's kernels, a frozen bf16 linear."""
+"""A QLoRA linear as every provider computes it: ours in each of its forms, PEFT + bitsandbytes, axolotl's
+kernels, a frozen bf16 linear."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Weights:
-    """One frozen weight: dense [n, k], in a bitsandbytes layer (None, with the reason, where there is none), ours, and decoded to fp32."""
+    """One frozen weight: dense [n, k], in a bitsandbytes layer (None, with the reason, where there is none),
+    ours, and decoded to fp32."""
 
     dense: Tensor
     layer: nn.Module | None
@@ -53,7 +55,16 @@ class Weights:
     def quant(self) -> tuple:
         """The ops' tuple."""
         w = self.packed
-        return (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
+        return (
+            w.code,
+            w.absmax,
+            w.absmax_8bit,
+            w.absmax_code,
+            w.nested_absmax,
+            w.absmax_offset,
+            w.blocksize,
+            w.nested_blocksize,
+        )
 
 
 def bnb_linear(dense: Tensor, nested: bool = True) -> nn.Module:
@@ -87,9 +98,21 @@ def weights(device: str, n: int, k: int, dtype: torch.dtype, nested: bool = True
     except Exception as error:  # ours is measured without it
         missing = f"{type(error).__name__}: {error}"
     packed = NF4Weight.from_dense(dense, nested=nested) if layer is None else NF4Weight.from_bnb(layer)
-    absmax = (packed.absmax, packed.absmax_8bit, packed.absmax_code, packed.nested_absmax, packed.absmax_offset)
+    absmax = (
+        packed.absmax,
+        packed.absmax_8bit,
+        packed.absmax_code,
+        packed.nested_absmax,
+        packed.absmax_offset,
+    )
     sizes = (packed.shape, packed.blocksize, packed.nested_blocksize)
-    return Weights(dense, layer, missing, packed, reference.dequantize_4bit(packed.packed, packed.code, *absmax, *sizes, torch.float32))
+    return Weights(
+        dense,
+        layer,
+        missing,
+        packed,
+        reference.dequantize_4bit(packed.packed, packed.code, *absmax, *sizes, torch.float32),
+    )
 
 
 def forced(run: Run, **changes: object) -> Callable[[], AbstractContextManager]:
@@ -98,7 +121,10 @@ def forced(run: Run, **changes: object) -> Callable[[], AbstractContextManager]:
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
-        with contextlib.nullcontext() if run.cuda else backends.use_backend("triton"), tuned.use_row(replace(gpu_row(), **changes)):
+        with (
+            contextlib.nullcontext() if run.cuda else backends.use_backend("triton"),
+            tuned.use_row(replace(gpu_row(), **changes)),
+        ):
             yield
 
     return context
@@ -115,7 +141,8 @@ def _needs_gpu_path(run: Run) -> None:
 
 
 class Problem:
-    """Inputs of one QLoRA linear and its exact results. Adapters hold bf16 values, so that fp32 adapters have the same results."""
+    """Inputs of one QLoRA linear and its exact results. Adapters hold bf16 values, so that fp32 adapters have
+    the same results."""
 
     def __init__(self, w: Weights, m: int, r: int, dropout_p: float) -> None:
         (n, k), dtype, device = w.dense.shape, w.dense.dtype, w.dense.device
@@ -137,7 +164,8 @@ class Problem:
         return self._results(torch.float64, self._mask()) if self.dropout_p else self.undropped
 
     def plain(self, *, dropped: bool) -> Results:
-        """What plain PyTorch returns at the inputs' dtype: factors and results rounded to it, sums in fp32."""
+        """What plain PyTorch returns at the inputs' dtype: factors and results rounded to it, sums in
+        fp32."""
         mask = self._mask() if dropped else None
         return {name: value.to(self.dtype) for name, value in self._results(torch.float32, mask).items()}
 
@@ -145,7 +173,8 @@ class Problem:
         return dropout_scale(self.m, self.k, self.dropout_p, self.seed) if self.dropout_p else None
 
     def _results(self, dtype: torch.dtype, mask: Tensor | None) -> Results:
-        """y, dx, d_lora_a, d_lora_b by the definition; fp64 takes the format's weight, fp32 its rounding to x's dtype."""
+        """y, dx, d_lora_a, d_lora_b by the definition; fp64 takes the format's weight, fp32 its rounding to
+        x's dtype."""
         weight = self.w.decoded if dtype == torch.float64 else self.w.decoded.to(self.dtype)
         x, dy, w, a, b = (t.to(dtype) for t in (self.x, self.dy, weight, self.a, self.b))
         dropped = x if mask is None else x * mask.to(dtype)
@@ -161,7 +190,9 @@ class Problem:
     def step(self, forward: Callable[[Tensor], Tensor], *trained: Tensor, autocast: bool = False) -> Results:
         """One forward and backward; the results by name."""
         x = self.x.detach().requires_grad_()
-        with torch.autocast(x.device.type, self.dtype, enabled=True) if autocast else contextlib.nullcontext():
+        with (
+            torch.autocast(x.device.type, self.dtype, enabled=True) if autocast else contextlib.nullcontext()
+        ):
             y = forward(x)
         grads = torch.autograd.grad(y, (x, *trained), self.dy.to(y.dtype))
         return dict(zip(("y", "dx", "d_lora_a", "d_lora_b"), (y, *grads), strict=False))
@@ -182,13 +213,22 @@ def ours(
 
     def call(seed: Tensor | None = None) -> Results:
         with context():
-            return p.step(lambda x: qlora_linear(x, p.w.packed, lora_a=a, lora_b=b, scaling=SCALING, dropout_p=dropout_p, seed=seed), a, b)
+            return p.step(
+                lambda x: qlora_linear(
+                    x, p.w.packed, lora_a=a, lora_b=b, scaling=SCALING, dropout_p=dropout_p, seed=seed
+                ),
+                a,
+                b,
+            )
 
     return call
 
 
-def peft(p: Problem, dropout_p: float, *, adapters: torch.dtype, autocast: bool = False, kind: str = "peft") -> Step:
-    """PEFT on bitsandbytes; kind: "peft" (its own forward), "compiled" (by torch.compile), "axolotl" (axolotl's kernel on PEFT's layer)."""
+def peft(
+    p: Problem, dropout_p: float, *, adapters: torch.dtype, autocast: bool = False, kind: str = "peft"
+) -> Step:
+    """PEFT on bitsandbytes; kind: "peft" (its own forward), "compiled" (by torch.compile), "axolotl"
+    (axolotl's kernel on PEFT's layer)."""
     if p.w.layer is None:
         raise Unavailable(p.w.missing)
     if kind == "axolotl" and not p.x.is_cuda:
@@ -199,7 +239,8 @@ def peft(p: Problem, dropout_p: float, *, adapters: torch.dtype, autocast: bool 
     lora = peft_linear(p.w.layer, p.r, dropout_p, p.a.to(adapters), p.b.to(adapters), SCALING)
     forward: Callable[[Tensor], Tensor] = lora
     if kind == "compiled":
-        torch.compiler.reset()  # layers share their code: another shape would count as a recompilation and turn dynamic
+        # layers share their code: another shape would count as a recompilation and turn dynamic
+        torch.compiler.reset()
         forward = torch.compile(lora, dynamic=False)
     elif kind == "axolotl":
         from axolotl.kernels.lora import apply_lora_linear
@@ -217,27 +258,37 @@ def frozen(p: Problem) -> Step:
     return lambda: p.step(lambda x: F.linear(x, w))
 
 
-def steps(run: Run, p: Problem, *, compiled: bool = False) -> dict[str, Callable[[float], Callable[..., Results]]]:
-    """Every provider of a forward and backward, by name: a function of the dropout probability that builds it, or raises Unavailable."""
+def steps(
+    run: Run, p: Problem, *, compiled: bool = False
+) -> dict[str, Callable[[float], Callable[..., Results]]]:
+    """Every provider of a forward and backward, by name: a function of the dropout probability that builds
+    it, or raises Unavailable."""
     fp32, bf16 = torch.float32, p.dtype
     found: dict[str, Callable[[float], Callable[..., Results]]] = {
         OURS: lambda q: ours(p, q),
         f"{OURS}, fp32 adapters": lambda q: ours(p, q, adapters=fp32),
         f"{OURS}, Triton only": lambda q: ours(p, q, context=triton_only(run)),
-        f"{OURS}, slabs + cuBLAS": lambda q: ours(p, q, context=forced(run, gemv_max_m=NEVER, fused_max_m=NEVER, gemm="cublas")),
-        f"{OURS}, slabs + Triton GEMM": lambda q: ours(p, q, context=forced(run, gemv_max_m=NEVER, fused_max_m=NEVER, gemm="triton")),
+        f"{OURS}, slabs + cuBLAS": lambda q: ours(
+            p, q, context=forced(run, gemv_max_m=NEVER, fused_max_m=NEVER, gemm="cublas")
+        ),
+        f"{OURS}, slabs + Triton GEMM": lambda q: ours(
+            p, q, context=forced(run, gemv_max_m=NEVER, fused_max_m=NEVER, gemm="triton")
+        ),
         "PEFT + bitsandbytes": lambda q: peft(p, q, adapters=fp32),
         "PEFT + bitsandbytes, autocast": lambda q: peft(p, q, adapters=fp32, autocast=True),
         "PEFT + bitsandbytes, bf16 adapters": lambda q: peft(p, q, adapters=bf16),
         "axolotl kernels, autocast": lambda q: peft(p, q, adapters=fp32, autocast=True, kind="axolotl"),
     }
     if compiled:
-        found["compiled PEFT + bitsandbytes, bf16 adapters"] = lambda q: peft(p, q, adapters=bf16, kind="compiled")
+        found["compiled PEFT + bitsandbytes, bf16 adapters"] = lambda q: peft(
+            p, q, adapters=bf16, kind="compiled"
+        )
     return found
 
 
 def linear_factories(run: Run, p: Problem, *, compiled: bool = False) -> Mapping[str, Factory]:
-    """Candidates for `measure`: every provider of `steps`, a frozen dense linear, and with dropout our own linear without it."""
+    """Candidates for `measure`: every provider of `steps`, a frozen dense linear, and with dropout our own
+    linear without it."""
     flops = 4 * p.m * p.n * p.k
     factories: dict[str, Factory] = {}
     for name, build in steps(run, p, compiled=compiled).items():
@@ -250,7 +301,9 @@ def linear_factories(run: Run, p: Problem, *, compiled: bool = False) -> Mapping
         factories[name] = factory
     factories[DENSE] = lambda: Candidate(DENSE, frozen(p), close(_dense_results(p), p.dtype), 0, flops)
     if p.dropout_p:
-        factories[NO_DROPOUT] = lambda: Candidate(NO_DROPOUT, ours(p, 0.0), within_bound(p.undropped, p.plain(dropped=False)), 0, flops)
+        factories[NO_DROPOUT] = lambda: Candidate(
+            NO_DROPOUT, ours(p, 0.0), within_bound(p.undropped, p.plain(dropped=False)), 0, flops
+        )
     return factories
 
 
@@ -260,8 +313,8 @@ def _dense_results(p: Problem) -> Results:
 
 
 def _judge(p: Problem, call: Callable[..., Results], build: Callable, own: bool) -> Callable[[Results], None]:
-    """Ours against fp64 within the contract's bound, with the seeded mask; a peer draws a mask of its own, so that its dropout-free twin is
-    judged, and the timed result has to be finite."""
+    """Ours against fp64 within the contract's bound, with the seeded mask; a peer draws a mask of its own, so
+    that its dropout-free twin is judged, and the timed result has to be finite."""
     judge = within_bound(p.exact, p.plain(dropped=True)) if own else close(p.undropped, p.dtype)
 
     def check(got: Results) -> None:

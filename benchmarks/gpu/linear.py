@@ -31,7 +31,13 @@ def cases(run: Run) -> Iterator[tuple[Case, int, float]]:
         for shape in shapes(run):
             for m in (40,) if run.small else TRAIN_M:
                 for timed in run.modes():
-                    yield Case("linear", f"r {r}, dropout {dropout_p:g}", "bfloat16", shape.n, shape.k, m, timed), r, dropout_p
+                    yield (
+                        Case(
+                            "linear", f"r {r}, dropout {dropout_p:g}", "bfloat16", shape.n, shape.k, m, timed
+                        ),
+                        r,
+                        dropout_p,
+                    )
 
 
 def linear(run: Run) -> None:
@@ -44,14 +50,17 @@ def linear(run: Run) -> None:
 
 
 def launches(run: Run) -> None:
-    """Kernels a call launches, counted by torch.profiler; on a CPU, operators, which only proves the script."""
+    """Kernels a call launches, counted by torch.profiler; on a CPU, operators, which only proves the
+    script."""
     shape = TINY if run.small else Q_8B
     w = weights(run.device, shape.n, shape.k, torch.bfloat16)
     for m in (40,) if run.small else (1, 16, 128, 2048):
         for dropout_p in (0.0, 0.1):
             p = Problem(w, m, 16, dropout_p)
             for name, build in (steps(run, p) | {DENSE: lambda _: frozen(p)}).items():  # noqa: B023 (used within the loop's turn)
-                case = Case("launches", f"linear, r 16, dropout {dropout_p:g}", "bfloat16", shape.n, shape.k, m, "")
+                case = Case(
+                    "launches", f"linear, r 16, dropout {dropout_p:g}", "bfloat16", shape.n, shape.k, m, ""
+                )
                 _count(run, case, name, lambda build=build, q=dropout_p: build(q))
     x = torch.randn(1, shape.k, device=run.device).bfloat16()
     single = {
@@ -60,7 +69,12 @@ def launches(run: Run) -> None:
         "decode": lambda: linear_4bit(x, w.packed),
     }
     for name, call in single.items():
-        _count(run, Case("launches", name, "bfloat16", shape.n, shape.k, 1 if name == "decode" else 0, ""), OURS, lambda call=call: call)
+        _count(
+            run,
+            Case("launches", name, "bfloat16", shape.n, shape.k, 1 if name == "decode" else 0, ""),
+            OURS,
+            lambda call=call: call,
+        )
 
 
 def _count(run: Run, case: Case, provider: str, build: Callable[[], Call]) -> None:
@@ -78,18 +92,25 @@ def _count(run: Run, case: Case, provider: str, build: Callable[[], Call]) -> No
 
 
 def _launched(run: Run, call: Call) -> tuple[list[str], int]:
-    """Names of the kernels of one warm call, in order, and how many copies and fills the copy engines or memset did beside them."""
+    """Names of the kernels of one warm call, in order, and how many copies and fills the copy engines or
+    memset did beside them."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(3):
         call()
     run.sync()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.cuda else [])]) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.cuda else [])]
+    ) as profiler:
         call()
         run.sync()
     wanted = DeviceType.CUDA if run.cuda else DeviceType.CPU
-    events = [e for e in profiler.events() if e.device_type == wanted and not getattr(e, "is_user_annotation", False)]
+    events = [
+        e
+        for e in profiler.events()
+        if e.device_type == wanted and not getattr(e, "is_user_annotation", False)
+    ]
     events.sort(key=lambda e: e.time_range.start)
     kernels = [e.name for e in events if not e.name.startswith(("Memcpy", "Memset"))]
     return kernels, len(events) - len(kernels)
@@ -106,7 +127,8 @@ def _guarded(run: Run, work: Callable[[], T]) -> T | str:
 
 
 def memory(run: Run) -> None:
-    """Bytes saved for backward (autograd's own count), bytes really held between the two, and the peak above what was there before."""
+    """Bytes saved for backward (autograd's own count), bytes really held between the two, and the peak above
+    what was there before."""
     for shape in shapes(run):
         w = weights(run.device, shape.n, shape.k, torch.bfloat16)
         for m in (40,) if run.small else (2048, 8192):
@@ -130,7 +152,8 @@ def _bytes(run: Run, case: Case, provider: str, build: Callable[[], Call]) -> No
 
 
 def _measured_bytes(run: Run, call: Call) -> dict[str, float]:
-    """saved: what saved_tensors_hooks see, each storage once, inputs included; peak: of a forward and backward, results included."""
+    """saved: what saved_tensors_hooks see, each storage once, inputs included; peak: of a forward and
+    backward, results included."""
     call()
     run.sync()
     storages: dict[int, int] = {}
@@ -149,7 +172,10 @@ def _measured_bytes(run: Run, call: Call) -> dict[str, float]:
     found = {"saved": float(sum(storages.values()))}
     if not run.cuda:
         return found
-    return found | {"held at the backward's start": float(held[0] - before), "peak": float(torch.cuda.max_memory_allocated() - before)}
+    return found | {
+        "held at the backward's start": float(held[0] - before),
+        "peak": float(torch.cuda.max_memory_allocated() - before),
+    }
 
 
 def _allocated(run: Run) -> int:

@@ -35,18 +35,38 @@ def draw(rows: list[dict[str, str]], file: Path) -> None:
         found = [row for row in rows if (GROUPS in row["options"]) == grouped]
         tokens = [int(row["tokens"]) / 1e3 for row in found]
         name = "attention's backward by groups" if grouped else "peftkern"
-        axes.plot(tokens, [int(row["planned"]) / 1e9 for row in found], color=color, lw=1.5, label=f"{name}, planned")
+        axes.plot(
+            tokens,
+            [int(row["planned"]) / 1e9 for row in found],
+            color=color,
+            lw=1.5,
+            label=f"{name}, planned",
+        )
         measured = [int(row["peak_allocated"]) / 1e9 for row in found]
         axes.plot(tokens, measured, "o", color=color, label=f"{name}, measured")
     for (name, (slope, fixed)), style in zip(PUBLISHED.items(), ("--", ":"), strict=True):
         ends = [0, min(longest, (CARD_GIB * 2**30 - fixed) / slope)]
-        axes.plot([end / 1e3 for end in ends], [(fixed + slope * end) / 1e9 for end in ends], style, color="gray", label=name)
+        axes.plot(
+            [end / 1e3 for end in ends],
+            [(fixed + slope * end) / 1e9 for end in ends],
+            style,
+            color="gray",
+            label=name,
+        )
     axes.axhline(CARD_GIB * 2**30 / 1e9, color="black", lw=0.8)
     axes.text(1, CARD_GIB * 2**30 / 1e9, "24 GB card", va="bottom", fontsize=9)
-    best = [max(int(r["tokens"]) for r in rows if (GROUPS in r["options"]) == grouped) for grouped in (False, True)]
+    best = [
+        max(int(r["tokens"]) for r in rows if (GROUPS in r["options"]) == grouped)
+        for grouped in (False, True)
+    ]
     title = f"QLoRA of an 8B Llama within 24 GB: {best[0]:,} tokens, {best[1]:,} with groups"
     axes.set_title(f"{title}\n(an H100 held to {CARD_GIB} GiB)", fontsize=11)
-    axes.set(xlabel="thousand tokens in one sequence", ylabel="GB allocated at the peak", xlim=(0, None), ylim=(0, 27))
+    axes.set(
+        xlabel="thousand tokens in one sequence",
+        ylabel="GB allocated at the peak",
+        xlim=(0, None),
+        ylim=(0, 27),
+    )
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(file, dpi=130)
     plt.close(figure)

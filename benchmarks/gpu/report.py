@@ -1,4 +1,5 @@
-"""The CSVs of a folder as a markdown report: the targets with what was measured for them, every row, and plots."""
+"""The CSVs of a folder as a markdown report: the targets with what was measured for them, every row, and
+plots."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ KEY = ("device", "what", "mode", "dtype", "shape", "M", "timed")
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on rows of the CSVs. value: what of a row is compared with the limit; `at_least`: from below, else from above."""
+    """A bound on rows of the CSVs. value: what of a row is compared with the limit; `at_least`: from below,
+    else from above."""
 
     words: str
     provider: str
@@ -34,7 +36,13 @@ class Target:
     dtype: str = "bfloat16"
 
     def applies(self, line: Line) -> bool:
-        wanted = (("provider", self.provider), ("what", self.what), ("mode", self.mode), ("timed", self.timed), ("dtype", self.dtype))
+        wanted = (
+            ("provider", self.provider),
+            ("what", self.what),
+            ("mode", self.mode),
+            ("timed", self.timed),
+            ("dtype", self.dtype),
+        )
         sized = (not self.m or int(line["M"]) in self.m) and (not self.shapes or line["shape"] in self.shapes)
         return sized and all(line[k] == v for k, v in wanted if v)
 
@@ -56,13 +64,36 @@ BNB = "bitsandbytes"
 TARGETS = (
     *(
         Target(
-            f"QLoRA linear ÷ frozen bf16, M = {m} ≤ {limit}", DENSE, limit, _ours_over, "linear", "r 16, dropout 0", (SQUARE, WIDE), (m,)
+            f"QLoRA linear ÷ frozen bf16, M = {m} ≤ {limit}",
+            DENSE,
+            limit,
+            _ours_over,
+            "linear",
+            "r 16, dropout 0",
+            (SQUARE, WIDE),
+            (m,),
         )
         for m, limit in ((8192, 1.12), (2048, 1.25))
     ),
-    Target("dropout 0.1 ÷ no dropout ≤ 1.02", NO_DROPOUT, 1.02, _ours_over, "linear", "r 16, dropout 0.1", (SQUARE, WIDE), (2048, 8192)),
     Target(
-        "dequantize nested ≥ 85 % of copy", OURS, 85, _number("percent_bandwidth"), "dequantize", "nested", timed="graph", at_least=True
+        "dropout 0.1 ÷ no dropout ≤ 1.02",
+        NO_DROPOUT,
+        1.02,
+        _ours_over,
+        "linear",
+        "r 16, dropout 0.1",
+        (SQUARE, WIDE),
+        (2048, 8192),
+    ),
+    Target(
+        "dequantize nested ≥ 85 % of copy",
+        OURS,
+        85,
+        _number("percent_bandwidth"),
+        "dequantize",
+        "nested",
+        timed="graph",
+        at_least=True,
     ),
     Target("dequantize in one launch", OURS, 1, _number("p50"), "launches", "dequantize"),
     Target(
@@ -77,7 +108,18 @@ TARGETS = (
         "graph",
         True,
     ),
-    Target("decode ≥ 1.3 x bitsandbytes", BNB, 1.3, _number("ratio"), "decode", "nested", (SQUARE, WIDE), (1, 2, 4, 8), "graph", True),
+    Target(
+        "decode ≥ 1.3 x bitsandbytes",
+        BNB,
+        1.3,
+        _number("ratio"),
+        "decode",
+        "nested",
+        (SQUARE, WIDE),
+        (1, 2, 4, 8),
+        "graph",
+        True,
+    ),
     *(
         Target(
             f"{mode} ≥ {limit} x bitsandbytes, M = 32 ... 256",
@@ -107,14 +149,20 @@ def load(folder: Path) -> list[Line]:
         for line in read_rows(path):
             found[tuple(line[k] for k in (*KEY, "provider", "unit"))] = line
     if not found:
-        raise FileNotFoundError(f"{folder}: no CSV with rows; run python -m benchmarks.gpu --part all --out {folder}")
+        raise FileNotFoundError(
+            f"{folder}: no CSV with rows; run python -m benchmarks.gpu --part all --out {folder}"
+        )
     return list(found.values())
 
 
 def judge(lines: Iterable[Line], target: Target) -> list[tuple[str, float]]:
     """(what row, value) of every measured row that a target applies to."""
     rows = [line for line in lines if target.applies(line) and line["p50"] and line["unit"] != "operators"]
-    return [(f"{line['shape']} M={line['M']}", value) for line in rows if not math.isnan(value := target.value(line))]
+    return [
+        (f"{line['shape']} M={line['M']}", value)
+        for line in rows
+        if not math.isnan(value := target.value(line))
+    ]
 
 
 def target_table(lines: Sequence[Line]) -> str:
@@ -128,7 +176,8 @@ def target_table(lines: Sequence[Line]) -> str:
         where, worst = (min if target.at_least else max)(found, key=lambda pair: pair[1])
         reached = sum(target.reached(value) for _, value in found)
         out.append(
-            f"| {target.words} | {worst:.3g} | {where} | {len(found)} | {'yes' if reached == len(found) else f'NO ({reached} do)'} |"
+            f"| {target.words} | {worst:.3g} | {where} | {len(found)} | "
+            f"{'yes' if reached == len(found) else f'NO ({reached} do)'} |"
         )
     return "\n".join([*out, _saved(lines)])
 
@@ -137,7 +186,12 @@ def _saved(lines: Sequence[Line]) -> str:
     """Whether dropout keeps more bytes for the backward."""
     held: dict[str, dict[str, float]] = defaultdict(dict)
     for line in lines:
-        if line["what"] == "memory" and line["provider"] == OURS and line["mode"].startswith("saved") and line["p50"]:
+        if (
+            line["what"] == "memory"
+            and line["provider"] == OURS
+            and line["mode"].startswith("saved")
+            and line["p50"]
+        ):
             held[f"{line['shape']} M={line['M']}"][line["mode"].rpartition(" ")[2]] = float(line["p50"])
     extra = {where: by["0.1"] - by["0"] for where, by in held.items() if {"0", "0.1"} <= by.keys()}
     if not extra:
@@ -150,18 +204,44 @@ def _saved(lines: Sequence[Line]) -> str:
 
 def table(lines: Sequence[Line]) -> str:
     """Markdown: every row, grouped by what was measured."""
-    head = ("what", "mode", "dtype", "shape", "M", "timed", "provider", "p20", "p50", "p80", "unit", "÷ ours", "% copy", "% GEMM", "note")
+    head = (
+        "what",
+        "mode",
+        "dtype",
+        "shape",
+        "M",
+        "timed",
+        "provider",
+        "p20",
+        "p50",
+        "p80",
+        "unit",
+        "÷ ours",
+        "% copy",
+        "% GEMM",
+        "note",
+    )
     out = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for line in lines:
         numbers = [f"{float(line[name]):.4g}" if line[name] else "" for name in ("p20", "p50", "p80")]
-        rates = [f"{float(line[name]):.3g}" if line[name] else "" for name in ("ratio", "percent_bandwidth", "percent_gemm")]
-        cells = [*(line[k] for k in (*KEY[1:], "provider")), *numbers, line["unit"] if line["p50"] else "", *rates, line["note"][:120]]
+        rates = [
+            f"{float(line[name]):.3g}" if line[name] else ""
+            for name in ("ratio", "percent_bandwidth", "percent_gemm")
+        ]
+        cells = [
+            *(line[k] for k in (*KEY[1:], "provider")),
+            *numbers,
+            line["unit"] if line["p50"] else "",
+            *rates,
+            line["note"][:120],
+        ]
         out.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(out)
 
 
 def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
-    """One picture a kind of measurement: every provider's p50 over M, a panel a shape and mode; [] where matplotlib is missing."""
+    """One picture a kind of measurement: every provider's p50 over M, a panel a shape and mode; [] where
+    matplotlib is missing."""
     try:
         import matplotlib
 
@@ -183,8 +263,19 @@ def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
         figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False)
         for axis, (title, providers) in zip(axes.flat, panels.items(), strict=False):
             for provider, points in sorted(providers.items()):
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", linewidth=2.5 if provider == OURS else 1, label=provider)
-            axis.set(title=title, xlabel="M", ylabel="tokens/s" if what == "step" else "ms", xscale="log", yscale="log")
+                axis.plot(
+                    *zip(*sorted(points), strict=True),
+                    marker="o",
+                    linewidth=2.5 if provider == OURS else 1,
+                    label=provider,
+                )
+            axis.set(
+                title=title,
+                xlabel="M",
+                ylabel="tokens/s" if what == "step" else "ms",
+                xscale="log",
+                yscale="log",
+            )
             axis.title.set_fontsize(8)
             axis.legend(fontsize=5)
         for axis in axes.flat[len(panels) :]:
@@ -209,11 +300,18 @@ def main(folder: Path) -> int:
     text = [f"{devices}; {versions}.", target_table(lines)]
     if failed:
         text.append(
-            "Failed:\n\n" + "\n".join(f"- {' '.join(line[k] for k in KEY[1:])}, {line['provider']}: {line['note']}" for line in failed)
+            "Failed:\n\n"
+            + "\n".join(
+                f"- {' '.join(line[k] for k in KEY[1:])}, {line['provider']}: {line['note']}"
+                for line in failed
+            )
         )
     text.append(table(lines))
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text[:-1]))
     made = plot(lines, folder)
-    print(f"{folder / 'report.md'}; plots: {', '.join(p.name for p in made) or 'none, matplotlib is not installed or nothing to draw'}")
+    print(
+        f"{folder / 'report.md'}; plots: "
+        f"{', '.join(p.name for p in made) or 'none, matplotlib is not installed or nothing to draw'}"
+    )
     return 0

@@ -1,4 +1,5 @@
-"""One part's run: where it measures, how long it may, and its CSV, written row by row so that a killed run keeps what it has."""
+"""One part's run: where it measures, how long it may, and its CSV, written row by row so that a killed run
+keeps what it has."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class ContextLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. `timed`: "graph" (replays of a CUDA graph: kernels alone), "eager" (calls as a user makes them), "" (no time)."""
+    """What is measured. `timed`: "graph" (replays of a CUDA graph: kernels alone), "eager" (calls as a user
+    makes them), "" (no time)."""
 
     what: str
     mode: str = ""
@@ -42,14 +44,21 @@ class Case:
 
     @property
     def id(self) -> str:
-        return " ".join(filter(None, (self.what, self.mode, self.dtype, self.shape, f"M={self.m}" if self.m else "", self.timed)))
+        return " ".join(
+            filter(
+                None,
+                (self.what, self.mode, self.dtype, self.shape, f"M={self.m}" if self.m else "", self.timed),
+            )
+        )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV. ratio: this provider's value divided by peftkern's, per round, then the median; above 1, peftkern is faster.
+    """One line of the CSV. ratio: this provider's value divided by peftkern's, per round, then the median;
+    above 1, peftkern is faster.
 
-    percent_bandwidth, percent_gemm: of the copy bandwidth and the bf16 GEMM rate measured in the same run. note: why there is no figure.
+    percent_bandwidth, percent_gemm: of the copy bandwidth and the bf16 GEMM rate measured in the same run.
+    note: why there is no figure.
     """
 
     device: str
@@ -88,7 +97,8 @@ def versions() -> str:
 
 
 class Run:
-    """A part being measured. Rows of an earlier run are dropped, or with `resume` kept and their cases not measured again."""
+    """A part being measured. Rows of an earlier run are dropped, or with `resume` kept and their cases not
+    measured again."""
 
     def __init__(
         self,
@@ -123,7 +133,8 @@ class Run:
         return torch.cuda.get_device_properties(0).L2_cache_size if self.cuda else FALLBACK_L2
 
     def copies(self, nbytes: int) -> int:
-        """How many inputs of that size a rotation needs so that none is still in the L2 when its turn comes again."""
+        """How many inputs of that size a rotation needs so that none is still in the L2 when its turn comes
+        again."""
         return max(2, min(64, -(-2 * self.l2_bytes // max(nbytes, 1))))
 
     def left_s(self) -> float:
@@ -134,18 +145,32 @@ class Run:
         return ("graph", "eager") if self.cuda else ("eager",)
 
     def wanted(self, case: Case) -> bool:
-        """Whether to measure a case: it is asked for, not there yet, and within the time budget (else a row says so)."""
+        """Whether to measure a case: it is asked for, not there yet, and within the time budget (else a row
+        says so)."""
         key = (case.what, case.mode, case.dtype, case.shape, str(case.m), case.timed)
         if key in self._done or self.only not in case.id:
             return False
         if self.left_s() < 0:
-            self.add(case, "all", note=f"not measured: over the part's {self.budget_s:.0f} s; run again with --resume")
+            self.add(
+                case,
+                "all",
+                note=f"not measured: over the part's {self.budget_s:.0f} s; run again with --resume",
+            )
             return False
         return True
 
     def add(self, case: Case, provider: str, **values: object) -> Row:
         """Append a row to the CSV at once, and show it."""
-        head = (device_name(self.device), versions(), case.what, case.mode, case.dtype, case.shape, case.m, case.timed)
+        head = (
+            device_name(self.device),
+            versions(),
+            case.what,
+            case.mode,
+            case.dtype,
+            case.shape,
+            case.m,
+            case.timed,
+        )
         row = Row(*head, provider, **values)
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
@@ -165,7 +190,9 @@ class Run:
         try:
             self.sync()
         except RuntimeError as error:
-            raise ContextLost(f"{self.part}: the CUDA context is lost ({error}); go on with --resume") from error
+            raise ContextLost(
+                f"{self.part}: the CUDA context is lost ({error}); go on with --resume"
+            ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

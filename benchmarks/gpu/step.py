@@ -1,5 +1,6 @@
-"""The part that measures a whole training step: an 8B-shaped Llama of random weights, quantized layer by layer, QLoRA on every linear,
-gradient checkpointing, under the memory of a 24 GB card. Each provider has a process of its own."""
+"""The part that measures a whole training step: an 8B-shaped Llama of random weights, quantized layer by
+layer, QLoRA on every linear, gradient checkpointing, under the memory of a 24 GB card. Each provider has a
+process of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ __all__ = ["PROVIDERS", "build_model", "step"]
 STOCK = "PEFT + bitsandbytes"
 LIGER = ", Liger"
 SLICED = ", sliced head"
-# The full logits of a 128,256-word vocabulary fill 24 GB long before the linears' activations do, hence the variants without them.
+# The full logits of a 128,256-word vocabulary fill 24 GB long before the linears' activations do, hence the
+# variants without them.
 PROVIDERS = (STOCK, OURS, STOCK + LIGER, OURS + LIGER, STOCK + SLICED, OURS + SLICED)
 CAP_GIB = 23.0  # what a 24 GB card leaves after its CUDA context
 CONTEXTS = (2048, 4096, 8192, 16384, 24576, 32768, 40960, 49152, 65536)
@@ -34,16 +36,29 @@ CHILD_S = 150.0  # a provider's process may take this long
 LENGTH_S = 10.0  # after which a context's steps are enough, two at least: one to warm up and one to time
 R = 16
 LLAMA_8B = dict(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
 )
-TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=300)
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    vocab_size=300,
+)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WHOLE = "all linears, r 16, batch 1"
 GRADIENT_BOUND = 0.1  # of two bf16 roundings of one model, as in the CPU benchmark of a step
 
 
 def build_model(provider: str, device: str, small: bool) -> nn.Module:
-    """Random weights, alike for every provider, made and quantized one linear at a time: a dense 8B never exists."""
+    """Random weights, alike for every provider, made and quantized one linear at a time: a dense 8B never
+    exists."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -53,14 +68,22 @@ def build_model(provider: str, device: str, small: bool) -> nn.Module:
 
         apply_liger_kernel_to_llama()
     size = TINY if small else LLAMA_8B
-    config = LlamaConfig(**size, tie_word_embeddings=False, max_position_embeddings=1 << 17, attn_implementation="sdpa", use_cache=False)
+    config = LlamaConfig(
+        **size,
+        tie_word_embeddings=False,
+        max_position_embeddings=1 << 17,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     generator = torch.Generator(device).manual_seed(0)
     _materialize(model, device, generator)
     torch.manual_seed(1)
-    lora = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=TARGETS, init_lora_weights=False)
+    lora = LoraConfig(
+        r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=TARGETS, init_lora_weights=False
+    )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model = get_peft_model(model, lora, autocast_adapter_dtype=False).to(device).train()
@@ -78,7 +101,9 @@ def _materialize(model: nn.Module, device: str, generator: torch.Generator) -> N
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                dense = torch.empty(child.weight.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
+                dense = torch.empty(child.weight.shape, dtype=torch.bfloat16, device=device).normal_(
+                    0, 0.02, generator=generator
+                )
                 setattr(parent, name, bnb_linear(dense) if name != "lm_head" else _head(dense))
         for name, parameter in list(parent.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -103,10 +128,14 @@ def _loss(model: nn.Module, provider: str, ids: Tensor) -> Tensor:
     return functional.linear_cross_entropy(hidden[:, :-1], causal.lm_head.weight, ids[:, 1:])
 
 
-def child(provider: str, device: str, small: bool, rounds: int, gradients: Path, contexts: Sequence[int] = CONTEXTS) -> Iterator[dict]:
+def child(
+    provider: str, device: str, small: bool, rounds: int, gradients: Path, contexts: Sequence[int] = CONTEXTS
+) -> Iterator[dict]:
     """In a process of its own: a record of each context length, until one does not fit."""
     if device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
     model = build_model(provider, device, small)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
@@ -121,7 +150,9 @@ def child(provider: str, device: str, small: bool, rounds: int, gradients: Path,
             while len(seconds) < 2 or (len(seconds) <= rounds and time.perf_counter() - begun < LENGTH_S):
                 start = time.perf_counter()
                 optimizer.zero_grad()
-                with torch.autocast(device, torch.bfloat16):  # as trainers run QLoRA: fp32 adapters on a bf16 base
+                with torch.autocast(
+                    device, torch.bfloat16
+                ):  # as trainers run QLoRA: fp32 adapters on a bf16 base
                     loss = _loss(model, provider, ids)
                 loss.backward()
                 optimizer.step()
@@ -142,7 +173,11 @@ def step(run: Run) -> None:
         for number, provider in enumerate(PROVIDERS):
             absent = [package for package in _packages(provider) if not has(package)]
             if absent:
-                run.add(Case("step", WHOLE, timed=""), provider, note=f"skipped: {', '.join(absent)} not installed")
+                run.add(
+                    Case("step", WHOLE, timed=""),
+                    provider,
+                    note=f"skipped: {', '.join(absent)} not installed",
+                )
             elif run.wanted(Case("step", provider, timed="")):
                 _provider(run, provider, Path(folder) / f"{number}.pt", Path(folder) / "0.pt")
 
@@ -152,7 +187,17 @@ def _packages(provider: str) -> tuple[str, ...]:
 
 
 def _provider(run: Run, provider: str, gradients: Path, stock: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu.step", "--provider", provider, "--device", run.device, "--gradients", str(gradients)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.step",
+        "--provider",
+        provider,
+        "--device",
+        run.device,
+        "--gradients",
+        str(gradients),
+    ]
     command += ["--rounds", str(2 if run.small else 3), *(["--small"] if run.small else [])]
     limit = CHILD_S if run.small else max(30.0, min(CHILD_S, run.left_s()))
     whole = Case("step", WHOLE, timed="")
@@ -160,7 +205,9 @@ def _provider(run: Run, provider: str, gradients: Path, stock: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         out, error = done.stdout, done.stderr.strip().splitlines()[-1:] if done.returncode else []
     except subprocess.TimeoutExpired as late:
-        out = late.stdout if isinstance(late.stdout, str) else (late.stdout or b"").decode()  # bytes, even of a text stream
+        out = (
+            late.stdout if isinstance(late.stdout, str) else (late.stdout or b"").decode()
+        )  # bytes, even of a text stream
         error = [f"over {limit:.0f} s, later contexts are not measured"]
     records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     note = "not compared, stock has no gradients"

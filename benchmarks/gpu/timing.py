@@ -1,4 +1,5 @@
-"""Interleaved timing on a GPU: every provider checked before it is timed, one that fails is a row with its error, the rest goes on."""
+"""Interleaved timing on a GPU: every provider checked before it is timed, one that fails is a row with its
+error, the rest goes on."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Candidate(Provider):
-    """A provider with the FLOPs of a call; `calls`: how many operations one `call` runs (a rotation over several inputs)."""
+    """A provider with the FLOPs of a call; `calls`: how many operations one `call` runs (a rotation over
+    several inputs)."""
 
     flops: int = 0
     calls: int = 1
@@ -53,8 +55,15 @@ def skipped(reason: str) -> Factory:
     return factory
 
 
-def rotating(name: str, calls: Sequence[Callable[[], Any]], check: Callable[[Any], None], moved: int = 0, flops: int = 0) -> Candidate:
-    """Several inputs in turn as one candidate, so that none of them is served from the L2; every one's result is checked."""
+def rotating(
+    name: str,
+    calls: Sequence[Callable[[], Any]],
+    check: Callable[[Any], None],
+    moved: int = 0,
+    flops: int = 0,
+) -> Candidate:
+    """Several inputs in turn as one candidate, so that none of them is served from the L2; every one's result
+    is checked."""
 
     def judge(results: list[Any]) -> None:
         for result in results:
@@ -129,7 +138,8 @@ def _ready(run: Run, case: Case, factories: Mapping[str, Factory]) -> dict[str, 
 
 
 def measure(run: Run, case: Case, factories: Mapping[str, Factory], *, ours: str = OURS) -> list[Row]:
-    """The rows of one case; the order turns by one each round, so that nobody always runs in the caches another left behind."""
+    """The rows of one case; the order turns by one each round, so that nobody always runs in the caches
+    another left behind."""
     if not run.wanted(case):
         return []
     limits = ceilings(run)
@@ -148,7 +158,14 @@ def measure(run: Run, case: Case, factories: Mapping[str, Factory], *, ours: str
     return [_row(run, case, ready[name], samples, ours, limits) for name in ready]
 
 
-def _row(run: Run, case: Case, candidate: Candidate, samples: Mapping[str, list[float]], ours: str, limits: Ceilings | None) -> Row:
+def _row(
+    run: Run,
+    case: Case,
+    candidate: Candidate,
+    samples: Mapping[str, list[float]],
+    ours: str,
+    limits: Ceilings | None,
+) -> Row:
     own = samples[candidate.name]
     cuts = statistics.quantiles(own, n=10, method="inclusive") if len(own) > 1 else own * 9
     values: dict[str, Any] = dict(p20=cuts[1], p50=cuts[4], p80=cuts[7])
@@ -163,7 +180,8 @@ def _row(run: Run, case: Case, candidate: Candidate, samples: Mapping[str, list[
 
 @functools.lru_cache(maxsize=1)
 def ceilings(run: Run) -> Ceilings:
-    """Measured once a run and kept in its CSV, so that percentages are of the same machine at the same time."""
+    """Measured once a run and kept in its CSV, so that percentages are of the same machine at the same
+    time."""
     size, side = (1 << 20, 128) if run.small else (1 << 30, 8192)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=run.device)
     target = torch.empty_like(source)
@@ -171,8 +189,18 @@ def ceilings(run: Run) -> Ceilings:
     x, y = (torch.randn(side, side, device=run.device).bfloat16() for _ in range(2))
     product = _median(run, lambda: x @ y)
     found = Ceilings(2 * size / copy / 1e6, 2 * side**3 / product / 1e9)
-    run.add(Case("ceiling", "copy, read and written", "uint8", m=size), "torch", **_same(found.copy_gb_s), unit="GB/s")
-    run.add(Case("ceiling", "GEMM", "bfloat16", side, side, side), "torch", **_same(found.gemm_tflop_s), unit="TFLOP/s")
+    run.add(
+        Case("ceiling", "copy, read and written", "uint8", m=size),
+        "torch",
+        **_same(found.copy_gb_s),
+        unit="GB/s",
+    )
+    run.add(
+        Case("ceiling", "GEMM", "bfloat16", side, side, side),
+        "torch",
+        **_same(found.gemm_tflop_s),
+        unit="TFLOP/s",
+    )
     return found
 
 

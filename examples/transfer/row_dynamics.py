@@ -113,7 +113,8 @@ def draw(axes: Any) -> None:
         against = paired_runs(values[name], values["first epoch"])
         words = f"AUC {mean.mean:.3f} ± {mean.se:.3f}, {sum(found)} of {WRONG * len(found)} found"
         print(
-            f"{name}: {words}; over the first epoch {against.mean:+.3f} [{against.low:+.3f}, {against.high:+.3f}]"
+            f"{name}: {words}; over the first epoch {against.mean:+.3f} [{against.low:+.3f}, "
+            f"{against.high:+.3f}]"
         )
 
 

@@ -1,4 +1,5 @@
-"""The recipe: QLoRA fine-tuning of a language model over TRL's SFTTrainer, resumable, in one call or command."""
+"""The recipe: QLoRA fine-tuning of a language model over TRL's SFTTrainer, resumable, in one call or
+command."""
 
 from .config import FinetuneConfig
 from .errors import InputError

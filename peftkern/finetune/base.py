@@ -34,7 +34,9 @@ def base_changes(stored: dict[str, str], model: str) -> list[str]:
         return []
     missing = [name for name in stored if name not in now]
     changed = [name for name, digest in stored.items() if now.get(name, digest) != digest]
-    return [f"{name} of the base {model} has changed" for name in changed] + [f"{name} of the base {model} is gone" for name in missing]
+    return [f"{name} of the base {model} has changed" for name in changed] + [
+        f"{name} of the base {model} is gone" for name in missing
+    ]
 
 
 def _files(model: str) -> list[Path]:
@@ -46,7 +48,11 @@ def _files(model: str) -> list[Path]:
         return list(path.parent.glob(in_parts.replace("[", "[[]"))) if path.is_file() else []
     folder = path if path.is_dir() else _cached(model)
     names = folder.iterdir() if folder else ()
-    return [path for path in names if path.suffix in (*_WEIGHTS, *_OTHERS) and path.name not in _IGNORED and path.is_file()]
+    return [
+        path
+        for path in names
+        if path.suffix in (*_WEIGHTS, *_OTHERS) and path.name not in _IGNORED and path.is_file()
+    ]
 
 
 def _cached(model: str) -> Path | None:

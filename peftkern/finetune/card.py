@@ -33,7 +33,8 @@ def model_card(config: FinetuneConfig, result: FinetuneResult, record: dict[str,
             "",
             f"# {adapter_title(config)} adapter for {base}",
             "",
-            f"Trained with `peftkern finetune`: {result.steps} steps, {result.tokens} tokens, last training loss {result.final_loss:.4f}.",
+            f"Trained with `peftkern finetune`: {result.steps} steps, {result.tokens} tokens, last "
+            f"training loss {result.final_loss:.4f}.",
             "",
             *_results(result),
             "",
@@ -53,7 +54,8 @@ def model_card(config: FinetuneConfig, result: FinetuneResult, record: dict[str,
             "",
             "## Licence",
             "",
-            "None is stated here. Whoever publishes the adapter chooses it, within what the licences of the base and of the data allow.",
+            "None is stated here. Whoever publishes the adapter chooses it, within what the licences "
+            "of the base and of the data allow.",
             "",
         ]
     )
@@ -64,7 +66,15 @@ def _front_matter(config: FinetuneConfig, base: str) -> list[str]:
     tags = [*kind, "peftkern"]
     # A hub takes a repository's name here and refuses a path.
     known = [f"base_model: {json.dumps(base)}"] if base.count("/") == 1 else []
-    return ["---", "library_name: peft", *known, "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    return [
+        "---",
+        "library_name: peft",
+        *known,
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+    ]
 
 
 def _base(model: str) -> str:
@@ -76,7 +86,8 @@ def _base(model: str) -> str:
 def _results(result: FinetuneResult) -> list[str]:
     lines = ["## Perplexity", "", "| text | before | after |", "|---|---|---|"]
     lines += [
-        f"| {_cell(name)} | {before:.2f} | {result.perplexity_after[name]:.2f} |" for name, before in result.perplexity_before.items()
+        f"| {_cell(name)} | {before:.2f} | {result.perplexity_after[name]:.2f} |"
+        for name, before in result.perplexity_before.items()
     ]
     return lines
 
@@ -93,7 +104,9 @@ def _data(config: FinetuneConfig, record: dict[str, Any]) -> list[str]:
 
 
 def _options(config: FinetuneConfig, record: dict[str, Any]) -> list[str]:
-    shown = {key: value for key, value in config.to_dict().items() if key not in _PRIVATE and value is not None}
+    shown = {
+        key: value for key, value in config.to_dict().items() if key not in _PRIVATE and value is not None
+    }
     lines = ["## Options", "", "| option | value |", "|---|---|"]
     lines += [f"| {key} | {_cell(json.dumps(value))} |" for key, value in shown.items()]
     for change in record.get("changes", []):

@@ -31,7 +31,9 @@ class Checkpoint:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first; anything still under a temporary name is none."""
-    complete = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    complete = [
+        path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()
+    ]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -49,7 +51,8 @@ def newest_sound(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
             say(f"{damages[-1]}: going on from the checkpoint before it, if there is one.")
     if damages:
         raise InputError(
-            f"--resume: no checkpoint is sound: {'; '.join(damages)}. Remove {folder} to train from the first step again, "
+            f"--resume: no checkpoint is sound: {'; '.join(damages)}. Remove {folder} to train from "
+            "the first step again, "
             "or start again with --overwrite"
         )
     return None
@@ -125,7 +128,9 @@ def _check_pickle(path: Path) -> None:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile pickle raises is of many types
         reason = str(error).strip().splitlines()
-        raise _DamagedError(f"{path.name} cannot be read safely: {reason[0] if reason else type(error).__name__}") from None
+        raise _DamagedError(
+            f"{path.name} cannot be read safely: {reason[0] if reason else type(error).__name__}"
+        ) from None
     if not isinstance(value, dict):
         raise _DamagedError(f"{path.name} holds no state")
 

@@ -108,7 +108,8 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
     "memory": {
         "fit": (
             str,
-            "24GiB, say: choose checkpointing, its tiers and the tiles so that the run fits (see `peftkern plan`)",
+            "24GiB, say: choose checkpointing, its tiers and the tiles so that the run fits (see "
+            "`peftkern plan`)",
         ),
         "fit_ram": (str, "host memory that --fit may use; default: what is available"),
         "fit_disk": (str, "room on the disk that --fit may use for checkpoints; default: none"),

@@ -17,7 +17,8 @@ __all__ = ["compare", "run_stock", "table"]
 
 
 def compare(config: FinetuneConfig, ours: FinetuneResult) -> str:
-    """Run the stock libraries, write compare.json, return the table. Only the linear layers differ: data, loss and seed are the same."""
+    """Run the stock libraries, write compare.json, return the table. Only the linear layers differ: data,
+    loss and seed are the same."""
     stock = run_stock(config)
     results = {"peftkern": dataclasses.asdict(ours), "stock": dataclasses.asdict(stock)}
     write_json(Path(config.output) / "compare.json", results)
@@ -25,23 +26,29 @@ def compare(config: FinetuneConfig, ours: FinetuneResult) -> str:
 
 
 def run_stock(config: FinetuneConfig) -> FinetuneResult:
-    """The run of `config` with --no-patch, in the folder "stock" of its output; a new process, so that its peak memory is its own."""
+    """The run of `config` with --no-patch, in the folder "stock" of its output; a new process, so that its
+    peak memory is its own."""
     output = Path(config.output) / "stock"
-    plain = dataclasses.replace(config, output=str(output), patch=False, compare=False, overwrite=False, resume=True)
+    plain = dataclasses.replace(
+        config, output=str(output), patch=False, compare=False, overwrite=False, resume=True
+    )
     command = [sys.executable, "-m", "peftkern", "finetune", *plain.to_arguments()]
     status = _wait(command)
     if status:
         raise ChildProcessError(
             f"the run on the stock libraries ended with status {status} (its message is above); "
-            f"the run on peftkern is complete in {config.output}, and the same command with --resume tries again"
+            f"the run on peftkern is complete in {config.output}, and the same command with --resume "
+            "tries again"
         )
     return FinetuneResult(**json.loads((output / "result.json").read_text(encoding="utf-8")))
 
 
 def _wait(command: list[str]) -> int:
-    """The exit status of a child process, to which a signal that ends this one is passed on, so that it saves what it has."""
+    """The exit status of a child process, to which a signal that ends this one is passed on, so that it saves
+    what it has."""
     with stop_signals():
-        # In a session of its own Ctrl-C reaches it through us only: a second signal would keep it from saving.
+        # In a session of its own Ctrl-C reaches it through us only: a second signal would keep it from
+        # saving.
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
             return child.wait()
@@ -59,5 +66,7 @@ def table(ours: FinetuneResult, stock: FinetuneResult) -> str:
     rows.append(("tokens/s", ours.tokens_per_second, stock.tokens_per_second, ".0f"))
     rows.append(("peak memory, GiB", ours.peak_memory / 2**30, stock.peak_memory / 2**30, ".2f"))
     lines = [f"{'':28}{'peftkern':>12}{'stock':>12}{'ratio':>9}"]
-    lines += [f"{name:28}{left:>12{form}}{right:>12{form}}{left / right:>9.3f}" for name, left, right, form in rows]
+    lines += [
+        f"{name:28}{left:>12{form}}{right:>12{form}}{left / right:>9.3f}" for name, left, right, form in rows
+    ]
     return "\n".join(lines)

@@ -169,7 +169,8 @@ class FinetuneConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(
-                    f"{_flag(name)} must be one of {', '.join(filter(None, allowed))}; got {getattr(self, name)!r}"
+                    f"{_flag(name)} must be one of {', '.join(filter(None, allowed))}; got "
+                    f"{getattr(self, name)!r}"
                 )
         if self.loss_on not in (None, COMPLETIONS, ALL):
             raise InputError(f"--loss-on must be {COMPLETIONS} or {ALL}, got {self.loss_on!r}")
@@ -179,7 +180,8 @@ class FinetuneConfig:
             raise InputError("give --resume (go on) or --overwrite (start again), not both")
         if self.row_losses and self.filter_data:
             raise InputError(
-                "--row-losses numbers the rows as they are in --data: drop --filter-data, or write a filtered file"
+                "--row-losses numbers the rows as they are in --data: drop --filter-data, or write a "
+                "filtered file"
                 " first (peftkern data --filter)"
             )
         if self.compare and not self.patch:
@@ -322,7 +324,8 @@ class FinetuneConfig:
         before, after = (f" x {n} processes" if max(processes) > 1 else "" for n in processes)
         if None in rows or rows[0] * rows[1] * processes[0] != now[0] * now[1] * processes[1]:
             lines.append(
-                f"--batch-size and --grad-accumulation: {rows[0]} x {rows[1]}{before} in the stored run, {now[0]} x"
+                f"--batch-size and --grad-accumulation: {rows[0]} x {rows[1]}{before} in the stored "
+                f"run, {now[0]} x"
                 f" {now[1]}{after} now (others with the same product will do)"
             )
         return lines

@@ -19,14 +19,16 @@ _PART = re.compile(r"-\d{5}-of-(\d{5})$")
 
 
 def dense_folder(gguf: Path) -> Path:
-    """Convert a GGUF file to a dense bf16 safetensors folder in the cache, once; raises InputError if it is not whole."""
+    """Convert a GGUF file to a dense bf16 safetensors folder in the cache, once; raises InputError if it is
+    not whole."""
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_dir() / "models" / f"{gguf.stem}-{key}"
     if not folder.is_dir():
         _check(gguf)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Two runs at once convert one after the other: the second finds the folder, and removes none that is being read.
+        # Two runs at once convert one after the other: the second finds the folder, and removes none that is
+        # being read.
         with locked(folder.parent / f".{folder.name}.lock", wait=True):
             if not folder.is_dir():
                 clear_temporaries(folder.parent, folder.name)

@@ -19,7 +19,15 @@ from .tables import write_table
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["PYTHON_REFERENCE", "data_kind", "evaluation_names", "fingerprint", "first_rows", "load_data", "split"]
+__all__ = [
+    "PYTHON_REFERENCE",
+    "data_kind",
+    "evaluation_names",
+    "fingerprint",
+    "first_rows",
+    "load_data",
+    "split",
+]
 
 PYTHON_REFERENCE = "python-reference"
 
@@ -27,9 +35,10 @@ PYTHON_REFERENCE = "python-reference"
 def load_data(source: str | Sequence[str], *, option: str = "--data") -> Dataset:
     """Read one source, or several of one kind, as one dataset.
 
-    A source is a file (.jsonl, .json, .csv, .tsv, .parquet, plain text; all but Parquet also as .gz, .bz2 or .xz), a folder
-    written by `datasets`, "sample" (its held-out books for --eval-data) or, for --eval-data, "python-reference". The
-    columns are text, or prompt and completion, or chat (see `rows`), and place. Raises InputError naming file and line.
+    A source is a file (.jsonl, .json, .csv, .tsv, .parquet, plain text; all but Parquet also as .gz, .bz2 or
+    .xz), a folder written by `datasets`, "sample" (its held-out books for --eval-data) or, for --eval-data,
+    "python-reference". The columns are text, or prompt and completion, or chat (see `rows`), and place.
+    Raises InputError naming file and line.
     """
     sources = (source,) if isinstance(source, str) else tuple(source)
     rows = _checked(sources, option)
@@ -39,7 +48,9 @@ def load_data(source: str | Sequence[str], *, option: str = "--data") -> Dataset
     return write_table(_after(first, rows), _schema(tuple(first)))
 
 
-def first_rows(source: str | Sequence[str], count: int, *, option: str = "--data") -> Iterator[dict[str, Any]]:
+def first_rows(
+    source: str | Sequence[str], count: int, *, option: str = "--data"
+) -> Iterator[dict[str, Any]]:
     """The first rows of what `load_data` reads, without reading the rest."""
     sources = (source,) if isinstance(source, str) else tuple(source)
     return (decode_row(row) for row in itertools.islice(_checked(sources, option), count))
@@ -55,7 +66,9 @@ def data_kind(dataset: Dataset) -> str:
 def evaluation_names(sources: Sequence[str]) -> dict[str, str]:
     """A name for each evaluation source: its stem, or as much of its path as tells it from the others."""
     if len(set(sources)) < len(sources):
-        raise InputError(f"--eval-data names {next(s for s in sources if sources.count(s) > 1)} twice: give it once")
+        raise InputError(
+            f"--eval-data names {next(s for s in sources if sources.count(s) > 1)} twice: give it once"
+        )
     return {_name(source, sources): source for source in sources}
 
 
@@ -105,7 +118,8 @@ def _schema(columns: tuple[str, ...]) -> Any:
 
 
 def _checked(sources: Sequence[str], option: str) -> Iterator[dict[str, str]]:
-    """The rows of all sources as columns of text; raises at the first that differs in form from the first of all."""
+    """The rows of all sources as columns of text; raises at the first that differs in form from the first of
+    all."""
     expected: tuple[tuple[str, ...], str] | None = None
     for source in sources:
         for place, row in _source_rows(source, option):
@@ -119,10 +133,13 @@ def _checked(sources: Sequence[str], option: str) -> Iterator[dict[str, str]]:
 
 def _mixed(place: str, form: tuple[str, ...], expected: tuple[tuple[str, ...], str], chat: bool) -> str:
     def described(names: Sequence[str], chat: bool) -> str:
-        return ", ".join(dict.fromkeys(name for name in names if name != CHAT)) + (" as messages" if chat and names[0] == "prompt" else "")
+        return ", ".join(dict.fromkeys(name for name in names if name != CHAT)) + (
+            " as messages" if chat and names[0] == "prompt" else ""
+        )
 
     return (
-        f"{place}: this row has {described(form, chat)} but {expected[1]} has {described(expected[0], CHAT in expected[0])}: all rows of "
+        f"{place}: this row has {described(form, chat)} but {expected[1]} has "
+        f"{described(expected[0], CHAT in expected[0])}: all rows of "
         "--data (and of each --eval-data) must be of one form; train on the others in a run of their own"
     )
 
@@ -138,9 +155,17 @@ def _source_rows(source: str, option: str) -> Iterator[tuple[str, Any]]:
 def _file_rows(source: str, option: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if not os.path.exists(path):  # Path.exists raises for names that are too long
-        what = f"is a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "no such file or folder"
-        raise FileNotFoundError(f"{option} {source}: {what}; give a jsonl or text file, a datasets folder, or `{SAMPLE}`")
+        what = (
+            f"is a link to {os.readlink(path)}, which does not exist"
+            if os.path.islink(path)
+            else "no such file or folder"
+        )
+        raise FileNotFoundError(
+            f"{option} {source}: {what}; give a jsonl or text file, a datasets folder, or `{SAMPLE}`"
+        )
     try:
         yield from read_rows(path, option)
     except OSError as error:
-        raise InputError(f"{option} {source} cannot be read: {error.strerror or error}. Check its permissions and the disk") from error
+        raise InputError(
+            f"{option} {source} cannot be read: {error.strerror or error}. Check its permissions and the disk"
+        ) from error

@@ -22,8 +22,21 @@ _REPLACEMENT = ".replacement-"
 _ALWAYS = ("result.json", "run.json", "metrics.jsonl", "loss.png", "compare.json", "row_losses.csv")
 # What runs wrote that did not yet list their files.
 _UNLISTED = (
-    *("adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+    *(
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
+    *(
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ),
 )
 
 
@@ -107,21 +120,30 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): start again with --overwrite, or name another --output") from None
+        raise InputError(
+            f"{path} is damaged ({error}): start again with --overwrite, or name another --output"
+        ) from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (no JSON object): start again with --overwrite, or name another --output")
+        raise InputError(
+            f"{path} is damaged (no JSON object): start again with --overwrite, or name another --output"
+        )
     return value
 
 
 def _make(output: Path) -> None:
     if output.is_symlink() and not output.exists():
-        raise InputError(f"--output {output} is a link to {os.readlink(output)}, which does not exist: make that folder, or name another")
+        raise InputError(
+            f"--output {output} is a link to {os.readlink(output)}, which does not exist: make that "
+            "folder, or name another"
+        )
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: name a folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {output} cannot be made: {error.strerror}. Name a folder where you may write") from error
+        raise InputError(
+            f"--output {output} cannot be made: {error.strerror}. Name a folder where you may write"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -134,10 +156,16 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder / _LOCK))
         except LockedError as error:
-            message = f"--output {folder} is in use by another run: {error}. Wait until it ends, or name another folder"
+            message = (
+                f"--output {folder} is in use by another run: {error}. Wait until it ends, or name another "
+                "folder"
+            )
             raise InputError(message) from None
         except OSError as error:
-            message = f"--output {folder} cannot be written: {error.strerror}. Name a folder where you may write, on a disk with free space"
+            message = (
+                f"--output {folder} cannot be written: {error.strerror}. Name a folder where you may "
+                "write, on a disk with free space"
+            )
             raise InputError(message) from error
         yield
 
@@ -176,7 +204,10 @@ def _ours(path: Path) -> bool:
 
 def _replacements(output: Path) -> list[Path]:
     """Oldest first."""
-    return sorted((path for path in output.glob(f"{_REPLACEMENT}*") if path.name.removeprefix(_REPLACEMENT).isdigit()), key=_number)
+    return sorted(
+        (path for path in output.glob(f"{_REPLACEMENT}*") if path.name.removeprefix(_REPLACEMENT).isdigit()),
+        key=_number,
+    )
 
 
 def _number(replacement: Path) -> int:
@@ -184,7 +215,11 @@ def _number(replacement: Path) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in (folder / "checkpoints").glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return [
+        path
+        for path in (folder / "checkpoints").glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
 
 
 def _names(folder: Path) -> set[str]:
@@ -199,7 +234,9 @@ def _names(folder: Path) -> set[str]:
 def _own(folder: Path) -> list[Path]:
     """The files and checkpoints of the run in `folder`, and of the one that --compare made in its folder
     "stock"."""
-    paths = [path for path in (folder / name for name in sorted(_names(folder))) if path.exists()] + _checkpoints(folder)
+    paths = [
+        path for path in (folder / name for name in sorted(_names(folder))) if path.exists()
+    ] + _checkpoints(folder)
     return paths + (_own(folder / "stock") if (folder / "stock" / "run.json").exists() else [])
 
 
@@ -207,12 +244,18 @@ def _refuse_inputs_among(config: FinetuneConfig, output: Path) -> None:
     """What a run reads must still be there when it is resumed."""
     replaced = {output.resolve(), *(path.resolve() for path in _own(output))}
     data = (config.data,) if isinstance(config.data, str) else config.data
-    inputs = {"--model": (config.model,), "--data": data, "--eval-data": config.eval_data, "--source-data": config.source_data}
+    inputs = {
+        "--model": (config.model,),
+        "--data": data,
+        "--eval-data": config.eval_data,
+        "--source-data": config.source_data,
+    }
     for option, sources in inputs.items():
         for place in (Path(source).resolve() for source in sources if Path(source).exists()):
             if place in replaced or any(parent in replaced - {output.resolve()} for parent in place.parents):
                 raise InputError(
-                    f"{option} {place} is part of the run that --overwrite replaces: copy it elsewhere, or name another --output"
+                    f"{option} {place} is part of the run that --overwrite replaces: copy it "
+                    "elsewhere, or name another --output"
                 )
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation", "LoadedModel", "complete", "loaded", "perplexities"]
 
-# What of a run's options its adapter is used with, unless said otherwise. Trust is not among them: whoever loads an adapter
+# What of a run's options its adapter is used with, unless said otherwise. Trust is not among them: whoever
+# loads an adapter
 # of others must not run code because a file of theirs says so.
 _TAKEN = ("model", "quantization", "double_quant", "dtype", "seq_length", "loss_on", "eval_tokens")
 
@@ -70,23 +71,30 @@ class LoadedModel:
 
 @contextlib.contextmanager
 def loaded(adapter: str | None, **options: Any) -> Iterator[LoadedModel]:
-    """The adapter in the folder `adapter` on its base, or the base --model alone; `options`: fields of FinetuneConfig, None as in the run.
+    """The adapter in the folder `adapter` on its base, or the base --model alone; `options`: fields of
+    FinetuneConfig, None as in the run.
 
     Raises InputError where the folder holds no adapter, the base cannot be loaded, or neither is given.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if adapter is None and "model" not in given:
         raise InputError("give --adapter (the --output of a run), or --model for a base alone")
-    config = FinetuneConfig(**({"data": ("-",)} | (_of_run(Path(adapter)) if adapter else {}) | given)).resolved()
+    config = FinetuneConfig(
+        **({"data": ("-",)} | (_of_run(Path(adapter)) if adapter else {}) | given)
+    ).resolved()
     with stock_kernels(config):
         yield _load(Path(adapter) if adapter else None, config)
 
 
 def _of_run(adapter: Path) -> dict[str, Any]:
-    """The options by which the adapter was made: its run's where run.json is there, else the base that PEFT notes."""
+    """The options by which the adapter was made: its run's where run.json is there, else the base that PEFT
+    notes."""
     file = adapter / "adapter_config.json"
     if not file.is_file():
-        raise InputError(f"--adapter {adapter} has no adapter_config.json: give the --output of a finished run, or a folder PEFT saved")
+        raise InputError(
+            f"--adapter {adapter} has no adapter_config.json: give the --output of a finished run, or "
+            "a folder PEFT saved"
+        )
     try:
         values = {"model": json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")}
         if (adapter / "run.json").is_file():
@@ -133,7 +141,8 @@ def _with_adapter(base: Any, adapter: Path) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(
-            f"--adapter {adapter} could not be loaded onto this base: {reason[0] if reason else type(error).__name__}. "
+            f"--adapter {adapter} could not be loaded onto this base: "
+            f"{reason[0] if reason else type(error).__name__}. "
             "Give the base it was trained on with --model, or another adapter"
         ) from error
 
@@ -146,22 +155,33 @@ def complete(loaded: LoadedModel, prompt: str, how: Generation, *, stream: bool 
     from transformers import TextStreamer, set_seed
 
     model, tokenizer = loaded.model, loaded.tokenizer
-    # A prompt that a chat template wrote begins with the token that the tokenizer would put before it once more.
+    # A prompt that a chat template wrote begins with the token that the tokenizer would put before it once
+    # more.
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun).to(model.device)
-    length, context = inputs["input_ids"].shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length, context = (
+        inputs["input_ids"].shape[1],
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
     if not length:
         raise InputError("the prompt is empty: there is nothing to continue")
     if context and length + how.tokens > context:
         raise InputError(
-            f"the prompt has {length} tokens, and {how.tokens} more exceed the model's context of {context}: shorten one of them"
+            f"the prompt has {length} tokens, and {how.tokens} more exceed the model's context of "
+            f"{context}: shorten one of them"
         )
     set_seed(how.seed)
-    sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p} if how.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p}
+        if how.temperature
+        else {"do_sample": False}
+    )
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.no_grad(), loaded.autocast():
-        output = model.generate(**inputs, max_new_tokens=how.tokens, pad_token_id=pad, streamer=streamer, **sampling)
+        output = model.generate(
+            **inputs, max_new_tokens=how.tokens, pad_token_id=pad, streamer=streamer, **sampling
+        )
     return tokenizer.decode(output[0, length:], skip_special_tokens=True)
 
 
@@ -181,17 +201,22 @@ def perplexities(loaded: LoadedModel, sources: tuple[str, ...]) -> dict[str, flo
 def _perplexity(loaded: LoadedModel, dataset: Dataset) -> float:
     total, count = 0.0, 0
     for row in dataset:
-        ids, labels = (torch.tensor([row[key]], device=loaded.model.device) for key in ("input_ids", "labels"))
+        ids, labels = (
+            torch.tensor([row[key]], device=loaded.model.device) for key in ("input_ids", "labels")
+        )
         with torch.no_grad():
             total += _loss(loaded, ids, labels)
         count += int((labels[:, 1:] != -100).sum())
     if not count:
-        raise InputError("no token of this text is left to evaluate on: give more text, or a greater --seq-length")
+        raise InputError(
+            "no token of this text is left to evaluate on: give more text, or a greater --seq-length"
+        )
     return math.exp(total / count) if total / count < 700 else math.inf
 
 
 def _loss(loaded: LoadedModel, ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Summed negative log-likelihood of the labels of one sequence, without its logits where that is possible."""
+    """Summed negative log-likelihood of the labels of one sequence, without its logits where that is
+    possible."""
     from .loss import summed_nll
 
     model = loaded.model

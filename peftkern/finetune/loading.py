@@ -1,4 +1,5 @@
-"""What goes wrong while other people's models are loaded, as one message each that names the file and the remedy."""
+"""What goes wrong while other people's models are loaded, as one message each that names the file and the
+remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _LENGTH = 400  # characters of another library's message
 
 @contextlib.contextmanager
 def load_errors(model: str, path: str, *, files: str = "config.json and weights") -> Iterator[None]:
-    """Turn whatever the libraries raise over the `files` of a model into an InputError; running out of memory stays what it is."""
+    """Turn whatever the libraries raise over the `files` of a model into an InputError; running out of memory
+    stays what it is."""
     try:
         yield
     except InputError:
@@ -31,7 +33,9 @@ def load_errors(model: str, path: str, *, files: str = "config.json and weights"
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise InputError(f"--model {model} could not be loaded: {_damage(Path(path)) or _reason(error, files)}") from error
+        raise InputError(
+            f"--model {model} could not be loaded: {_damage(Path(path)) or _reason(error, files)}"
+        ) from error
 
 
 def check_folder(model: str, path: Path) -> None:
@@ -41,26 +45,41 @@ def check_folder(model: str, path: Path) -> None:
         base = _adapted(adapter)
         raise InputError(
             f"--model {model} holds a LoRA adapter ({adapter.name}), which training would leave out: "
-            + (f"give its base model (--model {base}), or " if base and not config.is_file() else "move the adapter's files away, or ")
+            + (
+                f"give its base model (--model {base}), or "
+                if base and not config.is_file()
+                else "move the adapter's files away, or "
+            )
             + "merge the adapter into the base (`peftkern merge`) and give the merged model"
         )
     if not config.is_file():
-        raise InputError(f"--model {model}: this folder has no config.json: give a folder that save_pretrained wrote, or a .gguf file")
+        raise InputError(
+            f"--model {model}: this folder has no config.json: give a folder that save_pretrained "
+            "wrote, or a .gguf file"
+        )
 
 
 def require_all_weights(model: str, base: PreTrainedModel, report: dict[str, Any]) -> str:
-    """Raise InputError if weights were initialized at random; returns a line on weights of the files that were not used, or ""."""
-    missing, mismatched = sorted(report["missing_keys"]), [*map(str, report["mismatched_keys"]), *_quantized_otherwise(base)]
+    """Raise InputError if weights were initialized at random; returns a line on weights of the files that
+    were not used, or ""."""
+    missing, mismatched = (
+        sorted(report["missing_keys"]),
+        [*map(str, report["mismatched_keys"]), *_quantized_otherwise(base)],
+    )
     if missing:
         raise InputError(
-            f"--model {model}: its files lack {_listing(missing)}, which would be random numbers: download or convert the model again, "
+            f"--model {model}: its files lack {_listing(missing)}, which would be random numbers: "
+            "download or convert the model again, "
             f"whole and with its output head, or correct config.json (architectures, number of layers)"
         )
     if mismatched:
-        raise InputError(f"--model {model}: weights have other shapes than config.json says: {_listing(mismatched)}")
+        raise InputError(
+            f"--model {model}: weights have other shapes than config.json says: {_listing(mismatched)}"
+        )
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(
-            f"--model {model} holds a LoRA adapter beside the base model, which training would leave out: give the base model alone, or "
+            f"--model {model} holds a LoRA adapter beside the base model, which training would leave "
+            "out: give the base model alone, or "
             "merge the adapter into it (`peftkern merge`)"
         )
     unused = sorted(report["unexpected_keys"])
@@ -68,7 +87,8 @@ def require_all_weights(model: str, base: PreTrainedModel, report: dict[str, Any
 
 
 def _quantized_otherwise(base: PreTrainedModel) -> Iterator[str]:
-    """4-bit weights of another shape than their layer: quantized as they load, they pass transformers' check."""
+    """4-bit weights of another shape than their layer: quantized as they load, they pass transformers'
+    check."""
     for name, module in base.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
@@ -93,12 +113,22 @@ def _reason(error: Exception, files: str) -> str:
     """The part of a library's message that tells the cause."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
-        return f"it brings Python code of its own, which is run only with --trust-remote-code (read the code first). {text[:_LENGTH]}"
+        return (
+            "it brings Python code of its own, which is run only with --trust-remote-code (read the code "
+            f"first). {text[:_LENGTH]}"
+        )
     if "Unrecognized configuration class" in text:
-        return f"it is no causal language model that transformers knows: {text.partition('Model type should be')[0][:_LENGTH]}"
+        return (
+            "it is no causal language model that transformers knows: "
+            f"{text.partition('Model type should be')[0][:_LENGTH]}"
+        )
     shortened = text if len(text) <= _LENGTH else text[:_LENGTH] + " ..."
     known = isinstance(error, (OSError, ValueError))
-    return shortened if known and text else f"{type(error).__name__}: {shortened}. Check its {files}, or download it again"
+    return (
+        shortened
+        if known and text
+        else f"{type(error).__name__}: {shortened}. Check its {files}, or download it again"
+    )
 
 
 def _damage(path: Path) -> str | None:
@@ -107,7 +137,10 @@ def _damage(path: Path) -> str | None:
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            return f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}): download or copy this file again"
+            return (
+                f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}): download or copy "
+                "this file again"
+            )
         except (OSError, ValueError, RecursionError) as error:
             return f"{file}: cannot be read ({error}): download or copy this file again"
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else ():
@@ -127,7 +160,10 @@ def _safetensors_fault(file: Path) -> str | None:
             return "cut, or no safetensors file (its header is longer than the file)"
         try:
             header = json.loads(content.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            end = max(
+                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
+                default=0,
+            )
         except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError) as error:
             return f"its header is garbled ({error})"
     if end != size - 8 - length:

@@ -49,7 +49,9 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text
+    )
 
 
 @contextlib.contextmanager
@@ -66,10 +68,12 @@ def memory_errors(config: FinetuneConfig) -> Iterator[None]:
 
         planned = explanation(config)
         raise MemoryError(
-            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Go on with"
+            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Go "
+            "on with"
             f" --resume and less at a time: --batch-size 1 --grad-accumulation {rows} (now --batch-size"
             f" {config.batch_size} --grad-accumulation {config.grad_accumulation}; the product stays), or"
-            " --gradient-checkpointing, or --fit SIZE. Where that does not do, start again with a lower --seq-length"
+            " --gradient-checkpointing, or --fit SIZE. Where that does not do, start again with a "
+            "lower --seq-length"
             f" (now {config.seq_length}) or --quantization nf4: --overwrite, or another --output"
             + (f". {planned}" if planned else "")
         ) from error

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["compute_dtype", "load_base", "load_model", "load_tokenizer", "quantization_options", "resolve_model"]
+__all__ = [
+    "compute_dtype",
+    "load_base",
+    "load_model",
+    "load_tokenizer",
+    "quantization_options",
+    "resolve_model",
+]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -58,7 +65,10 @@ def resolve_model(model: str) -> str:
     if os.path.isdir(path):
         check_folder(model, path)
     elif os.path.exists(path):
-        raise InputError(f"--model {model} is a file, but no .gguf file: give the folder that holds it, with its config.json and tokenizer")
+        raise InputError(
+            f"--model {model} is a file, but no .gguf file: give the folder that holds it, with its "
+            "config.json and tokenizer"
+        )
     return model
 
 
@@ -113,7 +123,9 @@ def _fetched(path: str) -> str:
         return path
 
 
-def _load_whole(path: str, config: FinetuneConfig, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_whole(
+    path: str, config: FinetuneConfig, dtype: torch.dtype, device: str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """By transformers, a tensor at a time: code of the model's own, pickled weights, no quantization."""
     from transformers import AutoModelForCausalLM
 

@@ -14,22 +14,31 @@ if TYPE_CHECKING:
 __all__ = ["require_separation"]
 
 _TOKENS = 8
-# Relative change of an example's logits when its neighbour changes. Where attention is masked it is 0, or the rounding of experts
-# whose batches change; a mean over twice as many tokens, which alibi without a mask is, changes them by tenths.
+# Relative change of an example's logits when its neighbour changes. Where attention is masked it is 0, or the
+# rounding of experts
+# whose batches change; a mean over twice as many tokens, which alibi without a mask is, changes them by
+# tenths.
 _TOLERANCE = 0.01
 
 
 def require_separation(trainer: RecipeTrainer) -> None:
     """Raise InputError unless an example's logits stay the same whatever stands before it in its window.
 
-    Layers that mix positions without looking at position_ids (alibi, recurrence, convolutions) would train on a mixture of examples.
+    Layers that mix positions without looking at position_ids (alibi, recurrence, convolutions) would train on
+    a mixture of examples.
     """
     first, second = _two_examples(trainer)
-    changed = first[1:] + first[:1] if len(set(first)) > 1 else [(token + 1) % trainer.model.config.vocab_size for token in first]
+    changed = (
+        first[1:] + first[:1]
+        if len(set(first)) > 1
+        else [(token + 1) % trainer.model.config.vocab_size for token in first]
+    )
     try:
         one, other = (_logits(trainer, before, second) for before in (first, changed))
     except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
-        raise InputError(f"--packing: this model cannot keep the examples of a window apart ({error}): use --no-packing") from error
+        raise InputError(
+            f"--packing: this model cannot keep the examples of a window apart ({error}): use --no-packing"
+        ) from error
     difference = ((one - other).norm() / one.norm().clamp(min=1e-30)).item()
     if not difference <= _TOLERANCE:
         raise InputError(
@@ -47,7 +56,11 @@ def _two_examples(trainer: RecipeTrainer) -> tuple[list[int], list[int]]:
 
 def _logits(trainer: RecipeTrainer, before: list[int], example: list[int]) -> torch.Tensor:
     """Logits of `example` in one window behind `before`."""
-    window = {"input_ids": before + example, "labels": before + example, "seq_lengths": [len(before), len(example)]}
+    window = {
+        "input_ids": before + example,
+        "labels": before + example,
+        "seq_lengths": [len(before), len(example)],
+    }
     batch = trainer.data_collator([window])
     del batch["labels"]
     trainer.model.eval()

@@ -134,7 +134,8 @@ def lost_processes() -> Iterator[None]:
             raise
         raise ConnectionError(
             f"process {os.environ.get('RANK')} of {process_count()} lost contact with another one, which has"
-            " ended or does not answer (its own message, if it had one, is above). The last checkpoint is whole:"
+            " ended or does not answer (its own message, if it had one, is above). The last checkpoint "
+            "is whole:"
             f" the same command with --resume goes on from it. ({_first_line(error)})"
         ) from error
 

@@ -98,7 +98,10 @@ class _Run:
         contents = {source: fingerprint(source) for source in read}
         check_same_run(stored, self.config, contents, self.folder.output)
         if result and self._has_length_of(result, stored):
-            self._say(f"{self.folder.output} holds a finished run: nothing to resume. More --steps or --epochs extend it.")
+            self._say(
+                f"{self.folder.output} holds a finished run: nothing to resume. More --steps or "
+                "--epochs extend it."
+            )
             return result
         source = load_source(self.config, named, train)
         self._choose_checkpoint(extends=result is not None)
@@ -129,7 +132,9 @@ class _Run:
         """Whether a finished run is as long as asked for, as far as that can be told without its data."""
         if self.config.steps is not None:
             check_length(self.config, planned=self.config.steps, trained=result.steps)
-        return self.config.steps == result.steps or not any(name in self.config.changes(stored["config"]) for name in LENGTH)
+        return self.config.steps == result.steps or not any(
+            name in self.config.changes(stored["config"]) for name in LENGTH
+        )
 
     def _choose_checkpoint(self, *, extends: bool) -> None:
         from .checkpoints import newest_sound
@@ -137,7 +142,8 @@ class _Run:
         self.checkpoint = newest_sound(self.folder.checkpoints, self._say)
         if extends and self.checkpoint is None:
             raise InputError(
-                f"--resume: {self.folder.output} holds a finished run without checkpoints, and so without the optimizer's state: "
+                f"--resume: {self.folder.output} holds a finished run without checkpoints, and so "
+                "without the optimizer's state: "
                 "it cannot be extended; start again with --overwrite, or name another --output"
             )
 
@@ -162,27 +168,46 @@ class _Run:
         earlier: list[dict[str, Any]] = []
         if self.checkpoint:
             logged = self.checkpoint.state.get("log_history", [])
-            earlier, lost = restore_metrics(self.folder.metrics, self.checkpoint.step, logged, write=is_first())
+            earlier, lost = restore_metrics(
+                self.folder.metrics, self.checkpoint.step, logged, write=is_first()
+            )
             if lost:
-                self._say(f"{self.folder.metrics} lacked the last {lost} steps: their tokens and times are unknown, and written as 0.")
+                self._say(
+                    f"{self.folder.metrics} lacked the last {lost} steps: their tokens and times are "
+                    "unknown, and written as 0."
+                )
         self.metrics = MetricsCallback(self.folder.metrics, earlier, quiet=self.quiet, write=is_first())
-        trainer = make_trainer(config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics)
+        trainer = make_trainer(
+            config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics
+        )
         trainer.stop = self.stop
         return trainer
 
     def _begin(
-        self, trainer: RecipeTrainer, stored: dict[str, Any], contents: dict[str, str], planned: int, result: FinetuneResult | None
+        self,
+        trainer: RecipeTrainer,
+        stored: dict[str, Any],
+        contents: dict[str, str],
+        planned: int,
+        result: FinetuneResult | None,
     ) -> None:
         """Write run.json: of a new run with the evaluation before it, of a resumed one with the options that
         change."""
         if not stored:
-            record = {"config": self.config.to_dict(), "data": contents, "base": base_fingerprint(self.config.model)}
+            record = {
+                "config": self.config.to_dict(),
+                "data": contents,
+                "base": base_fingerprint(self.config.model),
+            }
             record |= {"processes": process_count()} if process_count() > 1 else {}
             if self.config.source_data:
                 record["files"] = [FOLDER]
             self.folder.begin(record | self._before(trainer))
             if self.folder.replaces:
-                self._say(f"The earlier run in {self.folder.output} stays until this one, in {self.folder.work}, is complete.")
+                self._say(
+                    f"The earlier run in {self.folder.output} stays until this one, in "
+                    f"{self.folder.work}, is complete."
+                )
             return
         trained = self.checkpoint.step if self.checkpoint else 0
         check_length(self.config, planned=planned, trained=trained)
@@ -200,7 +225,10 @@ class _Run:
         self._say("Evaluating before training ...")
         perplexity = {name: trainer.perplexity(name) for name in trainer.eval_dataset}
         self._say("Perplexity before: " + _listing(perplexity))
-        return {"perplexity_before": perplexity, "sample_before": generate(trainer, self.prompt, self.config.sample_tokens)}
+        return {
+            "perplexity_before": perplexity,
+            "sample_before": generate(trainer, self.prompt, self.config.sample_tokens),
+        }
 
     def _train(self, trainer: RecipeTrainer, planned: int) -> None:
         if self.checkpoint is None:

@@ -28,11 +28,16 @@ def stored_run(folder: RunFolder, needed: dict[str, type] = _NEEDED) -> dict[str
     stored = read_record(folder.record)
     for key, kind in needed.items():
         if not isinstance(stored.get(key), kind):
-            raise InputError(f"{folder.record} is damaged ({key!r} is missing): start again with --overwrite, or name another --output")
+            raise InputError(
+                f"{folder.record} is damaged ({key!r} is missing): start again with --overwrite, or "
+                "name another --output"
+            )
     return stored
 
 
-def check_same_run(stored: dict[str, Any], config: FinetuneConfig, contents: dict[str, str], output: Path) -> None:
+def check_same_run(
+    stored: dict[str, Any], config: FinetuneConfig, contents: dict[str, str], output: Path
+) -> None:
     """Raise InputError with a line for each option, data file and file of the base that is not as in the
     `stored` run."""
     if not stored:
@@ -44,7 +49,8 @@ def check_same_run(stored: dict[str, Any], config: FinetuneConfig, contents: dic
         differing += base_changes(stored.get("base", {}), config.model)
     if differing:
         raise InputError(
-            "--resume: the run in {} was started otherwise:\n  {}\nGive the same options, data and base model, or start again "
+            "--resume: the run in {} was started otherwise:\n  {}\nGive the same options, data and "
+            "base model, or start again "
             "with --overwrite or another --output".format(output, "\n  ".join(differing))
         )
 
@@ -54,7 +60,8 @@ def check_length(config: FinetuneConfig, *, planned: int, trained: int) -> None:
     if planned < trained:
         asked = f"--steps {config.steps}" if config.steps else f"--epochs {config.epochs:g}, {planned} steps"
         raise InputError(
-            f"--resume: the run has trained {trained} steps already, more than {asked}: ask for more, or start again with --overwrite"
+            f"--resume: the run has trained {trained} steps already, more than {asked}: ask for more, "
+            "or start again with --overwrite"
         )
 
 
@@ -66,10 +73,14 @@ def changed_options(
     changes = config.changes(stored["config"])
     if not changes:
         return stored
-    say("Changed for the rest of the run: " + ", ".join(f"{_option(name, now)} (was {before})" for name, (before, now) in changes.items()))
+    say(
+        "Changed for the rest of the run: "
+        + ", ".join(f"{_option(name, now)} (was {before})" for name, (before, now) in changes.items())
+    )
     if any(name in LENGTH for name in changes):
         say(
-            f"The learning rate follows the {config.schedule} schedule of a run of {planned} steps from step {trained + 1} on; "
+            f"The learning rate follows the {config.schedule} schedule of a run of {planned} steps "
+            f"from step {trained + 1} on; "
             f"the steps before had the rates of the length asked for then."
         )
     history = [*stored.get("changes", []), {"after_step": trained, "options": changes}]

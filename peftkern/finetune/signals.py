@@ -1,4 +1,5 @@
-"""Signals that ask a run to end: training finishes its batch and saves, everything else ends at once and in order."""
+"""Signals that ask a run to end: training finishes its batch and saves, everything else ends at once and in
+order."""
 
 from __future__ import annotations
 
@@ -11,16 +12,20 @@ from types import FrameType
 
 __all__ = ["Interrupted", "StopSignals", "stop_signals"]
 
-# Ctrl-C, a scheduler's end of time, a closed terminal, and what schedulers send ahead on request (Slurm's --signal=USR1@60).
+# Ctrl-C, a scheduler's end of time, a closed terminal, and what schedulers send ahead on request (Slurm's
+# --signal=USR1@60).
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _WAITING = b"\nStopping after this batch, then saving a checkpoint. Once more: stop at once.\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; `status` is the exit status that says so (128 + its number: SIGTERM 143, SIGINT 130)."""
+    """A signal ended the run; `status` is the exit status that says so (128 + its number: SIGTERM 143, SIGINT
+    130)."""
 
     def __init__(
-        self, number: int, saved: str = "the same command with --resume goes on from the last checkpoint, if there is one"
+        self,
+        number: int,
+        saved: str = "the same command with --resume goes on from the last checkpoint, if there is one",
     ) -> None:
         super().__init__(f"Stopped by {signal.Signals(number).name}: {saved}")
         self.number = number
@@ -36,7 +41,8 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this block a first signal is noted in `number`, for the block to look at; outside, it raises Interrupted."""
+        """Within this block a first signal is noted in `number`, for the block to look at; outside, it raises
+        Interrupted."""
         self._deferred = True
         try:
             yield
@@ -56,7 +62,8 @@ class StopSignals:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Handle the signals that would end this process, in the main thread; handlers that the program has set itself stay."""
+    """Handle the signals that would end this process, in the main thread; handlers that the program has set
+    itself stay."""
     stop = StopSignals()
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -23,7 +23,8 @@ _ROUNDING = 2.0**-8  # of bf16; bitsandbytes' wrong decodings are off by 0.1 and
 
 @contextmanager
 def stock_kernels(config: FinetuneConfig) -> Iterator[None]:
-    """Plain means plain: inside, the hook by which installing peftkern changes bitsandbytes is out where `config` says no patch."""
+    """Plain means plain: inside, the hook by which installing peftkern changes bitsandbytes is out where
+    `config` says no patch."""
     if config.patch or config.quantization == "none":
         yield
         return
@@ -32,14 +33,17 @@ def stock_kernels(config: FinetuneConfig) -> Iterator[None]:
 
 
 def prepare_stock(model: nn.Module) -> None:
-    """Make sure that the stock layers of `model` train rightly, and say what was done; InputError where they cannot.
+    """Make sure that the stock layers of `model` train rightly, and say what was done; InputError where they
+    cannot.
 
-    bitsandbytes repacks weights at the first evaluation on CPUs with AVX512_BF16, and a repacked layer has no gradient for its input.
-    On CPUs with AVX-512 it decodes weights wrongly whose in_features is no multiple of the block size.
+    bitsandbytes repacks weights at the first evaluation on CPUs with AVX512_BF16, and a repacked layer has no
+    gradient for its input. On CPUs with AVX-512 it decodes weights wrongly whose in_features is no multiple
+    of the block size.
     """
     if kept := keep_plain(model):
         print(
-            f"Stock run: {kept} 4-bit layers are kept from being repacked for CPU inference, after which bitsandbytes has no gradients.",
+            f"Stock run: {kept} 4-bit layers are kept from being repacked for CPU inference, after "
+            "which bitsandbytes has no gradients.",
             file=sys.stderr,
         )
     tried = set()
@@ -62,7 +66,9 @@ def _require_right_decoding(name: str, module: nn.Module, state: Any) -> None:
     if not error <= _ROUNDING:
         rows, columns = state.shape
         raise InputError(
-            f"--no-patch: bitsandbytes {bitsandbytes.__version__} decodes the 4-bit weight of {name} ({rows} x {columns}, blocks of "
-            f"{state.blocksize}) wrongly on this CPU (relative error {error:.2f}): a stock run would not train this model. "
+            f"--no-patch: bitsandbytes {bitsandbytes.__version__} decodes the 4-bit weight of {name} "
+            f"({rows} x {columns}, blocks of "
+            f"{state.blocksize}) wrongly on this CPU (relative error {error:.2f}): a stock run would "
+            "not train this model. "
             "Compare with --quantization none, or on another machine"
         )

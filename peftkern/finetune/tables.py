@@ -51,14 +51,16 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"could not write the rows of the data to {path}: {error}. Check the free disk space there, or let "
+            f"could not write the rows of the data to {path}: {error}. Check the free disk space "
+            "there, or let "
             "PEFTKERN_CACHE name a folder on a larger disk"
         ) from error
 
 
 @functools.cache
 def _scratch_folder() -> Path:
-    """A folder for the tables of this process, removed when it ends; what killed processes left is removed first."""
+    """A folder for the tables of this process, removed when it ends; what killed processes left is removed
+    first."""
     host = socket.gethostname()
     for parent in (cache_dir() / "data", Path(tempfile.gettempdir())):
         folder = parent / f"{TEMP_PREFIX}{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -70,7 +72,10 @@ def _scratch_folder() -> Path:
             shutil.rmtree(left, ignore_errors=True)
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return folder
-    raise OSError(f"neither {cache_dir()} nor {tempfile.gettempdir()} can be written: let PEFTKERN_CACHE name a folder that can")
+    raise OSError(
+        f"neither {cache_dir()} nor {tempfile.gettempdir()} can be written: let PEFTKERN_CACHE name a "
+        "folder that can"
+    )
 
 
 def _abandoned(parent: Path, host: str) -> Iterator[Path]:

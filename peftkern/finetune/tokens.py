@@ -58,21 +58,24 @@ def tokenize(
 ) -> Dataset:
     """Turn the rows of `load_data` into input_ids, labels (both int32) and row, the index in `rows`.
 
-    A text row is its tokens and the end of sequence, all of them targets. Of the others the targets are, with `loss_on`
-    "completions", the completion or what the assistant says; with "all", every token; with None, the completion of prompt and
-    completion, and all of messages. Rows are cut to `length` tokens unless they will be `wrapped` into windows without loss.
-    Rows left without a target are left out; both are said on stderr. Raises InputError if none is left.
+    A text row is its tokens and the end of sequence, all of them targets. Of the others the targets are, with
+    `loss_on` "completions", the completion or what the assistant says; with "all", every token; with None,
+    the completion of prompt and completion, and all of messages. Rows are cut to `length` tokens unless they
+    will be `wrapped` into windows without loss. Rows left without a target are left out; both are said on
+    stderr. Raises InputError if none is left.
     """
     import pyarrow
 
     if CHAT in rows.column_names and not tokenizer.chat_template:
         raise InputError(
-            f"{option}: {rows[0]['place']} has messages, but the tokenizer has no chat template: use an instruct model, "
+            f"{option}: {rows[0]['place']} has messages, but the tokenizer has no chat template: use "
+            "an instruct model, "
             "whose tokenizer has one, or rows of text, or of prompt and completion strings"
         )
     if loss_on == COMPLETIONS and data_kind(rows) == "text":
         raise InputError(
-            f"--loss-on completions: {option} has rows of text, which have none: give rows of prompt and completion, or of messages"
+            f"--loss-on completions: {option} has rows of text, which have none: give rows of prompt "
+            "and completion, or of messages"
         )
     counts = _Counts()
     integers = pyarrow.list_(pyarrow.int32())
@@ -87,8 +90,15 @@ def tokenize(
     return tokens
 
 
-def render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, answer: bool = False) -> str:
-    """What the chat template writes for `messages` of a row, with the row's tools; with `answer`, up to where the answer begins."""
+def render(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    answer: bool = False,
+) -> str:
+    """What the chat template writes for `messages` of a row, with the row's tools; with `answer`, up to where
+    the answer begins."""
     tools = row.get("tools")
     return tokenizer.apply_chat_template(
         messages,
@@ -118,7 +128,11 @@ def _example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_on
     row = decode_row(record)
     if CHAT not in record:
         ids = _ended(tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer)
-        return _whole(ids) if loss_on == ALL else _Example(ids, [(_common_start(tokenizer(row["prompt"])["input_ids"], ids), len(ids))])
+        return (
+            _whole(ids)
+            if loss_on == ALL
+            else _Example(ids, [(_common_start(tokenizer(row["prompt"])["input_ids"], ids), len(ids))])
+        )
     try:
         return _chat(row, record["place"], tokenizer, loss_on)
     except InputError:
@@ -130,14 +144,26 @@ def _example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_on
         ) from error
 
 
-def _chat(row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase, loss_on: str | None) -> _Example:
+def _chat(
+    row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase, loss_on: str | None
+) -> _Example:
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     text = render(row, tokenizer, messages)
     ids = _plain_ids(text, tokenizer)
     if loss_on == ALL or (loss_on is None and "messages" in row):
         return _whole(ids)
     if "prompt" in row:
-        return _Example(ids, [(_common_start(_plain_ids(render(row, tokenizer, row["prompt"], answer=True), tokenizer), ids), len(ids))])
+        return _Example(
+            ids,
+            [
+                (
+                    _common_start(
+                        _plain_ids(render(row, tokenizer, row["prompt"], answer=True), tokenizer), ids
+                    ),
+                    len(ids),
+                )
+            ],
+        )
     spans = []
     for index in (i for i, turn in enumerate(messages) if turn["role"] == "assistant"):
         before, after = (
@@ -146,10 +172,16 @@ def _chat(row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase, l
         )
         if not text.startswith(before) or not text.startswith(after):
             raise InputError(
-                f"{place}: the chat template writes turn {index + 1} otherwise once others follow, so what to learn of it is not clear: "
+                f"{place}: the chat template writes turn {index + 1} otherwise once others follow, so "
+                "what to learn of it is not clear: "
                 "use --loss-on all, or rows of prompt and completion with one answer each"
             )
-        spans.append((_common_start(_plain_ids(before, tokenizer), ids), _common_start(_plain_ids(after, tokenizer), ids)))
+        spans.append(
+            (
+                _common_start(_plain_ids(before, tokenizer), ids),
+                _common_start(_plain_ids(after, tokenizer), ids),
+            )
+        )
     return _Example(ids, spans)
 
 
@@ -167,8 +199,11 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _common_start(left: list[int], right: list[int]) -> int:
-    """How many tokens both begin with: a completion begins where the tokens of prompt and whole part, be it within the prompt."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    """How many tokens both begin with: a completion begins where the tokens of prompt and whole part, be it
+    within the prompt."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
 
 
 def _fitting(examples: Iterator[_Example], limit: int | None, counts: _Counts) -> Iterator[dict[str, Any]]:
@@ -193,20 +228,29 @@ def _losses(option: str, counts: _Counts, length: int) -> str:
     if counts.cut:
         said.append(f"{counts.cut} cut to --seq-length {length}")
     if counts.without_target:
-        said.append(f"{counts.without_target} left out, as nothing to learn was left of them within --seq-length {length}")
+        said.append(
+            f"{counts.without_target} left out, as nothing to learn was left of them within "
+            f"--seq-length {length}"
+        )
     if counts.blank:
         said.append(f"{counts.blank} left out, as they are blank or have no answer")
     longer = (
-        f". The longest has {counts.longest} tokens: raise --seq-length, or shorten or split the rows" if counts.longest > length else ""
+        f". The longest has {counts.longest} tokens: raise --seq-length, or shorten or split the rows"
+        if counts.longest > length
+        else ""
     )
     return f"{option}: of {counts.rows} rows {', '.join(said)}{longer}."
 
 
 def _nothing_left(option: str, counts: _Counts, length: int) -> str:
     if counts.blank == counts.rows:
-        return f"{option}: all of its {counts.rows} rows are blank or have no answer, so there is nothing to learn: give rows with text"
+        return (
+            f"{option}: all of its {counts.rows} rows are blank or have no answer, so there is nothing to "
+            "learn: give rows with text"
+        )
     blank = f", {counts.blank} are blank or have no answer" if counts.blank else ""
     return (
-        f"{option}: none of its {counts.rows} rows has a token to learn within --seq-length {length} (the longest has "
+        f"{option}: none of its {counts.rows} rows has a token to learn within --seq-length {length} "
+        "(the longest has "
         f"{counts.longest} tokens{blank}): raise --seq-length, or shorten the prompts"
     )

@@ -44,8 +44,12 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
 
     row_losses: RowLossRecorder | None = None
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = {**inputs, "use_cache": False} | (
+            {"output_router_logits": True} if self.aux_loss_enabled else {}
+        )
         # The model's own loss: TRL's would be that of its fused head.
         recorder = self.row_losses if model.training else None
         with contextlib.nullcontext() if recorder is None else recorder.watching(self.base_model()):
@@ -79,7 +83,8 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
                 total, count = total + more[0], count + more[1]
         if not count:
             raise InputError(
-                f"the evaluation text {name!r} has no token to predict within --seq-length {self.args.max_length}: raise "
+                f"the evaluation text {name!r} has no token to predict within --seq-length "
+                f"{self.args.max_length}: raise "
                 "--seq-length, or give other rows"
             )
         return self._exponential(total / count, name)
@@ -87,7 +92,9 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
     def _nll_of_all(self, base: Any, batch: dict[str, Any]) -> tuple[float, int]:
         """As `_nll`, of the batches of all processes; the rows that accelerate repeats to fill the last ones
         are left out."""
-        rows = torch.stack([token_nll(base, batch).double().sum(1), (batch["labels"][:, 1:] != -100).sum(1).double()], dim=1)
+        rows = torch.stack(
+            [token_nll(base, batch).double().sum(1), (batch["labels"][:, 1:] != -100).sum(1).double()], dim=1
+        )
         total, count = self.accelerator.gather_for_metrics(rows).sum(0).tolist()
         return total, int(count)
 
@@ -97,8 +104,13 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
         if mean < _MOST_NATS:
             return math.exp(mean)
         if self.state.global_step:
-            raise self.diverged(f"after step {self.state.global_step} the loss on the evaluation text {name!r} is {mean:g}")
-        raise InputError(f"the model's loss on the evaluation text {name!r} is {mean:g} before training: choose another --dtype or --model")
+            raise self.diverged(
+                f"after step {self.state.global_step} the loss on the evaluation text {name!r} is {mean:g}"
+            )
+        raise InputError(
+            f"the model's loss on the evaluation text {name!r} is {mean:g} before training: choose "
+            "another --dtype or --model"
+        )
 
 
 def _nll(base: Any, batch: dict[str, Any]) -> tuple[float, int]:
@@ -152,9 +164,12 @@ def make_trainer(
 def _recorder(config: FinetuneConfig, inputs: Inputs, path: Path) -> RowLossRecorder:
     if is_packed(config, inputs.kind) and is_running_text(config, inputs.kind):
         raise InputError(
-            "--row-losses: running text is cut into windows that hold parts of several rows: give --document-boundaries as well"
+            "--row-losses: running text is cut into windows that hold parts of several rows: give "
+            "--document-boundaries as well"
         )
-    return RowLossRecorder(path, zip(inputs.numbers, inputs.train["input_ids"], strict=True), length=config.seq_length)
+    return RowLossRecorder(
+        path, zip(inputs.numbers, inputs.train["input_ids"], strict=True), length=config.seq_length
+    )
 
 
 def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str, unused: bool) -> SFTConfig:

@@ -20,9 +20,13 @@ def add_commands(commands: Any) -> None:
     """Add the three commands to the sub-parsers of `peftkern`."""
     generate = commands.add_parser("generate", help="continue a text with an adapter")
     _add_model(generate)
-    generate.add_argument("--prompt", required=True, help="the text to continue; - reads it from standard input")
+    generate.add_argument(
+        "--prompt", required=True, help="the text to continue; - reads it from standard input"
+    )
     _add_generation(generate)
-    generate.add_argument("--base", action="store_true", help="let the base continue it too, before the adapter")
+    generate.add_argument(
+        "--base", action="store_true", help="let the base continue it too, before the adapter"
+    )
     generate.set_defaults(run=lambda args: _guarded("generate", _generate, args))
     chat = commands.add_parser("chat", help="talk to an adapter, by the chat template of its tokenizer")
     _add_model(chat)
@@ -33,8 +37,12 @@ def add_commands(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="the perplexity of an adapter, or of a base, on texts")
     _add_model(evaluate)
     evaluate.add_argument("--data", nargs="+", required=True, help="texts, as --eval-data of finetune")
-    evaluate.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the run's, else 1024")
-    evaluate.add_argument("--eval-tokens", type=int, help="most tokens of each text; default: the run's, else 32768")
+    evaluate.add_argument(
+        "--seq-length", type=int, help="tokens of a sequence; default: the run's, else 1024"
+    )
+    evaluate.add_argument(
+        "--eval-tokens", type=int, help="most tokens of each text; default: the run's, else 32768"
+    )
     evaluate.add_argument("--base", action="store_true", help="evaluate the base too")
     evaluate.set_defaults(run=lambda args: _guarded("evaluate", _evaluate, args))
 
@@ -43,19 +51,39 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     switch: Any = argparse.BooleanOptionalAction
     group.add_argument("--adapter", help="the --output of a run, or a folder that PEFT saved")
-    group.add_argument("--model", help="the base: hub id, folder, .gguf file or `sample`; default: the adapter's")
+    group.add_argument(
+        "--model", help="the base: hub id, folder, .gguf file or `sample`; default: the adapter's"
+    )
     group.add_argument("--quantization", help="nf4, fp4 or none; default: the run's, else nf4")
-    group.add_argument("--double-quant", action=switch, help="quantize the block maxima as well; default: as the run")
+    group.add_argument(
+        "--double-quant", action=switch, help="quantize the block maxima as well; default: as the run"
+    )
     group.add_argument("--dtype", help="auto, bf16, fp16 or fp32; default: the run's, else auto")
-    group.add_argument("--trust-remote-code", action=switch, help="run Python code that the model brings along")
-    group.add_argument("--patch", action=switch, default=True, help="--no-patch runs plain PEFT and bitsandbytes")
+    group.add_argument(
+        "--trust-remote-code", action=switch, help="run Python code that the model brings along"
+    )
+    group.add_argument(
+        "--patch", action=switch, default=True, help="--no-patch runs plain PEFT and bitsandbytes"
+    )
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     group, default = parser.add_argument_group("generation"), Generation()
-    group.add_argument("--tokens", type=int, default=default.tokens, help=f"most new tokens (default: {default.tokens})")
-    group.add_argument("--temperature", type=float, default=default.temperature, help="0 (the default): the likeliest token each time")
-    group.add_argument("--top-p", type=float, default=default.top_p, help="sample from the likeliest tokens of this total probability")
+    group.add_argument(
+        "--tokens", type=int, default=default.tokens, help=f"most new tokens (default: {default.tokens})"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        help="0 (the default): the likeliest token each time",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=default.top_p,
+        help="sample from the likeliest tokens of this total probability",
+    )
     group.add_argument("--seed", type=int, default=default.seed, help="seed of the sampling")
 
 
@@ -95,7 +123,9 @@ def _chat(args: argparse.Namespace) -> None:
     how = _how(args)
     with loaded(args.adapter, **_options(args)) as model:
         if model.tokenizer.chat_template is None:
-            raise InputError("the tokenizer has no chat template: use `peftkern generate`, or an instruct model")
+            raise InputError(
+                "the tokenizer has no chat template: use `peftkern generate`, or an instruct model"
+            )
         print("/clear begins anew, /exit or the end of input ends.", file=sys.stderr)
         opening = [{"role": "system", "content": args.system}] if args.system else []
         turns = list(opening)
@@ -114,7 +144,9 @@ def _ask() -> str | None:
     return None if text.strip() in ("/exit", "/quit") else text
 
 
-def _answer(model: LoadedModel, turns: list[dict[str, str]], how: Generation, *, base: bool) -> list[dict[str, str]]:
+def _answer(
+    model: LoadedModel, turns: list[dict[str, str]], how: Generation, *, base: bool
+) -> list[dict[str, str]]:
     """The conversation with the model's answer; without the last turn where it does not fit or is broken
     off."""
     try:

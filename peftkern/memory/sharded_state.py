@@ -67,7 +67,8 @@ def load_state(path: str | Path, model: nn.Module, optimizer: Optimizer) -> int:
     lacking = [name for name in state["model"] if f"model.{name}" not in stored]
     if lacking:
         raise ValueError(
-            f"{path}: has no {lacking[0]} ({len(lacking)} parameters are missing); load it into a model with the"
+            f"{path}: has no {lacking[0]} ({len(lacking)} parameters are missing); load it into a "
+            "model with the"
             " adapter that it was written of"
         )
     random = f"random_{_rank()}"

@@ -43,8 +43,10 @@ class Sharded:
 
     def __str__(self) -> str:
         return (
-            f"{self.bytes_whole} bytes in shards over {self.processes} processes, {self.bytes_here} of them here;"
-            f" {self.bytes_replicated} bytes of quantization states whole on each; {self.units} units, of which"
+            f"{self.bytes_whole} bytes in shards over {self.processes} processes, {self.bytes_here} of "
+            "them here;"
+            f" {self.bytes_replicated} bytes of quantization states whole on each; {self.units} units, "
+            "of which"
             f" the largest takes {self.largest_unit} bytes while it is gathered"
         )
 
@@ -204,7 +206,8 @@ def _check_dtypes(units: list[nn.Module]) -> None:
         dtypes = {parameter.dtype for parameter in _own(unit, units) if parameter.requires_grad}
         if len(dtypes) > 1:
             raise ValueError(
-                f"model: the trained parameters of a {type(unit).__name__} are of {', '.join(sorted(map(str, dtypes)))};"
+                f"model: the trained parameters of a {type(unit).__name__} are of "
+                f"{', '.join(sorted(map(str, dtypes)))};"
                 " FSDP2 wants one dtype: convert them, for example to torch.float32"
             )
 

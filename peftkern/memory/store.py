@@ -264,7 +264,8 @@ class CheckpointStore:
             fit = sum(left // tensor.nbytes for left in room.values())
             raise StoreFull(
                 f"the checkpoints of {offloaded} layers, {in_gb(tensor.nbytes)} each for"
-                f" {tuple(tensor.shape)} in {tensor.dtype}, need {in_gb(offloaded * tensor.nbytes)}, but there"
+                f" {tuple(tensor.shape)} in {tensor.dtype}, need {in_gb(offloaded * tensor.nbytes)}, "
+                "but there"
                 f" is room for {fit} of them. {self}"
                 f" Raise the budgets by {in_gb((offloaded - fit) * tensor.nbytes)} (`host`, or `disk` with a"
                 " `directory`), or shorten the sequences"

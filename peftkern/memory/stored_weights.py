@@ -26,12 +26,23 @@ _AGAIN = "download or copy this file again"
 _DTYPES = {
     name: getattr(torch, dtype)
     for name, dtype in {
-        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
-        "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
-        "U32": "uint32", "U64": "uint64",
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "I64": "int64",
+        "I32": "int32",
+        "I16": "int16",
+        "I8": "int8",
+        "U8": "uint8",
+        "BOOL": "bool",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "U16": "uint16",
+        "U32": "uint32",
+        "U64": "uint64",
     }.items()
-}  # fmt: skip
+}
 
 
 class WeightsError(ValueError):

@@ -16,7 +16,16 @@ from torch.autograd import forward_ad
 
 from ..backends import select
 
-__all__ = ["LIBRARY", "accumulation", "autocast_off", "backend", "entry", "serving", "transformed", "unobserved"]
+__all__ = [
+    "LIBRARY",
+    "accumulation",
+    "autocast_off",
+    "backend",
+    "entry",
+    "serving",
+    "transformed",
+    "unobserved",
+]
 
 LIBRARY = library.Library("peftkern", "DEF")
 
@@ -86,4 +95,8 @@ def accumulation(x: Tensor) -> torch.dtype:
 def autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
     """The caller has chosen the dtypes; what a backend multiplies in fp32 must not become bf16."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else contextlib.nullcontext()
+    )

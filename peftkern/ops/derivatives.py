@@ -1,4 +1,5 @@
-"""Derivatives of the ops beyond the first one backwards: by their definitions in plain PyTorch, which torch differentiates as all else."""
+"""Derivatives of the ops beyond the first one backwards: by their definitions in plain PyTorch, which torch
+differentiates as all else."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from .flops import observe
 __all__ = ["derived", "known_input", "stand_in", "twice_differentiable"]
 
 
-def twice_differentiable(again: Callable[..., tuple[Tensor | None, ...]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the backward of an autograd.Function. Where the gradients are to be differentiated in their turn (`create_graph=True`),
-    `again` gives them, of the same arguments; elsewhere nothing is recorded."""
+def twice_differentiable(
+    again: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the backward of an autograd.Function. Where the gradients are to be differentiated in their
+    turn (`create_graph=True`), `again` gives them, of the same arguments; elsewhere nothing is recorded."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
@@ -35,10 +38,13 @@ def twice_differentiable(again: Callable[..., tuple[Tensor | None, ...]]) -> Cal
 
 
 def derived(
-    plain: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor | None]
+    plain: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of the inputs that are needed, with a graph that leads to the inputs and to `grads`; plain(*inputs) gives an output for
-    each of `grads`, None where an output has none."""
+    """The gradients of the inputs that are needed, with a graph that leads to the inputs and to `grads`;
+    plain(*inputs) gives an output for each of `grads`, None where an output has none."""
     with torch.enable_grad():
         # Views, so that hooks on the inputs do not fire here.
         own = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
@@ -57,10 +63,12 @@ def stand_in(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = Non
 
 
 def known_input(name: str, x: Tensor | None, like: Tensor, shape: Sequence[int], depends: bool) -> Tensor:
-    """x where it was kept, else a stand-in; depends: whether a gradient that is asked for depends on its values."""
+    """x where it was kept, else a stand-in; depends: whether a gradient that is asked for depends on its
+    values."""
     if x is None and depends:
         raise RuntimeError(
-            f"{name}: its gradients cannot be differentiated again (create_graph=True), as x was not kept for that; let lora_a require "
+            f"{name}: its gradients cannot be differentiated again (create_graph=True), as x was not "
+            "kept for that; let lora_a require "
             "grad here, or call peftkern.unpatch on the module"
         )
     return stand_in(like, shape) if x is None else x

@@ -1,6 +1,8 @@
-"""FLOPs of the ops, for torch.utils.flop_counter: what the same computation counts in plain PyTorch, products alone.
+"""FLOPs of the ops, for torch.utils.flop_counter: what the same computation counts in plain PyTorch, products
+alone.
 
-That module imports Triton, a second's work, so that it is not imported here: the formulas are registered where somebody else has.
+That module imports Triton, a second's work, so that it is not imported here: the formulas are registered
+where somebody else has.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def _linear(x: _Shape, weight: _Shape, *args, **_) -> int:
 
 def _linear_gradients(dy: _Shape, x: _Shape | None, weight: _Shape, *args, **_) -> int:
     (m, n), k, lora_a, (need_x, _, need_a, need_b) = dy, args[8], args[9], args[-1]
-    return 2 * m * n * k * need_x + (0 if lora_a is None else _low_rank_gradients(m, n, k, lora_a[0], need_x, need_a, need_b))
+    return 2 * m * n * k * need_x + (
+        0 if lora_a is None else _low_rank_gradients(m, n, k, lora_a[0], need_x, need_a, need_b)
+    )
 
 
 def _add(y: _Shape, x: _Shape, lora_a: _Shape, *args, **_) -> int:
@@ -46,13 +50,19 @@ def _add_gradients(dy: _Shape, x: _Shape | None, lora_a: _Shape, *args, **_) -> 
     return _low_rank_gradients(*dy, lora_a[1], lora_a[0], need_x, need_a, need_b)
 
 
-def _group(x: _Shape, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, *args, **_) -> int:
+def _group(
+    x: _Shape, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, *args, **_
+) -> int:
     (m, k), heights = x, _heights(rows)
-    adapters = (_low_rank(height, n[i], k, a[0]) for height, i, a in zip(heights, members, lora_a, strict=True))
+    adapters = (
+        _low_rank(height, n[i], k, a[0]) for height, i, a in zip(heights, members, lora_a, strict=True)
+    )
     return 2 * m * sum(n) * k + sum(adapters)
 
 
-def _group_gradients(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, *args, **_) -> int:
+def _group_gradients(
+    dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, *args, **_
+) -> int:
     needs, count, adapters = args[-1], len(weights), len(members)
     n = [0 if g is None else g[1] for g in dy]
     flops = 2 * m * sum(n) * k * needs[0]
@@ -89,11 +99,19 @@ def _dora_gradients(dy, x, weights, quants, blocksizes, lora_a, lora_b, *args, *
 
 def _cross_entropy(x: _Shape, weight: _Shape, *args, **_) -> int:
     """With a row_scale it is a backward pass, whose logits the forward pass has counted."""
-    (m, k), n, lora_a, row_scale, (need_x, _, need_a, need_b, need_weight) = x, args[8], args[11], args[-2], args[-1]
+    (m, k), n, lora_a, row_scale, (need_x, _, need_a, need_b, need_weight) = (
+        x,
+        args[8],
+        args[11],
+        args[-2],
+        args[-1],
+    )
     forward = row_scale is None
     flops = 2 * m * n * k * (forward + need_x + need_weight)
     if lora_a is not None:
-        flops += _low_rank(m, n, k, lora_a[0]) * forward + _low_rank_gradients(m, n, k, lora_a[0], need_x, need_a, need_b)
+        flops += _low_rank(m, n, k, lora_a[0]) * forward + _low_rank_gradients(
+            m, n, k, lora_a[0], need_x, need_a, need_b
+        )
     return flops
 
 
@@ -118,7 +136,8 @@ def observe() -> None:
 
 
 def register() -> None:
-    """With torch.utils.flop_counter, and with the counters that are active, which have copied what was registered when they were made."""
+    """With torch.utils.flop_counter, and with the counters that are active, which have copied what was
+    registered when they were made."""
     counting = None if torch.compiler.is_compiling() else sys.modules.get("torch.utils.flop_counter")
     if counting is None:
         return

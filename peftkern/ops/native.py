@@ -1,4 +1,5 @@
-"""What every launcher of a native CPU kernel needs: addresses, dtype numbers, the weight's descriptor and a reused scratch."""
+"""What every launcher of a native CPU kernel needs: addresses, dtype numbers, the weight's descriptor and a
+reused scratch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,17 @@ from torch import Tensor
 
 from ..backends import native
 
-__all__ = ["DTYPES", "address", "dtype_of", "empty", "on_huge_pages", "reused", "scratch", "weight_view", "zeros"]
+__all__ = [
+    "DTYPES",
+    "address",
+    "dtype_of",
+    "empty",
+    "on_huge_pages",
+    "reused",
+    "scratch",
+    "weight_view",
+    "zeros",
+]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _local = threading.local()
@@ -36,8 +47,8 @@ def dtype_of(tensor: Tensor | None) -> int:
 
 
 def empty(*shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for a kernel to fill. torch.empty alone takes dtype and device from torch's defaults, which are the caller's to change: a
-    kernel would write past the end.
+    """Memory for a kernel to fill. torch.empty alone takes dtype and device from torch's defaults, which are
+    the caller's to change: a kernel would write past the end.
     """
     return torch.empty(*shape, dtype=dtype, device="cpu")
 
@@ -56,8 +67,10 @@ def weight_view(weight: Tensor, quant: tuple, n: int, k: int) -> object:
 
 
 def on_huge_pages(fresh: Tensor) -> Tensor:
-    """`fresh`, nothing of it written yet, on huge pages if it is large and the system has them: its first pages then cost a quarter (113 MB
-    filled: 57 ms, on huge pages 13; Zen 3, one thread). From 32 MiB on glibc maps a block by itself, so that nothing else is touched.
+    """`fresh`, nothing of it written yet, on huge pages if it is large and the system has them: its first
+    pages then cost a quarter (113 MB
+    filled: 57 ms, on huge pages 13; Zen 3, one thread). From 32 MiB on glibc maps a block by itself, so that
+    nothing else is touched.
     """
     if fresh.nbytes >= _MAPPED:
         native().advise_huge_pages(fresh.data_ptr(), fresh.nbytes)
@@ -65,7 +78,8 @@ def on_huge_pages(fresh: Tensor) -> Tensor:
 
 
 def scratch(size: int, name: str = "kernel") -> Tensor:
-    """At least `size` bytes, reused by every later call of this thread for the same purpose; grows, within the plan's few megabytes."""
+    """At least `size` bytes, reused by every later call of this thread for the same purpose; grows, within
+    the plan's few megabytes."""
     buffer = getattr(_local, name, None)
     if buffer is None or buffer.numel() < size:
         buffer = empty(size, dtype=torch.uint8)
@@ -74,10 +88,12 @@ def scratch(size: int, name: str = "kernel") -> Tensor:
 
 
 def reused(shape: tuple[int, ...], name: str) -> Tensor:
-    """An fp32 result of `shape`, nothing of it written, that a training loop makes and drops every step: the memory of the last one of this
-    thread and `name` where nobody holds that any more, else fresh. Up to 256 MiB stay allocated for it; larger ones are always fresh.
+    """An fp32 result of `shape`, nothing of it written, that a training loop makes and drops every step: the
+    memory of the last one of this thread and `name` where nobody holds that any more, else fresh. Up to 256
+    MiB stay allocated for it; larger ones are always fresh.
 
-    First touches of its pages are else 64 to 256 of the 1,000 ms of a trained head (49,152 x 576, 512 rows; Zen 3, a virtual machine).
+    First touches of its pages are else 64 to 256 of the 1,000 ms of a trained head (49,152 x 576, 512 rows;
+    Zen 3, a virtual machine).
     """
     size = 4 * math.prod(shape)
     if size < _MAPPED:  # the allocator keeps those
@@ -92,8 +108,8 @@ def reused(shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def _held_elsewhere(kept: Tensor) -> bool:
-    """Whether anything but `kept` has its storage: another tensor (of any thread, or an array of numpy's that holds one), or the object
-    that stands for the storage in Python. Without torch's count: yes.
+    """Whether anything but `kept` has its storage: another tensor (of any thread, or an array of numpy's that
+    holds one), or the object that stands for the storage in Python. Without torch's count: yes.
     """
     return not hasattr(torch._C, "_storage_Use_Count") or _holders(kept) != _holders(empty(1))
 

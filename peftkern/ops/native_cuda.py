@@ -22,9 +22,16 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         from .. import _C_cuda
     except ImportError as error:
-        return None, f"the CUDA kernels are not built ({error}); run: PEFTKERN_CUDA=1 pip install -e . (needs nvcc)"
+        return (
+            None,
+            f"the CUDA kernels are not built ({error}); run: PEFTKERN_CUDA=1 pip install -e . (needs nvcc)",
+        )
     if _C_cuda.abi_version != ABI_VERSION:
-        return None, f"the CUDA kernels are of another version ({_C_cuda.abi_version}, not {ABI_VERSION}); run: pip install -e ."
+        return (
+            None,
+            f"the CUDA kernels are of another version ({_C_cuda.abi_version}, not {ABI_VERSION}); run: "
+            "pip install -e .",
+        )
     return _C_cuda, f"CUDA kernels for sm_{_C_cuda.architectures.replace(';', ', sm_')}"
 
 
@@ -39,7 +46,10 @@ def available() -> tuple[bool, str]:
     # within a major version every driver runs every runtime's code for its architecture
     if driver // 1000 < runtime // 1000:
         have = f"supports CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is missing"
-        return False, f"{reason}, built with CUDA {runtime // 1000}.{runtime % 1000 // 10}, but the driver {have}"
+        return (
+            False,
+            f"{reason}, built with CUDA {runtime // 1000}.{runtime % 1000 // 10}, but the driver {have}",
+        )
     return True, reason
 
 
@@ -75,4 +85,6 @@ def weight_view(weight: Tensor, quant: tuple, n: int, k: int) -> object:
     holds the tensors."""
     code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize = quant
     parts = (code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset)
-    return native_cuda().Weight(weight.data_ptr(), *map(address, parts), n, k, blocksize, nested_blocksize, dtype_of(None))
+    return native_cuda().Weight(
+        weight.data_ptr(), *map(address, parts), n, k, blocksize, nested_blocksize, dtype_of(None)
+    )

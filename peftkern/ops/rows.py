@@ -1,4 +1,5 @@
-"""A tensor [..., n] as rows that lie a stride apart: what kernels over the last dimension take, without a copy where that can be."""
+"""A tensor [..., n] as rows that lie a stride apart: what kernels over the last dimension take, without a
+copy where that can be."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ __all__ = ["out_rows", "rows_of"]
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[..., n] -> [M, n] whose rows are contiguous and do not overlap; a copy only where no single stride describes them."""
+    """[..., n] -> [M, n] whose rows are contiguous and do not overlap; a copy only where no single stride
+    describes them."""
     n = x.shape[-1]
     flat = x.reshape(x.numel() // n if n else 0, n)
     apart = flat.shape[0] < 2 or flat.stride(0) >= n

@@ -1,4 +1,5 @@
-"""What a Triton kernel is compiled with, as data: the launchers' variants can then be compiled and inspected without a GPU."""
+"""What a Triton kernel is compiled with, as data: the launchers' variants can then be compiled and inspected
+without a GPU."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ class Specialization:
 
         def specializations(arch: int) -> Iterable[Specialization]
 
-    which yields every variant that its launchers use on sm_<arch> (75, 80, 86, 89, 90, 100, 120; others: the nearest), built from the same
-    config functions as the launch. The first one yielded for a kernel is its main one: the quick tests compile only that, so it is the
-    largest tile on the commonest dtypes (bf16). tests/cubins compiles them (`python -m tests.cubins.table --help`).
+    which yields every variant that its launchers use on sm_<arch> (75, 80, 86, 89, 90, 100, 120; others: the
+    nearest), built from the same config functions as the launch. The first one yielded for a kernel is its
+    main one: the quick tests compile only that, so it is the largest tile on the commonest dtypes (bf16).
+    tests/cubins compiles them (`python -m tests.cubins.table --help`).
 
         Specialization(
             name="dequantize-bf16-nested",
@@ -35,19 +37,26 @@ class Specialization:
 
     name: unique in its module; letters, digits and dashes.
     kernel: the `@triton.jit` function.
-    signature: type of each argument that is passed at run time ("*bf16", "*fp16", "*fp32", "*u8", "*i64", "i32", "i64", "fp32"); of a tuple
+    signature: type of each argument that is passed at run time ("*bf16", "*fp16", "*fp32", "*u8", "*i64",
+    "i32", "i64", "fp32"); of a tuple
         a tuple of its members' types, where None or 1 stands for a member that Triton makes a constant.
-    constexprs: every other argument: the tl.constexpr ones, and None for a pointer that is not given (Triton makes those constants, as it
-        does with an integer that equals 1). Each argument of the kernel is in exactly one of the two; the order does not matter.
-    divisible_by_16: arguments, or (argument, index) of a tuple, that Triton finds divisible by 16 at the launch: pointers that are aligned
-        to 16 bytes (all of torch's own tensors, not every slice of one) and integers such as K that are a multiple of 16. Without it no
-        load is 16 bytes wide.
+    constexprs: every other argument: the tl.constexpr ones, and None for a pointer that is not given (Triton
+    makes those constants, as it
+        does with an integer that equals 1). Each argument of the kernel is in exactly one of the two; the
+        order does not matter.
+    divisible_by_16: arguments, or (argument, index) of a tuple, that Triton finds divisible by 16 at the
+    launch: pointers that are aligned
+        to 16 bytes (all of torch's own tensors, not every slice of one) and integers such as K that are a
+        multiple of 16. Without it no load is 16 bytes wide.
     options: what else goes into the launch (`enable_fp_fusion`, `maxnreg`, ...).
-    expects_mma: the kernel has a product that must run on tensor cores. Triton uses none on sm_75 (3.6 and 3.9 lower tl.dot to FFMA there):
+    expects_mma: the kernel has a product that must run on tensor cores. Triton uses none on sm_75 (3.6 and
+    3.9 lower tl.dot to FFMA there):
         say `arch >= 80`.
-    wide_loads: pointers, by the name they have on the source line of their `tl.load(...)`, whose global loads must all be 16 bytes wide; at
+    wide_loads: pointers, by the name they have on the source line of their `tl.load(...)`, whose global loads
+    must all be 16 bytes wide; at
         least one of them must be loaded.
-    unfused: names of `@triton.jit` device functions on whose source lines no multiplication may have been fused with an addition.
+    unfused: names of `@triton.jit` device functions on whose source lines no multiplication may have been
+    fused with an addition.
     """
 
     name: str

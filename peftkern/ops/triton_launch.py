@@ -19,7 +19,13 @@ __all__ = ["UNSPECIALIZED", "Call", "run", "specialization"]
 # @triton.jit(do_not_specialize=UNSPECIALIZED).
 UNSPECIALIZED = ("M", "threshold", "first_programs", "chunks0", "chunks1", "chunks2")
 
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8"}
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,11 @@ def specialization(name: str, call: Call, **promises: Any) -> Specialization:
             constexprs[key] = value
         elif isinstance(value, tuple):
             signature[key] = tuple(_type(part) for part in value)
-            divisible += [(key, i) for i, part in enumerate(value) if isinstance(part, Tensor) or (type(part) is int and part % 16 == 0)]
+            divisible += [
+                (key, i)
+                for i, part in enumerate(value)
+                if isinstance(part, Tensor) or (type(part) is int and part % 16 == 0)
+            ]
         elif isinstance(value, Tensor):
             signature[key] = _POINTERS[value.dtype]
             divisible.append(key)
@@ -155,4 +165,6 @@ def specialization(name: str, call: Call, **promises: Any) -> Specialization:
             if value % 16 == 0 and key not in UNSPECIALIZED:
                 divisible.append(key)
     stages = {"num_warps": call.num_warps, "num_stages": call.num_stages, "divisible_by_16": tuple(divisible)}
-    return Specialization(name, call.kernel, signature, constexprs, **stages, options=call.options, **promises)
+    return Specialization(
+        name, call.kernel, signature, constexprs, **stages, options=call.options, **promises
+    )

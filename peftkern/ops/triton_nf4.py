@@ -1,9 +1,12 @@
-"""The 4-bit formats as Triton device functions: the absmax of blocks, and packed codes -> T(fp32(code) * fp32(absmax)), one rounding.
+"""The 4-bit formats as Triton device functions: the absmax of blocks, and packed codes -> T(fp32(code) *
+fp32(absmax)), one rounding.
 
-Two ways that give the same bits. PORTABLE selects fp32 codes one by one and multiplies: any dtype, any device, the interpreter. PRMT works
-on words of eight codes in inline PTX: a block's 16 products are rounded once (which is exact: a block has one absmax), split into a table
-of low and one of high bytes, and looked up by byte permutes. Instructions, counted from the sequences below: 32 a table and 22 a word, 3.8
-a weight with four words a table and 6.8 with one. PORTABLE takes about 20 (1280 in a cubin for 64 weights, all included).
+Two ways that give the same bits. PORTABLE selects fp32 codes one by one and multiplies: any dtype, any
+device, the interpreter. PRMT works
+on words of eight codes in inline PTX: a block's 16 products are rounded once (which is exact: a block has one
+absmax), split into a table of low and one of high bytes, and looked up by byte permutes. Instructions,
+counted from the sequences below: 32 a table and 22 a word, 3.8 a weight with four words a table and 6.8 with
+one. PORTABLE takes about 20 (1280 in a cubin for 64 weights, all included).
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ __all__ = [
     "to_ptx",
 ]
 
-# One instruction is (operation, destination, sources...); operands are registers by name, or integers. tests/triton/test_decode_ptx.py
+# One instruction is (operation, destination, sources...); operands are registers by name, or integers.
+# tests/triton/test_decode_ptx.py
 # runs these very tables in numpy. "pair" rounds (low, high) into one register.
 Instruction = tuple[str | int, ...]
 TABLE: tuple[Instruction, ...] = (
@@ -45,9 +49,21 @@ def _lookup_half(half: int) -> tuple[Instruction, ...]:
     lookups = []
     for plane in ("low", "high"):
         lookups += [
-            ("prmt", f"{plane}_a{half}", f"{plane}0", f"{plane}1", f"index{half}"),  # codes 0 ... 7, by their low three bits
+            (
+                "prmt",
+                f"{plane}_a{half}",
+                f"{plane}0",
+                f"{plane}1",
+                f"index{half}",
+            ),  # codes 0 ... 7, by their low three bits
             ("prmt", f"{plane}_b{half}", f"{plane}2", f"{plane}3", f"index{half}"),  # codes 8 ... 15
-            ("prmt", f"{plane}_c{half}", f"{plane}_a{half}", f"{plane}_b{half}", f"pick{half}"),  # one of the two, by the top bit
+            (
+                "prmt",
+                f"{plane}_c{half}",
+                f"{plane}_a{half}",
+                f"{plane}_b{half}",
+                f"pick{half}",
+            ),  # one of the two, by the top bit
         ]
     # A byte's high nibble is its first element: nibbles 1, 0, 3, 2 in the order of elements.
     return (
@@ -76,18 +92,28 @@ _PTX = {
     "pair_bf16": "cvt.rn.bf16x2.f32 {0}, {2}, {1};",
     "pair_fp16": "cvt.rn.f16x2.f32 {0}, {2}, {1};",
     # sm_75 rounds one value at a time.
-    "pair_fp16_sm75": "{{ .reg .b16 lo, hi; cvt.rn.f16.f32 lo, {1}; cvt.rn.f16.f32 hi, {2}; mov.b32 {0}, {{lo, hi}}; }}",
+    "pair_fp16_sm75": "{{ .reg .b16 lo, hi; cvt.rn.f16.f32 lo, {1}; cvt.rn.f16.f32 hi, {2}; "
+    "mov.b32 {0}, {{lo, hi}}; }}",
 }
 
 
-def to_ptx(instructions: tuple[Instruction, ...], inputs: list[str], outputs: list[str], pair: str = "", tail: str = "") -> str:
-    """A PTX block for inline assembly: `outputs` are the operands $0 ..., `inputs` those after them; `tail` comes last, as it is."""
+def to_ptx(
+    instructions: tuple[Instruction, ...],
+    inputs: list[str],
+    outputs: list[str],
+    pair: str = "",
+    tail: str = "",
+) -> str:
+    """A PTX block for inline assembly: `outputs` are the operands $0 ..., `inputs` those after them; `tail`
+    comes last, as it is."""
     operands = {name: f"${i}" for i, name in enumerate([*outputs, *inputs])}
     scratch = {i[1]: "f32" if i[0] == "mul" else "b32" for i in instructions if i[1] not in operands}
     lines = [f".reg .{kind} {name};" for name, kind in scratch.items()]
     for operation, *arguments in instructions:
         template = _PTX[f"pair_{pair}" if operation == "pair" else operation]
-        lines.append(template.format(*(operands.get(a, a) if isinstance(a, str) else f"0x{a:x}" for a in arguments)))
+        lines.append(
+            template.format(*(operands.get(a, a) if isinstance(a, str) else f"0x{a:x}" for a in arguments))
+        )
     return "{\n" + "\n".join(lines) + f"\n{tail}}}"
 
 
@@ -111,16 +137,27 @@ def decode_method(dtype: torch.dtype, arch: int) -> str:
 
 
 def group_words(packed: Tensor, *sizes: int) -> int:
-    """Words of eight codes that always lie in one block when everything starts at, and has, a multiple of `sizes` elements: 4, 1, or 0.
+    """Words of eight codes that always lie in one block when everything starts at, and has, a multiple of
+    `sizes` elements: 4, 1, or 0.
 
     Four are a 16-byte load and 32 weights, the smallest block.
     """
-    return next((words for words in (4, 1) if packed.data_ptr() % 4 == 0 and all(size % (8 * words) == 0 for size in sizes)), 0)
+    return next(
+        (
+            words
+            for words in (4, 1)
+            if packed.data_ptr() % 4 == 0 and all(size % (8 * words) == 0 for size in sizes)
+        ),
+        0,
+    )
 
 
 @triton.jit
-def _absmax_parts(block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE: tl.constexpr):
-    """What `_absmax_value` makes a block's absmax of: the loads that depend on none, to be asked for ahead."""
+def _absmax_parts(
+    block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE: tl.constexpr
+):
+    """What `_absmax_value` makes a block's absmax of: the loads that depend on none, to be asked for
+    ahead."""
     other = None if mask is None else 0
     if absmax_ptr is not None:
         parts = tl.load(absmax_ptr + block, mask=mask, other=other), 0.0
@@ -132,7 +169,8 @@ def _absmax_parts(block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, N
 
 @triton.jit
 def _absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr):
-    """fp32 absmax; where it is nested absmax_ptr is None, and it is code * scale, rounded, + offset, rounded."""
+    """fp32 absmax; where it is nested absmax_ptr is None, and it is code * scale, rounded, + offset,
+    rounded."""
     if absmax_ptr is not None:
         absmax = parts[0]
     else:
@@ -153,7 +191,14 @@ def _absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr):
 
 @triton.jit
 def _absmax(
-    block, mask, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, nested_absmax_ptr, absmax_offset_ptr, NESTED_BLOCKSIZE: tl.constexpr
+    block,
+    mask,
+    absmax_ptr,
+    absmax_8bit_ptr,
+    absmax_code_ptr,
+    nested_absmax_ptr,
+    absmax_offset_ptr,
+    NESTED_BLOCKSIZE: tl.constexpr,
 ):
     """fp32 absmax of blocks, in `block`'s shape."""
     parts = _absmax_parts(block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE)
@@ -164,9 +209,24 @@ def _absmax(
 def _codes(code_ptr):
     """The 16 fp32 codes as scalars."""
     c0, c1, c2, c3 = tl.load(code_ptr), tl.load(code_ptr + 1), tl.load(code_ptr + 2), tl.load(code_ptr + 3)
-    c4, c5, c6, c7 = tl.load(code_ptr + 4), tl.load(code_ptr + 5), tl.load(code_ptr + 6), tl.load(code_ptr + 7)
-    c8, c9, c10, c11 = tl.load(code_ptr + 8), tl.load(code_ptr + 9), tl.load(code_ptr + 10), tl.load(code_ptr + 11)
-    c12, c13, c14, c15 = tl.load(code_ptr + 12), tl.load(code_ptr + 13), tl.load(code_ptr + 14), tl.load(code_ptr + 15)
+    c4, c5, c6, c7 = (
+        tl.load(code_ptr + 4),
+        tl.load(code_ptr + 5),
+        tl.load(code_ptr + 6),
+        tl.load(code_ptr + 7),
+    )
+    c8, c9, c10, c11 = (
+        tl.load(code_ptr + 8),
+        tl.load(code_ptr + 9),
+        tl.load(code_ptr + 10),
+        tl.load(code_ptr + 11),
+    )
+    c12, c13, c14, c15 = (
+        tl.load(code_ptr + 12),
+        tl.load(code_ptr + 13),
+        tl.load(code_ptr + 14),
+        tl.load(code_ptr + 15),
+    )
     return c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15
 
 
@@ -189,28 +249,54 @@ def _decode(index, absmax, codes, DTYPE: tl.constexpr):
 
 @triton.jit
 def _decode_words(words, absmax, codes, DTYPE: tl.constexpr, METHOD: tl.constexpr):
-    """words int32 [..., W] of eight codes each, absmax fp32 [..., 1] of the block that holds them -> DTYPE [..., W, eight values].
+    """words int32 [..., W] of eight codes each, absmax fp32 [..., 1] of the block that holds them -> DTYPE
+    [..., W, eight values].
 
-    The eight are one axis or three of two: reshape the result. A thread's values come out as neighbours, so that this moves no data.
+    The eight are one axis or three of two: reshape the result. A thread's values come out as neighbours, so
+    that this moves no data.
     """
     if METHOD == "PORTABLE":
         nibble = tl.arange(0, 8) ^ 1  # a byte's first element is its high nibble
         index = (tl.expand_dims(words, -1) >> (nibble * 4)) & 15  # [..., W, 8]
         values = _decode(index, tl.expand_dims(absmax, -1), codes, DTYPE)
     else:
-        asm: tl.constexpr = _TABLE_BF16 if tl.bfloat16 == DTYPE else (_TABLE_FP16 if METHOD == "PRMT" else _TABLE_FP16_SM75)
-        # fmt: off
+        asm: tl.constexpr = (
+            _TABLE_BF16 if tl.bfloat16 == DTYPE else (_TABLE_FP16 if METHOD == "PRMT" else _TABLE_FP16_SM75)
+        )
         l0, l1, l2, l3, h0, h1, h2, h3 = tl.inline_asm_elementwise(  # [..., 1], four bytes of the table each
-            asm, _TABLE_CONSTRAINTS,
-            [absmax, codes[0], codes[1], codes[2], codes[3], codes[4], codes[5], codes[6], codes[7],
-             codes[8], codes[9], codes[10], codes[11], codes[12], codes[13], codes[14], codes[15]],
-            (tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+            asm,
+            _TABLE_CONSTRAINTS,
+            [
+                absmax,
+                codes[0],
+                codes[1],
+                codes[2],
+                codes[3],
+                codes[4],
+                codes[5],
+                codes[6],
+                codes[7],
+                codes[8],
+                codes[9],
+                codes[10],
+                codes[11],
+                codes[12],
+                codes[13],
+                codes[14],
+                codes[15],
+            ],
+            (tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
         e0, e1, e2, e3, e4, e5, e6, e7 = tl.inline_asm_elementwise(  # [..., W] each
-            _LOOKUP, _LOOKUP_CONSTRAINTS, [words, l0, l1, l2, l3, h0, h1, h2, h3],
-            (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
+            _LOOKUP,
+            _LOOKUP_CONSTRAINTS,
+            [words, l0, l1, l2, l3, h0, h1, h2, h3],
+            (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
         )
-        # fmt: on
         evens = tl.join(tl.join(e0, e4), tl.join(e2, e6))  # [..., W, 2, 2]: element 4 * i + 2 * j
         odds = tl.join(tl.join(e1, e5), tl.join(e3, e7))
         values = tl.join(evens, odds).to(DTYPE, bitcast=True)  # [..., W, 2, 2, 2]

@@ -1,6 +1,7 @@
 """Conversions and products that mean the same compiled and in Triton's interpreter.
 
-The interpreter (3.6 and 3.9) cuts fp32 to bf16 instead of rounding, and multiplies the bit patterns of bf16 operands as integers.
+The interpreter (3.6 and 3.9) cuts fp32 to bf16 instead of rounding, and multiplies the bit patterns of bf16
+operands as integers.
 """
 
 from __future__ import annotations

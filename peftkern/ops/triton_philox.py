@@ -1,7 +1,9 @@
-"""The dropout mask of docs/numerics.md on tiles, as device functions: Philox4x32-10, eight 16-bit draws a counter, never stored.
+"""The dropout mask of docs/numerics.md on tiles, as device functions: Philox4x32-10, eight 16-bit draws a
+counter, never stored.
 
-Element (i, j) is dropped where the (j % 8)-th half of philox(counter = (j // 8, i, 0, 0), key = the seed's halves) is below the threshold
-round(65536 p); what is kept is scaled by 65536 / (65536 - threshold). Tiles may start anywhere in rows and at multiples of 8 in columns.
+Element (i, j) is dropped where the (j % 8)-th half of philox(counter = (j // 8, i, 0, 0), key = the seed's
+halves) is below the threshold round(65536 p); what is kept is scaled by 65536 / (65536 - threshold). Tiles
+may start anywhere in rows and at multiples of 8 in columns.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ def _dropout_key(seed_ptr):
 def _philox_4x32(c0, c1, c2, c3, key0, key1):
     """Philox4x32-10 on uint32 counters and a uint32 key -> four uint32 words.
 
-    A 64-bit product gives both halves by one IMAD.WIDE where the high half alone costs one of its own: 75 for four counters in place of
-    134 multiplications (counted in the sm_80 cubin).
+    A 64-bit product gives both halves by one IMAD.WIDE where the high half alone costs one of its own: 75 for
+    four counters in place of 134 multiplications (counted in the sm_80 cubin).
     """
     for _ in tl.static_range(10):
         product0, product1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
@@ -42,8 +44,11 @@ def _keep_factor(threshold):
 
 
 @triton.jit
-def _dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """bool [BLOCK_ROWS, BLOCK_COLS]: which elements of the tile at (row0, col0) are kept; col0 and BLOCK_COLS are multiples of 8.
+def _dropout_keep(
+    key_low, key_high, threshold, row0, col0, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
+    """bool [BLOCK_ROWS, BLOCK_COLS]: which elements of the tile at (row0, col0) are kept; col0 and BLOCK_COLS
+    are multiples of 8.
 
     Exact in any dtype: multiply the sum of what is kept by `_keep_factor`, once, rather than every element.
     """
@@ -52,15 +57,19 @@ def _dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_ROWS: tl.const
     column = zero + (col0 // 8 + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
     row = zero + (row0 + tl.arange(0, BLOCK_ROWS)).to(tl.uint32)[:, None]
     w0, w1, w2, w3 = _philox_4x32(column, row, zero, zero, key_low, key_high)
-    # Each join puts its axis last, so that a thread's eight draws are eight neighbours in a row: 16 bytes of 16-bit x.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_ROWS, GROUPS, 2, 2]: word = 2 * third index + fourth
+    # Each join puts its axis last, so that a thread's eight draws are eight neighbours in a row: 16 bytes of
+    # 16-bit x.
+    words = tl.join(
+        tl.join(w0, w2), tl.join(w1, w3)
+    )  # [BLOCK_ROWS, GROUPS, 2, 2]: word = 2 * third index + fourth
     draws = tl.join(words & 0xFFFF, words >> 16)  # [BLOCK_ROWS, GROUPS, 2, 2, 2], low half first
     return tl.reshape(draws, [BLOCK_ROWS, BLOCK_COLS]).to(tl.int32) >= threshold
 
 
 @triton.jit
 def _dropout_scale(seed_ptr, threshold, row0, col0, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """fp32 [BLOCK_ROWS, BLOCK_COLS]: the mask times `_keep_factor`, bit for bit `reference.dropout_scale`'s tile at (row0, col0)."""
+    """fp32 [BLOCK_ROWS, BLOCK_COLS]: the mask times `_keep_factor`, bit for bit `reference.dropout_scale`'s
+    tile at (row0, col0)."""
     key_low, key_high = _dropout_key(seed_ptr)
     keep = _dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_ROWS, BLOCK_COLS)
     return tl.where(keep, _keep_factor(threshold), 0.0)

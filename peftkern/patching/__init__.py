@@ -34,7 +34,12 @@ __all__ = ["PatchReport", "Row", "mixed_adapters", "patch", "unpatch"]
 
 
 def patch(
-    model: nn.Module, *, exclude: Iterable[str] = (), dense: bool | None = None, blocks: bool = True, fused_loss: bool = False
+    model: nn.Module,
+    *,
+    exclude: Iterable[str] = (),
+    dense: bool | None = None,
+    blocks: bool = True,
+    fused_loss: bool = False,
 ) -> PatchReport:
     """Let the LoRA layers and frozen 4-bit linears of a model, and the blocks around them, run peftkern's
     fused functions.
@@ -76,7 +81,9 @@ def patch(
     extra = _install_blocks(model, patterns) if blocks else []
     extra += _install_loss(model, patterns) if fused_loss else []
     restore_surrounded(model)
-    fused = {f"{item.row.name}.base_layer" for item in found if item.row.got in ("qlora_linear", "dora_linear")}
+    fused = {
+        f"{item.row.name}.base_layer" for item in found if item.row.got in ("qlora_linear", "dora_linear")
+    }
     rows = tuple(_grouped(item, groups) for item in found if item.row.name not in fused)
     return PatchReport((*rows, *extra), _kernels(found))
 
@@ -84,21 +91,31 @@ def patch(
 def _install_blocks(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
     """Gated MLPs, norms, attention and the layers around them; a row for each module looked at."""
     norms, attention = norm_candidates(model), [*rope_candidates(model), *wide_candidates(model)]
-    norms, attention = ([item for item in found if excluded(item.name, exclude) is None] for found in (norms, attention))
+    norms, attention = (
+        [item for item in found if excluded(item.name, exclude) is None] for found in (norms, attention)
+    )
     install_norms(norms)
     install_attention(attention)
     kinds = {"rms_norm": "norm", "rope": "attention", "fp32_attention": "attention"}
     found = [*norms, *attention]
-    rows = [Row(item.name, kinds[item.got], "", "stock" if item.reason else item.got, None, (), item.reason) for item in found]
+    rows = [
+        Row(item.name, kinds[item.got], "", "stock" if item.reason else item.got, None, (), item.reason)
+        for item in found
+    ]
     mlps = [Row(name, "mlp", "", got, None, (), why) for name, got, why in install_mlps(model, exclude)]
-    return mlps + rows + [Row(name, "layer", "", got, None, (), why) for name, got, why in install_layers(model, exclude)]
+    return (
+        mlps
+        + rows
+        + [Row(name, "layer", "", got, None, (), why) for name, got, why in install_layers(model, exclude)]
+    )
 
 
 def _install_loss(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
     found = loss_candidate(model, exclude)
     if found is None:
         raise ValueError(
-            f"fused_loss: {type(model).__name__} holds no causal language model of transformers; call peftkern.patch without it"
+            f"fused_loss: {type(model).__name__} holds no causal language model of transformers; call "
+            "peftkern.patch without it"
         )
     install_loss(found)
     return [found.row]
@@ -156,7 +173,9 @@ def _nothing(model: nn.Module, found: list[Candidate]) -> str:
     kinds = Counter(type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear))
     seen = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no linear layer"
     return (
-        f"model: found no PEFT LoRA layer and no bitsandbytes Linear4bit in {type(model).__name__} (it has {seen}). Call "
-        "get_peft_model(model, LoraConfig(...)) first, load the model in 4 bit (BitsAndBytesConfig(load_in_4bit=True)), or pass dense=True "
+        f"model: found no PEFT LoRA layer and no bitsandbytes Linear4bit in {type(model).__name__} (it "
+        f"has {seen}). Call "
+        "get_peft_model(model, LoraConfig(...)) first, load the model in 4 bit "
+        "(BitsAndBytesConfig(load_in_4bit=True)), or pass dense=True "
         "for frozen nn.Linear"
     )

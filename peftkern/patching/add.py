@@ -1,4 +1,5 @@
-"""LoRA layers whose base has no fused form: the base runs as it is, the low-rank branches are added onto its output."""
+"""LoRA layers whose base has no fused form: the base runs as it is, the low-rank branches are added onto its
+output."""
 
 from __future__ import annotations
 
@@ -43,27 +44,36 @@ def reason_against(layer: nn.Module) -> str | None:
 
 
 class LoraAddForward(Forward):
-    """A PEFT LoRA layer over any base that maps [..., K] to [..., N]; hooks on the base fire, a trainable base gets its gradient."""
+    """A PEFT LoRA layer over any base that maps [..., K] to [..., N]; hooks on the base fire, a trainable
+    base gets its gradient."""
 
     __slots__ = ()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer, mixing = self.module, mixed.current(self.module)
-        if mixing is not None and not args and not kwargs and any(name in layer.lora_variant for name in mixing):
+        if (
+            mixing is not None
+            and not args
+            and not kwargs
+            and any(name in layer.lora_variant for name in mixing)
+        ):
             return mixed.run(layer, mixing, x, self)  # PEFT mixes vanilla LoRA alone
         names = kwargs.pop("adapter_names", mixing)
         parts = None if args or kwargs or x.dtype not in FLOATS or not _served(x) else _parts(layer, x, names)
         if parts is None:
             return self.stock(x, *args, **kwargs | ({} if names is None else {"adapter_names": names}))
         y = layer.base_layer(x)
-        # Elsewhere autocast would cast x for both products; a base that changes the dtype by itself leaves the branch to PEFT's.
+        # Elsewhere autocast would cast x for both products; a base that changes the dtype by itself leaves
+        # the branch to PEFT's.
         if y.dtype not in FLOATS or (y.dtype != x.dtype and autocast_dtype(x) is None):
             return _sum(y, x, parts, _plain).to(y.dtype)
         with _autocast_off(x):
             return _sum(y, x.to(y.dtype), parts, _added).to(_result_dtype(layer, y.dtype))
 
 
-Part = tuple[tuple[int, int] | None, list[Adapter]]  # rows of the flattened x, None for all; the adapters that are added there
+Part = tuple[
+    tuple[int, int] | None, list[Adapter]
+]  # rows of the flattened x, None for all; the adapters that are added there
 
 
 def _parts(layer: nn.Module, x: Tensor, names: list[str] | None) -> list[Part] | None:
@@ -76,13 +86,20 @@ def _parts(layer: nn.Module, x: Tensor, names: list[str] | None) -> list[Part] |
     else:
         chosen = [(rows, name) for name, rows in mixed.stretches(layer, names, x)]
         parts = [(rows, [_adapter(layer, name)] if name in layer.lora_A else []) for rows, name in chosen]
-    fits = parts is not None and all(isinstance(item, Adapter) and _fits(item, x) for _, adapters in parts for item in adapters)
+    fits = parts is not None and all(
+        isinstance(item, Adapter) and _fits(item, x) for _, adapters in parts for item in adapters
+    )
     return parts if fits else None
 
 
 def _fits(adapter: Adapter, x: Tensor) -> bool:
     weight = adapter.a.weight
-    return weight.device == x.device and weight.dtype in FLOATS and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    return (
+        weight.device == x.device
+        and weight.dtype in FLOATS
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+    )
 
 
 def _sum(y: Tensor, x: Tensor, parts: list[Part], add: Callable[[Tensor, Tensor, Adapter], Tensor]) -> Tensor:
@@ -94,7 +111,9 @@ def _sum(y: Tensor, x: Tensor, parts: list[Part], add: Callable[[Tensor, Tensor,
     pieces = []
     for (start, stop), adapters in parts:
         piece, rows = flat_y[start:stop], flat_x[start:stop]
-        pieces.append(functools.reduce(lambda total, item, rows=rows: add(total, rows, item), adapters, piece))
+        pieces.append(
+            functools.reduce(lambda total, item, rows=rows: add(total, rows, item), adapters, piece)
+        )
     return torch.cat(pieces).reshape(y.shape)
 
 

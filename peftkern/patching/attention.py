@@ -115,7 +115,9 @@ def _rope_mode(module: nn.Module) -> RopeMode | str:
         return f"{_ROTARY} is no function of the module that defines {type(module).__name__}"
     try:
         if not _rotates_halves(function, 16):
-            return f"{_ROTARY} of {forward.__module__} is not the rotate_half convention: it differs on a probe"
+            return (
+                f"{_ROTARY} of {forward.__module__} is not the rotate_half convention: it differs on a probe"
+            )
     except Exception as error:  # any signature is possible
         return f"{_ROTARY} of {forward.__module__} failed on a probe: {type(error).__name__}: {error}"
     try:
@@ -136,16 +138,22 @@ def _rotates_halves(function: Callable[..., Any], rotary: int) -> bool:
         if not isinstance(theirs, tuple) or len(theirs) != 2:
             return False
         for their, our in zip(theirs, ours, strict=True):
-            if (their.shape, their.dtype) != (our.shape, our.dtype) or not torch.allclose(their, our, rtol=tolerance, atol=tolerance):
+            if (their.shape, their.dtype) != (our.shape, our.dtype) or not torch.allclose(
+                their, our, rtol=tolerance, atol=tolerance
+            ):
                 return False
     return True
 
 
-def _rotary(stock: Callable[..., tuple[Tensor, Tensor]], partial: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _rotary(
+    stock: Callable[..., tuple[Tensor, Tensor]], partial: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Ours in `stock`'s place; calls that it does not serve go to `stock`."""
 
     def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        plain = len(args) == 4 and (not kwargs or (kwargs.keys() == {"unsqueeze_dim"} and kwargs["unsqueeze_dim"] == 1))
+        plain = len(args) == 4 and (
+            not kwargs or (kwargs.keys() == {"unsqueeze_dim"} and kwargs["unsqueeze_dim"] == 1)
+        )
         if not plain or not all(isinstance(value, Tensor) for value in args) or not _turns(*args, partial):
             return stock(*args, **kwargs)  # whatever its parameters are called
         return functional.rope(*args)
@@ -161,7 +169,14 @@ def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, partial: bool) -> boo
         or not q.device == k.device == cos.device == sin.device
     ):
         return False
-    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or cos.requires_grad or sin.requires_grad:
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or cos.dim() != 3
+        or cos.shape != sin.shape
+        or cos.requires_grad
+        or sin.requires_grad
+    ):
         return False
     (b, _, s, d), rotary = q.shape, cos.shape[2]
     if (k.shape[0], k.shape[2], k.shape[3]) != (b, s, d) or cos.shape[0] not in (1, b) or cos.shape[1] != s:
@@ -193,14 +208,18 @@ def wide_candidates(model: nn.Module) -> list[Block]:
 
 def _no_interfaces(module: nn.Module) -> str | None:
     functions = innermost(type(module).forward).__globals__.get(_FUNCTIONS)
-    return None if callable(getattr(functions, "get_interface", None)) else f"{_FUNCTIONS} has no get_interface"
+    return (
+        None if callable(getattr(functions, "get_interface", None)) else f"{_FUNCTIONS} has no get_interface"
+    )
 
 
 class _Interfaces:
     """transformers' attention functions, the eager and the SDPA one in fp32, `around` around each; all else
     of it as it is."""
 
-    def __init__(self, stock: Any, slow: tuple[torch.dtype, ...], around: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self, stock: Any, slow: tuple[torch.dtype, ...], around: Callable[..., Any] | None = None
+    ) -> None:
         self._stock, self._slow, self._around = stock, slow, around
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,7 +227,9 @@ class _Interfaces:
         kind = "eager" if function is default else "sdpa" if _is_sdpa(name, function) else "other"
         if self._around is not None:
             function = functools.partial(self._around, function, kind)
-        return functools.partial(in_fp32, function, self._slow) if self._slow and kind != "other" else function
+        return (
+            functools.partial(in_fp32, function, self._slow) if self._slow and kind != "other" else function
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stock, name)
@@ -233,7 +254,12 @@ def in_fp32(
 ) -> tuple[Tensor, Tensor | None]:
     """`function` on fp32 operands, its results rounded to what it would have returned."""
     result = autocast_dtype(query) or query.dtype
-    if result not in slow or not _pays(query, key, value) or kwargs.get("dropout") or kwargs.get("cache") is not None:
+    if (
+        result not in slow
+        or not _pays(query, key, value)
+        or kwargs.get("dropout")
+        or kwargs.get("cache") is not None
+    ):
         return function(module, query, key, value, attention_mask, **kwargs)
     operands = [_wide(each) for each in (query, key, value, attention_mask)]
     with _autocast_off(query):
@@ -243,9 +269,14 @@ def in_fp32(
 
 def _pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """One token against a cache, without gradients, reads the keys once: casting them would take as long."""
-    if not (query.device.type == key.device.type == value.device.type == "cpu" and query.dtype == key.dtype == value.dtype):
+    if not (
+        query.device.type == key.device.type == value.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype
+    ):
         return False
-    return query.shape[2] > 1 or (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
+    return query.shape[2] > 1 or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    )
 
 
 def _wide(value: Any) -> Any:
@@ -340,7 +371,8 @@ class AttentionForward(WrappedForward):
         surrounded = any(isinstance(mode, WideMode) and mode.around is not None for mode in self.cache)
         if self._function is None and surrounded:
             raise RuntimeError(
-                f"{type(self.module).__name__}.forward was replaced since something was put around its attention function, and cannot be "
+                f"{type(self.module).__name__}.forward was replaced since something was put around its "
+                "attention function, and cannot be "
                 "served any more: remove that (a prefix, say), or the replacement"
             )
         if self._function is None or (transformed() and not surrounded):
@@ -353,17 +385,23 @@ class AttentionForward(WrappedForward):
         if any(mode.name not in source for mode in self.cache):
             return None
         self._stock, self._code, self.scope = stock, stock.__code__, _scope(stock)
-        self._replacements = [(mode.name, source[mode.name], mode.replace(source[mode.name])) for mode in self.cache]
+        self._replacements = [
+            (mode.name, source[mode.name], mode.replace(source[mode.name])) for mode in self.cache
+        ]
         self.scope.update({name: ours for name, _, ours in self._replacements})
         self._names = tuple(name for name in _global_names(stock.__code__) if name in source)
-        function = types.FunctionType(stock.__code__, self.scope, stock.__name__, stock.__defaults__, stock.__closure__)
+        function = types.FunctionType(
+            stock.__code__, self.scope, stock.__name__, stock.__defaults__, stock.__closure__
+        )
         function.__kwdefaults__ = stock.__kwdefaults__
         return function
 
     def _refresh(self) -> None:
         """What others have put into the module's globals since then is seen; while a function of theirs is
         under our names, it is used."""
-        if type(self.module).forward is not self._seen or (self._function is not None and self._stock.__code__ is not self._code):
+        if type(self.module).forward is not self._seen or (
+            self._function is not None and self._stock.__code__ is not self._code
+        ):
             self.build()
         if self._function is None:
             return

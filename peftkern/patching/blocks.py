@@ -58,7 +58,10 @@ def _replaced(module: nn.Module) -> str | None:
     forward = module.__dict__.get(slot)
     if forward is None or isinstance(forward, Forward):
         return None
-    if getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module:
+    if (
+        getattr(forward, "__func__", None) is type(module).forward
+        and getattr(forward, "__self__", None) is module
+    ):
         return None
     return f"its forward was replaced by {getattr(forward, '__qualname__', type(forward).__qualname__)}"
 
@@ -78,7 +81,12 @@ def norm_candidates(model: nn.Module) -> list[Block]:
     for name, module in model.named_modules():
         eps_name = _eps_name(module)
         weight = module._parameters.get("weight")
-        if eps_name is None or not isinstance(weight, Tensor) or weight.dim() != 1 or isinstance(module, nn.LayerNorm):
+        if (
+            eps_name is None
+            or not isinstance(weight, Tensor)
+            or weight.dim() != 1
+            or isinstance(module, nn.LayerNorm)
+        ):
             continue
         mode = _recognized(module)[0]
         reason = mode if isinstance(mode, str) else None
@@ -108,7 +116,10 @@ def _norm_mode(module: nn.Module, eps_name: str) -> NormMode | str:
         return f"its {eps_name} is {eps!r}, expected a float"
     if innermost(type(module).forward) is None:
         return f"{type(module).__name__}.forward {UNKNOWN}"
-    if set(name for name, value in module._parameters.items() if value is not None) != {"weight"} or module._modules:
+    if (
+        set(name for name, value in module._parameters.items() if value is not None) != {"weight"}
+        or module._modules
+    ):
         return f"{type(module).__name__} has other parameters than a weight, or submodules"
     try:
         matches = {dtypes: _matching(module, eps, *dtypes) for dtypes in _PROBES}
@@ -117,7 +128,10 @@ def _norm_mode(module: nn.Module, eps_name: str) -> NormMode | str:
     for cast, offset in _MODES:
         if all((cast, offset) in matches[same] for same in _PROBES[:2]):
             return NormMode(eps_name, offset, cast, (cast, offset) in matches[_PROBES[2]])
-    return f"{type(module).__name__}.forward is no RMSNorm that peftkern knows: on a probe no order of casting gives its bits"
+    return (
+        f"{type(module).__name__}.forward is no RMSNorm that peftkern knows: on a probe no order of "
+        "casting gives its bits"
+    )
 
 
 _MODES = (("llama", 0.0), ("gemma", 0.0), ("gemma", 1.0))
@@ -125,7 +139,9 @@ _MODES = (("llama", 0.0), ("gemma", 0.0), ("gemma", 1.0))
 _PROBES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
 
 
-def _matching(module: nn.Module, eps: float, dtype: torch.dtype, weight_dtype: torch.dtype) -> list[tuple[str, float]]:
+def _matching(
+    module: nn.Module, eps: float, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> list[tuple[str, float]]:
     """The modes whose reference gives, on random rows of several sizes and a random weight, the bits of the
     class's own forward."""
     size, options = module.weight.shape[0], dict(generator=torch.Generator().manual_seed(0), **_ON_CPU)
@@ -138,7 +154,11 @@ def _matching(module: nn.Module, eps: float, dtype: torch.dtype, weight_dtype: t
         x = x.to(dtype)
         y = innermost(type(module).forward)(probe, x)
         results = {mode: rms_norm_reference.forward(x, weight, eps, mode[1], mode[0])[0] for mode in _MODES}
-    return [mode for mode, ours in results.items() if isinstance(y, Tensor) and y.dtype == ours.dtype and torch.equal(y, ours)]
+    return [
+        mode
+        for mode, ours in results.items()
+        if isinstance(y, Tensor) and y.dtype == ours.dtype and torch.equal(y, ours)
+    ]
 
 
 class NormForward(RecognizedForward):
@@ -174,7 +194,11 @@ class NormForward(RecognizedForward):
     def joined(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """norm(s) and s = residual + x, x itself without a residual: in one launch where the operands are
         alike."""
-        if residual is not None and (x.dtype, x.shape, x.device) != (residual.dtype, residual.shape, residual.device):
+        if residual is not None and (x.dtype, x.shape, x.device) != (
+            residual.dtype,
+            residual.shape,
+            residual.device,
+        ):
             x, residual = residual + x, None
         found = self.operands(x) if self.bare() else None
         if found is None:
@@ -190,7 +214,13 @@ class NormForward(RecognizedForward):
         if mode is None or type(weight) is not nn.Parameter:
             return None
         eps, dtype = module.__dict__.get(mode.eps_name), x.dtype
-        if type(eps) is not float or dtype not in FLOATS or weight.dtype not in FLOATS or not x.shape or x.shape[-1] != weight.shape[0]:
+        if (
+            type(eps) is not float
+            or dtype not in FLOATS
+            or weight.dtype not in FLOATS
+            or not x.shape
+            or x.shape[-1] != weight.shape[0]
+        ):
             return None
         if x.device != weight.device or not (mode.mixed or dtype == weight.dtype):
             return None

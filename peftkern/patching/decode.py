@@ -1,5 +1,6 @@
-"""Generation: linears on a few rows without gradients, where reading a model's attributes and checking arguments costs more than the
-arithmetic. What a call needs is prepared once and used again as long as nothing that it was made of has changed."""
+"""Generation: linears on a few rows without gradients, where reading a model's attributes and checking
+arguments costs more than the arithmetic. What a call needs is prepared once and used again as long as nothing
+that it was made of has changed."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from ..ops import unobserved
 
 __all__ = ["Ready", "address_of"]
 
-_MOST_ROWS = 64  # the kernel for few rows takes no more; the table of ops/qlora_linear/config.py says where it is used
+_MOST_ROWS = (
+    64  # the kernel for few rows takes no more; the table of ops/qlora_linear/config.py says where it is used
+)
 
 
 class _Linear(Protocol):
-    """A patched linear: `signature` is the same as long as `plan` gives the same, None where that cannot be told cheaply."""
+    """A patched linear: `signature` is the same as long as `plan` gives the same, None where that cannot be
+    told cheaply."""
 
     def plan(self, x: Tensor) -> Any: ...
 
@@ -32,7 +36,10 @@ class Ready:
 
     def __init__(self, linears: Sequence[_Linear]) -> None:
         self.linears = linears
-        self.prepared: tuple[Any, Any] = (None, None)  # for which signature, and the call: replaced together, as threads share them
+        self.prepared: tuple[Any, Any] = (
+            None,
+            None,
+        )  # for which signature, and the call: replaced together, as threads share them
 
     def __call__(self, x: Tensor) -> list[Tensor] | None:
         """Each linear's result; None where the call has to be computed as any other."""
@@ -52,7 +59,9 @@ class Ready:
 
     def _prepare(self, x: Tensor) -> Any:
         plans = [linear.plan(x) for linear in self.linears]
-        if any(plan is None or not plan.compute == plan.base_result == plan.result == x.dtype for plan in plans):
+        if any(
+            plan is None or not plan.compute == plan.base_result == plan.result == x.dtype for plan in plans
+        ):
             return None
         return group.few_rows(x, [plan.member for plan in plans])
 
@@ -65,5 +74,6 @@ def _serves(x: Tensor) -> bool:
 
 
 def address_of(tensor: Tensor | None) -> tuple | None:
-    """Where a tensor lies and how: a call that reads its address, and no copy of it, reads the same numbers as long as this is equal."""
+    """Where a tensor lies and how: a call that reads its address, and no copy of it, reads the same numbers
+    as long as this is equal."""
     return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous())

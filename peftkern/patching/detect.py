@@ -19,7 +19,10 @@ from .weights import FLOATS, forward_reason, is_4bit, repacked, slow_products, u
 
 __all__ = ["Candidate", "candidates", "excluded", "is_lora", "patterns_of"]
 
-_PEFT_FORWARDS = {("peft.tuners.lora.layer", "Linear.forward"), ("peft.tuners.lora.bnb", "Linear4bit.forward")}
+_PEFT_FORWARDS = {
+    ("peft.tuners.lora.layer", "Linear.forward"),
+    ("peft.tuners.lora.bnb", "Linear4bit.forward"),
+}
 
 
 class Candidate(NamedTuple):
@@ -34,7 +37,10 @@ class Candidate(NamedTuple):
 
 def is_lora(module: nn.Module) -> bool:
     """Whether `module` is shaped like a PEFT LoRA layer."""
-    return all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling", "lora_dropout", "active_adapters"))
+    return all(
+        hasattr(module, name)
+        for name in ("base_layer", "lora_A", "lora_B", "scaling", "lora_dropout", "active_adapters")
+    )
 
 
 def candidates(model: nn.Module, exclude: tuple[str, ...], dense: bool | None) -> list[Candidate]:
@@ -46,7 +52,9 @@ def candidates(model: nn.Module, exclude: tuple[str, ...], dense: bool | None) -
             continue
         if is_lora(module):
             found.append(_lora(name, module, exclude))
-        elif is_4bit(module) or (type(module) is nn.Linear and not _trainable(module) and _wants_dense(module, dense)):
+        elif is_4bit(module) or (
+            type(module) is nn.Linear and not _trainable(module) and _wants_dense(module, dense)
+        ):
             found.append(_linear(name, module, exclude))
     return found
 
@@ -80,14 +88,25 @@ def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:
     got, forward = ("lora_add", add.LoraAddForward) if against_fusion else ("qlora_linear", LoraForward)
     if reason and not static and not against_fusion and not isinstance(active_dora(layer), str):
         got, reason = "dora_linear", None
-    row = _row(name, "lora", base, got, reason, note, adapters=tuple(a for a in layer.active_adapters if a in layer.lora_A))
+    row = _row(
+        name,
+        "lora",
+        base,
+        got,
+        reason,
+        note,
+        adapters=tuple(a for a in layer.active_adapters if a in layer.lora_A),
+    )
     return Candidate(layer, row, static is None, forward)
 
 
 def _fusion_reason(layer: nn.Module) -> str | None:
     forward = type(layer).forward
     if (forward.__module__, forward.__qualname__) not in _PEFT_FORWARDS:
-        return f"base layer is {type(layer.base_layer).__module__}.{type(layer.base_layer).__name__}, which has no fused form"
+        return (
+            f"base layer is {type(layer.base_layer).__module__}.{type(layer.base_layer).__name__}, which "
+            "has no fused form"
+        )
     return _base_reason(layer.base_layer) or against("the base layer", layer.base_layer)
 
 
@@ -105,7 +124,15 @@ def _linear(name: str, module: nn.Module, exclude: tuple[str, ...]) -> Candidate
     return Candidate(module, row, reason is None)
 
 
-def _row(name: str, kind: str, base: nn.Module, got: str, reason: str | None, note: str, adapters: tuple[str, ...] = ()) -> Row:
+def _row(
+    name: str,
+    kind: str,
+    base: nn.Module,
+    got: str,
+    reason: str | None,
+    note: str,
+    adapters: tuple[str, ...] = (),
+) -> Row:
     n, k = getattr(base, "out_features", None), getattr(base, "in_features", None)
     shape = (n, k) if isinstance(n, int) and isinstance(k, int) else None
     return Row(name, kind, _describe(base), "stock" if reason else got, shape, adapters, reason, note)
@@ -128,12 +155,17 @@ def excluded(name: str, exclude: tuple[str, ...]) -> str | None:
 def patterns_of(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
     """The caller's patterns for `excluded`; ValueError where one names nothing."""
     if isinstance(exclude, str):
-        raise ValueError(f"exclude: got the string {exclude!r}, expected a list of names; write exclude=[{exclude!r}]")
+        raise ValueError(
+            f"exclude: got the string {exclude!r}, expected a list of names; write exclude=[{exclude!r}]"
+        )
     patterns = tuple(exclude)
     names = [f".{name}." for name, _ in model.named_modules()]
     for pattern in patterns:
         if not any(f".{pattern}." in name for name in names):
-            raise ValueError(f"exclude: {pattern!r} names no module; give a name of model.named_modules(), or whole dotted parts of one")
+            raise ValueError(
+                f"exclude: {pattern!r} names no module; give a name of model.named_modules(), or whole "
+                "dotted parts of one"
+            )
     return patterns
 
 
@@ -158,7 +190,10 @@ def _base_reason(base: nn.Module) -> str | None:
 def _replaced(module: nn.Module) -> str | None:
     if find(module) is not None or "forward" not in module.__dict__ or "_old_forward" in module.__dict__:
         return None
-    return f"its forward was replaced on the instance by {getattr(module.forward, '__qualname__', type(module.forward).__name__)}"
+    return (
+        "its forward was replaced on the instance by "
+        f"{getattr(module.forward, '__qualname__', type(module.forward).__name__)}"
+    )
 
 
 def _prepare(base: nn.Module) -> str:
@@ -195,7 +230,11 @@ def _weight_reason_4bit(base: nn.Module) -> str | None:
     except ValueError as error:
         return str(error)
     expected = (base.out_features, base.in_features)
-    return None if weight.shape == expected else f"its weight was quantized as {weight.shape}, the layer is {expected}"
+    return (
+        None
+        if weight.shape == expected
+        else f"its weight was quantized as {weight.shape}, the layer is {expected}"
+    )
 
 
 def _device_reason(weight: Tensor) -> str | None:

@@ -1,4 +1,5 @@
-"""The forwards that `patch` puts on module instances. Whatever a call asks for beyond the plain case goes to the stock forward."""
+"""The forwards that `patch` puts on module instances. Whatever a call asks for beyond the plain case goes to
+the stock forward."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class _PlannedForward(Forward):
         return self.plan(x)
 
     def signature(self) -> tuple | None:
-        """Something that stays equal as long as `work` gives the same; None where that cannot be told cheaply."""
+        """Something that stays equal as long as `work` gives the same; None where that cannot be told
+        cheaply."""
         raise NotImplementedError
 
     def run(self, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
@@ -79,7 +81,9 @@ class _PlannedForward(Forward):
         if args or kwargs or not _served(x):
             return self.stock(x, *args, **kwargs)
         if torch.compiler.is_compiling():
-            group = None  # what siblings leave for each other is a side effect, which no checkpointed region of a graph may have
+            # what siblings leave for each other is a side effect, which no checkpointed region of a graph may
+            # have
+            group = None
         else:
             group = self.group
             part = None if group is None else group.fetch(self, x)
@@ -116,7 +120,8 @@ class LinearForward(_PlannedForward):
 
 
 class Adapter(NamedTuple):
-    """One active vanilla adapter: its two linears, the dropout to apply now, its scaling (see `scaling_of`)."""
+    """One active vanilla adapter: its two linears, the dropout to apply now, its scaling (see
+    `scaling_of`)."""
 
     a: nn.Linear
     b: nn.Linear
@@ -134,7 +139,13 @@ class LoraForward(_PlannedForward):
         names, layer = kwargs.pop("adapter_names", None), self.module
         if names is None:
             return super().__call__(x, *args, **kwargs)
-        if args or kwargs or layer.disable_adapters or len(names) != len(x) or not set(names) <= {*layer.lora_A, mixed.BASE}:
+        if (
+            args
+            or kwargs
+            or layer.disable_adapters
+            or len(names) != len(x)
+            or not set(names) <= {*layer.lora_A, mixed.BASE}
+        ):
             return self.stock(x, *args, adapter_names=names, **kwargs)
         with mixed.names(layer, names):
             plan = self.plan(x) if _served(x) else None
@@ -145,7 +156,9 @@ class LoraForward(_PlannedForward):
         names, variants = mixed.current(self.module), self.module.lora_variant
         if names is None:
             return super().stock(*args, **kwargs)
-        if len(args) == 1 and not kwargs and any(name in variants for name in names):  # PEFT mixes vanilla LoRA alone
+        if (
+            len(args) == 1 and not kwargs and any(name in variants for name in names)
+        ):  # PEFT mixes vanilla LoRA alone
             return mixed.run(self.module, names, args[0], self._by_itself)
         return super().stock(*args, **{"adapter_names": names} | kwargs)
 
@@ -161,14 +174,24 @@ class LoraForward(_PlannedForward):
     def _dora(self, x: Tensor) -> DoraPlan | None:
         """Where one DoRA adapter is active, alone."""
         layer = self.module
-        if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or not direct(layer.base_layer):
+        if (
+            layer.merged
+            or layer.disable_adapters
+            or mixed.current(layer) is not None
+            or not direct(layer.base_layer)
+        ):
             return None
         adapter = dora.active_dora(layer)
         base = None if isinstance(adapter, str) else self.cache.operands(layer.base_layer, x)
         if base is None or adapter.a.weight.device != x.device:
             return None
         branch = functional.Adapter(*branch_operands(adapter.a.weight, adapter.b.weight, adapter.scaling))
-        plan = Plan(functional.Member(base.weight, base.bias, [branch]), base.compute, base.result, _result_dtype(layer, base))
+        plan = Plan(
+            functional.Member(base.weight, base.bias, [branch]),
+            base.compute,
+            base.result,
+            _result_dtype(layer, base),
+        )
         return DoraPlan(plan, adapter.magnitude, adapter.dropout)
 
     def plan(self, x: Tensor) -> Plan | None:
@@ -184,7 +207,12 @@ class LoraForward(_PlannedForward):
         if _rounds_adapters(x, found.compute):
             to = found.compute
             adapters = [replace(a, lora_a=a.lora_a.to(to), lora_b=a.lora_b.to(to)) for a in adapters]
-        return Plan(functional.Member(found.weight, bias, adapters), found.compute, found.result, _result_dtype(layer, found))
+        return Plan(
+            functional.Member(found.weight, bias, adapters),
+            found.compute,
+            found.result,
+            _result_dtype(layer, found),
+        )
 
     def signature(self) -> tuple | None:
         layer, parts = self.module, self.module._modules
@@ -217,7 +245,9 @@ def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
     parts = layer._modules
     a, b = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
     dropout = parts["lora_dropout"]._modules[name]
-    if not (direct(a) and direct(b) and direct(dropout)) or (dropout.training and type(dropout) is not nn.Identity):
+    if not (direct(a) and direct(b) and direct(dropout)) or (
+        dropout.training and type(dropout) is not nn.Identity
+    ):
         return None
     of_a, of_b = a._parameters, b._parameters
     # See WeightCache.signature.
@@ -233,7 +263,8 @@ def _active(layer: nn.Module) -> list[functional.Adapter] | None:
 
 
 def _mixed(layer: nn.Module, x: Tensor, names: list[str]) -> list[functional.Adapter] | None:
-    """One adapter a stretch of samples; None where one has no fused form, or a bias, which only its samples would get."""
+    """One adapter a stretch of samples; None where one has no fused form, or a bias, which only its samples
+    would get."""
     found = []
     for name, rows in mixed.stretches(layer, names, x):
         if name == mixed.BASE or name not in layer.lora_A:
@@ -289,7 +320,10 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | str:
         return against("lora_A", a) or against("lora_B", b) or against("lora_dropout", dropout)
     lora_a, lora_b = parameter(a, "weight"), parameter(b, "weight")
     if lora_a.dtype != lora_b.dtype or lora_a.shape[0] > 256:
-        return f"lora_A {lora_a.dtype} of rank {lora_a.shape[0]}, lora_B {lora_b.dtype}: expected one dtype and a rank up to 256"
+        return (
+            f"lora_A {lora_a.dtype} of rank {lora_a.shape[0]}, lora_B {lora_b.dtype}: expected one dtype "
+            "and a rank up to 256"
+        )
     dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     return Adapter(a, b, dropout, dropout_p, scaling_of(layer, name))
 
@@ -300,15 +334,16 @@ def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:
 
 
 def _result_dtype(layer: nn.Module, base: Operands) -> torch.dtype:
-    """PEFT's 4-bit layer adds the low-rank part uncast under CUDA autocast; its dense layer always returns the base's dtype."""
+    """PEFT's 4-bit layer adds the low-rank part uncast under CUDA autocast; its dense layer always returns
+    the base's dtype."""
     if hasattr(layer, "is_target_conv_1d_layer") or not torch.is_autocast_enabled():
         return base.result
     return torch.promote_types(base.result, torch.get_autocast_dtype("cuda"))
 
 
 def _served(x: Tensor) -> bool:
-    """Whether there are kernels for x's device and torch can follow them; elsewhere the stock forward is faster than our reference, or
-    the only one that can be followed."""
+    """Whether there are kernels for x's device and torch can follow them; elsewhere the stock forward is
+    faster than our reference, or the only one that can be followed."""
     if not isinstance(x, Tensor) or transformed():
         return False
     return x.is_cpu or (not x.is_meta and backends.select(x) != "reference")
@@ -316,7 +351,11 @@ def _served(x: Tensor) -> bool:
 
 def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The operands are cast already; a kernel's own fp32 arithmetic must not be autocast."""
-    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+    return (
+        contextlib.nullcontext()
+        if autocast_dtype(x) is None
+        else torch.autocast(x.device.type, enabled=False)
+    )
 
 
 def find(module: nn.Module) -> tuple[str, Forward] | None:
@@ -325,7 +364,11 @@ def find(module: nn.Module) -> tuple[str, Forward] | None:
         value = module.__dict__.get(slot)
         if isinstance(value, Forward):
             return slot, value
-        if type(value) is types.MethodType and (held := of_module(module)) is not None and value == types.MethodType(held.__func__, module):
+        if (
+            type(value) is types.MethodType
+            and (held := of_module(module)) is not None
+            and value == types.MethodType(held.__func__, module)
+        ):
             return slot, held  # bound anew by accelerate's unwrap_model
     return None
 

@@ -1,7 +1,8 @@
-"""Linears that get the same input, computed together: whichever is called first computes all, the others take their part.
+"""Linears that get the same input, computed together: whichever is called first computes all, the others take
+their part.
 
-Which linears are siblings is known before any call and stays so. What a call does depends on its own thread's calls alone and on nothing
-that a recomputation in the backward pass would find changed.
+Which linears are siblings is known before any call and stays so. What a call does depends on its own thread's
+calls alone and on nothing that a recomputation in the backward pass would find changed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class _Stash:
-    """The parts that siblings have not yet fetched. apart: members that could not be computed with them and have not yet been called."""
+    """The parts that siblings have not yet fetched. apart: members that could not be computed with them and
+    have not yet been called."""
 
     __slots__ = ("x", "version", "mode", "parts", "apart")
 
@@ -50,8 +52,8 @@ def _version(x: Tensor) -> int:
 
 
 def _mode() -> Any:
-    """Without gradients None, else what saves tensors for backward: each region that is checkpointed has its own, and is computed again
-    without the regions around it."""
+    """Without gradients None, else what saves tensors for backward: each region that is checkpointed has its
+    own, and is computed again without the regions around it."""
     return (_saving_hooks(False),) if torch.is_grad_enabled() else None
 
 
@@ -81,7 +83,8 @@ class Group:
         return self.calling.stash
 
     def fetch(self, forward: _PlannedForward, x: Tensor) -> Tensor | None:
-        """The part that a sibling's call with the same x has computed for `forward`; None where there is none."""
+        """The part that a sibling's call with the same x has computed for `forward`; None where there is
+        none."""
         stash = self.calling.stash
         if stash is None:
             return None
@@ -94,7 +97,8 @@ class Group:
         return part
 
     def run(self, forward: _PlannedForward, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
-        """The part of `forward`, computed with its siblings', which are kept for them; alone where the group has dissolved."""
+        """The part of `forward`, computed with its siblings', which are kept for them; alone where the group
+        has dissolved."""
         index, stash = self.places[id(forward)], self.calling.stash
         if stash is not None and stash.leaves(index, x):
             return forward.run(x, plan)
@@ -112,12 +116,16 @@ class Group:
         """One's own part; the others are kept for the siblings."""
         part = parts.pop(index)
         if parts:
-            self.calling.stash = _Stash(x, parts, {i for i in range(len(self.forwards)) if i != index and i not in parts})
+            self.calling.stash = _Stash(
+                x, parts, {i for i in range(len(self.forwards)) if i != index and i not in parts}
+            )
         return part
 
     def _compute(self, index: int, x: Tensor, plan: Plan | DoraPlan) -> dict[int, Tensor]:
         plans = {i: plan if i == index else member.work(x) for i, member in enumerate(self.forwards)}
-        plans = {i: found for i, found in plans.items() if i == index or (found is not None and plan.joins(found))}
+        plans = {
+            i: found for i, found in plans.items() if i == index or (found is not None and plan.joins(found))
+        }
         if len(plans) == 1:
             return {index: self.forwards[index].run(x, plan)}
         with _autocast_off(x):
@@ -126,10 +134,15 @@ class Group:
 
 
 def form_groups(model: nn.Module) -> dict[str, str]:
-    """Group the patched siblings of every module; the name of each grouped module with its members, for the report."""
+    """Group the patched siblings of every module; the name of each grouped module with its members, for the
+    report."""
     formed: dict[str, str] = {}
     for name, parent in model.named_modules():
-        held = {child: forward for child, module in parent.named_children() if (forward := _planned(module)) is not None}
+        held = {
+            child: forward
+            for child, module in parent.named_children()
+            if (forward := _planned(module)) is not None
+        }
         for members in called_together(parent, held) if len(held) > 1 else ():
             if len({_in_features(held[child].module) for child in members}) > 1:
                 continue

@@ -1,4 +1,5 @@
-"""Whether calling a module does nothing but run its class's forward. Where it does more, a fused block has to call it."""
+"""Whether calling a module does nothing but run its class's forward. Where it does more, a fused block has to
+call it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch.nn.modules import module as _torch
 
 __all__ = ["Ours", "against", "direct", "has_hooks", "running"]
 
-# torch's hooks for every module, which fire beside a module's own: dicts that torch writes to and never replaces.
+# torch's hooks for every module, which fire beside a module's own: dicts that torch writes to and never
+# replaces.
 _FORWARD, _FORWARD_PRE = _torch._global_forward_hooks, _torch._global_forward_pre_hooks
 _BACKWARD, _BACKWARD_PRE = _torch._global_backward_hooks, _torch._global_backward_pre_hooks
 
@@ -70,19 +72,26 @@ def against(name: str, module: nn.Module) -> str | None:
     if has_hooks(module):
         return f"a hook is registered on {name}"
     forward = module.__dict__["forward"]
-    return f"the forward of {name} was replaced on the instance by {getattr(forward, '__qualname__', type(forward).__name__)}"
+    return (
+        f"the forward of {name} was replaced on the instance by "
+        f"{getattr(forward, '__qualname__', type(forward).__name__)}"
+    )
 
 
 def _beneath(held: dict[str, Any]) -> Any:
     """What an instance's forward that is not ours amounts to: ours or the class's, None where it does more.
 
-    It may be ours bound anew, or accelerate's hook for models over several devices, with nothing offloaded: that one moves what is on
-    another device, which no kernel takes.
+    It may be ours bound anew, or accelerate's hook for models over several devices, with nothing offloaded:
+    that one moves what is on another device, which no kernel takes.
     """
     forward, own = held["forward"], held.get("_peftkern_forward")
     if own is not None and getattr(forward, "__func__", None) is own.__func__:
         return own
     hook, old, call = held.get("_hf_hook"), held.get("_old_forward"), getattr(forward, "func", None)
-    if getattr(call, "__module__", None) != "accelerate.hooks" or type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+    if (
+        getattr(call, "__module__", None) != "accelerate.hooks"
+        or type(hook).__name__ != "AlignDevicesHook"
+        or hook.offload
+    ):
         return None
     return old if isinstance(old, Ours) or getattr(old, "__name__", None) == "forward" else None

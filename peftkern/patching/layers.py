@@ -92,7 +92,12 @@ def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
         rest = {name: value for name, value in kwargs.items() if name not in names}
         twice = any(name in kwargs for name in names[: len(args)])
-        if len(args) > len(names) or twice or (rest and not takes_rest) or any(name not in given for name in names[:required]):
+        if (
+            len(args) > len(names)
+            or twice
+            or (rest and not takes_rest)
+            or any(name not in given for name in names[:required])
+        ):
             return stock(module, *args, **kwargs)  # which says what is wrong with the call
         added, stream = _step(module, mode.first, given[names[0]], None, given, rest)
         added, stream = _step(module, mode.second, added, stream, given, rest)
@@ -103,7 +108,12 @@ def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
 
 
 def _step(
-    module: nn.Module, half: Half, x: Tensor, residual: Tensor | None, given: dict[str, Any], rest: dict[str, Any]
+    module: nn.Module,
+    half: Half,
+    x: Tensor,
+    residual: Tensor | None,
+    given: dict[str, Any],
+    rest: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """What the half's block adds to the stream, and the stream that it adds it to: residual + x, or x
     alone."""
@@ -141,7 +151,12 @@ def install_layers(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str
     """Patch every layer of the pre-norm form whose norms run ours; name, what it runs, and None or why not,
     of each one looked at: elements of a ModuleList with a norm and two blocks of their own, whatever they
     are, and others that are recognized."""
-    listed = {id(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module.children()}
+    listed = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for child in module.children()
+    }
     found = []
     for name, module in model.named_modules():
         if not _is_layer(module) or excluded(name, exclude):
@@ -156,7 +171,11 @@ def install_layers(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str
 
 
 def _is_layer(module: nn.Module) -> bool:
-    norms = [child for child in module.children() if _eps_name(child) is not None and isinstance(getattr(child, "weight", None), Tensor)]
+    norms = [
+        child
+        for child in module.children()
+        if _eps_name(child) is not None and isinstance(getattr(child, "weight", None), Tensor)
+    ]
     return bool(norms) and sum(bool(child._modules) for child in module.children()) >= 2
 
 
@@ -189,7 +208,9 @@ def _straight(function: types.FunctionType, module: nn.Module) -> bool:
     call."""
     code, parameters = function.__code__, inspect.signature(function).parameters.values()
     plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_KEYWORD) for p in parameters)
-    branches = any(step.opcode in dis.hasjrel or step.opcode in dis.hasjabs for step in dis.get_instructions(code))
+    branches = any(
+        step.opcode in dis.hasjrel or step.opcode in dis.hasjabs for step in dis.get_instructions(code)
+    )
     return plain and not branches and not code.co_freevars and set(code.co_names) <= module._modules.keys()
 
 
@@ -202,7 +223,9 @@ class _Called(NamedTuple):
     out: Tensor
 
 
-def _probe(function: types.FunctionType, module: nn.Module, dtype: torch.dtype, parts: bool) -> LayerMode | None:
+def _probe(
+    function: types.FunctionType, module: nn.Module, dtype: torch.dtype, parts: bool
+) -> LayerMode | None:
     """The mode that explains, bit for bit, what the function does to random rows with stand-ins for the
     children; None where none does.
 
@@ -226,7 +249,9 @@ def _probe(function: types.FunctionType, module: nn.Module, dtype: torch.dtype, 
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             result = function(stub, x, **given)
-            return _explained(result, x, trace, given, rest, parts, {name for name in children if _ours(children[name])})
+            return _explained(
+                result, x, trace, given, rest, parts, {name for name in children if _ours(children[name])}
+            )
     except Exception:  # it wants what the stand-ins have not: no layer of this form
         return None
 
@@ -244,7 +269,13 @@ def _random(dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def _explained(
-    result: Any, x: Tensor, trace: list[_Called], given: dict[str, Any], rest: list[str], parts: bool, norms: set[str]
+    result: Any,
+    x: Tensor,
+    trace: list[_Called],
+    given: dict[str, Any],
+    rest: list[str],
+    parts: bool,
+    norms: set[str],
 ) -> LayerMode | None:
     as_tuple = isinstance(result, tuple) and len(result) == 1
     result = result[0] if as_tuple else result
@@ -252,29 +283,52 @@ def _explained(
     halves, stream = [], x
     for index, calls in enumerate((trace[:second], trace[second:])):
         half = _half(calls, given, rest, parts and index == 0, norms)
-        if half is None or not torch.equal(calls[0].args[0], stream) or (index == 0 and calls[0].args[0] is not x):
+        if (
+            half is None
+            or not torch.equal(calls[0].args[0], stream)
+            or (index == 0 and calls[0].args[0] is not x)
+        ):
             return None
         halves.append(half)
         stream = calls[0].args[0] + calls[-1].out
     used = [call.name for call in trace]
-    if len(set(used)) < len(used) or not isinstance(result, Tensor) or result.dtype != x.dtype or not torch.equal(result, stream):
+    if (
+        len(set(used)) < len(used)
+        or not isinstance(result, Tensor)
+        or result.dtype != x.dtype
+        or not torch.equal(result, stream)
+    ):
         return None
     return LayerMode(*halves, as_tuple)
 
 
-def _half(calls: list[_Called], given: dict[str, Any], rest: list[str], parts: bool, norms: set[str]) -> Half | None:
+def _half(
+    calls: list[_Called], given: dict[str, Any], rest: list[str], parts: bool, norms: set[str]
+) -> Half | None:
     """The calls of a norm, of a block on what it gave, and of modules one on the other's output."""
     if len(calls) < 2 or calls[0].name not in norms or len(calls[0].args) != 1 or calls[0].kwargs:
         return None
     norm, block, *after = calls
     hidden = next((name for name, value in block.kwargs.items() if value is norm.out), None)
     positional = (norm.out,) if hidden is None else ()
-    if len(block.args) != len(positional) or any(a is not b for a, b in zip(block.args, positional, strict=True)):
+    if len(block.args) != len(positional) or any(
+        a is not b for a, b in zip(block.args, positional, strict=True)
+    ):
         return None
     sources = {id(value): name for name, value in given.items()}
     keywords = {name: sources.get(id(value)) for name, value in block.kwargs.items() if name != hidden}
     passes = bool(rest) and keywords.pop(rest[0], None) == rest[0]
     chain = zip(calls[1:], after, strict=False)
-    if None in keywords.values() or any(len(call.args) != 1 or call.kwargs or call.args[0] is not was.out for was, call in chain):
+    if None in keywords.values() or any(
+        len(call.args) != 1 or call.kwargs or call.args[0] is not was.out for was, call in chain
+    ):
         return None
-    return Half(norm.name, block.name, hidden, tuple(keywords.items()), passes, parts, tuple(call.name for call in after))
+    return Half(
+        norm.name,
+        block.name,
+        hidden,
+        tuple(keywords.items()),
+        passes,
+        parts,
+        tuple(call.name for call in after),
+    )

@@ -1,4 +1,5 @@
-"""Logits that nobody has made yet: what a forward does to them is written down, and they are made where it does anything else."""
+"""Logits that nobody has made yet: what a forward does to them is written down, and they are made where it
+does anything else."""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ class LogitForm(NamedTuple):
 
 
 class DeferredLogits:
-    """Passes for `head(hidden)`, [..., words], until something other than a scale, a cap or a cast is asked of it.
+    """Passes for `head(hidden)`, [..., words], until something other than a scale, a cap or a cast is asked
+    of it.
 
-    From then on it passes for the tensor, which is made once: whatever a forward does with its logits comes out as with the stock head,
-    writing into them included.
+    From then on it passes for the tensor, which is made once: whatever a forward does with its logits comes
+    out as with the stock head, writing into them included.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class DeferredLogits:
         return self.shape if dim is None else self.shape[dim]
 
     def form(self) -> LogitForm | None:
-        """The changes in one formula; None where they have none, or where the tensor was made and may have been written into."""
+        """The changes in one formula; None where they have none, or where the tensor was made and may have
+        been written into."""
         if self.tensor is not None or self.dtype not in FLOATS:
             return None
         scale, cap = 1.0, None
@@ -83,7 +86,13 @@ class DeferredLogits:
         if self.tensor is None:
             logits = self.head(self.hidden)
             for kind, value in self.changes:
-                logits = logits * value if kind == _SCALE else torch.tanh(logits) if kind == _TANH else logits.to(value)
+                logits = (
+                    logits * value
+                    if kind == _SCALE
+                    else torch.tanh(logits)
+                    if kind == _TANH
+                    else logits.to(value)
+                )
             self.tensor = logits
         return self.tensor
 
@@ -99,7 +108,9 @@ class DeferredLogits:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        return self._changed(_SCALE, 1.0 / other) if _is_number(other) and other else self.make() / made(other)
+        return (
+            self._changed(_SCALE, 1.0 / other) if _is_number(other) and other else self.make() / made(other)
+        )
 
     def tanh(self) -> Any:
         return self._changed(_TANH)
@@ -119,7 +130,9 @@ class DeferredLogits:
         return self.make().to(*args, **kwargs)
 
     @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
         return func(*made(args), **made(kwargs or {}))
@@ -154,8 +167,37 @@ def _of_the_tensor(name: str) -> Callable[..., Any]:
     return operator
 
 
-_ARITHMETIC = ("add", "radd", "sub", "rsub", "rtruediv", "pow", "rpow", "matmul", "floordiv", "mod", "neg", "abs")
-_OTHERS = ("and", "or", "invert", "lt", "le", "gt", "ge", "eq", "ne", "len", "iter", "getitem", "bool", "float", "int")
+_ARITHMETIC = (
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "rtruediv",
+    "pow",
+    "rpow",
+    "matmul",
+    "floordiv",
+    "mod",
+    "neg",
+    "abs",
+)
+_OTHERS = (
+    "and",
+    "or",
+    "invert",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "len",
+    "iter",
+    "getitem",
+    "bool",
+    "float",
+    "int",
+)
 for _name in (*_ARITHMETIC, *_OTHERS):
     setattr(DeferredLogits, f"__{_name}__", _of_the_tensor(f"__{_name}__"))
 DeferredLogits.__hash__ = object.__hash__

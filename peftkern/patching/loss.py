@@ -122,7 +122,11 @@ class LossForward(Forward):
         head = _Head(getattr(self.module, self.cache.head), self.cache, items, reduction, watcher)
         stand_in = StandIn(self.module, {self.cache.head: head, "loss_function": head.loss})
         budget = self.module.__dict__.get(LOGITS_BYTES)
-        with contextlib.nullcontext() if budget is None or torch.compiler.is_compiling() else logits_bytes(budget):
+        with (
+            contextlib.nullcontext()
+            if budget is None or torch.compiler.is_compiling()
+            else logits_bytes(budget)
+        ):
             return type(self.module).forward(stand_in, *args, **kwargs), head
 
     def reason(self, kwargs: dict[str, Any]) -> str | None:
@@ -178,7 +182,11 @@ def _parts(head: nn.Module) -> _Parts | str:
     if isinstance(adapters, str):
         return adapters
     if len(adapters) > 1 or adapters[0].dropout_p > 0.0:
-        return "several adapters are active on the head" if len(adapters) > 1 else "the head's adapter has dropout"
+        return (
+            "several adapters are active on the head"
+            if len(adapters) > 1
+            else "the head's adapter has dropout"
+        )
     return _Parts(head.base_layer, adapters[0])
 
 
@@ -223,7 +231,11 @@ class _Head:
         """As transformers' ForCausalLMLoss."""
         form = logits.form() if isinstance(logits, DeferredLogits) else None
         if form is None or vocab_size != logits.words or kwargs.keys() & _OPTIONS:
-            options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
+            options = {
+                "num_items_in_batch": num_items_in_batch,
+                "ignore_index": ignore_index,
+                "shift_labels": shift_labels,
+            }
             self.value = None
             return self.plan.loss_function(made(logits), labels, vocab_size, **options, **kwargs)
         items = num_items_in_batch if self.items is None else self.items
@@ -234,10 +246,16 @@ class _Head:
             self.value, loss = self.value.reshape(targets.shape), loss.sum()
         return loss
 
-    def _fused(self, hidden: Tensor, form: LogitForm, labels: Tensor, ignore_index: int, items: Tensor | int | None) -> Tensor:
+    def _fused(
+        self, hidden: Tensor, form: LogitForm, labels: Tensor, ignore_index: int, items: Tensor | int | None
+    ) -> Tensor:
         weight, bias, adapter, compute = _operands(_parts(self.head), hidden, self.plan.weights)
         x = hidden.reshape(-1, hidden.shape[-1]).to(compute)
-        low_rank = {} if adapter is None else {"lora_a": adapter.a.weight, "lora_b": adapter.b.weight, "scaling": adapter.scaling}
+        low_rank = (
+            {}
+            if adapter is None
+            else {"lora_a": adapter.a.weight, "lora_b": adapter.b.weight, "scaling": adapter.scaling}
+        )
         flat, watcher = labels.reshape(-1).to(x.device), self.watcher
         watched = None if watcher is None else torch.empty(flat.shape, dtype=torch.float32, device=x.device)
         with _autocast_off(x):
@@ -278,7 +296,11 @@ def _operands(parts: _Parts | str, hidden: Tensor, cache: WeightCache) -> _Opera
         found = cache.operands(base, hidden)
         return None if found is None else _Operands(found.weight, found.bias, adapter, found.compute)
     wanted, weight = autocast_dtype(hidden), base.weight
-    if weight.device != hidden.device or weight.dtype not in FLOATS or (wanted is None and weight.dtype != hidden.dtype):
+    if (
+        weight.device != hidden.device
+        or weight.dtype not in FLOATS
+        or (wanted is None and weight.dtype != hidden.dtype)
+    ):
         return None
     compute = wanted or hidden.dtype
     return _Operands(weight, base.bias, adapter, compute) if compute in FLOATS else None
@@ -297,7 +319,9 @@ def loss_candidate(model: nn.Module, exclude: tuple[str, ...] = ()) -> Candidate
     "loss_function".
     """
     for name, module in model.named_modules():
-        if not isinstance(getattr(type(module), "loss_function", None), property) or not hasattr(module, "get_output_embeddings"):
+        if not isinstance(getattr(type(module), "loss_function", None), property) or not hasattr(
+            module, "get_output_embeddings"
+        ):
             continue
         head = module.get_output_embeddings()
         if head is None:
@@ -307,7 +331,16 @@ def loss_candidate(model: nn.Module, exclude: tuple[str, ...] = ()) -> Candidate
         shape = tuple(getattr(head, side, None) for side in ("out_features", "in_features"))
         shape = shape if all(isinstance(size, int) for size in shape) else None
         adapters = tuple(a for a in head.active_adapters if a in head.lora_A) if is_lora(head) else ()
-        row = Row(name, "loss", "cross-entropy", "stock" if reason else "linear_cross_entropy", shape, adapters, reason, note)
+        row = Row(
+            name,
+            "loss",
+            "cross-entropy",
+            "stock" if reason else "linear_cross_entropy",
+            shape,
+            adapters,
+            reason,
+            note,
+        )
         return Candidate(module, row, reason is None)
     return None
 
@@ -355,7 +388,11 @@ def _head_reason(head: nn.Module) -> str | None:
         reason = reason or _base_reason(base) or (_weight_reason_4bit(base) if is_4bit(base) else None)
         if reason is None and base.weight.device.type == "meta":
             reason = "its weight is on the meta device; load it first"
-        if reason is None and not is_4bit(base) and (type(base.weight) is not nn.Parameter or base.weight.dtype not in FLOATS):
+        if (
+            reason is None
+            and not is_4bit(base)
+            and (type(base.weight) is not nn.Parameter or base.weight.dtype not in FLOATS)
+        ):
             reason = f"its weight is {type(base.weight).__name__} {base.weight.dtype}"
         reason = reason or _device_reason(base.weight)
         if reason is not None:

@@ -1,4 +1,5 @@
-"""Whether a causal language model's loss can be fused: its own forward is run on hidden states of our choice, stock and fused."""
+"""Whether a causal language model's loss can be fused: its own forward is run on hidden states of our choice,
+stock and fused."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class StandIn:
 
 
 class _Backbone:
-    """Stands in for the transformer below the head: returns given hidden states, and None for whatever else is asked of its output."""
+    """Stands in for the transformer below the head: returns given hidden states, and None for whatever else
+    is asked of its output."""
 
     def __init__(self, original: Any, hidden: Tensor) -> None:
         self.original, self.hidden = original, hidden
@@ -73,7 +75,8 @@ class _HeadOf:
 
 
 class _Fused:
-    """The head and the loss function of the probe's second run: the loss is made from the form of logits that were never made."""
+    """The head and the loss function of the probe's second run: the loss is made from the form of logits that
+    were never made."""
 
     def __init__(self, head: Callable[[Tensor], Tensor], words: int) -> None:
         self.head, self.words = head, words
@@ -110,17 +113,23 @@ def shifted(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: in
 
 
 def probe(model: nn.Module, head: str) -> LogitForm | str:
-    """What the model does to its logits, or why its loss cannot be made without them; only the model's outermost forward runs.
+    """What the model does to its logits, or why its loss cannot be made without them; only the model's
+    outermost forward runs.
 
-    Compared are the whole forward's loss and its gradient with respect to the hidden states: what a model does with its logits beside the
-    loss function, a further term say, shows in them.
+    Compared are the whole forward's loss and its gradient with respect to the hidden states: what a model
+    does with its logits beside the loss function, a further term say, shows in them.
     """
     layer = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     weight = getattr(layer, "base_layer", layer).weight
     dtype = getattr(getattr(embedding, "weight", None), "dtype", torch.float32)
-    hidden = _wave(_TOKENS, layer.in_features, device=weight.device)[None].to(dtype if dtype.is_floating_point else torch.float32)
-    low, high = (_wave(*shape, device=weight.device) for shape in ((_RANK, layer.in_features), (layer.out_features, _RANK)))
+    hidden = _wave(_TOKENS, layer.in_features, device=weight.device)[None].to(
+        dtype if dtype.is_floating_point else torch.float32
+    )
+    low, high = (
+        _wave(*shape, device=weight.device)
+        for shape in ((_RANK, layer.in_features), (layer.out_features, _RANK))
+    )
     scale = _SIZE / F.linear(F.linear(hidden.float(), low), high).std()
 
     def logits(x: Tensor) -> Tensor:
@@ -133,20 +142,34 @@ def probe(model: nn.Module, head: str) -> LogitForm | str:
         return fused.reason()
     if any(item.tensor is not None for item in fused.logits):
         return "its forward uses the logits for more than its loss"
-    if not all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * b.abs().max().item()) for a, b in zip(ours, stock, strict=True)):
+    if not all(
+        torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * b.abs().max().item())
+        for a, b in zip(ours, stock, strict=True)
+    ):
         return "its forward gives another loss than that of its logits"
     return fused.losses[0]
 
 
-def _outcome(model: nn.Module, head: str, hidden: Tensor, logits: Any, loss_function: Any) -> tuple[Tensor, Tensor]:
+def _outcome(
+    model: nn.Module, head: str, hidden: Tensor, logits: Any, loss_function: Any
+) -> tuple[Tensor, Tensor]:
     """The loss of the model's forward and its gradient with respect to the hidden states."""
     x = hidden.clone().requires_grad_()
     backbone = _backbone_name(model)
-    replaced = {head: _HeadOf(model.get_output_embeddings(), logits), backbone: _Backbone(getattr(model, backbone, None), x)}
+    replaced = {
+        head: _HeadOf(model.get_output_embeddings(), logits),
+        backbone: _Backbone(getattr(model, backbone, None), x),
+    }
     stand_in = StandIn(model, replaced | {"loss_function": loss_function})
-    ids = torch.arange(1, _TOKENS + 1, device=hidden.device)[None] % model.get_output_embeddings().out_features
+    ids = (
+        torch.arange(1, _TOKENS + 1, device=hidden.device)[None] % model.get_output_embeddings().out_features
+    )
     # The router's loss needs what only the real layers give, and has no part in the logits.
-    quiet = {"output_router_logits": False} if "output_router_logits" in inspect.signature(type(model).forward).parameters else {}
+    quiet = (
+        {"output_router_logits": False}
+        if "output_router_logits" in inspect.signature(type(model).forward).parameters
+        else {}
+    )
     with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []), torch.enable_grad():
         torch.manual_seed(0)
         output = type(model).forward(stand_in, input_ids=ids, labels=ids, **quiet)
@@ -158,17 +181,24 @@ def _outcome(model: nn.Module, head: str, hidden: Tensor, logits: Any, loss_func
 def _backbone_name(model: nn.Module) -> str:
     """The child that holds the input embeddings; the model's own word for it, where none does."""
     embedding = model.get_input_embeddings()
-    holds = (name for name, child in model.named_children() if any(module is embedding for module in child.modules()))
+    holds = (
+        name
+        for name, child in model.named_children()
+        if any(module is embedding for module in child.modules())
+    )
     return next(holds, model.base_model_prefix)
 
 
 def _wave(rows: int, columns: int, *, device: torch.device) -> Tensor:
     """A matrix of no pattern, the same everywhere."""
-    return torch.sin(torch.arange(rows * columns, dtype=torch.float32, device=device) * 12.9898).reshape(rows, columns)
+    return torch.sin(torch.arange(rows * columns, dtype=torch.float32, device=device) * 12.9898).reshape(
+        rows, columns
+    )
 
 
 def is_causal_lm_loss(function: Callable[..., Tensor]) -> bool:
-    """Whether it computes the shifted cross-entropy, a mean or over num_items_in_batch, and takes labels that are shifted already."""
+    """Whether it computes the shifted cross-entropy, a mean or over num_items_in_batch, and takes labels that
+    are shifted already."""
     logits = torch.sin(torch.arange(70, **_ON_CPU)).reshape(2, 5, 7) * 3
     labels = torch.tensor([[1, 2, -100, 6, 0], [3, 3, 3, -100, 5]], device="cpu")
     aligned, other = shifted(labels, None), labels.flip(1)

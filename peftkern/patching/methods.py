@@ -1,4 +1,5 @@
-"""A callable on a module's instance that answers whoever asks as the bound method in whose place it stands."""
+"""A callable on a module's instance that answers whoever asks as the bound method in whose place it
+stands."""
 
 from __future__ import annotations
 
@@ -13,18 +14,22 @@ from .hooks import Ours
 
 __all__ = ["Method", "of_module"]
 
-# What a bound method passes on to its function. `__func__`, the function, has no `__wrapped__`: who unwraps a wrapper of it ends at ours.
+# What a bound method passes on to its function. `__func__`, the function, has no `__wrapped__`: who unwraps a
+# wrapper of it ends at ours.
 _OF_STOCK = ("__annotations__", "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__")
 _OF_STOCK += ("__name__", "__qualname__", "__wrapped__")
 _SLOT = "_peftkern_forward"  # of the module, which holds on to ours where a wrapper takes its place
-_REPLICATE = "_replicate_for_data_parallel"  # torch's, called on each module by nn.DataParallel at each of its calls
+_REPLICATE = (
+    "_replicate_for_data_parallel"  # torch's, called on each module by nn.DataParallel at each of its calls
+)
 
 
 class Method(Ours):
-    """Bound to its module by a plain attribute: deepcopy and pickle of the module carry it along, rebound, as they do no bound method.
+    """Bound to its module by a plain attribute: deepcopy and pickle of the module carry it along, rebound, as
+    they do no bound method.
 
-    previous: the callable the instance had before, None where it had the class's. `inspect.signature`, `__self__`, `__func__` and what
-    else is read off a method are the stock forward's.
+    previous: the callable the instance had before, None where it had the class's. `inspect.signature`,
+    `__self__`, `__func__` and what else is read off a method are the stock forward's.
     """
 
     __slots__ = ("module", "previous", "_unbound")
@@ -40,7 +45,11 @@ class Method(Ours):
 
     def bound(self) -> Callable[..., Any]:
         """The forward the module had before."""
-        return types.MethodType(type(self.module).forward, self.module) if self.previous is None else self.previous
+        return (
+            types.MethodType(type(self.module).forward, self.module)
+            if self.previous is None
+            else self.previous
+        )
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward that the module had before gives."""
@@ -49,7 +58,8 @@ class Method(Ours):
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def retire(self) -> None:
-        """Whoever still holds this callable (a wrapper put around it) gets the stock forward by it from now on."""
+        """Whoever still holds this callable (a wrapper put around it) gets the stock forward by it from now
+        on."""
         self.module.__dict__.pop(_SLOT, None)
         self.module.__dict__.pop(_REPLICATE, None)
         again = {"__call__": Method.stock, "__reduce__": lambda self: (getattr, (self.module, "forward"))}
@@ -77,7 +87,8 @@ class Method(Ours):
 class _Replicate:
     """Gives nn.DataParallel a replica of the module with the forward that the module had before ours.
 
-    A replica is a copy of the module's attributes with parameters of another device. Ours among them would run on the original's.
+    A replica is a copy of the module's attributes with parameters of another device. Ours among them would
+    run on the original's.
     """
 
     __slots__ = ("method", "slot")

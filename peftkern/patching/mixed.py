@@ -1,4 +1,5 @@
-"""Batches whose samples belong to different adapters: which name each sample has, the rows that makes, and each adapter by itself."""
+"""Batches whose samples belong to different adapters: which name each sample has, the rows that makes, and
+each adapter by itself."""
 
 from __future__ import annotations
 
@@ -51,17 +52,21 @@ def names(layer: nn.Module, chosen: Sequence[str] | None, called: str | None = N
 
 @contextlib.contextmanager
 def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Within it, each sample of a batch runs through the adapter named for it, in training too, on one shared base.
+    """Within it, each sample of a batch runs through the adapter named for it, in training too, on one shared
+    base.
 
-    The LoRA layers' rows of one stretch of equal names make one low-rank product; samples sorted by adapter are fastest. Whatever else
-    holds parts of the adapters follows the samples too, by one call for each adapter: a head in modules_to_save, LoRA on embeddings and
-    convolutions, trainable tokens, layers that are excluded or variants of LoRA. Each adapter gets the gradients of its own samples. With
-    gradient checkpointing the backward pass, which calls the layers again, belongs within it too.
+    The LoRA layers' rows of one stretch of equal names make one low-rank product; samples sorted by adapter
+    are fastest. Whatever else
+    holds parts of the adapters follows the samples too, by one call for each adapter: a head in
+    modules_to_save, LoRA on embeddings and convolutions, trainable tokens, layers that are excluded or
+    variants of LoRA. Each adapter gets the gradients of its own samples. With gradient checkpointing the
+    backward pass, which calls the layers again, belongs within it too.
 
     Args:
         model: a patched PEFT LoRA model.
         adapter_names: a name for each sample of the batch; "__base__" for none of them.
-    Raises: ValueError where a name is no adapter of the model, the model is not patched, a module cannot tell the samples apart (before
+    Raises: ValueError where a name is no adapter of the model, the model is not patched, a module cannot tell
+    the samples apart (before
         anything is computed, by the module's name), or (at the call) the batch's size differs.
     Source: Punica (Chen et al., 2023) for the segments; PEFT allows `adapter_names` in evaluation only.
     """
@@ -71,21 +76,35 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
 
     ours = (LoraForward, LoraAddForward)
     held = dict(holders(model))
-    layers = {name: layer for name, layer in held.items() if (found := find(layer)) is not None and isinstance(found[1], ours)}
+    layers = {
+        name: layer
+        for name, layer in held.items()
+        if (found := find(layer)) is not None and isinstance(found[1], ours)
+    }
     if not layers:
-        raise ValueError(f"model: no LoRA layer of {type(model).__name__} is patched; call peftkern.patch(model) first")
+        raise ValueError(
+            f"model: no LoRA layer of {type(model).__name__} is patched; call peftkern.patch(model) first"
+        )
     known = {name for module in held.values() for name in own_adapters(module)} | {BASE}
     unknown = sorted(set(adapter_names) - known)
     if unknown:
-        raise ValueError(f"adapter_names: {', '.join(map(repr, unknown))} unknown; the model has {', '.join(sorted(known))}")
-    against = {name: reason for name, module in held.items() if (reason := obstacle(name, module, adapter_names)) is not None}
+        raise ValueError(
+            f"adapter_names: {', '.join(map(repr, unknown))} unknown; the model has "
+            f"{', '.join(sorted(known))}"
+        )
+    against = {
+        name: reason
+        for name, module in held.items()
+        if (reason := obstacle(name, module, adapter_names)) is not None
+    }
     if against:
         name, reason = next(iter(against.items()))
         more = f" (and {len(against) - 1} more)" if len(against) > 1 else ""
         raise ValueError(f"model: {name}{more} cannot mix adapters: {reason}")
     if any(_reentrant(module) for module in model.modules()):
         raise ValueError(
-            "model: its reentrant gradient checkpointing cannot tell that a recomputation left this block; call "
+            "model: its reentrant gradient checkpointing cannot tell that a recomputation left this "
+            "block; call "
             'model.gradient_checkpointing_enable({"use_reentrant": False}), which notices'
         )
     with contextlib.ExitStack() as stack:
@@ -99,7 +118,9 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
 
 def _reentrant(module: nn.Module) -> bool:
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-    return bool(getattr(module, "gradient_checkpointing", False)) and getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+    return bool(getattr(module, "gradient_checkpointing", False)) and getattr(checkpoint, "keywords", {}).get(
+        "use_reentrant", True
+    )
 
 
 def stretches(layer: nn.Module, chosen: Sequence[str], x: Tensor) -> list[tuple[str, tuple[int, int]]]:
@@ -118,7 +139,10 @@ def stretches(layer: nn.Module, chosen: Sequence[str], x: Tensor) -> list[tuple[
 def _check(layer: nn.Module, chosen: Sequence[str], x: Tensor) -> None:
     if x.dim() == 0 or x.shape[0] != len(chosen):
         count = x.shape[0] if x.dim() else 0
-        raise ValueError(f"adapter_names: got {len(chosen)} names for a batch of {count} samples, {tuple(x.shape)}, in {label(layer)}")
+        raise ValueError(
+            f"adapter_names: got {len(chosen)} names for a batch of {count} samples, {tuple(x.shape)}, "
+            f"in {label(layer)}"
+        )
 
 
 def own_adapters(module: nn.Module) -> set[str]:
@@ -130,7 +154,8 @@ def own_adapters(module: nn.Module) -> set[str]:
 
 
 def run(module: nn.Module, chosen: Sequence[str], x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `call` gives for each sample of x [samples, ...] while the adapter that is named for it is the module's only one."""
+    """What `call` gives for each sample of x [samples, ...] while the adapter that is named for it is the
+    module's only one."""
     _check(module, chosen, x)
     order = sorted(
         range(len(chosen)), key=lambda i: chosen.index(chosen[i])
@@ -143,8 +168,12 @@ def run(module: nn.Module, chosen: Sequence[str], x: Tensor, call: Callable[[Ten
         with _alone(module, name):
             outputs.append(call(rows[start:stop]))
         start = stop
-    if any(not isinstance(y, Tensor) or y.dim() == 0 for y in outputs) or sum(map(len, outputs)) != len(chosen):
-        raise ValueError(f"{label(module)}: what it gives is no tensor with a row for each sample; {ONE_TENSOR}")
+    if any(not isinstance(y, Tensor) or y.dim() == 0 for y in outputs) or sum(map(len, outputs)) != len(
+        chosen
+    ):
+        raise ValueError(
+            f"{label(module)}: what it gives is no tensor with a row for each sample; {ONE_TENSOR}"
+        )
     y = torch.cat(outputs)
     return y if together else y.index_select(0, torch.argsort(index))
 

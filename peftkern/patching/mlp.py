@@ -1,4 +1,5 @@
-"""Gated MLPs: where a module's forward turns out to be down(act(gate(x)) * up(x)), it runs as one function."""
+"""Gated MLPs: where a module's forward turns out to be down(act(gate(x)) * up(x)), it runs as one
+function."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ _OTHER = "its forward is not down(act(gate(x)) * up(x)) of a known activation"
 
 
 class GatedMLPForward(RecognizedForward):
-    """gate_proj, up_proj, act_fn and down_proj as one call; stock where one of them cannot take part. `cache`: what the probe found."""
+    """gate_proj, up_proj, act_fn and down_proj as one call; stock where one of them cannot take part.
+    `cache`: what the probe found."""
 
     __slots__ = ()
     children = ("gate_proj", "up_proj", "down_proj")
@@ -63,7 +65,9 @@ class GatedMLPForward(RecognizedForward):
             return None
         with _autocast_off(x):
             members = [plan.member for plan in plans]
-            return plans[-1].cast(getattr(functional, self.function)(x.to(plans[0].compute), *members, **options))
+            return plans[-1].cast(
+                getattr(functional, self.function)(x.to(plans[0].compute), *members, **options)
+            )
 
     def _linears(self) -> list[_PlannedForward] | None:
         """The forwards of the children; None where one of them is not ours, or is watched."""
@@ -91,15 +95,20 @@ class GatedMLPForward(RecognizedForward):
 
     def _plans(self, x: Tensor, linears: list[_PlannedForward]) -> list | None:
         inner = [linear.plan(x) for linear in linears[:-1]]
-        if any(plan is None or plan.compute != inner[0].compute or plan.result != plan.compute for plan in inner):
+        if any(
+            plan is None or plan.compute != inner[0].compute or plan.result != plan.compute for plan in inner
+        ):
             return None
         compute = inner[0].compute
-        down = linears[-1].plan(x.new_empty((1,)).to(compute).expand(*x.shape[:-1], linears[-1].module.in_features))
+        down = linears[-1].plan(
+            x.new_empty((1,)).to(compute).expand(*x.shape[:-1], linears[-1].module.in_features)
+        )
         return [*inner, down] if down is not None and down.compute == compute else None
 
     @staticmethod
     def products(gate: Tensor, up: Tensor) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        """The weights of the inner children of a probe, in every order they may have, with the options that say so."""
+        """The weights of the inner children of a probe, in every order they may have, with the options that
+        say so."""
         return [({}, [gate, up])]
 
 
@@ -112,11 +121,15 @@ class PackedMLPForward(GatedMLPForward):
 
     @staticmethod
     def products(gate: Tensor, up: Tensor) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        return [({"gate_first": True}, [torch.cat([gate, up])]), ({"gate_first": False}, [torch.cat([up, gate])])]
+        return [
+            ({"gate_first": True}, [torch.cat([gate, up])]),
+            ({"gate_first": False}, [torch.cat([up, gate])]),
+        ]
 
 
 def install_mlps(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, str, str | None]]:
-    """Patch every module with the children of a known layout whose forward is a gated MLP; its name, what it runs, and None or why not."""
+    """Patch every module with the children of a known layout whose forward is a gated MLP; its name, what it
+    runs, and None or why not."""
     found = []
     for name, module in model.named_modules():
         kind = next((kind for kind in (GatedMLPForward, PackedMLPForward) if _held(module, kind)), None)
@@ -132,13 +145,16 @@ def install_mlps(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, 
 
 
 def _held(module: nn.Module, kind: type[GatedMLPForward]) -> bool:
-    layers = [module._modules.get(child) for child in kind.children]  # what stands around an MLP passes for it
+    layers = [
+        module._modules.get(child) for child in kind.children
+    ]  # what stands around an MLP passes for it
     held = [find(layer) if isinstance(layer, nn.Module) else None for layer in layers]
     return all(item and isinstance(item[1], _PlannedForward) for item in held)
 
 
 def _recognized(module: nn.Module, kind: type[GatedMLPForward]) -> tuple[dict[str, Any] | str, Reads | str]:
-    """The options with which the class's forward is `kind`'s function, or why it is not; and what that depends on."""
+    """The options with which the class's forward is `kind`'s function, or why it is not; and what that
+    depends on."""
     reason = _replaced(module) or (None if innermost(type(module).forward) else f"its forward {UNKNOWN}")
     seen = reason or reads(module, skip=frozenset(kind.children))
     if isinstance(seen, str):
@@ -148,7 +164,8 @@ def _recognized(module: nn.Module, kind: type[GatedMLPForward]) -> tuple[dict[st
 
 
 def _probe(module: nn.Module, kind: type[GatedMLPForward]) -> dict[str, Any] | None:
-    """The options with which the forward is `kind`'s function, on small random linears in fp64; None where it is not."""
+    """The options with which the forward is `kind`'s function, on small random linears in fp64; None where it
+    is not."""
     generator = torch.Generator().manual_seed(0)
     x, gate, up, down = (
         torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -171,7 +188,9 @@ def _close(got: Tensor, expected: Tensor) -> bool:
 
 def _forward(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor | None:
     """What the forward gives with these weights in place of its linears; None where it gives no tensor."""
-    stub = types.SimpleNamespace(**{name: value for name, value in vars(module).items() if not name.startswith("_")})
+    stub = types.SimpleNamespace(
+        **{name: value for name, value in vars(module).items() if not name.startswith("_")}
+    )
     for name, weight in weights.items():
         setattr(stub, name, lambda value, weight=weight: value @ weight.t())
     for name, child in module.named_children():

@@ -36,7 +36,9 @@ class Plan(NamedTuple):
         if len(adapters) > 1 or adapters[0].rows is not None:
             return functional.qlora_group(x, [member])[0]
         (a,) = adapters
-        return functional.qlora_linear(x, member.weight, member.bias, a.lora_a, a.lora_b, scaling=a.scaling, dropout_p=a.dropout_p)
+        return functional.qlora_linear(
+            x, member.weight, member.bias, a.lora_a, a.lora_b, scaling=a.scaling, dropout_p=a.dropout_p
+        )
 
     @staticmethod
     def together(x: Tensor, plans: Sequence[Plan]) -> Sequence[Tensor]:
@@ -45,8 +47,8 @@ class Plan(NamedTuple):
 
 
 class DoraPlan(NamedTuple):
-    """A linear with one DoRA adapter; dropout: what acts now, None where nothing does. Its norm is taken anew at every call: a frozen
-    weight can be written through `.data`, which nothing counts."""
+    """A linear with one DoRA adapter; dropout: what acts now, None where nothing does. Its norm is taken anew
+    at every call: a frozen weight can be written through `.data`, which nothing counts."""
 
     plan: Plan
     magnitude: Tensor
@@ -61,7 +63,12 @@ class DoraPlan(NamedTuple):
 
     def joins(self, other: Plan | DoraPlan) -> bool:
         """As Plan's. With dropout each linear's base product has an input of its own."""
-        return type(other) is DoraPlan and self.compute == other.compute and self.dropout is None and other.dropout is None
+        return (
+            type(other) is DoraPlan
+            and self.compute == other.compute
+            and self.dropout is None
+            and other.dropout is None
+        )
 
     def alone(self, x: Tensor) -> Tensor:
         dropped = None if self.dropout is None else self.dropout(x)
@@ -69,14 +76,16 @@ class DoraPlan(NamedTuple):
 
     @staticmethod
     def together(x: Tensor, plans: Sequence[DoraPlan]) -> Sequence[Tensor]:
-        return functional.dora_group(x, [item.plan.member for item in plans], [item.magnitude for item in plans])
+        return functional.dora_group(
+            x, [item.plan.member for item in plans], [item.magnitude for item in plans]
+        )
 
 
 def scaling_of(layer: nn.Module, name: str) -> float | Tensor:
     """An adapter's scaling as it is now: a number, or a tensor for `branch_operands`.
 
-    PEFT's preparation for hotswapping makes it a tensor, which is written in place. It is read here where that waits for no device, breaks
-    no graph and loses no gradient.
+    PEFT's preparation for hotswapping makes it a tensor, which is written in place. It is read here where
+    that waits for no device, breaks no graph and loses no gradient.
     """
     value = layer.scaling[name]
     if not isinstance(value, Tensor):
@@ -87,4 +96,8 @@ def scaling_of(layer: nn.Module, name: str) -> float | Tensor:
 
 def branch_operands(lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> tuple[Tensor, Tensor, float]:
     """A, B and a number to scale with: a tensor's scaling goes into B."""
-    return (lora_a, (lora_b * scaling).to(lora_b.dtype), 1.0) if isinstance(scaling, Tensor) else (lora_a, lora_b, scaling)
+    return (
+        (lora_a, (lora_b * scaling).to(lora_b.dtype), 1.0)
+        if isinstance(scaling, Tensor)
+        else (lora_a, lora_b, scaling)
+    )

@@ -1,5 +1,6 @@
-"""What a recognized forward depends on beside its input: attributes, children and the functions behind them, as they were when the module
-was recognized. While they are the same the forward does the same, and its fused form may run in its place."""
+"""What a recognized forward depends on beside its input: attributes, children and the functions behind them,
+as they were when the module was recognized. While they are the same the forward does the same, and its fused
+form may run in its place."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class Reads:
 
     __slots__ = ("values", "children", "forwards")
 
-    def __init__(self, values: list[tuple[Any, str, Any]], children: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    def __init__(
+        self, values: list[tuple[Any, str, Any]], children: list[tuple[nn.Module, str, nn.Module]]
+    ) -> None:
         self.__setstate__((values, children))
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -35,13 +38,17 @@ class Reads:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.values, self.children = state
-        self.forwards = [type(child).forward for _, _, child in self.children]  # of a copy in the making the class is known
+        self.forwards = [
+            type(child).forward for _, _, child in self.children
+        ]  # of a copy in the making the class is known
 
     def hold(self) -> bool:
         """Whether all of it is as it was."""
         for owner, name, value in self.values:
             now = owner.__dict__.get(name, _ABSENT)
-            if now is not value and not (isinstance(value, _VALUES) and type(now) is type(value) and now == value):
+            if now is not value and not (
+                isinstance(value, _VALUES) and type(now) is type(value) and now == value
+            ):
                 return False
         for (parent, name, child), forward in zip(self.children, self.forwards, strict=True):
             if parent._modules.get(name) is not child or type(child).forward is not forward:
@@ -54,9 +61,11 @@ class Reads:
 
 
 class RecognizedForward(WrappedForward):
-    """A forward whose class's forward was recognized by a probe, and is looked at again when something that it reads has changed.
+    """A forward whose class's forward was recognized by a probe, and is looked at again when something that
+    it reads has changed.
 
-    cache: what the probe found, None where what is there now has no fused form. reads: None before the first look.
+    cache: what the probe found, None where what is there now has no fused form. reads: None before the first
+    look.
     """
 
     __slots__ = ("reads",)
@@ -90,7 +99,8 @@ class RecognizedForward(WrappedForward):
 
 
 def reads(module: nn.Module, *, skip: frozenset[str] = frozenset()) -> Reads | str:
-    """What the class's forward reads of the module, but for the names in `skip`, or why that cannot be told."""
+    """What the class's forward reads of the module, but for the names in `skip`, or why that cannot be
+    told."""
     values: list[tuple[Any, str, Any]] = []
     children: list[tuple[nn.Module, str, nn.Module]] = []
     reason = _read(module, skip, values, children)
@@ -139,11 +149,15 @@ def _value(owner: Any, name: str, names: set[str], values: list[Any]) -> str | N
         return f"it reads {name}, a {type(value).__name__}, which may change in place"
     if any(owner is value for owner, _, _ in values):
         return None
-    return next(filter(None, (_value(value, inner, names, values) for inner in sorted(names & vars(value).keys()))), None)
+    return next(
+        filter(None, (_value(value, inner, names, values) for inner in sorted(names & vars(value).keys()))),
+        None,
+    )
 
 
 def _names(function: types.FunctionType, kind: type, seen: set[types.CodeType]) -> Iterator[str]:
-    """Names of attributes that a forward may read: in its code, and in that of the methods and functions of its file which it calls."""
+    """Names of attributes that a forward may read: in its code, and in that of the methods and functions of
+    its file which it calls."""
     if function.__code__ in seen:
         return
     seen.add(function.__code__)

@@ -58,7 +58,10 @@ class PatchReport:
         head = ("module", "kind", "weight", "shape", "adapters", "runs", "remark")
         lines = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
         return "\n".join([*table, self.summary])
 
     @property
@@ -66,7 +69,10 @@ class PatchReport:
         """One line: how many modules are fused, by what, and how many fall back, why."""
         fused = Counter(row.got for row in self.fused)
         parts = ", ".join(f"{count} {got}" for got, count in fused.items())
-        text = f"peftkern: {len(self.fused)} of {len(self.rows)} modules patched ({parts}); kernels: {self.kernels}"
+        text = (
+            f"peftkern: {len(self.fused)} of {len(self.rows)} modules patched ({parts}); kernels: "
+            f"{self.kernels}"
+        )
         reasons = Counter(row.reason for row in self.fallbacks)
         return text + "".join(f"; {count} stock: {reason}" for reason, count in reasons.items())
 

@@ -1,5 +1,6 @@
-"""Which children a module's code calls with one and the same variable. It is read from the source: what a call would show of one module
-(the keys of an attention may come from an encoder) need not hold for the next call, and a recomputation has to decide as the first pass."""
+"""Which children a module's code calls with one and the same variable. It is read from the source: what a
+call would show of one module (the keys of an attention may come from an encoder) need not hold for the next
+call, and a recomputation has to decide as the first pass."""
 
 from __future__ import annotations
 
@@ -17,13 +18,15 @@ from .wrappers import innermost
 
 __all__ = ["called_together"]
 
-# A call of a child: the function, the list of statements it stands in, the variable it is given, how often that was assigned before.
+# A call of a child: the function, the list of statements it stands in, the variable it is given, how often
+# that was assigned before.
 Site = tuple[str, int, str, int]
 
 
 def called_together(module: nn.Module, children: Iterable[str]) -> list[tuple[str, ...]]:
-    """Of these children, in their order, those that the class calls side by side with one variable, wherever it calls them; each of two or
-    more. What is called under conditions of its own, with an expression, or by code that is not there, is in none."""
+    """Of these children, in their order, those that the class calls side by side with one variable, wherever
+    it calls them; each of two or more. What is called under conditions of its own, with an expression, or by
+    code that is not there, is in none."""
     names = tuple(children)
     sites = _sites(type(module), frozenset(names))
     together: dict[frozenset[Site], list[str]] = {}
@@ -60,7 +63,8 @@ def _calls(function: types.FunctionType) -> list[tuple[str, tuple[int, str, int]
 
 
 class _Reader(ast.NodeVisitor):
-    """Goes through a function in the order of evaluation. A block is a run of code that is executed whole or not at all."""
+    """Goes through a function in the order of evaluation. A block is a run of code that is executed whole or
+    not at all."""
 
     def __init__(self, me: str) -> None:
         self.me, self.block, self.blocks = me, 0, 0
@@ -116,7 +120,15 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
-        callee, plain = node.func, len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Name)
-        if plain and isinstance(callee, ast.Attribute) and isinstance(callee.value, ast.Name) and callee.value.id == self.me:
+        callee, plain = (
+            node.func,
+            len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Name),
+        )
+        if (
+            plain
+            and isinstance(callee, ast.Attribute)
+            and isinstance(callee.value, ast.Name)
+            and callee.value.id == self.me
+        ):
             variable = node.args[0].id
             self.calls.append((callee.attr, (self.block, variable, self.assigned[variable])))

@@ -1,4 +1,5 @@
-"""The frozen weight of a base layer as peftkern's functions take it, read at every call so that it cannot go stale."""
+"""The frozen weight of a base layer as peftkern's functions take it, read at every call so that it cannot go
+stale."""
 
 from __future__ import annotations
 
@@ -38,39 +39,52 @@ class Operands(NamedTuple):
 
 def is_4bit(base: nn.Module) -> bool:
     """Whether `base` is shaped like bitsandbytes' Linear4bit."""
-    return isinstance(base, nn.Linear) and hasattr(base, "compute_type_is_set") and hasattr(base, "quant_state")
+    return (
+        isinstance(base, nn.Linear) and hasattr(base, "compute_type_is_set") and hasattr(base, "quant_state")
+    )
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, without the microsecond that torch's lookup takes; where FSDP shows a view of its flat parameter, an attribute like any
-    other."""
+    """A parameter, without the microsecond that torch's lookup takes; where FSDP shows a view of its flat
+    parameter, an attribute like any other."""
     held = module._parameters
     return held[name] if name in held else getattr(module, name)
 
 
 def forward_reason(base: nn.Module) -> str | None:
-    """Why what the base's class computes is not known to be a linear of its weight and bias; None where it is."""
+    """Why what the base's class computes is not known to be a linear of its weight and bias; None where it
+    is."""
     if not isinstance(base, nn.Linear):
-        return f"base layer is {type(base).__module__}.{type(base).__name__}, expected nn.Linear or bitsandbytes Linear4bit"
+        return (
+            f"base layer is {type(base).__module__}.{type(base).__name__}, expected nn.Linear or "
+            "bitsandbytes Linear4bit"
+        )
     forward = type(base).forward
     if forward is not nn.Linear.forward and not (is_4bit(base) and forward is _of_linear_4bit(type(base))):
-        return f"base layer's forward is {forward.__module__}.{forward.__qualname__}, expected nn.Linear's or Linear4bit's"
+        return (
+            f"base layer's forward is {forward.__module__}.{forward.__qualname__}, expected nn.Linear's or "
+            "Linear4bit's"
+        )
     return None
 
 
 def _of_linear_4bit(kind: type) -> Any:
-    """The forward of the bitsandbytes class that this one is or comes from, None without one. By the class's name: torch.compile reads no
-    function's."""
-    return next((base.__dict__.get("forward") for base in kind.__mro__ if base.__name__ == "Linear4bit"), None)
+    """The forward of the bitsandbytes class that this one is or comes from, None without one. By the class's
+    name: torch.compile reads no function's."""
+    return next(
+        (base.__dict__.get("forward") for base in kind.__mro__ if base.__name__ == "Linear4bit"), None
+    )
 
 
 def quant_state(base: nn.Module) -> Any:
-    """The state of the weight, or the module's copy where FSDP has stripped the weight's; None before quantization."""
+    """The state of the weight, or the module's copy where FSDP has stripped the weight's; None before
+    quantization."""
     return getattr(base.weight, "quant_state", None) or base.quant_state
 
 
 def repacked(base: nn.Module) -> bool:
-    """Whether bitsandbytes' CPU inference path has had this weight in its own layout and it is not yet as it was."""
+    """Whether bitsandbytes' CPU inference path has had this weight in its own layout and it is not yet as it
+    was."""
     state = quant_state(base)
     return state is not None and leaves_traces(state)
 
@@ -90,13 +104,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def slow_products(dtype: torch.dtype) -> bool:
-    """Whether torch's matrix products in `dtype` are naive loops on this CPU, as in bf16 and fp16 without AVX-512."""
-    fast = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}
+    """Whether torch's matrix products in `dtype` are naive loops on this CPU, as in bf16 and fp16 without
+    AVX-512."""
+    fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
     return dtype in fast and not fast[dtype]()
 
 
 class WeightCache:
-    """Reads a base layer's weight; keeps the last 4-bit view. Shared by a LoRA layer and its base, dropped by pickle and deepcopy."""
+    """Reads a base layer's weight; keeps the last 4-bit view. Shared by a LoRA layer and its base, dropped by
+    pickle and deepcopy."""
 
     __slots__ = ("_view", "_held", "_key", "_token", "_forward", "_usable")
 
@@ -118,12 +137,18 @@ class WeightCache:
         if not usable or x.dtype not in FLOATS:
             return None
         found = self._operands_4bit(base, x) if is_4bit(base) else _operands_dense(base, x)
-        if found is None or found.weight.device != x.device or x.dim() == 0 or x.shape[-1] != found.weight.shape[1]:
+        if (
+            found is None
+            or found.weight.device != x.device
+            or x.dim() == 0
+            or x.shape[-1] != found.weight.shape[1]
+        ):
             return None
         return found
 
     def _computes(self, base: nn.Module) -> bool:
-        """Whether the class's forward, which may be another than when the model was patched, is that of a plain or 4-bit linear."""
+        """Whether the class's forward, which may be another than when the model was patched, is that of a
+        plain or 4-bit linear."""
         forward = type(base).forward
         if forward is not self._forward:
             self._forward, self._usable = forward, forward_reason(base) is None
@@ -161,18 +186,21 @@ class WeightCache:
         if key != self._key:
             self._view = _view(base) if _plain(weight, state) else None
             self._held, self._token = held, object()
-            # A view that holds a copy (of an offset that is not fp32) does not see what is written to the original.
+            # A view that holds a copy (of an offset that is not fp32) does not see what is written to the
+            # original.
             copied = self._view is not None and state.nested and self._view.absmax_offset is not state.offset
             self._key = None if self._view is None or copied else key
         return self._view
 
     def signature(self, base: nn.Module) -> tuple | None:
-        """Equal as long as `operands` gives the same for one dtype of x, outside autocast and torch.compile; None where that cannot be told
-        cheaply."""
+        """Equal as long as `operands` gives the same for one dtype of x, outside autocast and torch.compile;
+        None where that cannot be told cheaply."""
         held = base._parameters
         if not is_4bit(base) or not self._computes(base):  # the kernel for few rows takes no dense weight
             return None
-        if "weight" not in held or "bias" not in held:  # what stands in a parameter's place may be another tensor at every call
+        if (
+            "weight" not in held or "bias" not in held
+        ):  # what stands in a parameter's place may be another tensor at every call
             return None
         if self._current(base) is None:
             return None
@@ -189,7 +217,9 @@ def _stored(base: nn.Module) -> tuple[Tensor, Any]:
 
 
 def _plain(weight: Tensor, state: Any) -> bool:
-    return state is not None and not getattr(state, "packing_format_for_cpu", False) and not weight.requires_grad
+    return (
+        state is not None and not getattr(state, "packing_format_for_cpu", False) and not weight.requires_grad
+    )
 
 
 def _view(base: nn.Module) -> NF4Weight | None:

@@ -1,6 +1,7 @@
-"""Forwards behind decorators. A decorator's behaviour is established where it is a plain function that holds the function it wraps in a
-cell: its own code then runs around ours as it ran around the stock forward, whatever it does (renaming a deprecated argument with a
-warning, checkpointing, casting, counting)."""
+"""Forwards behind decorators. A decorator's behaviour is established where it is a plain function that holds
+the function it wraps in a
+cell: its own code then runs around ours as it ran around the stock forward, whatever it does (renaming a
+deprecated argument with a warning, checkpointing, casting, counting)."""
 
 from __future__ import annotations
 
@@ -32,24 +33,34 @@ def innermost(function: Any) -> types.FunctionType | None:
 
 
 def rewrapped(function: types.FunctionType, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """`inner` in the wrappers that `function` has: their own code, with another function in the cell that holds the wrapped one."""
+    """`inner` in the wrappers that `function` has: their own code, with another function in the cell that
+    holds the wrapped one."""
     wrapped = _wrapped(function)
     if wrapped is None:
         return inner
     ours = rewrapped(wrapped, inner)
-    cells = tuple(types.CellType(ours) if _content(cell) is wrapped else cell for cell in function.__closure__ or ())
-    new = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    cells = tuple(
+        types.CellType(ours) if _content(cell) is wrapped else cell for cell in function.__closure__ or ()
+    )
+    new = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
     new.__kwdefaults__ = function.__kwdefaults__
-    new.__dict__.update({name: ours if name == "__wrapped__" else value for name, value in function.__dict__.items()})
+    new.__dict__.update(
+        {name: ours if name == "__wrapped__" else value for name, value in function.__dict__.items()}
+    )
     return new
 
 
 def _wrapped(function: types.FunctionType) -> Any:
-    """What a function wraps: as it says, or, where it says nothing, the one function named `forward` in its cells."""
+    """What a function wraps: as it says, or, where it says nothing, the one function named `forward` in its
+    cells."""
     if "__wrapped__" in function.__dict__:
         return function.__dict__["__wrapped__"]
     held = [_content(cell) for cell in function.__closure__ or ()]
-    forwards = [value for value in held if isinstance(value, types.FunctionType) and value.__name__ == "forward"]
+    forwards = [
+        value for value in held if isinstance(value, types.FunctionType) and value.__name__ == "forward"
+    ]
     return forwards[0] if len(forwards) == 1 and forwards[0] is not function else None
 
 
@@ -63,8 +74,8 @@ def _content(cell: types.CellType) -> Any:
 class WrappedForward(Forward):
     """A forward that runs inside what its class's forward is wrapped in.
 
-    Made again by copying and unpickling, and when the class has another forward than the one it was made of; stock where that is another
-    function inside, or wrapped by a decorator that cannot be looked into.
+    Made again by copying and unpickling, and when the class has another forward than the one it was made of;
+    stock where that is another function inside, or wrapped by a decorator that cannot be looked into.
     """
 
     __slots__ = ("_function", "_ours", "_seen")

@@ -299,7 +299,8 @@ def _encoder_errors(config: FinetuneConfig) -> Iterator[None]:
         if "Unrecognized configuration class" not in cause:
             raise
         raise InputError(
-            f"--masked: {config.model} has no masked head that transformers knows: give an encoder, or drop it"
+            f"--masked: {config.model} has no masked head that transformers knows: give an encoder, or "
+            "drop it"
         ) from error
 
 

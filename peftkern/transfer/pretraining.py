@@ -139,7 +139,10 @@ class PretrainingReport:
         words = {1: "helps", 0: "cannot be told to help", -1: "hurts"}[adapted.sign]
         said = f"pretraining on the target {words} ({_signed(adapted)} {self.measure} saved)"
         if self.new_head:
-            said = f"the masked head is new, and all that it learns counts ({_signed(adapted)} {self.measure} saved)"
+            said = (
+                f"the masked head is new, and all that it learns counts ({_signed(adapted)} {self.measure} "
+                "saved)"
+            )
         if CONTROL not in self.arms:
             return said + "; there was no control"
         over = self.arms[CONTROL].minus(self.arms[ADAPTED])

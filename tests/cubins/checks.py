@@ -15,11 +15,20 @@ def unfit(facts: Facts) -> list[str]:
     limits = nearest(facts.arch)
     found: list[str] = []
     if facts.shared > limits.shared_per_block:
-        found.append(f"{facts.shared} bytes of shared memory, and sm_{facts.arch} gives a block {limits.shared_per_block}")
+        found.append(
+            f"{facts.shared} bytes of shared memory, and sm_{facts.arch} gives a block "
+            f"{limits.shared_per_block}"
+        )
     elif not occupancy(limits, registers=facts.registers, shared=facts.shared, warps=facts.warps).blocks:
-        found.append(f"a block of {facts.warps} warps with {facts.registers} registers a thread does not fit an SM of sm_{facts.arch}")
+        found.append(
+            f"a block of {facts.warps} warps with {facts.registers} registers a thread does not fit an "
+            f"SM of sm_{facts.arch}"
+        )
     if facts.stack or facts.local_loads or facts.local_stores:
-        found.append(f"{facts.stack} bytes of local memory a thread (spills): {facts.local_loads} loads, {facts.local_stores} stores")
+        found.append(
+            f"{facts.stack} bytes of local memory a thread (spills): {facts.local_loads} loads, "
+            f"{facts.local_stores} stores"
+        )
     return found
 
 

@@ -26,7 +26,10 @@ OPS = Path(peftkern.ops.__file__).parent
 
 def module_names() -> list[str]:
     """The ops' modules `triton*.py`; those with a launcher have `specializations`."""
-    return [".".join(("peftkern.ops", *path.relative_to(OPS).with_suffix("").parts)) for path in sorted(OPS.rglob("triton*.py"))]
+    return [
+        ".".join(("peftkern.ops", *path.relative_to(OPS).with_suffix("").parts))
+        for path in sorted(OPS.rglob("triton*.py"))
+    ]
 
 
 def modules() -> list[ModuleType]:
@@ -51,14 +54,27 @@ def jobs(of: Iterable[ModuleType], archs: Sequence[int] = ARCHS) -> list[Job]:
             kernels: set[str] = set()
             for spec in specializations(module, arch):
                 kernel = spec.kernel.__name__
-                found.append(Job(module.__name__, spec.name, kernel, arch, main=kernel not in kernels, product=spec.expects_mma))
+                found.append(
+                    Job(
+                        module.__name__,
+                        spec.name,
+                        kernel,
+                        arch,
+                        main=kernel not in kernels,
+                        product=spec.expects_mma,
+                    )
+                )
                 kernels.add(kernel)
     return found
 
 
 def specialization(job: Job) -> Specialization:
     """The job's variant, as its module yields it in this process."""
-    return next(spec for spec in importlib.import_module(job.module).specializations(job.arch) if spec.name == job.name)
+    return next(
+        spec
+        for spec in importlib.import_module(job.module).specializations(job.arch)
+        if spec.name == job.name
+    )
 
 
 class Compiler:

@@ -27,7 +27,9 @@ def _copy_kernel(packed_ptr, out_ptr, scale, BLOCK: tl.constexpr):
 def _product_kernel(a_ptr, out_ptr, SIZE: tl.constexpr, TENSOR_CORES: tl.constexpr):
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     a = tl.load(a_ptr + rows * SIZE + columns)  # [SIZE, SIZE]
-    product = tl.dot(a, a) if TENSOR_CORES else tl.dot(a.to(tl.float32), a.to(tl.float32), input_precision="ieee")
+    product = (
+        tl.dot(a, a) if TENSOR_CORES else tl.dot(a.to(tl.float32), a.to(tl.float32), input_precision="ieee")
+    )
     tl.store(out_ptr + rows * SIZE + columns, product)
 
 
@@ -61,4 +63,10 @@ def specializations(arch: int) -> Iterator[Specialization]:
     )
     yield product
     yield replace(product, name="no-mma", constexprs={"SIZE": 64, "TENSOR_CORES": False}, num_warps=8)
-    yield replace(product, name="spilling", constexprs={"SIZE": 32, "TENSOR_CORES": False}, options={"maxnreg": 24}, expects_mma=False)
+    yield replace(
+        product,
+        name="spilling",
+        constexprs={"SIZE": 32, "TENSOR_CORES": False},
+        options={"maxnreg": 24},
+        expects_mma=False,
+    )

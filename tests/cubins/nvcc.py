@@ -15,14 +15,22 @@ __all__ = ["MISSING", "SOURCES", "archs", "compile_source", "find"]
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = tuple(sorted(path.name for path in (CSRC / "cuda").glob("*.cu")))
-MISSING = "setup.py finds no nvcc (CUDA_HOME, PATH, the usual folder, the package nvidia-cuda-nvcc) and builds no CUDA kernels"
+MISSING = (
+    "setup.py finds no nvcc (CUDA_HOME, PATH, the usual folder, the package nvidia-cuda-nvcc) and builds "
+    "no CUDA kernels"
+)
 FLAGS = ("-O3", "-std=c++17", "--threads=1", "-Xcompiler=-fPIC")  # as setup.py has them
 
 
 def find() -> str | None:
     """The one that setup.py takes here: where it builds the CUDA kernels, they are tested."""
-    probe = "import runpy, setuptools; setuptools.setup = lambda **_: None; print(runpy.run_path('setup.py')['find_nvcc']() or '')"
-    done = subprocess.run([sys.executable, "-c", probe], cwd=CSRC.parent, capture_output=True, text=True, check=True)
+    probe = (
+        "import runpy, setuptools; setuptools.setup = lambda **_: None; "
+        "print(runpy.run_path('setup.py')['find_nvcc']() or '')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=CSRC.parent, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip() or None
 
 
@@ -33,7 +41,8 @@ def archs(nvcc: str) -> set[int]:
 
 
 def _name(mangled: str) -> str:
-    """_ZN2pk11gemv_kernelILi4ELb1EEEv... as gemv_kernel<4,1>: a kernel's own name, its number and type arguments."""
+    """_ZN2pk11gemv_kernelILi4ELb1EEEv... as gemv_kernel<4,1>: a kernel's own name, its number and type
+    arguments."""
     rest = mangled.removeprefix("_Z").removeprefix("N")
     while match := re.match(r"\d+", rest):
         length = int(match[0])
@@ -47,7 +56,8 @@ def _name(mangled: str) -> str:
 
 
 def compile_source(nvcc: str, source: str, arch: int, folder: Path) -> list[Facts]:
-    """Of every kernel in csrc/cuda/<source>; dynamic shared memory and warps are the launcher's and count as 0 and 1."""
+    """Of every kernel in csrc/cuda/<source>; dynamic shared memory and warps are the launcher's and count as
+    0 and 1."""
     cubin = folder / f"{source}.sm{arch}.cubin"
     command = [nvcc, *FLAGS, f"-arch=sm_{arch}", "-cubin", str(CSRC / "cuda" / source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)

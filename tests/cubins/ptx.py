@@ -1,4 +1,5 @@
-"""Global loads in PTX by source line. Triton writes them as inline assembly, whose own lines are counted on: SASS names wrong ones."""
+"""Global loads in PTX by source line. Triton writes them as inline assembly, whose own lines are counted on:
+SASS names wrong ones."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ __all__ = ["Load", "loads"]
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 _LD = re.compile(r"\bld(?:\.[\w:]+)*?\.global((?:\.[\w:]+)*)")
-_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(0x[0-9a-fA-F]+|\d+)")
+_ASYNC = re.compile(
+    r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(0x[0-9a-fA-F]+|\d+)"
+)
 _BULK = "cp.async.bulk"
 TILE = 1 << 10  # bytes reported of a load by the TMA unit, whose tile PTX does not tell
 
@@ -33,7 +36,8 @@ def _width(suffixes: str) -> int:
 
 
 def loads(ptx: str) -> Iterator[Load]:
-    """Every load from global memory, to registers or to shared memory; inline assembly's is its first line's."""
+    """Every load from global memory, to registers or to shared memory; inline assembly's is its first
+    line's."""
     files = {number: name for number, name in _FILE.findall(ptx)}
     file, line = "", 0
     assembly, placed = False, False

@@ -1,4 +1,5 @@
-"""What a cubin says of itself: resources by cuobjdump, instructions and the source lines they come from by nvdisasm."""
+"""What a cubin says of itself: resources by cuobjdump, instructions and the source lines they come from by
+nvdisasm."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _CODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel; `stack`: bytes of local memory a thread, which spilled registers and indexed local arrays live in."""
+    """Of one kernel; `stack`: bytes of local memory a thread, which spilled registers and indexed local
+    arrays live in."""
 
     registers: int
     stack: int
@@ -31,7 +33,8 @@ class Resources:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One SASS instruction of `function` and the source line it was compiled from ("" and 0 where the cubin does not say)."""
+    """One SASS instruction of `function` and the source line it was compiled from ("" and 0 where the cubin
+    does not say)."""
 
     function: str
     opcode: str
@@ -41,7 +44,8 @@ class Instruction:
 
 
 def tool(name: str) -> str:
-    """cuobjdump or nvdisasm: Triton's package carries both, so that no CUDA toolkit is needed; else the toolkit's."""
+    """cuobjdump or nvdisasm: Triton's package carries both, so that no CUDA toolkit is needed; else the
+    toolkit's."""
     try:
         import triton
     except ImportError:
@@ -59,7 +63,8 @@ def _run(*command: str) -> str:
 
 
 def reserved_shared(arch: int) -> int:
-    """Bytes of shared memory that the system takes of each block; from sm_90 on cuobjdump counts them as the kernel's own."""
+    """Bytes of shared memory that the system takes of each block; from sm_90 on cuobjdump counts them as the
+    kernel's own."""
     return 1024 if arch >= 80 else 0
 
 

@@ -1,4 +1,5 @@
-"""Promises of the CUDA kernels' machine code, as of the Triton kernels', from what nvcc makes of csrc/cuda."""
+"""Promises of the CUDA kernels' machine code, as of the Triton kernels', from what nvcc makes of
+csrc/cuda."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Promise:
     wide: bool = False
 
 
-# By what a kernel's name begins with; where none applies, it has to fit and to spill nothing. fp32 dequantization decodes 4 bytes a thread.
+# By what a kernel's name begins with; where none applies, it has to fit and to spill nothing. fp32
+# dequantization decodes 4 bytes a thread.
 PROMISES = {
     "dequantize_16bit": Promise(wide=True),
     "gemv": Promise(wide=True),
@@ -35,7 +37,10 @@ PROMISES = {
 
 def _parameters() -> list:
     every = [(source, arch) for source in nvcc.SOURCES for arch in ARCHS]
-    return [pytest.param(s, a, id=f"{s}-sm{a}", marks=() if a in QUICK_ARCHS else pytest.mark.slow) for s, a in every]
+    return [
+        pytest.param(s, a, id=f"{s}-sm{a}", marks=() if a in QUICK_ARCHS else pytest.mark.slow)
+        for s, a in every
+    ]
 
 
 # What csrc/cuda/launch.h leaves of a block's 48 KiB where it does not ask for more.
@@ -45,7 +50,9 @@ STATIC_SHARED = 4 << 10
 def broken_promises(facts: nvcc.Facts) -> list[str]:
     promise = next((p for prefix, p in PROMISES.items() if facts.kernel.startswith(prefix)), Promise())
     found = unfit(facts)
-    no_bf16 = facts.arch < 80 and facts.kernel.endswith(",1>")  # sm_75 has no bf16 product, and the launcher takes no bf16 there
+    no_bf16 = facts.arch < 80 and facts.kernel.endswith(
+        ",1>"
+    )  # sm_75 has no bf16 product, and the launcher takes no bf16 there
     if facts.shared > STATIC_SHARED:
         found.append(f"{facts.shared} bytes of static shared memory, the launcher counts on {STATIC_SHARED}")
     if promise.mma and not facts.mma and not no_bf16:
@@ -73,10 +80,12 @@ def test_names_and_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A kernel that spills, and one that promises what it does not do, are found by name."""
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "bad.cu").write_text(
-        "namespace { template <typename T, int N, bool B> __global__ void __launch_bounds__(1024, 2) mma_kernel(T* x) {\n"
+        "namespace { template <typename T, int N, bool B> __global__ void __launch_bounds__(1024, 2) "
+        "mma_kernel(T* x) {\n"
         "  __shared__ float s[2000];\n  s[threadIdx.x] = x[threadIdx.x];\n"
         "  float v[64];\n  for (int i = 0; i < 64; i++) v[i] = x[i * N];\n  __syncthreads();\n"
-        "  for (int j = 0; j < N; j++) for (int i = 0; i < 64; i++) v[i] = v[i] * v[(i * 7 + 1) % 64] + x[j];\n"
+        "  for (int j = 0; j < N; j++) for (int i = 0; i < 64; i++) v[i] = v[i] * v[(i * 7 + 1) % 64] "
+        "+ x[j];\n"
         "  for (int i = 0; i < 64; i++) x[i] = v[i] + s[i]; } }\n"
         "void launch(float* x) { mma_kernel<float, 8, true><<<1, 1>>>(x); }\n"
     )

@@ -12,7 +12,21 @@ from peftkern.ops.targets import ARCHITECTURES, Architecture, occupancy
 from tests.native.compiled import CXX
 
 REGISTERS = (16, 32, 40, 64, 72, 96, 128, 168, 255)
-SHARED = (0, 256, 1024, 8192, 16385, 40000, 48 * 1024, 64 * 1024, 99 * 1024, 99 * 1024 + 1, 163 * 1024, 163 * 1024 + 1, 227 * 1024)
+SHARED = (
+    0,
+    256,
+    1024,
+    8192,
+    16385,
+    40000,
+    48 * 1024,
+    64 * 1024,
+    99 * 1024,
+    99 * 1024 + 1,
+    163 * 1024,
+    163 * 1024 + 1,
+    227 * 1024,
+)
 WARPS = (1, 2, 3, 4, 8, 16, 32)
 PROGRAM = """
 #include <cstdio>
@@ -20,7 +34,8 @@ PROGRAM = """
 int main() {
   int sm, warps_per_sm, registers, warps;
   size_t per_block, per_sm, reserved, shared;
-  while (std::scanf("%d %d %zu %zu %zu %d %zu %d", &sm, &warps_per_sm, &per_block, &per_sm, &reserved, &registers, &shared, &warps) == 8) {
+  while (std::scanf("%d %d %zu %zu %zu %d %zu %d",
+                    &sm, &warps_per_sm, &per_block, &per_sm, &reserved, &registers, &shared, &warps) == 8) {
     cudaOccDeviceProp device;
     device.computeMajor = sm / 10, device.computeMinor = sm % 10, device.warpSize = 32, device.numSms = 1;
     device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = 32 * warps_per_sm;
@@ -33,7 +48,8 @@ int main() {
     cudaOccDeviceState state;
     state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
     cudaOccResult result;
-    const int status = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, 32 * warps, shared);
+    const int status =
+        cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, 32 * warps, shared);
     std::printf("%d %d\\n", status, status ? 0 : result.activeBlocksPerMultiprocessor);
   }
 }
@@ -42,11 +58,15 @@ int main() {
 
 @pytest.fixture(scope="module")
 def calculator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    triton = pytest.importorskip("triton", reason="Triton, whose package carries cuda_occupancy.h, is not installed here")
+    triton = pytest.importorskip(
+        "triton", reason="Triton, whose package carries cuda_occupancy.h, is not installed here"
+    )
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     folder = tmp_path_factory.mktemp("occupancy")
     (folder / "main.cpp").write_text(PROGRAM)
-    subprocess.run([*CXX, "-w", f"-I{headers}", str(folder / "main.cpp"), "-o", str(folder / "main")], check=True)
+    subprocess.run(
+        [*CXX, "-w", f"-I{headers}", str(folder / "main.cpp"), "-o", str(folder / "main")], check=True
+    )
     return folder / "main"
 
 
@@ -56,8 +76,21 @@ def test_as_the_calculator_of_cuda(arch: Architecture, calculator: Path) -> None
     limits = (arch.sm, arch.warps_per_sm, arch.shared_per_block, arch.shared_per_sm, arch.shared_reserved)
     lines = "\n".join(" ".join(map(str, (*limits, *case))) for case in cases)
     told = [
-        line.split() for line in subprocess.run([calculator], input=lines, check=True, capture_output=True, text=True).stdout.splitlines()
+        line.split()
+        for line in subprocess.run(
+            [calculator], input=lines, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
     ]
-    ours = [occupancy(arch, registers=registers, shared=shared, warps=warps).blocks for registers, shared, warps in cases]
-    wrong = [(case, got, line) for case, got, line in zip(cases, ours, told, strict=True) if line != ["0", str(got)]]
-    assert not wrong, f"{len(wrong)} of {len(cases)}, such as (registers, shared, warps), ours, [status, CUDA's]: {wrong[:5]}"
+    ours = [
+        occupancy(arch, registers=registers, shared=shared, warps=warps).blocks
+        for registers, shared, warps in cases
+    ]
+    wrong = [
+        (case, got, line)
+        for case, got, line in zip(cases, ours, told, strict=True)
+        if line != ["0", str(got)]
+    ]
+    assert not wrong, (
+        f"{len(wrong)} of {len(cases)}, such as (registers, shared, warps), ours, [status, CUDA's]: "
+        f"{wrong[:5]}"
+    )

@@ -39,7 +39,9 @@ def _parameter(job: harness.Job):
 def compiler(request: pytest.FixtureRequest) -> Iterator[harness.Compiler]:
     """One for the module; with several processes, all that was selected is compiled in the background."""
     with harness.Compiler(PROCESSES) as compiler:
-        calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
+        calls = (
+            getattr(item, "callspec", None) for item in request.session.items if item.path == request.path
+        )
         compiler.submit(call.params["job"] for call in calls if call and "job" in call.params)
         yield compiler
 
@@ -65,8 +67,14 @@ def test_variants_have_names_of_their_own() -> None:
 def test_every_kernel_is_compiled() -> None:
     """A module whose launchers gained a kernel, but whose `specializations` did not, is found."""
     for module in harness.modules():
-        declared = {spec.kernel.__name__ for arch in harness.ARCHS for spec in harness.specializations(module, arch)}
-        named = {name: value.fn for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "fn")}
+        declared = {
+            spec.kernel.__name__ for arch in harness.ARCHS for spec in harness.specializations(module, arch)
+        }
+        named = {
+            name: value.fn
+            for name, value in vars(module).items()
+            if name.endswith("_kernel") and hasattr(value, "fn")
+        }
         defined = {name for name, function in named.items() if function.__module__ == module.__name__}
         assert declared == defined, module.__name__
 
@@ -87,7 +95,9 @@ def test_each_check_can_fail(name: str, arch: int, compiler: harness.Compiler) -
     job = SAMPLES[name, arch]
     spec = harness.specialization(job)
     found = broken_promises(spec, compiler.facts(job))
-    assert len(found) == len(BROKEN[name]) and all(any(word in line for line in found) for word in BROKEN[name]), found
+    assert len(found) == len(BROKEN[name]) and all(
+        any(word in line for line in found) for word in BROKEN[name]
+    ), found
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,11 @@ def start() -> None:
 
 def _path(kernel: Any, name: Any) -> tuple[int, ...]:
     """Of an argument, or of (argument, index) in a tuple."""
-    return (kernel.arg_names.index(name),) if isinstance(name, str) else (kernel.arg_names.index(name[0]), name[1])
+    return (
+        (kernel.arg_names.index(name),)
+        if isinstance(name, str)
+        else (kernel.arg_names.index(name[0]), name[1])
+    )
 
 
 def _attributes(kernel: Any, divisible: Iterable[Any]) -> dict[tuple[int, ...], list[list[Any]]]:
@@ -90,17 +94,29 @@ def _attributes(kernel: Any, divisible: Iterable[Any]) -> dict[tuple[int, ...], 
 
 def _constants(spec: Any) -> dict[Any, Any]:
     """By name, those inside tuples by path."""
-    inside = ((name, i, part) for name, parts in spec.signature.items() if isinstance(parts, tuple) for i, part in enumerate(parts))
-    return dict(spec.constexprs) | {_path(spec.kernel, (name, i)): part for name, i, part in inside if not isinstance(part, str)}
+    inside = (
+        (name, i, part)
+        for name, parts in spec.signature.items()
+        if isinstance(parts, tuple)
+        for i, part in enumerate(parts)
+    )
+    return dict(spec.constexprs) | {
+        _path(spec.kernel, (name, i)): part for name, i, part in inside if not isinstance(part, str)
+    }
 
 
 def _signature(spec: Any) -> dict[str, Any]:
     names = spec.kernel.arg_names
     given, constant = set(spec.signature), set(spec.constexprs)
     if given & constant or given | constant != set(names):
-        both, missing, unknown = given & constant, set(names) - given - constant, (given | constant) - set(names)
+        both, missing, unknown = (
+            given & constant,
+            set(names) - given - constant,
+            (given | constant) - set(names),
+        )
         raise ValueError(
-            f"{spec.name}: in signature and constexprs {sorted(both)}, in neither {sorted(missing)}, unknown {sorted(unknown)}"
+            f"{spec.name}: in signature and constexprs {sorted(both)}, in neither {sorted(missing)}, "
+            f"unknown {sorted(unknown)}"
         )
     if stray := {name if isinstance(name, str) else name[0] for name in spec.divisible_by_16} - given:
         raise ValueError(f"{spec.name}: divisible_by_16 names {sorted(stray)}, which signature does not have")
@@ -114,7 +130,9 @@ def _compile(spec: Any, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(spec.kernel, _signature(spec), _constants(spec), _attributes(spec.kernel, spec.divisible_by_16))
+    source = ASTSource(
+        spec.kernel, _signature(spec), _constants(spec), _attributes(spec.kernel, spec.divisible_by_16)
+    )
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -136,7 +154,9 @@ def _lines_of(spec: Any, names: Iterable[str]) -> set[tuple[str, int]]:
     """(file, line) of every line of the device functions `names`."""
     known = _device_functions(spec.kernel)
     if missing := set(names) - set(known):
-        raise ValueError(f"unfused names {sorted(missing)}, which the kernel does not call; it calls {sorted(known)}")
+        raise ValueError(
+            f"unfused names {sorted(missing)}, which the kernel does not call; it calls {sorted(known)}"
+        )
     found: set[tuple[str, int]] = set()
     for function in map(known.__getitem__, names):
         lines, first = inspect.getsourcelines(function)
@@ -151,8 +171,14 @@ def _declared_loads(code: str, pointers: Iterable[str]) -> tuple[Counter[str], C
     names = tuple(pointers)
     lines = [(width, text) for width, text in found if any(re.search(rf"\b{name}\b", text) for name in names)]
     if names and not lines:
-        raise ValueError(f"wide_loads names {', '.join(names)}, which no line that loads does: {sorted({text for _, text in found})}")
-    wide, narrow = (Counter(f"{width} bytes: {text}" for width, text in lines if (width >= 16) == is_wide) for is_wide in (True, False))
+        raise ValueError(
+            f"wide_loads names {', '.join(names)}, which no line that loads does: "
+            f"{sorted({text for _, text in found})}"
+        )
+    wide, narrow = (
+        Counter(f"{width} bytes: {text}" for width, text in lines if (width >= 16) == is_wide)
+        for is_wide in (True, False)
+    )
     return wide, narrow
 
 

@@ -41,7 +41,11 @@ def emulated(emulated_path: Path) -> ctypes.CDLL:
 @pytest.fixture(scope="session")
 def _emulated_module(emulated_path: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return load_emulated_module(
-        once(tmp_path_factory, "cuda_emulated_module", lambda folder: link_emulated_module(folder, emulated_path))
+        once(
+            tmp_path_factory,
+            "cuda_emulated_module",
+            lambda folder: link_emulated_module(folder, emulated_path),
+        )
     )
 
 
@@ -58,7 +62,9 @@ def emulated_module(_emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatc
 def selftest(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The emulator with kernels of its own."""
     sources = [EMULATION / "selftest.cu"]
-    return load_emulated(once(tmp_path_factory, "cuda_selftest", lambda folder: compile_emulated(folder, sources)))
+    return load_emulated(
+        once(tmp_path_factory, "cuda_selftest", lambda folder: compile_emulated(folder, sources))
+    )
 
 
 @pytest.fixture(params=ORDERS)

@@ -13,11 +13,29 @@ from types import ModuleType
 
 from ..native.compiled import CSRC, compile_objects, link_shared
 
-__all__ = ["EMULATION", "FLAGS", "KERNELS", "compile_emulated", "declare", "link_emulated_module", "load_emulated", "load_emulated_module"]
+__all__ = [
+    "EMULATION",
+    "FLAGS",
+    "KERNELS",
+    "compile_emulated",
+    "declare",
+    "link_emulated_module",
+    "load_emulated",
+    "load_emulated_module",
+]
 
 EMULATION = Path(__file__).parent / "emulation"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
-FLAGS = ["-DPK_CUDA_EMULATION", f"-I{EMULATION}", f"-I{CSRC / 'cuda'}", "-O1", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS = [
+    "-DPK_CUDA_EMULATION",
+    f"-I{EMULATION}",
+    f"-I{CSRC / 'cuda'}",
+    "-O1",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
 # #pragma unroll; the emulator brings the sanitizer's handler
 FLAGS += ["-Wno-unknown-pragmas", "-fsanitize=alignment"]
 # more flags, for the compiler and the linker
@@ -31,7 +49,9 @@ def compile_emulated(folder: Path, sources: Sequence[Path]) -> Path:
         *((EMULATION / f"cuda_{name}.cpp", flags) for name in ("on_cpu", "operations")),
         *((source, [*flags, "-x", "c++"]) for source in sources),
     ]
-    return link_shared([*compile_objects(folder, jobs), *map(Path, SANITIZERS)], folder / "libpeftkern_emulated.so")
+    return link_shared(
+        [*compile_objects(folder, jobs), *map(Path, SANITIZERS)], folder / "libpeftkern_emulated.so"
+    )
 
 
 def link_emulated_module(folder: Path, library: Path) -> Path:
@@ -40,7 +60,9 @@ def link_emulated_module(folder: Path, library: Path) -> Path:
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     source = CSRC / "cuda" / "bindings_cuda.cpp"
-    bindings = compile_objects(folder, [(source, ["-O0", "-fvisibility=hidden", *includes, '-DPK_CUDA_ARCHS="86"'])])
+    bindings = compile_objects(
+        folder, [(source, ["-O0", "-fvisibility=hidden", *includes, '-DPK_CUDA_ARCHS="86"'])]
+    )
     return link_shared([*bindings, library], folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 

@@ -22,7 +22,18 @@ from ..ops.bounds import assert_as_accurate
 from .device_library import CudaLibrary
 from .emulated import compile_emulated, load_emulated
 
-__all__ = ["FLOATS", "Case", "assert_accurate", "exact", "linear", "load_probes", "make_case", "plain", "random_weight", "run_xa"]
+__all__ = [
+    "FLOATS",
+    "Case",
+    "assert_accurate",
+    "exact",
+    "linear",
+    "load_probes",
+    "make_case",
+    "plain",
+    "random_weight",
+    "run_xa",
+]
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GUARD = 3  # poisoned rows behind y and xa, which must stay so
@@ -45,7 +56,14 @@ class Case:
         if device == "cpu":
             return self
         bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), x=self.x.to(device), a=self.a.to(device), b=self.b.to(device), bias=bias)
+        return replace(
+            self,
+            weight=self.weight.to(device),
+            x=self.x.to(device),
+            a=self.a.to(device),
+            b=self.b.to(device),
+            bias=bias,
+        )
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -78,7 +96,14 @@ def make_case(
     low = lora_dtype or dtype
     weight = NF4Weight.from_dense(torch.randn(n, k) * 0.05, **quant)
     a, b = (torch.randn(r, k) / k**0.5).to(low), (torch.randn(n, r) * 0.1).to(low)
-    return Case(weight, torch.randn(m, k).to(dtype), a, b, torch.randn(n).to(dtype) if bias else None, dropout_p=dropout_p)
+    return Case(
+        weight,
+        torch.randn(m, k).to(dtype),
+        a,
+        b,
+        torch.randn(n).to(dtype) if bias else None,
+        dropout_p=dropout_p,
+    )
 
 
 def random_weight(n: int, k: int, quant_type: str, blocksize: int) -> NF4Weight:
@@ -86,19 +111,25 @@ def random_weight(n: int, k: int, quant_type: str, blocksize: int) -> NF4Weight:
     absmax = torch.randn(-(-n * k // blocksize))
     absmax[::7] = 0
     packed = torch.randint(0, 256, ((n * k + 1) // 2,), dtype=torch.uint8)
-    return NF4Weight(packed, code_tensor(quant_type), (n, k), torch.bfloat16, blocksize, quant_type, absmax=absmax)
+    return NF4Weight(
+        packed, code_tensor(quant_type), (n, k), torch.bfloat16, blocksize, quant_type, absmax=absmax
+    )
 
 
 def _dense(case: Case) -> Tensor:
     """The decoded weight by the definition, fp32."""
     w = case.weight
     absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
-    return dequantize.dequantize_4bit(w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, torch.float32)
+    return dequantize.dequantize_4bit(
+        w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, torch.float32
+    )
 
 
 def _keep(case: Case) -> Tensor:
     m, _, k, _ = case.sizes
-    return dropout_scale(m, k, case.dropout_p, torch.tensor([case.seed])) if case.dropout_p else torch.ones(m, k)
+    return (
+        dropout_scale(m, k, case.dropout_p, torch.tensor([case.seed])) if case.dropout_p else torch.ones(m, k)
+    )
 
 
 def _linear(case: Case, w: Tensor, dtype: torch.dtype, low: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -132,13 +163,22 @@ def run_xa(library: CudaLibrary, case: Case) -> Tensor:
     low = c_lora(c.a, c.b, case.scaling, case.threshold)
     library.check(
         library.lib.pk_xa_cuda(
-            ctypes.byref(low), pointer(seed), pointer(c.x), DTYPES[c.x.dtype], i64(m), i64(k), pointer(out), *library.where()
+            ctypes.byref(low),
+            pointer(seed),
+            pointer(c.x),
+            DTYPES[c.x.dtype],
+            i64(m),
+            i64(k),
+            pointer(out),
+            *library.where(),
         )
     )
     return _checked(out, m)
 
 
-def linear(library: CudaLibrary, function: str, case: Case, xa: Tensor | None, extra: Sequence[int] | None = None) -> Tensor:
+def linear(
+    library: CudaLibrary, function: str, case: Case, xa: Tensor | None, extra: Sequence[int] | None = None
+) -> Tensor:
     """y of `function` on the library's device; xa None: no low-rank part. A probe takes `extra` for stream
     and device."""
     (m, n, _, _), c = case.sizes, case.to(library.device)
@@ -159,7 +199,9 @@ def linear(library: CudaLibrary, function: str, case: Case, xa: Tensor | None, e
     return _checked(out, m)
 
 
-def assert_accurate(library: CudaLibrary, function: str, cases: Sequence[Case], extra: Sequence[int] | None = None) -> None:
+def assert_accurate(
+    library: CudaLibrary, function: str, cases: Sequence[Case], extra: Sequence[int] | None = None
+) -> None:
     """xa and y of several draws together against fp64, bounded by plain PyTorch's error."""
     runs: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"xa": [], "y": []}
     for case in cases:

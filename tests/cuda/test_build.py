@@ -20,7 +20,8 @@ from ..cubins.nvcc import find as find_nvcc
 from ..native.compiled import CSRC
 
 ROOT = CSRC.parent
-# Stands in for the compilers where only setup.py's decisions are tested: writes down its arguments and makes the file it was asked for.
+# Stands in for the compilers where only setup.py's decisions are tested: writes down its arguments and makes
+# the file it was asked for.
 RECORDER = """#!/bin/sh
 echo "$0 $*" >> "{log}"
 case "$*" in *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_86\\ncompute_90\\n'; exit 0;; esac
@@ -62,7 +63,9 @@ class Build:
 
     def gpus(self, *capabilities: str) -> None:
         """A machine with these GPUs."""
-        tool = _script(self.folder / "smi/nvidia-smi", "#!/bin/sh\n" + "".join(f"echo {c}\n" for c in capabilities))
+        tool = _script(
+            self.folder / "smi/nvidia-smi", "#!/bin/sh\n" + "".join(f"echo {c}\n" for c in capabilities)
+        )
         self.environment["PATH"] = f"{tool.parent}{os.pathsep}{self.environment['PATH']}"
 
     def run(self, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +79,9 @@ class Build:
 
     def architectures(self) -> list[str]:
         """Of the kernels' compilation: `sm_*` as machine code, `compute_*` as PTX."""
-        line = next(line for line in self.log.read_text().splitlines() if "/nvcc " in line and ".cu -o " in line)
+        line = next(
+            line for line in self.log.read_text().splitlines() if "/nvcc " in line and ".cu -o " in line
+        )
         return re.findall(r",code=(\w+)", line)
 
 
@@ -97,7 +102,11 @@ def test_without_nvcc_the_cpu_kernels_are_built_as_ever(build: Build) -> None:
 def test_a_required_nvcc_that_is_missing_names_the_fix(build: Build) -> None:
     done = build.run(PEFTKERN_CUDA="1")
     assert done.returncode != 0
-    assert "PEFTKERN_CUDA=1" in done.stderr and "CUDA_HOME" in done.stderr and "pip install nvidia-cuda-nvcc" in done.stderr
+    assert (
+        "PEFTKERN_CUDA=1" in done.stderr
+        and "CUDA_HOME" in done.stderr
+        and "pip install nvidia-cuda-nvcc" in done.stderr
+    )
 
 
 def test_both_modules_are_built_where_nvcc_is(build: Build) -> None:
@@ -121,7 +130,9 @@ def test_a_failing_nvcc_costs_only_the_cuda_kernels(build: Build) -> None:
     done = build.run()
     assert done.returncode == 0, done.stderr
     assert build.modules() == ["_C"]
-    warning = [line for line in (done.stdout + done.stderr).splitlines() if "going on with the CPU kernels" in line]
+    warning = [
+        line for line in (done.stdout + done.stderr).splitlines() if "going on with the CPU kernels" in line
+    ]
     assert len(warning) == 1 and "PEFTKERN_CUDA=0" in warning[0]
     required = build.run(PEFTKERN_CUDA="1")
     assert required.returncode != 0 and "could not be built" in required.stderr
@@ -179,14 +190,17 @@ def _real_build(folder: Path, archs: str) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
     pass_on = f'case "$*" in *_cuda*) exec {compiler} "$@";; esac'
     _script(build.cxx, RECORDER.format(log=build.log, body=pass_on))
-    done = build.run(timeout=900, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS=archs, CUDA_HOME=str(Path(nvcc).parents[1]))
+    done = build.run(
+        timeout=900, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS=archs, CUDA_HOME=str(Path(nvcc).parents[1])
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "lib/peftkern" / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The CUDA module and its architectures: the installed one, else one built here for a single architecture."""
+    """The CUDA module and its architectures: the installed one, else one built here for a single
+    architecture."""
     found = importlib.util.find_spec("peftkern._C_cuda")
     if found is not None and found.origin is not None:
         return Path(found.origin), native_cuda().architectures
@@ -195,7 +209,9 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def _assert_contains(path: Path, archs: str) -> None:
     listed = subprocess.run(
-        [_cuobjdump() or pytest.skip("no cuobjdump"), "--list-elf", "--list-ptx", str(path)], capture_output=True, text=True
+        [_cuobjdump() or pytest.skip("no cuobjdump"), "--list-elf", "--list-ptx", str(path)],
+        capture_output=True,
+        text=True,
     )
     assert listed.returncode == 0, listed.stderr
     assert set(re.findall(r"\.(sm_\w+)\.cubin", listed.stdout)) == {f"sm_{a}" for a in archs.split(";")}
@@ -205,9 +221,12 @@ def _assert_contains(path: Path, archs: str) -> None:
 def test_the_module_imports_without_a_driver(module: tuple[Path, str]) -> None:
     """And without torch: it knows no framework."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import _C_cuda as m; print(m.architectures, m.versions()[1], 'torch' in sys.modules)"
+        "import sys; sys.path.insert(0, sys.argv[1]); import _C_cuda as m; print(m.architectures, "
+        "m.versions()[1], 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(module[0].parent)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(module[0].parent)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     archs, runtime, torch = done.stdout.split()
     assert archs == module[1] and int(runtime) >= 12000 and torch == "False"
@@ -216,8 +235,12 @@ def test_the_module_imports_without_a_driver(module: tuple[Path, str]) -> None:
 def test_the_module_exports_the_c_abi_and_no_runtime(module: tuple[Path, str]) -> None:
     """Another cudart in the process must not take this one's calls, nor the other way round."""
     listed = subprocess.run(["nm", "-D", str(module[0])], capture_output=True, text=True, check=True).stdout
-    symbols = {kind: {line.split()[-1] for line in listed.splitlines() if f" {kind} " in line} for kind in "TU"}
-    declared = set(re.findall(r"\b(pk_cuda_\w+|pk_\w+_cuda)\(", (CSRC / "include/peftkern_cuda.h").read_text()))
+    symbols = {
+        kind: {line.split()[-1] for line in listed.splitlines() if f" {kind} " in line} for kind in "TU"
+    }
+    declared = set(
+        re.findall(r"\b(pk_cuda_\w+|pk_\w+_cuda)\(", (CSRC / "include/peftkern_cuda.h").read_text())
+    )
     assert declared <= symbols["T"] and len(declared) >= 6
     assert not [name for name in symbols["T"] | symbols["U"] if name.startswith(("cuda", "__cuda", "cu"))]
 
@@ -227,9 +250,13 @@ def test_the_module_has_machine_code_for_what_was_asked(module: tuple[Path, str]
 
 
 def test_the_nested_absmax_is_not_fused(module: tuple[Path, str]) -> None:
-    """No fused multiply-add in any dequantization kernel's machine code: the multiply and the add are rounded separately."""
+    """No fused multiply-add in any dequantization kernel's machine code: the multiply and the add are rounded
+    separately."""
     listed = subprocess.run(
-        [_cuobjdump() or pytest.skip("no cuobjdump"), "-sass", str(module[0])], capture_output=True, text=True, timeout=300
+        [_cuobjdump() or pytest.skip("no cuobjdump"), "-sass", str(module[0])],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     kernels = [part for part in listed.stdout.split("Function : ")[1:] if "dequantize" in part.split()[0]]
     assert len(kernels) >= 8
@@ -239,7 +266,9 @@ def test_the_nested_absmax_is_not_fused(module: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_machine_code_for_every_architecture(tmp_path: Path) -> None:
-    known = subprocess.run([find_nvcc() or pytest.skip(MISSING), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = subprocess.run(
+        [find_nvcc() or pytest.skip(MISSING), "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout
     archs = ";".join(a for a in ("75", "80", "86", "89", "90", "100", "120") if f"compute_{a}\n" in known)
     _assert_contains(_real_build(tmp_path, archs), archs)
 
@@ -251,9 +280,23 @@ def test_a_wheel_holds_the_modules(tmp_path: Path, required: str) -> None:
     if required == "1" and not find_nvcc():
         pytest.skip(MISSING)
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info", "out", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info", "out", "__pycache__"),
+    )
     env = {**os.environ, "PEFTKERN_CUDA": required, "PEFTKERN_CUDA_ARCHS": "86"}
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(tmp_path / "site"), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(source),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     modules = sorted(p.name.split(".")[0] for p in (tmp_path / "site/peftkern").glob("*.so"))

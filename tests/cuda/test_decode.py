@@ -23,7 +23,26 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def _tables() -> dict[str, Tensor]:
     """Both formats, and one that nobody uses: nothing may depend on which table it is."""
-    other = torch.tensor([3.5, -0.0, 1e-3, -65000.0, 7.0, -2.25, 0.1, 6e-8, -1e-7, 12.0, -0.3, 2.0**-14, 511.0, -0.75, 1.0, -9.0])
+    other = torch.tensor(
+        [
+            3.5,
+            -0.0,
+            1e-3,
+            -65000.0,
+            7.0,
+            -2.25,
+            0.1,
+            6e-8,
+            -1e-7,
+            12.0,
+            -0.3,
+            2.0**-14,
+            511.0,
+            -0.75,
+            1.0,
+            -9.0,
+        ]
+    )
     return {"nf4": code_tensor("nf4"), "fp4": code_tensor("fp4"), "other": other}
 
 
@@ -43,9 +62,15 @@ def _nibbles(words: Tensor) -> Tensor:
 @pytest.mark.parametrize("table", ["nf4", "fp4", "other"])
 def test_permutes_give_every_code_in_every_place(probe: ctypes.CDLL, table: str, dtype: torch.dtype) -> None:
     code, words = _tables()[table], _words()
-    packed = words.to(torch.int32) if words.max() < 1 << 31 else torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    packed = (
+        words.to(torch.int32)
+        if words.max() < 1 << 31
+        else torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    )
     out = torch.full((len(words), 4), -1, dtype=torch.int32)
-    probe.probe_decode8(pointer(code), dtype == torch.bfloat16, pointer(packed), ctypes.c_int64(len(words)), pointer(out))
+    probe.probe_decode8(
+        pointer(code), dtype == torch.bfloat16, pointer(packed), ctypes.c_int64(len(words)), pointer(out)
+    )
     expected = code[_nibbles(words)].to(dtype)
     assert torch.equal(out.view(torch.int16), expected.view(torch.int16))
 
@@ -60,7 +85,9 @@ def test_pair_table_gives_fp32_codes(probe: ctypes.CDLL, table: str) -> None:
     for turn in range(4):  # another place, read by other lanes
         rolled = packed.view(torch.uint8).roll(turn).view(torch.int32).contiguous()
         out = torch.full((len(words), 8), float("nan"))
-        assert probe.probe_table(pointer(code), pointer(rolled), pointer(out), len(words)) == 0, probe.pk_cuda_error_text()
+        assert probe.probe_table(pointer(code), pointer(rolled), pointer(out), len(words)) == 0, (
+            probe.pk_cuda_error_text()
+        )
         expected = code[_nibbles(rolled.long() & 0xFFFFFFFF)]
         assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
 

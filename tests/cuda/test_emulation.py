@@ -48,7 +48,9 @@ def test_a_missing_barrier_reads_poison_in_some_order(selftest: ctypes.CDLL) -> 
 
 def _ring(lib: ctypes.CDLL, barrier: bool) -> tuple[Tensor, Tensor]:
     x, out = torch.randn(96), torch.full((96,), float("nan"))
-    assert lib.selftest_ring(pointer(x), pointer(out), 96, 5, barrier, ctypes.c_int64(4 * 96)) == OK, _error(lib)
+    assert lib.selftest_ring(pointer(x), pointer(out), 96, 5, barrier, ctypes.c_int64(4 * 96)) == OK, _error(
+        lib
+    )
     return out, x.roll(-5)
 
 
@@ -105,7 +107,8 @@ def test_mma_against_a_triple_loop(lib: ctypes.CDLL, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix_gives_each_lane_its_elements(lib: ctypes.CDLL, transposed: bool) -> None:
-    """PTX ISA, ldmatrix: thread t holds row t / 4, columns 2 (t % 4) and the next, of each matrix; of its transpose with .trans."""
+    """PTX ISA, ldmatrix: thread t holds row t / 4, columns 2 (t % 4) and the next, of each matrix; of its
+    transpose with .trans."""
     got = torch.full((32, 4, 2), -1, dtype=torch.int16)
     assert lib.selftest_ldmatrix(pointer(got), transposed) == OK, _error(lib)
     for t in range(32):
@@ -153,8 +156,17 @@ def test_misaligned_and_oversized_are_errors(lib: ctypes.CDLL) -> None:
 def test_packing_rounds_to_nearest_even(lib: ctypes.CDLL) -> None:
     """Every exponent, ties in both directions, subnormals, infinities and NaN, against PyTorch's rounding."""
     bits = torch.arange(0, 1 << 32, 65521 * 7, dtype=torch.int64)
-    ties = torch.cat([torch.arange(1 << 16) << 16 | 0x8000, torch.arange(1 << 16) << 16 | 0x1000 | 0x2000 * (torch.arange(1 << 16) & 1)])
-    x = torch.cat([bits, ties])[: -1 if (len(bits) + len(ties)) % 2 else None].to(torch.int32).view(torch.float32)
+    ties = torch.cat(
+        [
+            torch.arange(1 << 16) << 16 | 0x8000,
+            torch.arange(1 << 16) << 16 | 0x1000 | 0x2000 * (torch.arange(1 << 16) & 1),
+        ]
+    )
+    x = (
+        torch.cat([bits, ties])[: -1 if (len(bits) + len(ties)) % 2 else None]
+        .to(torch.int32)
+        .view(torch.float32)
+    )
     out = torch.empty(len(x), dtype=torch.int32)
     assert lib.selftest_pack(pointer(x), pointer(out), len(x) // 2) == OK, _error(lib)
     for column, dtype in enumerate((torch.bfloat16, torch.float16)):
@@ -166,5 +178,13 @@ def test_packing_rounds_to_nearest_even(lib: ctypes.CDLL) -> None:
 
 def test_byte_permute_takes_any_byte(selftest: ctypes.CDLL) -> None:
     selftest.selftest_prmt.restype = ctypes.c_uint32
-    for selector, expected in ((0x3210, 0x33221100), (0x7654, 0x77665544), (0x0246, 0x00224466), (0x5140, 0x55114400)):
-        assert selftest.selftest_prmt(ctypes.c_uint32(0x33221100), ctypes.c_uint32(0x77665544), selector) == expected
+    for selector, expected in (
+        (0x3210, 0x33221100),
+        (0x7654, 0x77665544),
+        (0x0246, 0x00224466),
+        (0x5140, 0x55114400),
+    ):
+        assert (
+            selftest.selftest_prmt(ctypes.c_uint32(0x33221100), ctypes.c_uint32(0x77665544), selector)
+            == expected
+        )

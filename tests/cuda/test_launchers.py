@@ -1,4 +1,5 @@
-"""The Python launchers of the CUDA kernels: over the emulated module with tensors of the CPU, and on a device with `pytest -m gpu`."""
+"""The Python launchers of the CUDA kernels: over the emulated module with tensors of the CPU, and on a device
+with `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -31,14 +32,17 @@ def _weight(shape: tuple[int, int], nested: bool, device: str) -> tuple[Tensor, 
     """packed and the op's tuple on the device, and the weight on the CPU."""
     w = NF4Weight.from_dense(torch.randn(*shape), nested=nested)
     quant = tuple(
-        t if t is None else t.to(device) for t in (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
+        t if t is None else t.to(device)
+        for t in (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
     )
     return w.packed.to(device), (*quant, w.blocksize, w.nested_blocksize), w
 
 
 def _expected(w: NF4Weight, dtype: torch.dtype) -> Tensor:
     absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
-    return dequantize_reference.dequantize_4bit(w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, dtype)
+    return dequantize_reference.dequantize_4bit(
+        w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -77,9 +81,13 @@ def test_out_is_checked(device: str) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         dequantize.dequantize_4bit_out(packed, *quant, torch.empty(64, 4, device=device).T)
     with pytest.raises(ValueError, match="expected \\(2, 64\\)"):
-        dequantize.dequantize_slice(packed, quant, 4, 64, slice(0, 2), slice(0, 64), torch.empty(3, 64, device=device))
+        dequantize.dequantize_slice(
+            packed, quant, 4, 64, slice(0, 2), slice(0, 64), torch.empty(3, 64, device=device)
+        )
     with pytest.raises(ValueError, match="unit stride"):
-        dequantize.dequantize_slice(packed, quant, 4, 64, slice(0, 2), slice(0, 64), torch.empty(64, 2, device=device).T)
+        dequantize.dequantize_slice(
+            packed, quant, 4, 64, slice(0, 2), slice(0, 64), torch.empty(64, 2, device=device).T
+        )
     with pytest.raises(TypeError, match="float64"):
         dequantize.dequantize_4bit_out(packed, *quant, torch.empty(4, 64, dtype=torch.float64, device=device))
 
@@ -111,7 +119,10 @@ def test_status_codes_become_exceptions(emulated_module: ModuleType) -> None:
 
 def test_available_says_why_not(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native_cuda.available() == (True, "emulated")
-    for driver, words in ((0, "built with CUDA 12.8, but the driver is missing"), (11040, "but the driver supports CUDA 11.4")):
+    for driver, words in (
+        (0, "built with CUDA 12.8, but the driver is missing"),
+        (11040, "but the driver supports CUDA 11.4"),
+    ):
         native_cuda.available.cache_clear()
         monkeypatch.setattr(emulated_module, "versions", lambda driver=driver: (driver, 12080))
         ok, reason = native_cuda.available()

@@ -18,7 +18,14 @@ HALVES = [torch.bfloat16, torch.float16]
 TILES = [(nt, wm) for nt in (1, 2, 4, 8) for wm in (1, 2)]
 # (M, N, K, R): every tile width of x, ragged M and N, K of part of a stage and of more than are in flight,
 # ranks of every class.
-SHAPES = [(1, 33, 64, 8), (9, 40, 320, 3), (17, 40, 128, 200), (33, 31, 576, 1), (70, 65, 1216, 5), (130, 20, 128, 16)]
+SHAPES = [
+    (1, 33, 64, 8),
+    (9, 40, 320, 3),
+    (17, 40, 128, 200),
+    (33, 31, 576, 1),
+    (70, 65, 1216, 5),
+    (130, 20, 128, 16),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +35,20 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> CudaLibrary:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_fp64(cuda_library: CudaLibrary, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_against_fp64(
+    cuda_library: CudaLibrary, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
     assert_accurate(cuda_library, MMA, [make_case(*shape, dtype) for _ in range(8 if shape[0] < 16 else 2)])
 
 
 @pytest.mark.parametrize(
     "quant",
-    [{"nested": False}, {"quant_type": "fp4"}, {"blocksize": 4096}, {"blocksize": 128, "nested": False, "quant_type": "fp4"}],
+    [
+        {"nested": False},
+        {"quant_type": "fp4"},
+        {"blocksize": 4096},
+        {"blocksize": 128, "nested": False, "quant_type": "fp4"},
+    ],
     ids=str,
 )
 def test_formats(cuda_library: CudaLibrary, quant: dict) -> None:
@@ -44,7 +58,10 @@ def test_formats(cuda_library: CudaLibrary, quant: dict) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.1, 1.0])
 def test_dropout_and_adapters_in_fp32(cuda_library: CudaLibrary, dropout_p: float) -> None:
-    cases = [make_case(18, 40, 128, 8, torch.bfloat16, lora_dtype=torch.float32, dropout_p=dropout_p) for _ in range(4)]
+    cases = [
+        make_case(18, 40, 128, 8, torch.bfloat16, lora_dtype=torch.float32, dropout_p=dropout_p)
+        for _ in range(4)
+    ]
     assert_accurate(cuda_library, MMA, cases)
 
 
@@ -57,11 +74,15 @@ def test_a_weight_of_many_rows(cuda_library: CudaLibrary, m: int) -> None:
 @pytest.mark.parametrize(("nt", "wm"), TILES)
 def test_every_tile(probe: CudaLibrary, nt: int, wm: int) -> None:
     """Two tiles each way, the last ones ragged; more stages than shared memory holds."""
-    assert_accurate(probe, "probe_mma", [make_case(8 * nt + 3, 32 * wm + 5, 1344, 18, torch.bfloat16)], (nt, wm))
+    assert_accurate(
+        probe, "probe_mma", [make_case(8 * nt + 3, 32 * wm + 5, 1344, 18, torch.bfloat16)], (nt, wm)
+    )
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("quant_type", "k", "blocksize"), [("nf4", 320, 64), ("fp4", 64, 64), ("nf4", 192, 128)])
+@pytest.mark.parametrize(
+    ("quant_type", "k", "blocksize"), [("nf4", 320, 64), ("fp4", 64, 64), ("nf4", 192, 128)]
+)
 def test_one_hot_rows_return_the_decoded_weight(
     cuda_library: CudaLibrary, quant_type: str, k: int, blocksize: int, dtype: torch.dtype
 ) -> None:
@@ -86,7 +107,9 @@ def test_a_rows_bits_depend_on_nothing_beside_it(probe: CudaLibrary) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 40, 1344, 8), (40, 20, 320, 17)], ids=str)
-def test_two_runs_and_any_order_of_threads_give_the_same_bits(emulated: ctypes.CDLL, shape: tuple[int, int, int, int]) -> None:
+def test_two_runs_and_any_order_of_threads_give_the_same_bits(
+    emulated: ctypes.CDLL, shape: tuple[int, int, int, int]
+) -> None:
     library = CudaLibrary(emulated, "cpu")
     case = make_case(*shape, torch.float16)
     xa, runs = run_xa(library, case), []
@@ -132,7 +155,9 @@ def test_every_lane_reads_its_part_of_a_stage_once_and_without_conflicts(probe: 
 
                 assert all(_banks(group, 16) == 32 for group in _quarter_warps(x))
                 read["x"] += map(x, range(32))
-    assert sorted(read["w"]) == list(range(0, 32 * 128, 8)) and sorted(read["x"]) == list(range(0, 32 * 512, 16))
+    assert sorted(read["w"]) == list(range(0, 32 * 128, 8)) and sorted(read["x"]) == list(
+        range(0, 32 * 512, 16)
+    )
 
 
 @pytest.mark.parametrize("wm", [1, 2])
@@ -141,7 +166,9 @@ def test_copies_and_sums_pass_shared_memory_without_conflicts(probe: CudaLibrary
         for row in range(8):  # a copy's 8 lanes write 8 neighbouring chunks of one row
             placed = [chunk_of(row, chunk) for chunk in range(chunks)]
             assert sorted(placed) == list(range(chunks))
-            assert all(_banks([16 * c for c in placed[first : first + 8]], 16) == 32 for first in range(0, chunks, 8))
+            assert all(
+                _banks([16 * c for c in placed[first : first + 8]], 16) == 32 for first in range(0, chunks, 8)
+            )
     sum_row = probe.lib.probe_sum_row(wm)
     assert _banks([4 * (lane % 4 * 2 * sum_row + lane // 4) for lane in range(32)], 4) == 32
 
@@ -158,11 +185,15 @@ def test_every_tile_fits_the_smallest_shared_memory(probe: CudaLibrary) -> None:
 @pytest.mark.parametrize(
     ("dtype", "n", "k", "blocksize", "capability", "expected"),
     [
-        (torch.bfloat16, 100, 128, 64, 86, True), (torch.float16, 1, 64, 4096, 120, True), (torch.bfloat16, 100, 192, 128, 80, True),
-        (torch.float32, 100, 128, 64, 86, False), (torch.bfloat16, 100, 96, 64, 86, False), (torch.bfloat16, 100, 128, 32, 86, False),
+        (torch.bfloat16, 100, 128, 64, 86, True),
+        (torch.float16, 1, 64, 4096, 120, True),
+        (torch.bfloat16, 100, 192, 128, 80, True),
+        (torch.float32, 100, 128, 64, 86, False),
+        (torch.bfloat16, 100, 96, 64, 86, False),
+        (torch.bfloat16, 100, 128, 32, 86, False),
         (torch.float16, 100, 128, 64, 75, False),
     ],
-)  # fmt: skip
+)
 def test_what_is_supported_is_known_in_advance(
     emulated: ctypes.CDLL, dtype: torch.dtype, n: int, k: int, blocksize: int, capability: int, expected: bool
 ) -> None:

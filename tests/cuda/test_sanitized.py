@@ -1,4 +1,5 @@
-"""The emulated kernels under AddressSanitizer: no thread reads or writes outside a tensor or outside the block's shared memory."""
+"""The emulated kernels under AddressSanitizer: no thread reads or writes outside a tensor or outside the
+block's shared memory."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ TESTS = ["test_emulation.py", "test_dequantize.py", "test_quantize.py", "test_ge
 
 
 def _runtime() -> str | None:
-    """AddressSanitizer's runtime, which the interpreter must load before anything else allocates, and libstdc++ for its interceptors."""
+    """AddressSanitizer's runtime, which the interpreter must load before anything else allocates, and
+    libstdc++ for its interceptors."""
     if shutil.which(CXX[0]) is None:
         return None
     libraries = [
@@ -38,6 +40,18 @@ def test_no_access_is_out_of_bounds(name: str) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
         "PEFTKERN_EMULATION_FLAGS": "-fsanitize=address -g",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", f"tests/cuda/{name}"]
-    done = subprocess.run(command, cwd=CSRC.parent, env=environment, capture_output=True, text=True, timeout=1800)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        f"tests/cuda/{name}",
+    ]
+    done = subprocess.run(
+        command, cwd=CSRC.parent, env=environment, capture_output=True, text=True, timeout=1800
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]

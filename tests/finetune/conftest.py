@@ -28,10 +28,14 @@ def save_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, dtype: A
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(["<eos>", *alphabet])}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={character: i for i, character in enumerate(["<eos>", *alphabet])}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", chat_template=CHAT_TEMPLATE)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", chat_template=CHAT_TEMPLATE
+    )
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,7 +57,8 @@ def save_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, dtype: A
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Sums in one order: losses can then be compared bit for bit, also with those of a process started on one thread."""
+    """Sums in one order: losses can then be compared bit for bit, also with those of a process started on one
+    thread."""
     import torch
 
     threads = torch.get_num_threads()

@@ -65,7 +65,9 @@ def cut(path: Path, part: float) -> None:
 @pytest.mark.parametrize("checksums", [True, False])
 @pytest.mark.parametrize("part", [0.0, 0.5])
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_checkpoint_gives_way_to_the_one_before(finished: Path, name: str, part: float, checksums: bool) -> None:
+def test_damaged_checkpoint_gives_way_to_the_one_before(
+    finished: Path, name: str, part: float, checksums: bool
+) -> None:
     for path in (finished / "checkpoints").iterdir():
         if not checksums:
             (path / "checksums.json").unlink()
@@ -95,7 +97,10 @@ def test_changed_bit_is_damage(finished: Path) -> None:
 
 
 def test_no_sound_checkpoint_is_one_message(
-    options: dict[str, Any], finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (finished / "result.json").unlink()
     for path in (finished / "checkpoints").iterdir():
@@ -103,7 +108,10 @@ def test_no_sound_checkpoint_is_one_message(
     monkeypatch.setattr("peftkern.finetune.model.load_model", lambda *_: pytest.fail("heavy work was begun"))
     assert main(["finetune", *FinetuneConfig(**options, resume=True).to_arguments()]) == 2
     said = capsys.readouterr().err
-    assert "no checkpoint is sound" in said and f"Remove {finished}/checkpoints to train from the first step again" in said
+    assert (
+        "no checkpoint is sound" in said
+        and f"Remove {finished}/checkpoints to train from the first step again" in said
+    )
     assert len(list((finished / "checkpoints").iterdir())) == 2
 
 
@@ -116,7 +124,9 @@ class _Hostile:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_pickle_with_code_is_refused_even_with_right_checksums(finished: Path, tmp_path: Path, name: str) -> None:
+def test_pickle_with_code_is_refused_even_with_right_checksums(
+    finished: Path, tmp_path: Path, name: str
+) -> None:
     torch.save({"state": _Hostile(tmp_path / "ran")}, finished / "checkpoints/checkpoint-6" / name)
     write_checksums(finished / "checkpoints/checkpoint-6")
     said: list[str] = []
@@ -125,19 +135,31 @@ def test_pickle_with_code_is_refused_even_with_right_checksums(finished: Path, t
     assert not (tmp_path / "ran").exists()
 
 
-def test_run_goes_on_from_the_older_checkpoint_to_the_same_end(options: dict[str, Any], finished: Path, finished_cache: Path) -> None:
+def test_run_goes_on_from_the_older_checkpoint_to_the_same_end(
+    options: dict[str, Any], finished: Path, finished_cache: Path
+) -> None:
     (finished / "result.json").unlink()
     cut(finished / "checkpoints/checkpoint-6/scheduler.pt", 0.5)
     result = run(options, resume=True)
     assert losses(str(finished)) == losses(str(finished_cache / "run"))
-    assert result.perplexity_after == json.loads((finished_cache / "run/result.json").read_text())["perplexity_after"]
+    assert (
+        result.perplexity_after
+        == json.loads((finished_cache / "run/result.json").read_text())["perplexity_after"]
+    )
 
 
-@pytest.mark.parametrize("content", nightly(["", '{"output": "o', "[]", '{"steps": 6}'], quick=['{"output": "o', '{"steps": 6}']))
-def test_damaged_result_is_made_again(options: dict[str, Any], finished: Path, finished_cache: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", nightly(["", '{"output": "o', "[]", '{"steps": 6}'], quick=['{"output": "o', '{"steps": 6}'])
+)
+def test_damaged_result_is_made_again(
+    options: dict[str, Any], finished: Path, finished_cache: Path, content: str
+) -> None:
     (finished / "result.json").write_text(content)
     result = run(options, resume=True)
-    assert result.perplexity_after == json.loads((finished_cache / "run/result.json").read_text())["perplexity_after"]
+    assert (
+        result.perplexity_after
+        == json.loads((finished_cache / "run/result.json").read_text())["perplexity_after"]
+    )
 
 
 @pytest.mark.parametrize("content", ["", '{"config": {', "[]", '{"config": {}, "data": {}}'])
@@ -147,9 +169,13 @@ def test_damaged_record_is_one_message(options: dict[str, Any], finished: Path, 
         run(options, resume=True)
 
 
-def test_lost_metrics_are_completed_from_the_checkpoint(options: dict[str, Any], finished: Path, finished_cache: Path) -> None:
+def test_lost_metrics_are_completed_from_the_checkpoint(
+    options: dict[str, Any], finished: Path, finished_cache: Path
+) -> None:
     whole = (finished / "metrics.jsonl").read_text().splitlines()
-    (finished / "metrics.jsonl").write_bytes(b"\n".join([*(line.encode() for line in whole[:2]), b"\xff\xfe", b"{}"]))
+    (finished / "metrics.jsonl").write_bytes(
+        b"\n".join([*(line.encode() for line in whole[:2]), b"\xff\xfe", b"{}"])
+    )
     (finished / "result.json").unlink()
     result = run(options, resume=True)
     assert losses(str(finished)) == losses(str(finished_cache / "run"))
@@ -178,7 +204,13 @@ def heard() -> Iterator[None]:
     ],
 )
 def test_signal_in_training_saves_and_says_so(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int, batch: int, finished_cache: Path
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    status: int,
+    batch: int,
+    finished_cache: Path,
 ) -> None:
     """In the middle of a step's batches or at its end; what follows is bit for bit as if nothing had
     happened."""
@@ -192,7 +224,10 @@ def test_signal_in_training_saves_and_says_so(
         return loss
 
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="checkpoint-[34] is saved, and .*--resume") as stopped:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match="checkpoint-[34] is saved, and .*--resume") as stopped,
+    ):
         patch.setattr(trainer_module.RecipeTrainer, "training_step", training_step)
         run(options)
     assert stopped.value.status == status
@@ -202,11 +237,18 @@ def test_signal_in_training_saves_and_says_so(
     if not list(finished_cache.iterdir()):
         run(options, output=str(finished_cache / "run"))
     assert losses(options["output"]) == losses(str(finished_cache / "run"))
-    assert result.perplexity_after == json.loads((finished_cache / "run/result.json").read_text())["perplexity_after"]
+    assert (
+        result.perplexity_after
+        == json.loads((finished_cache / "run/result.json").read_text())["perplexity_after"]
+    )
 
 
-def test_signal_outside_training_ends_at_once_and_leaves_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftkern.finetune.model.load_tokenizer", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+def test_signal_outside_training_ends_at_once_and_leaves_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "peftkern.finetune.model.load_tokenizer", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
     with pytest.raises(Interrupted) as stopped:
         run(options)
     assert stopped.value.status == 143 and not Path(options["output"]).exists()
@@ -216,7 +258,10 @@ def test_handlers_of_the_program_stay(options: dict[str, Any], monkeypatch: pyte
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append("mine"))
     try:
-        monkeypatch.setattr("peftkern.finetune.model.load_tokenizer", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or 1 / 0)
+        monkeypatch.setattr(
+            "peftkern.finetune.model.load_tokenizer",
+            lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or 1 / 0,
+        )
         with pytest.raises(ZeroDivisionError):
             run(options)
     finally:
@@ -229,7 +274,10 @@ def test_command_ends_with_the_status_schedulers_expect(options: dict[str, Any])
     arguments = FinetuneConfig(**(options | {"steps": 4000, "save_steps": 1000})).to_arguments()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "peftkern", "finetune", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "peftkern", "finetune", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     metrics, deadline = Path(options["output"]) / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text()):

@@ -24,7 +24,9 @@ def arguments(options: dict[str, Any], **changes: Any) -> list[str]:
     return ["finetune", *FinetuneConfig(**(options | changes)).to_arguments()]
 
 
-def test_arguments_and_configuration_are_one_and_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_and_configuration_are_one_and_the_same(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lists = {"eval_data": ("sample", "x.txt"), "targets": ("q_proj", "v_proj")}
     config = FinetuneConfig(**options, **lists, rslora=True, packing=False, prompt="a b")
     seen = []
@@ -80,7 +82,15 @@ def test_bad_options(changes: dict[str, Any], message: str) -> None:
 def test_run_prints_a_summary(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(options)) == 0
     printed = capsys.readouterr()
-    for expected in ("before:", "after:", "Perplexity (held-out):", " -> ", "tokens/s", "Peak memory:", options["output"]):
+    for expected in (
+        "before:",
+        "after:",
+        "Perplexity (held-out):",
+        " -> ",
+        "tokens/s",
+        "Peak memory:",
+        options["output"],
+    ):
         assert expected in printed.out
     assert "6/6" in printed.err and "loss" in printed.err and "tok/s" in printed.err
 
@@ -95,7 +105,9 @@ def test_a_run_that_ends_far_worse_than_it_began_is_an_error(
 ) -> None:
     # The tiny model's logits are too flat for real steps to get there.
     texts = {"sample_prompt": "", "sample_before": "", "sample_after": "", "output": "here"}
-    numbers = dict.fromkeys(("final_loss", "steps", "tokens", "tokens_per_second", "peak_memory", "train_seconds"), 1)
+    numbers = dict.fromkeys(
+        ("final_loss", "steps", "tokens", "tokens_per_second", "peak_memory", "train_seconds"), 1
+    )
     before, after = {"held-out": 20.0, "source": 30.0}, dict(zip(("held-out", "source"), after, strict=True))
     result = FinetuneResult(perplexity_before=before, perplexity_after=after, **texts, **numbers)
     monkeypatch.setattr("peftkern.finetune.cli.finetune", lambda config: result)
@@ -103,7 +115,11 @@ def test_a_run_that_ends_far_worse_than_it_began_is_an_error(
     printed = capsys.readouterr()
     assert "Perplexity (held-out):" in printed.out
     if status:
-        assert "the run diverged" in printed.err and "held-out 20.00 -> 60.00" in printed.err and "lower --lr" in printed.err
+        assert (
+            "the run diverged" in printed.err
+            and "held-out 20.00 -> 60.00" in printed.err
+            and "lower --lr" in printed.err
+        )
     else:
         assert not printed.err
 
@@ -121,7 +137,9 @@ def test_full_output_folder_is_refused_before_the_model_is_touched(
     assert (output / "thesis.doc").read_text() == "years of work"
 
 
-def test_finished_run_is_overwritten_on_request_only(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_is_overwritten_on_request_only(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(options)) == 0
     assert main(arguments(options)) == 2
     assert "go on with --resume, start again with --overwrite" in capsys.readouterr().err
@@ -135,7 +153,9 @@ def test_missing_package_names_the_extra(
     original = errors_module.find_spec
     monkeypatch.setattr(errors_module, "find_spec", lambda name: None if name == "trl" else original(name))
     assert main(arguments(options)) == 2
-    assert "needs trl, which is not installed: run pip install 'peftkern[finetune]'" in capsys.readouterr().err
+    assert (
+        "needs trl, which is not installed: run pip install 'peftkern[finetune]'" in capsys.readouterr().err
+    )
 
 
 # a process of its own, whose files are limited; in test_folder.py this process finds the disk full
@@ -150,13 +170,20 @@ def test_full_disk_leaves_nothing_half_written(options: dict[str, Any], tmp_path
     command = [sys.executable, "-m", "peftkern", *arguments(options, data=data)]
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "could not write" in done.stderr and "free disk space" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "could not write" in done.stderr
+        and "free disk space" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not list(Path(options["output"]).rglob(".incomplete-*"))
     assert not list(Path(options["output"]).glob("checkpoints/checkpoint-*"))
 
 
 def test_import_of_the_command_needs_no_extra_package() -> None:
-    code = "import sys, peftkern.__main__; from peftkern.finetune import FinetuneConfig; print([m for m in sys.modules if m in "
+    code = (
+        "import sys, peftkern.__main__; from peftkern.finetune import FinetuneConfig; print([m for m in "
+        "sys.modules if m in "
+    )
     code += "('transformers', 'peft', 'trl', 'datasets', 'bitsandbytes', 'matplotlib')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

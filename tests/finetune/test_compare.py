@@ -24,13 +24,17 @@ def losses(output: str) -> list[float]:
 
 def test_patched_run_follows_the_stock_run(options: dict[str, Any], tmp_path: Path) -> None:
     patched = finetune(FinetuneConfig(**(options | {"patch": True, "steps": 20})), quiet=True)
-    stock = finetune(FinetuneConfig(**(options | {"steps": 20, "output": str(tmp_path / "stock")})), quiet=True)
+    stock = finetune(
+        FinetuneConfig(**(options | {"steps": 20, "output": str(tmp_path / "stock")})), quiet=True
+    )
     assert losses(patched.output) == pytest.approx(losses(stock.output), rel=1e-3)
     assert patched.perplexity_after["held-out"] == pytest.approx(stock.perplexity_after["held-out"], rel=1e-3)
     assert patched.perplexity_after["held-out"] < 0.9 * patched.perplexity_before["held-out"]
 
 
-def test_patched_run_resumes_bit_for_bit(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patched_run_resumes_bit_for_bit(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patched = options | {"patch": True, "dropout": 0.1}
     whole = finetune(FinetuneConfig(**(patched | {"output": str(tmp_path / "whole")})), quiet=True)
     original = RecipeTrainer.training_step
@@ -77,7 +81,10 @@ def test_failing_stock_run_is_told(options: dict[str, Any], monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_compare_prints_and_writes_both(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["finetune", *FinetuneConfig(**(options | {"patch": True, "compare": True})).to_arguments()]) == 0
+    assert (
+        main(["finetune", *FinetuneConfig(**(options | {"patch": True, "compare": True})).to_arguments()])
+        == 0
+    )
     assert "peftkern       stock    ratio" in capsys.readouterr().out
     both = json.loads((Path(options["output"]) / "compare.json").read_text())
     assert both["peftkern"]["final_loss"] == pytest.approx(both["stock"]["final_loss"], rel=1e-3)

@@ -55,7 +55,10 @@ def test_other_keys_are_dropped_and_blank_lines_skipped(tmp_path: Path) -> None:
         ('{"text": 3}\n', r"bad\.jsonl:1: 'text' must be a string, got 3"),
         ('{"messages": [{"content": "a"}]}\n', r"bad\.jsonl:1: 'messages' must be a list of .*role"),
         ('{"messages": []}\n', r"bad\.jsonl:1: 'messages' must be a list"),
-        ('{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}\n', r"bad\.jsonl:1: .* both be strings or both"),
+        (
+            '{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}\n',
+            r"bad\.jsonl:1: .* both be strings or both",
+        ),
     ],
 )
 def test_bad_jsonl_names_file_and_line(tmp_path: Path, content: str, message: str) -> None:
@@ -109,7 +112,11 @@ def test_split_is_a_partition_and_depends_on_the_seed_only(tmp_path: Path) -> No
     dataset = load_data(write_jsonl(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(50)]))
     train, held_out = split(dataset, fraction=0.1, seed=3)
     assert len(held_out) == 5 and sorted([*train["text"], *held_out["text"]], key=int) == dataset["text"][:]
-    assert split(dataset, fraction=0.1, seed=3)[1]["text"][:] == held_out["text"][:] != split(dataset, fraction=0.1, seed=4)[1]["text"][:]
+    assert (
+        split(dataset, fraction=0.1, seed=3)[1]["text"][:]
+        == held_out["text"][:]
+        != split(dataset, fraction=0.1, seed=4)[1]["text"][:]
+    )
     with pytest.raises(InputError, match="one row only.*--eval-data"):
         split(dataset.select([0]), fraction=0.1, seed=3)
 

@@ -33,7 +33,9 @@ def rows(output: str | Path, *keys: str) -> list[tuple[Any, ...]]:
     return [tuple(row[key] for key in keys) for row in map(json.loads, lines)]
 
 
-def test_extended_run_equals_one_of_that_length_from_the_start(options: dict[str, Any], tmp_path: Path) -> None:
+def test_extended_run_equals_one_of_that_length_from_the_start(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     """With a rate that does not depend on the length; the data go on where they were, over the end of an
     epoch."""
     constant = options | {"schedule": "constant_with_warmup", "warmup": 0.0, "dropout": 0.1}
@@ -55,9 +57,14 @@ def test_extension_follows_the_schedule_of_the_new_length(
     assert rows(options["output"], "lr")[4:] == rows(whole.output, "lr")[4:]
     assert rows(options["output"], "lr")[:4] != rows(whole.output, "lr")[:4]
     said = capsys.readouterr().err
-    assert "--steps 8 (was 4)" in said and "follows the cosine schedule of a run of 8 steps from step 5 on" in said
+    assert (
+        "--steps 8 (was 4)" in said
+        and "follows the cosine schedule of a run of 8 steps from step 5 on" in said
+    )
     record = json.loads((Path(options["output"]) / "run.json").read_text())
-    assert record["config"]["steps"] == 8 and record["changes"] == [{"after_step": 4, "options": {"steps": [4, 8]}}]
+    assert record["config"]["steps"] == 8 and record["changes"] == [
+        {"after_step": 4, "options": {"steps": [4, 8]}}
+    ]
     assert run(options, steps=8, resume=True).steps == 8
 
 
@@ -83,7 +90,9 @@ def test_finished_run_refuses_what_it_cannot_become(options: dict[str, Any], tmp
             run(options, resume=True, **changes)
     assert run(options, resume=True).steps == 4
     shutil.rmtree(Path(options["output"]) / "checkpoints")
-    with pytest.raises(InputError, match="finished run without checkpoints, and so without the optimizer's state"):
+    with pytest.raises(
+        InputError, match="finished run without checkpoints, and so without the optimizer's state"
+    ):
         run(options, steps=8, resume=True)
     assert run(options, resume=True).steps == 4
 
@@ -95,7 +104,9 @@ def test_what_the_memory_advice_names_is_accepted(options: dict[str, Any], tmp_p
     resumed = run(options, steps=8, resume=True, **saved)
     after = [row[0] for row in rows(resumed.output, "loss")[4:]]
     # The same rows in the same order, at the rates of 8 steps; only the rates of the first four differ.
-    assert [row[0] for row in rows(resumed.output, "tokens")] == [row[0] for row in rows(whole.output, "tokens")]
+    assert [row[0] for row in rows(resumed.output, "tokens")] == [
+        row[0] for row in rows(whole.output, "tokens")
+    ]
     assert after == pytest.approx([row[0] for row in rows(whole.output, "loss")[4:]], rel=0.02)
 
 
@@ -104,7 +115,9 @@ def test_smaller_batches_take_the_same_rows(options: dict[str, Any], tmp_path: P
     whole = run(constant, steps=8, output=str(tmp_path / "whole"))
     run(constant, steps=4)
     resumed = run(constant, steps=8, resume=True, batch_size=4, grad_accumulation=1)
-    assert [row[0] for row in rows(resumed.output, "loss")] == pytest.approx([row[0] for row in rows(whole.output, "loss")], rel=1e-4)
+    assert [row[0] for row in rows(resumed.output, "loss")] == pytest.approx(
+        [row[0] for row in rows(whole.output, "loss")], rel=1e-4
+    )
 
 
 CHANGES = {"model.safetensors": b"\x00\x01", "tokenizer_config.json": b" "}
@@ -119,7 +132,9 @@ def test_changed_base_is_refused(options: dict[str, Any], tmp_path: Path, steps:
     run(changed)
     content = (model / name).read_bytes()
     (model / name).write_bytes(content[: -len(change)] + change)
-    with pytest.raises(InputError, match=rf"{name} of the base .* has changed\nGive the same options, data and base model"):
+    with pytest.raises(
+        InputError, match=rf"{name} of the base .* has changed\nGive the same options, data and base model"
+    ):
         run(changed, resume=True, steps=steps)
     (model / name).write_bytes(content)
     assert run(changed, resume=True).steps == 4
@@ -138,7 +153,9 @@ def test_fingerprint_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert base_changes(stored, str(tmp_path)) == [f"config.json of the base {tmp_path} has changed"]
     (tmp_path / "model.safetensors").unlink()
     assert f"model.safetensors of the base {tmp_path} is gone" in base_changes(stored, str(tmp_path))
-    assert base_fingerprint("nobody/no-such-model") == {} and base_changes(stored, "nobody/no-such-model") == []
+    assert (
+        base_fingerprint("nobody/no-such-model") == {} and base_changes(stored, "nobody/no-such-model") == []
+    )
     monkeypatch.setattr(base_module, "_WHOLE", 1024)
     large = tmp_path / "large.gguf"
     large.write_bytes(bytes(8 << 20))
@@ -151,7 +168,9 @@ def test_fingerprint_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert set(base_fingerprint(str(part))) == {"m-00001-of-00002.gguf", "m-00002-of-00002.gguf"}
 
 
-def test_interrupted_extension_is_gone_on_with(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_extension_is_gone_on_with(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until the longer run is complete, the adapter and the result in the folder are those of the shorter
     one."""
     first = run(options, steps=4)
@@ -173,10 +192,16 @@ def test_interrupted_extension_is_gone_on_with(options: dict[str, Any], monkeypa
     assert run(options, steps=8, resume=True).steps == 8
 
 
-def test_extension_given_up_before_its_first_checkpoint(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extension_given_up_before_its_first_checkpoint(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run(options, steps=4)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer_module.RecipeTrainer, "training_step", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            trainer_module.RecipeTrainer,
+            "training_step",
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()),
+        )
         run(options, steps=8, resume=True)
     again = run(options, steps=4, resume=True)
     assert again.steps == 4 and again.perplexity_after == first.perplexity_after

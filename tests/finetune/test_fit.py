@@ -40,5 +40,7 @@ def test_rotary_positions_only_note_it(options: dict[str, Any], capsys: pytest.C
 
 def test_tokenizer_of_another_model(options: dict[str, Any], tiny_model: str, tmp_path: Path) -> None:
     model = save_gpt2(tmp_path / "model", tiny_model, vocabulary=200)
-    with pytest.raises(InputError, match=r"gives the token id 2\d\d, but the model has embeddings for 200 tokens only"):
+    with pytest.raises(
+        InputError, match=r"gives the token id 2\d\d, but the model has embeddings for 200 tokens only"
+    ):
         run(options, model=model)

@@ -55,7 +55,9 @@ def config(output: Path, **changes: Any) -> FinetuneConfig:
         ({"eval_data": ("typo.txt",)}, "typo.txt"),
     ],
 )
-def test_overwrite_that_cannot_start_changes_nothing(options: dict[str, Any], tmp_path: Path, changes: Any, error: str) -> None:
+def test_overwrite_that_cannot_start_changes_nothing(
+    options: dict[str, Any], tmp_path: Path, changes: Any, error: str
+) -> None:
     output = tmp_path / "out"
     output.mkdir()
     fake_run(output, "old", steps=4)
@@ -80,14 +82,24 @@ def test_overwrite_replaces_our_files_and_no_others(options: dict[str, Any], tmp
     assert "old-only.json" not in left and not (output / "stock").exists()
     assert {path.name for path in (output / "checkpoints").iterdir()} == {"checkpoint-2", "notes.md"}
     assert not [name for name in left if name.startswith(".")]
-    assert set(json.loads(left["run.json"])["files"]) >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    assert set(json.loads(left["run.json"])["files"]) >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+    }
 
 
-def test_overwrite_keeps_the_earlier_run_until_the_end(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwrite_keeps_the_earlier_run_until_the_end(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run(options, steps=2)
     adapter = (Path(options["output"]) / "adapter_model.safetensors").read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer_module.RecipeTrainer, "training_step", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            trainer_module.RecipeTrainer,
+            "training_step",
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()),
+        )
         run(options, steps=3, overwrite=True)
     assert (Path(options["output"]) / "adapter_model.safetensors").read_bytes() == adapter
     assert json.loads((Path(options["output"]) / "result.json").read_text())["steps"] == first.steps == 2
@@ -106,7 +118,9 @@ def test_overwrite_refuses_inputs_that_it_would_replace(tmp_path: Path) -> None:
             pass
 
 
-def test_replacing_is_completed_after_a_kill_at_any_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replacing_is_completed_after_a_kill_at_any_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each rename and removal of the exchange is the last one in turn; the next command completes it."""
 
     class Killed(BaseException):
@@ -142,7 +156,9 @@ def test_replacing_is_completed_after_a_kill_at_any_point(tmp_path: Path, monkey
         left = contents(output)
         assert set(left.values()) - {b"new", b"mine"} == {left["run.json"], left["result.json"]}, count
         assert json.loads(left["run.json"])["name"] == json.loads(left["result.json"])["name"] == "new"
-        assert left["thesis.doc"] == b"mine" and left["new-only.json"] == b"new" and "old-only.json" not in left
+        assert (
+            left["thesis.doc"] == b"mine" and left["new-only.json"] == b"new" and "old-only.json" not in left
+        )
         assert set(left) >= {"adapter_model.safetensors", "checkpoints/checkpoint-2/optimizer.pt"}
         if not killed:
             assert count > 5
@@ -157,11 +173,16 @@ def test_second_run_in_a_folder_is_refused(options: dict[str, Any], tmp_path: Pa
     before = contents(output)
     with locked(output / ".lock"):
         for changes in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(InputError, match=rf"in use by another run: process {os.getpid()} on .* is at work there"):
+            with pytest.raises(
+                InputError, match=rf"in use by another run: process {os.getpid()} on .* is at work there"
+            ):
                 run(options, **changes)
     assert contents(output) == before
     fake_run(output / "stock", "stock", steps=4)
-    with locked(output / "stock" / ".lock"), pytest.raises(InputError, match="stock is in use by another run"):
+    with (
+        locked(output / "stock" / ".lock"),
+        pytest.raises(InputError, match="stock is in use by another run"),
+    ):
         run(options, overwrite=True)
 
 
@@ -169,7 +190,9 @@ def test_lock_of_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     code = "import sys, pathlib; from peftkern.files import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with pytest.raises(LockedError, match=f"process {holder.pid} on"), locked(path):
         pass
@@ -190,7 +213,9 @@ def test_file_system_without_locks_still_serves(tmp_path: Path, monkeypatch: pyt
         assert (tmp_path / ".lock").exists()
 
 
-def test_output_that_cannot_be_written_is_one_message(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_that_cannot_be_written_is_one_message(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"is a link to .*nowhere, which does not exist"):
         run(options, output=str(tmp_path / "dangling"))
@@ -217,9 +242,15 @@ def test_failing_start_leaves_the_folder_as_it_was(options: dict[str, Any], tmp_
     assert [path.name for path in output.iterdir()] == ["plots"]
 
 
-def test_resume_does_not_take_a_folder_called_files(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_does_not_take_a_folder_called_files(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer_module.RecipeTrainer, "training_step", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            trainer_module.RecipeTrainer,
+            "training_step",
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()),
+        )
         run(options, steps=2)
     mine = Path(options["output"]) / "files" / "mine.txt"
     mine.parent.mkdir()
@@ -232,7 +263,9 @@ OVERWRITE, LONGER = {"overwrite": True, "steps": 3}, {"resume": True, "steps": 5
 
 
 @pytest.mark.parametrize("changes", nightly([OVERWRITE, LONGER], quick=[OVERWRITE]))
-def test_full_disk_loses_nothing_of_the_earlier_run(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: Any) -> None:
+def test_full_disk_loses_nothing_of_the_earlier_run(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: Any
+) -> None:
     patched = options | {"patch": True}
     first = run(patched, steps=2)
     output = Path(options["output"])
@@ -241,7 +274,10 @@ def test_full_disk_loses_nothing_of_the_earlier_run(options: dict[str, Any], mon
     def full(*_: Any) -> None:
         raise OSError(files.errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"could not write .*checkpoint-\d.*No space left.*free disk space"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"could not write .*checkpoint-\d.*No space left.*free disk space"),
+    ):
         patch.setattr(files, "_fsync", full)
         run(patched, **changes)
     after = contents(output)
@@ -252,7 +288,9 @@ def test_full_disk_loses_nothing_of_the_earlier_run(options: dict[str, Any], mon
     assert json.loads((output / "result.json").read_text())["steps"] == changes["steps"] > first.steps
 
 
-def test_conversion_waits_for_another_one_of_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_waits_for_another_one_of_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever comes second takes what the first has made, and removes nothing of it."""
     from peftkern.finetune import conversion
 

@@ -1,4 +1,5 @@
-"""The recipe's loss and perplexities against what the model itself gives, whatever it does to its logits or adds to its loss."""
+"""The recipe's loss and perplexities against what the model itself gives, whatever it does to its logits or
+adds to its loss."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ TEXT = "all rows are alike"
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of every call of the fused loss."""
     seen, original = [], functional.linear_cross_entropy
-    monkeypatch.setattr(functional, "linear_cross_entropy", lambda x, *a, **k: (seen.append(len(x)), original(x, *a, **k))[1])
+    monkeypatch.setattr(
+        functional, "linear_cross_entropy", lambda x, *a, **k: (seen.append(len(x)), original(x, *a, **k))[1]
+    )
     return seen
 
 
@@ -94,14 +97,17 @@ def test_first_loss_and_perplexity_are_the_models_own(
     assert bool(calls) == (name in FUSED)
 
 
-def test_the_routers_loss_is_a_mean_over_the_batches_of_a_step(tiny_model: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_routers_loss_is_a_mean_over_the_batches_of_a_step(
+    tiny_model: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     model = save("Mixtral", tiny_model, tmp_path / "model").train()
     texts = ["a", "some more of it", "and then a row of a good length"]
     batches = [tokens(tmp_path / "model", text) for text in texts]
     with torch.no_grad():
         outputs = [model(input_ids=ids, output_router_logits=True) for ids in batches]
     nll = sum(
-        F.cross_entropy(output.logits[0, :-1], ids[0, 1:], reduction="sum") for output, ids in zip(outputs, batches, strict=True)
+        F.cross_entropy(output.logits[0, :-1], ids[0, 1:], reduction="sum")
+        for output, ids in zip(outputs, batches, strict=True)
     ) / sum(ids.shape[1] - 1 for ids in batches)
     expected = nll + 0.5 * sum(output.aux_loss for output in outputs) / len(batches)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
@@ -112,9 +118,15 @@ def test_the_routers_loss_is_a_mean_over_the_batches_of_a_step(tiny_model: str, 
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["fused", "stock"])
 @pytest.mark.parametrize("targets", [("q_proj", "lm_head"), ("lm_head",)], ids=" ".join)
 def test_an_adapter_on_the_head_is_trained(
-    targets: tuple[str, ...], dropout: float, tiny_model: str, options: dict[str, Any], tmp_path: Path, calls: list[int]
+    targets: tuple[str, ...],
+    dropout: float,
+    tiny_model: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    calls: list[int],
 ) -> None:
-    """By the fused loss, in training only where no dropout stands in its way; the adapter that is saved gives what was reported."""
+    """By the fused loss, in training only where no dropout stands in its way; the adapter that is saved gives
+    what was reported."""
     from peft import PeftModel
 
     model = save("Llama", tiny_model, tmp_path / "model")
@@ -122,7 +134,10 @@ def test_an_adapter_on_the_head_is_trained(
     result = run(options, tmp_path / "model", rows, steps=6, warmup=0.0, targets=targets, dropout=dropout)
     assert len(calls) == (2 if dropout else 8), "one a step, and two evaluations of the one held-out row"
     adapted = PeftModel.from_pretrained(model, options["output"]).eval()
-    assert all(any(target in name and value.any() for name, value in adapted.named_parameters() if "lora_B" in name) for target in targets)
+    assert all(
+        any(target in name and value.any() for name, value in adapted.named_parameters() if "lora_B" in name)
+        for target in targets
+    )
     ids = tokens(tmp_path / "model")
     with torch.no_grad():
         loss = adapted(input_ids=ids, labels=ids).loss.item()
@@ -133,18 +148,32 @@ def test_an_adapter_on_the_head_is_trained(
 def test_a_bidirectional_encoder_is_refused(tiny_model: str, options: dict[str, Any], tmp_path: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
-    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    sizes = {
+        name: SIZES[name]
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+    }
     config = transformers.RobertaConfig(**sizes, pad_token_id=1, initializer_range=0.1)
     transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "model")
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}] * 8)
     for dtype in ("fp32", "bf16"):
-        with pytest.raises(InputError, match=f"--model {tmp_path / 'model'}: RobertaForCausalLM is no causal language model"):
+        with pytest.raises(
+            InputError, match=f"--model {tmp_path / 'model'}: RobertaForCausalLM is no causal language model"
+        ):
             run(options, tmp_path / "model", rows, dtype=dtype)
     assert not (Path(options["output"]) / "run.json").exists()
 
 
-def test_a_run_that_diverges_says_so_and_keeps_the_last_good_checkpoint(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The update of the fourth step makes the weights infinite; its own loss and the steps before it are finite."""
+def test_a_run_that_diverges_says_so_and_keeps_the_last_good_checkpoint(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update of the fourth step makes the weights infinite; its own loss and the steps before it are
+    finite."""
     from peftkern.finetune.trainer import RecipeTrainer
 
     original = RecipeTrainer.training_step
@@ -156,18 +185,29 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_checkpoint(options:
         return loss
 
     monkeypatch.setattr(RecipeTrainer, "training_step", poisoned)
-    with pytest.raises(InputError, match=r"NaN or infinite at step 4: .* lower --lr \(now 0.005\).* kept: .*checkpoint-2 "):
+    with pytest.raises(
+        InputError, match=r"NaN or infinite at step 4: .* lower --lr \(now 0.005\).* kept: .*checkpoint-2 "
+    ):
         finetune(FinetuneConfig(**options | {"steps": 4}), quiet=True)
     output = Path(options["output"])
-    assert [path.name for path in output.glob("**/checkpoint-*")] == ["checkpoint-2"] and not (output / "result.json").exists()
-    losses = [json.loads(line)["loss"] for line in next(output.glob("**/metrics.jsonl")).read_text().splitlines()]
+    assert [path.name for path in output.glob("**/checkpoint-*")] == ["checkpoint-2"] and not (
+        output / "result.json"
+    ).exists()
+    losses = [
+        json.loads(line)["loss"] for line in next(output.glob("**/metrics.jsonl")).read_text().splitlines()
+    ]
     assert len(losses) >= 3 and all(map(math.isfinite, losses))
 
 
-def test_a_perplexity_of_nothing_or_of_no_number_is_an_error(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_perplexity_of_nothing_or_of_no_number_is_an_error(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peftkern.finetune import trainer
 
-    for value, words in ((math.nan, "is nan before training: choose another --dtype"), (1e9, "before training")):
+    for value, words in (
+        (math.nan, "is nan before training: choose another --dtype"),
+        (1e9, "before training"),
+    ):
         monkeypatch.setattr(trainer, "summed_nll", lambda *_, value=value: torch.tensor(value))
         with pytest.raises(InputError, match=words):
             finetune(FinetuneConfig(**options), quiet=True)

@@ -27,7 +27,8 @@ from peftkern.finetune import FinetuneConfig
 from peftkern.finetune.model import load_model
 
 def anonymous():
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon:"))
+    status = open("/proc/self/status")
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon:"))
 
 def watch():
     while not done.is_set():
@@ -50,11 +51,16 @@ print(max(peak[0], after) - before, after - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' /proc")
 def test_loading_peaks_near_the_quantized_size(tmp_path: Path) -> None:
-    folder, warm = save_tiny_model(tmp_path / "big", layers=16, hidden=512, dtype=torch.bfloat16), save_tiny_model(tmp_path / "warm")
+    folder, warm = (
+        save_tiny_model(tmp_path / "big", layers=16, hidden=512, dtype=torch.bfloat16),
+        save_tiny_model(tmp_path / "warm"),
+    )
     # in millions, or MiB at one byte each
     weights = 16 * (512 * 512 * 2 + 512 * 256 * 2 + 3 * 512 * 1024) / 2**20
     command = [sys.executable, "-c", LOAD, str(folder), str(warm)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     peak, after = map(float, done.stdout.split()[-2:])
     # Half a byte and its block maxima a weight, one dense layer on the way, and the adapter, embeddings and
@@ -63,7 +69,9 @@ def test_loading_peaks_near_the_quantized_size(tmp_path: Path) -> None:
     assert 0.5 * weights <= after <= peak <= 0.53 * weights + 4 * weights / 16 + 8
 
 
-def test_hub_ids_are_read_in_slices_too(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_are_read_in_slices_too(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--some--llama"
     (repository / "refs").mkdir(parents=True)
@@ -79,10 +87,15 @@ def test_hub_ids_are_read_in_slices_too(tiny_model: str, tmp_path: Path, monkeyp
 def test_linears_are_four_bit_and_the_rest_is_not(tiny_model: str) -> None:
     from bitsandbytes.nn import Linear4bit
 
-    model = load_model(tiny_model, FinetuneConfig(model=tiny_model, patch=False, r=3, alpha=6.0, rslora=True).resolved())
+    model = load_model(
+        tiny_model, FinetuneConfig(model=tiny_model, patch=False, r=3, alpha=6.0, rslora=True).resolved()
+    )
     quantized = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     assert len(quantized) == 2 * 7 and not any("lm_head" in name for name in quantized)
-    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
     scaling = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
     assert list(scaling) == pytest.approx([6 / 3**0.5])
 

@@ -1,4 +1,5 @@
-"""Kinds of data files: each is read as what it is, or refused with the way to go; what is wrong is named by file and line."""
+"""Kinds of data files: each is read as what it is, or refused with the way to go; what is wrong is named by
+file and line."""
 
 from __future__ import annotations
 
@@ -19,11 +20,22 @@ from peftkern.finetune.rows import decode_row
 
 from .conftest import write_jsonl
 
-ROWS = [{"prompt": "one, two", "completion": 'he said "three"\nand four'}, {"prompt": "ä €", "completion": "𝄞"}]
+ROWS = [
+    {"prompt": "one, two", "completion": 'he said "three"\nand four'},
+    {"prompt": "ä €", "completion": "𝄞"},
+]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "x"}}}
 CHATS = [
-    {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}], "tools": [{"name": "f"}]},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+    {
+        "messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
+        "tools": [{"name": "f"}],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        ]
+    },
 ]
 
 
@@ -62,8 +74,13 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         ("rows.tsv", table(ROWS, "\t")),
     ],
 )
-@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".XZ", lzma.compress)])
-def test_the_same_rows_from_every_kind(tmp_path: Path, name: str, content: str, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".XZ", lzma.compress)],
+)
+def test_the_same_rows_from_every_kind(
+    tmp_path: Path, name: str, content: str, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
     path = tmp_path / (name + suffix)
     path.write_bytes(compress(content.encode()))
     assert read(path) == ROWS
@@ -73,7 +90,11 @@ def test_parquet_and_folders_give_chats_without_invented_keys(tmp_path: Path) ->
     from datasets import Dataset
 
     Dataset.from_list(CHATS).save_to_disk(tmp_path / "folder")
-    for path in (parquet(tmp_path / "rows.parquet", CHATS), tmp_path / "folder", Path(write_jsonl(tmp_path / "rows.jsonl", CHATS))):
+    for path in (
+        parquet(tmp_path / "rows.parquet", CHATS),
+        tmp_path / "folder",
+        Path(write_jsonl(tmp_path / "rows.jsonl", CHATS)),
+    ):
         assert read(path) == CHATS
         assert data_kind(load_data(str(path))) == "messages"
 
@@ -94,7 +115,11 @@ def test_text_of_an_unknown_kind_is_said(tmp_path: Path, capsys: pytest.CaptureF
         ("rows.bin", gzip.compress(b"text", mtime=0), "is a gzip file: name it"),
         ("rows.data", b"PAR1 ...", "is a Parquet file: name it"),
         ("rows.xlsx", b"PK\x03\x04 ...", "a spreadsheet.*save it as .csv"),
-        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9], r"rows\.jsonl\.gz: damaged after line \d+"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9],
+            r"rows\.jsonl\.gz: damaged after line \d+",
+        ),
         ("rows.txt.gz", b"no gzip", r"rows\.txt\.gz: damaged after line 0"),
         ("rows.parquet", b"PAR1" * 9, r"rows\.parquet: no whole Parquet file"),
         ("rows.csv", b"prompt,completion\na,b\nc\n", r"rows\.csv:3: 'completion' must be a string, got null"),
@@ -104,10 +129,22 @@ def test_text_of_an_unknown_kind_is_said(tmp_path: Path, capsys: pytest.CaptureF
         ("rows.csv", b"text\n\xff\n", r"rows\.csv:2: not UTF-8"),
         ("rows.json", b'[\n{"text": "a"},\n{"text" "b"}\n]', r"rows\.json:3: not JSON"),
         ("rows.json", b'[{"text": "a"}, {"text": 1}]', r"rows\.json, element 2: 'text' must be a string"),
-        ("rows.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', r"rows\.jsonl:2: \\ud83d is half a surrogate pair"),
-        ("rows.jsonl", b'{"text": "a"}\n' + b"[" * 200_000, r"rows\.jsonl:2: lists and objects are nested too deeply"),
+        (
+            "rows.jsonl",
+            b'{"text": "a"}\n{"text": "\\ud83d"}\n',
+            r"rows\.jsonl:2: \\ud83d is half a surrogate pair",
+        ),
+        (
+            "rows.jsonl",
+            b'{"text": "a"}\n' + b"[" * 200_000,
+            r"rows\.jsonl:2: lists and objects are nested too deeply",
+        ),
         ("rows.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"rows\.jsonl:1: a number is too long"),
-        ("rows.jsonl", b'{"messages": [{"role": "user", "content": 1}]}', r"rows\.jsonl:1: 'content' must be a string or a list of parts"),
+        (
+            "rows.jsonl",
+            b'{"messages": [{"role": "user", "content": 1}]}',
+            r"rows\.jsonl:1: 'content' must be a string or a list of parts",
+        ),
         (
             "rows.jsonl",
             b'{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}',
@@ -130,7 +167,10 @@ def test_pipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_files_of_one_kind_are_one_dataset(tmp_path: Path) -> None:
-    first, second = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]), write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
+    first, second = (
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]),
+        write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}]),
+    )
     dataset = load_data((first, second))
     assert dataset["text"][:] == ["a", "b"] and dataset["place"][:] == [f"{first}:1", f"{second}:1"]
 
@@ -146,7 +186,9 @@ def test_several_files_of_one_kind_are_one_dataset(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_files_of_two_kinds_are_refused(tmp_path: Path, first: dict[str, Any], second: dict[str, Any], message: str) -> None:
+def test_files_of_two_kinds_are_refused(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], message: str
+) -> None:
     paths = write_jsonl(tmp_path / "a.jsonl", [first]), write_jsonl(tmp_path / "b.jsonl", [second])
     with pytest.raises(InputError, match=rf"b\.jsonl:1: this row has {message}"):
         load_data(paths)

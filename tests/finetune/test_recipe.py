@@ -31,21 +31,32 @@ def test_run_lowers_perplexity_and_writes_everything(options: dict[str, Any]) ->
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["tokens"] == 128 for row in rows)
     assert rows[-1]["loss"] == result.final_loss < rows[0]["loss"]
     rates = [row["lr"] for row in rows]
-    assert rates[:3] == pytest.approx([0.0, 0.0025, 0.005]) and max(rates) == rates[2] and rates[-1] < 0.02 * rates[2]
+    assert (
+        rates[:3] == pytest.approx([0.0, 0.0025, 0.005])
+        and max(rates) == rates[2]
+        and rates[-1] < 0.02 * rates[2]
+    )
     output = Path(options["output"])
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((output / "result.json").read_text())["final_loss"] == result.final_loss
-    assert [path.name for path in sorted((output / "checkpoints").iterdir())] == ["checkpoint-20", "checkpoint-30"]
+    assert [path.name for path in sorted((output / "checkpoints").iterdir())] == [
+        "checkpoint-20",
+        "checkpoint-30",
+    ]
 
 
-def test_stock_peft_loads_the_adapter_with_the_same_perplexity(options: dict[str, Any], tmp_path: Path) -> None:
+def test_stock_peft_loads_the_adapter_with_the_same_perplexity(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     evaluation = tmp_path / "held.txt"
     evaluation.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     result = run(options, quantization="none", eval_data=(str(evaluation),), eval_tokens=64)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(options["model"]), options["output"])
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(options["model"]), options["output"]
+    )
     tokenizer = AutoTokenizer.from_pretrained(options["output"])
     ids = torch.tensor([tokenizer(evaluation.read_text() + tokenizer.eos_token)["input_ids"][:64]])
     with torch.no_grad():
@@ -58,25 +69,38 @@ def test_prompt_rows_train_on_the_completion_only(options: dict[str, Any], tmp_p
     rows = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}"} for i in range(40)]
     data = write_jsonl(tmp_path / "sums.jsonl", rows)
     result = run(options, data=data, packing=False, steps=2)
-    # Prompts are random to the model and never learned: with two steps of 2 rows, only the few completion tokens have targets.
+    # Prompts are random to the model and never learned: with two steps of 2 rows, only the few completion
+    # tokens have targets.
     assert result.perplexity_before["held-out"] > 50
     assert result.sample_prompt.endswith(" is ")
     assert all(row["tokens"] > 20 for row in metrics_of(options))
 
 
 def test_message_rows_use_the_chat_template(options: dict[str, Any], tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": f"count to {i}"}, {"role": "assistant", "content": "no " * i}]} for i in range(1, 30)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"count to {i}"},
+                {"role": "assistant", "content": "no " * i},
+            ]
+        }
+        for i in range(1, 30)
+    ]
     result = run(options, data=write_jsonl(tmp_path / "chat.jsonl", rows), steps=2)
-    assert result.sample_prompt.startswith("<user>count to") and result.sample_prompt.endswith("<eos><assistant>")
+    assert result.sample_prompt.startswith("<user>count to") and result.sample_prompt.endswith(
+        "<eos><assistant>"
+    )
 
 
 def test_datasets_folder_and_second_evaluation(options: dict[str, Any], tmp_path: Path) -> None:
     from datasets import Dataset
 
-    Dataset.from_list([{"text": f"row {i} of the data set, long enough to fill something", "id": i} for i in range(60)]).save_to_disk(
-        tmp_path / "folder"
+    Dataset.from_list(
+        [{"text": f"row {i} of the data set, long enough to fill something", "id": i} for i in range(60)]
+    ).save_to_disk(tmp_path / "folder")
+    result = run(
+        options, data=str(tmp_path / "folder"), eval_data=(options["data"], "python-reference"), steps=2
     )
-    result = run(options, data=str(tmp_path / "folder"), eval_data=(options["data"], "python-reference"), steps=2)
     assert list(result.perplexity_after) == ["topics", "python-reference"]
 
 
@@ -138,6 +162,8 @@ def test_out_of_memory_names_what_to_lower(options: dict[str, Any], monkeypatch:
 
     monkeypatch.setattr(trainer.RecipeTrainer, "training_step", exhausted)
     with pytest.raises(
-        MemoryError, match=r"--batch-size 1 --grad-accumulation 2 .now --batch-size 2.*--gradient-checkpointing.*--seq-length .now 64"
+        MemoryError,
+        match=r"--batch-size 1 --grad-accumulation 2 .now --batch-size 2.*"
+        r"--gradient-checkpointing.*--seq-length .now 64",
     ):
         run(options)

@@ -27,7 +27,14 @@ def options(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     place in the data matter."""
     data = tmp_path / "text.txt"
     data.write_text(Path(options["data"]).read_text()[:12000])
-    changes = {"data": str(data), "steps": STEPS, "save_steps": 3, "dropout": 0.1, "grad_accumulation": 2, "seq_length": 256}
+    changes = {
+        "data": str(data),
+        "steps": STEPS,
+        "save_steps": 3,
+        "dropout": 0.1,
+        "grad_accumulation": 2,
+        "seq_length": 256,
+    }
     return options | changes | {"batch_size": 4, "patch": True}
 
 
@@ -54,7 +61,11 @@ def break_at(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "training_s
 
 @pytest.mark.parametrize("step", nightly([0, 3, 5], quick=[0, 5]))
 def test_resumed_run_equals_the_unbroken_one(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, unbroken: dict[str, Any]
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    unbroken: dict[str, Any],
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         break_at(patch, step)
@@ -82,7 +93,9 @@ def unbroken(options: dict[str, Any], tmp_path: Path, unbroken_cache: dict[str, 
     return unbroken_cache
 
 
-def test_a_resumed_stock_run_equals_the_unbroken_one(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_stock_run_equals_the_unbroken_one(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before either training there is an evaluation, or none: a stock layer must train the same after
     both."""
     whole = run(options, patch=False, output=str(tmp_path / "whole"))
@@ -90,7 +103,9 @@ def test_a_resumed_stock_run_equals_the_unbroken_one(options: dict[str, Any], tm
         break_at(patch, 3)
         run(options, patch=False)
     resumed = run(options, patch=False, resume=True)
-    assert losses(resumed.output) == losses(whole.output) and resumed.perplexity_after == whole.perplexity_after
+    assert (
+        losses(resumed.output) == losses(whole.output) and resumed.perplexity_after == whole.perplexity_after
+    )
 
 
 def test_kill_after_the_last_step_trains_no_further(
@@ -121,26 +136,40 @@ def test_leftovers_of_a_kill_while_writing_are_ignored(
     assert not half.exists()
 
 
-def test_evaluation_before_training_is_not_repeated(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_before_training_is_not_repeated(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         break_at(patch, 4)
         run(options)
     calls = []
     original = trainer_module.RecipeTrainer.perplexity
-    monkeypatch.setattr(trainer_module.RecipeTrainer, "perplexity", lambda self, name: calls.append(name) or original(self, name))
+    monkeypatch.setattr(
+        trainer_module.RecipeTrainer,
+        "perplexity",
+        lambda self, name: calls.append(name) or original(self, name),
+    )
     result = run(options, resume=True)
-    assert calls == ["held-out"] and result.perplexity_before["held-out"] > result.perplexity_after["held-out"]
+    assert (
+        calls == ["held-out"] and result.perplexity_before["held-out"] > result.perplexity_after["held-out"]
+    )
 
 
-def test_resume_of_another_configuration_lists_the_differences(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_of_another_configuration_lists_the_differences(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         break_at(patch, 4)
         run(options)
-    with pytest.raises(InputError, match=r"--r: 4 in the stored run, 8 now\n.*\n.*--lr: 0\.005 in the stored run, 0\.1 now"):
+    with pytest.raises(
+        InputError, match=r"--r: 4 in the stored run, 8 now\n.*\n.*--lr: 0\.005 in the stored run, 0\.1 now"
+    ):
         run(options, resume=True, r=8, lr=0.1)
 
 
-def test_resume_with_changed_data_is_refused(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_resume_with_changed_data_is_refused(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     data = tmp_path / "data.txt"
     data.write_text(Path(options["data"]).read_text())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -164,7 +193,9 @@ def test_resume_without_a_run_starts_one(options: dict[str, Any], unbroken: dict
 def start(options: dict[str, Any], **changes: Any) -> subprocess.Popen[bytes]:
     arguments = FinetuneConfig(**(options | changes)).to_arguments()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", "peftkern", "finetune", *arguments], env=environment, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "peftkern", "finetune", *arguments], env=environment, stderr=subprocess.DEVNULL
+    )
 
 
 def kill_when(process: subprocess.Popen[bytes], condition: Any, timeout: float = 120) -> None:
@@ -177,7 +208,9 @@ def kill_when(process: subprocess.Popen[bytes], condition: Any, timeout: float =
     assert process.wait() == -signal.SIGKILL
 
 
-def test_kill_9_then_resume_ends_with_the_same_loss(options: dict[str, Any], unbroken: dict[str, Any]) -> None:
+def test_kill_9_then_resume_ends_with_the_same_loss(
+    options: dict[str, Any], unbroken: dict[str, Any]
+) -> None:
     """The resumed run is this process's; in test_kill_9_at_many_moments it is one of the command line."""
     output = Path(options["output"])
     metrics = output / "metrics.jsonl"

@@ -158,9 +158,7 @@ def test_rows_that_are_never_learnt_are_found(
     assert kept == pairs(30, wrong=3)[3:]
     assert "## Loss dynamics" in (report / "report.md").read_text()
     stored = json.loads((report / "report.json").read_text())["checks"]["dynamics"]["rows"]
-    assert {row["row"] for row in stored} == {0, 1, 2} and "nats a token when first seen" in stored[0][
-        "why"
-    ]
+    assert {row["row"] for row in stored} == {0, 1, 2} and "nats a token when first seen" in stored[0]["why"]
 
 
 def test_bad_input_is_named(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:

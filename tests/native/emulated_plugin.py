@@ -1,4 +1,5 @@
-"""A pytest plugin (-p tests.native.emulated_plugin) that loads the extension PEFTKERN_TEST_EXTENSION names in peftkern._C's place."""
+"""A pytest plugin (-p tests.native.emulated_plugin) that loads the extension PEFTKERN_TEST_EXTENSION names in
+peftkern._C's place."""
 
 from __future__ import annotations
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from .compiled import CSRC, CXX, compile_objects, link_shared
 
 HERE = Path(__file__).parent
-MISSING = "the compiler finds no simde/x86/avx512.h: SIMDe is not installed (Debian and Ubuntu: apt install libsimde-dev)"
+MISSING = (
+    "the compiler finds no simde/x86/avx512.h: SIMDe is not installed (Debian and Ubuntu: apt install "
+    "libsimde-dev)"
+)
 # The dispatcher asks the CPU for each level: here it has all of them. The AVX2 level is an empty row that is
 # never chosen.
 EVERY_LEVEL = ["-D__builtin_cpu_supports(feature)=1", "-DPK_SIMDE"]
@@ -30,7 +33,12 @@ def simde_missing() -> bool:
     if shutil.which(CXX[0]) is None:
         return False
     probe = "#if !__has_include(<simde/x86/avx512.h>)\n#error\n#endif\n"
-    return subprocess.run([*CXX, "-E", "-x", "c++", "-"], input=probe, capture_output=True, text=True, check=False).returncode != 0
+    return (
+        subprocess.run(
+            [*CXX, "-E", "-x", "c++", "-"], input=probe, capture_output=True, text=True, check=False
+        ).returncode
+        != 0
+    )
 
 
 def emulated_objects(folder: Path, *, bf16: bool = False) -> list[Path]:

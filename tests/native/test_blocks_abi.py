@@ -30,14 +30,28 @@ def test_structs_match_the_header(tmp_path: Path) -> None:
     source, header = tmp_path / "sizes.c", CSRC / "include" / "peftkern.h"
     sizes = ", ".join(f"sizeof({name})" for name in STRUCTS)
     formats = " ".join(["%zu"] * len(STRUCTS))
-    source.write_text(f'#include <stdio.h>\n#include "{header}"\nint main(void) {{ printf("{formats}", {sizes}); return 0; }}\n')
-    subprocess.run([os.environ.get("CC", "cc"), str(source), "-o", str(tmp_path / "sizes")], check=True, timeout=60)
+    source.write_text(
+        f'#include <stdio.h>\n#include "{header}"\nint main(void) {{ printf("{formats}", {sizes}); '
+        f"return 0; }}\n"
+    )
+    subprocess.run(
+        [os.environ.get("CC", "cc"), str(source), "-o", str(tmp_path / "sizes")], check=True, timeout=60
+    )
     printed = subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.split()
     assert list(map(int, printed)) == [ctypes.sizeof(struct) for struct in STRUCTS.values()]
 
 
 def _glu(lib: ctypes.CDLL, *, m=M, n=N, dtype=0, activation=0, backward=False, dy=AT, h=AT, **fields) -> int:
-    good = {"gate": AT, "up": AT, "ld_gate": n, "ld_up": n, "d_gate": AT, "d_up": AT, "ld_d_gate": n, "ld_d_up": n} | fields
+    good = {
+        "gate": AT,
+        "up": AT,
+        "ld_gate": n,
+        "ld_up": n,
+        "d_gate": AT,
+        "d_up": AT,
+        "ld_d_gate": n,
+        "ld_d_up": n,
+    } | fields
     operands, grads = (struct(*(good[name] for name, _ in struct._fields_)) for struct in (CGlu, CGluGrad))
     sizes = (dtype, i64(m), i64(n), activation)
     if not backward:
@@ -47,7 +61,11 @@ def _glu(lib: ctypes.CDLL, *, m=M, n=N, dtype=0, activation=0, backward=False, d
 
 def test_glu_refuses(lib: ctypes.CDLL) -> None:
     for backward in (False, True):
-        assert [_glu(lib, backward=backward), _glu(lib, backward=backward, m=0), _glu(lib, backward=backward, n=0)] == [OK] * 3
+        assert [
+            _glu(lib, backward=backward),
+            _glu(lib, backward=backward, m=0),
+            _glu(lib, backward=backward, n=0),
+        ] == [OK] * 3
         assert [_glu(lib, backward=backward, gate=None), _glu(lib, backward=backward, up=None)] == [NULL] * 2
         bad = [{"m": -1}, {"n": -1}, {"activation": 3}, {"activation": -1}, {"ld_gate": N - 1}, {"ld_up": 0}]
         assert [_glu(lib, backward=backward, **change) for change in bad] == [SHAPE] * 6
@@ -79,7 +97,9 @@ def _scratch(lib: ctypes.CDLL, with_d_weight: bool) -> int:
     return lib.pk_rms_norm_scratch_bytes(i64(M), i64(N), int(with_d_weight))
 
 
-def _norm(lib: ctypes.CDLL, backward: bool, *, out=AT, rstd=AT, scratch=AT, size=4096, d_weight=None, **fields) -> int:
+def _norm(
+    lib: ctypes.CDLL, backward: bool, *, out=AT, rstd=AT, scratch=AT, size=4096, d_weight=None, **fields
+) -> int:
     norm = ctypes.byref(CRmsNorm(**(_NORM | fields)))
     if backward:
         return lib.pk_rms_norm_bwd_cpu(norm, out, rstd, AT, d_weight, scratch, i64(size), 1)
@@ -88,18 +108,38 @@ def _norm(lib: ctypes.CDLL, backward: bool, *, out=AT, rstd=AT, scratch=AT, size
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_rms_norm_refuses(lib: ctypes.CDLL, backward: bool) -> None:
-    assert [_norm(lib, backward), _norm(lib, backward, m=0), _norm(lib, backward, dtype=1, y_dtype=1)] == [OK] * 3
-    assert [_norm(lib, backward, **{name: None}) for name in ("x", "weight", "out", "rstd", "scratch")] == [NULL] * 5
-    assert [_norm(lib, backward, **change) for change in ({"m": -1}, {"n": 0}, {"ld_x": N - 1}, {"cast": 2}, {"cast": -1})] == [SHAPE] * 5
+    assert [_norm(lib, backward), _norm(lib, backward, m=0), _norm(lib, backward, dtype=1, y_dtype=1)] == [
+        OK
+    ] * 3
+    assert [_norm(lib, backward, **{name: None}) for name in ("x", "weight", "out", "rstd", "scratch")] == [
+        NULL
+    ] * 5
+    assert [
+        _norm(lib, backward, **change)
+        for change in ({"m": -1}, {"n": 0}, {"ld_x": N - 1}, {"cast": 2}, {"cast": -1})
+    ] == [SHAPE] * 5
     assert [_norm(lib, backward, **{name: 3}) for name in ("dtype", "weight_dtype", "y_dtype")] == [DTYPE] * 3
     assert _norm(lib, backward, dtype=1, y_dtype=2) == DTYPE
     assert [_norm(lib, backward, size=_scratch(lib, False) - short) for short in (1, 0)] == [SCRATCH, OK]
     if backward:
-        assert [_norm(lib, True, d_weight=AT, size=_scratch(lib, True) - short) for short in (1, 0)] == [SCRATCH, OK]
+        assert [_norm(lib, True, d_weight=AT, size=_scratch(lib, True) - short) for short in (1, 0)] == [
+            SCRATCH,
+            OK,
+        ]
 
 
 def _add_norm(
-    lib: ctypes.CDLL, backward: bool, *, first=AT, second=AT, third=AT, rstd=AT, scratch=AT, size=4096, d_weight=None, **fields
+    lib: ctypes.CDLL,
+    backward: bool,
+    *,
+    first=AT,
+    second=AT,
+    third=AT,
+    rstd=AT,
+    scratch=AT,
+    size=4096,
+    d_weight=None,
+    **fields,
 ) -> int:
     """first, second, third: residual, s, y forward; dy, ds, d_sum backward."""
     norm = ctypes.byref(CRmsNorm(**(_NORM | fields)))
@@ -110,30 +150,74 @@ def _add_norm(
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_add_rms_norm_refuses(lib: ctypes.CDLL, backward: bool) -> None:
-    assert [_add_norm(lib, backward), _add_norm(lib, backward, m=0), _add_norm(lib, backward, dtype=1, y_dtype=1)] == [OK] * 3
+    assert [
+        _add_norm(lib, backward),
+        _add_norm(lib, backward, m=0),
+        _add_norm(lib, backward, dtype=1, y_dtype=1),
+    ] == [OK] * 3
     names = ("x", "weight", "first", "second", "third", "rstd", "scratch")
     assert [_add_norm(lib, backward, **{name: None}) for name in names] == [NULL] * 7
     bad = ({"m": -1}, {"n": 0}, {"ld_x": N - 1}, {"cast": 2}, {"cast": -1})
     assert [_add_norm(lib, backward, **change) for change in bad] == [SHAPE] * 5
-    assert [_add_norm(lib, backward, **{name: 3}) for name in ("dtype", "weight_dtype", "y_dtype")] == [DTYPE] * 3
+    assert [_add_norm(lib, backward, **{name: 3}) for name in ("dtype", "weight_dtype", "y_dtype")] == [
+        DTYPE
+    ] * 3
     assert [_add_norm(lib, backward, size=_scratch(lib, False) - short) for short in (1, 0)] == [SCRATCH, OK]
     if backward:
-        assert [_add_norm(lib, True, d_weight=AT, size=_scratch(lib, True) - short) for short in (1, 0)] == [SCRATCH, OK]
+        assert [_add_norm(lib, True, d_weight=AT, size=_scratch(lib, True) - short) for short in (1, 0)] == [
+            SCRATCH,
+            OK,
+        ]
         assert _add_norm(lib, True, d_weight=AT, m=0) == SHAPE
 
 
-def _rope(lib: ctypes.CDLL, *, k=None, dtype=0, batch=1, seq=2, dim=8, cos=AT, sin=AT, angle_dtype=0, rotary=8, **fields) -> int:
-    q = CRopeHeads(**{"x": AT, "y": AT, "heads": 2, "x_head": 16, "x_seq": 8, "y_head": 16, "y_seq": 8} | fields)
+def _rope(
+    lib: ctypes.CDLL,
+    *,
+    k=None,
+    dtype=0,
+    batch=1,
+    seq=2,
+    dim=8,
+    cos=AT,
+    sin=AT,
+    angle_dtype=0,
+    rotary=8,
+    **fields,
+) -> int:
+    q = CRopeHeads(
+        **{"x": AT, "y": AT, "heads": 2, "x_head": 16, "x_seq": 8, "y_head": 16, "y_seq": 8} | fields
+    )
     sizes = (i64(batch), i64(seq), i64(dim))
     return lib.pk_rope_cpu(
-        ctypes.byref(q), ctypes.byref(k or CRopeHeads()), dtype, *sizes, cos, sin, angle_dtype, i64(0), i64(rotary), 0, 1
+        ctypes.byref(q),
+        ctypes.byref(k or CRopeHeads()),
+        dtype,
+        *sizes,
+        cos,
+        sin,
+        angle_dtype,
+        i64(0),
+        i64(rotary),
+        0,
+        1,
     )
 
 
 def test_rope_refuses(lib: ctypes.CDLL) -> None:
-    assert [_rope(lib), _rope(lib, batch=0), _rope(lib, seq=0), _rope(lib, rotary=0, cos=None, sin=None)] == [OK] * 4
+    assert [_rope(lib), _rope(lib, batch=0), _rope(lib, seq=0), _rope(lib, rotary=0, cos=None, sin=None)] == [
+        OK
+    ] * 4
     assert [_rope(lib, **{name: None}) for name in ("x", "y", "cos", "sin")] == [NULL] * 4
     assert _rope(lib, k=CRopeHeads(heads=1)) == NULL
-    bad = [{"rotary": 10}, {"rotary": 7}, {"rotary": -2}, {"batch": -1}, {"seq": -1}, {"dim": -8}, {"heads": -1}]
+    bad = [
+        {"rotary": 10},
+        {"rotary": 7},
+        {"rotary": -2},
+        {"batch": -1},
+        {"seq": -1},
+        {"dim": -8},
+        {"heads": -1},
+    ]
     assert [_rope(lib, **change) for change in bad] == [SHAPE] * 7
     assert [_rope(lib, dtype=3), _rope(lib, angle_dtype=-1)] == [DTYPE] * 2

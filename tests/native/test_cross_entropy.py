@@ -60,7 +60,9 @@ def kernel(
     floats = (ctypes.c_float(softcap), ctypes.c_float(smoothing), ctypes.c_float(z_loss))
     sizes = (i64(m), i64(n), i64(width))
     tensors = (pointer(bias), pointer(labels), pointer(row_scale))
-    status = lib.pk_cross_entropy_cpu(pointer(logits), DTYPES[u.dtype], *sizes, *tensors, *floats, pointer(loss), int(gradient), threads)
+    status = lib.pk_cross_entropy_cpu(
+        pointer(logits), DTYPES[u.dtype], *sizes, *tensors, *floats, pointer(loss), int(gradient), threads
+    )
     assert status == OK
     assert (logits[m * n :] == GUARD).all() and (loss[m:] == GUARD).all()
     ends = [0, *torch.tensor([part.numel() for part in parts]).cumsum(0).tolist()]
@@ -68,7 +70,18 @@ def kernel(
     return loss[:m], torch.cat(shaped, dim=1)
 
 
-def exactly(u: Tensor, labels: Tensor, dtype: torch.dtype, *, bias=None, row_scale=None, softcap=0.0, smoothing=0.0, z_loss=0.0, **_):
+def exactly(
+    u: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+    *,
+    bias=None,
+    row_scale=None,
+    softcap=0.0,
+    smoothing=0.0,
+    z_loss=0.0,
+    **_,
+):
     """The definition by torch's autograd; in fp32 the yardstick, with u's own rounding of the gradient."""
     leaf = u.detach().to(dtype, copy=True).requires_grad_()
     logits = leaf if bias is None else leaf + bias.to(dtype)
@@ -79,7 +92,17 @@ def exactly(u: Tensor, labels: Tensor, dtype: torch.dtype, *, bias=None, row_sca
     return loss.detach(), leaf.grad
 
 
-def check(lib: ctypes.CDLL, m: int, n: int, dtype: torch.dtype, *, scale: float = 2.0, bias: bool = False, scaled: bool = False, **options):
+def check(
+    lib: ctypes.CDLL,
+    m: int,
+    n: int,
+    dtype: torch.dtype,
+    *,
+    scale: float = 2.0,
+    bias: bool = False,
+    scaled: bool = False,
+    **options,
+):
     u, labels = (torch.randn(m, n) * scale).to(dtype), torch.randint(0, n, (m,))
     vectors = {"bias": torch.randn(n) if bias else None, "row_scale": torch.rand(m) if scaled else None}
     loss, grad = kernel(lib, u, labels, **vectors, **options)
@@ -98,7 +121,14 @@ def test_sizes(lib: ctypes.CDLL, n: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"bias": True}, {"scaled": True}, {"smoothing": 0.1}, {"z_loss": 0.01}, {"softcap": 3.0}, {"softcap": 50.0}]
+    [
+        {"bias": True},
+        {"scaled": True},
+        {"smoothing": 0.1},
+        {"z_loss": 0.01},
+        {"softcap": 3.0},
+        {"softcap": 50.0},
+    ]
     + [{"bias": True, "scaled": True, "smoothing": 0.2, "z_loss": 0.001, "softcap": 5.0}],
     ids=str,
 )
@@ -135,7 +165,9 @@ def test_infinities_and_nan(lib: ctypes.CDLL) -> None:
     u[0, :2500], u[1, 9], u[2, 9], u[3, 9], u[4] = -torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
     labels = torch.full((5,), 2900)
     loss, _ = kernel(lib, u, labels)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(u, labels, reduction="none"), equal_nan=True)
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(u, labels, reduction="none"), equal_nan=True
+    )
 
 
 def test_bad_arguments_are_refused(lib: ctypes.CDLL) -> None:
@@ -144,7 +176,9 @@ def test_bad_arguments_are_refused(lib: ctypes.CDLL) -> None:
     def status(*, logits=u, m=3, n=8, width=8, dtype=0, targets=labels, out=loss) -> int:
         zero = ctypes.c_float(0.0)
         sizes, tensors = map(i64, (m, n, width)), (pointer(None), pointer(targets), pointer(None))
-        return lib.pk_cross_entropy_cpu(pointer(logits), dtype, *sizes, *tensors, zero, zero, zero, pointer(out), 1, 1)
+        return lib.pk_cross_entropy_cpu(
+            pointer(logits), dtype, *sizes, *tensors, zero, zero, zero, pointer(out), 1, 1
+        )
 
     assert status() == OK and status(m=0, logits=None) == OK
     assert [status(logits=None), status(targets=None), status(out=None)] == [NULL] * 3

@@ -1,4 +1,5 @@
-"""What is distributed: a source distribution that builds with either compiler, and one message where there is none.
+"""What is distributed: a source distribution that builds with either compiler, and one message where there is
+none.
 
 The builds take a minute each and run nightly: pytest -m slow tests/native/test_distribution.py
 """
@@ -17,8 +18,19 @@ import pytest
 from .compiled import CSRC
 
 ROOT = CSRC.parent
-SHIPPED = ("csrc", "peftkern", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
-# What an installed copy has to say of itself, in a process that knows no source tree: its folder is the argument.
+SHIPPED = (
+    "csrc",
+    "peftkern",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+)
+# What an installed copy has to say of itself, in a process that knows no source tree: its folder is the
+# argument.
 SMOKE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch, peftkern
@@ -35,8 +47,14 @@ print(native.isa())
 """
 
 
-def _run(command: list[str], folder: Path, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "PYTHONPATH", "PEFTKERN_CPU")} | {"PEFTKERN_CUDA": "0"} | variables
+def _run(
+    command: list[str], folder: Path, timeout: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    env = (
+        {k: v for k, v in os.environ.items() if k not in ("CXX", "PYTHONPATH", "PEFTKERN_CPU")}
+        | {"PEFTKERN_CUDA": "0"}
+        | variables
+    )
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -50,7 +68,11 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, folder / name, ignore=ignored)
         else:
             shutil.copy(source, folder / name)
-    done = _run([sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(folder / "dist")], folder, CXX="/nowhere/c++")
+    done = _run(
+        [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(folder / "dist")],
+        folder,
+        CXX="/nowhere/c++",
+    )
     assert done.returncode == 0, done.stderr
     return next((folder / "dist").glob("*.tar.gz"))
 
@@ -77,12 +99,18 @@ def _assert_one_message(done: subprocess.CompletedProcess[str], *words: str) -> 
 
 
 def test_without_a_compiler_one_message_names_the_ways_out(tmp_path: Path) -> None:
-    _assert_one_message(_build(tmp_path, CXX="no-such-compiler -O2"), "no C++ compiler", "'no-such-compiler -O2' was not found")
+    _assert_one_message(
+        _build(tmp_path, CXX="no-such-compiler -O2"),
+        "no C++ compiler",
+        "'no-such-compiler -O2' was not found",
+    )
 
 
 def test_a_compiler_without_openmp_is_named_with_its_own_words(tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\necho "probe.cpp:1:10: fatal error: omp.h: No such file or directory" >&2\nexit 1\n')
+    compiler.write_text(
+        '#!/bin/sh\necho "probe.cpp:1:10: fatal error: omp.h: No such file or directory" >&2\nexit 1\n'
+    )
     compiler.chmod(0o755)
     _assert_one_message(_build(tmp_path, CXX=str(compiler)), "omp.h: No such file", "OpenMP", "libomp-dev")
 
@@ -97,18 +125,29 @@ def test_those_who_only_use_gpus_need_no_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler, package", [("g++", "g++"), ("clang++", "clang libomp-dev")])
-def test_the_wheel_of_the_source_distribution_works(sdist: Path, tmp_path: Path, compiler: str, package: str) -> None:
-    """pip builds it, warns of nothing and installs it; what is installed computes, with torch's number of threads."""
+def test_the_wheel_of_the_source_distribution_works(
+    sdist: Path, tmp_path: Path, compiler: str, package: str
+) -> None:
+    """pip builds it, warns of nothing and installs it; what is installed computes, with torch's number of
+    threads."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed (Debian and Ubuntu: apt install {package})")
     pip = [sys.executable, "-m", "pip"]
     options = ["--no-deps", "--no-build-isolation", "--no-cache-dir"]
-    built = _run([*pip, "wheel", "-v", *options, "-w", str(tmp_path), str(sdist)], tmp_path, timeout=900, CXX=compiler)
+    built = _run(
+        [*pip, "wheel", "-v", *options, "-w", str(tmp_path), str(sdist)], tmp_path, timeout=900, CXX=compiler
+    )
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
-    warned = [line for line in (built.stdout + built.stderr).splitlines() if "warning: " in line and "csrc/" in line]
+    warned = [
+        line for line in (built.stdout + built.stderr).splitlines() if "warning: " in line and "csrc/" in line
+    ]
     assert not warned, warned[:5]
     (wheel,) = tmp_path.glob("peftkern-*.whl")
-    installed = _run([*pip, "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], tmp_path)
+    installed = _run(
+        [*pip, "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], tmp_path
+    )
     assert installed.returncode == 0, installed.stderr
-    done = _run([sys.executable, "-I", "-c", SMOKE, str(tmp_path / "site")], tmp_path, OMP_WAIT_POLICY="passive")
+    done = _run(
+        [sys.executable, "-I", "-c", SMOKE, str(tmp_path / "site")], tmp_path, OMP_WAIT_POLICY="passive"
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""The C functions for groups of linears: what they refuse, that a group of one is the single linear, that outputs are written whole."""
+"""The C functions for groups of linears: what they refuse, that a group of one is the single linear, that
+outputs are written whole."""
 
 from __future__ import annotations
 
@@ -25,8 +26,16 @@ BYTES = 4 << 20
 class CMember(ctypes.Structure):
     """pk_member."""
 
-    _fields_ = [("weight", CWeight), ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int32), ("y", ctypes.c_void_p)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("dy", "d_bias", "scale", "u", "norm", "squares", "magnitude", "d_scale")]
+    _fields_ = [
+        ("weight", CWeight),
+        ("bias", ctypes.c_void_p),
+        ("bias_dtype", ctypes.c_int32),
+        ("y", ctypes.c_void_p),
+    ]
+    _fields_ += [
+        (name, ctypes.c_void_p)
+        for name in ("dy", "d_bias", "scale", "u", "norm", "squares", "magnitude", "d_scale")
+    ]
 
 
 class CAdapter(ctypes.Structure):
@@ -51,7 +60,11 @@ class Call:
         self.weights = [NF4Weight.from_dense(torch.randn(n, K)) for n in WIDTHS]
         self.x, self.scratch = torch.randn(M, K), torch.empty(BYTES, dtype=torch.uint8)
         nan = lambda *shape: torch.full(shape, torch.nan)  # noqa: E731
-        self.bias, self.y, self.dy = torch.randn(WIDTHS[0]), [nan(M, n) for n in WIDTHS], [torch.randn(M, n) for n in WIDTHS]
+        self.bias, self.y, self.dy = (
+            torch.randn(WIDTHS[0]),
+            [nan(M, n) for n in WIDTHS],
+            [torch.randn(M, n) for n in WIDTHS],
+        )
         self.d_bias, self.dx = [nan(n) for n in WIDTHS], nan(M, K)
         self.a, self.b = [torch.randn(R, K) for _ in WIDTHS], [torch.randn(n, R) for n in WIDTHS]
         self.xa, self.dyb = [nan(M, R) for _ in WIDTHS], [nan(M, R) for _ in WIDTHS]
@@ -60,7 +73,13 @@ class Call:
     def members(self, i: int = 0, count: int = 2, **changes: object) -> ctypes.Array:
         made = []
         for j, weight in enumerate(self.weights[:count]):
-            member = CMember(c_weight(weight), pointer(self.bias if j == 0 else None).value, 0, self.y[j].data_ptr(), self.dy[j].data_ptr())
+            member = CMember(
+                c_weight(weight),
+                pointer(self.bias if j == 0 else None).value,
+                0,
+                self.y[j].data_ptr(),
+                self.dy[j].data_ptr(),
+            )
             member.d_bias = self.d_bias[j].data_ptr()
             for name, value in changes.items() if j == i else ():
                 target, _, field = name.rpartition("__")
@@ -79,14 +98,46 @@ class Call:
             made.append(adapter)
         return (CAdapter * count)(*made)
 
-    def forward(self, members=None, adapters=None, *, x: Tensor | None = None, dtype: int = 0, m: int = M, size: int = BYTES) -> int:
-        members, adapters = self.members() if members is None else members, self.adapters() if adapters is None else adapters
-        head = (members, i64(len(members)), adapters, i64(len(adapters)), pointer(self.x if x is None else x), dtype, i64(m))
+    def forward(
+        self,
+        members=None,
+        adapters=None,
+        *,
+        x: Tensor | None = None,
+        dtype: int = 0,
+        m: int = M,
+        size: int = BYTES,
+    ) -> int:
+        members, adapters = (
+            self.members() if members is None else members,
+            self.adapters() if adapters is None else adapters,
+        )
+        head = (
+            members,
+            i64(len(members)),
+            adapters,
+            i64(len(adapters)),
+            pointer(self.x if x is None else x),
+            dtype,
+            i64(m),
+        )
         return self.lib.pk_qlora_group_fwd_cpu(*head, pointer(self.scratch), i64(size), 2)
 
     def backward(self, members=None, adapters=None, *, dtype: int = 0, m: int = M, size: int = BYTES) -> int:
-        members, adapters = self.members() if members is None else members, self.adapters() if adapters is None else adapters
-        head = (members, i64(len(members)), adapters, i64(len(adapters)), pointer(self.x), dtype, i64(m), pointer(self.dx))
+        members, adapters = (
+            self.members() if members is None else members,
+            self.adapters() if adapters is None else adapters,
+        )
+        head = (
+            members,
+            i64(len(members)),
+            adapters,
+            i64(len(adapters)),
+            pointer(self.x),
+            dtype,
+            i64(m),
+            pointer(self.dx),
+        )
         return self.lib.pk_qlora_group_bwd_cpu(*head, pointer(self.scratch), i64(size), 2)
 
 
@@ -101,7 +152,9 @@ def test_structs_match_the_header(tmp_path: Path) -> None:
         f'#include <stdio.h>\n#include "{CSRC / "include" / "peftkern.h"}"\n'
         'int main(void) { printf("%zu %zu\\n", sizeof(pk_member), sizeof(pk_adapter)); return 0; }\n'
     )
-    subprocess.run([os.environ.get("CC", "cc"), str(source), "-o", str(tmp_path / "sizes")], check=True, timeout=60)
+    subprocess.run(
+        [os.environ.get("CC", "cc"), str(source), "-o", str(tmp_path / "sizes")], check=True, timeout=60
+    )
     printed = subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.split()
     assert list(map(int, printed)) == [ctypes.sizeof(CMember), ctypes.sizeof(CAdapter)]
 
@@ -110,7 +163,10 @@ def test_every_output_is_written_whole(call: Call) -> None:
     assert call.forward() == OK and call.backward() == OK
     for outputs in (call.y, call.xa, call.d_bias, call.d_a, call.d_b, [call.dx]):
         assert all(torch.isfinite(t).all() for t in outputs)
-    assert call.lib.pk_qlora_group_scratch_bytes(call.members(), i64(2), call.adapters(), i64(2), i64(M), 2) <= BYTES
+    assert (
+        call.lib.pk_qlora_group_scratch_bytes(call.members(), i64(2), call.adapters(), i64(2), i64(M), 2)
+        <= BYTES
+    )
 
 
 def test_a_group_of_one_is_the_single_linear(call: Call) -> None:
@@ -126,7 +182,14 @@ def test_a_group_of_one_is_the_single_linear(call: Call) -> None:
     backward = map(pointer, (xa, dyb, dx, d_a, d_b, d_bias))
     head = (pointer(call.dy[0]), pointer(call.x), 0, i64(M))
     assert lib.pk_qlora_linear_bwd_cpu(ctypes.byref(w), ctypes.byref(low), *head, *backward, *end) == OK
-    for ours, single in ((call.y[0], y), (call.xa[0], xa), (call.dx, dx), (call.d_a[0], d_a), (call.d_b[0], d_b), (call.d_bias[0], d_bias)):
+    for ours, single in (
+        (call.y[0], y),
+        (call.xa[0], xa),
+        (call.dx, dx),
+        (call.d_a[0], d_a),
+        (call.d_b[0], d_b),
+        (call.d_bias[0], d_bias),
+    ):
         assert torch.equal(ours, single)
 
 
@@ -158,12 +221,19 @@ def test_a_scaled_member(call: Call) -> None:
     other = [t.clone() for t in (call.y[1], call.d_a[1], call.d_b[1], call.d_bias[1])]
     members = call.members(0, scale=scale.data_ptr(), u=u.data_ptr())
     assert call.forward(members) == OK and call.backward(members) == OK
-    assert all(torch.equal(t, old) for t, old in zip((call.y[1], call.d_a[1], call.d_b[1], call.d_bias[1]), other, strict=True))
+    assert all(
+        torch.equal(t, old)
+        for t, old in zip((call.y[1], call.d_a[1], call.d_b[1], call.d_bias[1]), other, strict=True)
+    )
     plain, exact = (_scaled(call, scale, dtype) for dtype in (torch.float32, torch.float64))
-    for (name, one), ours in zip(plain.items(), (u, call.y[0], call.dx, call.d_a[0], call.d_b[0], call.d_bias[0]), strict=True):
+    for (name, one), ours in zip(
+        plain.items(), (u, call.y[0], call.dx, call.d_a[0], call.d_b[0], call.d_bias[0]), strict=True
+    ):
         assert_as_accurate(name, ours, one, exact[name])
     y = call.y[0].clone()
-    assert call.forward(call.members(0, scale=scale.data_ptr())) == OK and torch.equal(call.y[0], y), "u is not asked for"
+    assert call.forward(call.members(0, scale=scale.data_ptr())) == OK and torch.equal(call.y[0], y), (
+        "u is not asked for"
+    )
     members = call.members(0, scale=scale.data_ptr())
     for i, member in enumerate(members):
         member.weight = CWeight(n=WIDTHS[i], k=K)
@@ -180,12 +250,18 @@ def test_a_member_whose_norm_is_made_on_the_way(call: Call) -> None:
     wanted = dict(norm=norm.data_ptr(), squares=squares.data_ptr(), magnitude=magnitude.data_ptr())
     assert call.forward(call.members(0, **of_dora, **wanted)) == OK
     exact = (w[0] + 0.5 * call.b[0].double() @ call.a[0].double()).norm(dim=1)
-    assert ((norm - exact) / exact).norm() / n**0.5 < 2 * torch.finfo(torch.float32).eps and torch.equal(scale, magnitude / norm)
+    assert ((norm - exact) / exact).norm() / n**0.5 < 2 * torch.finfo(torch.float32).eps and torch.equal(
+        scale, magnitude / norm
+    )
     y, seen = call.y[0].clone(), u.clone()
-    assert call.forward(call.members(0, **of_dora)) == OK and torch.equal(call.y[0], y) and torch.equal(u, seen)
+    assert (
+        call.forward(call.members(0, **of_dora)) == OK and torch.equal(call.y[0], y) and torch.equal(u, seen)
+    )
     assert call.backward() == OK
     d_bias = call.d_bias[0].clone()
-    assert call.backward(call.members(0, **of_dora, d_scale=d_scale.data_ptr())) == OK and torch.equal(call.d_bias[0], d_bias)
+    assert call.backward(call.members(0, **of_dora, d_scale=d_scale.data_ptr())) == OK and torch.equal(
+        call.d_bias[0], d_bias
+    )
     assert_as_accurate("d_scale", d_scale, (call.dy[0] * u).sum(0), (call.dy[0].double() * u.double()).sum(0))
 
 
@@ -200,9 +276,13 @@ def test_what_a_norm_needs(call: Call) -> None:
     assert call.forward(members, call.adapters(member=1)) == SHAPE, "no adapter to take the norm of"
     second = call.adapters()
     second[1].member = 0
-    assert call.forward(call.members(0, **every, weight__n=WIDTHS[1]), second) == SHAPE, "the norm is that of one"
+    assert call.forward(call.members(0, **every, weight__n=WIDTHS[1]), second) == SHAPE, (
+        "the norm is that of one"
+    )
     assert call.forward(members, call.adapters(lora__r=0)) == SHAPE
-    assert call.backward(call.members(0, scale=values.data_ptr(), d_scale=values.data_ptr())) == NULL, "d_scale is made of u"
+    assert call.backward(call.members(0, scale=values.data_ptr(), d_scale=values.data_ptr())) == NULL, (
+        "d_scale is made of u"
+    )
 
 
 def _scaled(call: Call, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -213,7 +293,14 @@ def _scaled(call: Call, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     dyb = [0.5 * du[i] @ b[i] for i in range(2)]
     dx = sum(du[i] @ w[i] + dyb[i] @ a[i] for i in range(2))
     d_b = 0.5 * du[0].t() @ (x @ a[0].t())
-    return {"u": u, "y": u * scale + bias, "dx": dx, "d_a": dyb[0].t() @ x, "d_b": d_b, "d_bias": dy[0].sum(0)}
+    return {
+        "u": u,
+        "y": u * scale + bias,
+        "dx": dx,
+        "d_a": dyb[0].t() @ x,
+        "d_b": d_b,
+        "d_bias": dy[0].sum(0),
+    }
 
 
 def test_the_norm_of_dora_refuses(lib: ctypes.CDLL) -> None:
@@ -222,19 +309,26 @@ def test_the_norm_of_dora_refuses(lib: ctypes.CDLL) -> None:
 
     def call(n: int = 5, r: int = R, dtype: int = 0, squares: Tensor | None = ones) -> int:
         head = (pointer(cross), pointer(gram), pointer(b), dtype, i64(n), i64(r), ctypes.c_float(0.5))
-        return lib.pk_dora_norm_cpu(*head, pointer(squares), pointer(ones), pointer(out[0]), pointer(out[1]), 1)
+        return lib.pk_dora_norm_cpu(
+            *head, pointer(squares), pointer(ones), pointer(out[0]), pointer(out[1]), 1
+        )
 
     assert [call(n=-1), call(r=0), call(r=257)] == [SHAPE] * 3
     assert call(dtype=3) == DTYPE and call(squares=None) == NULL and call(n=0) == OK
     assert not torch.isfinite(out).any() and call() == OK
-    assert torch.equal(out[0], torch.full((5,), (1 + R + 0.25 * R) ** 0.5)) and torch.equal(out[1], 1 / out[0])
+    assert torch.equal(out[0], torch.full((5,), (1 + R + 0.25 * R) ** 0.5)) and torch.equal(
+        out[1], 1 / out[0]
+    )
 
 
 def test_squares_of_rows_by_the_c_abi(lib: ctypes.CDLL) -> None:
     """Any number of threads, the same bits; what cannot be is refused before a kernel sees it."""
     weight, out = NF4Weight.from_dense(torch.randn(37, 1000)), torch.full((3, 37), torch.nan)
     w = c_weight(weight)
-    assert lib.pk_row_squares_cpu(ctypes.byref(w), pointer(None), 1) == NULL and lib.pk_row_squares_cpu(None, pointer(out), 1) == NULL
+    assert (
+        lib.pk_row_squares_cpu(ctypes.byref(w), pointer(None), 1) == NULL
+        and lib.pk_row_squares_cpu(None, pointer(out), 1) == NULL
+    )
     w.k = 0
     assert lib.pk_row_squares_cpu(ctypes.byref(w), pointer(out), 1) == SHAPE
     w.k, w.n = 1000, 0
@@ -243,7 +337,9 @@ def test_squares_of_rows_by_the_c_abi(lib: ctypes.CDLL) -> None:
     for row, threads in zip(out, (1, 2, 5), strict=True):
         assert lib.pk_row_squares_cpu(ctypes.byref(w), pointer(row), threads) == OK
     assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
-    torch.testing.assert_close(out[0].double(), weight.dequantize(torch.float32).double().square().sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        out[0].double(), weight.dequantize(torch.float32).double().square().sum(1), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("entry", ["forward", "backward"])
@@ -262,9 +358,10 @@ def test_bad_members_are_refused(call: Call, entry: str) -> None:
 def test_bad_adapters_are_refused(call: Call, entry: str) -> None:
     use = getattr(call, entry)
     assert [use(None, call.adapters(member=i)) for i in (-1, 2)] == [SHAPE] * 2
-    assert [use(None, call.adapters(**{name: v})) for name, v in (("row_begin", -1), ("row_end", M + 1), ("row_begin", M + 1))] == [
-        SHAPE
-    ] * 3
+    assert [
+        use(None, call.adapters(**{name: v}))
+        for name, v in (("row_begin", -1), ("row_end", M + 1), ("row_begin", M + 1))
+    ] == [SHAPE] * 3
     assert [use(None, call.adapters(lora__r=r)) for r in (-1, 257)] == [SHAPE] * 2
     assert use(None, call.adapters(lora__lora_a=None)) == NULL and use(None, call.adapters(xa=None)) == NULL
     if entry == "backward":

@@ -34,14 +34,30 @@ def lib() -> ctypes.CDLL:
 def test_header_compiles_without_a_warning(tmp_path: Path, language: str) -> None:
     compiler = CXX if "+" in language else [os.environ.get("CC", "cc")]
     source = tmp_path / ("use.cpp" if "+" in language else "use.c")
-    source.write_text(f'#include "{HEADER}"\n#include "{HEADER}"\nint main(void) {{ return pk_abi_version() == PEFTKERN_ABI_VERSION; }}\n')
-    command = [*compiler, f"-std={language}", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-c", str(source), "-o", str(tmp_path / "use.o")]
+    source.write_text(
+        f'#include "{HEADER}"\n#include "{HEADER}"\nint main(void) {{ return pk_abi_version() == '
+        f"PEFTKERN_ABI_VERSION; }}\n"
+    )
+    command = [
+        *compiler,
+        f"-std={language}",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Werror",
+        "-c",
+        str(source),
+        "-o",
+        str(tmp_path / "use.o"),
+    ]
     built = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert built.returncode == 0, built.stderr
 
 
 def _declared_statuses() -> dict[str, int]:
-    return {name: int(value) for name, value in re.findall(r"\b(PK_OK|PK_ERR_\w+) = (\d+)", HEADER.read_text())}
+    return {
+        name: int(value) for name, value in re.findall(r"\b(PK_OK|PK_ERR_\w+) = (\d+)", HEADER.read_text())
+    }
 
 
 def test_every_status_has_a_text_of_its_own(lib: ctypes.CDLL) -> None:
@@ -59,9 +75,12 @@ def test_version_and_structs_match_the_header(lib: ctypes.CDLL, tmp_path: Path) 
     source = tmp_path / "sizes.c"
     source.write_text(
         f'#include <stdio.h>\n#include "{HEADER}"\n'
-        'int main(void) { printf("%zu %zu %d\\n", sizeof(pk_weight), sizeof(pk_lora), PEFTKERN_ABI_VERSION); return 0; }\n'
+        'int main(void) { printf("%zu %zu %d\\n", sizeof(pk_weight), sizeof(pk_lora), '
+        "PEFTKERN_ABI_VERSION); return 0; }\n"
     )
-    subprocess.run([os.environ.get("CC", "cc"), str(source), "-o", str(tmp_path / "sizes")], check=True, timeout=60)
+    subprocess.run(
+        [os.environ.get("CC", "cc"), str(source), "-o", str(tmp_path / "sizes")], check=True, timeout=60
+    )
     printed = subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.split()
     assert list(map(int, printed)) == [ctypes.sizeof(CWeight), ctypes.sizeof(CLora), lib.pk_abi_version()]
 
@@ -72,7 +91,12 @@ class Call:
     def __init__(self, lib: ctypes.CDLL) -> None:
         self.lib = lib
         self.w4 = NF4Weight.from_dense(torch.randn(N, K))
-        self.a, self.b, self.x, self.dy = torch.randn(R, K), torch.randn(N, R), torch.randn(M, K), torch.randn(M, N)
+        self.a, self.b, self.x, self.dy = (
+            torch.randn(R, K),
+            torch.randn(N, R),
+            torch.randn(M, K),
+            torch.randn(M, N),
+        )
         self.xa, self.dyb, self.out = torch.randn(M, R), torch.empty(M, R), torch.empty(N * K)
         self.scratch = torch.empty(BYTES, dtype=torch.uint8)
 
@@ -88,20 +112,46 @@ class Call:
             setattr(lora, name, value)
         return lora
 
-    def dequantize(self, weight: CWeight | None = None, window=(0, N, 0, K), dtype: int = 0, out: bool = True) -> int:
+    def dequantize(
+        self, weight: CWeight | None = None, window=(0, N, 0, K), dtype: int = 0, out: bool = True
+    ) -> int:
         w = weight or self.weight()
-        return self.lib.pk_dequantize_4bit_cpu(ctypes.byref(w), *map(i64, window), pointer(self.out if out else None), dtype, 1)
+        return self.lib.pk_dequantize_4bit_cpu(
+            ctypes.byref(w), *map(i64, window), pointer(self.out if out else None), dtype, 1
+        )
 
-    def forward(self, weight=None, lora=None, *, m: int = M, dtype: int = 0, gemv: int = 0, size: int = BYTES, **absent: None) -> int:
+    def forward(
+        self,
+        weight=None,
+        lora=None,
+        *,
+        m: int = M,
+        dtype: int = 0,
+        gemv: int = 0,
+        size: int = BYTES,
+        **absent: None,
+    ) -> int:
         w, low = weight or self.weight(), lora or self.lora()
-        x, y, xa, scratch = (pointer(absent.get(n, t)) for n, t in dict(x=self.x, y=self.out, xa=self.xa, scratch=self.scratch).items())
+        x, y, xa, scratch = (
+            pointer(absent.get(n, t))
+            for n, t in dict(x=self.x, y=self.out, xa=self.xa, scratch=self.scratch).items()
+        )
         args = (x, dtype, i64(m), pointer(None), 0, y, xa, gemv, scratch, i64(size), 1)
         return self.lib.pk_qlora_linear_fwd_cpu(ctypes.byref(w), ctypes.byref(low), *args)
 
-    def backward(self, weight=None, lora=None, *, m: int = M, dtype: int = 0, size: int = BYTES, **absent: None) -> int:
+    def backward(
+        self, weight=None, lora=None, *, m: int = M, dtype: int = 0, size: int = BYTES, **absent: None
+    ) -> int:
         w, low = weight or self.weight(), lora or self.lora()
         named = dict(
-            dy=self.dy, x=self.x, xa=self.xa, dyb=self.dyb, dx=self.out, d_a=self.a.clone(), d_b=self.b.clone(), scratch=self.scratch
+            dy=self.dy,
+            x=self.x,
+            xa=self.xa,
+            dyb=self.dyb,
+            dx=self.out,
+            d_a=self.a.clone(),
+            d_b=self.b.clone(),
+            scratch=self.scratch,
         )
         dy, x, xa, dyb, dx, d_a, d_b, scratch = (pointer(absent.get(n, t)) for n, t in named.items())
         args = (dy, x, dtype, i64(m), xa, dyb, dx, d_a, d_b, pointer(None), scratch, i64(size), 1)
@@ -110,7 +160,14 @@ class Call:
     def quantize(self, *, w: bool = True, dtype: int = 0, numel: int = 256, blocksize: int = 64) -> int:
         packed, absmax, code = torch.empty(128, dtype=torch.uint8), torch.empty(8), self.w4.code
         return self.lib.pk_quantize_4bit_cpu(
-            pointer(self.out if w else None), dtype, i64(numel), blocksize, pointer(code), pointer(packed), pointer(absmax), 1
+            pointer(self.out if w else None),
+            dtype,
+            i64(numel),
+            blocksize,
+            pointer(code),
+            pointer(packed),
+            pointer(absmax),
+            1,
         )
 
 
@@ -121,7 +178,9 @@ def call(lib: ctypes.CDLL) -> Call:
 
 def test_good_arguments_are_ok(call: Call) -> None:
     call.out.normal_()
-    assert (call.quantize(), call.dequantize(), call.forward(), call.forward(gemv=1), call.backward()) == (OK,) * 5
+    assert (call.quantize(), call.dequantize(), call.forward(), call.forward(gemv=1), call.backward()) == (
+        OK,
+    ) * 5
     assert call.lib.pk_qlora_linear_scratch_bytes(i64(M), i64(N), i64(K), i64(R), 1) <= BYTES
 
 
@@ -135,9 +194,10 @@ def test_quantize_refuses(call: Call) -> None:
 @pytest.mark.parametrize("entry", ["dequantize", "forward", "backward"])
 def test_a_bad_weight_is_refused_everywhere(call: Call, entry: str) -> None:
     use = getattr(call, entry)
-    assert [use(call.weight(**{part: None})) for part in ("data", "absmax_8bit", "absmax_code", "nested_absmax", "absmax_offset")] == [
-        NULL
-    ] * 5
+    assert [
+        use(call.weight(**{part: None}))
+        for part in ("data", "absmax_8bit", "absmax_code", "nested_absmax", "absmax_offset")
+    ] == [NULL] * 5
     assert [use(call.weight(k=k)) for k in (0, -1)] == [SHAPE] * 2
     assert use(call.weight(n=-1)) == SHAPE
     assert [use(call.weight(blocksize=b)) for b in (0, 31, 96, 8192)] == [BLOCKSIZE] * 4
@@ -147,7 +207,15 @@ def test_a_bad_weight_is_refused_everywhere(call: Call, entry: str) -> None:
 def test_dequantize_refuses(call: Call) -> None:
     assert call.dequantize(out=False) == NULL
     assert call.dequantize(call.weight(code=None, dtype=0)) == NULL, "a dense weight has nothing to decode"
-    windows = [(-1, 2, 0, K), (0, N + 1, 0, K), (N, 1, 0, K), (0, 1, -1, 2), (0, 1, 1, K), (0, -1, 0, K), (0, 1, 0, -1)]
+    windows = [
+        (-1, 2, 0, K),
+        (0, N + 1, 0, K),
+        (N, 1, 0, K),
+        (0, 1, -1, 2),
+        (0, 1, 1, K),
+        (0, -1, 0, K),
+        (0, 1, 0, -1),
+    ]
     assert [call.dequantize(window=window) for window in windows] == [SHAPE] * len(windows)
     assert call.dequantize(dtype=7) == DTYPE
 
@@ -186,13 +254,18 @@ def test_scratch_one_byte_short_is_refused(call: Call) -> None:
 def test_advice_on_huge_pages_is_a_hint(lib: ctypes.CDLL) -> None:
     """Any buffer may be named, also one that holds no whole huge page; what it holds stays."""
     small = torch.arange(1000)
-    assert lib.pk_advise_huge_pages(pointer(small), i64(small.nbytes)) == OK and torch.equal(small, torch.arange(1000))
+    assert lib.pk_advise_huge_pages(pointer(small), i64(small.nbytes)) == OK and torch.equal(
+        small, torch.arange(1000)
+    )
     assert lib.pk_advise_huge_pages(None, i64(0)) == OK
     assert lib.pk_advise_huge_pages(None, i64(1 << 22)) == NULL
     assert lib.pk_advise_huge_pages(pointer(small), i64(-1)) == SHAPE
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this kernel has no transparent huge pages")
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
+    reason="this kernel has no transparent huge pages",
+)
 def test_a_large_fresh_tensor_is_on_huge_pages() -> None:
     for size, asked in ((64 << 20, True), (1 << 20, False)):
         tensor = on_huge_pages(torch.empty(size, dtype=torch.uint8))
@@ -214,7 +287,9 @@ def test_levels(lib: ctypes.CDLL) -> None:
 
 
 def _printed(code: str, **variables: str) -> str:
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -223,7 +298,10 @@ def test_the_variable_forces_a_level(lib: ctypes.CDLL) -> None:
     """Chosen once, when the library is loaded; a level the CPU lacks, or no level at all, leaves the best it
     has."""
     path, names = backends.native().__file__, backends.native().isas()
-    code = f"import ctypes; lib = ctypes.CDLL({path!r}); lib.pk_isa.restype = ctypes.c_char_p; print(lib.pk_isa().decode())"
+    code = (
+        f"import ctypes; lib = ctypes.CDLL({path!r}); lib.pk_isa.restype = ctypes.c_char_p; "
+        "print(lib.pk_isa().decode())"
+    )
     for name in names:
         assert _printed(code, PEFTKERN_CPU_ISA=name) == name
     assert _printed(code, PEFTKERN_CPU_ISA="sse9") == names[-1]
@@ -233,8 +311,10 @@ def test_the_variable_forces_a_level(lib: ctypes.CDLL) -> None:
 def test_one_openmp_runtime() -> None:
     """Two runtimes would each spin their own threads on the same cores."""
     code = (
-        "import torch\nfrom peftkern import backends\nbackends.native()\ntorch.ones(300, 300) @ torch.ones(300, 300)\n"
-        "names = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'libomp' in line or 'libiomp' in line}\n"
+        "import torch\nfrom peftkern import backends\nbackends.native()\ntorch.ones(300, 300) @ "
+        "torch.ones(300, 300)\n"
+        "names = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or "
+        "'libomp' in line or 'libiomp' in line}\n"
         "print(len(names), sorted(names))"
     )
     assert _printed(code).startswith("1 ")
@@ -243,8 +323,15 @@ def test_one_openmp_runtime() -> None:
 def test_portable_level_compiles_for_aarch64(tmp_path: Path) -> None:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None:
-        pytest.skip("aarch64-linux-gnu-g++ is not installed (Debian and Ubuntu: apt install g++-aarch64-linux-gnu)")
+        pytest.skip(
+            "aarch64-linux-gnu-g++ is not installed (Debian and Ubuntu: apt install g++-aarch64-linux-gnu)"
+        )
     for name in ("kernels_baseline", "dispatch"):
         source, out = CSRC / "cpu" / f"{name}.cpp", tmp_path / f"{name}.o"
-        built = subprocess.run([compiler, *COMMON, "-O0", "-c", str(source), "-o", str(out)], capture_output=True, text=True, timeout=120)
+        built = subprocess.run(
+            [compiler, *COMMON, "-O0", "-c", str(source), "-o", str(out)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert built.returncode == 0, built.stderr

@@ -1,4 +1,5 @@
-"""Sizes at the edges of 64 bits, empty sizes, and scratch at any byte: a status or the right result, never the process's end."""
+"""Sizes at the edges of 64 bits, empty sizes, and scratch at any byte: a status or the right result, never
+the process's end."""
 
 from __future__ import annotations
 
@@ -20,8 +21,10 @@ from .compiled_blocks import CRmsNorm
 
 OK, NULL, SHAPE = range(3)
 EDGES = (0, -1, 2**31, 2**47, 2**62, 2**63 - 1, -(2**63))
-# Of the interface: csrc/include/peftkern.h and the signatures in csrc/bindings.cpp. Who changes either raises PEFTKERN_ABI_VERSION, with
-# backends.ABI_VERSION, and puts the new digest here: an extension of an earlier checkout is then named as such, not called.
+# Of the interface: csrc/include/peftkern.h and the signatures in csrc/bindings.cpp. Who changes either raises
+# PEFTKERN_ABI_VERSION, with
+# backends.ABI_VERSION, and puts the new digest here: an extension of an earlier checkout is then named as
+# such, not called.
 INTERFACES = {6: "bcce9105fa25f1f3"}
 
 
@@ -35,7 +38,9 @@ def lib() -> ctypes.CDLL:
 
 def _interface() -> str:
     header = re.sub(r"/\*.*?\*/", "", (CSRC / "include/peftkern.h").read_text(), flags=re.DOTALL)
-    bound = re.findall(r"(m\.def\(|py::init<|py::init\(|m\.attr\()([^{;]*)", (CSRC / "bindings.cpp").read_text())
+    bound = re.findall(
+        r"(m\.def\(|py::init<|py::init\(|m\.attr\()([^{;]*)", (CSRC / "bindings.cpp").read_text()
+    )
     words = " ".join([header, *("".join(part) for part in bound)])
     # Where lines break says nothing: white space counts between two words alone.
     words = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"\s+", " ", words))
@@ -43,17 +48,23 @@ def _interface() -> str:
 
 
 def test_the_interface_has_a_version_of_its_own(lib: ctypes.CDLL) -> None:
-    declared = int(re.search(r"define PEFTKERN_ABI_VERSION (\d+)", (CSRC / "include/peftkern.h").read_text())[1])
+    declared = int(
+        re.search(r"define PEFTKERN_ABI_VERSION (\d+)", (CSRC / "include/peftkern.h").read_text())[1]
+    )
     assert declared == backends.ABI_VERSION == lib.pk_abi_version()
-    assert _interface() == INTERFACES.get(declared), "the interface changed: raise its version (see the comment of INTERFACES)"
+    assert _interface() == INTERFACES.get(declared), (
+        "the interface changed: raise its version (see the comment of INTERFACES)"
+    )
 
 
-# In a process of its own, as a signal would end it: every edge in every size of what says how much scratch is needed.
+# In a process of its own, as a signal would end it: every edge in every size of what says how much scratch is
+# needed.
 SCRATCH = """
 import itertools, sys
 from tests.native.test_sizes import EDGES, i64, load, Path, ctypes
 lib = load(Path(sys.argv[1]))
-for name, good in (("pk_qlora_linear_scratch_bytes", (4, 8, 16, 2)), ("pk_lora_scratch_bytes", (4, 8, 16, 2))):
+for name in ("pk_qlora_linear_scratch_bytes", "pk_lora_scratch_bytes"):
+    good = (4, 8, 16, 2)
     getattr(lib, name).restype = ctypes.c_int64
     for at, value in itertools.product(range(4), EDGES):
         sizes = [*good[:at], value, *good[at + 1:]]
@@ -133,14 +144,24 @@ def _quantize(lib: ctypes.CDLL, a: int = 64) -> int:
 _WEIGHT = NF4Weight.from_dense(torch.randn(8, 64))
 _CALLS = {
     c.__name__: (c, count)
-    for c, count in ((_linear, 3), (_low_rank, 3), (_window, 4), (_norm, 3), (_mask, 2), (_columns, 2), (_quantize, 1))
+    for c, count in (
+        (_linear, 3),
+        (_low_rank, 3),
+        (_window, 4),
+        (_norm, 3),
+        (_mask, 2),
+        (_columns, 2),
+        (_quantize, 1),
+    )
 }
 
 
 def test_nothing_to_do_is_done(lib: ctypes.CDLL) -> None:
     assert [_linear(lib, a=0), _linear(lib, b=0), _low_rank(lib, a=0), _low_rank(lib, b=0)] == [OK] * 4
     assert [_linear(lib, c=0), _low_rank(lib, c=0)] == [SHAPE] * 2, "without in_features there is no product"
-    assert [_window(lib, b=0), _window(lib, d=0), _mask(lib, a=0), _mask(lib, b=0), _columns(lib, a=0)] == [OK] * 5
+    assert [_window(lib, b=0), _window(lib, d=0), _mask(lib, a=0), _mask(lib, b=0), _columns(lib, a=0)] == [
+        OK
+    ] * 5
 
 
 def test_threads_beyond_reason_are_bounded(lib: ctypes.CDLL) -> None:
@@ -155,13 +176,29 @@ def test_scratch_may_begin_at_any_byte(lib: ctypes.CDLL, isa: str, m: int) -> No
     results = []
     for offset in (0, 1, 2, 7, 63):
         guard = torch.full((size + offset + 64,), 0xA5, dtype=torch.uint8)
-        y, xa, dx, d_a, dyb = torch.empty(m, 8), torch.empty(m, 5), torch.empty(m, 64), torch.empty(5, 64), torch.empty(m, 5)
+        y, xa, dx, d_a, dyb = (
+            torch.empty(m, 8),
+            torch.empty(m, 5),
+            torch.empty(m, 64),
+            torch.empty(5, 64),
+            torch.empty(m, 5),
+        )
         scratch = (ctypes.c_void_p(guard.data_ptr() + offset), i64(size), 1)
         view, low = c_weight(w), c_lora(a, b)
         heads = ctypes.byref(view), ctypes.byref(low)
-        assert lib.pk_qlora_linear_fwd_cpu(*heads, pointer(x), 0, i64(m), pointer(None), 0, pointer(y), pointer(xa), 0, *scratch) == OK
+        assert (
+            lib.pk_qlora_linear_fwd_cpu(
+                *heads, pointer(x), 0, i64(m), pointer(None), 0, pointer(y), pointer(xa), 0, *scratch
+            )
+            == OK
+        )
         outputs = (pointer(dyb), pointer(dx), pointer(d_a), pointer(None), pointer(None))
-        assert lib.pk_qlora_linear_bwd_cpu(*heads, pointer(y), pointer(x), 0, i64(m), pointer(xa), *outputs, *scratch) == OK
+        assert (
+            lib.pk_qlora_linear_bwd_cpu(
+                *heads, pointer(y), pointer(x), 0, i64(m), pointer(xa), *outputs, *scratch
+            )
+            == OK
+        )
         assert bool((guard[:offset] == 0xA5).all()) and bool((guard[offset + size :] == 0xA5).all())
         results.append((y, xa, dx, d_a))
     assert all(torch.equal(p, q) for other in results[1:] for p, q in zip(results[0], other, strict=True))

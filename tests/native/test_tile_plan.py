@@ -20,7 +20,8 @@ int main(void) {
     pk_adapter adapter{};
     adapter.lora.r = r;
     const pk::Group g{&member, 1, &adapter, r ? 1 : 0};
-    const pk::TilePlan p = forward ? pk::forward_tile_plan(g, m, (int)threads) : pk::backward_tile_plan(g, m, (int)threads);
+    const pk::TilePlan p =
+        forward ? pk::forward_tile_plan(g, m, (int)threads) : pk::backward_tile_plan(g, m, (int)threads);
     const long fields[] = {p.mc, p.chunk, p.block, p.pack_at, p.low_at, p.project_at, p.bias_at, p.own_at,
                            p.b_size, p.low_size, p.c_size, p.sums_size, p.own_size, p.total};
     for (long field : fields) printf("%ld ", field);

@@ -24,10 +24,21 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vendor")
     for name in ("main.c", "Makefile"):
         shutil.copy(EXAMPLE / name, folder)
-    command = ["make", "-C", str(folder), "-j2", f"CSRC={CSRC}", f"CXX={' '.join(CXX)}", "CXXFLAGS=-O1 -Wall -Wextra", "example"]
+    command = [
+        "make",
+        "-C",
+        str(folder),
+        "-j2",
+        f"CSRC={CSRC}",
+        f"CXX={' '.join(CXX)}",
+        "CXXFLAGS=-O1 -Wall -Wextra",
+        "example",
+    ]
     built = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stderr
-    own = [line for line in built.stderr.splitlines() if "warning:" in line and "maybe-uninitialized" not in line]
+    own = [
+        line for line in built.stderr.splitlines() if "warning:" in line and "maybe-uninitialized" not in line
+    ]
     assert not own, own
     return folder / "example"
 
@@ -35,7 +46,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_checks_its_own_results(program: Path) -> None:
     levels = backends.native().isas() if backends.available("cpu")[0] else ["baseline"]
     for level in levels:
-        run = subprocess.run([program], env=os.environ | {"PEFTKERN_CPU_ISA": level}, capture_output=True, text=True, timeout=60)
+        run = subprocess.run(
+            [program],
+            env=os.environ | {"PEFTKERN_CPU_ISA": level},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert run.returncode == 0, run.stdout + run.stderr
         assert f"ISA {level}:" in run.stdout
 
@@ -54,5 +71,9 @@ def test_no_source_but_the_bindings_knows_python_or_torch() -> None:
     assert CSRC / "cpu" / "dispatch.cpp" in sources
     for path in sources:
         includes = [line for line in path.read_text().splitlines() if line.lstrip().startswith("#include")]
-        foreign = [line for line in includes if any(word in line for word in ("Python.h", "pybind11", "torch", "ATen", "c10"))]
+        foreign = [
+            line
+            for line in includes
+            if any(word in line for word in ("Python.h", "pybind11", "torch", "ATen", "c10"))
+        ]
         assert not foreign, f"{path.name}: {foreign}"

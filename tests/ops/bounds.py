@@ -19,10 +19,12 @@ def relative_norm(got: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """`ours` errs, against fp64, by at most FACTOR times what `plain` errs: in the norm, and at the worst element.
+    """`ours` errs, against fp64, by at most FACTOR times what `plain` errs: in the norm, and at the worst
+    element.
 
-    The worst of n errors is a noisy figure, so the elementwise bound takes plain PyTorch's own worst or six times its root mean square,
-    whichever is more (a Gaussian's worst of 10^5 draws is 4.4). No method avoids two roundings, the scaling's and the result's.
+    The worst of n errors is a noisy figure, so the elementwise bound takes plain PyTorch's own worst or six
+    times its root mean square, whichever is more (a Gaussian's worst of 10^5 draws is 4.4). No method avoids
+    two roundings, the scaling's and the result's.
     """
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert torch.isfinite(ours).all(), f"{name}: not finite"
@@ -34,17 +36,19 @@ def assert_as_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor) ->
     error, plain_error = (ours.double() - exact).abs(), (plain.double() - exact).abs()
     worst = max(plain_error.max().item(), 6 * plain_error.square().mean().sqrt().item())
     elementwise = max(FACTOR * worst, roundings * exact.abs().max().item())
-    assert error.max().item() <= elementwise, f"{name}: worst element off by {error.max():.3e}, plain PyTorch's allows {elementwise:.3e}"
+    assert error.max().item() <= elementwise, (
+        f"{name}: worst element off by {error.max():.3e}, plain PyTorch's allows {elementwise:.3e}"
+    )
 
 
 def products_of_many_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """A decorator of plain PyTorch's side of a comparison, forward and backward: its fp32 matrix products are
     torch's own, computed as a part of a product of many rows and columns.
 
-    Of few rows torch sums in an order that depends on the CPU: on one in one go, on another in many partial sums, which err a third as
-    much, so that the same kernels of ours would pass here and fail there. Of many rows it sums much alike
-    everywhere. A GPU's library cuts the contraction of small products among the warps of a block, and needs
-    more of them to sum in one go.
+    Of few rows torch sums in an order that depends on the CPU: on one in one go, on another in many partial
+    sums, which err a third as much, so that the same kernels of ours would pass here and fail there. Of many
+    rows it sums much alike everywhere. A GPU's library cuts the contraction of small products among the warps
+    of a block, and needs more of them to sum in one go.
     """
 
     @functools.wraps(function)
@@ -56,7 +60,9 @@ def products_of_many_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _ProductsOfManyRows(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         aten = torch.ops.aten
         if func is aten.mm.default and _fp32(*args):
             return _product(*args)

@@ -28,24 +28,34 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype) 
     return [x.to(dtype), (total - x).to(dtype), weight, dy.to(dtype), torch.randn(shape).to(dtype)]
 
 
-def stock(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
+def stock(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str
+) -> tuple[Tensor, Tensor]:
     """What a decoder layer does, differentiable."""
     s = x if residual is None else residual + x
     return norm_stock(s, weight, eps, offset, cast), s
 
 
-def ours(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
+def ours(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str
+) -> tuple[Tensor, Tensor]:
     return add_rms_norm(x, residual, weight, eps=eps, offset=offset, cast=cast)
 
 
-def run(f, x: Tensor, residual: Tensor | None, weight: Tensor, dy: Tensor | None, ds: Tensor | None, *mode) -> dict[str, Tensor]:
+def run(
+    f, x: Tensor, residual: Tensor | None, weight: Tensor, dy: Tensor | None, ds: Tensor | None, *mode
+) -> dict[str, Tensor]:
     """Outputs and gradients; dy or ds None: that output is not used."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, residual, weight)]
     y, s = f(*leaves, 1e-5, *mode)
     used = [(out, d.to(out.dtype)) for out, d in ((y, dy), (s, ds)) if d is not None]
     torch.autograd.backward(*zip(*used, strict=True))
     found = {"y": y.detach(), "s": s.detach()}
-    return found | {name: t.grad for name, t in zip(("dx", "d_residual", "d_weight"), leaves, strict=True) if t is not None}
+    return found | {
+        name: t.grad
+        for name, t in zip(("dx", "d_residual", "d_weight"), leaves, strict=True)
+        if t is not None
+    }
 
 
 def check(shape, dtype, weight_dtype, cast, offset, draws, residual=True) -> None:
@@ -89,7 +99,10 @@ def test_weights_of_another_dtype_promote_as_in_pytorch(isa: str, dtypes, cast: 
 def test_the_gradients_sum_is_rounded_once(isa: str, dtype: torch.dtype) -> None:
     """Nearer to the exact value than autograd's sum of two rounded terms."""
     args = case((200, 64), dtype, dtype)
-    got, plain, exact = (run(f, *a, 0.0, "llama")["dx"] for f, a in ((ours, args), (stock, args), (stock, [t.double() for t in args])))
+    got, plain, exact = (
+        run(f, *a, 0.0, "llama")["dx"]
+        for f, a in ((ours, args), (stock, args), (stock, [t.double() for t in args]))
+    )
     error, plain_error = ((t.double() - exact).norm() for t in (got, plain))
     assert error < 0.95 * plain_error
 
@@ -98,7 +111,9 @@ def test_y_is_rms_norm_of_the_rounded_sum_and_nothing_else_changes_its_bits(isa:
     x, residual, weight, dy, _ = case((30, 70), torch.bfloat16, torch.bfloat16)
     y, s = add_rms_norm(x, residual, weight)
     assert torch.equal(y, rms_norm(s, weight)) and torch.equal(s, residual + x)
-    with_zero, without = (run(ours, x, residual, weight, dy, ds, 0.0, "llama") for ds in (torch.zeros_like(s), None))
+    with_zero, without = (
+        run(ours, x, residual, weight, dy, ds, 0.0, "llama") for ds in (torch.zeros_like(s), None)
+    )
     assert torch.equal(with_zero["dx"], without["dx"])
 
 
@@ -153,9 +168,16 @@ def test_reference_is_what_autograd_says(dtype: torch.dtype, cast: str, offset: 
 def test_strides_of_every_kind(isa: str) -> None:
     """Slices, transposed, expanded and gapped operands give the bits of contiguous ones."""
     wide, weight = torch.randn(12, 90), torch.rand(80)[::2]
-    kinds = (wide[:, 5:45], torch.randn(40, 12).t(), torch.randn(40).expand(12, 40), torch.randn(12, 80)[:, ::2])
+    kinds = (
+        wide[:, 5:45],
+        torch.randn(40, 12).t(),
+        torch.randn(40).expand(12, 40),
+        torch.randn(12, 80)[:, ::2],
+    )
     for x, residual in zip(kinds, (*kinds[1:], kinds[0]), strict=True):
-        expected = OPS.add_rms_norm_fwd(x.contiguous(), residual.contiguous(), weight.contiguous(), 1e-5, 0.0, "llama")
+        expected = OPS.add_rms_norm_fwd(
+            x.contiguous(), residual.contiguous(), weight.contiguous(), 1e-5, 0.0, "llama"
+        )
         got = OPS.add_rms_norm_fwd(x, residual, weight, 1e-5, 0.0, "llama")
         assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, expected, strict=True))
         grads = [
@@ -203,14 +225,21 @@ def test_opcheck(backend: str) -> None:
             library.opcheck(OPS.add_rms_norm_fwd.default, (x, residual, weight, 1e-6, offset, cast))
             for with_d_weight in (True, False):
                 d = dy if cast == "llama" else dy.bfloat16()
-                library.opcheck(OPS.add_rms_norm_bwd.default, (d, ds, x, weight, torch.rand(15), offset, cast, with_d_weight))
+                library.opcheck(
+                    OPS.add_rms_norm_bwd.default,
+                    (d, ds, x, weight, torch.rand(15), offset, cast, with_d_weight),
+                )
 
 
 @pytest.mark.parametrize("uses", ["both", "y", "s"])
 @pytest.mark.parametrize("residual", [True, False])
 def test_compile_fullgraph_forward_and_backward(residual: bool, uses: str) -> None:
     torch._dynamo.reset()
-    leaves = [torch.randn(6, 40, requires_grad=True), torch.randn(6, 40, requires_grad=True), torch.rand(40, requires_grad=True)]
+    leaves = [
+        torch.randn(6, 40, requires_grad=True),
+        torch.randn(6, 40, requires_grad=True),
+        torch.rand(40, requires_grad=True),
+    ]
 
     def f(x, r, weight):
         y, s = add_rms_norm(x, r if residual else None, weight, offset=1.0, cast="gemma")
@@ -220,7 +249,9 @@ def test_compile_fullgraph_forward_and_backward(residual: bool, uses: str) -> No
     eager = torch.autograd.grad(f(*leaves), leaves, allow_unused=True)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        for got, expected in zip(torch.autograd.grad(compiled(*leaves), leaves, allow_unused=True), eager, strict=True):
+        for got, expected in zip(
+            torch.autograd.grad(compiled(*leaves), leaves, allow_unused=True), eager, strict=True
+        ):
             if expected is None:
                 assert got is None or not got.any()  # a compiled graph gives zeros where eager gives nothing
             else:
@@ -241,4 +272,6 @@ def test_compile_fullgraph_forward_and_backward(residual: bool, uses: str) -> No
 )
 def test_arguments_are_checked(change: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        add_rms_norm(**({"x": torch.randn(3, 4), "residual": torch.randn(3, 4), "weight": torch.rand(4)} | change))
+        add_rms_norm(
+            **({"x": torch.randn(3, 4), "residual": torch.randn(3, 4), "weight": torch.rand(4)} | change)
+        )

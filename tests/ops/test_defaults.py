@@ -1,4 +1,5 @@
-"""torch's defaults are the caller's: no op takes a temporary's dtype or device from them (a kernel would then write past its end)."""
+"""torch's defaults are the caller's: no op takes a temporary's dtype or device from them (a kernel would then
+write past its end)."""
 
 from __future__ import annotations
 
@@ -68,19 +69,38 @@ def linears(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
 
 def groups(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     x, members = draw(M, K, dtype=dtype), [member(dropout=0.1), member(24), member(24, dense=True)]
-    mixed = [replace(m, adapters=[replace(m.adapters[0], rows=(0, 2)), replace(m.adapters[0], rows=(2, M))]) for m in members]
+    mixed = [
+        replace(m, adapters=[replace(m.adapters[0], rows=(0, 2)), replace(m.adapters[0], rows=(2, M))])
+        for m in members
+    ]
     return lambda: (*F.qlora_group(x, members), *F.qlora_group(x, mixed)), leaves(x, *members)
 
 
 def mlps(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
-    x, gate, up, down, packed = draw(M, K, dtype=dtype), member(), member(dropout=0.1), member(K, N), member(2 * N)
-    call: Call = lambda: (F.gated_mlp(x, gate, up, down), F.gated_mlp_packed(x, packed, down, activation="gelu_tanh"))  # noqa: E731
+    x, gate, up, down, packed = (
+        draw(M, K, dtype=dtype),
+        member(),
+        member(dropout=0.1),
+        member(K, N),
+        member(2 * N),
+    )
+
+    def call():
+        return (
+            F.gated_mlp(x, gate, up, down),
+            F.gated_mlp_packed(x, packed, down, activation="gelu_tanh"),
+        )
+
     return call, leaves(x, gate, up, down, packed)
 
 
 def dora(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     """Few rows and more of them; a group."""
-    x, kinds, magnitude = draw(M, K, dtype=dtype), [member(), member(dense=True)], draw(N).detach().abs().requires_grad_()
+    x, kinds, magnitude = (
+        draw(M, K, dtype=dtype),
+        [member(), member(dense=True)],
+        draw(N).detach().abs().requires_grad_(),
+    )
 
     def call() -> tuple[Tensor, ...]:
         parts = (x, x[:1], x.repeat(4, 1))
@@ -95,18 +115,33 @@ def elementwise(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     q, k = draw(1, 3, M, 16, dtype=dtype), draw(1, 2, M, 16, dtype=dtype)
     angles = draw(1, M, 16).detach()
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    call: Call = lambda: (F.rms_norm(x, weight), *F.add_rms_norm(x, gate, weight), F.glu(x, gate), *F.rope(q, k, cos, sin))  # noqa: E731
+
+    def call():
+        return (
+            F.rms_norm(x, weight),
+            *F.add_rms_norm(x, gate, weight),
+            F.glu(x, gate),
+            *F.rope(q, k, cos, sin),
+        )
+
     return call, [x, gate, weight, q, k]
 
 
 def losses(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     """Frozen in 4 bits with an adapter, and trained; by the row, with a bias, too."""
-    x, m, head, labels = draw(M, K, dtype=dtype), member(), draw(N, K, scale=0.1), torch.tensor([1, 0, -100, 5, N - 1])
+    x, m, head, labels = (
+        draw(M, K, dtype=dtype),
+        member(),
+        draw(N, K, scale=0.1),
+        torch.tensor([1, 0, -100, 5, N - 1]),
+    )
     a = m.adapters[0]
 
     def call() -> tuple[Tensor, ...]:
         adapted = dict(bias=m.bias, lora_a=a.lora_a, lora_b=a.lora_b)
-        means = [F.linear_cross_entropy(x, w, labels, **more) for w, more in ((m.weight, adapted), (head, {}))]
+        means = [
+            F.linear_cross_entropy(x, w, labels, **more) for w, more in ((m.weight, adapted), (head, {}))
+        ]
         return *means, F.linear_cross_entropy(x, head, labels, bias=m.bias, reduction="none")
 
     return call, leaves(x, m, head)
@@ -138,7 +173,11 @@ def results(case: Callable, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
     def run() -> list[Tensor]:
         outputs = call()
         differentiable = [y for y in outputs if y.requires_grad]
-        grads = torch.autograd.grad(differentiable, wanted, [y.detach() * 0.5 + 1 for y in differentiable]) if wanted else ()
+        grads = (
+            torch.autograd.grad(differentiable, wanted, [y.detach() * 0.5 + 1 for y in differentiable])
+            if wanted
+            else ()
+        )
         return [*(y.detach() for y in outputs), *grads]
 
     return run
@@ -156,19 +195,47 @@ def test_torchs_defaults_change_no_bit(case: Callable, dtype: torch.dtype, defau
         assert (ours.dtype, ours.device) == (before.dtype, before.device) and torch.equal(ours, before)
 
 
-FACTORIES = {"empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "randint", "tensor", "arange", "linspace", "eye"}
+FACTORIES = {
+    "empty",
+    "empty_strided",
+    "zeros",
+    "ones",
+    "full",
+    "rand",
+    "randn",
+    "randint",
+    "tensor",
+    "arange",
+    "linspace",
+    "eye",
+}
 
 
 def _relying_on_defaults(source: str) -> list[int]:
-    """Lines that call a factory of torch without naming dtype and device; **options are taken to name them."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
-    made = [c for c in calls if c.func.attr in FACTORIES and isinstance(c.func.value, ast.Name) and c.func.value.id == "torch"]
+    """Lines that call a factory of torch without naming dtype and device; **options are taken to name
+    them."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    made = [
+        c
+        for c in calls
+        if c.func.attr in FACTORIES and isinstance(c.func.value, ast.Name) and c.func.value.id == "torch"
+    ]
     named = [{keyword.arg for keyword in call.keywords} for call in made]
-    return [c.lineno for c, names in zip(made, named, strict=True) if None not in names and not {"dtype", "device"} <= names]
+    return [
+        c.lineno
+        for c, names in zip(made, named, strict=True)
+        if None not in names and not {"dtype", "device"} <= names
+    ]
 
 
 def test_every_tensor_the_ops_make_names_its_dtype_and_device() -> None:
     files = sorted(Path(ops.__file__).parent.rglob("*.py"))
     found = {f"{file}:{line}" for file in files for line in _relying_on_defaults(file.read_text())}
     assert len(files) > 30 and not found
-    assert _relying_on_defaults("torch.empty(3)\ntorch.zeros(1, **o)\ntorch.ones(1, dtype=d)\nx.new_empty(2)") == [1, 3]
+    assert _relying_on_defaults(
+        "torch.empty(3)\ntorch.zeros(1, **o)\ntorch.ones(1, dtype=d)\nx.new_empty(2)"
+    ) == [1, 3]

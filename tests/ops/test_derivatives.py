@@ -1,4 +1,5 @@
-"""Second derivatives, torch.func's transforms, forward-mode AD and tracing of every public function, against plain PyTorch."""
+"""Second derivatives, torch.func's transforms, forward-mode AD and tracing of every public function, against
+plain PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ LABELS = torch.tensor([3, -100, 7, 0, 23])
 
 
 class Case(NamedTuple):
-    """ours and the same in plain PyTorch, of the tensors `inputs`, each to be differentiated; by_row: vmap runs over the first."""
+    """ours and the same in plain PyTorch, of the tensors `inputs`, each to be differentiated; by_row: vmap
+    runs over the first."""
 
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
@@ -105,7 +107,9 @@ CASES = {
         lambda x, a, b, bias: x @ DENSE.t() + _branch(x, a, b) + bias,
         (X, A, B, _randn(N)),
     ),
-    "linear_4bit": Case(lambda x: functional.linear_4bit(x, WEIGHT).square(), lambda x: (x @ DENSE.t()).square(), (X,)),
+    "linear_4bit": Case(
+        lambda x: functional.linear_4bit(x, WEIGHT).square(), lambda x: (x @ DENSE.t()).square(), (X,)
+    ),
     "lora_add": Case(
         lambda y, x, a, b: functional.lora_add(y, x, a, b, scaling=0.5),
         lambda y, x, a, b: y + _branch(x, a, b),
@@ -115,7 +119,9 @@ CASES = {
     "qlora_group": Case(_group, _plain_group, (X, A, B), False),
     "gated_mlp": Case(_mlp, _plain_mlp, (X, A, B)),
     "gated_mlp_packed": Case(
-        lambda x, a, b: functional.gated_mlp_packed(x, Member(PACKED, adapters=[Adapter(a, b, 0.5)]), Member(DOWN[:, : N // 2])),
+        lambda x, a, b: functional.gated_mlp_packed(
+            x, Member(PACKED, adapters=[Adapter(a, b, 0.5)]), Member(DOWN[:, : N // 2])
+        ),
         lambda x, a, b: _packed(x @ PACKED.t() + _branch(x, a, b)) @ DOWN[:, : N // 2].t(),
         (X, A, B),
     ),
@@ -160,7 +166,10 @@ def _second(function: Callable[..., Tensor], case: Case) -> tuple[Tensor, ...]:
     """The derivatives of a number made of all first derivatives, and those first."""
     leaves = _leaves(case)
     first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
-    return (*(t.detach() for t in first), *torch.autograd.grad(sum((g * _randn(*g.shape, seed=9)).sum() for g in first), leaves))
+    return (
+        *(t.detach() for t in first),
+        *torch.autograd.grad(sum((g * _randn(*g.shape, seed=9)).sum() for g in first), leaves),
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "linear_cross_entropy"])
@@ -181,7 +190,9 @@ def test_hooks_on_inputs_fire_once_where_a_graph_is_made() -> None:
 def test_what_cannot_be_differentiated_again_says_so_at_once() -> None:
     case = CASES["linear_cross_entropy"]
     leaves = _leaves(case)
-    with pytest.raises(RuntimeError, match="linear_cross_entropy: its gradients cannot be differentiated again"):
+    with pytest.raises(
+        RuntimeError, match="linear_cross_entropy: its gradients cannot be differentiated again"
+    ):
         torch.autograd.grad(case.ours(*leaves), leaves, create_graph=True)
     x, a, b = X.clone().requires_grad_(), A, B.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="qlora_linear: .* x was not kept"):
@@ -192,7 +203,10 @@ def test_what_cannot_be_differentiated_again_says_so_at_once() -> None:
 def test_gradients_by_torch_func(name: str) -> None:
     case = CASES[name]
     every = tuple(range(len(case.inputs)))
-    got, expected = (torch.func.grad(lambda *t, f=f: f(*t).square().sum(), argnums=every)(*case.inputs) for f in (case.ours, case.plain))
+    got, expected = (
+        torch.func.grad(lambda *t, f=f: f(*t).square().sum(), argnums=every)(*case.inputs)
+        for f in (case.ours, case.plain)
+    )
     _close(got, expected)
 
 
@@ -206,7 +220,9 @@ def test_forward_mode(name: str, grad: bool) -> None:
         expected = torch.func.jvp(case.plain, case.inputs, tangents)
         _close(torch.func.jvp(case.ours, case.inputs, tangents), expected)
         with fwad.dual_level():
-            out = case.ours(*(fwad.make_dual(t, tangent) for t, tangent in zip(case.inputs, tangents, strict=True)))
+            out = case.ours(
+                *(fwad.make_dual(t, tangent) for t, tangent in zip(case.inputs, tangents, strict=True))
+            )
             _close(tuple(fwad.unpack_dual(out)), expected)
 
 
@@ -214,11 +230,17 @@ def test_forward_mode(name: str, grad: bool) -> None:
 def test_vmap_over_rows_and_over_what_is_trained(name: str) -> None:
     case = CASES[name]
     (x, *rest), none = case.inputs, (None,) * (len(case.inputs) - 1)
-    _close(torch.vmap(case.ours, in_dims=(0, *none))(x, *rest), torch.vmap(case.plain, in_dims=(0, *none))(x, *rest))
+    _close(
+        torch.vmap(case.ours, in_dims=(0, *none))(x, *rest),
+        torch.vmap(case.plain, in_dims=(0, *none))(x, *rest),
+    )
     if rest:
         stacked = [torch.stack([t, 2 * t]) for t in rest]
         dims = (None, *(0 for _ in rest))
-        _close(torch.vmap(case.ours, in_dims=dims)(x, *stacked), torch.vmap(case.plain, in_dims=dims)(x, *stacked))
+        _close(
+            torch.vmap(case.ours, in_dims=dims)(x, *stacked),
+            torch.vmap(case.plain, in_dims=dims)(x, *stacked),
+        )
 
 
 @EVERY

@@ -44,18 +44,31 @@ def _columns(u, scale, bias, dy, dtype, run=lambda u, scale, bias: u * scale + b
 def test_scaled_columns(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     runs = []
     for _ in range(4):
-        u, dy, bias = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
+        u, dy, bias = (
+            torch.randn(shape).to(dtype),
+            torch.randn(shape).to(dtype),
+            torch.randn(shape[1]).to(dtype),
+        )
         scale = 1 + 0.1 * torch.randn(shape[1])
         case = u, scale, bias, dy
         plain = lambda u, s, b: u * s.to(u.dtype) + b  # noqa: E731
-        runs.append((_columns(*case, dtype, scale_columns), _columns(*case, dtype, plain), _columns(*case, torch.float64)))
+        runs.append(
+            (
+                _columns(*case, dtype, scale_columns),
+                _columns(*case, dtype, plain),
+                _columns(*case, torch.float64),
+            )
+        )
     for name in runs[0][2]:
         ours, plain, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
         assert_as_accurate(name, ours, plain, exact)
 
 
 def test_scaled_columns_by_the_reference_and_in_fp64() -> None:
-    u, scale = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64, requires_grad=True)
+    u, scale = (
+        torch.randn(5, 7, dtype=torch.float64, requires_grad=True),
+        torch.randn(7, dtype=torch.float64, requires_grad=True),
+    )
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     with use_backend("reference"):
         assert torch.autograd.gradcheck(scale_columns, (u, scale, bias))
@@ -113,11 +126,16 @@ def _squares_of_dense(weight):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(9, 2048), (7, 5001), (3, 17), (2, 70000)], ids=str)
-def test_squares_of_rows_are_exact_but_for_roundings(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+def test_squares_of_rows_are_exact_but_for_roundings(
+    shape: tuple[int, int], dtype: torch.dtype, isa: str
+) -> None:
     """Within the contract: by torch's own norm of the same values."""
     dense = (torch.randn(shape) * 0.05).to(dtype)
     for weight, values in ((dense, dense), *_four_bit(dense)):
-        exact, plain = values.double().square().sum(1), torch.linalg.vector_norm(values.float(), dim=1).square()
+        exact, plain = (
+            values.double().square().sum(1),
+            torch.linalg.vector_norm(values.float(), dim=1).square(),
+        )
         # the contract's two roundings
         bound = max(FACTOR * relative_norm(plain, exact), torch.finfo(torch.float32).eps)
         assert relative_norm(row_squares(weight), exact) <= bound
@@ -151,13 +169,22 @@ def test_the_norm_of_an_update_that_undoes_the_weight_is_not_nan() -> None:
 @products_of_many_rows
 def _dora(x, dense, bias, a, b, magnitude, dy, dtype, dropped=None):
     """Plain PyTorch, PEFT's formula, everything in `dtype` but the norm, which is exact."""
-    x, bias, a, b, magnitude = (t.detach().to(dtype, copy=True).requires_grad_() for t in (x, bias, a, b, magnitude))
+    x, bias, a, b, magnitude = (
+        t.detach().to(dtype, copy=True).requires_grad_() for t in (x, bias, a, b, magnitude)
+    )
     norm = (dense + 0.5 * b.detach().double() @ a.detach().double()).norm(dim=1).to(dtype)
     g, w = magnitude / norm, dense.to(dtype)
     inner = x if dropped is None else x * dropped.to(dtype)
     y = linear(x, w, bias) + (g - 1) * linear(inner, w) + g * (0.5 * inner @ a.t() @ b.t())
     y.backward(dy.to(dtype))
-    return {"y": y.detach(), "dx": x.grad, "d_bias": bias.grad, "d_lora_a": a.grad, "d_lora_b": b.grad, "d_magnitude": magnitude.grad}
+    return {
+        "y": y.detach(),
+        "dx": x.grad,
+        "d_bias": bias.grad,
+        "d_lora_a": a.grad,
+        "d_lora_b": b.grad,
+        "d_magnitude": magnitude.grad,
+    }
 
 
 def _ours(x, weight, bias, a, b, magnitude, dy, dropped=None):
@@ -165,7 +192,14 @@ def _ours(x, weight, bias, a, b, magnitude, dy, dropped=None):
     member = Member(weight, bias, [Adapter(a, b, 0.5)])
     y = dora_linear(x, member, magnitude, dropped=None if dropped is None else x * dropped.to(x.dtype))
     y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, "d_bias": bias.grad, "d_lora_a": a.grad, "d_lora_b": b.grad, "d_magnitude": magnitude.grad}
+    return {
+        "y": y.detach(),
+        "dx": x.grad,
+        "d_bias": bias.grad,
+        "d_lora_a": a.grad,
+        "d_lora_b": b.grad,
+        "d_magnitude": magnitude.grad,
+    }
 
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
@@ -179,7 +213,9 @@ def test_every_output_and_gradient(isa: str, four_bit: bool, drop: bool, dtype: 
         a, b = (torch.randn(8, 192) / 14).to(dtype), (torch.randn(70, 8) * 0.1).to(dtype)
         magnitude = (dense.norm(dim=1) * (1 + 0.1 * torch.randn(70).double())).to(dtype)
         dropped = torch.bernoulli(torch.full((37, 192), 0.75)) / 0.75 if drop else None
-        plain, exact = (_dora(x, dense, bias, a, b, magnitude, dy, d, dropped) for d in (dtype, torch.float64))
+        plain, exact = (
+            _dora(x, dense, bias, a, b, magnitude, dy, d, dropped) for d in (dtype, torch.float64)
+        )
         runs.append((_ours(x, weight, bias, a, b, magnitude, dy, dropped), plain, exact))
     for name in runs[0][2]:
         ours, plain, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
@@ -189,7 +225,9 @@ def test_every_output_and_gradient(isa: str, four_bit: bool, drop: bool, dtype: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", ["gemm", "gemv", "vendor", "composed"])
-def test_every_regime_serves_the_same_call(isa: str, regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_regime_serves_the_same_call(
+    isa: str, regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And so does the composition of other ops that a GPU takes."""
     if regime == "composed":
         monkeypatch.setattr(op, "served", lambda x: False)
@@ -229,7 +267,13 @@ def _judge(runs: list) -> None:
 
 def _inputs(m: int = 12) -> tuple:
     weight = NF4Weight.from_dense(torch.randn(70, 192) * 0.05)
-    tensors = torch.randn(m, 192), torch.randn(70), torch.randn(8, 192) / 14, torch.randn(70, 8) * 0.1, torch.rand(70) + 0.5
+    tensors = (
+        torch.randn(m, 192),
+        torch.randn(70),
+        torch.randn(8, 192) / 14,
+        torch.randn(70, 8) * 0.1,
+        torch.rand(70) + 0.5,
+    )
     return weight, [t.requires_grad_() for t in tensors]
 
 
@@ -241,7 +285,9 @@ def test_no_rows_of_a_linear() -> None:
     weight, inputs = _inputs(0)
     y = _call(weight, *inputs)
     grads = torch.autograd.grad(y.sum(), inputs)
-    assert y.shape == (0, 70) and all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs, strict=True))
+    assert y.shape == (0, 70) and all(
+        g.shape == t.shape and not g.any() for g, t in zip(grads, inputs, strict=True)
+    )
 
 
 def test_only_what_needs_a_gradient_gets_one(isa: str) -> None:
@@ -291,14 +337,24 @@ def test_an_adapter_of_some_rows(isa: str) -> None:
     weight, (x, bias, a, b, magnitude) = _inputs(20)
     member = Member(weight, bias, [Adapter(a, b, 0.5, rows=(0, 7))])
     y, whole = dora_linear(x, member, magnitude), _call(weight, x, bias, a, b, magnitude)
-    assert torch.allclose(y[:7], whole[:7], rtol=1e-4, atol=1e-5) and not torch.allclose(y[7:], whole[7:], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(y[:7], whole[:7], rtol=1e-4, atol=1e-5) and not torch.allclose(
+        y[7:], whole[7:], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_op_by_the_reference_and_its_registration(isa: str) -> None:
     weight, inputs = _inputs()
     x, bias, a, b, magnitude = (t.detach() for t in inputs)
     quant, squares = operands(weight)[1], row_squares(weight)
-    base = [weight.packed] * 2, [*quant[:6]] * 2, [*quant[6:]] * 2, [a, a.flip(0)], [b, b], [0.5, 2.0], [magnitude] * 2
+    base = (
+        [weight.packed] * 2,
+        [*quant[:6]] * 2,
+        [*quant[6:]] * 2,
+        [a, a.flip(0)],
+        [b, b],
+        [0.5, 2.0],
+        [magnitude] * 2,
+    )
     forward = (x, [bias, None], *base, [squares] * 2, [True, False])
     y, u, xa, norms = torch.ops.peftkern.dora_group_fwd(*forward)
     library.opcheck(torch.ops.peftkern.dora_group_fwd.default, forward)
@@ -315,7 +371,13 @@ def test_the_reference_is_the_definition() -> None:
     x, bias, *magnitudes = (torch.randn(*shape, **wide) for shape in ((3, 12), (9,), (9,), (5,)))
     a = [torch.randn(2, 12, **wide), torch.randn(3, 12, **wide)]
     b = [torch.randn(9, 2, **wide), torch.randn(5, 3, **wide)]
-    spec = op.Spec((dense, other), (None,) * 12, (64, 256) * 2, (0.5, 2.0), tuple(w.square().sum(1) for w in (dense, other)))
+    spec = op.Spec(
+        (dense, other),
+        (None,) * 12,
+        (64, 256) * 2,
+        (0.5, 2.0),
+        tuple(w.square().sum(1) for w in (dense, other)),
+    )
 
     def run(x, bias, *magnitudes):
         return op.dora_group(x, spec, (bias, None, *a, *b, *magnitudes))
@@ -338,14 +400,18 @@ WIDTHS = (70, 33, 48)  # of three members, whose tasks share rows of two
 
 def _group_case(m: int, kind: str, dtype: torch.dtype):
     """Ours, plain PyTorch's and the exact values; q has a bias, v no gradient of its magnitude."""
-    made = [_weights(n, 192, kind == "nf4" or (kind == "mixed" and i == 1), dtype) for i, n in enumerate(WIDTHS)]
+    made = [
+        _weights(n, 192, kind == "nf4" or (kind == "mixed" and i == 1), dtype) for i, n in enumerate(WIDTHS)
+    ]
     x, bias = torch.randn(m, 192).to(dtype), torch.randn(WIDTHS[0]).to(dtype)
     dys = [torch.randn(m, n).to(dtype) for n in WIDTHS]
     a, b = (
         [(torch.randn(r, 192) / 14).to(dtype) for r in (8, 16, 40)],
         [(torch.randn(n, r) * 0.1).to(dtype) for n, r in zip(WIDTHS, (8, 16, 40), strict=True)],
     )
-    magnitudes = [(dense.norm(dim=1) * (1 + 0.1 * torch.randn(len(dense)).double())).to(dtype) for _, dense in made]
+    magnitudes = [
+        (dense.norm(dim=1) * (1 + 0.1 * torch.randn(len(dense)).double())).to(dtype) for _, dense in made
+    ]
 
     def run(wide: torch.dtype, ours: bool) -> dict[str, torch.Tensor]:
         leaves = [t.detach().to(wide, copy=True).requires_grad_() for t in (x, bias, *a, *b, *magnitudes)]
@@ -390,7 +456,9 @@ TURNS = [cases[(i + i // 3) % len(cases)] for i, cases in enumerate(SERVED.value
 
 
 @pytest.mark.parametrize("case", nightly(REGIMES, quick=TURNS), ids=lambda case: "-".join(map(str, case)))
-def test_a_group_in_every_regime(isa: str, case: tuple[str, str, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_in_every_regime(
+    isa: str, case: tuple[str, str, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
     regime, kind, dtype = case
     if regime == "composed":
         monkeypatch.setattr(op, "served", lambda x: False)
@@ -416,7 +484,9 @@ def test_members_whose_result_is_not_used(isa: str) -> None:
     grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
     alone = dora_linear(leaves[0], members[1], g[1])
     expected = torch.autograd.grad(alone.square().sum(), leaves, allow_unused=True)
-    assert [t is None for t in grads] == [t is None for t in expected] and sum(t is not None for t in grads) == 4
+    assert [t is None for t in grads] == [t is None for t in expected] and sum(
+        t is not None for t in grads
+    ) == 4
     assert torch.equal(y, alone)
     for got, wanted in zip(grads, expected, strict=True):
         assert got is None or relative_norm(got, wanted.double()) < 1e-6  # dx is blocked by the group's width
@@ -430,8 +500,12 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="member: got 0 adapters, expected one"):
         dora_linear(torch.randn(2, 32), Member(weight), torch.randn(9))
     with pytest.raises(ValueError, match="pass `dropped`"):
-        dora_linear(torch.randn(2, 32), replace(member, adapters=[Adapter(a, b, dropout_p=0.1)]), torch.randn(9))
-    with pytest.raises(ValueError, match="members: got 1 members, 2 magnitudes, no squares; expected as many of each"):
+        dora_linear(
+            torch.randn(2, 32), replace(member, adapters=[Adapter(a, b, dropout_p=0.1)]), torch.randn(9)
+        )
+    with pytest.raises(
+        ValueError, match="members: got 1 members, 2 magnitudes, no squares; expected as many of each"
+    ):
         dora_group(torch.randn(2, 32), [member], [torch.randn(9)] * 2)
     with pytest.raises(ValueError, match=r"members\[1\]: got 0 adapters, expected one"):
         dora_group(torch.randn(2, 32), [member, Member(weight)], [torch.randn(9)] * 2)

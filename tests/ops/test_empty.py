@@ -1,4 +1,5 @@
-"""No rows, no out_features, no in_features: every public function gives what torch gives, gradients too, or says what it expects."""
+"""No rows, no out_features, no in_features: every public function gives what torch gives, gradients too, or
+says what it expects."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def _leaf(*shape: int) -> Tensor:
 
 
 def _check(got: Tensor, expected: Tensor, leaves: tuple[Tensor, ...]) -> None:
-    """Values and gradients, the gradients of a sum, which an empty tensor has too. A norm of nothing makes nan, here and there."""
+    """Values and gradients, the gradients of a sum, which an empty tensor has too. A norm of nothing makes
+    nan, here and there."""
     torch.testing.assert_close(got, expected, equal_nan=True)
     grads = (torch.autograd.grad(y.sum(), leaves, allow_unused=True) for y in (got, expected))
     for mine, theirs in zip(*grads, strict=True):
@@ -44,7 +46,11 @@ def test_linear(m: int, n: int, k: int, lead: tuple[int, ...]) -> None:
     with torch.no_grad():
         torch.testing.assert_close(functional.qlora_linear(x, w, bias, a, b, scaling=0.5), expected)
     base = _leaf(m, *lead, n)
-    _check(functional.lora_add(base, x, a, b, bias, scaling=0.5), base + _low_rank(x, a, b) + bias, (base, x, a, b, bias))
+    _check(
+        functional.lora_add(base, x, a, b, bias, scaling=0.5),
+        base + _low_rank(x, a, b) + bias,
+        (base, x, a, b, bias),
+    )
     assert functional.qlora_linear(x, w, bias, a, b, dropout_p=0.5).shape == expected.shape
 
 
@@ -67,8 +73,13 @@ def test_a_packed_weight_without_elements(m: int, n: int, k: int) -> None:
 
 def _members(n: int, k: int) -> tuple[list[Member], tuple[Tensor, ...]]:
     """One of n rows, one of seven, an adapter each; and what is trained."""
-    members = [Member(torch.randn(rows, k), _leaf(rows), (Adapter(_leaf(R, k), _leaf(rows, R), 0.5),)) for rows in (n, 7)]
-    return members, tuple(t for member in members for t in (member.bias, member.adapters[0].lora_a, member.adapters[0].lora_b))
+    members = [
+        Member(torch.randn(rows, k), _leaf(rows), (Adapter(_leaf(R, k), _leaf(rows, R), 0.5),))
+        for rows in (n, 7)
+    ]
+    return members, tuple(
+        t for member in members for t in (member.bias, member.adapters[0].lora_a, member.adapters[0].lora_b)
+    )
 
 
 def _product(x: Tensor, member: Member) -> Tensor:
@@ -121,7 +132,11 @@ def test_dora(m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("m, n, k", SIZES)
 def test_gated_mlp(m: int, n: int, k: int) -> None:
     x, (members, _), down = _leaf(m, k), _members(n, k), torch.randn(4, n)
-    gate, up, trained = members[0], Member(torch.randn(n, k)), (members[0].adapters[0].lora_a, members[0].adapters[0].lora_b)
+    gate, up, trained = (
+        members[0],
+        Member(torch.randn(n, k)),
+        (members[0].adapters[0].lora_a, members[0].adapters[0].lora_b),
+    )
     h = F.silu(_expected(x, gate)) * F.linear(x, up.weight)
     _check(functional.gated_mlp(x, gate, up, Member(down)), F.linear(h, down), (x, *trained))
     both = Member(torch.cat([gate.weight, up.weight]))
@@ -144,9 +159,13 @@ def test_linear_cross_entropy(m: int, n: int, k: int, reduction: str) -> None:
 
 def test_what_has_no_result_is_refused() -> None:
     with pytest.raises(ValueError, match=r"weight: got shape \(0, 5\), expected \[V, K\]"):
-        functional.linear_cross_entropy(torch.randn(3, 5), torch.randn(0, 5), torch.zeros(3, dtype=torch.int64))
+        functional.linear_cross_entropy(
+            torch.randn(3, 5), torch.randn(0, 5), torch.zeros(3, dtype=torch.int64)
+        )
     for norm in (lambda x, w: functional.rms_norm(x, w), lambda x, w: functional.add_rms_norm(x, x, w)):
-        with pytest.raises(ValueError, match=r"x: got shape \(3, 0\), expected \[..., N\] with N of at least 1"):
+        with pytest.raises(
+            ValueError, match=r"x: got shape \(3, 0\), expected \[..., N\] with N of at least 1"
+        ):
             norm(torch.randn(3, 0), torch.randn(0))
 
 
@@ -185,7 +204,9 @@ class _Net(nn.Module):
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_patched(m: tuple[int, ...], k: int, h: int, n: int, dora: bool) -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(_Net(k, h, n), peft.LoraConfig(r=R, target_modules=["q", "v", "o"], use_dora=dora))
+    model = peft.get_peft_model(
+        _Net(k, h, n), peft.LoraConfig(r=R, target_modules=["q", "v", "o"], use_dora=dora)
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)

@@ -1,4 +1,5 @@
-"""A FLOP counter over the public functions counts what the same computation counts in plain PyTorch, forward and backward."""
+"""A FLOP counter over the public functions counts what the same computation counts in plain PyTorch, forward
+and backward."""
 
 from __future__ import annotations
 
@@ -110,7 +111,9 @@ def _dora_group(x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
     return lambda: functional.dora_group(x, members, magnitudes), plain
 
 
-def _cross_entropy(reduction: str, adapted: bool) -> Callable[[Tensor], tuple[Callable[[], object], Callable[[], object]]]:
+def _cross_entropy(
+    reduction: str, adapted: bool
+) -> Callable[[Tensor], tuple[Callable[[], object], Callable[[], object]]]:
     def case(x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
         weight, labels = _leaf(N, K), torch.randint(N, (M,))
         a, b = (_leaf(R, K), _leaf(N, R)) if adapted else (None, None)
@@ -119,7 +122,9 @@ def _cross_entropy(reduction: str, adapted: bool) -> Callable[[Tensor], tuple[Ca
             logits = F.linear(x, weight) + (F.linear(F.linear(x, a), b) if adapted else 0)
             return F.cross_entropy(logits, labels, reduction=reduction)
 
-        return lambda: functional.linear_cross_entropy(x, weight, labels, lora_a=a, lora_b=b, reduction=reduction), plain
+        return lambda: functional.linear_cross_entropy(
+            x, weight, labels, lora_a=a, lora_b=b, reduction=reduction
+        ), plain
 
     return case
 
@@ -189,7 +194,9 @@ def test_a_backward_pass_alone_is_counted(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_formula_of_the_users_own_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     _forget(monkeypatch)
     op = torch.ops.peftkern.qlora_linear_fwd
-    with flop_counter.FlopCounterMode(display=False, custom_mapping={op: lambda *args, **kwargs: 7}) as counter:
+    with flop_counter.FlopCounterMode(
+        display=False, custom_mapping={op: lambda *args, **kwargs: 7}
+    ) as counter:
         functional.linear_4bit(torch.randn(M, K), torch.randn(N, K))
     assert counter.get_total_flops() == 7
 

@@ -23,7 +23,12 @@ def _indices(packed: torch.Tensor, numel: int) -> torch.Tensor:
 
 
 def _assert_same_codes(
-    first: torch.Tensor, second: torch.Tensor, dense: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str
+    first: torch.Tensor,
+    second: torch.Tensor,
+    dense: torch.Tensor,
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
 ) -> None:
     """Equal, but for elements within 1e-6 of a threshold, where quantizers may round either way."""
     numel = dense.numel()
@@ -70,7 +75,9 @@ def test_every_code_at_every_kind_of_position(isa: str, code: int, position: int
     """One marked element among code 7 (zero): the first element of a byte is its high nibble."""
     packed = torch.full((64, 1), 0x77, dtype=torch.uint8)
     packed[position // 2] = code << 4 | 7 if position % 2 == 0 else 7 << 4 | code
-    weight = NF4Weight(packed, code_tensor("nf4"), (2, 64), torch.float32, 64, "nf4", absmax=torch.tensor([2.0, 3.0]))
+    weight = NF4Weight(
+        packed, code_tensor("nf4"), (2, 64), torch.float32, 64, "nf4", absmax=torch.tensor([2.0, 3.0])
+    )
     expected = torch.zeros(128)
     expected[position] = CODES["nf4"][code] * (2.0 if position < 64 else 3.0)
     assert torch.equal(weight.dequantize().flatten(), expected)
@@ -102,7 +109,10 @@ def test_ties_go_to_the_lower_code(isa: str) -> None:
 def test_nested_absmax_is_rounded_twice() -> None:
     """code * nested_absmax + offset without a fused multiply-add: one ulp decides."""
     weight = quantize_4bit(torch.randn(512, 512) * torch.rand(512, 1))
-    product = weight.absmax_code[weight.absmax_8bit.long()] * weight.nested_absmax.repeat_interleave(256)[: weight.absmax_8bit.numel()]
+    product = (
+        weight.absmax_code[weight.absmax_8bit.long()]
+        * weight.nested_absmax.repeat_interleave(256)[: weight.absmax_8bit.numel()]
+    )
     absmax = product + weight.absmax_offset
     values = weight.dequantize(torch.float32).view(-1, 64)
     row, column = torch.arange(len(values)), values.abs().argmax(dim=1)
@@ -113,7 +123,9 @@ def test_nested_absmax_is_rounded_twice() -> None:
 @pytest.mark.parametrize(("quant_type", "nested"), FORMATS)
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_bitsandbytes_codes_values_and_state_dicts(quant_type: str, nested: bool, blocksize: int, dtype: torch.dtype) -> None:
+def test_bitsandbytes_codes_values_and_state_dicts(
+    quant_type: str, nested: bool, blocksize: int, dtype: torch.dtype
+) -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     dense = torch.randn(96, 128).to(dtype)
     options = dict(quant_type=quant_type, compress_statistics=nested, blocksize=blocksize)
@@ -125,12 +137,16 @@ def test_bitsandbytes_codes_values_and_state_dicts(quant_type: str, nested: bool
     _assert_same_codes(ours.packed, theirs.packed, dense, plain_absmax, blocksize, quant_type)
     assert torch.equal(theirs.dequantize(), bnb.functional.dequantize_4bit(param.data, param.quant_state))
 
-    state = {f"weight.{k}": v for k, v in param.quant_state.as_dict(packed=True).items()} | {"weight": param.data}
+    state = {f"weight.{k}": v for k, v in param.quant_state.as_dict(packed=True).items()} | {
+        "weight": param.data
+    }
     assert torch.equal(NF4Weight.from_state_dict(state).dequantize(), theirs.dequantize())
     mine = theirs.to_state_dict()
     assert mine.keys() == state.keys()
     restored = bnb.nn.Params4bit.from_prequantized(mine.pop("weight"), mine, device="cpu")
-    assert torch.equal(bnb.functional.dequantize_4bit(restored.data, restored.quant_state), theirs.dequantize())
+    assert torch.equal(
+        bnb.functional.dequantize_4bit(restored.data, restored.quant_state), theirs.dequantize()
+    )
 
 
 def test_the_tables_equal_bitsandbytes() -> None:
@@ -249,7 +265,9 @@ def test_a_tampered_state_dict_gets_one_clear_error(case: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         NF4Weight.from_state_dict(change(good), "w")
     text = str(caught.value)
-    assert text.startswith("state_dict: ") and text.endswith("save the checkpoint again from the quantized model")
+    assert text.startswith("state_dict: ") and text.endswith(
+        "save the checkpoint again from the quantized model"
+    )
     assert len(text) < 400
 
 

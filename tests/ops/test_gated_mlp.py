@@ -1,4 +1,5 @@
-"""Gated MLPs, gate and up apart or as the halves of one linear, against fp64, bounded by plain PyTorch's own error, on every ISA level."""
+"""Gated MLPs, gate and up apart or as the halves of one linear, against fp64, bounded by plain PyTorch's own
+error, on every ISA level."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from .test_glu import ACTS, DTYPES
 K, WIDTH, N = 48, 70, 33  # ragged: no whole block of 64, no whole vector
 LAYOUTS = {"apart": ("gate", "up", "down"), "packed": ("gate_up", "down")}
 EITHER = pytest.mark.parametrize("layout", LAYOUTS)
-ROWS = 131  # from here on sums over rows are near Gaussian, and the worst of their errors a figure to compare (`check`)
+# from here on sums over rows are near Gaussian, and the worst of their errors a figure to compare (`check`)
+ROWS = 131
 Members = dict[str, Member]
 
 
@@ -40,9 +42,10 @@ def case(
 ) -> tuple[Tensor, Members]:
     """x [m, K] and the members; `adapters`: which have one, by default all.
 
-    A common direction of x and the weights keeps gate and up near +-1, and adapters of 16 and more ranks across it keep their rows alike.
-    Of freely drawn ones the errors are products of four Gaussians: their worst of 10^5 is 10 to 40 times their root mean square (measured),
-    which varies too much between samples to be compared with another's.
+    A common direction of x and the weights keeps gate and up near +-1, and adapters of 16 and more ranks
+    across it keep their rows alike.
+    Of freely drawn ones the errors are products of four Gaussians: their worst of 10^5 is 10 to 40 times
+    their root mean square (measured), which varies too much between samples to be compared with another's.
     """
     shapes = {"gate": (WIDTH, K), "up": (WIDTH, K), "gate_up": (2 * WIDTH, K), "down": (N, WIDTH)}
     names, members = LAYOUTS[layout], {}
@@ -62,14 +65,18 @@ def case(
     return (common + 0.5 * torch.randn(m, K)).to(dtype), members
 
 
-def leaves(x: Tensor, members: Members, dtype: torch.dtype | None = None, low: torch.dtype | None = None) -> tuple[Tensor, Members]:
+def leaves(
+    x: Tensor, members: Members, dtype: torch.dtype | None = None, low: torch.dtype | None = None
+) -> tuple[Tensor, Members]:
     """Copies that want gradients, in other dtypes where given."""
     leaf = lambda t, to: None if t is None else t.detach().to(to or t.dtype, copy=True).requires_grad_()  # noqa: E731
     copies = {
         name: replace(
             member,
             bias=leaf(member.bias, dtype),
-            adapters=[replace(a, lora_a=leaf(a.lora_a, low), lora_b=leaf(a.lora_b, low)) for a in member.adapters],
+            adapters=[
+                replace(a, lora_a=leaf(a.lora_a, low), lora_b=leaf(a.lora_b, low)) for a in member.adapters
+            ],
         )
         for name, member in members.items()
     }
@@ -107,40 +114,70 @@ def _plain_linear(x: Tensor, member: Member, dtype: torch.dtype, low: torch.dtyp
     return y
 
 
-def plain(x: Tensor, members: Members, dy: Tensor, activation: str, dtype: torch.dtype, low: torch.dtype, gate_first: bool = True) -> dict:
+def plain(
+    x: Tensor,
+    members: Members,
+    dy: Tensor,
+    activation: str,
+    dtype: torch.dtype,
+    low: torch.dtype,
+    gate_first: bool = True,
+) -> dict:
     """Plain PyTorch, linear by linear."""
     x, members = leaves(x, members, dtype, low)
     inner = [_plain_linear(x, member, dtype, low) for name, member in members.items() if name != "down"]
-    gate, up = inner if len(inner) == 2 else inner[0].chunk(2, -1) if gate_first else inner[0].chunk(2, -1)[::-1]
+    gate, up = (
+        inner if len(inner) == 2 else inner[0].chunk(2, -1) if gate_first else inner[0].chunk(2, -1)[::-1]
+    )
     y = _plain_linear(ACTS[activation](gate) * up, members["down"], dtype, low)
     y.backward(dy.to(dtype))
     return named(x, members, y)
 
 
-def check(layout: str, m: int, dtype: torch.dtype, activation: str = "silu", *, draws: int = 0, gate_first: bool = True, **options) -> None:
-    """Of fewer than ROWS rows the norm of the error alone is compared: the worst of products of three and four Gaussians varies too much
-    from sample to sample (kurtosis 15 to 30, measured)."""
+def check(
+    layout: str,
+    m: int,
+    dtype: torch.dtype,
+    activation: str = "silu",
+    *,
+    draws: int = 0,
+    gate_first: bool = True,
+    **options,
+) -> None:
+    """Of fewer than ROWS rows the norm of the error alone is compared: the worst of products of three and
+    four Gaussians varies too much from sample to sample (kurtosis 15 to 30, measured)."""
     runs, low = [], options.get("low") or dtype
     order = {"gate_first": gate_first} if layout == "packed" else {}
     for _ in range(draws or 6):
         x, members = case(layout, m, dtype, **options)
         dy = torch.randn(m, N).to(dtype)
         exact = plain(x, members, dy, activation, torch.float64, torch.float64, gate_first)
-        runs.append((ours(x, members, dy, activation, **order), plain(x, members, dy, activation, dtype, low, gate_first), exact))
+        runs.append(
+            (
+                ours(x, members, dy, activation, **order),
+                plain(x, members, dy, activation, dtype, low, gate_first),
+                exact,
+            )
+        )
     for name in runs[0][2]:
         got, plainly, exactly = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
         assert got.dtype == plainly.dtype, name
         if m >= ROWS:
             assert_as_accurate(name, got, plainly, exactly)
         else:
-            assert relative_norm(got, exactly) <= FACTOR * relative_norm(plainly, exactly) + torch.finfo(dtype).eps / 8, name
+            assert (
+                relative_norm(got, exactly)
+                <= FACTOR * relative_norm(plainly, exactly) + torch.finfo(dtype).eps / 8
+            ), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dense", [False, True], ids=["nf4", "dense"])
 @EITHER
-def test_every_output_and_gradient(isa: str, layout: str, dense: bool, activation: str, dtype: torch.dtype) -> None:
+def test_every_output_and_gradient(
+    isa: str, layout: str, dense: bool, activation: str, dtype: torch.dtype
+) -> None:
     check(layout, ROWS, dtype, activation, dense=dense)
 
 
@@ -156,7 +193,8 @@ SUBSETS = [(), ("gate",), ("up",), ("down",), ("gate", "up"), ("gate", "down"), 
 @pytest.mark.parametrize("adapters", SUBSETS, ids="+".join)
 @EITHER
 def test_adapters_on_any_of_its_linears(layout: str, adapters: tuple[str, ...]) -> None:
-    """Many draws: of the 33 numbers of a bias' gradient the worst error of six is noise (0.8 to 2.2 times PyTorch's, of 24 up to 1.1)."""
+    """Many draws: of the 33 numbers of a bias' gradient the worst error of six is noise (0.8 to 2.2 times
+    PyTorch's, of 24 up to 1.1)."""
     check(layout, ROWS, torch.float32, "gelu", draws=24, adapters=adapters, bias=True)
 
 
@@ -184,7 +222,9 @@ def test_the_reference_agrees(layout: str) -> None:
         got = ours(x, members, dy, "gelu")
     exact = plain(x, members, dy, "gelu", torch.float64, torch.float64)
     for name, value in got.items():
-        torch.testing.assert_close(value.double(), exact[name], rtol=2e-5, atol=2e-5 * exact[name].abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            value.double(), exact[name], rtol=2e-5, atol=2e-5 * exact[name].abs().max().item(), msg=name
+        )
 
 
 def test_packed_is_apart_bit_for_bit(isa: str) -> None:
@@ -192,7 +232,9 @@ def test_packed_is_apart_bit_for_bit(isa: str) -> None:
     x, members = case("packed", 37, torch.bfloat16, dense=True, adapters=())
     gate, up = (Member(half.contiguous()) for half in members["gate_up"].weight.chunk(2))
     dy = torch.randn(37, N).bfloat16()
-    assert torch.equal(ours(x, members, dy)["y"], ours(x, {"gate": gate, "up": up, "down": members["down"]}, dy)["y"])
+    assert torch.equal(
+        ours(x, members, dy)["y"], ours(x, {"gate": gate, "up": up, "down": members["down"]}, dy)["y"]
+    )
 
 
 @EITHER
@@ -221,7 +263,11 @@ def test_only_what_needs_a_gradient_gets_one(layout: str) -> None:
             expected = ours(x, members, dy)
             getattr(members[wanted].adapters[0], which).requires_grad_()
             call(x, members).backward(dy)
-            got = {name: grad for name, grad in named(x, members, torch.empty(0)).items() if name != "y" and grad is not None}
+            got = {
+                name: grad
+                for name, grad in named(x, members, torch.empty(0)).items()
+                if name != "y" and grad is not None
+            }
             assert list(got) == [f"d_{which} {wanted}"]
             assert torch.equal(got[f"d_{which} {wanted}"], expected[f"d_{which} {wanted}"])
 
@@ -240,7 +286,9 @@ def test_neither_the_activation_nor_the_product_is_kept(layout: str) -> None:
     """Kept are x, gate and up once each, xa of the adapters, and what the caller holds anyway."""
     m = 40
     x, members = leaves(*case(layout, m, torch.float32, dense=True))
-    held = {x.data_ptr()} | {t.data_ptr() for member in members.values() for t in (member.weight, *_low(member))}
+    held = {x.data_ptr()} | {
+        t.data_ptr() for member in members.values() for t in (member.weight, *_low(member))
+    }
     saved: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -330,7 +378,9 @@ def test_errors_name_the_member_and_the_argument() -> None:
         gated_mlp(x, gate, down, down)
     with pytest.raises(ValueError, match=r"down\.x: got shape \(9, 70\), expected \[\.\.\., 48\]"):
         gated_mlp(x, gate, up, gate)
-    with pytest.raises(ValueError, match=r"gate_up: got a weight \(33, 70\), expected \[2I, K\], an even number of rows"):
+    with pytest.raises(
+        ValueError, match=r"gate_up: got a weight \(33, 70\), expected \[2I, K\], an even number of rows"
+    ):
         gated_mlp_packed(x, down, down)
     with pytest.raises(ValueError, match=r"down\.x: got shape \(9, 70\), expected"):
         gated_mlp_packed(x, packed["gate_up"], gate)

@@ -45,7 +45,9 @@ def _check(shape: tuple[int, ...], dtype: torch.dtype, activation: str, draws: i
 
 
 @pytest.mark.parametrize("shape, activation, dtype", each_pair(SHAPES, ACTIVATIONS, DTYPES))
-def test_every_output_and_gradient(isa: str, shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
+def test_every_output_and_gradient(
+    isa: str, shape: tuple[int, ...], activation: str, dtype: torch.dtype
+) -> None:
     _check(shape, dtype, activation, draws=max(1, min(400, 2048 // torch.Size(shape).numel())))
 
 
@@ -55,7 +57,12 @@ def test_reference_is_what_autograd_says(activation: str) -> None:
     exact = _run(lambda g, u: ACTS[activation](g) * u, gate, up, dy)
     d_gate, d_up, h = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(dy)
     reference.backward(dy, gate, up, activation, d_gate, d_up, h)
-    for got, name in ((h, "h"), (reference.forward(gate, up, activation), "h"), (d_gate, "d_gate"), (d_up, "d_up")):
+    for got, name in (
+        (h, "h"),
+        (reference.forward(gate, up, activation), "h"),
+        (d_gate, "d_gate"),
+        (d_up, "d_up"),
+    ):
         torch.testing.assert_close(got, exact[name], rtol=1e-12, atol=1e-12)
 
 
@@ -95,7 +102,9 @@ def test_activations_err_by_a_few_ulp(isa: str, activation: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_extreme_values_are_as_exact_arithmetic_has_them(isa: str, activation: str, dtype: torch.dtype) -> None:
+def test_extreme_values_are_as_exact_arithmetic_has_them(
+    isa: str, activation: str, dtype: torch.dtype
+) -> None:
     """Large ones saturate without NaN, in the slope too; inf and NaN go where the definition sends them; at
     every place in a vector.
 
@@ -103,16 +112,31 @@ def test_extreme_values_are_as_exact_arithmetic_has_them(isa: str, activation: s
     with AVX-512.
     """
     top = torch.finfo(dtype).max
-    x = torch.tensor([top, -top, 1e4, -1e4, 300.0, -300.0, 104.0, -104.0, 0.0, -0.0, 1e-7, -1e-7]).to(dtype).repeat(3)
+    x = (
+        torch.tensor([top, -top, 1e4, -1e4, 300.0, -300.0, 104.0, -104.0, 0.0, -0.0, 1e-7, -1e-7])
+        .to(dtype)
+        .repeat(3)
+    )
     got = _run(lambda g, u: glu(g, u, activation=activation), x, torch.ones_like(x), torch.ones_like(x))
-    exact = _run(lambda g, u: ACTS[activation](g) * u, *(t.double() for t in (x, torch.ones_like(x), torch.ones_like(x))))
+    exact = _run(
+        lambda g, u: ACTS[activation](g) * u,
+        *(t.double() for t in (x, torch.ones_like(x), torch.ones_like(x))),
+    )
     for name in ("h", "d_up"):
-        torch.testing.assert_close(got[name].double(), exact[name], rtol=4 * torch.finfo(dtype).eps, atol=1e-30)
+        torch.testing.assert_close(
+            got[name].double(), exact[name], rtol=4 * torch.finfo(dtype).eps, atol=1e-30
+        )
     torch.testing.assert_close(
-        got["d_gate"].double(), torch.where(x > 1, 1.0, torch.where(x < -1, 0.0, 0.5)).double(), rtol=1e-6, atol=1e-6
+        got["d_gate"].double(),
+        torch.where(x > 1, 1.0, torch.where(x < -1, 0.0, 0.5)).double(),
+        rtol=1e-6,
+        atol=1e-6,
     )
     odd = torch.tensor([torch.inf, torch.nan, -torch.inf, 1.0] * 9).to(dtype)
-    h, wanted = glu(odd, torch.ones_like(odd), activation=activation), torch.stack([ACTS[activation](value) for value in odd.double()])
+    h, wanted = (
+        glu(odd, torch.ones_like(odd), activation=activation),
+        torch.stack([ACTS[activation](value) for value in odd.double()]),
+    )
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         if activation != "gelu_tanh" or kind is torch.isposinf:
             assert torch.equal(kind(h), kind(wanted)), kind
@@ -128,7 +152,10 @@ def test_halves_of_one_matrix_are_not_copied(isa: str, monkeypatch: pytest.Monke
     from peftkern.ops import rows
 
     gate, up = _halves(6, 40)
-    assert rows.rows_of(gate).data_ptr() == gate.data_ptr() and rows.rows_of(up.view(2, 3, 40)).data_ptr() == up.data_ptr()
+    assert (
+        rows.rows_of(gate).data_ptr() == gate.data_ptr()
+        and rows.rows_of(up.view(2, 3, 40)).data_ptr() == up.data_ptr()
+    )
     expected = glu(gate.contiguous(), up.contiguous(), activation="gelu")
     assert torch.equal(glu(gate, up, activation="gelu"), expected)
 
@@ -152,7 +179,11 @@ def test_strides_of_every_kind(isa: str) -> None:
     strided = gate.t().contiguous().t(), torch.empty(12, 60)[:, ::2].copy_(up), dy.t().contiguous().t()
     got_h = glu(strided[0], strided[1], activation="gelu_tanh")
     grads = OPS.glu_bwd(strided[2], strided[0], strided[1], "gelu_tanh", False)
-    assert torch.equal(got_h, expected["h"]) and torch.equal(grads[0], expected["d_gate"]) and torch.equal(grads[1], expected["d_up"])
+    assert (
+        torch.equal(got_h, expected["h"])
+        and torch.equal(grads[0], expected["d_gate"])
+        and torch.equal(grads[1], expected["d_up"])
+    )
     assert grads[2].numel() == 0
     row = torch.randn(30).expand(12, 30)
     assert torch.equal(glu(row, up), glu(row.contiguous(), up))

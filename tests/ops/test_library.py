@@ -14,7 +14,16 @@ from peftkern.ops.qlora_linear import config
 
 
 def _quant(w: NF4Weight) -> tuple:
-    return (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
+    return (
+        w.code,
+        w.absmax,
+        w.absmax_8bit,
+        w.absmax_code,
+        w.nested_absmax,
+        w.absmax_offset,
+        w.blocksize,
+        w.nested_blocksize,
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -26,13 +35,22 @@ def test_opcheck(backend: str, nested: bool) -> None:
     with use_backend(backend):
         library.opcheck(ops.quantize_4bit.default, (x, 64, w.code))
         library.opcheck(ops.quantize_absmax.default, (torch.randn(300), functional.nf4.dynamic_map(), 256))
-        library.opcheck(ops.dequantize_4bit.default, (w.packed, *_quant(w)[:6], [20, 64], 64, 256, torch.bfloat16))
+        library.opcheck(
+            ops.dequantize_4bit.default, (w.packed, *_quant(w)[:6], [20, 64], 64, 256, torch.bfloat16)
+        )
         library.opcheck(ops.dequantize_4bit_out.default, (w.packed, *_quant(w), torch.empty(20, 64)))
-        library.opcheck(ops.qlora_linear_fwd.default, (x, w.packed, *_quant(w), 20, torch.randn(20), a, b, 0.5, 0.1, seed))
-        library.opcheck(ops.qlora_linear_fwd.default, (x, w.packed, *_quant(w), 20, None, None, None, 1.0, 0.0, None))
+        library.opcheck(
+            ops.qlora_linear_fwd.default, (x, w.packed, *_quant(w), 20, torch.randn(20), a, b, 0.5, 0.1, seed)
+        )
+        library.opcheck(
+            ops.qlora_linear_fwd.default, (x, w.packed, *_quant(w), 20, None, None, None, 1.0, 0.0, None)
+        )
         xa = torch.randn(5, 3)
         for needs in ([True] * 4, [True, False, False, False], [False, True, True, True]):
-            library.opcheck(ops.qlora_linear_bwd.default, (dy, x, w.packed, *_quant(w), 64, a, b, xa, 0.5, 0.1, seed, needs))
+            library.opcheck(
+                ops.qlora_linear_bwd.default,
+                (dy, x, w.packed, *_quant(w), 64, a, b, xa, 0.5, 0.1, seed, needs),
+            )
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -42,12 +60,18 @@ def test_compile_fullgraph_forward_and_backward(dropout_p: float) -> None:
     seed = torch.tensor([3]) if dropout_p else None
 
     def f(x, bias, a, b):
-        return functional.qlora_linear(x, w, bias, a, b, scaling=0.5, dropout_p=dropout_p, seed=seed).square().sum()
+        return (
+            functional.qlora_linear(x, w, bias, a, b, scaling=0.5, dropout_p=dropout_p, seed=seed)
+            .square()
+            .sum()
+        )
 
     eager = torch.autograd.grad(f(x, bias, a, b), (x, bias, a, b))
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        for got, expected in zip(torch.autograd.grad(compiled(x, bias, a, b), (x, bias, a, b)), eager, strict=True):
+        for got, expected in zip(
+            torch.autograd.grad(compiled(x, bias, a, b), (x, bias, a, b)), eager, strict=True
+        ):
             torch.testing.assert_close(got, expected)
 
 
@@ -60,13 +84,17 @@ def test_compile_with_inductor() -> None:
         return functional.qlora_linear(torch.sin(x), w, lora_a=a, lora_b=b).cos().sum()
 
     eager = torch.autograd.grad(f(x, a, b), (x, a, b))
-    for got, expected in zip(torch.autograd.grad(torch.compile(f, fullgraph=True)(x, a, b), (x, a, b)), eager, strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(torch.compile(f, fullgraph=True)(x, a, b), (x, a, b)), eager, strict=True
+    ):
         torch.testing.assert_close(got, expected)
 
 
 def test_compile_does_not_recompile_for_new_row_counts() -> None:
     w = NF4Weight.from_dense(torch.randn(20, 64))
-    compiled = torch.compile(lambda x: functional.linear_4bit(x, w), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        lambda x: functional.linear_4bit(x, w), fullgraph=True, backend="aot_eager", dynamic=True
+    )
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for m in (5, 9, 33):
@@ -122,7 +150,12 @@ def test_philox_known_answer() -> None:
 
     zero, ones = torch.zeros((), dtype=torch.int64), torch.tensor(0xFFFFFFFF)
     assert [int(v) for v in philox_4x32([zero] * 4, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert [int(v) for v in philox_4x32([ones] * 4, torch.tensor(-1))] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert [int(v) for v in philox_4x32([ones] * 4, torch.tensor(-1))] == [
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    ]
 
 
 def test_native_mask_equals_the_reference(isa: str) -> None:
@@ -176,7 +209,10 @@ def test_threads_have_their_own_scratch() -> None:
 )
 def test_arguments_are_checked(change: dict, error: type, message: str) -> None:
     good = dict(
-        x=torch.randn(5, 64), weight=NF4Weight.from_dense(torch.randn(20, 64)), lora_a=torch.randn(3, 64), lora_b=torch.randn(20, 3)
+        x=torch.randn(5, 64),
+        weight=NF4Weight.from_dense(torch.randn(20, 64)),
+        lora_a=torch.randn(3, 64),
+        lora_b=torch.randn(20, 3),
     )
     with pytest.raises(error, match=message):
         functional.qlora_linear(**(good | change))
@@ -190,7 +226,12 @@ def test_choice_is_data() -> None:
         large = dict(dtype="bfloat16", isa=isa, m=2048, n=4096)
         assert config.choose(k=4096, **large).regime == "gemm"
         # What tiles do not take: rows of half blocks, small blocks, DoRA, dense weights.
-        for other in (dict(k=4096 + 32), dict(k=4096, blocksize=32), dict(k=4096, tiles=False), dict(k=4096, dense=True)):
+        for other in (
+            dict(k=4096 + 32),
+            dict(k=4096, blocksize=32),
+            dict(k=4096, tiles=False),
+            dict(k=4096, dense=True),
+        ):
             assert config.choose(**large, **other).regime == "vendor"
     for isa, row in config.TABLE.items():
         assert config.choose(dtype="float32", isa=isa, m=row.gemv_max_m, n=64, k=64).regime == "gemv"
@@ -208,6 +249,11 @@ def test_import_is_cheap_and_needs_no_extras() -> None:
     import subprocess
     import sys
 
-    code = "import sys, peftkern; print(sorted({'peft', 'transformers', 'bitsandbytes', 'triton'} & sys.modules.keys()))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    code = (
+        "import sys, peftkern; print(sorted({'peft', 'transformers', 'bitsandbytes', 'triton'} & "
+        "sys.modules.keys()))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert out == "[]", out

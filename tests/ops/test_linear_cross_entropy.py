@@ -25,25 +25,55 @@ OPTIONS = [
 ]
 # (M, V, K, R): one row, a vocabulary of one word, ragged everything, a tail shorter than a vector, several
 # row blocks, no adapter.
-SHAPES = [(1, 97, 64, 4), (5, 1, 32, 2), (17, 63, 100, 3), (33, 1030, 65, 0), (70, 257, 48, 16), (600, 50, 40, 0), (3, 5, 7, 0)]
+SHAPES = [
+    (1, 97, 64, 4),
+    (5, 1, 32, 2),
+    (17, 63, 100, 3),
+    (33, 1030, 65, 0),
+    (70, 257, 48, 16),
+    (600, 50, 40, 0),
+    (3, 5, 7, 0),
+]
 
 
-def make(m: int, v: int, k: int, r: int, dtype: torch.dtype, *, bias: bool = True, ignored: float = 0.3, four_bit=None, weight_dtype=None):
+def make(
+    m: int,
+    v: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool = True,
+    ignored: float = 0.3,
+    four_bit=None,
+    weight_dtype=None,
+):
     """x, weight, labels (some ignored, one at least not), bias, A, B."""
     x, weight = torch.randn(m, k).to(dtype), torch.randn(v, k) / k**0.5
-    weight = NF4Weight.from_dense(weight, **four_bit) if four_bit is not None else weight.to(weight_dtype or dtype)
+    weight = (
+        NF4Weight.from_dense(weight, **four_bit) if four_bit is not None else weight.to(weight_dtype or dtype)
+    )
     labels = torch.randint(0, v, (m,))
     labels[torch.rand(m) < ignored] = -100
     labels[m // 2] = v - 1
     a, b = (torch.randn(r, k) / k**0.5).to(dtype), (torch.randn(v, r) * 0.2).to(dtype)
-    return x, weight, labels, (torch.randn(v) * 0.5).to(dtype) if bias else None, a if r else None, b if r else None
+    return (
+        x,
+        weight,
+        labels,
+        (torch.randn(v) * 0.5).to(dtype) if bias else None,
+        a if r else None,
+        b if r else None,
+    )
 
 
 def leaf(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return None if t is None else t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
 
 
-def ours(x, weight, labels, bias, a, b, *, train_weight: bool = False, d_loss: Tensor | None = None, **options) -> dict[str, Tensor]:
+def ours(
+    x, weight, labels, bias, a, b, *, train_weight: bool = False, d_loss: Tensor | None = None, **options
+) -> dict[str, Tensor]:
     x, bias, a, b = map(leaf, (x, bias, a, b))
     weight = leaf(weight) if train_weight else weight
     loss = linear_cross_entropy(x, weight, labels, bias=bias, lora_a=a, lora_b=b, scaling=0.7, **options)
@@ -57,7 +87,16 @@ def named(loss, x, bias, a, b, weight) -> dict[str, Tensor]:
 
 
 def plain(
-    case, dtype: torch.dtype | None, *, train_weight=False, d_loss=None, z_loss=0.0, softcap=None, reduction="mean", items=None, **options
+    case,
+    dtype: torch.dtype | None,
+    *,
+    train_weight=False,
+    d_loss=None,
+    z_loss=0.0,
+    softcap=None,
+    reduction="mean",
+    items=None,
+    **options,
 ):
     """What stock models compute: logits in `dtype` (None: x's), then fp32 (fp64 stays)."""
     x, weight, labels, bias, a, b = case
@@ -117,10 +156,18 @@ def test_loss_and_every_gradient(isa: str, shape: tuple[int, int, int, int], dty
 def test_options(isa: str, options: dict, reduction: str) -> None:
     d_loss = torch.rand(19) if reduction == "none" else torch.tensor(0.37)
     for dtype in (torch.float32, torch.bfloat16):
-        check([make(19, 130, 48, 4, dtype) for _ in range(16)], reduction=reduction, d_loss=d_loss, train_weight=True, **options)
+        check(
+            [make(19, 130, 48, 4, dtype) for _ in range(16)],
+            reduction=reduction,
+            d_loss=d_loss,
+            train_weight=True,
+            **options,
+        )
 
 
-@pytest.mark.parametrize("quant", [{}, {"nested": False}, {"blocksize": 4096}, {"quant_type": "fp4", "blocksize": 32}], ids=str)
+@pytest.mark.parametrize(
+    "quant", [{}, {"nested": False}, {"blocksize": 4096}, {"quant_type": "fp4", "blocksize": 32}], ids=str
+)
 @pytest.mark.parametrize("k", [64, 100])
 def test_4bit_weight(isa: str, quant: dict, k: int) -> None:
     """Slices of the vocabulary begin with a block: here several of them."""
@@ -139,11 +186,18 @@ def test_slices_of_the_vocabulary(isa: str, monkeypatch: pytest.MonkeyPatch) -> 
         check(cases)
     monkeypatch.setattr(heads, "served_by_vendor", lambda *_: False)
     monkeypatch.setattr(cpu, "served_by_vendor", lambda *_: False)
-    check([make(40, 1250, 128, 4, torch.float32) for _ in range(8)], train_weight=True, softcap=4.0, label_smoothing=0.1)
+    check(
+        [make(40, 1250, 128, 4, torch.float32) for _ in range(8)],
+        train_weight=True,
+        softcap=4.0,
+        label_smoothing=0.1,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_heads_serve_the_same_call(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_heads_serve_the_same_call(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who multiplies is a matter of speed alone: the vendor's 16-bit products, too, are within the bounds."""
     for vendor in (True, False):
         monkeypatch.setattr(cpu, "served_by_vendor", lambda *_, vendor=vendor: vendor)
@@ -174,7 +228,11 @@ def test_exponential_and_tanh_over_their_range(isa: str) -> None:
     x = torch.linspace(-90, 90, 4001)[:, None]
     weight, labels = torch.tensor([[1.0], [0.0]]), torch.randint(0, 2, (4001,))
     for softcap in (None, 30.0, 1.0):
-        check([(x * size, weight, labels, None, None, None) for size in (1.0, 1e-2, 1e-4)], softcap=softcap, reduction="sum")
+        check(
+            [(x * size, weight, labels, None, None, None) for size in (1.0, 1e-2, 1e-4)],
+            softcap=softcap,
+            reduction="sum",
+        )
 
 
 def test_infinite_and_nan_logits_are_as_torchs(isa: str) -> None:
@@ -199,7 +257,17 @@ def test_infinite_and_nan_logits_are_as_torchs(isa: str) -> None:
 def test_without_any_label_the_loss_is_torchs_and_the_gradients_are_zero(isa: str, reduction: str) -> None:
     x, weight, labels, bias, a, b = make(6, 30, 16, 2, torch.float32)
     labels[:] = -100
-    got = ours(x, weight, labels, bias, a, b, reduction=reduction, train_weight=True, d_loss=None if reduction != "none" else torch.ones(6))
+    got = ours(
+        x,
+        weight,
+        labels,
+        bias,
+        a,
+        b,
+        reduction=reduction,
+        train_weight=True,
+        d_loss=None if reduction != "none" else torch.ones(6),
+    )
     expected = F.cross_entropy(F.linear(x, weight), labels, reduction=reduction).reshape(-1)
     torch.testing.assert_close(got.pop("loss"), expected, equal_nan=True)
     assert set(got) == {"dx", "d_bias", "d_lora_a", "d_lora_b", "d_weight"}
@@ -258,7 +326,9 @@ def test_backward_twice_and_inputs_are_not_written(isa: str) -> None:
     kept = once.clone()
     (again,) = torch.autograd.grad(3 * loss, x)
     assert torch.equal(once, kept) and torch.allclose(again, 3 * once)
-    assert all(torch.equal(t.detach(), old) for t, old in zip((x, weight, labels, bias, a, b), before, strict=True))
+    assert all(
+        torch.equal(t.detach(), old) for t, old in zip((x, weight, labels, bias, a, b), before, strict=True)
+    )
 
 
 def test_labels_out_of_range_are_an_index_error(isa: str) -> None:
@@ -287,7 +357,11 @@ def test_labels_out_of_range_are_an_index_error(isa: str) -> None:
     ids=str,
 )
 def test_errors_name_the_argument(change: dict, error: type[Exception], words: str) -> None:
-    arguments = {"x": torch.zeros(5, 16), "weight": torch.zeros(20, 16), "labels": torch.zeros(5, dtype=torch.int64)} | change
+    arguments = {
+        "x": torch.zeros(5, 16),
+        "weight": torch.zeros(20, 16),
+        "labels": torch.zeros(5, dtype=torch.int64),
+    } | change
     with pytest.raises(error, match=words):
         linear_cross_entropy(**arguments)
 
@@ -303,4 +377,6 @@ def test_gradcheck_of_the_reference(options: dict, by_row: bool) -> None:
     numbers = (-100, options.get("label_smoothing", 0.0), options.get("z_loss", 0.0), options.get("softcap"))
     divisor = None if by_row else torch.tensor(3.0, dtype=torch.float64)
     with use_backend("reference"):
-        assert torch.autograd.gradcheck(lambda x, w, bias, a, b: op(x, w, labels, bias, a, b, 0.7, numbers, divisor, by_row), inputs)
+        assert torch.autograd.gradcheck(
+            lambda x, w, bias, a, b: op(x, w, labels, bias, a, b, 0.7, numbers, divisor, by_row), inputs
+        )

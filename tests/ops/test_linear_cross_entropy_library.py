@@ -1,4 +1,5 @@
-"""Linear + cross-entropy among torch's machinery (opcheck, compile, autocast, checkpointing, inference mode), and what memory it takes."""
+"""Linear + cross-entropy among torch's machinery (opcheck, compile, autocast, checkpointing, inference mode),
+and what memory it takes."""
 
 from __future__ import annotations
 
@@ -27,14 +28,27 @@ def _arguments(four_bit: dict | None = None, needs=(True,) * 5) -> tuple:
         quant, data = (None,) * 6 + (64, 256), weight
     else:
         w, data = weight, weight.packed
-        quant = (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
+        quant = (
+            w.code,
+            w.absmax,
+            w.absmax_8bit,
+            w.absmax_code,
+            w.nested_absmax,
+            w.absmax_offset,
+            w.blocksize,
+            w.nested_blocksize,
+        )
     return x, data, *quant, 40, labels, bias, a, b, 0.5, *OPTIONS, None, list(needs)
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_opcheck(name: str) -> None:
     with use_backend(name):
-        for args in (_arguments(), _arguments({}, (True, True, True, True, False)), _arguments(needs=(False,) * 5)):
+        for args in (
+            _arguments(),
+            _arguments({}, (True, True, True, True, False)),
+            _arguments(needs=(False,) * 5),
+        ):
             library.opcheck(torch.ops.peftkern.linear_cross_entropy.default, args)
 
 
@@ -46,7 +60,9 @@ def _grads(case, function, **options) -> dict[str, Tensor]:
     return named(loss, x, bias, a, b, weight)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none", "softcap": 4.0}, {"num_items_in_batch": torch.tensor(11)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "softcap": 4.0}, {"num_items_in_batch": torch.tensor(11)}], ids=str
+)
 def test_compiles_into_one_graph_with_the_same_bits(options: dict) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -75,7 +91,9 @@ def test_checkpointing_changes_nothing(reentrant: bool, reduction: str) -> None:
 
         return checkpoint(run, x, weight, bias, lora_a, lora_b, use_reentrant=reentrant)
 
-    got, expected = (_grads(case, function, reduction=reduction) for function in (checkpointed, linear_cross_entropy))
+    got, expected = (
+        _grads(case, function, reduction=reduction) for function in (checkpointed, linear_cross_entropy)
+    )
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
@@ -94,7 +112,9 @@ def test_backward_again_sees_nothing_of_what_was_done_to_the_first_gradients() -
     expected = _grads(case, linear_cross_entropy)
     x, weight, labels, bias, a, b = case
     leaves = [leaf(t) for t in (x, weight, bias, a, b)]
-    loss = linear_cross_entropy(leaves[0], leaves[1], labels, bias=leaves[2], lora_a=leaves[3], lora_b=leaves[4])
+    loss = linear_cross_entropy(
+        leaves[0], leaves[1], labels, bias=leaves[2], lora_a=leaves[3], lora_b=leaves[4]
+    )
     for retain in (True, True, False):
         loss.backward(retain_graph=retain)
         got = named(loss, leaves[0], leaves[2], leaves[3], leaves[4], leaves[1])
@@ -149,12 +169,23 @@ def test_no_tensor_of_rows_times_vocabulary(head: str) -> None:
     quant, x, labels = (None,) * 6 + (64, 256), torch.randn(m, k), torch.randint(0, v, (m,))
     if head == "4bit":
         w = NF4Weight.from_dense(weight)
-        quant = (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize)
+        quant = (
+            w.code,
+            w.absmax,
+            w.absmax_8bit,
+            w.absmax_code,
+            w.nested_absmax,
+            w.absmax_offset,
+            w.blocksize,
+            w.nested_blocksize,
+        )
         weight = w.packed
     needs = (True, False, False, False, head == "trained")
     rest = (v, labels, None, None, None, 1.0, *OPTIONS, None, needs)
     with torch.no_grad(), _Sizes() as sizes:
-        backend("linear_cross_entropy", "reference" if head == "reference" else "cpu").linear_cross_entropy(x, weight, quant, *rest)
+        backend("linear_cross_entropy", "reference" if head == "reference" else "cpu").linear_cross_entropy(
+            x, weight, quant, *rest
+        )
     rows = 128 if head == "reference" else cpu.block_rows(v, 4)
     assert 0 < sizes.largest <= 4 * v * max(rows, k) < 4 * m * v / 2
 
@@ -229,7 +260,9 @@ def test_rows_without_a_label_are_not_multiplied(monkeypatch: pytest.MonkeyPatch
     from peftkern.ops.linear_cross_entropy import heads
 
     seen, original = [], heads.VendorHead.logits
-    monkeypatch.setattr(heads.VendorHead, "logits", lambda self, x, out: (seen.append(len(x)), original(self, x, out))[1])
+    monkeypatch.setattr(
+        heads.VendorHead, "logits", lambda self, x, out: (seen.append(len(x)), original(self, x, out))[1]
+    )
     x, weight, labels, *_ = make(50, 30, 16, 0, torch.float32, ignored=0.5)
     linear_cross_entropy(x, weight, labels)
     assert sum(seen) == (labels != -100).sum() < 50

@@ -14,14 +14,28 @@ from ..cases import each_choice
 from .bounds import assert_as_accurate, products_of_many_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 96, 64, 8), (3, 129, 128, 1), (5, 33, 72, 2), (17, 63, 100, 3), (64, 130, 257, 64), (600, 60, 96, 4), (20, 70, 40, 256)]
+SHAPES = [
+    (1, 96, 64, 8),
+    (3, 129, 128, 1),
+    (5, 33, 72, 2),
+    (17, 63, 100, 3),
+    (64, 130, 257, 64),
+    (600, 60, 96, 4),
+    (20, 70, 40, 256),
+]
 NAMES = ("out", "d_y", "d_x", "d_lora_a", "d_lora_b", "d_bias")
 
 
 def case(m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype) -> list[torch.Tensor]:
     """y, x, A, B, bias, and the gradient of the result."""
     adapters = ((torch.randn(r, k) / k**0.5).to(lora_dtype), (torch.randn(n, r) * 0.1).to(lora_dtype))
-    return [torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype), *adapters, torch.randn(n).to(dtype), torch.randn(m, n).to(dtype)]
+    return [
+        torch.randn(m, n).to(dtype),
+        torch.randn(m, k).to(dtype),
+        *adapters,
+        torch.randn(n).to(dtype),
+        torch.randn(m, n).to(dtype),
+    ]
 
 
 def leaves(tensors: list[torch.Tensor], *dtypes: torch.dtype) -> list[torch.Tensor]:
@@ -29,7 +43,9 @@ def leaves(tensors: list[torch.Tensor], *dtypes: torch.dtype) -> list[torch.Tens
 
 
 @products_of_many_rows
-def plain(tensors: list[torch.Tensor], keep: torch.Tensor | None, dtype: torch.dtype, low: torch.dtype) -> dict[str, torch.Tensor]:
+def plain(
+    tensors: list[torch.Tensor], keep: torch.Tensor | None, dtype: torch.dtype, low: torch.dtype
+) -> dict[str, torch.Tensor]:
     """PEFT's own expression, activations in `dtype` and adapters in `low`."""
     y, x, a, b, bias = inputs = leaves(tensors[:5], dtype, dtype, low, low, dtype)
     dropped = x.to(low) if keep is None else x.to(low) * keep.to(low)
@@ -45,13 +61,23 @@ def ours(tensors: list[torch.Tensor], dropout_p: float, seed: torch.Tensor | Non
     return dict(zip(NAMES, (out.detach(), *(t.grad for t in inputs)), strict=True))
 
 
-def check(*shape: int, dtype: torch.dtype, lora_dtype: torch.dtype | None = None, dropout_p: float = 0.0, draws: int = 8) -> None:
+def check(
+    *shape: int,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    draws: int = 8,
+) -> None:
     runs, lora_dtype = [], lora_dtype or dtype
     seed = torch.tensor([1234567890123]) if dropout_p else None
     for _ in range(draws):
         tensors = case(*shape, dtype, lora_dtype)
         keep = dropout_scale(*tensors[1].shape, dropout_p, seed) if dropout_p else None
-        results = (ours(tensors, dropout_p, seed), plain(tensors, keep, dtype, lora_dtype), plain(tensors, keep, *[torch.float64] * 2))
+        results = (
+            ours(tensors, dropout_p, seed),
+            plain(tensors, keep, dtype, lora_dtype),
+            plain(tensors, keep, *[torch.float64] * 2),
+        )
         runs.append(results)
     for name in NAMES:
         got, stock, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
@@ -95,7 +121,11 @@ def test_inputs_are_never_written_and_two_runs_give_the_same_bits(isa: str) -> N
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_no_rows(backend: str, dropout_p: float) -> None:
     with use_backend(backend):
-        got = ours(case(0, 20, 64, 4, torch.float32, torch.float32), dropout_p, torch.tensor([1]) if dropout_p else None)
+        got = ours(
+            case(0, 20, 64, 4, torch.float32, torch.float32),
+            dropout_p,
+            torch.tensor([1]) if dropout_p else None,
+        )
     assert got["out"].shape == (0, 20) and got["d_x"].shape == (0, 64)
     assert not any(got[name].any() for name in ("d_x", "d_lora_a", "d_lora_b"))
 
@@ -156,7 +186,9 @@ def test_compile_fullgraph_forward_and_backward() -> None:
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(f(*inputs), inputs))
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(f(*inputs), inputs)
+        )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +197,11 @@ def test_compile_fullgraph_forward_and_backward() -> None:
         (dict(lora_a=None), ValueError, "lora_a: is missing"),
         (dict(y=torch.randn(5, 20).bfloat16()), TypeError, "y: got torch.bfloat16, x is torch.float32"),
         (dict(y=torch.randn(4, 20)), ValueError, r"y: got \(4, 20\)"),
-        (dict(y=torch.randn(5, 20).double(), x=torch.randn(5, 64).double()), TypeError, "x: got torch.float64"),
+        (
+            dict(y=torch.randn(5, 20).double(), x=torch.randn(5, 64).double()),
+            TypeError,
+            "x: got torch.float64",
+        ),
         (dict(x=torch.randn(5, 63)), ValueError, r"x: got shape \(5, 63\)"),
         (dict(lora_b=torch.randn(19, 3)), ValueError, r"lora_b: got shape \(19, 3\), expected \[20, 3\]"),
         (dict(bias=torch.randn(19)), ValueError, "bias: got"),
@@ -175,6 +211,15 @@ def test_compile_fullgraph_forward_and_backward() -> None:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", value),
 )
 def test_errors_name_the_argument(change: dict, error: type, message: str) -> None:
-    arguments = dict(zip(("y", "x", "lora_a", "lora_b", "bias"), case(5, 20, 64, 3, torch.float32, torch.float32), strict=False)) | change
+    arguments = (
+        dict(
+            zip(
+                ("y", "x", "lora_a", "lora_b", "bias"),
+                case(5, 20, 64, 3, torch.float32, torch.float32),
+                strict=False,
+            )
+        )
+        | change
+    )
     with pytest.raises(error, match=message):
         lora_add(**arguments)

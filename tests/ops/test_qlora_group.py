@@ -29,11 +29,16 @@ QKV = [(96, [(8, None, 0.0)]), (33, [(4, None, 0.0)]), (32, [(1, None, 0.0)])]
 SEVERAL = [(70, [(8, None, 0.0), (3, None, 0.0), (16, None, 0.25)])]
 MIXED = [(70, [(8, (0, 13), 0.0), (8, (13, 13), 0.0), (4, (13, 30), 0.5), (16, (30, 37), 0.0)])]
 PLAIN = [(64, []), (200, [(4, None, 0.1)]), (16, [])]
-ALL = [(70, [(8, (0, 13), 0.0), (4, (13, 37), 0.5), (2, None, 0.0)]), (48, [(4, (5, 20), 0.1), (4, (20, 37), 0.1)])]
+ALL = [
+    (70, [(8, (0, 13), 0.0), (4, (13, 37), 0.5), (2, None, 0.0)]),
+    (48, [(4, (5, 20), 0.1), (4, (20, 37), 0.1)]),
+]
 LAYOUTS = {"qkv": QKV, "several": SEVERAL, "mixed": MIXED, "plain": PLAIN, "all": ALL}
 
 
-def _case(layout, m: int, k: int, dtype: torch.dtype, *, lora_dtype=None, bias: bool = True, dense=()) -> tuple[Tensor, list[Member]]:
+def _case(
+    layout, m: int, k: int, dtype: torch.dtype, *, lora_dtype=None, bias: bool = True, dense=()
+) -> tuple[Tensor, list[Member]]:
     """x [m, k] and the members of a layout; those numbered in `dense` are not quantized."""
     low = lora_dtype or dtype
     members = []
@@ -69,7 +74,9 @@ def _leaves(x: Tensor, members: list[Member], dtype=None, low=None) -> tuple[Ten
     return leaf(x, dtype), copies
 
 
-def to(x: Tensor, members: list[Member], dys: list[Tensor], device: str) -> tuple[Tensor, list[Member], list[Tensor]]:
+def to(
+    x: Tensor, members: list[Member], dys: list[Tensor], device: str
+) -> tuple[Tensor, list[Member], list[Tensor]]:
     """All of it on a device."""
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
     moved = [
@@ -77,7 +84,10 @@ def to(x: Tensor, members: list[Member], dys: list[Tensor], device: str) -> tupl
             m,
             weight=move(m.weight),
             bias=move(m.bias),
-            adapters=[replace(a, lora_a=move(a.lora_a), lora_b=move(a.lora_b), seed=move(a.seed)) for a in m.adapters],
+            adapters=[
+                replace(a, lora_a=move(a.lora_a), lora_b=move(a.lora_b), seed=move(a.seed))
+                for a in m.adapters
+            ],
         )
         for m in members
     ]
@@ -101,19 +111,25 @@ def _ours(x: Tensor, members: list[Member], dys: list[Tensor]) -> dict[str, Tens
 
 
 @products_of_many_rows
-def _plain(x: Tensor, members: list[Member], dys: list[Tensor], dtype: torch.dtype, low: torch.dtype) -> dict[str, Tensor]:
+def _plain(
+    x: Tensor, members: list[Member], dys: list[Tensor], dtype: torch.dtype, low: torch.dtype
+) -> dict[str, Tensor]:
     """Plain PyTorch, member by member and adapter by adapter."""
     x, members = _leaves(x, members, dtype, low)
     outputs = []
     for member in members:
-        dense = member.weight if isinstance(member.weight, Tensor) else member.weight.dequantize(torch.float32)
+        dense = (
+            member.weight if isinstance(member.weight, Tensor) else member.weight.dequantize(torch.float32)
+        )
         y = linear(x, dense.to(dtype), member.bias)
         for a in member.adapters:
             begin, end = a.rows or (0, len(x))
             part = x[begin:end].to(low)
             part = part * dropout_scale(*part.shape, a.dropout_p, a.seed).to(low) if a.dropout_p else part
             low_rank = (a.scaling * (part @ a.lora_a.t() @ a.lora_b.t())).to(dtype)
-            y = y + torch.cat([y.new_zeros(begin, y.shape[1]), low_rank, y.new_zeros(len(x) - end, y.shape[1])])
+            y = y + torch.cat(
+                [y.new_zeros(begin, y.shape[1]), low_rank, y.new_zeros(len(x) - end, y.shape[1])]
+            )
         outputs.append(y)
     torch.autograd.backward(outputs, [dy.to(dtype) for dy in dys])
     return _named(x, members, outputs)
@@ -148,7 +164,9 @@ def test_every_number_of_rows(isa: str, m: int) -> None:
 
 @pytest.mark.parametrize("regime", ["gemv", "gemm", "vendor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_regime_serves_the_same_call(isa: str, regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_regime_serves_the_same_call(
+    isa: str, regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(config, "choose", lambda **_: config.Choice(regime, "forced by the test"))
     _check(ALL, 37, 192, dtype)
     _check([(600, [(4, None, 0.0)]), (64, [])], 37, 192, dtype, dense=(1,))
@@ -175,7 +193,14 @@ def test_a_group_of_one_is_the_linear(isa: str) -> None:
     x, (member,) = _case([(96, [(8, None, 0.25)])], 40, 192, torch.bfloat16)
     adapter = member.adapters[0]
     single = qlora_linear(
-        x, member.weight, member.bias, adapter.lora_a, adapter.lora_b, scaling=adapter.scaling, dropout_p=0.25, seed=adapter.seed
+        x,
+        member.weight,
+        member.bias,
+        adapter.lora_a,
+        adapter.lora_b,
+        scaling=adapter.scaling,
+        dropout_p=0.25,
+        seed=adapter.seed,
     )
     assert torch.equal(single, qlora_group(x, [member])[0])
 
@@ -204,7 +229,11 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     x, members = _case(ALL, 37, 64, torch.float32)
     members[0].adapters[1].lora_b.requires_grad_()
     torch.autograd.backward(outputs := qlora_group(x, members), [torch.ones_like(y) for y in outputs])
-    assert members[0].adapters[1].lora_b.grad is not None and x.grad is None and members[0].adapters[0].lora_b.grad is None
+    assert (
+        members[0].adapters[1].lora_b.grad is not None
+        and x.grad is None
+        and members[0].adapters[0].lora_b.grad is None
+    )
 
 
 def test_no_rows() -> None:
@@ -222,7 +251,9 @@ def test_missing_seeds_are_drawn_from_torchs_generator() -> None:
     torch.manual_seed(3)
     first = qlora_group(x, dropped)[0]
     torch.manual_seed(3)
-    assert torch.equal(first, qlora_group(x, dropped)[0]) and not torch.equal(first, qlora_group(x, dropped)[0])
+    assert torch.equal(first, qlora_group(x, dropped)[0]) and not torch.equal(
+        first, qlora_group(x, dropped)[0]
+    )
 
 
 def test_compiles_into_one_graph() -> None:
@@ -254,8 +285,13 @@ def test_the_ops_pass_opcheck(backend: str) -> None:
     x, members = _leaves(*_case([*QKV, *ALL], 37, 64, torch.float32))
     with use_backend(backend), _Record() as record:
         outputs = qlora_group(x, members)
-        torch.autograd.backward((outputs[0], outputs[4]), [torch.ones_like(outputs[0]), torch.ones_like(outputs[4])])
-    assert [str(func) for func, _ in record.calls] == ["peftkern.qlora_group_fwd.default", "peftkern.qlora_group_bwd.default"]
+        torch.autograd.backward(
+            (outputs[0], outputs[4]), [torch.ones_like(outputs[0]), torch.ones_like(outputs[4])]
+        )
+    assert [str(func) for func, _ in record.calls] == [
+        "peftkern.qlora_group_fwd.default",
+        "peftkern.qlora_group_bwd.default",
+    ]
     with use_backend(backend):
         for func, args in record.calls:
             library.opcheck(func, args)
@@ -264,8 +300,16 @@ def test_the_ops_pass_opcheck(backend: str) -> None:
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        (dict(lora_b=torch.zeros(3, 3)), ValueError, r"members\[0\]\.adapters\[0\]\.lora_b: got shape \(3, 3\)"),
-        (dict(rows=(5, 99)), ValueError, r"adapters\[0\]\.rows: got \(5, 99\), expected 0 <= begin <= end <= 37"),
+        (
+            dict(lora_b=torch.zeros(3, 3)),
+            ValueError,
+            r"members\[0\]\.adapters\[0\]\.lora_b: got shape \(3, 3\)",
+        ),
+        (
+            dict(rows=(5, 99)),
+            ValueError,
+            r"adapters\[0\]\.rows: got \(5, 99\), expected 0 <= begin <= end <= 37",
+        ),
         (dict(dropout_p=1.5), ValueError, r"adapters\[0\]\.dropout_p: got 1.5"),
         (dict(seed=torch.zeros(1), dropout_p=0.5), ValueError, r"adapters\[0\]\.seed"),
     ],

@@ -17,14 +17,30 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (M, N, K, R): one row, both GEMV limits, ragged everything, K that straddles blocks, several row blocks,
 # ranks of every class.
 SHAPES = [
-    (1, 96, 64, 8), (2, 33, 128, 1), (4, 50, 192, 3), (5, 64, 64, 16), (17, 63, 100, 3), (33, 130, 257, 5), (64, 200, 320, 64),
+    (1, 96, 64, 8),
+    (2, 33, 128, 1),
+    (4, 50, 192, 3),
+    (5, 64, 64, 16),
+    (17, 63, 100, 3),
+    (33, 130, 257, 5),
+    (64, 200, 320, 64),
     (70, 97, 576, 16),
-    (600, 60, 96, 4), (20, 70, 40, 256),
-]  # fmt: skip
+    (600, 60, 96, 4),
+    (20, 70, 40, 256),
+]
 
 
 def _case(
-    m: int, n: int, k: int, r: int, dtype: torch.dtype, *, lora_dtype: torch.dtype | None = None, bias: bool = True, dense=None, **quant
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    lora_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    dense=None,
+    **quant,
 ):
     lora_dtype = lora_dtype or dtype
     weight = torch.randn(n, k) * 0.05
@@ -39,12 +55,16 @@ def _plain(weight, x, a, b, bias, dy, scaling, keep, dtype, low_dtype):
     """Plain PyTorch, activations in `dtype`, adapters in `low_dtype`: the outputs and every gradient, by
     name."""
     w = weight.to(dtype)
-    x, a, b = (t.detach().to(d, copy=True).requires_grad_() for t, d in ((x, dtype), (a, low_dtype), (b, low_dtype)))
+    x, a, b = (
+        t.detach().to(d, copy=True).requires_grad_() for t, d in ((x, dtype), (a, low_dtype), (b, low_dtype))
+    )
     bias = None if bias is None else bias.detach().to(dtype, copy=True).requires_grad_()
     dropped = x.to(low_dtype) * keep.to(low_dtype) if keep is not None else x.to(low_dtype)
     y = torch.nn.functional.linear(x, w, bias) + (scaling * (dropped @ a.t() @ b.t())).to(dtype)
     y.backward(dy.to(dtype))
-    return {"y": y.detach(), "dx": x.grad, "d_lora_a": a.grad, "d_lora_b": b.grad} | ({} if bias is None else {"d_bias": bias.grad})
+    return {"y": y.detach(), "dx": x.grad, "d_lora_a": a.grad, "d_lora_b": b.grad} | (
+        {} if bias is None else {"d_bias": bias.grad}
+    )
 
 
 def _ours(weight, x, a, b, bias, dy, scaling, dropout_p, seed):
@@ -52,7 +72,9 @@ def _ours(weight, x, a, b, bias, dy, scaling, dropout_p, seed):
     bias = None if bias is None else bias.clone().requires_grad_()
     y = qlora_linear(x, weight, bias, a, b, scaling=scaling, dropout_p=dropout_p, seed=seed)
     y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, "d_lora_a": a.grad, "d_lora_b": b.grad} | ({} if bias is None else {"d_bias": bias.grad})
+    return {"y": y.detach(), "dx": x.grad, "d_lora_a": a.grad, "d_lora_b": b.grad} | (
+        {} if bias is None else {"d_bias": bias.grad}
+    )
 
 
 def _check(*shape_and_dtype, draws: int = 8, scaling: float = 0.7, dropout_p: float = 0.0, **options) -> None:
@@ -90,7 +112,9 @@ def test_dropout(isa: str, shape: tuple[int, int, int, int], dropout_p: float) -
 
 
 @pytest.mark.parametrize("size", [(600, 100), pytest.param((2650, 4096), marks=pytest.mark.slow)], ids=str)
-def test_backward_draws_the_mask_of_forward_with_and_without_room_to_keep_it(isa: str, size: tuple[int, int]) -> None:
+def test_backward_draws_the_mask_of_forward_with_and_without_room_to_keep_it(
+    isa: str, size: tuple[int, int]
+) -> None:
     _backward_draws_the_mask_of_forward(*size)
 
 
@@ -115,7 +139,13 @@ def _backward_draws_the_mask_of_forward(m: int, k: int) -> None:
 
 @pytest.mark.parametrize(
     "quant",
-    [{"nested": False}, {"quant_type": "fp4"}, {"blocksize": 32}, {"blocksize": 4096}, {"blocksize": 128, "nested": False}],
+    [
+        {"nested": False},
+        {"quant_type": "fp4"},
+        {"blocksize": 32},
+        {"blocksize": 4096},
+        {"blocksize": 128, "nested": False},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("m", [2, 40])
@@ -123,9 +153,13 @@ def test_formats(isa: str, quant: dict, m: int) -> None:
     _check(m, 70, 384, 4, torch.float32, **quant)
 
 
-@pytest.mark.parametrize("quant", [{"blocksize": 32}, {"blocksize": 64}, {"blocksize": 128, "nested": False}], ids=str)
+@pytest.mark.parametrize(
+    "quant", [{"blocksize": 32}, {"blocksize": 64}, {"blocksize": 128, "nested": False}], ids=str
+)
 @pytest.mark.parametrize("k", [128, 384, 576, 640, 1152])
-def test_few_rows_of_blocks_that_end_within_a_step(isa: str, k: int, quant: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_of_blocks_that_end_within_a_step(
+    isa: str, k: int, quant: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A level that takes several blocks and rows of W at once meets rows that are not a multiple of
     either."""
     monkeypatch.setattr(config, "choose", lambda **_: config.Choice("gemv", "forced by the test"))
@@ -187,7 +221,11 @@ def test_non_contiguous_inputs(isa: str) -> None:
     y = qlora_linear(strided.requires_grad_(), weight, lora_a=wide.requires_grad_(), lora_b=b)
     y.backward(dy.t().contiguous().t())
     plain = _ours(weight, x, a, b, None, dy, 1.0, 0.0, None)
-    assert torch.equal(y.detach(), plain["y"]) and torch.equal(strided.grad, plain["dx"]) and torch.equal(wide.grad, plain["d_lora_a"])
+    assert (
+        torch.equal(y.detach(), plain["y"])
+        and torch.equal(strided.grad, plain["dx"])
+        and torch.equal(wide.grad, plain["d_lora_a"])
+    )
 
 
 def test_saved_for_backward() -> None:
@@ -195,7 +233,9 @@ def test_saved_for_backward() -> None:
     weight, x, a, b, _, _ = _case(64, 96, 128, 8, torch.bfloat16)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        qlora_linear(x.requires_grad_(), weight, lora_a=a.requires_grad_(), lora_b=b.requires_grad_(), dropout_p=0.1)
+        qlora_linear(
+            x.requires_grad_(), weight, lora_a=a.requires_grad_(), lora_b=b.requires_grad_(), dropout_p=0.1
+        )
     small = sum(t.numel() * t.element_size() for t in saved)
     parts = sum(t.numel() * t.element_size() for t in (x, a, b)) + weight.nbytes + 64 * 8 * 4 + 8
     assert small == parts
@@ -214,7 +254,11 @@ def test_gradcheck_of_the_reference(dropout_p: float) -> None:
     from peftkern.ops.qlora_linear import qlora_linear as op
 
     w = torch.randn(6, 10, dtype=torch.float64)
-    x, bias, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 10), (6,), (3, 10), (6, 3)))
+    x, bias, a, b = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 10), (6,), (3, 10), (6, 3))
+    )
     seed = torch.tensor([5]) if dropout_p else None
     with use_backend("reference"):
-        assert torch.autograd.gradcheck(lambda x, bias, a, b: op(x, w, bias, a, b, 0.7, dropout_p, seed), (x, bias, a, b))
+        assert torch.autograd.gradcheck(
+            lambda x, bias, a, b: op(x, w, bias, a, b, 0.7, dropout_p, seed), (x, bias, a, b)
+        )

@@ -29,7 +29,12 @@ def test_a_large_result_lies_where_the_last_one_was_dropped() -> None:
     place = first.data_ptr()
     del first
     again = reused(LARGE, "test")
-    assert again.data_ptr() == place and not again.requires_grad and again.is_contiguous() and again.dtype == torch.float32
+    assert (
+        again.data_ptr() == place
+        and not again.requires_grad
+        and again.is_contiguous()
+        and again.dtype == torch.float32
+    )
     del again
     assert reused((4000, 3000), "test").shape == (4000, 3000) and reused((2, 3), "test").shape == (2, 3)
 
@@ -66,12 +71,16 @@ def test_threads_have_results_of_their_own() -> None:
 
 
 def test_gradients_of_a_trained_head_are_kept_apart() -> None:
-    """Two heads of one size, both gradients alive, one added up over two passes, and one made when the others were dropped."""
+    """Two heads of one size, both gradients alive, one added up over two passes, and one made when the others
+    were dropped."""
     generator = torch.Generator().manual_seed(0)
     n, k = 8200, 1024  # 34 MB
     x, labels = torch.randn(3, k, generator=generator), torch.tensor([1, 7, n - 1])
     heads = [(torch.randn(n, k, generator=generator) * 0.05).requires_grad_() for _ in range(2)]
-    expected = [torch.autograd.grad(torch.nn.functional.cross_entropy(x @ head.t(), labels), head)[0] for head in heads]
+    expected = [
+        torch.autograd.grad(torch.nn.functional.cross_entropy(x @ head.t(), labels), head)[0]
+        for head in heads
+    ]
     for head in heads:
         linear_cross_entropy(x, head, labels).backward()
     linear_cross_entropy(x, heads[0], labels).backward()

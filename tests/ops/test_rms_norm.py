@@ -97,7 +97,10 @@ def test_the_casts_differ_in_16_bits_and_ours_follow(isa: str) -> None:
 def test_rows_of_one_element(isa: str) -> None:
     """dx is all cancellation, so that its error is measured by what cancels, dy * weight / |x|."""
     x, weight, dy = torch.randn(500, 1), torch.rand(1) + 0.5, torch.randn(500, 1)
-    got, exact = run(ours, x, weight, dy, 0.0, "llama"), run(stock, x.double(), weight.double(), dy.double(), 0.0, "llama")
+    got, exact = (
+        run(ours, x, weight, dy, 0.0, "llama"),
+        run(stock, x.double(), weight.double(), dy.double(), 0.0, "llama"),
+    )
     torch.testing.assert_close(got["y"].double(), exact["y"], rtol=4e-7, atol=0)
     assert ((got["dx"].double() - exact["dx"]).abs() <= 4e-7 * (dy * weight / x).abs()).all()
 
@@ -110,7 +113,11 @@ def test_extreme_rows(isa: str) -> None:
     for cast, offset in MODES:
         for eps in (1e-6, 0.0):
             torch.testing.assert_close(
-                ours(x, weight, eps, offset, cast), stock(x, weight, eps, offset, cast), equal_nan=True, rtol=1e-6, atol=1e-30
+                ours(x, weight, eps, offset, cast),
+                stock(x, weight, eps, offset, cast),
+                equal_nan=True,
+                rtol=1e-6,
+                atol=1e-30,
             )
 
 
@@ -118,7 +125,12 @@ def test_strides_of_every_kind(isa: str) -> None:
     """Slices of a wider matrix are read where they lie; transposed, expanded and gapped ones give the bits of
     contiguous ones."""
     wide, weight, dy = torch.randn(12, 90), torch.rand(80)[::2], torch.randn(40, 12).t()
-    for x in (wide[:, 5:45], torch.randn(40, 12).t(), torch.randn(40).expand(12, 40), torch.randn(12, 80)[:, ::2]):
+    for x in (
+        wide[:, 5:45],
+        torch.randn(40, 12).t(),
+        torch.randn(40).expand(12, 40),
+        torch.randn(12, 80)[:, ::2],
+    ):
         expected = run(ours, x.contiguous(), weight.contiguous(), dy.contiguous(), 0.0, "llama")
         y, rstd = OPS.rms_norm_fwd(x, weight, 1e-5, 0.0, "llama")
         dx, d_weight = OPS.rms_norm_bwd(dy, x, weight, rstd, 0.0, "llama", [True, True])

@@ -1,4 +1,5 @@
-"""Rotary position embedding: the native kernel against fp64, bounded by plain PyTorch's own error, on every ISA level."""
+"""Rotary position embedding: the native kernel against fp64, bounded by plain PyTorch's own error, on every
+ISA level."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from peftkern.functional import rope
 from .bounds import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (batch, q heads, k heads, seq, dim, rotary): one token, ragged halves, partial rotation, none at all, heads of every usual size.
+# (batch, q heads, k heads, seq, dim, rotary): one token, ragged halves, partial rotation, none at all, heads
+# of every usual size.
 SHAPES = [
     (1, 4, 2, 1, 64, 64),
     (2, 3, 1, 5, 22, 22),
@@ -41,7 +43,14 @@ def case(shape, dtype: torch.dtype, *, angle_batch: int = 1) -> list[Tensor]:
     b, hq, hk, s, d, rotary = shape
     q, k = (torch.randn(b, s, h, d).to(dtype).transpose(1, 2) for h in (hq, hk))
     angle = torch.randn(angle_batch, s, rotary // 2).repeat(1, 1, 2) * 3
-    return [q, k, angle.cos().to(dtype), angle.sin().to(dtype), torch.randn(b, hq, s, d).to(dtype), torch.randn(b, hk, s, d).to(dtype)]
+    return [
+        q,
+        k,
+        angle.cos().to(dtype),
+        angle.sin().to(dtype),
+        torch.randn(b, hq, s, d).to(dtype),
+        torch.randn(b, hk, s, d).to(dtype),
+    ]
 
 
 def run(f, q, k, cos, sin, dq, dk) -> dict[str, Tensor]:
@@ -56,7 +65,10 @@ def run(f, q, k, cos, sin, dq, dk) -> dict[str, Tensor]:
 @pytest.mark.parametrize("own_angles", [True, False])
 def test_every_output_and_gradient(isa: str, shape, dtype: torch.dtype, own_angles: bool) -> None:
     draws = [case(shape, dtype, angle_batch=shape[0] if own_angles else 1) for _ in range(4)]
-    runs = [[run(f, *a) for f, a in ((rope, args), (stock, args), (stock, [t.double() for t in args]))] for args in draws]
+    runs = [
+        [run(f, *a) for f, a in ((rope, args), (stock, args), (stock, [t.double() for t in args]))]
+        for args in draws
+    ]
     for name in runs[0][0]:
         got, plain, exact = (torch.cat([r[i][name].flatten() for r in runs]) for i in range(3))
         assert got.dtype == dtype
@@ -68,14 +80,19 @@ def test_angles_of_another_dtype(isa: str, angle_dtype: torch.dtype) -> None:
     """The result keeps q's dtype, rounded once from fp32."""
     q, k, cos, sin, *_ = case(SHAPES[1], torch.bfloat16)
     cos, sin = cos.to(angle_dtype), sin.to(angle_dtype)
-    for got, exact in zip(rope(q, k, cos, sin), stock(q.double(), k.double(), cos.double(), sin.double()), strict=True):
+    for got, exact in zip(
+        rope(q, k, cos, sin), stock(q.double(), k.double(), cos.double(), sin.double()), strict=True
+    ):
         assert got.dtype == torch.bfloat16
         assert_as_accurate("rotated", got, exact.bfloat16(), exact)
 
 
 def test_reference_is_the_stock_function_and_its_gradient() -> None:
     args = [t.double() for t in case(SHAPES[2], torch.float32, angle_batch=2)]
-    args[2], args[3] = torch.rand_like(args[2]), torch.rand_like(args[3])  # halves that differ, which a mere inverse rotation would miss
+    args[2], args[3] = (
+        torch.rand_like(args[2]),
+        torch.rand_like(args[3]),
+    )  # halves that differ, which a mere inverse rotation would miss
     with use_backend("reference"):
         got = OPS.rope(*args[:4], False, [True, True])
         grads = OPS.rope(args[4], args[5], args[2], args[3], True, [True, True])
@@ -110,7 +127,10 @@ def test_strides_of_every_kind(isa: str) -> None:
     """Slices of one fused projection, contiguous heads and gapped elements: the same bits."""
     b, s, d = 2, 6, 24
     fused = torch.randn(b, s, (4 + 2 + 2) * d)
-    q, k = fused[..., : 4 * d].view(b, s, 4, d).transpose(1, 2), fused[..., 4 * d : 6 * d].view(b, s, 2, d).transpose(1, 2)
+    q, k = (
+        fused[..., : 4 * d].view(b, s, 4, d).transpose(1, 2),
+        fused[..., 4 * d : 6 * d].view(b, s, 2, d).transpose(1, 2),
+    )
     angle = torch.rand(s, 1, d).transpose(0, 1)
     expected = rope(q.contiguous(), k.contiguous(), angle.cos().contiguous(), angle.sin().contiguous())
     gapped = torch.empty(b, 4, s, 2 * d)[..., ::2].copy_(q)
@@ -187,6 +207,11 @@ def test_compile_fullgraph_forward_and_backward() -> None:
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_arguments_are_checked(change: dict, error: type, message: str) -> None:
-    good = {"q": torch.randn(1, 2, 3, 8), "k": torch.randn(1, 1, 3, 8), "cos": torch.randn(1, 3, 8), "sin": torch.randn(1, 3, 8)}
+    good = {
+        "q": torch.randn(1, 2, 3, 8),
+        "k": torch.randn(1, 1, 3, 8),
+        "cos": torch.randn(1, 3, 8),
+        "sin": torch.randn(1, 3, 8),
+    }
     with pytest.raises(error, match=message):
         rope(**(good | change))

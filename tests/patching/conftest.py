@@ -9,15 +9,16 @@ from .. import stock
 
 @pytest.fixture(autouse=True)
 def stock_bitsandbytes():
-    """Where peftkern is installed, bitsandbytes' own ops are ours too; "stock" means its own, and such as are right on this CPU."""
+    """Where peftkern is installed, bitsandbytes' own ops are ours too; "stock" means its own, and such as are
+    right on this CPU."""
     with stock.right():
         yield
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts what runs: "lora" for the fused LoRA linear, "linear" for the bare one, "add" for a branch onto a stock base's output.
-    `calls.dtype` is what the last linear computed in, `calls.groups` and
+    """Counts what runs: "lora" for the fused LoRA linear, "linear" for the bare one, "add" for a branch onto
+    a stock base's output. `calls.dtype` is what the last linear computed in, `calls.groups` and
     `calls.mlps` count those."""
     counter: Counter[str] = Counter()
     original, original_add = functional.qlora_linear, functional.lora_add
@@ -75,5 +76,7 @@ def calls(monkeypatch):
 def loss_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The keyword arguments of every call of the fused loss."""
     seen, original = [], functional.linear_cross_entropy
-    monkeypatch.setattr(functional, "linear_cross_entropy", lambda *a, **k: (seen.append(k), original(*a, **k))[1])
+    monkeypatch.setattr(
+        functional, "linear_cross_entropy", lambda *a, **k: (seen.append(k), original(*a, **k))[1]
+    )
     return seen

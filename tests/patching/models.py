@@ -24,7 +24,13 @@ IDS = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 def llama(
-    dtype: torch.dtype = torch.float32, *, four_bit: bool = True, seed: int = 0, bias: bool = False, layers: int = 2, **four_bit_options
+    dtype: torch.dtype = torch.float32,
+    *,
+    four_bit: bool = True,
+    seed: int = 0,
+    bias: bool = False,
+    layers: int = 2,
+    **four_bit_options,
 ) -> nn.Module:
     """A Llama of width 64; with `four_bit` all linears but lm_head are bitsandbytes NF4, nested."""
     config = transformers.LlamaConfig(
@@ -52,20 +58,31 @@ def llama(
 
 
 def quantize(
-    model: nn.Module, *, compute_dtype: torch.dtype | None, nested: bool = True, quant_type: str = "nf4", storage=torch.uint8
+    model: nn.Module,
+    *,
+    compute_dtype: torch.dtype | None,
+    nested: bool = True,
+    quant_type: str = "nf4",
+    storage=torch.uint8,
 ) -> None:
     """Replace every projection by a bitsandbytes Linear4bit, as transformers does on loading."""
     for name, old in list(model.named_modules()):
         if type(old) is not nn.Linear or not name.endswith("_proj"):
             continue
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear_4bit(old, compute_dtype, nested, quant_type, storage))
+        setattr(
+            model.get_submodule(parent), child, linear_4bit(old, compute_dtype, nested, quant_type, storage)
+        )
     model.is_loaded_in_4bit = True
     model.requires_grad_(False)
 
 
-def linear_4bit(old: nn.Linear, compute_dtype=None, nested=True, quant_type="nf4", storage=torch.uint8) -> nn.Module:
-    options = dict(compute_dtype=compute_dtype, compress_statistics=nested, quant_type=quant_type, quant_storage=storage)
+def linear_4bit(
+    old: nn.Linear, compute_dtype=None, nested=True, quant_type="nf4", storage=torch.uint8
+) -> nn.Module:
+    options = dict(
+        compute_dtype=compute_dtype, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
+    )
     new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=old.bias is not None, **options)
     kept = dict(compress_statistics=nested, quant_type=quant_type, quant_storage=storage)
     new.weight = bnb.nn.Params4bit(old.weight.data.clone(), requires_grad=False, module=new, **kept)
@@ -81,11 +98,14 @@ def lora(model: nn.Module, **options) -> nn.Module:
 
 
 def config(**options) -> peft.LoraConfig:
-    return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+    return peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    )
 
 
 def arguments(config: peft.LoraConfig) -> dict[str, Any]:
-    """How PEFT's own layers are told of a configuration beside r and lora_alpha: since 0.19 by the whole, before by name."""
+    """How PEFT's own layers are told of a configuration beside r and lora_alpha: since 0.19 by the whole,
+    before by name."""
     if "config" in inspect.signature(peft.tuners.lora.LoraLayer.update_layer).parameters:
         return {"config": config}
     names = ("lora_dropout", "init_lora_weights", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
@@ -100,7 +120,11 @@ def randomize(model: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    }
 
 
 def linears(report: peftkern.PatchReport) -> dict[str, int]:
@@ -110,7 +134,9 @@ def linears(report: peftkern.PatchReport) -> dict[str, int]:
 
 def first(model: nn.Module) -> nn.Module:
     """The LoRA layer of the first o_proj, which belongs to no group."""
-    return next(module for name, module in lora_layers(model).items() if name.endswith("layers.0.self_attn.o_proj"))
+    return next(
+        module for name, module in lora_layers(model).items() if name.endswith("layers.0.self_attn.o_proj")
+    )
 
 
 def run(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:
@@ -123,7 +149,11 @@ def run(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:
 
 
 def grads(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 COPIES = ("deepcopy", "pickle")
@@ -140,7 +170,8 @@ def copied(model: nn.Module, how: str) -> nn.Module:
 
 
 def in_fp64(model: nn.Module) -> nn.Module:
-    """The same model with dense fp64 weights (the exact dequantized values) and norms that do not round to fp32 inside."""
+    """The same model with dense fp64 weights (the exact dequantized values) and norms that do not round to
+    fp32 inside."""
     double = copy.deepcopy(model)
     for name, old in list(double.named_modules()):
         if isinstance(old, bnb.nn.Linear4bit):
@@ -155,7 +186,9 @@ def in_fp64(model: nn.Module) -> nn.Module:
 def _dense(old: nn.Module) -> nn.Linear:
     new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
     with peftkern.use_backend("reference"):
-        new.weight = nn.Parameter(peftkern.NF4Weight.from_bnb(old).dequantize(torch.float32), requires_grad=False)
+        new.weight = nn.Parameter(
+            peftkern.NF4Weight.from_bnb(old).dequantize(torch.float32), requires_grad=False
+        )
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.data.clone(), requires_grad=old.bias.requires_grad)
     return new

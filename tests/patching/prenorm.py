@@ -104,7 +104,9 @@ class Extra(Layer):
 def wrapping(function):
     @functools.wraps(function)
     def wrapper(self, *args, **kwargs):
-        return function(self, *args, **{name: value for name, value in kwargs.items() if name != "deprecated"})
+        return function(
+            self, *args, **{name: value for name, value in kwargs.items() if name != "deprecated"}
+        )
 
     return wrapper
 

@@ -195,7 +195,9 @@ def test_hooks_on_inner_modules_still_fire(module, four_bit):
 
 @BOTH
 @pytest.mark.parametrize(
-    "x", [torch.ones(2, 64, dtype=torch.float64), torch.ones(2, 63), torch.ones(2, 64, device="meta")], ids=["fp64", "shape", "meta"]
+    "x",
+    [torch.ones(2, 64, dtype=torch.float64), torch.ones(2, 63), torch.ones(2, 64, device="meta")],
+    ids=["fp64", "shape", "meta"],
 )
 def test_inputs_the_kernels_do_not_take_get_stock_behaviour(x, four_bit):
     stock, patched = pair(four_bit)

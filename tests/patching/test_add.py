@@ -1,4 +1,5 @@
-"""LoRA on bases without a fused form: the base runs as it is, the branch is peftkern's; every dtype and gradient is stock's."""
+"""LoRA on bases without a fused form: the base runs as it is, the branch is peftkern's; every dtype and
+gradient is stock's."""
 
 import copy
 
@@ -27,7 +28,10 @@ class Foreign(nn.Module):
     def __init__(self, k=64, n=48):
         super().__init__()
         self.in_features, self.out_features = k, n
-        self.register_buffer("qweight", torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(5), dtype=torch.int8))
+        self.register_buffer(
+            "qweight",
+            torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(5), dtype=torch.int8),
+        )
 
     def forward(self, x):
         return nn.functional.linear(x, self.qweight.to(x.dtype) / 32)
@@ -48,10 +52,16 @@ def conv1d():
 
 MAKERS = {
     "conv1d": lambda config: Linear(conv1d(), "default", **models.arguments(config), r=4, lora_alpha=8),
-    "8bit": lambda config: Linear8bitLt(eight_bit(), "default", **models.arguments(config), r=4, lora_alpha=8),
-    "gptq": lambda config: GPTQLoraLinear(Foreign(), "default", **models.arguments(config), r=4, lora_alpha=8),
+    "8bit": lambda config: Linear8bitLt(
+        eight_bit(), "default", **models.arguments(config), r=4, lora_alpha=8
+    ),
+    "gptq": lambda config: GPTQLoraLinear(
+        Foreign(), "default", **models.arguments(config), r=4, lora_alpha=8
+    ),
     "awq": lambda config: AwqLoraLinear(Foreign(), "default", **models.arguments(config), r=4, lora_alpha=8),
-    "aqlm": lambda config: AqlmLoraLinear(Foreign(), "default", **models.arguments(config), r=4, lora_alpha=8),
+    "aqlm": lambda config: AqlmLoraLinear(
+        Foreign(), "default", **models.arguments(config), r=4, lora_alpha=8
+    ),
 }
 
 
@@ -105,7 +115,9 @@ def test_autocast(kind, autocast, calls):
 
 
 @BOTH
-@pytest.mark.parametrize("options", [dict(use_rslora=True), dict(lora_bias=True)], ids=["rslora", "lora-bias"])
+@pytest.mark.parametrize(
+    "options", [dict(use_rslora=True), dict(lora_bias=True)], ids=["rslora", "lora-bias"]
+)
 def test_lora_options(kind, options, calls):
     layer = layer_of(kind, **options)
     if "lora_bias" in options:
@@ -116,7 +128,9 @@ def test_lora_options(kind, options, calls):
 @BOTH
 def test_several_active_adapters(kind, calls):
     layer = layer_of(kind)
-    layer.update_layer("second", 3, lora_alpha=6, **models.arguments(models.config(fan_in_fan_out=kind == "conv1d")))
+    layer.update_layer(
+        "second", 3, lora_alpha=6, **models.arguments(models.config(fan_in_fan_out=kind == "conv1d"))
+    )
     models.randomize(layer)
     layer.set_adapter(["default", "second"])
     check(layer, input_of(torch.float32), calls, expected=2)
@@ -127,7 +141,12 @@ def test_disabled_and_merged_adapters_run_stock(kind, calls):
     layer = layer_of(kind)
     stock, x = copy.deepcopy(layer), input_of(torch.float32)
     peftkern.patch(layer)
-    for step in (lambda it: it.enable_adapters(False), lambda it: it.enable_adapters(True), lambda it: it.merge(), lambda it: it.unmerge()):
+    for step in (
+        lambda it: it.enable_adapters(False),
+        lambda it: it.enable_adapters(True),
+        lambda it: it.merge(),
+        lambda it: it.unmerge(),
+    ):
         step(stock), step(layer)
         torch.testing.assert_close(layer(x), stock(x), rtol=1e-4, atol=1e-4)
     assert calls["add"] == 2
@@ -179,7 +198,9 @@ def test_no_copy_of_a_conv1d_weight_is_kept():
 
 
 @pytest.mark.parametrize(
-    "change, reason", [(lambda base: base.to("meta"), "meta device"), (lambda base: base.double(), "float64")], ids=["meta", "fp64"]
+    "change, reason",
+    [(lambda base: base.to("meta"), "meta device"), (lambda base: base.double(), "float64")],
+    ids=["meta", "fp64"],
 )
 def test_what_the_branch_cannot_be_added_onto_is_named(change, reason):
     layer = layer_of("conv1d")
@@ -192,9 +213,13 @@ def test_an_8bit_model_trains(calls):
     model = models.llama(four_bit=False)
     for name, old in list(model.named_modules()):
         if type(old) is nn.Linear and name.endswith("_proj"):
-            new = models.bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
+            new = models.bnb.nn.Linear8bitLt(
+                old.in_features, old.out_features, bias=False, has_fp16_weights=False
+            )
             new.load_state_dict(old.state_dict())
-            model.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], new.to("cpu"))
+            model.get_submodule(name.rpartition(".")[0]).register_module(
+                name.rpartition(".")[2], new.to("cpu")
+            )
     model.is_loaded_in_8bit = True
     model = models.lora(model.requires_grad_(False))
     assert models.linears(peftkern.patch(model)) == {"lora_add": 14}
@@ -208,7 +233,8 @@ def test_an_8bit_model_trains(calls):
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_cuda_autocast_promotes_the_output_as_stock_does(kind, calls):
-    """Some of PEFT's layers ask for CUDA's switch and then add the branch uncast; both switches on act on CPU tensors as on CUDA."""
+    """Some of PEFT's layers ask for CUDA's switch and then add the branch uncast; both switches on act on CPU
+    tensors as on CUDA."""
     layer, x, before = layer_of(kind), input_of(torch.float16), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -227,15 +253,23 @@ def test_cuda_autocast_promotes_the_output_as_stock_does(kind, calls):
 @pytest.mark.parametrize("kind", ["conv1d", "8bit"])
 def test_each_sample_runs_through_its_adapter(kind, calls):
     """PEFT's `adapter_names` in one call, and `mixed_adapters` around it, training included."""
-    layer, x, names = layer_of(kind, lora_bias=True), input_of(torch.float32), ["second", "__base__", "default"]
-    layer.update_layer("second", 3, lora_alpha=6, **models.arguments(models.config(fan_in_fan_out=kind == "conv1d")))
+    layer, x, names = (
+        layer_of(kind, lora_bias=True),
+        input_of(torch.float32),
+        ["second", "__base__", "default"],
+    )
+    layer.update_layer(
+        "second", 3, lora_alpha=6, **models.arguments(models.config(fan_in_fan_out=kind == "conv1d"))
+    )
     models.randomize(layer)
     nn.init.normal_(layer.lora_B["default"].bias)
     for part in (layer.lora_A, layer.lora_B):
         part.requires_grad_(True)
     stock = copy.deepcopy(layer.eval())
     peftkern.patch(layer)
-    with torch.set_grad_enabled(kind == "conv1d"):  # stock writes into the 8-bit base's output, which has no gradient then
+    with torch.set_grad_enabled(
+        kind == "conv1d"
+    ):  # stock writes into the 8-bit base's output, which has no gradient then
         expected = stock(x, adapter_names=names)
     torch.testing.assert_close(layer(x, adapter_names=names), expected, rtol=1e-4, atol=1e-4)
     with mixed_adapters(layer, names):
@@ -252,15 +286,21 @@ def test_each_sample_runs_through_its_adapter(kind, calls):
 
 
 def test_a_view_of_a_trainable_flat_parameter_is_fused_where_no_gradient_is_recorded(calls):
-    """FSDP shows frozen weights as views of a parameter that trains as a whole; without grad they are weights like any other."""
-    layer, x = Linear(nn.Linear(64, 48), "default", config=models.config(), r=4, lora_alpha=8), input_of(torch.float32)
+    """FSDP shows frozen weights as views of a parameter that trains as a whole; without grad they are weights
+    like any other."""
+    layer, x = (
+        Linear(nn.Linear(64, 48), "default", config=models.config(), r=4, lora_alpha=8),
+        input_of(torch.float32),
+    )
     layer.base_layer.requires_grad_(False)
     models.randomize(layer)
     expected = layer(x)
     peftkern.patch(layer)
     weight = layer.base_layer.weight
     del layer.base_layer.weight
-    layer.base_layer.weight = nn.Parameter(torch.cat([weight.flatten(), torch.zeros(5)]))[: weight.numel()].view(weight.shape)
+    layer.base_layer.weight = nn.Parameter(torch.cat([weight.flatten(), torch.zeros(5)]))[
+        : weight.numel()
+    ].view(weight.shape)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
     assert calls == {"lora": 1}

@@ -33,7 +33,17 @@ pytestmark = exact
 
 LOW = (torch.bfloat16, torch.float16)
 # name: modules that attend; Falcon has functions of its own
-ATTENDING = {"llama": 2, "gemma2": 2, "phi3": 2, "gpt2": 2, "gpt-neox": 2, "bert": 2, "vit": 2, "t5": 6, "falcon": 0}
+ATTENDING = {
+    "llama": 2,
+    "gemma2": 2,
+    "phi3": 2,
+    "gpt2": 2,
+    "gpt-neox": 2,
+    "bert": 2,
+    "vit": 2,
+    "t5": 6,
+    "falcon": 0,
+}
 IDS = zoo.TEXT
 
 
@@ -90,30 +100,42 @@ def padding(rows: int = 3) -> Tensor:
 @pytest.mark.parametrize("name", ATTENDING)
 def test_which_modules_attend(name: str) -> None:
     found = wide_candidates(zoo.build(name, dtype=torch.bfloat16))
-    assert [(block.got, block.mode, block.reason) for block in found] == [("fp32_attention", WideMode(LOW), None)] * ATTENDING[name]
+    assert [(block.got, block.mode, block.reason) for block in found] == [
+        ("fp32_attention", WideMode(LOW), None)
+    ] * ATTENDING[name]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("mask", [None, padding()], ids=["causal", "padded"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_models_err_no_more_than_stock_ones(dtype: torch.dtype, mask: Tensor | None, implementation: str) -> None:
+def test_models_err_no_more_than_stock_ones(
+    dtype: torch.dtype, mask: Tensor | None, implementation: str
+) -> None:
     stock = llama(dtype, implementation)
     inputs = {} if mask is None else {"attention_mask": mask}
-    ours, plain, exact = (run(m, **inputs) for m in (widened(copy.deepcopy(stock)), stock, models.in_fp64(stock)))
+    ours, plain, exact = (
+        run(m, **inputs) for m in (widened(copy.deepcopy(stock)), stock, models.in_fp64(stock))
+    )
     for name in exact:
-        error, allowed = ((got[name].double() - exact[name]).norm() / exact[name].norm() for got in (ours, plain))
+        error, allowed = (
+            (got[name].double() - exact[name]).norm() / exact[name].norm() for got in (ours, plain)
+        )
         assert error <= max(FACTOR * allowed, torch.finfo(dtype).eps), name
     assert any(not torch.equal(ours[name], plain[name]) for name in ours)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("mask", [None, padding()], ids=["causal", "padded"])
-def test_a_layer_attends_as_stock_does_in_fp32_and_rounds_once(implementation: str, mask: Tensor | None) -> None:
+def test_a_layer_attends_as_stock_does_in_fp32_and_rounds_once(
+    implementation: str, mask: Tensor | None
+) -> None:
     """Bit for bit: stock's function on the same operands, cast."""
     model, given = llama(implementation=implementation), []
     module = model.model.layers[0].self_attn
     scope = innermost(type(module).forward).__globals__
-    function = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, scope["eager_attention_forward"])
+    function = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        implementation, scope["eager_attention_forward"]
+    )
 
     def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         given.append((args, kwargs, function(*args, **kwargs)))
@@ -126,13 +148,24 @@ def test_a_layer_attends_as_stock_does_in_fp32_and_rounds_once(implementation: s
     added = (
         None
         if mask is None
-        else torch.zeros(2, 1, 12, 12).masked_fill(mask[:, None, None] == 0, torch.finfo(torch.bfloat16).min).bfloat16()
+        else torch.zeros(2, 1, 12, 12)
+        .masked_fill(mask[:, None, None] == 0, torch.finfo(torch.bfloat16).min)
+        .bfloat16()
     )
-    ours = interfaces.get_interface(implementation, scope["eager_attention_forward"])(module, q, k, v, added, scaling=0.25)
-    wide = function(module, q.float(), k.float(), v.float(), None if added is None else added.float(), scaling=0.25)
+    ours = interfaces.get_interface(implementation, scope["eager_attention_forward"])(
+        module, q, k, v, added, scaling=0.25
+    )
+    wide = function(
+        module, q.float(), k.float(), v.float(), None if added is None else added.float(), scaling=0.25
+    )
     assert torch.equal(ours[0], wide[0].bfloat16()) and ours[0].dtype == torch.bfloat16
-    assert (ours[1] is None) == (wide[1] is None) and (ours[1] is None or torch.equal(ours[1], wide[1].bfloat16()))
-    assert interfaces.get_interface("recorded", None) is recorded and interfaces["sdpa"] is scope["ALL_ATTENTION_FUNCTIONS"]["sdpa"]
+    assert (ours[1] is None) == (wide[1] is None) and (
+        ours[1] is None or torch.equal(ours[1], wide[1].bfloat16())
+    )
+    assert (
+        interfaces.get_interface("recorded", None) is recorded
+        and interfaces["sdpa"] is scope["ALL_ATTENTION_FUNCTIONS"]["sdpa"]
+    )
 
 
 def test_calls_that_stay_in_16_bits(seen: list[torch.dtype]) -> None:
@@ -203,7 +236,9 @@ def test_copies_and_removal(how: str, seen: list[torch.dtype]) -> None:
     assert all(torch.equal(got[name], before[name]) for name in before)
 
 
-def test_beside_rope_and_when_others_change_the_functions(monkeypatch: pytest.MonkeyPatch, seen: list[torch.dtype]) -> None:
+def test_beside_rope_and_when_others_change_the_functions(
+    monkeypatch: pytest.MonkeyPatch, seen: list[torch.dtype]
+) -> None:
     import transformers.models.llama.modeling_llama as defining
 
     model = llama()
@@ -237,7 +272,11 @@ def test_patch_reports_it_and_exclude_and_blocks_leave_it(seen: list[torch.dtype
 
     report = peftkern.patch(model := build(), dense=False)
     rows = [row for row in report.rows if row.got == "fp32_attention"]
-    assert report.counts["fp32_attention"] == 2 and {row.kind for row in rows} == {"attention"} and "fp32_attention" in str(report)
+    assert (
+        report.counts["fp32_attention"] == 2
+        and {row.kind for row in rows} == {"attention"}
+        and "fp32_attention" in str(report)
+    )
     model(IDS, use_cache=False)
     assert seen == [torch.float32] * 2
     assert peftkern.unpatch(model) and not peftkern.unpatch(model)

@@ -28,16 +28,37 @@ pytestmark = exact
 
 IDS = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 SIZES = dict(
-    vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, attention_dropout=0.0,
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    attention_dropout=0.0,
+)
 LLAMA, GEMMA = NormMode("variance_epsilon", 0.0, "llama", True), NormMode("eps", 1.0, "gemma", True)
 # name: (config, norms, their mode, attentions, their mode)
 MODELS = {
     "llama": (lambda: transformers.LlamaConfig(**SIZES), 5, LLAMA, 2, RopeMode(False)),
-    "gemma2": (lambda: transformers.Gemma2Config(**SIZES, head_dim=16, sliding_window=8), 9, GEMMA, 2, RopeMode(False)),
+    "gemma2": (
+        lambda: transformers.Gemma2Config(**SIZES, head_dim=16, sliding_window=8),
+        9,
+        GEMMA,
+        2,
+        RopeMode(False),
+    ),
     "qwen3": (lambda: transformers.Qwen3Config(**SIZES, head_dim=16), 9, LLAMA, 2, RopeMode(False)),
-    "phi3": (lambda: transformers.Phi3Config(**SIZES, partial_rotary_factor=0.5, resid_pdrop=0.0), 5, LLAMA, 2, RopeMode(True)),
+    "phi3": (
+        lambda: transformers.Phi3Config(**SIZES, partial_rotary_factor=0.5, resid_pdrop=0.0),
+        5,
+        LLAMA,
+        2,
+        RopeMode(True),
+    ),
     "gpt_neox": (
         lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
         0,
@@ -76,7 +97,11 @@ def run(model: nn.Module) -> dict[str, Tensor]:
     logits = model(input_ids=IDS, use_cache=False).logits
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten())
     loss.backward()
-    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    grads = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return {"logits": logits.detach(), "loss": loss.detach()} | grads
 
 
@@ -112,7 +137,9 @@ def test_every_norm_and_rotation_is_recognized(name: str) -> None:
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_patched_models_err_no_more_than_stock_ones(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+def test_patched_models_err_no_more_than_stock_ones(
+    name: str, dtype: torch.dtype, calls: Counter[str]
+) -> None:
     """Logits, loss and every gradient against fp64, with the bound plain PyTorch's own error sets."""
     stock = build(name, dtype)
     plain, exact = run(stock), run(_in_fp64(stock))
@@ -124,7 +151,9 @@ def test_patched_models_err_no_more_than_stock_ones(name: str, dtype: torch.dtyp
     assert calls == {key: count for key, count in (("rms_norm", norms), ("rope", ropes)) if count}
     assert ours.keys() == plain.keys() == exact.keys()
     for key in ours:
-        error, allowed = (((run_[key].double() - exact[key]).norm() / exact[key].norm()).item() for run_ in (ours, plain))
+        error, allowed = (
+            ((run_[key].double() - exact[key]).norm() / exact[key].norm()).item() for run_ in (ours, plain)
+        )
         assert error <= max(FACTOR * allowed, torch.finfo(dtype).eps), key
 
 
@@ -145,7 +174,11 @@ def _in_fp64(model: nn.Module) -> nn.Module:
 @EVERY
 def test_removal_restores_everything(name: str) -> None:
     model = build(name, torch.bfloat16)
-    before, contents, classes = run(model), [set(m.__dict__) for m in model.modules()], [type(m) for m in model.modules()]
+    before, contents, classes = (
+        run(model),
+        [set(m.__dict__) for m in model.modules()],
+        [type(m) for m in model.modules()],
+    )
     state = list(model.state_dict())
     patched(model)
     assert list(model.state_dict()) == state and [type(m) for m in model.modules()] == classes
@@ -184,7 +217,9 @@ def test_other_instances_and_the_module_of_the_class_are_untouched(calls: Counte
     function, forward = defining.apply_rotary_pos_emb, defining.LlamaAttention.forward
     patched(build("llama"))
     build("llama")(input_ids=IDS)
-    assert not calls and defining.apply_rotary_pos_emb is function and defining.LlamaAttention.forward is forward
+    assert (
+        not calls and defining.apply_rotary_pos_emb is function and defining.LlamaAttention.forward is forward
+    )
 
 
 @pytest.mark.any_isa
@@ -198,7 +233,11 @@ def test_compile_fullgraph_runs_ours_and_does_not_recompile(name: str) -> None:
     targets: Counter[str] = Counter()
 
     def count(graph: torch.fx.GraphModule, _):
-        targets.update(str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("peftkern."))
+        targets.update(
+            str(node.target).split(".")[1]
+            for node in graph.graph.nodes
+            if str(node.target).startswith("peftkern.")
+        )
         return make_boxed_func(graph)
 
     model = copy.deepcopy(patched(build(name)))  # a copy that never ran
@@ -225,7 +264,9 @@ def test_attention_weights_are_still_returned() -> None:
     stock.set_attn_implementation("eager")
     model = patched(copy.deepcopy(stock))
     for ours, theirs in zip(
-        model(input_ids=IDS, output_attentions=True).attentions, stock(input_ids=IDS, output_attentions=True).attentions, strict=True
+        model(input_ids=IDS, output_attentions=True).attentions,
+        stock(input_ids=IDS, output_attentions=True).attentions,
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -276,7 +317,11 @@ class Biased(Scaled):
 
 @pytest.mark.parametrize(
     ("module", "words"),
-    [(Scaled(), "no RMSNorm that peftkern knows"), (Gated(), "failed on a probe: TypeError"), (Biased(), "other parameters")],
+    [
+        (Scaled(), "no RMSNorm that peftkern knows"),
+        (Gated(), "failed on a probe: TypeError"),
+        (Biased(), "other parameters"),
+    ],
     ids=lambda v: "" if isinstance(v, str) else type(v).__name__,
 )
 def test_other_norms_keep_their_forward_and_say_why(module: nn.Module, words: str) -> None:
@@ -313,11 +358,15 @@ def test_probing_leaves_the_module_as_it_was() -> None:
     state = torch.random.get_rng_state()
     candidates(model)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+    assert all(
+        id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize(
-    "x", [torch.randn(3, 64).double(), torch.randn(3, 64, device="meta"), torch.randn(3, 63)], ids=["fp64", "meta", "size"]
+    "x",
+    [torch.randn(3, 64).double(), torch.randn(3, 64, device="meta"), torch.randn(3, 63)],
+    ids=["fp64", "meta", "size"],
 )
 def test_inputs_the_norm_kernels_do_not_take_get_stock_behaviour(x: Tensor, calls: Counter[str]) -> None:
     stock = build("llama").model.norm
@@ -362,7 +411,9 @@ def test_another_rotary_convention_is_refused() -> None:
     assert ["rotate_half" in block.reason for block in rope_candidates(model)] == [True, True]
 
 
-def test_what_others_put_into_the_defining_module_later_is_seen(monkeypatch: pytest.MonkeyPatch, calls: Counter[str]) -> None:
+def test_what_others_put_into_the_defining_module_later_is_seen(
+    monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
+) -> None:
     import transformers.models.llama.modeling_llama as defining
 
     model, used = patched(build("llama")), []
@@ -378,7 +429,9 @@ def test_what_others_put_into_the_defining_module_later_is_seen(monkeypatch: pyt
     calls.clear()
     model(input_ids=IDS)
     assert used == ["attention"] * 2 and calls["rope"] == 2
-    monkeypatch.setattr(defining, "apply_rotary_pos_emb", lambda *args: used.append("rotary") or original(*args))
+    monkeypatch.setattr(
+        defining, "apply_rotary_pos_emb", lambda *args: used.append("rotary") or original(*args)
+    )
     calls.clear()
     model(input_ids=IDS)
     assert used.count("rotary") == 2 and calls["rope"] == 0

@@ -1,5 +1,6 @@
-"""Whatever a call reads may change between two calls: adapters swapped in place, weights written through `.data`, moved or replaced, other
-modules put in their places, other widths. The next call gives what the layer gives now, with one row and with many."""
+"""Whatever a call reads may change between two calls: adapters swapped in place, weights written through
+`.data`, moved or replaced, other modules put in their places, other widths. The next call gives what the
+layer gives now, with one row and with many."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def linear(kind: str, n: int = 64, k: int = 64, seed: int = 0, bias: bool = True
 def adapted(kind: str, **options) -> tuple[nn.Module, nn.Module]:
     """A patched model of one LoRA linear of width 64, and that layer."""
     model = models.peft.get_peft_model(
-        nn.ModuleDict({"linear": linear(kind)}), models.peft.LoraConfig(**{"r": 4, "target_modules": ["linear"]} | options)
+        nn.ModuleDict({"linear": linear(kind)}),
+        models.peft.LoraConfig(**{"r": 4, "target_modules": ["linear"]} | options),
     )
     models.randomize(model)
     peftkern.patch(model)
@@ -198,7 +200,8 @@ def test_a_4bit_weight_of_another_shape():
 
 
 def test_bases_replaced_again_and_again():
-    """What was prepared for one base is not taken for another that Python has put at the address of the first."""
+    """What was prepared for one base is not taken for another that Python has put at the address of the
+    first."""
     model = nn.Sequential(linear("nested", bias=False).requires_grad_(False))
     peftkern.patch(model)
     bases = [linear("nested", seed=seed, bias=False) for seed in range(60)]
@@ -247,19 +250,24 @@ def test_a_base_whose_class_is_given_another_forward(rows, monkeypatch):
     class Own(nn.Linear):
         pass
 
-    model = models.peft.get_peft_model(nn.ModuleDict({"linear": linear("dense")}), models.peft.LoraConfig(r=4, target_modules=["linear"]))
+    model = models.peft.get_peft_model(
+        nn.ModuleDict({"linear": linear("dense")}), models.peft.LoraConfig(r=4, target_modules=["linear"])
+    )
     layer, x = model.base_model.model["linear"], sample(rows)
     layer.base_layer.__class__ = Own
     peftkern.patch(model)
     check(layer, x)
     monkeypatch.setattr(Own, "forward", lambda self, x: torch.zeros(*x.shape[:-1], 64), raising=False)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), layer.scaling["default"] * layer.lora_B["default"](layer.lora_A["default"](x)))
+        torch.testing.assert_close(
+            layer(x), layer.scaling["default"] * layer.lora_B["default"](layer.lora_A["default"](x))
+        )
 
 
 @ROWS
 def test_a_weight_that_is_computed_at_every_access(rows):
-    """A parametrized base or adapter: what stands in the parameter's place is another tensor at every call."""
+    """A parametrized base or adapter: what stands in the parameter's place is another tensor at every
+    call."""
     _, layer = adapted("dense")
     x = sample(rows)
     check(layer, x)
@@ -294,7 +302,11 @@ def test_a_scaling_that_is_written_in_place(kind, use_dora, rows):
     _, layer = hotswappable(kind, use_dora=use_dora)
     x = sample(rows)
     check(layer, x)
-    for change in (lambda: layer.scaling["default"].fill_(5.0), lambda: layer.scale_layer(2.0), lambda: layer.set_scale("default", 0.5)):
+    for change in (
+        lambda: layer.scaling["default"].fill_(5.0),
+        lambda: layer.scale_layer(2.0),
+        lambda: layer.set_scale("default", 0.5),
+    ):
         before = layer(x)
         change()
         check(layer, x)
@@ -401,11 +413,16 @@ def test_blocks_of_another_width_raise_as_torch_does():
 
 
 def test_nothing_is_read_twice_in_generation():
-    """A step of generation that is prepared stays so: what is looked at again is no reason to prepare it anew."""
+    """A step of generation that is prepared stays so: what is looked at again is no reason to prepare it
+    anew."""
     _, layer = adapted("nested")
     forward, x = find(layer)[1], sample(1)
     with torch.no_grad():
         layer(x)
         (_, call), view = forward.ready.prepared, forward.cache.view(layer.base_layer)
         layer(x)
-    assert call is not None and forward.ready.prepared[1] is call and forward.cache.view(layer.base_layer) is view
+    assert (
+        call is not None
+        and forward.ready.prepared[1] is call
+        and forward.cache.view(layer.base_layer) is view
+    )

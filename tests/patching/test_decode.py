@@ -1,4 +1,5 @@
-"""Generation: calls of few rows without gradients use what an earlier call prepared, give the same bits, and notice every change."""
+"""Generation: calls of few rows without gradients use what an earlier call prepared, give the same bits, and
+notice every change."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def unprepared():
 def outputs(model: nn.Module, rows: int = 1) -> list[Tensor]:
     """q, k, v, o and the MLP of the first layer on the same rows, and the logits of as many tokens."""
     layer = next(module for module in model.modules() if hasattr(module, "self_attn"))
-    x = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(3)).to(next(model.parameters()).dtype)
+    x = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(3)).to(
+        next(model.parameters()).dtype
+    )
     attention = layer.self_attn
     parts = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x), attention.o_proj(x), layer.mlp(x)]
     return [*parts, model(input_ids=models.IDS[:1, :rows], use_cache=False).logits]

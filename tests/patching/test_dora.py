@@ -15,7 +15,9 @@ from .test_values import compare
 
 
 def make(dtype=torch.float32, *, four_bit=True, seed=0, bias=False, layers=2, **options):
-    model = models.lora(models.llama(dtype, four_bit=four_bit, seed=seed, bias=bias, layers=layers), use_dora=True, **options)
+    model = models.lora(
+        models.llama(dtype, four_bit=four_bit, seed=seed, bias=bias, layers=layers), use_dora=True, **options
+    )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
@@ -48,12 +50,21 @@ def counted(monkeypatch, calls):
         [True, False],
         ["nf4", "dense"],
         [torch.float32, torch.bfloat16],
-        quick=[(False, "nf4", torch.float32), (False, "nf4", torch.bfloat16), (True, "dense", torch.bfloat16)],
+        quick=[
+            (False, "nf4", torch.float32),
+            (False, "nf4", torch.bfloat16),
+            (True, "dense", torch.bfloat16),
+        ],
     ),
 )
 def test_as_accurate_as_stock(bias, base, dtype, counted):
     """Of 12 seeds: of 4, one tensor's error was 1.7 times stock's, which over 32 is 1.08 times."""
-    compare(lambda seed: make(dtype, four_bit=base == "nf4", seed=seed, bias=bias), dtype, counted, seeds=range(12))
+    compare(
+        lambda seed: make(dtype, four_bit=base == "nf4", seed=seed, bias=bias),
+        dtype,
+        counted,
+        seeds=range(12),
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
@@ -61,7 +72,8 @@ def test_an_untrained_adapter_changes_no_bit_of_a_dense_base(bias, counted):
     """As PEFT's own: magnitude over norm is 1 to the bit, and y is that of torch's linear."""
     base = torch.nn.Linear(1000, 500, bias=bias)
     model = models.peft.get_peft_model(
-        torch.nn.ModuleDict({"linear": base}), models.peft.LoraConfig(target_modules=["linear"], use_dora=True)
+        torch.nn.ModuleDict({"linear": base}),
+        models.peft.LoraConfig(target_modules=["linear"], use_dora=True),
     )
     peftkern.patch(model)
     x = torch.rand(10, 1000)
@@ -77,7 +89,9 @@ def test_dropout_takes_torchs_draws(counted):
     torch.manual_seed(5)
     patched = models.run(model)
     for name, value in stock.items():
-        torch.testing.assert_close(patched[name], value, rtol=1e-3, atol=2e-5 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            patched[name], value, rtol=1e-3, atol=2e-5 * value.abs().max().item(), msg=name
+        )
     assert counted["lora"] == 14 and counted["groups"] == 0  # each base product has an input of its own
 
 
@@ -86,8 +100,13 @@ def test_siblings_are_one_call(counted):
     model = make().train()
     report = peftkern.patch(model)
     notes = {item.name.rpartition(".")[2]: item.note for item in report.fused if item.got == "dora_linear"}
-    assert notes["k_proj"] == "one call for q_proj, k_proj, v_proj" and notes["up_proj"] == "one call for gate_proj, up_proj"
-    assert all(item.note == "" for item in peftkern.patch(make(lora_dropout=0.1)).fused if item.got == "dora_linear")
+    assert (
+        notes["k_proj"] == "one call for q_proj, k_proj, v_proj"
+        and notes["up_proj"] == "one call for gate_proj, up_proj"
+    )
+    assert all(
+        item.note == "" for item in peftkern.patch(make(lora_dropout=0.1)).fused if item.got == "dora_linear"
+    )
     model(input_ids=models.IDS)
     assert counted["lora"] == 14 and counted["groups"] == 4
     layer = model.base_model.model.model.layers[0].self_attn.k_proj
@@ -98,7 +117,9 @@ def test_siblings_are_one_call(counted):
     assert counted["lora"] == 14 and counted["groups"] == 4  # q and v; k, as a vanilla adapter, beside them
     peftkern.unpatch(model)
     for name, value in models.run(model).items():
-        torch.testing.assert_close(patched[name], value, rtol=1e-3, atol=2e-5 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            patched[name], value, rtol=1e-3, atol=2e-5 * value.abs().max().item(), msg=name
+        )
 
 
 def test_the_norm_follows_the_adapter_and_the_weight():
@@ -112,7 +133,9 @@ def test_the_norm_follows_the_adapter_and_the_weight():
     twin = copy.deepcopy(model)
     peftkern.unpatch(twin)
     assert not torch.allclose(before, model(input_ids=models.IDS).logits, atol=1e-3)
-    torch.testing.assert_close(model(input_ids=models.IDS).logits, twin(input_ids=models.IDS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(input_ids=models.IDS).logits, twin(input_ids=models.IDS).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_disabled_merged_and_beside_another_adapter():
@@ -123,7 +146,9 @@ def test_disabled_merged_and_beside_another_adapter():
     peftkern.patch(model)
 
     def same():
-        torch.testing.assert_close(model(input_ids=models.IDS).logits, twin(input_ids=models.IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(input_ids=models.IDS).logits, twin(input_ids=models.IDS).logits, rtol=1e-4, atol=1e-4
+        )
 
     same()
     with model.disable_adapter(), twin.disable_adapter():
@@ -146,4 +171,6 @@ def test_compiles_into_one_graph():
     compiled = models.run(torch.compile(model, fullgraph=True, backend="aot_eager"))
     compiled = {name.removeprefix("_orig_mod."): value for name, value in compiled.items()}
     for name, value in eager.items():
-        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            compiled[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name
+        )

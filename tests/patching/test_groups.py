@@ -76,7 +76,8 @@ def test_grad_mode_counts(x):
 
 
 def test_members_called_with_other_tensors_than_their_code_has_compute_the_same(calls, x):
-    """Whoever calls the children by himself: what was computed for siblings in vain is dropped, and each call decides as any other."""
+    """Whoever calls the children by himself: what was computed for siblings in vain is dropped, and each call
+    decides as any other."""
     q, k, v = siblings(patched())
     other = torch.randn(2, 7, 64)
     for _ in range(4):
@@ -190,10 +191,21 @@ def test_encoder_decoders_under_checkpointing(make, targets, dropout, reentrant)
 def encoder_decoder(make: str, targets: list[str], dropout: float) -> nn.Module:
     torch.manual_seed(0)
     if make == "t5":
-        sizes = dict(vocab_size=96, d_model=64, d_ff=96, num_layers=1, num_decoder_layers=1, num_heads=4, d_kv=16)
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0))
+        sizes = dict(
+            vocab_size=96, d_model=64, d_ff=96, num_layers=1, num_decoder_layers=1, num_heads=4, d_kv=16
+        )
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
+        )
     else:
-        sizes = dict(vocab_size=96, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=96, decoder_ffn_dim=96)
+        sizes = dict(
+            vocab_size=96,
+            d_model=64,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+        )
         sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0)
         model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
     # Without a task: what PEFT before 0.19 does for one asks for a method that transformers 5.24 no longer
@@ -271,7 +283,9 @@ def test_threads_leave_each_other_nothing(calls):
             turns.wait()
             outputs[name].append(layer(t))
 
-    threads = [threading.Thread(target=work, args=item) for item in (("own", torch.randn(2, 5, 64)), ("other", x))]
+    threads = [
+        threading.Thread(target=work, args=item) for item in (("own", torch.randn(2, 5, 64)), ("other", x))
+    ]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert calls.groups == 2 and group(q).dissolved is None and group(q).stash is None
     for layer, output in zip((q, k, v), outputs["other"], strict=True):

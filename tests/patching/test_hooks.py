@@ -49,8 +49,12 @@ def hook(module: nn.Module, kind: str, seen: list[str]) -> None:
     def watching(*args: Any) -> None:
         seen.append(kind)
 
-    tensors = kind.endswith("pre") or not isinstance(module, (zoo.transformers.PreTrainedModel, models.peft.PeftModel))
-    getattr(module, f"register_{kind}_hook")(changing if tensors and not kind.startswith("full") else watching)
+    tensors = kind.endswith("pre") or not isinstance(
+        module, (zoo.transformers.PreTrainedModel, models.peft.PeftModel)
+    )
+    getattr(module, f"register_{kind}_hook")(
+        changing if tensors and not kind.startswith("full") else watching
+    )
 
 
 def results(model: nn.Module) -> dict[str, Tensor]:
@@ -64,7 +68,9 @@ def results(model: nn.Module) -> dict[str, Tensor]:
 def close(got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
     assert got.keys() == expected.keys(), what
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item() + 1e-7, msg=f"{what}: {name}")
+        torch.testing.assert_close(
+            got[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item() + 1e-7, msg=f"{what}: {name}"
+        )
 
 
 def _words(value: str | tuple[str, str]) -> str:
@@ -76,7 +82,9 @@ def called(stock: nn.Module) -> list[str]:
     them."""
     like = ("k_proj.", "v_proj.", "up_proj.", "down_proj.", "qkv_proj.")
     names = [name for name, module in stock.named_modules() if type(module).forward is not nn.Module.forward]
-    return [name for name in names if name and not any(part in name.replace("gate_up_proj.", "") for part in like)]
+    return [
+        name for name in names if name and not any(part in name.replace("gate_up_proj.", "") for part in like)
+    ]
 
 
 ORDERS = [*((kind, "patch") for kind in KINDS), ("forward_pre", "hook")]
@@ -89,7 +97,9 @@ HOOKED = [
 ]
 
 
-@pytest.mark.parametrize("stock, order", each_choice(MODELS, ORDERS, quick=HOOKED, name=_words), indirect=["stock"])
+@pytest.mark.parametrize(
+    "stock, order", each_choice(MODELS, ORDERS, quick=HOOKED, name=_words), indirect=["stock"]
+)
 def test_a_hook_on_any_module_runs_once_a_call_and_counts(stock: nn.Module, order: tuple[str, str]) -> None:
     kind, first = order
     twin = copy.deepcopy(stock)
@@ -143,7 +153,9 @@ def test_a_forward_replaced_on_any_instance_counts(stock: nn.Module, first: str)
 def _first_halved(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value * 0.5
-    return (value[0] * 0.5, *value[1:]) if isinstance(value, tuple) and isinstance(value[0], Tensor) else value
+    return (
+        (value[0] * 0.5, *value[1:]) if isinstance(value, tuple) and isinstance(value[0], Tensor) else value
+    )
 
 
 def test_a_hook_that_is_taken_off_gives_the_fused_call_back(calls) -> None:
@@ -183,7 +195,9 @@ def _norm(model: nn.Module, **attributes: float) -> nn.Module:
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "eps": lambda model: setattr(_norm(model), "variance_epsilon", 3.0),
     "norm": lambda model: setattr(_layer(model), "post_attention_layernorm", nn.Identity()),
-    "weight of a norm": lambda model: setattr(_norm(model), "weight", nn.Parameter(_norm(model).weight.detach() * 2)),
+    "weight of a norm": lambda model: setattr(
+        _norm(model), "weight", nn.Parameter(_norm(model).weight.detach() * 2)
+    ),
     "base of another class": _base,
     "mlp": lambda model: setattr(_layer(model), "mlp", nn.Identity()),
     "down": lambda model: setattr(_layer(model).mlp, "down_proj", _layer(model).mlp.down_proj.base_layer),
@@ -200,5 +214,7 @@ def test_what_is_changed_later_counts(stock: nn.Module, what: str) -> None:
             model(input_ids=zoo.TEXT)
             CHANGES[what](plain), CHANGES[what](model)
             got, expected = (each(input_ids=zoo.TEXT, use_cache=False).logits for each in (model, plain))
-        assert not torch.allclose(expected, stock(input_ids=zoo.TEXT).logits, rtol=1e-3), "the change must matter"
+        assert not torch.allclose(expected, stock(input_ids=zoo.TEXT).logits, rtol=1e-3), (
+            "the change must matter"
+        )
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

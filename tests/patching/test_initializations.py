@@ -30,7 +30,9 @@ STARTS = {
     "gaussian": dict(init_lora_weights="gaussian"),
     "orthogonal": dict(init_lora_weights="orthogonal"),
     "rslora": dict(use_rslora=True),
-    "patterns": dict(rank_pattern={"q_proj": 7, "layers.1.mlp.up_proj": 1}, alpha_pattern={"v_proj": 3, "down_proj": 16}),
+    "patterns": dict(
+        rank_pattern={"q_proj": 7, "layers.1.mlp.up_proj": 1}, alpha_pattern={"v_proj": 3, "down_proj": 16}
+    ),
 }
 SEEDS = range(8)
 # their lora_B starts at zero, where lora_A has no gradient to compare
@@ -50,14 +52,24 @@ def steps(model: nn.Module, optimize: Optimize = sgd) -> dict[str, Tensor]:
     return found
 
 
-def adapted(start: str, dtype: torch.dtype = torch.float32, *, four_bit: bool = False, seed: int = 0) -> nn.Module:
-    model = peft.get_peft_model(models.llama(dtype, four_bit=four_bit, seed=seed), models.config(**STARTS[start]))
+def adapted(
+    start: str, dtype: torch.dtype = torch.float32, *, four_bit: bool = False, seed: int = 0
+) -> nn.Module:
+    model = peft.get_peft_model(
+        models.llama(dtype, four_bit=four_bit, seed=seed), models.config(**STARTS[start])
+    )
     if start in ZERO_B:
         models.randomize(model)
     return model.train()
 
 
-def follow(make: Make, dtype: torch.dtype, counts: dict[str, int], optimize: Optimize = sgd, exact_form=models.in_fp64) -> None:
+def follow(
+    make: Make,
+    dtype: torch.dtype,
+    counts: dict[str, int],
+    optimize: Optimize = sgd,
+    exact_form=models.in_fp64,
+) -> None:
     """The patched model errs, root mean square over the seeds, at most 1.5 times what stock errs, plus a
     small part of a rounding."""
     stock, patched = [], []
@@ -85,7 +97,9 @@ def test_every_initialization_is_fused_and_trains_as_stock(start: str, calls) ->
     assert calls["lora"] >= 14 * 2 * len(SEEDS) and calls["lora"] % (14 * 2) == 0
 
 
-@pytest.mark.parametrize("start", nightly(["olora", "gaussian", "rslora", "patterns"], quick=["olora", "patterns"]))
+@pytest.mark.parametrize(
+    "start", nightly(["olora", "gaussian", "rslora", "patterns"], quick=["olora", "patterns"])
+)
 def test_the_initializations_of_a_4_bit_base(start: str) -> None:
     """PiSSA and orthogonal change a dense base."""
     follow(lambda seed: adapted(start, four_bit=True, seed=seed), torch.float32, FUSED)
@@ -117,7 +131,12 @@ def test_adapters_that_start_from_the_quantization_error(base: str) -> None:
 # In fp32 they are among test_every_initialization_is_fused_and_trains_as_stock.
 @pytest.mark.parametrize(
     "start, dtype",
-    each_choice(["pissa", "patterns"], DTYPES, quick=[("pissa", DTYPES[1]), ("patterns", DTYPES[2])], nightly=[torch.float32]),
+    each_choice(
+        ["pissa", "patterns"],
+        DTYPES,
+        quick=[("pissa", DTYPES[1]), ("patterns", DTYPES[2])],
+        nightly=[torch.float32],
+    ),
 )
 def test_dense_bases_in_every_dtype(start: str, dtype: torch.dtype) -> None:
     follow(lambda seed: adapted(start, dtype, seed=seed), dtype, FUSED)
@@ -129,14 +148,18 @@ def test_loraplus(base: str) -> None:
 
     def optimize(model: nn.Module) -> torch.optim.Optimizer:
         optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.01, loraplus_lr_ratio=8.0)
-        sizes = {round(group["lr"], 6): len(group["params"]) for group in optimizer.param_groups if group["params"]}
+        sizes = {
+            round(group["lr"], 6): len(group["params"]) for group in optimizer.param_groups if group["params"]
+        }
         assert sizes == {0.01: 14, 0.08: 14}
         return optimizer
 
     follow(lambda seed: adapted("rslora", four_bit=base == "nf4", seed=seed), torch.float32, FUSED, optimize)
 
 
-def beside_stock(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[peftkern.PatchReport, dict[str, Tensor]]:
+def beside_stock(
+    model: nn.Module, dtype: torch.dtype = torch.float32
+) -> tuple[peftkern.PatchReport, dict[str, Tensor]]:
     """Two steps of the patched model, each value within roundings of stock's; for bases that have no fp64
     form here."""
     expected = steps(copy.deepcopy(model))
@@ -172,7 +195,9 @@ def in_8bit(model: nn.Module) -> nn.Module:
     """The same Llama with bitsandbytes Linear8bitLt projections."""
     for name, old in list(model.named_modules()):
         if type(old) is nn.Linear and name.endswith("_proj"):
-            new = models.bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
+            new = models.bnb.nn.Linear8bitLt(
+                old.in_features, old.out_features, bias=False, has_fp16_weights=False
+            )
             new.load_state_dict(old.state_dict())
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new.to("cpu"))
@@ -188,20 +213,27 @@ def exact_8bit(model: nn.Module) -> nn.Module:
             base = old.base_layer
             new = nn.Linear(base.in_features, base.out_features, bias=False)
             scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
-            new.weight = nn.Parameter(base.weight.data.double() * scales.double()[:, None] / 127, requires_grad=False)
+            new.weight = nn.Parameter(
+                base.weight.data.double() * scales.double()[:, None] / 127, requires_grad=False
+            )
             old.base_layer = new
     return models.in_fp64(double)
 
 
 @pytest.mark.parametrize(
-    "start, dtype", each_choice(ZERO_B, DTYPES[:2], quick=[("rslora", DTYPES[0]), ("patterns", DTYPES[1])], nightly=["gaussian"])
+    "start, dtype",
+    each_choice(
+        ZERO_B, DTYPES[:2], quick=[("rslora", DTYPES[0]), ("patterns", DTYPES[1])], nightly=["gaussian"]
+    ),
 )
 def test_8bit_bases_get_the_branch_added(start: str, dtype: torch.dtype) -> None:
     """The base rounds its input to 8 bits, by far the largest error, on both sides; ours must not add to
     it."""
 
     def make(seed: int) -> nn.Module:
-        model = peft.get_peft_model(in_8bit(models.llama(dtype, four_bit=False, seed=seed)), models.config(**STARTS[start]))
+        model = peft.get_peft_model(
+            in_8bit(models.llama(dtype, four_bit=False, seed=seed)), models.config(**STARTS[start])
+        )
         models.randomize(model)
         return model.train()
 

@@ -29,9 +29,13 @@ pytestmark = exact
 
 FUSED = ("llama", "smollm", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3-moe")
 # What a decoder layer hands to its attention, under the names that the installed transformers has for it.
-NAMES = tuple(inspect.signature(models.transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward).parameters)[2:-1]
+NAMES = tuple(
+    inspect.signature(models.transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward).parameters
+)[2:-1]
 LLAMA = LayerMode(
-    Half("input_layernorm", "self_attn", "hidden_states", tuple((name, name) for name in NAMES), True, True, ()),
+    Half(
+        "input_layernorm", "self_attn", "hidden_states", tuple((name, name) for name in NAMES), True, True, ()
+    ),
     Half("post_attention_layernorm", "mlp", None, (), False, False, ()),
     False,
 )
@@ -76,9 +80,13 @@ def test_layers_of_every_architecture_are_fused_or_named_with_the_reason(name: s
     if name in FUSED:
         assert [(row.got, row.reason) for row in rows] == [("add_rms_norm", None)] * 2
     elif name in ("gemma2", "gemma3"):
-        assert [row.got for row in rows] == ["stock"] * 2 and all("is not h + attention(norm(h))" in row.reason for row in rows)
+        assert [row.got for row in rows] == ["stock"] * 2 and all(
+            "is not h + attention(norm(h))" in row.reason for row in rows
+        )
     elif name in ("gpt2", "gpt-neox", "falcon", "vit"):
-        assert [row.got for row in rows] == ["stock"] * 2 and all("norms do not run" in row.reason for row in rows)
+        assert [row.got for row in rows] == ["stock"] * 2 and all(
+            "norms do not run" in row.reason for row in rows
+        )
     else:
         # no layer with a norm and two blocks of its own
         assert name in ("bert", "roberta", "minilm", "t5") and not rows
@@ -105,7 +113,11 @@ def single(kind: type[Layer]) -> nn.Module:
 def test_other_layers_keep_their_forward_and_say_why(kind: type[Layer]) -> None:
     model = single(kind)
     ((name, got, reason),) = install_layers(model, ())
-    words = "does more than" if kind in (prenorm.ByAttribute, prenorm.Branching, prenorm.Typed) else "is not h + attention"
+    words = (
+        "does more than"
+        if kind in (prenorm.ByAttribute, prenorm.Branching, prenorm.Typed)
+        else "is not h + attention"
+    )
     assert (name, got) == ("0", "stock") and words in reason and find(model[0]) is None
 
 
@@ -140,7 +152,9 @@ def test_what_cannot_be_looked_into_is_left() -> None:
     assert install_layers(single(Layer), ("0",)) == []
 
 
-def test_a_class_whose_forward_is_replaced_later_is_asked(monkeypatch: pytest.MonkeyPatch, calls: Counter[str]) -> None:
+def test_a_class_whose_forward_is_replaced_later_is_asked(
+    monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
+) -> None:
     model, x = single(Layer), torch.randn(2, 8)
     install_layers(model, ())
     monkeypatch.setattr(Layer, "forward", wrapping(Layer.forward))
@@ -167,7 +181,9 @@ def test_a_subclass_that_wraps_again_is_followed(calls: Counter[str]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layers_give_the_bits_of_the_norms_alone_and_gradients_as_accurate(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+def test_layers_give_the_bits_of_the_norms_alone_and_gradients_as_accurate(
+    name: str, dtype: torch.dtype, calls: Counter[str]
+) -> None:
     stock = build(name, dtype)
     plain, exact = run(stock), run(_in_fp64(stock))
     norms = copy.deepcopy(stock)
@@ -177,7 +193,9 @@ def test_layers_give_the_bits_of_the_norms_alone_and_gradients_as_accurate(name:
     assert calls["stream"] == calls["added"] == 2
     assert ours.keys() == plain.keys() == exact.keys()
     for key in ours:
-        error, allowed = (((run_[key].double() - exact[key]).norm() / exact[key].norm()).item() for run_ in (ours, plain))
+        error, allowed = (
+            ((run_[key].double() - exact[key]).norm() / exact[key].norm()).item() for run_ in (ours, plain)
+        )
         assert error <= max(FACTOR * allowed, torch.finfo(dtype).eps), key
 
 
@@ -226,13 +244,21 @@ def test_arguments_reach_the_attention_as_they_are() -> None:
     model, seen = patched(copy.deepcopy(stock)), []
     given = {name: object() for name in (*NAMES, "further")}
     for layer in (layers(stock)[0], layers(model)[0]):
-        layer.self_attn.forward = lambda *args, **kwargs: seen.append((args, kwargs)) or (kwargs["hidden_states"], None)
+        layer.self_attn.forward = lambda *args, **kwargs: (
+            seen.append((args, kwargs)) or (kwargs["hidden_states"], None)
+        )
         x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
-        layer(x, given["attention_mask"], **{name: value for name, value in given.items() if name != "attention_mask"})
+        layer(
+            x,
+            given["attention_mask"],
+            **{name: value for name, value in given.items() if name != "attention_mask"},
+        )
         layer(hidden_states=x)
     for stock_call, our_call in zip(seen[:2], seen[2:], strict=True):
         assert stock_call[0] == our_call[0] == () and stock_call[1].keys() == our_call[1].keys()
-        assert all(our_call[1][name] is value for name, value in stock_call[1].items() if name != "hidden_states")
+        assert all(
+            our_call[1][name] is value for name, value in stock_call[1].items() if name != "hidden_states"
+        )
         torch.testing.assert_close(our_call[1]["hidden_states"], stock_call[1]["hidden_states"])
 
 
@@ -259,7 +285,9 @@ def test_recorded_hidden_states_and_attentions() -> None:
     stock = build("llama")
     stock.set_attn_implementation("eager")
     model = patched(copy.deepcopy(stock))
-    ours, theirs = (each(input_ids=IDS, output_attentions=True, output_hidden_states=True) for each in (model, stock))
+    ours, theirs = (
+        each(input_ids=IDS, output_attentions=True, output_hidden_states=True) for each in (model, stock)
+    )
     torch.testing.assert_close(ours.attentions, theirs.attentions)
     torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, rtol=1e-4, atol=1e-5)
 
@@ -325,12 +353,20 @@ def test_no_grad_gives_the_same_bits() -> None:
 
 def test_removal_restores_everything() -> None:
     model = build("llama", torch.bfloat16)
-    before, contents, classes = run(model), [set(m.__dict__) for m in model.modules()], [type(m) for m in model.modules()]
+    before, contents, classes = (
+        run(model),
+        [set(m.__dict__) for m in model.modules()],
+        [type(m) for m in model.modules()],
+    )
     forward, state = classes[-1].forward, list(model.state_dict())
     patched(model)
     assert list(model.state_dict()) == state and [type(m) for m in model.modules()] == classes
     assert sum(remove(module) for module in model.modules()) == 5 + 2
-    assert same(run(model), before) and [set(m.__dict__) for m in model.modules()] == contents and classes[-1].forward is forward
+    assert (
+        same(run(model), before)
+        and [set(m.__dict__) for m in model.modules()] == contents
+        and classes[-1].forward is forward
+    )
 
 
 def test_a_layer_outlives_its_norms_patch(calls: Counter[str]) -> None:
@@ -352,7 +388,10 @@ def test_copies_are_patched_and_independent(name: str, how: str, calls: Counter[
     calls.clear()
     assert same(run(twin), before) and calls["added"] == 2
     held = [find(layer)[1] for layer in layers(twin)]
-    assert all(type(forward) is LayerForward and forward.module is layer for forward, layer in zip(held, layers(twin), strict=True))
+    assert all(
+        type(forward) is LayerForward and forward.module is layer
+        for forward, layer in zip(held, layers(twin), strict=True)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -363,7 +402,10 @@ def test_patching_twice_and_other_instances(calls: Counter[str]) -> None:
     model = models.lora(models.llama())
     peftkern.patch(model)
     first = [type(find(layer)[1]) for layer in layers(model)]
-    assert peftkern.patch(model).counts["add_rms_norm"] == 2 and [type(find(layer)[1]) for layer in layers(model)] == first
+    assert (
+        peftkern.patch(model).counts["add_rms_norm"] == 2
+        and [type(find(layer)[1]) for layer in layers(model)] == first
+    )
     build("llama")(input_ids=IDS)
     assert not calls
 
@@ -391,7 +433,10 @@ def test_accelerate_hooks(child: str, hook_first: bool, calls: Counter[str]) -> 
 def test_probing_changes_nothing_and_does_not_depend_on_torchs_defaults() -> None:
     model = build("llama")
     install_norms(norm_candidates(model))
-    before, state = {name: p.detach().clone() for name, p in model.named_parameters()}, torch.random.get_rng_state()
+    before, state = (
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        torch.random.get_rng_state(),
+    )
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -412,7 +457,11 @@ def test_compile_fullgraph_runs_ours_and_does_not_recompile(name: str) -> None:
     targets: Counter[str] = Counter()
 
     def count(graph: torch.fx.GraphModule, _):
-        targets.update(str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("peftkern."))
+        targets.update(
+            str(node.target).split(".")[1]
+            for node in graph.graph.nodes
+            if str(node.target).startswith("peftkern.")
+        )
         return make_boxed_func(graph)
 
     expected = run(patched(build(name)))

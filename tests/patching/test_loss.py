@@ -38,15 +38,28 @@ COMMON = dict(
 
 
 def _config(kind: str, **options) -> transformers.PretrainedConfig:
-    small = dict(vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, eos_token_id=1, bos_token_id=2)
+    small = dict(
+        vocab_size=96,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
     return {
         "llama": lambda: transformers.LlamaConfig(**COMMON | options),
         "qwen2": lambda: transformers.Qwen2Config(**COMMON | options),
-        "gemma2": lambda: transformers.Gemma2Config(**COMMON | dict(head_dim=16, final_logit_softcapping=3.0) | options),
+        "gemma2": lambda: transformers.Gemma2Config(
+            **COMMON | dict(head_dim=16, final_logit_softcapping=3.0) | options
+        ),
         "granite": lambda: transformers.GraniteConfig(**COMMON | dict(logits_scaling=8.0) | options),
-        "gpt2": lambda: transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+        "gpt2": lambda: transformers.GPT2Config(
+            vocab_size=96, n_embd=64, n_layer=1, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        ),
         "neox": lambda: transformers.GPTNeoXConfig(**small, intermediate_size=80),
-        "opt": lambda: transformers.OPTConfig(**small, ffn_dim=80, word_embed_proj_dim=64, max_position_embeddings=64, dropout=0.0),
+        "opt": lambda: transformers.OPTConfig(
+            **small, ffn_dim=80, word_embed_proj_dim=64, max_position_embeddings=64, dropout=0.0
+        ),
         "mixtral": lambda: transformers.MixtralConfig(**COMMON | dict(num_local_experts=2) | options),
     }[kind]()
 
@@ -62,7 +75,9 @@ def make(kind: str = "llama", dtype: torch.dtype = torch.float32, **options) -> 
 
 
 def lora(model: nn.Module, **options) -> nn.Module:
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]} | options))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]} | options)
+    )
     generator = torch.Generator().manual_seed(7)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -88,7 +103,9 @@ def run(model: nn.Module, **arguments) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss = model(input_ids=IDS, **{"labels": LABELS} | arguments).loss
     loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def losses(model: nn.Module, **arguments) -> Tensor:
@@ -108,7 +125,10 @@ def check(model: nn.Module, **arguments) -> None:
     assert_as_accurate("loss", losses(model, **arguments), *values)
     assert fused.keys() == stock.keys() and len(fused) > 1
     assert all(value.dtype == stock[name].dtype for name, value in fused.items())
-    got, plain, true = (torch.cat([g[name].double().flatten() / exact[name].norm() for name in fused]) for g in (fused, stock, exact))
+    got, plain, true = (
+        torch.cat([g[name].double().flatten() / exact[name].norm() for name in fused])
+        for g in (fused, stock, exact)
+    )
     assert relative_norm(got, true) <= FACTOR * relative_norm(plain, true)
 
 
@@ -135,7 +155,11 @@ def test_a_scale_that_rounds(scaling: float, dtype: torch.dtype, calls: list) ->
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-@pytest.mark.parametrize("head", [{}, {"lora_bias": True, "bias": "none"}, {"target_modules": ["q_proj"]}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"lora_bias": True, "bias": "none"}, {"target_modules": ["q_proj"]}, {"use_rslora": True}],
+    ids=str,
+)
 def test_peft_models(kind: str, head: dict, calls: list) -> None:
     """An adapter on the head, with a bias of its own, and a frozen head."""
     model = lora(make(kind, tie_word_embeddings=False), **head)
@@ -150,7 +174,9 @@ def test_a_head_that_is_saved_as_a_whole_is_trained(calls: list) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(5)}, {"shift_labels": LABELS}], ids=str
+    "arguments",
+    [{"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(5)}, {"shift_labels": LABELS}],
+    ids=str,
 )
 def test_arguments_of_the_loss(arguments: dict, calls: list) -> None:
     check(make(), **arguments)
@@ -178,14 +204,21 @@ def test_the_output_has_no_logits_in_training_and_all_of_them_otherwise(calls: l
     stock = copy.deepcopy(model)
     fuse(model)
     output = model(input_ids=IDS, labels=LABELS)
-    assert output.logits is None and "logits" not in output and output[0] is output.loss and output.past_key_values is not None
+    assert (
+        output.logits is None
+        and "logits" not in output
+        and output[0] is output.loss
+        and output.past_key_values is not None
+    )
     calls.clear()
     for arguments in ({}, {"labels": None}):
         assert torch.equal(model(input_ids=IDS, **arguments).logits, stock(input_ids=IDS, **arguments).logits)
     model.eval(), stock.eval()
     for arguments in ({"labels": LABELS}, {"logits_to_keep": 1}):
         ours, theirs = model(input_ids=IDS, **arguments), stock(input_ids=IDS, **arguments)
-        assert torch.equal(ours.logits, theirs.logits) and (ours.loss is None or torch.equal(ours.loss, theirs.loss))
+        assert torch.equal(ours.logits, theirs.logits) and (
+            ours.loss is None or torch.equal(ours.loss, theirs.loss)
+        )
     generated = [m.generate(IDS[:, :4], max_new_tokens=3, do_sample=False) for m in (model, stock)]
     assert torch.equal(*generated) and not calls
 
@@ -220,7 +253,12 @@ def test_arguments_that_want_more_go_to_the_stock_forward(arguments: dict, calls
     model = make()
     stock = model(input_ids=IDS, labels=LABELS, **arguments)
     fused = fuse(model)(input_ids=IDS, labels=LABELS, **arguments)
-    assert not calls and type(fused) is type(stock) and torch.equal(fused[0], stock[0]) and torch.equal(fused[1], stock[1])
+    assert (
+        not calls
+        and type(fused) is type(stock)
+        and torch.equal(fused[0], stock[0])
+        and torch.equal(fused[1], stock[1])
+    )
 
 
 def test_fp64_and_dropout_on_the_heads_adapter_go_to_the_stock_forward(calls: list) -> None:
@@ -239,7 +277,9 @@ def test_adapters_disabled_merged_and_several(calls: list) -> None:
 
     def same() -> bool:
         with torch.no_grad():
-            torch.testing.assert_close(model(input_ids=IDS, labels=LABELS).loss, stock(input_ids=IDS, labels=LABELS).loss)
+            torch.testing.assert_close(
+                model(input_ids=IDS, labels=LABELS).loss, stock(input_ids=IDS, labels=LABELS).loss
+            )
         return len(calls) == 1 and not calls.clear()
 
     with model.disable_adapter(), stock.disable_adapter():
@@ -280,7 +320,11 @@ def test_reasons(calls: list) -> None:
     models["forward was replaced"].forward = lambda **_: None
     for words, model in models.items():
         found = loss_candidate(model)
-        assert found.row.got == "stock" and not found.static and any(w.strip() in found.row.reason for w in words.split("|")), found.row
+        assert (
+            found.row.got == "stock"
+            and not found.static
+            and any(w.strip() in found.row.reason for w in words.split("|"))
+        ), found.row
         assert not install_loss(found)
     assert loss_candidate(nn.Linear(3, 3)) is None
     assert "excluded" in loss_candidate(make(), ("loss_function",)).row.reason
@@ -290,7 +334,10 @@ def test_the_probe_leaves_no_trace() -> None:
     model = make("gemma2")
     state, contents = torch.get_rng_state(), [set(module.__dict__) for module in model.modules()]
     loss_candidate(model)
-    assert torch.equal(torch.get_rng_state(), state) and [set(module.__dict__) for module in model.modules()] == contents
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and [set(module.__dict__) for module in model.modules()] == contents
+    )
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -308,7 +355,11 @@ def test_copies_are_fused_and_independent(how: str, calls: list) -> None:
             parameter.zero_()
     calls.clear()
     after = run(twin)
-    assert len(calls) == 1 and all(torch.equal(after[name], before[name]) for name in before) and twin.state_dict().keys() == keys
+    assert (
+        len(calls) == 1
+        and all(torch.equal(after[name], before[name]) for name in before)
+        and twin.state_dict().keys() == keys
+    )
 
 
 def test_removed_without_a_trace(calls: list) -> None:
@@ -386,7 +437,11 @@ def test_a_head_replaced_after_patching_goes_to_the_stock_forward(calls: list) -
 
 
 def test_trainable_tokens_of_a_tied_head_go_to_the_stock_forward(calls: list) -> None:
-    model = lora(make(tie_word_embeddings=True), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})
+    model = lora(
+        make(tie_word_embeddings=True),
+        target_modules=["q_proj"],
+        trainable_token_indices={"embed_tokens": [3, 5]},
+    )
     found = loss_candidate(model)
     assert not found.static and "head: base layer is peft" in found.row.reason
     before = run(model)
@@ -409,7 +464,9 @@ def test_beside_patch(head: str, calls: list) -> None:
     peftkern.patch(model)
     patched = run(model)
     fused = run(fuse(model))
-    assert len(calls) == 1 and ("lora_a" in calls[0]) == ("adapter" in head) and fused.keys() == patched.keys()
+    assert (
+        len(calls) == 1 and ("lora_a" in calls[0]) == ("adapter" in head) and fused.keys() == patched.keys()
+    )
     for name, value in fused.items():
         torch.testing.assert_close(value, patched[name], rtol=1e-4, atol=1e-6)
     peftkern.unpatch(model)

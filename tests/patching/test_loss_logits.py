@@ -1,4 +1,5 @@
-"""The fused loss of models that do something to their logits, or with them: fused and equal, or stock and a reason."""
+"""The fused loss of models that do something to their logits, or with them: fused and equal, or stock and a
+reason."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Change = Callable[[Any], Any]
 
 
 class Model(transformers.LlamaForCausalLM):
-    """A Llama that changes its logits by `change`, and has an output of its own that `further` makes of the logits and the loss."""
+    """A Llama that changes its logits by `change`, and has an output of its own that `further` makes of the
+    logits and the loss."""
 
     change: Change = staticmethod(lambda logits: logits)
     further: Callable[[Any, Tensor], Tensor] = staticmethod(lambda logits, loss: loss)
@@ -31,8 +33,12 @@ class Model(transformers.LlamaForCausalLM):
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = self.change(self.lm_head(self.model(input_ids=input_ids).last_hidden_state))
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **self.options, **kwargs)
-        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=self.further(logits, loss), logits=logits)
+        loss = self.loss_function(
+            logits=logits, labels=labels, vocab_size=logits.shape[-1], **self.options, **kwargs
+        )
+        return transformers.modeling_outputs.CausalLMOutputWithPast(
+            loss=self.further(logits, loss), logits=logits
+        )
 
 
 def model(**functions) -> Model:
@@ -47,7 +53,9 @@ def model(**functions) -> Model:
 def agree(ours: torch.nn.Module, stock: torch.nn.Module) -> None:
     got, expected = run(ours), run(stock)
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            got[name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item(), msg=name
+        )
 
 
 FUSED: dict[str, tuple[Change, LogitForm]] = {
@@ -90,7 +98,8 @@ def test_changes_with_a_fused_form(what: str, loss_calls: list) -> None:
 
 @pytest.mark.parametrize("what", STOCK)
 def test_changes_without_one(what: str, loss_calls: list) -> None:
-    """The report says so; and should a model begin to do it after it was patched, the loss is the stock model's all the same."""
+    """The report says so; and should a model begin to do it after it was patched, the loss is the stock
+    model's all the same."""
     ours = model(change=STOCK[what])
     found = loss_candidate(ours)
     assert "no fused form" in found.row.reason and not install_loss(found)
@@ -102,7 +111,9 @@ def test_changes_without_one(what: str, loss_calls: list) -> None:
 
 USED = {
     "a z-loss": lambda u, loss: loss + 0.05 * u.logsumexp(-1).square().mean(),
-    "an entropy": lambda u, loss: loss - 0.1 * torch.distributions.Categorical(logits=u.float().contiguous()[:]).entropy().mean(),
+    "an entropy": lambda u, loss: (
+        loss - 0.1 * torch.distributions.Categorical(logits=u.float().contiguous()[:]).entropy().mean()
+    ),
     "label smoothing": lambda u, loss: loss + 0.1 * -torch.nn.functional.log_softmax(u, -1).mean(),
     "their mean": lambda u, loss: loss + u.mean() * 0.2,
 }
@@ -177,12 +188,24 @@ def test_outputs_of_another_kind() -> None:
     assert torch.equal(ours(input_ids=IDS, labels=LABELS)["logits"], expected[1])
 
 
-SMALL = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL = dict(
+    vocab_size=96, hidden_size=64, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2
+)
 HEADS = dict(intermediate_size=128, num_attention_heads=4, max_position_embeddings=64)
 ARCHITECTURES = {
-    "RecurrentGemma": dict(**SMALL, **HEADS, lru_width=64, logits_soft_cap=3.0, block_types=["recurrent", "attention"]),
+    "RecurrentGemma": dict(
+        **SMALL, **HEADS, lru_width=64, logits_soft_cap=3.0, block_types=["recurrent", "attention"]
+    ),
     "ModernBertDecoder": dict(**SMALL, **HEADS, decoder_bias=False),
-    "FalconH1": dict(**SMALL, **HEADS, num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16),
+    "FalconH1": dict(
+        **SMALL,
+        **HEADS,
+        num_key_value_heads=2,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=16,
+    ),
     "Cohere": dict(**SMALL, **HEADS, num_key_value_heads=2, logit_scale=0.0625),
     "Bamba": dict(
         **SMALL,
@@ -204,7 +227,9 @@ def test_architectures_that_name_it_otherwise(name: str, loss_calls: list) -> No
     if not hasattr(transformers, f"{name}ForCausalLM"):
         pytest.skip(f"this transformers has no {name}")
     torch.manual_seed(0)
-    stock = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])).train()
+    stock = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
+    ).train()
     torch.nn.init.normal_(stock.get_output_embeddings().weight, std=0.5)
     ours = copy.deepcopy(stock)
     found = loss_candidate(ours)
@@ -229,7 +254,9 @@ def test_negative_log_likelihood_is_that_of_the_logits_alone() -> None:
     """In either mode, whatever the model adds to its loss."""
     ours = make("mixtral", router_aux_loss_coef=0.5, output_router_logits=True)
     forward = find(fuse(ours))[1]
-    expected = F.cross_entropy(ours(input_ids=IDS).logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten(), reduction="sum")
+    expected = F.cross_entropy(
+        ours(input_ids=IDS).logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten(), reduction="sum"
+    )
     for mode in (True, False):
         ours.train(mode)
         torch.testing.assert_close(forward.negative_log_likelihood(input_ids=IDS, labels=LABELS), expected)
@@ -262,5 +289,11 @@ def test_deferred_logits_pass_for_the_tensor() -> None:
         got, expected = got.make() if isinstance(got, DeferredLogits) else got, use(tensor.clone())
         torch.testing.assert_close(got, expected)
     u = deferred()
-    assert u.shape == tensor.shape and u.size(1) == 3 and u.dim() == u.ndim == 3 and u.device == tensor.device and len(u) == 2
+    assert (
+        u.shape == tensor.shape
+        and u.size(1) == 3
+        and u.dim() == u.ndim == 3
+        and u.device == tensor.device
+        and len(u) == 2
+    )
     assert deferred().tensor is None and deferred().form() == LogitForm()

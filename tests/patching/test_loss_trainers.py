@@ -25,7 +25,11 @@ MASK = (TEXT != 0).long()
 
 def pair(kind: str = "llama") -> tuple[nn.Module, nn.Module]:
     """A stock model and a patched copy, whose loss is fused."""
-    stock = lora(make(kind), target_modules=["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    stock = lora(
+        make(kind),
+        target_modules=["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )
     ours = copy.deepcopy(stock)
     report = peftkern.patch(ours, fused_loss=True)
     assert report.counts["linear_cross_entropy"] == 1
@@ -34,8 +38,17 @@ def pair(kind: str = "llama") -> tuple[nn.Module, nn.Module]:
 
 def trained(model: nn.Module, folder: Path, **options) -> tuple[Tensor, Tensor]:
     """The loss of each logged step, and that of the evaluation."""
-    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels} for ids, labels in zip(IDS, LABELS, strict=True)]
-    arguments = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-2, logging_steps=1)
+    rows = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        for ids, labels in zip(IDS, LABELS, strict=True)
+    ]
+    arguments = dict(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+    )
     fixed = dict(report_to="none", use_cpu=True, save_strategy="no", seed=1, disable_tqdm=True)
     trainer = transformers.Trainer(
         model=model,
@@ -47,7 +60,9 @@ def trained(model: nn.Module, folder: Path, **options) -> tuple[Tensor, Tensor]:
     trainer.train()
     measured = trainer.evaluate()
     assert measured["eval_words"] == 96, "an evaluation gets its logits"
-    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]), torch.tensor(measured["eval_loss"])
+    return torch.tensor(
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    ), torch.tensor(measured["eval_loss"])
 
 
 @pytest.mark.parametrize("kind, smoothing", each_choice(["llama", "gpt2"], [0.0, 0.1]))
@@ -67,7 +82,8 @@ def test_trainer(kind: str, smoothing: float, tmp_path: Path, loss_calls: list) 
 def test_generate_from_left_padded_text(kind: str, mask: bool) -> None:
     given = {"attention_mask": MASK} if mask else {}
     stock, ours = (
-        model.eval().generate(input_ids=TEXT, max_new_tokens=6, do_sample=False, pad_token_id=0, **given) for model in pair(kind)
+        model.eval().generate(input_ids=TEXT, max_new_tokens=6, do_sample=False, pad_token_id=0, **given)
+        for model in pair(kind)
     )
     assert torch.equal(ours, stock)
 
@@ -85,14 +101,18 @@ def fitted(folder: Path) -> tuple[nn.Module, int]:
     return model.train(), patched
 
 
-def test_unpatch_takes_the_loss_out_of_the_head_that_trl_put_around_it(tmp_path: Path, loss_calls: list) -> None:
+def test_unpatch_takes_the_loss_out_of_the_head_that_trl_put_around_it(
+    tmp_path: Path, loss_calls: list
+) -> None:
     model, patched = fitted(tmp_path)
     assert model(input_ids=IDS, labels=LABELS).logits is None and loss_calls
     loss_calls.clear()
     assert peftkern.unpatch(model) == patched
     output = model(input_ids=IDS, labels=LABELS)
     stock = type(model.get_base_model()).forward(model.get_base_model(), input_ids=IDS, labels=LABELS)
-    assert torch.equal(output.logits, stock.logits) and torch.equal(output.loss, stock.loss) and not loss_calls
+    assert (
+        torch.equal(output.logits, stock.logits) and torch.equal(output.loss, stock.loss) and not loss_calls
+    )
 
 
 def test_a_second_patch_over_trls_head_reports_what_runs(tmp_path: Path, loss_calls: list) -> None:

@@ -103,7 +103,9 @@ def test_unpatch_reaches_a_forward_inside_a_wrapper(calls):
     layer(x)
     assert calls["lora"] == 1
     before = peftkern.unpatch(model)
-    assert before == sum(row.reason is None for row in peftkern.patch(model).rows) + 1, "the wrapped one cannot be patched again"
+    assert before == sum(row.reason is None for row in peftkern.patch(model).rows) + 1, (
+        "the wrapped one cannot be patched again"
+    )
     calls.clear()
     layer(x)
     assert layer.forward is wrapper and not calls

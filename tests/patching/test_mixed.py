@@ -1,4 +1,5 @@
-"""Batches of mixed adapters in training: each sample as with its adapter alone, each adapter with the gradients of its samples."""
+"""Batches of mixed adapters in training: each sample as with its adapter alone, each adapter with the
+gradients of its samples."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ IDS = torch.randint(0, 96, (4, 9), generator=torch.Generator().manual_seed(5))
 
 
 def adapted(four_bit: bool = True, **options):
-    """A model with adapters of different ranks and scalings: "default" of 4, "second" of 8, "third" of 2 and rsLoRA."""
+    """A model with adapters of different ranks and scalings: "default" of 4, "second" of 8, "third" of 2 and
+    rsLoRA."""
     model = models.lora(models.llama(four_bit=four_bit), **options)
     model.add_adapter("second", models.config(r=8, lora_alpha=4, **options))
     model.add_adapter("third", models.config(r=2, use_rslora=True, **options))
@@ -30,7 +32,12 @@ def gradients(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "dense"])
 @pytest.mark.parametrize(
     "names",
-    [["default", "second", "third", "__base__"], ["second", "second", "default", "default"], ["third"] * 4, ["second", "default"] * 2],
+    [
+        ["default", "second", "third", "__base__"],
+        ["second", "second", "default", "default"],
+        ["third"] * 4,
+        ["second", "default"] * 2,
+    ],
 )
 def test_every_sample_as_with_its_adapter_alone(four_bit, names, calls):
     model = adapted(four_bit)
@@ -60,7 +67,9 @@ def test_every_sample_as_with_its_adapter_alone(four_bit, names, calls):
     found = {key: grad for key, grad in gradients(model).items() if grad.any()}
     assert set(found) == {key for key, grad in grads.items() if grad.any()} and found
     for key, grad in found.items():
-        torch.testing.assert_close(grad, grads[key], rtol=2e-3, atol=2e-5 * grads[key].abs().max().item() + 1e-7, msg=key)
+        torch.testing.assert_close(
+            grad, grads[key], rtol=2e-3, atol=2e-5 * grads[key].abs().max().item() + 1e-7, msg=key
+        )
     assert calls["lora"] == 14 and calls["linear"] == 0
 
 
@@ -107,12 +116,18 @@ def test_checkpointing_within_the_block_and_its_end_before_the_backward_pass():
 
 def test_errors():
     model = adapted()
-    with pytest.raises(ValueError, match=r"call peftkern\.patch\(model\) first"), peftkern.mixed_adapters(model, ["default"] * 4):
+    with (
+        pytest.raises(ValueError, match=r"call peftkern\.patch\(model\) first"),
+        peftkern.mixed_adapters(model, ["default"] * 4),
+    ):
         pass
     peftkern.patch(model)
     with pytest.raises(ValueError, match="'other' unknown; the model has __base__, default, second, third"):
         peftkern.mixed_adapters(model, ["other"] * 4).__enter__()
-    with pytest.raises(ValueError, match="got 3 names for a batch of 4"), peftkern.mixed_adapters(model, ["default"] * 3):
+    with (
+        pytest.raises(ValueError, match="got 3 names for a batch of 4"),
+        peftkern.mixed_adapters(model, ["default"] * 3),
+    ):
         model(input_ids=IDS)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="reentrant"), peftkern.mixed_adapters(model, ["default"] * 4):
@@ -125,7 +140,10 @@ def test_layers_without_a_fused_form_mix_too(calls):
     names = ["second", "default", "third", "__base__"]
     expected = model(input_ids=IDS, adapter_names=names).logits
     peftkern.patch(model)
-    handles = [layer.base_layer.register_forward_hook(lambda *_: None) for layer in models.lora_layers(model).values()]
+    handles = [
+        layer.base_layer.register_forward_hook(lambda *_: None)
+        for layer in models.lora_layers(model).values()
+    ]
     with peftkern.mixed_adapters(model, names):
         torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
     for handle in handles:

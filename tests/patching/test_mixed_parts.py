@@ -1,5 +1,5 @@
-"""Batches of mixed adapters where more than the linears belongs to an adapter: every part follows its sample, in evaluation and in
-training, or an error names the module before anything is computed."""
+"""Batches of mixed adapters where more than the linears belongs to an adapter: every part follows its sample,
+in evaluation and in training, or an error names the module before anything is computed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def adapted(kind: str = "LlamaForCausalLM", **options) -> nn.Module:
         num_labels=3,
         classifier_dropout=0.0,
     )
-    model = models.peft.get_peft_model(getattr(transformers, kind)(config), models.peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options))
+    model = models.peft.get_peft_model(
+        getattr(transformers, kind)(config), models.peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options)
+    )
     model.add_adapter("second", models.peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options))
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
@@ -75,22 +77,44 @@ def gradients(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> dict[
     model.zero_grad()
     trainable(model)
     forward(model).square().mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    return {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
+    }
 
 
 Q_V = ["q_proj", "v_proj"]
 CASES = {
-    "head of a classifier": ("LlamaForSequenceClassification", dict(task_type="SEQ_CLS", target_modules=Q_V), ()),
+    "head of a classifier": (
+        "LlamaForSequenceClassification",
+        dict(task_type="SEQ_CLS", target_modules=Q_V),
+        (),
+    ),
     "head of a tagger": ("LlamaForTokenClassification", dict(task_type="TOKEN_CLS", target_modules=Q_V), ()),
     "norm in modules_to_save": ("LlamaForCausalLM", dict(target_modules=Q_V, modules_to_save=["norm"]), ()),
-    "lm_head in modules_to_save": ("LlamaForCausalLM", dict(target_modules=Q_V, modules_to_save=["lm_head"]), ()),
-    "embedding and lm_head": ("LlamaForCausalLM", dict(target_modules=Q_V, modules_to_save=["embed_tokens", "lm_head"]), ()),
+    "lm_head in modules_to_save": (
+        "LlamaForCausalLM",
+        dict(target_modules=Q_V, modules_to_save=["lm_head"]),
+        (),
+    ),
+    "embedding and lm_head": (
+        "LlamaForCausalLM",
+        dict(target_modules=Q_V, modules_to_save=["embed_tokens", "lm_head"]),
+        (),
+    ),
     "LoRA on the embedding": ("LlamaForCausalLM", dict(target_modules=["q_proj", "embed_tokens"]), ()),
-    "trainable tokens": ("LlamaForCausalLM", dict(target_modules=["q_proj"], trainable_token_indices=list(range(3, 50))), ()),
+    "trainable tokens": (
+        "LlamaForCausalLM",
+        dict(target_modules=["q_proj"], trainable_token_indices=list(range(3, 50))),
+        (),
+    ),
     "an excluded layer": ("LlamaForCausalLM", dict(target_modules=["q_proj", "o_proj"]), ["o_proj"]),
     "an excluded sibling": ("LlamaForCausalLM", dict(target_modules="all-linear"), ["k_proj", "up_proj"]),
     "DoRA": ("LlamaForCausalLM", dict(target_modules="all-linear", use_dora=True), ()),
-    "DoRA on the embedding": ("LlamaForCausalLM", dict(target_modules=["q_proj", "embed_tokens"], use_dora=True), ()),
+    "DoRA on the embedding": (
+        "LlamaForCausalLM",
+        dict(target_modules=["q_proj", "embed_tokens"], use_dora=True),
+        (),
+    ),
     "LoRA on lm_head": ("LlamaForCausalLM", dict(target_modules=["q_proj", "lm_head"]), ()),
 }
 
@@ -105,13 +129,17 @@ def test_every_part_follows_its_sample(case):
     with torch.no_grad():
         expected = outputs_alone(stock)
         torch.testing.assert_close(outputs_mixed(model), expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(expected[0], expected[1], atol=1e-2) and not torch.allclose(expected[2], expected[3], atol=1e-2)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2) and not torch.allclose(
+        expected[2], expected[3], atol=1e-2
+    )
     stock.train(), model.train()
     wanted, got = gradients(stock, outputs_alone), gradients(model, outputs_mixed)
     assert got.keys() == wanted.keys() and {".default" in name for name in got} == {True, False}
     for name, grad in wanted.items():
         torch.testing.assert_close(got[name], grad, rtol=2e-3, atol=2e-4 * grad.abs().max().item(), msg=name)
-    assert [module for module in model.modules() if find(module) is not None] == before, "it ends with the block"
+    assert [module for module in model.modules() if find(module) is not None] == before, (
+        "it ends with the block"
+    )
     for module in model.modules():
         assert "_peftkern_adapter_names" not in module.__dict__
 
@@ -123,7 +151,10 @@ def test_the_active_adapter_is_as_it_was():
     with torch.no_grad():
         before = model(input_ids=IDS).logits
         outputs_mixed(model)
-        with pytest.raises(ValueError, match="got 4 names for a batch of 3 samples"), peftkern.mixed_adapters(model, NAMES):
+        with (
+            pytest.raises(ValueError, match="got 4 names for a batch of 3 samples"),
+            peftkern.mixed_adapters(model, NAMES),
+        ):
             model(input_ids=IDS[:3])
         assert torch.equal(model(input_ids=IDS).logits, before)
     assert model.base_model.model.score.active_adapters == ["second"]
@@ -156,7 +187,10 @@ def test_recomputation_within_the_block():
 
 def test_the_fused_loss_mixes_too():
     """A head that belongs to the adapters makes logits; their loss is the stock one."""
-    for options in (dict(modules_to_save=["lm_head"], target_modules=Q_V), dict(target_modules=["q_proj", "lm_head"])):
+    for options in (
+        dict(modules_to_save=["lm_head"], target_modules=Q_V),
+        dict(target_modules=["q_proj", "lm_head"]),
+    ):
         stock = adapted(task_type="CAUSAL_LM", **options).train()
         model = copy.deepcopy(stock)
         peftkern.patch(model, fused_loss=True)
@@ -181,7 +215,9 @@ class Convolutions(nn.Module):
 
 def test_convolutions_follow_their_sample():
     torch.manual_seed(0)
-    stock = models.peft.get_peft_model(Convolutions(), models.peft.LoraConfig(r=2, target_modules=["conv", "linear"]))
+    stock = models.peft.get_peft_model(
+        Convolutions(), models.peft.LoraConfig(r=2, target_modules=["conv", "linear"])
+    )
     stock.add_adapter("second", models.peft.LoraConfig(r=2, target_modules=["conv", "linear"]))
     models.randomize(stock)
     model, x, expected = copy.deepcopy(stock), torch.randn(4, 8, 10), []
@@ -189,7 +225,8 @@ def test_convolutions_follow_their_sample():
     with torch.no_grad():
         for name, row in zip(NAMES, x, strict=True):
             stock.base_model.set_adapter("default" if name == "__base__" else name)
-            stock.base_model.disable_adapter_layers() if name == "__base__" else stock.base_model.enable_adapter_layers()
+            base = stock.base_model
+            base.disable_adapter_layers() if name == "__base__" else base.enable_adapter_layers()
             expected.append(stock(row[None]))
         with peftkern.mixed_adapters(model, NAMES):
             torch.testing.assert_close(model(x), torch.cat(expected), rtol=1e-4, atol=1e-4)
@@ -233,9 +270,21 @@ class Normalized(nn.Module):
 
 
 REFUSED = {
-    "experts": (Routed, dict(target_modules=["0", "1", "proj"]), r"experts\.0 \(and 1 more\) cannot mix .* router"),
-    "attention": (Attending, dict(target_modules=["attention", "proj"]), "attention cannot mix .* MultiheadAttention"),
-    "batch norm": (Normalized, dict(target_modules=["proj"], modules_to_save=["head"]), "head cannot mix .* normalizes"),
+    "experts": (
+        Routed,
+        dict(target_modules=["0", "1", "proj"]),
+        r"experts\.0 \(and 1 more\) cannot mix .* router",
+    ),
+    "attention": (
+        Attending,
+        dict(target_modules=["attention", "proj"]),
+        "attention cannot mix .* MultiheadAttention",
+    ),
+    "batch norm": (
+        Normalized,
+        dict(target_modules=["proj"], modules_to_save=["head"]),
+        "head cannot mix .* normalizes",
+    ),
 }
 
 
@@ -254,5 +303,8 @@ def test_merged_adapters_are_named():
     model = two(nn.ModuleDict({"proj": nn.Linear(8, 8)}), target_modules=["proj"])
     peftkern.patch(model)
     model.merge_adapter()
-    with pytest.raises(ValueError, match="proj cannot mix adapters: 'default' is merged into its weight; call unmerge_adapter"):
+    with pytest.raises(
+        ValueError,
+        match="proj cannot mix adapters: 'default' is merged into its weight; call unmerge_adapter",
+    ):
         peftkern.mixed_adapters(model, ["default", "second"]).__enter__()

@@ -61,7 +61,9 @@ ACCURATE = [
 
 
 @exact
-@pytest.mark.parametrize("name, base, dtype", each_choice(GOT, ["nf4", "dense"], [torch.float32, torch.bfloat16], quick=ACCURATE))
+@pytest.mark.parametrize(
+    "name, base, dtype", each_choice(GOT, ["nf4", "dense"], [torch.float32, torch.bfloat16], quick=ACCURATE)
+)
 def test_patched_models_err_no_more_than_stock_ones(name: str, base: str, dtype: torch.dtype, calls) -> None:
     stock, patched = [], []
     for seed in SEEDS:
@@ -74,7 +76,9 @@ def test_patched_models_err_no_more_than_stock_ones(name: str, base: str, dtype:
         assert calls.mlps == 2 * 2, "two layers, two steps"
     for key in stock[0]:
         bound = 1.5 * rms(stock, key) + UNIT[dtype] / 32
-        assert rms(patched, key) <= bound, f"{key}: {rms(patched, key):.2e} > {bound:.2e}, stock {rms(stock, key):.2e}"
+        assert rms(patched, key) <= bound, (
+            f"{key}: {rms(patched, key):.2e} > {bound:.2e}, stock {rms(stock, key):.2e}"
+        )
 
 
 def same(model: nn.Module, twin: nn.Module) -> None:
@@ -108,13 +112,17 @@ def test_disabled_and_merged_adapters(name: str, calls) -> None:
     """Of a dense base both run stock linears, inside the stock MLP."""
     model, twin = patched_pair(name)
     with model.disable_adapter(), twin.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(model(input_ids=zoo.TEXT).logits, twin(input_ids=zoo.TEXT).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(input_ids=zoo.TEXT).logits, twin(input_ids=zoo.TEXT).logits, rtol=1e-4, atol=1e-4
+        )
     assert calls.mlps == 0
     for step, expected in (("merge_adapter", 0), ("unmerge_adapter", 2)):
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             getattr(model, step)(), getattr(twin, step)()
-            torch.testing.assert_close(model(input_ids=zoo.TEXT).logits, twin(input_ids=zoo.TEXT).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                model(input_ids=zoo.TEXT).logits, twin(input_ids=zoo.TEXT).logits, rtol=1e-4, atol=1e-4
+            )
         assert calls.mlps == expected
     same(model, twin)
 
@@ -130,7 +138,9 @@ def test_copies_are_patched_and_independent(name: str, how: str, calls) -> None:
     same(twin_of, twin)
     assert calls.mlps == 2
     peftkern.unpatch(twin_of)
-    assert all(find(module) is None for module in mlps(twin_of)) and all(find(module) for module in mlps(model))
+    assert all(find(module) is None for module in mlps(twin_of)) and all(
+        find(module) for module in mlps(model)
+    )
     same(model, twin)
     assert calls.mlps == 4
 
@@ -147,7 +157,11 @@ class Packed(nn.Module):
 
     def __init__(self, act=F.silu) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj, self.act = nn.Linear(16, 48, bias=False), nn.Linear(24, 16, bias=False), act
+        self.gate_up_proj, self.down_proj, self.act = (
+            nn.Linear(16, 48, bias=False),
+            nn.Linear(24, 16, bias=False),
+            act,
+        )
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,7 +218,9 @@ class ClampedApart(Apart):
     ],
     ids=["packed", "packed-gelu", "up-first", "apart"],
 )
-def test_the_probe_finds_the_activation_and_the_half_that_is_the_gate(module: nn.Module, options: dict) -> None:
+def test_the_probe_finds_the_activation_and_the_half_that_is_the_gate(
+    module: nn.Module, options: dict
+) -> None:
     x = torch.randn(3, 16)
     expected = module(x)
     report = peftkern.patch(module, dense=True)
@@ -231,7 +247,9 @@ def test_a_forward_replaced_on_the_instance_is_left() -> None:
     module = Packed()
     module.forward = lambda x: 2 * x
     report = peftkern.patch(module, dense=True)
-    assert [got for got, _ in rows(report)] == ["stock"] and torch.equal(module(torch.ones(1, 16)), 2 * torch.ones(1, 16))
+    assert [got for got, _ in rows(report)] == ["stock"] and torch.equal(
+        module(torch.ones(1, 16)), 2 * torch.ones(1, 16)
+    )
 
 
 @pytest.mark.any_isa

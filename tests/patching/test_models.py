@@ -16,8 +16,12 @@ SEEDS = range(4)
 WRAPS_EXPERTS = tuple(map(int, models.peft.__version__.split(".")[:2])) >= (0, 20)
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 FOUR_BIT = [name for name, case in zoo.CASES.items() if case.four_bit]
-KINDS = [(name, False, torch.float32) for name in zoo.CASES] + [(name, True, torch.float32) for name in FOUR_BIT]
-KINDS += [(name, False, torch.bfloat16) for name in ("gpt2", "falcon", "bert")] + [("qwen3", True, torch.bfloat16)]
+KINDS = [(name, False, torch.float32) for name in zoo.CASES] + [
+    (name, True, torch.float32) for name in FOUR_BIT
+]
+KINDS += [(name, False, torch.bfloat16) for name in ("gpt2", "falcon", "bert")] + [
+    ("qwen3", True, torch.bfloat16)
+]
 
 
 def pooled(rows):
@@ -32,11 +36,17 @@ def pooled(rows):
 def check_report(report, model, case, four_bit):
     """Every LoRA layer by name, at least the expected ones fused, the others with their reason."""
     rows = {row.name: row for row in report.rows if row.kind == "lora"}
-    assert list(rows) == list(models.lora_layers(model)) and len(rows) == case.fused + (case.experts if WRAPS_EXPERTS else 0)
+    assert list(rows) == list(models.lora_layers(model)) and len(rows) == case.fused + (
+        case.experts if WRAPS_EXPERTS else 0
+    )
     fused = [row for row in rows.values() if row.reason is None]
-    assert len(fused) == case.fused and {row.got for row in fused} == {"qlora_linear" if four_bit else case.dense}
+    assert len(fused) == case.fused and {row.got for row in fused} == {
+        "qlora_linear" if four_bit else case.dense
+    }
     assert all(row.adapters == ("default",) for row in fused)
-    assert all("ParamWrapper" in row.reason and row.got == "stock" for row in rows.values() if row.reason is not None)
+    assert all(
+        "ParamWrapper" in row.reason and row.got == "stock" for row in rows.values() if row.reason is not None
+    )
 
 
 # Of their kin in the quick suite: Llama's, BERT's and Qwen3-MoE's code.
@@ -48,7 +58,9 @@ def _kind(name: str, four_bit: bool, dtype: torch.dtype):
     dense one), Llama on both."""
     other = not four_bit and zoo.CASES[name].four_bit and name != "llama" and dtype == torch.float32
     slow = pytest.mark.slow if other or name in KIN else ()
-    return pytest.param(name, four_bit, dtype, marks=slow, id=f"{name}-{'nf4' if four_bit else 'dense'}-{dtype}")
+    return pytest.param(
+        name, four_bit, dtype, marks=slow, id=f"{name}-{'nf4' if four_bit else 'dense'}-{dtype}"
+    )
 
 
 @pytest.mark.parametrize("name, four_bit, dtype", [_kind(*kind) for kind in KINDS])
@@ -121,7 +133,10 @@ def test_embeddings_and_saved_modules_are_left_alone():
     before = zoo.train(copy.deepcopy(model))
     report = peftkern.patch(model)
     assert models.linears(report) == {"qlora_linear": 2, "stock": 1}
-    assert "embed_tokens" in [row.name.rpartition(".")[2] for row in report.fallbacks] and "Embedding.forward" in report.summary
+    assert (
+        "embed_tokens" in [row.name.rpartition(".")[2] for row in report.fallbacks]
+        and "Embedding.forward" in report.summary
+    )
     after = zoo.train(model)
     assert any("lm_head.modules_to_save" in key for key in after)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)

@@ -27,7 +27,11 @@ class Gated(nn.Module):
     def __init__(self, act: Any = None) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
-        self.act, self.dropout, self.config = act or nn.GELU(), nn.Dropout(0.5), types.SimpleNamespace(scale=1.0)
+        self.act, self.dropout, self.config = (
+            act or nn.GELU(),
+            nn.Dropout(0.5),
+            types.SimpleNamespace(scale=1.0),
+        )
         self.limit = 1e9
         self.requires_grad_(False).eval()
 
@@ -100,14 +104,20 @@ def test_a_limit_that_small_numbers_do_not_reach_is_noticed(limit: float) -> Non
 def test_what_may_change_in_place_is_refused_with_its_reason() -> None:
     module = Gated()
     module.limit = [1e9]
-    module.__class__ = type("Listed", (Gated,), {"forward": lambda self, x: Gated.forward(self, x) if self.limit[0] else x})
+    module.__class__ = type(
+        "Listed", (Gated,), {"forward": lambda self, x: Gated.forward(self, x) if self.limit[0] else x}
+    )
     report = peftkern.patch(module, dense=True)
     (row,) = [row for row in report.rows if row.kind == "mlp"]
     assert row.got == "stock" and row.reason
 
 
 @pytest.mark.parametrize("how", models.COPIES)
-@pytest.mark.parametrize("act", [nn.SiLU(), F.gelu, functools.partial(F.gelu, approximate="tanh")], ids=["module", "function", "partial"])
+@pytest.mark.parametrize(
+    "act",
+    [nn.SiLU(), F.gelu, functools.partial(F.gelu, approximate="tanh")],
+    ids=["module", "function", "partial"],
+)
 def test_copies_look_at_their_own_module(act: Any, how: str, calls) -> None:
     model, x = Gated(act), torch.randn(100, 16)
     peftkern.patch(model, dense=True)

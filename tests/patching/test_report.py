@@ -31,7 +31,9 @@ class Zoo(nn.Module):
 
 def zoo(targets, **options):
     torch.manual_seed(0)
-    model = models.peft.get_peft_model(Zoo(), models.peft.LoraConfig(**{"r": 2, "target_modules": targets} | options))
+    model = models.peft.get_peft_model(
+        Zoo(), models.peft.LoraConfig(**{"r": 2, "target_modules": targets} | options)
+    )
     models.randomize(model)
     return model
 
@@ -49,14 +51,28 @@ def test_every_lora_layer_has_a_row():
     report = peftkern.patch(model)
     linears, blocks = report.rows[:14], report.rows[14:]
     assert [item.name for item in linears] == list(models.lora_layers(model))
-    assert report.counts == {"qlora_linear": 14, **BLOCKS} and report.fused == report.rows and report.fallbacks == ()
+    assert (
+        report.counts == {"qlora_linear": 14, **BLOCKS}
+        and report.fused == report.rows
+        and report.fallbacks == ()
+    )
     first = report.rows[0]
-    assert (first.kind, first.base, first.shape, first.adapters) == ("lora", "nf4, nested", (64, 64), ("default",))
+    assert (first.kind, first.base, first.shape, first.adapters) == (
+        "lora",
+        "nf4, nested",
+        (64, 64),
+        ("default",),
+    )
     assert first.note == "one call for q_proj, k_proj, v_proj"
-    assert [(item.kind, item.name.rpartition(".")[2]) for item in blocks[:3]] == [("mlp", "mlp")] * 2 + [("norm", "input_layernorm")]
+    assert [(item.kind, item.name.rpartition(".")[2]) for item in blocks[:3]] == [("mlp", "mlp")] * 2 + [
+        ("norm", "input_layernorm")
+    ]
     table = str(report).splitlines()
     assert len(table) == 1 + 25 + 1 and "down_proj" in table[14] and "gated_mlp" in table[15]
-    assert table[-1].startswith("peftkern: 25 of 25 modules patched (14 qlora_linear, 2 gated_mlp, 5 rms_norm, 2 rope, 2 add_rms_norm)")
+    assert table[-1].startswith(
+        "peftkern: 25 of 25 modules patched (14 qlora_linear, 2 gated_mlp, 5 rms_norm, 2 rope, 2 "
+        "add_rms_norm)"
+    )
     with pytest.raises(AttributeError):
         report.rows = ()
 
@@ -69,11 +85,16 @@ def test_patching_twice_is_patching_once(calls):
     assert models.first(model).forward is forward
     model(input_ids=models.IDS)
     assert calls == {"lora": 14}
-    assert peftkern.unpatch(model) == (28 + 11 if COUNTED else 14 + len(first.fused)) and peftkern.unpatch(model) == 0
+    assert (
+        peftkern.unpatch(model) == (28 + 11 if COUNTED else 14 + len(first.fused))
+        and peftkern.unpatch(model) == 0
+    )
 
 
 def test_nothing_to_patch_names_the_fix():
-    with pytest.raises(ValueError, match="no PEFT LoRA layer.*3 Linear.*get_peft_model.*load_in_4bit.*dense=True"):
+    with pytest.raises(
+        ValueError, match="no PEFT LoRA layer.*3 Linear.*get_peft_model.*load_in_4bit.*dense=True"
+    ):
         peftkern.patch(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
 
 
@@ -89,7 +110,10 @@ def test_unsupported_layers_fall_back_by_name_and_compute_as_before():
     ids = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(0))
     before = model(ids)
     report = peftkern.patch(model)
-    assert {item.name.rpartition(".")[2]: item.got for item in report.fused} == {"plain": "qlora_linear", "transposed": "lora_add"}
+    assert {item.name.rpartition(".")[2]: item.got for item in report.fused} == {
+        "plain": "qlora_linear",
+        "transposed": "lora_add",
+    }
     assert "Conv1D" in row(report, "transposed").note
     reasons = {item.name.rpartition(".")[2]: item.reason for item in report.fallbacks}
     assert "Embedding.forward" in reasons["embed"] and "_ConvNd.forward" in reasons["conv"]
@@ -102,13 +126,18 @@ def test_unsupported_layers_fall_back_by_name_and_compute_as_before():
 def test_dora_alone_is_fused_and_beside_another_adapter_falls_back(four_bit, calls):
     model = models.lora(models.llama(four_bit=four_bit), use_dora=True, target_modules=["o_proj"])
     report = peftkern.patch(model)
-    assert row(report, "0.self_attn.o_proj").got == "dora_linear" and models.linears(report)["dora_linear"] == 2
+    assert (
+        row(report, "0.self_attn.o_proj").got == "dora_linear" and models.linears(report)["dora_linear"] == 2
+    )
     model.add_adapter("vanilla", models.config(target_modules=["o_proj"]))
     model.base_model.set_adapter(["default", "vanilla"])
     before = models.run(model)
     if four_bit:
         report = peftkern.patch(model)
-        assert row(report, "0.self_attn.o_proj").reason == "adapter 'default': DoraLinearVariant is not vanilla LoRA"
+        assert (
+            row(report, "0.self_attn.o_proj").reason
+            == "adapter 'default': DoraLinearVariant is not vanilla LoRA"
+        )
         assert row(report, "0.self_attn.o_proj.base_layer").got == "linear_4bit"
     else:
         with pytest.raises(ValueError, match="2 x adapter 'default': DoraLinearVariant"):
@@ -134,9 +163,15 @@ def test_bases_without_a_fused_form_get_the_branch_added_and_say_why(calls):
     rows = [item for item in report.rows if item.kind == "lora"]
     assert {item.got for item in rows} == {"lora_add"} and all(item.reason is None for item in rows)
     notes = [item.note for item in rows]
-    assert "has no quant_state" in notes[0] and "replaced on the instance" in notes[1] and "hook is registered" in notes[2]
+    assert (
+        "has no quant_state" in notes[0]
+        and "replaced on the instance" in notes[1]
+        and "hook is registered" in notes[2]
+    )
     assert notes[3] == "on its stock base: its base weight is trainable"
-    stock_bases = {item.name: item.reason for item in report.rows if item.kind == "linear" and item.got == "stock"}
+    stock_bases = {
+        item.name: item.reason for item in report.rows if item.kind == "linear" and item.got == "stock"
+    }
     # the 4-bit ones are looked at as such
     assert len(stock_bases) == 3 and all(name.endswith("base_layer") for name in stock_bases)
     fresh.to("cpu")
@@ -175,7 +210,9 @@ def test_exclude_by_name_or_part(calls):
     assert calls == {"lora": 6}
 
 
-@pytest.mark.parametrize("exclude, message", [(["q_pro"], "'q_pro' names no module"), ("q_proj", "got the string")])
+@pytest.mark.parametrize(
+    "exclude, message", [(["q_pro"], "'q_pro' names no module"), ("q_proj", "got the string")]
+)
 def test_exclude_is_checked(exclude, message):
     with pytest.raises(ValueError, match=message):
         peftkern.patch(models.lora(models.llama()), exclude=exclude)
@@ -193,8 +230,12 @@ def test_bare_4bit_linears_without_peft(calls):
 
 def test_a_model_that_transformers_loads_in_4_bit(tmp_path, calls):
     models.llama(four_bit=False).save_pretrained(tmp_path)
-    config = models.transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = models.transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    config = models.transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = models.transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, device_map="cpu"
+    )
     model = models.lora(model)
     before = models.run(model)
     assert models.linears(peftkern.patch(model)) == {"qlora_linear": 14}
@@ -222,7 +263,9 @@ def test_other_tuners_on_4bit_bases(kind, calls):
     elif kind == "adalora":
         config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10)
     else:
-        config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+        config = peft.IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        )
     model = peft.get_peft_model(models.llama(), config)
 
     def step():
@@ -232,7 +275,9 @@ def test_other_tuners_on_4bit_bases(kind, calls):
         return {"loss": loss.detach()} | models.grads(model)
 
     before = step()
-    assert models.linears(peftkern.patch(model)) == {"linear_4bit": 14} | ({"stock": 2} if kind == "adalora" else {})
+    assert models.linears(peftkern.patch(model)) == {"linear_4bit": 14} | (
+        {"stock": 2} if kind == "adalora" else {}
+    )
     torch.testing.assert_close(step(), before, rtol=1e-4, atol=1e-6)
     assert calls["linear"] == 14 and len(before) > 1
 
@@ -259,11 +304,15 @@ def test_dense_is_automatic_where_torch_has_no_fast_product(monkeypatch):
     from peftkern.patching import detect
 
     slow = nn.Sequential(
-        nn.Linear(8, 8).bfloat16().requires_grad_(False), nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8).bfloat16()
+        nn.Linear(8, 8).bfloat16().requires_grad_(False),
+        nn.Linear(8, 8).requires_grad_(False),
+        nn.Linear(8, 8).bfloat16(),
     )
     monkeypatch.setattr(detect.backends, "available", lambda name: (True, "test"))
     for supported, expected in ((False, ["0"]), (True, [])):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported
+        )
         assert [item.row.name for item in detect.candidates(slow, (), None)] == expected
 
 

@@ -71,7 +71,8 @@ def test_state_dict_and_saved_adapter_are_identical(four_bit, tmp_path):
     adapter = {name: tensor + 1 for name, tensor in before.items() if "lora_" in name}
     assert model.load_state_dict(adapter, strict=False).unexpected_keys == []
     assert torch.equal(
-        models.first(model).lora_A["default"].weight, next(value for name, value in adapter.items() if "o_proj.lora_A" in name)
+        models.first(model).lora_A["default"].weight,
+        next(value for name, value in adapter.items() if "o_proj.lora_A" in name),
     )
     model.load_state_dict({name: before[name] for name in adapter}, strict=False)
     model.save_pretrained(tmp_path / "patched")

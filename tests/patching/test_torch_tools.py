@@ -56,7 +56,11 @@ def flat(tree: dict[str, Tensor]) -> Tensor:
 def test_gradients_by_torch_func(pair, batched):
     def run(model):
         by_params = grad(lambda params, ids: loss(model, params, ids))
-        return flat(vmap(by_params, in_dims=(None, 0))(trained(model), models.IDS) if batched else by_params(trained(model), models.IDS[0]))
+        return flat(
+            vmap(by_params, in_dims=(None, 0))(trained(model), models.IDS)
+            if batched
+            else by_params(trained(model), models.IDS[0])
+        )
 
     compare(run, pair)
 
@@ -77,7 +81,9 @@ def test_forward_mode_loses_no_tangent(pair, duals, recorded):
         tangents = {name: torch.full_like(p, 0.01) for name, p in params.items()}
         with torch.set_grad_enabled(recorded):
             if not duals:
-                return torch.stack(jvp(lambda q: loss(model, q, models.IDS[0]), (params,), (tangents,))).detach()
+                return torch.stack(
+                    jvp(lambda q: loss(model, q, models.IDS[0]), (params,), (tangents,))
+                ).detach()
             with fwad.dual_level():
                 params = {name: fwad.make_dual(p, tangents[name]) for name, p in params.items()}
                 return torch.stack(tuple(fwad.unpack_dual(loss(model, params, models.IDS[0])))).detach()
@@ -116,7 +122,9 @@ def test_programs_run_without_this_package(pair, how, merged):
             operators = str(program.inlined_graph)
         else:
             try:
-                torch.export.export(Logits(copy.deepcopy(pair[0]).eval().requires_grad_(False)), (models.IDS,))
+                torch.export.export(
+                    Logits(copy.deepcopy(pair[0]).eval().requires_grad_(False)), (models.IDS,)
+                )
             except Exception as error:
                 pytest.skip(f"the stock model cannot be exported: {type(error).__name__}: {str(error)[:80]}")
             exported = torch.export.export(model, (models.IDS,))
@@ -150,17 +158,28 @@ def test_flops_of_every_module(pair):
     for model in pair:
         with FlopCounterMode(display=False) as counter:
             models.run(model)
-        counts.append({name: {str(op): n for op, n in by_op.items()} for name, by_op in counter.get_flop_counts().items()})
+        counts.append(
+            {
+                name: {str(op): n for op, n in by_op.items()}
+                for name, by_op in counter.get_flop_counts().items()
+            }
+        )
     assert counts[0] == counts[1] and sum(counts[0]["Global"].values()) > 0
 
 
 def test_the_profiler_names_what_ran_with_its_shapes(pair):
     with (
-        torch.profiler.profile(record_shapes=True, with_flops=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        torch.profiler.profile(
+            record_shapes=True, with_flops=True, activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as profile,
         torch.no_grad(),
     ):
         pair[1](input_ids=models.IDS[:1, :1], use_cache=False)
-    seen = {event.key: event.input_shapes for event in profile.key_averages(group_by_input_shape=True) if "peftkern::" in event.key}
+    seen = {
+        event.key: event.input_shapes
+        for event in profile.key_averages(group_by_input_shape=True)
+        if "peftkern::" in event.key
+    }
     assert {"peftkern::qlora_group_fwd", "peftkern::qlora_linear_fwd"} <= seen.keys()
     assert [1, 64] in seen["peftkern::qlora_group_fwd"] or [1, 64] in seen["peftkern::qlora_linear_fwd"]
 

@@ -122,7 +122,12 @@ def test_compile_sees_a_merged_weight():
 @BOTH
 def test_generate(four_bit, calls):
     model = models.lora(models.llama(four_bit=four_bit)).eval()
-    options = dict(input_ids=models.IDS[:, :4], max_new_tokens=6, do_sample=False, attention_mask=torch.ones(2, 4, dtype=torch.long))
+    options = dict(
+        input_ids=models.IDS[:, :4],
+        max_new_tokens=6,
+        do_sample=False,
+        attention_mask=torch.ones(2, 4, dtype=torch.long),
+    )
     expected = model.generate(**options)
     peftkern.patch(model)
     assert torch.equal(model.generate(**options), expected)
@@ -169,7 +174,8 @@ def test_the_saved_tensors_are_the_packed_weight_and_small_ones():
 
 
 REPACKS = pytest.mark.skipif(
-    not hasattr(models.bnb.functional, "_convert_weight_packed_for_cpu"), reason="this bitsandbytes repacks no weight"
+    not hasattr(models.bnb.functional, "_convert_weight_packed_for_cpu"),
+    reason="this bitsandbytes repacks no weight",
 )
 
 
@@ -204,12 +210,19 @@ LOST = {
 def test_a_repacked_weight_is_unpacked_and_what_was_lost_is_reported(dtype, nested):
     base, before = repacked_linear(dtype, nested, out_features=512)
     (row,) = peftkern.patch(torch.nn.Sequential(base)).rows
-    assert row.got == "linear_4bit" and row.note == f"unpacked from bitsandbytes' CPU inference layout: {LOST[dtype, nested]}"
+    assert (
+        row.got == "linear_4bit"
+        and row.note == f"unpacked from bitsandbytes' CPU inference layout: {LOST[dtype, nested]}"
+    )
     assert torch.equal(base.weight.data, before.data) and base.weight.quant_state is base.quant_state
     state, old = base.quant_state, before.quant_state
     assert state.dtype == dtype and state.nested is nested and state.absmax.dtype == old.absmax.dtype
-    error = relative_error(*(peftkern.NF4Weight.from_bnb(weight).dequantize(torch.float32) for weight in (base.weight, before)))
-    bound = {"nothing was lost": 0.0, "its absmax stays rounded to bf16": 2.0**-9}.get(LOST[dtype, nested], 2.0**-8)
+    error = relative_error(
+        *(peftkern.NF4Weight.from_bnb(weight).dequantize(torch.float32) for weight in (base.weight, before))
+    )
+    bound = {"nothing was lost": 0.0, "its absmax stays rounded to bf16": 2.0**-9}.get(
+        LOST[dtype, nested], 2.0**-8
+    )
     assert error <= bound
     if (
         dtype == torch.bfloat16 and nested
@@ -231,7 +244,9 @@ def test_an_unpacked_weight_has_its_bytes_in_the_storage_it_had(storage):
         base.weight.data, base.weight.quant_state
     )
     peftkern.patch(torch.nn.Sequential(base))
-    assert base.weight.dtype == storage and torch.equal(base.weight.data.view(torch.uint8), before.data.view(torch.uint8))
+    assert base.weight.dtype == storage and torch.equal(
+        base.weight.data.view(torch.uint8), before.data.view(torch.uint8)
+    )
     assert base.weight.shape == before.shape
 
 
@@ -244,7 +259,9 @@ def test_what_bitsandbytes_own_way_back_leaves_is_put_right(nested):
     base.state_dict()
     (row,) = peftkern.patch(torch.nn.Sequential(base)).rows
     assert row.got == "linear_4bit" and row.note.endswith(LOST[torch.bfloat16, nested])
-    error = relative_error(*(peftkern.NF4Weight.from_bnb(weight).dequantize(torch.float32) for weight in (base.weight, before)))
+    error = relative_error(
+        *(peftkern.NF4Weight.from_bnb(weight).dequantize(torch.float32) for weight in (base.weight, before))
+    )
     assert error <= (0.01 if nested else 0.0)
     assert not nested or base.quant_state.offset.dtype == torch.float32
 

@@ -22,7 +22,9 @@ def trainer(model: nn.Module, folder: Path) -> trl.SFTTrainer:
     from tokenizers import models as tokenizer_models
 
     words = tokenizer_models.WordLevel({"word": 0, "<pad>": 1}, unk_token="word")
-    tokenizer = models.transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="word")
+    tokenizer = models.transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="word"
+    )
     rows = datasets.Dataset.from_dict({"input_ids": [models.IDS[0].tolist()] * 8})
     options = dict(per_device_train_batch_size=2, max_steps=3, logging_steps=1, learning_rate=1e-3, seed=0)
     fixed = dict(
@@ -34,7 +36,10 @@ def trainer(model: nn.Module, folder: Path) -> trl.SFTTrainer:
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     return trl.SFTTrainer(
-        model=model, args=trl.SFTConfig(output_dir=str(folder), **options, **fixed), train_dataset=rows, processing_class=tokenizer
+        model=model,
+        args=trl.SFTConfig(output_dir=str(folder), **options, **fixed),
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
 
 
@@ -65,7 +70,9 @@ def test_a_model_patched_before_or_after_the_trainer_was_made_trains_alike(when:
     got = losses(ours)
     assert calls["lora"] == 3 * 14 and len(got) == 3
     for ours_, stock, before in zip(got[1:], expected[1:], expected, strict=False):
-        assert abs(ours_ - stock) <= 0.01 * abs(stock - before), "what the kernels change is lost in what a step changes"
+        assert abs(ours_ - stock) <= 0.01 * abs(stock - before), (
+            "what the kernels change is lost in what a step changes"
+        )
     # TRL turns the adapters of a 4-bit model into bf16, and stock multiplies in bf16 where ours sums in fp32.
     exact = float(models.run(models.in_fp64(rounded(models.lora(models.llama()))), models.IDS[:1])["loss"])
     assert abs(got[0] - exact) <= max(abs(expected[0] - exact), 2**-23 * exact)

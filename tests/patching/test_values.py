@@ -65,7 +65,9 @@ def test_prepared_for_kbit_training(calls):
     """Norms and embeddings in fp32: fp32 activations beside bf16 compute."""
 
     def make(seed):
-        model = peft.prepare_model_for_kbit_training(models.llama(torch.bfloat16, seed=seed), use_gradient_checkpointing=False)
+        model = peft.prepare_model_for_kbit_training(
+            models.llama(torch.bfloat16, seed=seed), use_gradient_checkpointing=False
+        )
         return models.lora(model)
 
     compare(make, torch.bfloat16, calls)
@@ -80,7 +82,11 @@ def test_formats(options, calls):
     compare(lambda seed: models.lora(models.llama(seed=seed, **options)), torch.float32, calls)
 
 
-OPTIONS = {"rslora": dict(use_rslora=True), "lora-bias": dict(lora_bias=True), "trainable-bias": dict(bias="lora_only")}
+OPTIONS = {
+    "rslora": dict(use_rslora=True),
+    "lora-bias": dict(lora_bias=True),
+    "trainable-bias": dict(bias="lora_only"),
+}
 
 
 @pytest.mark.parametrize("base, option", each_choice(["nf4", "dense"], OPTIONS))
@@ -113,7 +119,9 @@ def test_adapters_in_bf16(calls):
     """autocast_adapter_dtype=False keeps the adapters in the model's bf16."""
 
     def make(seed):
-        model = peft.get_peft_model(models.llama(torch.bfloat16, seed=seed), models.config(), autocast_adapter_dtype=False)
+        model = peft.get_peft_model(
+            models.llama(torch.bfloat16, seed=seed), models.config(), autocast_adapter_dtype=False
+        )
         models.randomize(model)
         return model
 

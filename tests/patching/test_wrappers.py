@@ -73,13 +73,21 @@ def follows_stock(model: nn.Module) -> peftkern.PatchReport:
 
 @pytest.mark.parametrize("decorator", [held, unsaid, opaque])
 @pytest.mark.parametrize("got", CLASSES)
-def test_a_forward_in_an_unknown_decorator(got: str, decorator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_in_an_unknown_decorator(
+    got: str, decorator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its code runs once a call, and what it does counts, whether ours runs inside it or not."""
     kind, seen = CLASSES[got], []
     monkeypatch.setattr(kind, "forward", decorator(kind.forward, seen))
     model = zoo.build("llama")
-    rows = [row for row in follows_stock(model).rows if isinstance(model.get_submodule(row.name), kind) and row.got in (got, "stock")]
-    assert rows and all((row.reason is not None and UNKNOWN in row.reason) == (decorator is opaque) for row in rows)
+    rows = [
+        row
+        for row in follows_stock(model).rows
+        if isinstance(model.get_submodule(row.name), kind) and row.got in (got, "stock")
+    ]
+    assert rows and all(
+        (row.reason is not None and UNKNOWN in row.reason) == (decorator is opaque) for row in rows
+    )
     seen.clear()
     zoo.output(model)
     assert seen == [kind.__name__] * sum(isinstance(module, kind) for module in model.modules())
@@ -96,7 +104,12 @@ def rewritten(kind: type[nn.Module], old: str, new: str) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    "old, new", [("attention_mask", "mask"), ("position_embeddings", "angles"), ("**kwargs: ", "further: int = 1, **kwargs: ")]
+    "old, new",
+    [
+        ("attention_mask", "mask"),
+        ("position_embeddings", "angles"),
+        ("**kwargs: ", "further: int = 1, **kwargs: "),
+    ],
 )
 def test_an_argument_that_is_renamed_or_added(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (LLAMA.LlamaAttention, LLAMA.LlamaDecoderLayer):
@@ -106,7 +119,9 @@ def test_an_argument_that_is_renamed_or_added(old: str, new: str, monkeypatch: p
 
         # as the model of that version would call it
         def renamed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return stock(self, *args, **{new if name == old else name: value for name, value in kwargs.items()})
+            return stock(
+                self, *args, **{new if name == old else name: value for name, value in kwargs.items()}
+            )
 
         monkeypatch.setattr(LLAMA.LlamaDecoderLayer, "forward", functools.wraps(stock)(renamed))
     report = follows_stock(zoo.build("llama"))
@@ -115,8 +130,15 @@ def test_an_argument_that_is_renamed_or_added(old: str, new: str, monkeypatch: p
 
 def test_a_rotary_function_whose_parameters_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = LLAMA.apply_rotary_pos_emb
-    monkeypatch.setattr(LLAMA, "apply_rotary_pos_emb", lambda query, key, cosine, sine, axis=1: stock(query, key, cosine, sine, axis))
-    by_name = ("query_states, key_states, cos, sin", "query=query_states, key=key_states, cosine=cos, sine=sin")
+    monkeypatch.setattr(
+        LLAMA,
+        "apply_rotary_pos_emb",
+        lambda query, key, cosine, sine, axis=1: stock(query, key, cosine, sine, axis),
+    )
+    by_name = (
+        "query_states, key_states, cos, sin",
+        "query=query_states, key=key_states, cosine=cos, sine=sin",
+    )
     monkeypatch.setattr(LLAMA.LlamaAttention, "forward", rewritten(LLAMA.LlamaAttention, *by_name))
     follows_stock(zoo.build("llama"))
 

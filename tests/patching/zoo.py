@@ -1,4 +1,5 @@
-"""A tiny random configuration of each supported architecture, its training steps, and the same steps in fp64."""
+"""A tiny random configuration of each supported architecture, its training steps, and the same steps in
+fp64."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ DECODER = dict(
     max_position_embeddings=64,
     pad_token_id=0,
 )
-GEMMA = DECODER | dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+GEMMA = DECODER | dict(
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    sliding_window=8,
+    layer_types=["sliding_attention", "full_attention"],
+)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.0)
 IMAGES = dict(
     hidden_size=WIDTH,
@@ -42,7 +48,8 @@ IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 class Case(NamedTuple):
-    """An architecture: the classes, the configuration, and how many LoRA layers that "all-linear" makes must be fused."""
+    """An architecture: the classes, the configuration, and how many LoRA layers that "all-linear" makes must
+    be fused."""
 
     model: str
     config: str
@@ -50,7 +57,9 @@ class Case(NamedTuple):
     fused: int
     dense: str = "qlora_linear"  # what a layer on the dense base runs
     four_bit: bool = True  # whether its linears can be quantized
-    experts: int = 0  # 3-D parameters of experts and routers, which PEFT wraps (since 0.20) and which keep its forward
+    experts: int = (
+        0  # 3-D parameters of experts and routers, which PEFT wraps (since 0.20) and which keep its forward
+    )
 
 
 CASES = {
@@ -65,7 +74,16 @@ CASES = {
     "gpt2": Case(
         "GPT2LMHeadModel",
         "GPT2Config",
-        dict(vocab_size=WORDS, n_embd=WIDTH, n_layer=2, n_head=HEADS, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        dict(
+            vocab_size=WORDS,
+            n_embd=WIDTH,
+            n_layer=2,
+            n_head=HEADS,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        ),
         8,
         "lora_add",
         False,
@@ -74,11 +92,20 @@ CASES = {
     "falcon": Case(
         "FalconForCausalLM",
         "FalconConfig",
-        dict(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, bias=True, alibi=False),
+        dict(
+            vocab_size=WORDS,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=HEADS,
+            bias=True,
+            alibi=False,
+        ),
         8,
         "lora_add",
     ),
-    "mixtral": Case("MixtralForCausalLM", "MixtralConfig", DECODER | EXPERTS | dict(num_local_experts=4), 8, experts=6),
+    "mixtral": Case(
+        "MixtralForCausalLM", "MixtralConfig", DECODER | EXPERTS | dict(num_local_experts=4), 8, experts=6
+    ),
     "qwen3-moe": Case(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
@@ -109,7 +136,9 @@ CASES = {
 }
 
 
-def build(name: str, *, four_bit: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **lora: Any) -> nn.Module:
+def build(
+    name: str, *, four_bit: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **lora: Any
+) -> nn.Module:
     """The PEFT LoRA model of an architecture in training mode, its lora_B not zero."""
     case = CASES[name]
     torch.manual_seed(seed)
@@ -120,13 +149,16 @@ def build(name: str, *, four_bit: bool = False, seed: int = 0, dtype: torch.dtyp
     model = model.to(dtype).train()
     if four_bit:
         _quantize(model, dtype)
-    adapted = models.peft.get_peft_model(model, models.peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora))
+    adapted = models.peft.get_peft_model(
+        model, models.peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora)
+    )
     models.randomize(adapted)
     return adapted
 
 
 def _spread(model: nn.Module) -> None:
-    """transformers' 0.02 leaves a model this small all but linear; biases and norms are not left at 0 and 1."""
+    """transformers' 0.02 leaves a model this small all but linear; biases and norms are not left at 0 and
+    1."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and "embed" not in name and "wte" not in name and "shared" not in name:
             nn.init.normal_(parameter, std=0.1)
@@ -151,11 +183,16 @@ def output(model: nn.Module) -> Tensor:
     if kind == "t5":
         return model(input_ids=TEXT, decoder_input_ids=TEXT, use_cache=False).logits
     result = model(pixel_values=IMAGE.to(model.dtype)) if kind == "vit" else model(input_ids=TEXT)
-    return result.logits if hasattr(result, "logits") else result.last_hidden_state + result.pooler_output[:, None]
+    return (
+        result.logits
+        if hasattr(result, "logits")
+        else result.last_hidden_state + result.pooler_output[:, None]
+    )
 
 
 def losses(result: Tensor) -> Tensor:
-    """One loss a position, in fp64: cross-entropy of logits, the logarithm of a distance for hidden states."""
+    """One loss a position, in fp64: cross-entropy of logits, the logarithm of a distance for hidden
+    states."""
     if result.shape[-1] == WORDS:
         return F.cross_entropy(result[:, :-1].flatten(0, 1).double(), TEXT[:, 1:].flatten(), reduction="none")
     goal = torch.randn(result.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -179,8 +216,8 @@ def train(model: nn.Module, steps: int = 2, lr: float = 0.05) -> dict[str, Tenso
 
 
 def train_exactly(model: nn.Module, *, gaps: list[float] | None = None, **options: Any) -> dict[str, Tensor]:
-    """What `train` gives in fp64, on the exact values of 4-bit weights; the model is left as it is. `gaps` gets, for each router's call,
-    how far the last expert chosen is from the first left out."""
+    """What `train` gives in fp64, on the exact values of 4-bit weights; the model is left as it is. `gaps`
+    gets, for each router's call, how far the last expert chosen is from the first left out."""
     double = copy.deepcopy(model)
     for name, old in list(double.named_modules()):
         if isinstance(old, models.bnb.nn.Linear4bit):
@@ -197,7 +234,9 @@ class NoRounding(TorchFunctionMode):
         super().__init__()
         self.gaps = gaps
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func is Tensor.float and (args[0].dtype == torch.float64 or not args[0].is_floating_point()):
             return args[0].double()
@@ -207,6 +246,9 @@ class NoRounding(TorchFunctionMode):
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
         if func in (torch.topk, Tensor.topk):
-            ordered, count = args[0].detach().sort(dim=-1, descending=True).values, args[1] if len(args) > 1 else kwargs["k"]
+            ordered, count = (
+                args[0].detach().sort(dim=-1, descending=True).values,
+                args[1] if len(args) > 1 else kwargs["k"],
+            )
             self.gaps.append((ordered[..., count - 1] - ordered[..., count]).min().item())
         return func(*args, **kwargs)

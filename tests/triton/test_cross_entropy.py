@@ -36,11 +36,17 @@ def _ours(case, device: str, *, train_weight=False, d_loss=None, **options) -> d
 
 
 def _check(device: str, cases: list, **options) -> None:
-    runs = [(_ours(c, device, **options), plain(c, None, **options), plain(c, torch.float64, **options)) for c in cases]
+    runs = [
+        (_ours(c, device, **options), plain(c, None, **options), plain(c, torch.float64, **options))
+        for c in cases
+    ]
     for name in runs[0][2]:
         got, yardstick, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
         assert got.dtype == yardstick.dtype and torch.isfinite(got).all(), name
-        error, allowed = relative_norm(got, exact), max(FACTOR * relative_norm(yardstick, exact), torch.finfo(got.dtype).eps)
+        error, allowed = (
+            relative_norm(got, exact),
+            max(FACTOR * relative_norm(yardstick, exact), torch.finfo(got.dtype).eps),
+        )
         assert error <= allowed, f"{name}: relative error {error:.3e}, plain PyTorch's allows {allowed:.3e}"
 
 
@@ -55,16 +61,25 @@ def test_loss_and_every_gradient(device: str, shape: tuple[int, int, int, int], 
 QUICK = list(zip(OPTIONS[1:], ("none", "mean", "none", "mean"), strict=True))  # no option: above
 
 
-@pytest.mark.parametrize(("options", "reduction"), each_choice(OPTIONS, ["mean", "none"], quick=QUICK, nightly=[{}]))
+@pytest.mark.parametrize(
+    ("options", "reduction"), each_choice(OPTIONS, ["mean", "none"], quick=QUICK, nightly=[{}])
+)
 def test_options(device: str, options: dict, reduction: str) -> None:
     d_loss = torch.rand(19) if reduction == "none" else torch.tensor(0.37)
     _check(
-        device, [make(19, 130, 48, 4, torch.float32) for _ in range(12)], reduction=reduction, d_loss=d_loss, train_weight=True, **options
+        device,
+        [make(19, 130, 48, 4, torch.float32) for _ in range(12)],
+        reduction=reduction,
+        d_loss=d_loss,
+        train_weight=True,
+        **options,
     )
 
 
 @pytest.mark.parametrize("slab_bytes", [1 << 30, 1 << 15])
-def test_4bit_weight_in_one_slab_and_in_several(device: str, slab_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4bit_weight_in_one_slab_and_in_several(
+    device: str, slab_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "_SLAB_BYTES", slab_bytes)
     _check(device, [make(12, 500, 64, 4, torch.float32, four_bit={}) for _ in range(12)])
 
@@ -83,7 +98,9 @@ def test_blocks_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(loss, whole["loss"], rtol=1e-6, atol=1e-6)
 
 
-def _direct(device: str, logits: torch.Tensor, labels: torch.Tensor, options=(-100, 0.0, 0.0, None)) -> tuple[torch.Tensor, torch.Tensor]:
+def _direct(
+    device: str, logits: torch.Tensor, labels: torch.Tensor, options=(-100, 0.0, 0.0, None)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and gradients of the kernel alone; the losses' tensor poisoned."""
     out, loss = logits.clone().to(device), torch.full((len(logits),), torch.nan, device=device)
     kernels.run(kernels._call(out, labels.to(device), None, None, loss, options, True))
@@ -103,10 +120,18 @@ def test_saturated_caps_keep_the_digits_of_their_slope(device: str, scale: float
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
 def test_infinities_nan_and_first_blocks_without_a_finite_logit(device: str) -> None:
     logits = torch.randn(6, 9000)
-    logits[0, :8500], logits[1, 3], logits[2, 3], logits[3, 3], logits[4] = -torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
+    logits[0, :8500], logits[1, 3], logits[2, 3], logits[3, 3], logits[4] = (
+        -torch.inf,
+        -torch.inf,
+        torch.inf,
+        torch.nan,
+        -torch.inf,
+    )
     labels = torch.full((6,), 8700)
     loss, _ = _direct(device, logits, labels)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels, reduction="none"), equal_nan=True)
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(logits, labels, reduction="none"), equal_nan=True
+    )
 
 
 def test_ignored_rows_are_zero_and_unknown_labels_are_nan(device: str) -> None:
@@ -119,7 +144,12 @@ def test_ignored_rows_are_zero_and_unknown_labels_are_nan(device: str) -> None:
 
 def test_equals_the_reference_for_any_needs(device: str) -> None:
     x, weight, labels, bias, a, b = make(7, 50, 32, 2, torch.float32)
-    for needs in ((True, False, False, False, False), (False, True, False, True, False), (False, False, True, False, True), (False,) * 5):
+    for needs in (
+        (True, False, False, False, False),
+        (False, True, False, True, False),
+        (False, False, True, False, True),
+        (False,) * 5,
+    ):
         rest = (0.7, -100, 0.1, 1e-3, 4.0, None, needs)
         moved = _move((x, weight, labels, bias, a, b), device)
         got = kernels.linear_cross_entropy(moved[0], moved[1], NO_QUANT, 50, *moved[2:], *rest)

@@ -23,7 +23,16 @@ def _weight(n: int, k: int, **options) -> NF4Weight:
 
 
 def _quant(w: NF4Weight) -> tuple:
-    return w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize
+    return (
+        w.code,
+        w.absmax,
+        w.absmax_8bit,
+        w.absmax_code,
+        w.nested_absmax,
+        w.absmax_offset,
+        w.blocksize,
+        w.nested_blocksize,
+    )
 
 
 def _exact(w: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -42,7 +51,9 @@ def _check_whole(device: str, w: NF4Weight, dtype: torch.dtype) -> None:
     kernels.dequantize_4bit_out(on.packed, *quant, blocksize, nested_blocksize, out)
     exact = _exact(w, dtype)
     assert _same_bits(out, exact)
-    assert _same_bits(kernels.dequantize_4bit(on.packed, *quant, w.shape, blocksize, nested_blocksize, dtype), exact)
+    assert _same_bits(
+        kernels.dequantize_4bit(on.packed, *quant, w.shape, blocksize, nested_blocksize, dtype), exact
+    )
 
 
 # Groups of four words, of one, and none at all; more than one program; one weight; an odd number of them.
@@ -55,7 +66,9 @@ def test_whole_weights(device: str, shape: tuple[int, int], dtype: torch.dtype) 
 @pytest.mark.parametrize(("quant_type", "nested"), FORMATS)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_formats(device: str, blocksize: int, quant_type: str, nested: bool) -> None:
-    _check_whole(device, _weight(70, 288, blocksize=blocksize, quant_type=quant_type, nested=nested), torch.bfloat16)
+    _check_whole(
+        device, _weight(70, 288, blocksize=blocksize, quant_type=quant_type, nested=nested), torch.bfloat16
+    )
 
 
 def _rectangles(n: int, k: int) -> list[tuple[slice, slice]]:
@@ -100,16 +113,26 @@ def test_packed_at_an_odd_address(device: str) -> None:
 
 
 def test_a_nested_block_size_of_the_checkpoint(device: str) -> None:
-    """128, not the usual 256: it is read, not assumed. The offset changes bits if the product and the sum are fused."""
+    """128, not the usual 256: it is read, not assumed. The offset changes bits if the product and the sum are
+    fused."""
     blocks = 40 * 256 // 64
     generator = torch.Generator().manual_seed(1)
     packed = torch.randint(0, 256, (40 * 128,), dtype=torch.uint8, generator=generator)
     code = torch.rand(16, generator=generator) - 0.5
     absmax_8bit = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
-    parts = torch.rand(256, generator=generator), torch.rand(2, generator=generator), torch.rand((), generator=generator)
+    parts = (
+        torch.rand(256, generator=generator),
+        torch.rand(2, generator=generator),
+        torch.rand((), generator=generator),
+    )
     args = (code, None, absmax_8bit, *parts)
     exact = reference.dequantize_4bit(packed, *args, (40, 256), 64, 128, torch.float32)
     moved = tuple(None if t is None else t.to(device) for t in args)
-    assert _same_bits(kernels.dequantize_4bit(packed.to(device), *moved, (40, 256), 64, 128, torch.float32), exact)
-    fused = (parts[0].double()[absmax_8bit.long()] * parts[1].double().repeat_interleave(128)[:blocks] + parts[2].double()).float()
+    assert _same_bits(
+        kernels.dequantize_4bit(packed.to(device), *moved, (40, 256), 64, 128, torch.float32), exact
+    )
+    fused = (
+        parts[0].double()[absmax_8bit.long()] * parts[1].double().repeat_interleave(128)[:blocks]
+        + parts[2].double()
+    ).float()
     assert not torch.equal(fused, reference.dequantize_absmax(absmax_8bit, *parts, 128))

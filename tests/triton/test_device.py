@@ -1,4 +1,5 @@
-"""What only a GPU can show: streams, CUDA graphs, torch.compile, several devices, memory, and that no call waits for the device."""
+"""What only a GPU can show: streams, CUDA graphs, torch.compile, several devices, memory, and that no call
+waits for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from peftkern.ops.qlora_linear import tuned
 
 from .test_gpu_plan import FUSED, NAMES, SLAB, _case, _ours
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 ROWS = {"few rows": None, "fused": FUSED, **SLAB}
 GPU_BACKENDS = ["cuda", "triton"]
 
@@ -102,7 +106,10 @@ def test_compile_fullgraph(backend: str, m: int) -> None:
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_two_runs_give_the_same_bits(backend: str, row, dtype: torch.dtype) -> None:
-    case, seed = _case("cuda", 8 if row is None else 600, 256, 384, 16, dtype, dtype, False), torch.tensor([7], device="cuda")
+    case, seed = (
+        _case("cuda", 8 if row is None else 600, 256, 384, 16, dtype, dtype, False),
+        torch.tensor([7], device="cuda"),
+    )
     if row is None:
         weight, x, a, b, bias, _ = case
         first, second = (qlora_linear(x, weight, bias, a, b, dropout_p=0.1, seed=seed) for _ in range(2))
@@ -123,7 +130,8 @@ def test_another_device_than_the_current_one(backend: str) -> None:
 
 
 def test_no_dense_weight_outlives_the_call(backend: str) -> None:
-    """Peak memory of forward and backward stays below activations, gradients and one slab; what is kept between them is far less."""
+    """Peak memory of forward and backward stays below activations, gradients and one slab; what is kept
+    between them is far less."""
     n, k, m = 4096, 4096, 512
     weight = NF4Weight.from_dense(torch.randn(n, k, device="cuda") * 0.02)
     x = torch.randn(m, k, device="cuda").bfloat16().requires_grad_()

@@ -25,11 +25,15 @@ PLANS = {name: ROWS[name] for name in ("fused", "cublas", "triton", "triton, sli
 
 def _moved(device: str, member: Member) -> Member:
     to = lambda t: None if t is None else t.to(device)  # noqa: E731
-    adapters = [replace(a, lora_a=to(a.lora_a), lora_b=to(a.lora_b), seed=to(a.seed)) for a in member.adapters]
+    adapters = [
+        replace(a, lora_a=to(a.lora_a), lora_b=to(a.lora_b), seed=to(a.seed)) for a in member.adapters
+    ]
     return Member(to(member.weight), to(member.bias), adapters)
 
 
-def _on(device: str, row: str, x: torch.Tensor, members: mlp.Members, dy: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+def _on(
+    device: str, row: str, x: torch.Tensor, members: mlp.Members, dy: torch.Tensor, **options
+) -> dict[str, torch.Tensor]:
     moved = {name: _moved(device, member) for name, member in members.items()}
     with use_backend("triton"), tuned.use_row(PLANS[row]):
         found = mlp.ours(x.to(device), moved, dy.to(device), **options)
@@ -71,7 +75,9 @@ def test_options(device: str, options: dict, row: str) -> None:
 def test_a_second_adapter_on_the_outer_linear(device: str) -> None:
     """Composed of the group's plans."""
     x, members = mlp.case("apart", 40, torch.float16)
-    further = Adapter(torch.randn(4, mlp.WIDTH).half() / 8, torch.randn(mlp.N, 4).half() * 0.1, 1.0, 0.0, None)
+    further = Adapter(
+        torch.randn(4, mlp.WIDTH).half() / 8, torch.randn(mlp.N, 4).half() * 0.1, 1.0, 0.0, None
+    )
     members["down"] = replace(members["down"], adapters=[*members["down"].adapters, further])
     dy = torch.randn(40, mlp.N).half()
     with use_backend("cpu"):
@@ -82,14 +88,21 @@ def test_a_second_adapter_on_the_outer_linear(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("row", "order"),
-    [("fused", ["h", "d_h, h"]), ("triton", ["h", "d_h, h"]), ("triton, slices", ["h", "d_h, h"]), ("cublas", ["h", "h", "d_h"])],
+    [
+        ("fused", ["h", "d_h, h"]),
+        ("triton", ["h", "d_h, h"]),
+        ("triton, slices", ["h", "d_h, h"]),
+        ("cublas", ["h", "h", "d_h"]),
+    ],
 )
 def test_the_product_is_formed_with_its_gradient_where_dx_comes_first(
     device: str, row: str, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, forward, backward = [], glu.forward, glu.backward
     monkeypatch.setattr(glu, "forward", lambda *args: seen.append("h") or forward(*args))
-    monkeypatch.setattr(glu, "backward", lambda *args: seen.append("d_h" if args[-1] is None else "d_h, h") or backward(*args))
+    monkeypatch.setattr(
+        glu, "backward", lambda *args: seen.append("d_h" if args[-1] is None else "d_h, h") or backward(*args)
+    )
     x, members = mlp.case("apart", 40, torch.float16)
     _on(device, row, x, members, torch.randn(40, mlp.N).half())
     assert seen == order
@@ -100,9 +113,14 @@ def test_what_needs_no_gradient_changes_no_other(device: str, frozen: str) -> No
     x, members = mlp.case("apart", 40, torch.float16)
     dy = torch.randn(40, mlp.N).half()
     whole = _on(device, "triton", x, members, dy)
-    leaf, copies = mlp.leaves(x.to(device), {name: _moved(device, member) for name, member in members.items()})
+    leaf, copies = mlp.leaves(
+        x.to(device), {name: _moved(device, member) for name, member in members.items()}
+    )
     if frozen == "inner":
-        parts = [leaf, *(t for name in ("gate", "up") for a in copies[name].adapters for t in (a.lora_a, a.lora_b))]
+        parts = [
+            leaf,
+            *(t for name in ("gate", "up") for a in copies[name].adapters for t in (a.lora_a, a.lora_b)),
+        ]
     else:
         parts = [getattr(copies["down"].adapters[0], frozen)]
     for part in parts:
@@ -110,6 +128,10 @@ def test_what_needs_no_gradient_changes_no_other(device: str, frozen: str) -> No
     with use_backend("triton"), tuned.use_row(PLANS["triton"]):
         y = mlp.call(leaf, copies)
         y.backward(dy.to(device))
-    missing = ("dx", "d_lora_a gate", "d_lora_b gate", "d_lora_a up", "d_lora_b up") if frozen == "inner" else (f"d_{frozen} down",)
+    missing = (
+        ("dx", "d_lora_a gate", "d_lora_b gate", "d_lora_a up", "d_lora_b up")
+        if frozen == "inner"
+        else (f"d_{frozen} down",)
+    )
     for name, value in mlp.named(leaf, copies, y).items():
         assert value is None if name in missing else torch.equal(value.cpu(), whole[name]), name

@@ -26,7 +26,11 @@ def test_every_output_and_gradient(device: str, dtype: torch.dtype, activation: 
     if not halves:
         on = [t.contiguous() for t in on]
     grads = torch.full((3, 2300), torch.nan, dtype=dtype, device=device)
-    d_gate, d_up, h = grads[:, :1100], grads[:, 1150:2250], torch.full((3, 1100), torch.nan, dtype=dtype, device=device)
+    d_gate, d_up, h = (
+        grads[:, :1100],
+        grads[:, 1150:2250],
+        torch.full((3, 1100), torch.nan, dtype=dtype, device=device),
+    )
     kernels.backward(dy.to(device), *on, activation, d_gate, d_up, h)
     assert grads[:, 1100:1150].isnan().all() and grads[:, 2250:].isnan().all()
     assert torch.equal(h, kernels.forward(*on, activation))
@@ -44,8 +48,12 @@ def test_extreme_values(device: str, activation: str) -> None:
     kernels.backward(one, x, one, activation, d_gate, d_up, None)
     exact = [torch.empty_like(x) for _ in range(2)]
     reference.backward(one, x, one, "silu", *exact, None)
-    torch.testing.assert_close(d_up[:9], torch.where(x > 1, x, torch.zeros_like(x))[:9], rtol=1e-6, atol=1e-30)
-    torch.testing.assert_close(d_gate[:8], torch.where(x > 1, 1.0, torch.where(x < -1, 0.0, 0.5))[:8], rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(
+        d_up[:9], torch.where(x > 1, x, torch.zeros_like(x))[:9], rtol=1e-6, atol=1e-30
+    )
+    torch.testing.assert_close(
+        d_gate[:8], torch.where(x > 1, 1.0, torch.where(x < -1, 0.0, 0.5))[:8], rtol=1e-6, atol=1e-30
+    )
     assert d_up[9].isnan() and d_gate[9].isnan()
 
 

@@ -31,7 +31,9 @@ def test_every_output_and_gradient(device: str, layout: str, regime: str) -> Non
 
 def test_no_rows(device: str) -> None:
     x, members = group._case(group.ALL, 37, 64, torch.float32)
-    members = [group.replace(m, adapters=[group.replace(a, rows=(0, 0)) for a in m.adapters]) for m in members]
+    members = [
+        group.replace(m, adapters=[group.replace(a, rows=(0, 0)) for a in m.adapters]) for m in members
+    ]
     x, members, dys = group.to(x[:0], members, [torch.empty(0, n) for n, _ in group.ALL], device)
     with use_backend("triton"):
         ours = group._ours(x, members, dys)

@@ -29,7 +29,9 @@ ROWS = {
 NAMES = ("y", "dx", "d_lora_a", "d_lora_b", "d_bias")
 
 
-def _case(device: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dense: bool):
+def _case(
+    device: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, lora_dtype: torch.dtype, dense: bool
+):
     weight = torch.randn(n, k) * 0.05
     with use_backend("reference"):  # on the CPU, whatever backend the caller forces for the device
         weight = weight.to(dtype) if dense else NF4Weight.from_dense(weight)
@@ -57,7 +59,9 @@ def _plain(dense, x, a, b, bias, dy, keep, dtype, low) -> dict[str, torch.Tensor
     return dict(zip(NAMES, (y.detach(), x.grad, a.grad, b.grad, bias.grad), strict=True))
 
 
-def _check(device, row, m=70, n=200, k=256, r=5, dtype=torch.bfloat16, lora_dtype=None, dropout_p=0.0, dense=False) -> None:
+def _check(
+    device, row, m=70, n=200, k=256, r=5, dtype=torch.bfloat16, lora_dtype=None, dropout_p=0.0, dense=False
+) -> None:
     lora_dtype = lora_dtype or dtype
     case = _case(device, m, n, k, r, dtype, lora_dtype, dense)
     weight, x = case[:2]
@@ -99,7 +103,10 @@ def test_blocks_that_straddle_rows(device: str) -> None:
 
 @pytest.mark.parametrize("row", nightly(ROWS, quick=["fused", "triton", "cublas, slices"]))
 def test_two_runs_give_the_same_bits(device: str, row: str) -> None:
-    case, seed = _case(device, 40, 96, 128, 4, torch.bfloat16, torch.bfloat16, False), torch.tensor([7], device=device)
+    case, seed = (
+        _case(device, 40, 96, 128, 4, torch.bfloat16, torch.bfloat16, False),
+        torch.tensor([7], device=device),
+    )
     first, second = (_ours(*case, 0.1, seed, ROWS[row]) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
@@ -118,10 +125,18 @@ class _Products(TorchDispatchMode):
 
 
 _LAUNCHES = {
-    "_slab_project_kernel": "slab+xa", "_slab_dy_pass_kernel": "slab+dy_pass", "_slab_dy_pair_kernel": "slab+dy_pass",
-    "_dequantize_kernel": "slab", "_project_kernel": "xa", "_dy_pass_kernel": "dy_pass", "_dy_pair_kernel": "dy_pass",
-    "_matmul_kernel": "matmul", "_y_epilogue_kernel": "y_epilogue", "_x_pass_kernel": "x_pass", "_reduce_kernel": "reduce",
-}  # fmt: skip
+    "_slab_project_kernel": "slab+xa",
+    "_slab_dy_pass_kernel": "slab+dy_pass",
+    "_slab_dy_pair_kernel": "slab+dy_pass",
+    "_dequantize_kernel": "slab",
+    "_project_kernel": "xa",
+    "_dy_pass_kernel": "dy_pass",
+    "_dy_pair_kernel": "dy_pass",
+    "_matmul_kernel": "matmul",
+    "_y_epilogue_kernel": "y_epilogue",
+    "_x_pass_kernel": "x_pass",
+    "_reduce_kernel": "reduce",
+}
 
 
 @pytest.fixture
@@ -152,7 +167,10 @@ LAUNCHED = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "base", "row"), each_choice(["lora", "bare"], ["nf4", "dense"], [name for name in ROWS if name != "fused"], quick=LAUNCHED)
+    ("kind", "base", "row"),
+    each_choice(
+        ["lora", "bare"], ["nf4", "dense"], [name for name in ROWS if name != "fused"], quick=LAUNCHED
+    ),
 )
 def test_launches_are_the_plans(launches: list[str], kind: str, base: str, row: str) -> None:
     from peftkern.ops.qlora_linear import gpu
@@ -161,7 +179,9 @@ def test_launches_are_the_plans(launches: list[str], kind: str, base: str, row: 
     weight, x, a, b, _, dy = _case("cpu", m, n, k, r, torch.float16, torch.float16, dense)
     w = weight
     quant = (
-        (None,) * 6 + (64, 256) if dense else (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, 64, 256)
+        (None,) * 6 + (64, 256)
+        if dense
+        else (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, 64, 256)
     )
     data, (a, b) = (w if dense else w.packed), (a, b) if adapter else (None, None)
     with tuned.use_row(ROWS[row]), _Products(launches):
@@ -169,7 +189,9 @@ def test_launches_are_the_plans(launches: list[str], kind: str, base: str, row: 
         gpu.backward(dy, x, data, quant, k, a, b, xa, 0.7, 0.0, None, (True, False, adapter, adapter))
     shape = plan.Shape(m, n, k, r if adapter else 0, dense=dense)
     choice = Choice("slab", "", ROWS[row].gemm, ROWS[row].slab_bytes)
-    assert launches == [launch.name for launch in (*plan.forward_plan(shape, choice), *plan.backward_plan(shape, choice))]
+    assert launches == [
+        launch.name for launch in (*plan.forward_plan(shape, choice), *plan.backward_plan(shape, choice))
+    ]
 
 
 @pytest.mark.parametrize("arch", GPU_TABLE)
@@ -177,5 +199,8 @@ def test_launches_are_the_plans(launches: list[str], kind: str, base: str, row: 
 @pytest.mark.parametrize("n", [1024, 4096, 14336])
 def test_at_most_seven_launches(arch: int, m: int, n: int) -> None:
     shape = plan.Shape(m, n, 4096, 16, dropout=True)
-    choices = [config.choose_gpu(arch=arch, dtype="bfloat16", m=m, forward=forward, cuda=True, mma=True) for forward in (True, False)]
+    choices = [
+        config.choose_gpu(arch=arch, dtype="bfloat16", m=m, forward=forward, cuda=True, mma=True)
+        for forward in (True, False)
+    ]
     assert len(plan.forward_plan(shape, choices[0])) + len(plan.backward_plan(shape, choices[1])) <= 7

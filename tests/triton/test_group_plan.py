@@ -49,15 +49,28 @@ OPTIONS = [
     {"slab_bytes": BATCHES, "dense": (1,), "bias": False},
 ]
 # One row, whose sums are of eight draws; a quarter of a minute each.
-ONE_ROW = [pytest.param({"m": 1, "draws": 8}, gemm, marks=pytest.mark.slow, id=f"one row-{gemm}") for gemm in SLAB]
+ONE_ROW = [
+    pytest.param({"m": 1, "draws": 8}, gemm, marks=pytest.mark.slow, id=f"one row-{gemm}") for gemm in SLAB
+]
 _GROUP = {
-    "_group_y_kernel": "y_epilogue", "_group_x_kernel": "x_pass",
-    "_group_reduce_kernel": "reduce", "_group_y_matmul_kernel": "matmul", "_group_dx_matmul_kernel": "matmul",
-}  # fmt: skip
+    "_group_y_kernel": "y_epilogue",
+    "_group_x_kernel": "x_pass",
+    "_group_reduce_kernel": "reduce",
+    "_group_y_matmul_kernel": "matmul",
+    "_group_dx_matmul_kernel": "matmul",
+}
 
 
 def _check(
-    device: str, gemm: str, layout, dtype: torch.dtype, *, m: int = 40, slab_bytes: int = 1 << 27, draws: int = 1, **options
+    device: str,
+    gemm: str,
+    layout,
+    dtype: torch.dtype,
+    *,
+    m: int = 40,
+    slab_bytes: int = 1 << 27,
+    draws: int = 1,
+    **options,
 ) -> None:
     low, runs = options.get("lora_dtype") or dtype, []
     for _ in range(draws):
@@ -69,7 +82,9 @@ def _check(
         with use_backend("triton"), tuned.use_row(replace(SLAB[gemm], slab_bytes=slab_bytes)):
             runs.append((group._ours(*moved), plain, exact))
             again = group._ours(*moved)
-        assert all(torch.equal(value, again[name]) for name, value in runs[-1][0].items()), "two runs give the same bits"
+        assert all(torch.equal(value, again[name]) for name, value in runs[-1][0].items()), (
+            "two runs give the same bits"
+        )
     for name in runs[0][0]:
         ours, plain, exact = (torch.cat([run[i][name].cpu().flatten() for run in runs]) for i in range(3))
         assert ours.dtype == plain.dtype, name
@@ -95,9 +110,12 @@ def _poisoned(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.usefixtures("merged_only")
 @pytest.mark.parametrize(
-    ("layout", "dtype", "gemm"), each_choice(LAYOUTS, DTYPES, SLAB, quick=QUICK, name=lambda value: str(value).removeprefix("torch."))
+    ("layout", "dtype", "gemm"),
+    each_choice(LAYOUTS, DTYPES, SLAB, quick=QUICK, name=lambda value: str(value).removeprefix("torch.")),
 )
-def test_merged_launches_are_as_accurate_as_plain_pytorch(device: str, layout: str, dtype: torch.dtype, gemm: str) -> None:
+def test_merged_launches_are_as_accurate_as_plain_pytorch(
+    device: str, layout: str, dtype: torch.dtype, gemm: str
+) -> None:
     # In fp32 the 33 sums of a d_bias are all rounding: 1.4 times plain PyTorch's error over 12 draws, of one
     # draw alone it is noise.
     _check(device, gemm, LAYOUTS[layout], dtype, draws=4 if dtype is torch.float32 else 1)
@@ -111,7 +129,9 @@ def test_every_option(device: str, options: dict, gemm: str) -> None:
 
 @pytest.mark.parametrize("gemm", nightly(SLAB, quick=["triton"]))
 def test_a_member_whose_slab_does_not_fit_is_composed(device: str, gemm: str) -> None:
-    _check(device, gemm, [(300, [(4, None, 0.1)]), (64, [(2, None, 0.0)])], torch.bfloat16, slab_bytes=1 << 16)
+    _check(
+        device, gemm, [(300, [(4, None, 0.1)]), (64, [(2, None, 0.0)])], torch.bfloat16, slab_bytes=1 << 16
+    )
 
 
 @pytest.mark.usefixtures("merged_only")
@@ -209,18 +229,30 @@ def _run(x: torch.Tensor, members: list, dys: list[torch.Tensor]) -> None:
     gpu.backward(dys, x, *spec[:3], *x.shape, a, b, *spec[4:], xa, needs)
 
 
-@pytest.mark.parametrize(("layout", "slabs", "gemm"), each_choice(["qkv", "partly", "bare", "dense"], SLABS, SLAB, quick=LAUNCHED))
+@pytest.mark.parametrize(
+    ("layout", "slabs", "gemm"), each_choice(["qkv", "partly", "bare", "dense"], SLABS, SLAB, quick=LAUNCHED)
+)
 def test_launches_are_the_plans(launches: list[str], layout: str, slabs: str, gemm: str) -> None:
     m, dense, slab_bytes = 300, (0, 1, 2) if layout == "dense" else (), SLABS[slabs]
     layout = [(n, [(r, None, 0.0) for r, _, _ in low]) for n, low in LAYOUTS.get(layout, QKV)]
     x, members = group._case(layout, m, K, torch.float16, bias=False, dense=dense)
     dys = [torch.randn(m, n).half() for n, _ in layout]
-    with use_backend("triton"), tuned.use_row(replace(SLAB[gemm], slab_bytes=slab_bytes)), _Products(launches):
+    with (
+        use_backend("triton"),
+        tuned.use_row(replace(SLAB[gemm], slab_bytes=slab_bytes)),
+        _Products(launches),
+    ):
         _run(x, members, dys)
-    shapes = [Shape(m, n, K, low[0][0] if low else 0, dense=i in dense, nested=i % 2 == 0) for i, (n, low) in enumerate(layout)]
+    shapes = [
+        Shape(m, n, K, low[0][0] if low else 0, dense=i in dense, nested=i % 2 == 0)
+        for i, (n, low) in enumerate(layout)
+    ]
     choice = Choice("slab", "", gemm, slab_bytes)
     assert plan.merges(shapes, choice) == (slab_bytes > 1 << 14 or bool(dense))
-    assert launches == [one.name for one in (*plan.group_forward_plan(shapes, choice), *plan.group_backward_plan(shapes, choice))]
+    assert launches == [
+        one.name
+        for one in (*plan.group_forward_plan(shapes, choice), *plan.group_backward_plan(shapes, choice))
+    ]
 
 
 MIB = 1 << 20
@@ -229,8 +261,15 @@ MIB = 1 << 20
 @pytest.mark.parametrize("gemm", SLAB)
 def test_merging_saves_launches_and_bytes_for_the_same_products(gemm: str) -> None:
     for ns in ((4096, 1024, 1024), (14336, 14336)):
-        shapes, choice = [Shape(8192, n, 4096, 16, bias=True) for n in ns], Choice("slab", "", gemm, 256 * MIB)
+        shapes, choice = (
+            [Shape(8192, n, 4096, 16, bias=True) for n in ns],
+            Choice("slab", "", gemm, 256 * MIB),
+        )
         ours = plan.group_forward_plan(shapes, choice) + plan.group_backward_plan(shapes, choice)
-        theirs = [one for s in shapes for one in single_plan.forward_plan(s, choice) + single_plan.backward_plan(s, choice)]
+        theirs = [
+            one
+            for s in shapes
+            for one in single_plan.forward_plan(s, choice) + single_plan.backward_plan(s, choice)
+        ]
         assert len(ours) < len(theirs) and sum(one.flops for one in ours) == sum(one.flops for one in theirs)
         assert sum(one.reads + one.writes for one in ours) < sum(one.reads + one.writes for one in theirs)

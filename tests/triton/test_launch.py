@@ -49,9 +49,18 @@ class Compiled(Kernel):
 BASE = {"x": torch.zeros(64), "n": 48, "m": 7, "s": 0.5, "R": 16}
 SAME = [{"x": torch.ones(32)}, {"n": 64}, {"m": 1}, {"m": 16}, {"s": 2.5}, {"x": torch.zeros(64)[16:]}]
 OTHER = [
-    {"x": torch.zeros(64).bfloat16()}, {"x": torch.zeros(64)[1:]}, {"x": None}, {"n": 1}, {"n": 49}, {"n": 1 << 40}, {"m": 1 << 40},
-    {"R": 32}, {"x": (torch.zeros(4), None)}, {"n": (48, 1)}, {"n": (48, 48)},
-]  # fmt: skip
+    {"x": torch.zeros(64).bfloat16()},
+    {"x": torch.zeros(64)[1:]},
+    {"x": None},
+    {"n": 1},
+    {"n": 49},
+    {"n": 1 << 40},
+    {"m": 1 << 40},
+    {"R": 32},
+    {"x": (torch.zeros(4), None)},
+    {"n": (48, 1)},
+    {"n": (48, 48)},
+]
 
 
 @pytest.fixture(autouse=True)

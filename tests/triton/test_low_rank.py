@@ -1,4 +1,5 @@
-"""The low-rank passes against fp64, bounded by plain PyTorch's own error; outputs poisoned with NaN, small chunks so that sums split."""
+"""The low-rank passes against fp64, bounded by plain PyTorch's own error; outputs poisoned with NaN, small
+chunks so that sums split."""
 
 from __future__ import annotations
 
@@ -17,17 +18,38 @@ pytest.importorskip("triton")
 from peftkern.ops.qlora_linear import triton_low_rank as low_rank  # noqa: E402
 
 SCALING = 0.7
-# The interpreter sums a tile's products one after the other: 32 of them are a chain as short as the house's kernels keep it.
+# The interpreter sums a tile's products one after the other: 32 of them are a chain as short as the house's
+# kernels keep it.
 SMALL = LowRankConfig(
-    xa=Tile(32, 32, 4, 2), xa_splits=2, dy=Tile(32, 64, 4, 2), dy_rows=32, fused=True, sum_dyb=False, x=Tile(16, 64, 4, 2), x_rows=32,
-    epilogue=Tile(32, 64, 4, 1), ranks=64,
-)  # fmt: skip
+    xa=Tile(32, 32, 4, 2),
+    xa_splits=2,
+    dy=Tile(32, 64, 4, 2),
+    dy_rows=32,
+    fused=True,
+    sum_dyb=False,
+    x=Tile(16, 64, 4, 2),
+    x_rows=32,
+    epilogue=Tile(32, 64, 4, 1),
+    ranks=64,
+)
 # (M, N, K, R): one row, every rank class, nothing a multiple of a tile, several blocks of rows and columns.
-SHAPES = [(1, 40, 72, 8), (40, 40, 72, 1), (63, 60, 100, 3), (50, 130, 63, 16), (40, 96, 137, 24), (33, 100, 60, 64), (20, 63, 100, 256)]
+SHAPES = [
+    (1, 40, 72, 8),
+    (40, 40, 72, 1),
+    (63, 60, 100, 3),
+    (50, 130, 63, 16),
+    (40, 96, 137, 24),
+    (33, 100, 60, 64),
+    (20, 63, 100, 256),
+]
 DTYPES = [
-    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
-    (torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16),
-]  # fmt: skip
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +59,29 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
 
 
-def _case(m: int, n: int, k: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _case(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     narrow = {"a": torch.randn(r, k) / k**0.5, "b": torch.randn(n, r) * 0.1}
-    wide = {"x": torch.randn(m, k), "dy": torch.randn(m, n), "y": torch.randn(m, n), "dx": torch.randn(m, k), "bias": torch.randn(n)}
-    return {key: t.to(adapter_dtype) for key, t in narrow.items()} | {key: t.to(dtype) for key, t in wide.items()}
+    wide = {
+        "x": torch.randn(m, k),
+        "dy": torch.randn(m, n),
+        "y": torch.randn(m, n),
+        "dx": torch.randn(m, k),
+        "bias": torch.randn(n),
+    }
+    return {key: t.to(adapter_dtype) for key, t in narrow.items()} | {
+        key: t.to(dtype) for key, t in wide.items()
+    }
 
 
-def _ours(case: dict[str, torch.Tensor], p: float, seed: torch.Tensor | None, config: LowRankConfig | None, device: str):
+def _ours(
+    case: dict[str, torch.Tensor],
+    p: float,
+    seed: torch.Tensor | None,
+    config: LowRankConfig | None,
+    device: str,
+):
     case = {key: t.to(device) for key, t in case.items()}
     seed = None if seed is None else seed.to(device)
     x, dy, a, b, y, dx = (case[key].clone() for key in ("x", "dy", "a", "b", "y", "dx"))
@@ -51,15 +89,29 @@ def _ours(case: dict[str, torch.Tensor], p: float, seed: torch.Tensor | None, co
     low_rank.y_epilogue(y, xa, b, SCALING, case["bias"], config=config)
     partials = low_rank.dy_pass(dy, xa, b, SCALING, (True, True, True, True), config=config)
     d_lora_a = low_rank.x_pass(x, partials.dyb, a, p, seed, dx=dx, config=config)
-    d_lora_a, d_lora_b, d_bias = low_rank.reduce_partials(d_lora_a, partials.d_lora_b, partials.d_bias, a.dtype)
+    d_lora_a, d_lora_b, d_bias = low_rank.reduce_partials(
+        d_lora_a, partials.d_lora_b, partials.d_bias, a.dtype
+    )
     dyb = partials.dyb.sum(0)
-    out = {"xa": xa, "dyb": dyb, "y": y, "dx": dx, "d_lora_a": d_lora_a, "d_lora_b": d_lora_b, "d_bias": d_bias}
-    assert d_lora_a.dtype == d_lora_b.dtype == a.dtype and xa.dtype == dyb.dtype == d_bias.dtype == torch.float32
+    out = {
+        "xa": xa,
+        "dyb": dyb,
+        "y": y,
+        "dx": dx,
+        "d_lora_a": d_lora_a,
+        "d_lora_b": d_lora_b,
+        "d_bias": d_bias,
+    }
+    assert (
+        d_lora_a.dtype == d_lora_b.dtype == a.dtype and xa.dtype == dyb.dtype == d_bias.dtype == torch.float32
+    )
     return {key: t.cpu() for key, t in out.items()}
 
 
 @products_of_many_rows
-def _plain(case: dict[str, torch.Tensor], keep: torch.Tensor | None, dtype: torch.dtype, low: torch.dtype) -> dict[str, torch.Tensor]:
+def _plain(
+    case: dict[str, torch.Tensor], keep: torch.Tensor | None, dtype: torch.dtype, low: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Plain PyTorch with activations in `dtype`, the low-rank branch in `low`."""
     c = {key: t.to(low if key in "ab" else dtype) for key, t in case.items()}
     dropped = c["x"].to(low) if keep is None else c["x"].to(low) * keep.to(low)
@@ -72,7 +124,8 @@ def _plain(case: dict[str, torch.Tensor], keep: torch.Tensor | None, dtype: torc
 
 
 def _low_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
-    """What PEFT computes the branch in: the adapters' dtype; we take the wider of the two where x is fp32 and they are not."""
+    """What PEFT computes the branch in: the adapters' dtype; we take the wider of the two where x is fp32 and
+    they are not."""
     return torch.float32 if dtype == torch.float32 else adapter_dtype
 
 
@@ -99,16 +152,21 @@ def _name(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
     return "-".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-# Every shape and every pair of dtypes in the quick suite, all of their pairs in the nightly one: the interpreter takes a second for each.
+# Every shape and every pair of dtypes in the quick suite, all of their pairs in the nightly one: the
+# interpreter takes a second for each.
 PAIRS = [
-    pytest.param(shape, dtypes, id=f"{shape}-{_name(dtypes)}", marks=() if j == i % len(DTYPES) else pytest.mark.slow)
+    pytest.param(
+        shape, dtypes, id=f"{shape}-{_name(dtypes)}", marks=() if j == i % len(DTYPES) else pytest.mark.slow
+    )
     for i, shape in enumerate(SHAPES)
     for j, dtypes in enumerate(DTYPES)
 ]
 
 
 @pytest.mark.parametrize("shape, dtypes", PAIRS)
-def test_every_output(device: str, shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_every_output(
+    device: str, shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
     few = shape[0] * shape[3] < 100  # the errors of a handful of numbers are noise
     # A whole row of 256 ranks in fp32 terms beside 64 columns is more than a block's shared memory.
     narrow = replace(SMALL, xa=Tile(32, 16, 8, 2), dy=Tile(16, 32, 8, 2), dy_rows=16, x_rows=16)
@@ -122,7 +180,9 @@ def test_more_chunks(device: str, dtypes: tuple[torch.dtype, torch.dtype]) -> No
     _check((257, 200, 257, 16), dtypes, 0.1, SMALL, device, draws=1)
 
 
-@pytest.mark.parametrize("p, dtypes", [(0.1, DTYPES[1]), (0.5, DTYPES[3]), (1.0, DTYPES[0]), (0.3, DTYPES[2])], ids=str)
+@pytest.mark.parametrize(
+    "p, dtypes", [(0.1, DTYPES[1]), (0.5, DTYPES[3]), (1.0, DTYPES[0]), (0.3, DTYPES[2])], ids=str
+)
 def test_dropout(device: str, p: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     _check((50, 60, 100, 16), dtypes, p, SMALL, device, draws=1)
 
@@ -154,7 +214,8 @@ def test_two_runs_give_the_same_bits(device: str) -> None:
 
 
 def test_masks_equal_the_reference(device: str) -> None:
-    """With one-hot A and x of ones, xa is a column of the mask; with dyb of ones and A of ones, dx is the mask: bit for bit."""
+    """With one-hot A and x of ones, xa is a column of the mask; with dyb of ones and A of ones, dx is the
+    mask: bit for bit."""
     m, k, seed = 37, 72, torch.tensor([-5], device=device)
     keep = dropout_scale(m, k, 0.4, seed.cpu())
     for r in (1, 16):
@@ -168,7 +229,9 @@ def test_masks_equal_the_reference(device: str) -> None:
     low_rank.x_pass(None, dyb, torch.ones(1, k, device=device), 0.4, seed, dx=dx, need_a=False, config=SMALL)
     assert torch.equal(dx.cpu(), keep)
     one_hot = torch.eye(m, device=device)[None]  # R = M: every row of x has its own row in dA
-    d_lora_a = low_rank.x_pass(torch.ones(m, k, device=device), one_hot, torch.ones(m, k, device=device), 0.4, seed, config=SMALL)
+    d_lora_a = low_rank.x_pass(
+        torch.ones(m, k, device=device), one_hot, torch.ones(m, k, device=device), 0.4, seed, config=SMALL
+    )
     assert torch.equal(low_rank.reduce_partials(d_lora_a, None, None, torch.float32)[0].cpu(), keep)
 
 
@@ -186,7 +249,9 @@ def test_what_is_not_a_number_stays_in_its_row(device: str) -> None:
     for key in ("x", "dy"):
         case[key][7] = torch.nan
     xa = low_rank.xa_forward(case["x"], case["a"], config=SMALL)
-    dyb = low_rank.dy_pass(case["dy"], None, case["b"], SCALING, (True, True, False, False), config=SMALL).dyb.sum(0)
+    dyb = low_rank.dy_pass(
+        case["dy"], None, case["b"], SCALING, (True, True, False, False), config=SMALL
+    ).dyb.sum(0)
     for t in (xa, dyb):
         assert torch.equal(t.isnan().any(1).cpu(), torch.arange(40) == 7)
 
@@ -209,7 +274,11 @@ def test_only_what_is_needed(device: str, needs: tuple[bool, bool, bool, bool], 
     xa = low_rank.xa_forward(case["x"], case["a"], config=config)
     every = low_rank.dy_pass(case["dy"], xa, case["b"], SCALING, (True,) * 4, config=config)
     some = low_rank.dy_pass(case["dy"], xa if needs[3] else None, case["b"], SCALING, needs, config=config)
-    assert (some.dyb is not None, some.d_bias is not None, some.d_lora_b is not None) == (needs[0] or needs[2], needs[1], needs[3])
+    assert (some.dyb is not None, some.d_bias is not None, some.d_lora_b is not None) == (
+        needs[0] or needs[2],
+        needs[1],
+        needs[3],
+    )
     if some.dyb is not None:
         torch.testing.assert_close(some.dyb.sum(0), every.dyb.sum(0))
     for name in ("d_bias", "d_lora_b"):
@@ -218,10 +287,16 @@ def test_only_what_is_needed(device: str, needs: tuple[bool, bool, bool, bool], 
 
 
 def test_bias_without_an_adapter(device: str) -> None:
-    dy, y, bias = torch.randn(50, 70, device=device), torch.zeros(50, 70, device=device), torch.randn(70, device=device)
+    dy, y, bias = (
+        torch.randn(50, 70, device=device),
+        torch.zeros(50, 70, device=device),
+        torch.randn(70, device=device),
+    )
     partials = low_rank.dy_pass(dy, None, None, 1.0, (True, True, False, False), config=SMALL)
     assert partials.dyb is None and partials.d_lora_b is None
-    torch.testing.assert_close(low_rank.reduce_partials(None, None, partials.d_bias, torch.float32)[2], dy.sum(0))
+    torch.testing.assert_close(
+        low_rank.reduce_partials(None, None, partials.d_bias, torch.float32)[2], dy.sum(0)
+    )
     low_rank.y_epilogue(y, None, None, 1.0, bias, config=SMALL)
     assert torch.equal(y, bias.expand(50, -1))
 
@@ -244,7 +319,11 @@ def test_a_slice_of_columns(device: str) -> None:
 def test_the_chooser(arch: int, r: int, m: int) -> None:
     for mode in ("native", "split", "tf32x3", "ieee"):
         config = choose_low_rank(m, 4096, 14336, r, mode=mode, arch=arch)
-        assert config.dy_rows % config.dy.rows == 0 and config.x_rows % config.x.rows == 0 and config.dy_rows % config.xa.rows == 0
+        assert (
+            config.dy_rows % config.dy.rows == 0
+            and config.x_rows % config.x.rows == 0
+            and config.dy_rows % config.xa.rows == 0
+        )
         assert config.xa_splits == 1 or m < 16 * 128
         assert not config.fused or r <= 32
         assert config.fused or r > 32 or arch == 75 or mode in ("tf32x3", "ieee")

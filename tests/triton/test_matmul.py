@@ -23,11 +23,27 @@ SPLIT = MatmulConfig(32, 64, 64, split_k=3, group_m=2)
 DENSE = (None,) * 6 + (64, 256)
 # (M, N, K, R): one row; ragged everything; K of whole groups of four words, of one word, and odd; every class
 # of ranks.
-SHAPES = [(1, 64, 128, 1), (5, 33, 64, 3), (17, 70, 96, 16), (33, 50, 72, 64), (20, 45, 97, 5), (3, 20, 160, 256)]
+SHAPES = [
+    (1, 64, 128, 1),
+    (5, 33, 64, 3),
+    (17, 70, 96, 16),
+    (33, 50, 72, 64),
+    (20, 45, 97, 5),
+    (3, 20, 160, 256),
+]
 
 
 def _quant(w: NF4Weight) -> tuple:
-    return w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, w.blocksize, w.nested_blocksize
+    return (
+        w.code,
+        w.absmax,
+        w.absmax_8bit,
+        w.absmax_code,
+        w.nested_absmax,
+        w.absmax_offset,
+        w.blocksize,
+        w.nested_blocksize,
+    )
 
 
 def _weight(n: int, k: int, **options) -> tuple[NF4Weight, torch.Tensor]:
@@ -37,7 +53,15 @@ def _weight(n: int, k: int, **options) -> tuple[NF4Weight, torch.Tensor]:
 
 
 @products_of_many_rows
-def _product(t: torch.Tensor, w: torch.Tensor, low: torch.Tensor | None, adapter: torch.Tensor | None, bias, keep, dtype: torch.dtype):
+def _product(
+    t: torch.Tensor,
+    w: torch.Tensor,
+    low: torch.Tensor | None,
+    adapter: torch.Tensor | None,
+    bias,
+    keep,
+    dtype: torch.dtype,
+):
     """t @ w + keep * (low @ adapter) + bias in plain PyTorch; the low-rank part in the adapter's dtype, or in
     fp64 where `dtype` is."""
     y = t.to(dtype) @ w.to(dtype)
@@ -53,7 +77,21 @@ def _on(device: str, *args) -> torch.Tensor:
     return _product(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in args)).cpu()
 
 
-def _check_forward(device, m, n, k, r, dtype, config, *, lora_dtype=None, bias_dtype=None, dense=False, scaling=0.7, **options) -> None:
+def _check_forward(
+    device,
+    m,
+    n,
+    k,
+    r,
+    dtype,
+    config,
+    *,
+    lora_dtype=None,
+    bias_dtype=None,
+    dense=False,
+    scaling=0.7,
+    **options,
+) -> None:
     w, exact_w = _weight(n, k, **options)
     lora_dtype = lora_dtype or dtype
     x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(bias_dtype or dtype)
@@ -67,11 +105,15 @@ def _check_forward(device, m, n, k, r, dtype, config, *, lora_dtype=None, bias_d
     adapter = None if b is None else b.t()
     low = None if xa is None else xa * scaling
     plain = _on(device, x, exact_w.t(), low, adapter, bias, None, dtype)
-    exact = _product(x, exact_w.t(), None if xa is None else xa.double() * scaling, adapter, bias, None, torch.float64)
+    exact = _product(
+        x, exact_w.t(), None if xa is None else xa.double() * scaling, adapter, bias, None, torch.float64
+    )
     assert_as_accurate("y", y.cpu(), plain, exact)
 
 
-def _check_dx(device, m, n, k, r, dtype, config, *, lora_dtype=None, dropout_p=0.0, dense=False, **options) -> None:
+def _check_dx(
+    device, m, n, k, r, dtype, config, *, lora_dtype=None, dropout_p=0.0, dense=False, **options
+) -> None:
     w, exact_w = _weight(n, k, **options)
     lora_dtype = lora_dtype or dtype
     dy = torch.randn(m, n).to(dtype)
@@ -95,7 +137,9 @@ def test_both_directions(device: str, shape: tuple[int, int, int, int], dtype: t
         _check_dx(device, *shape, dtype, config)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), each_choice([(17, 70, 96, 16), (20, 45, 97, 5), (70, 64, 64, 0)], FLOATS))
+@pytest.mark.parametrize(
+    ("shape", "dtype"), each_choice([(17, 70, 96, 16), (20, 45, 97, 5), (70, 64, 64, 0)], FLOATS)
+)
 def test_dense_slabs(device: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     for config in (SMALL, SPLIT):
         _check_forward(device, *shape, dtype, config, dense=True)
@@ -109,7 +153,13 @@ def test_dropout(device: str, dropout_p: float, config: MatmulConfig) -> None:
     _check_dx(device, 20, 40, 64, 8, torch.bfloat16, config, dropout_p=dropout_p)
 
 
-FORMATS = [{"nested": False}, {"quant_type": "fp4"}, {"blocksize": 32}, {"blocksize": 4096}, {"blocksize": 128, "nested": False}]
+FORMATS = [
+    {"nested": False},
+    {"quant_type": "fp4"},
+    {"blocksize": 32},
+    {"blocksize": 4096},
+    {"blocksize": 128, "nested": False},
+]
 
 
 @pytest.mark.parametrize(("k", "options"), each_choice([192, 200], FORMATS))
@@ -120,9 +170,13 @@ def test_formats(device: str, k: int, options: dict) -> None:
 
 @pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize(
-    "dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+    "dtypes",
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=str,
 )
-def test_adapters_and_bias_of_another_dtype(device: str, dtypes: tuple[torch.dtype, torch.dtype], config: MatmulConfig) -> None:
+def test_adapters_and_bias_of_another_dtype(
+    device: str, dtypes: tuple[torch.dtype, torch.dtype], config: MatmulConfig
+) -> None:
     _check_forward(device, 20, 70, 128, 8, dtypes[0], config, lora_dtype=dtypes[1], bias_dtype=dtypes[1])
     _check_dx(device, 20, 70, 128, 8, dtypes[0], config, lora_dtype=dtypes[1])
 
@@ -130,7 +184,9 @@ def test_adapters_and_bias_of_another_dtype(device: str, dtypes: tuple[torch.dty
 def test_no_adapter_and_no_bias(device: str) -> None:
     w, exact_w = _weight(70, 128)
     x = torch.randn(9, 128)
-    y = matmul_forward(x.to(device), w.to(device).packed, _quant(w.to(device)), 70, None, None, None, 1.0, config=SMALL)
+    y = matmul_forward(
+        x.to(device), w.to(device).packed, _quant(w.to(device)), 70, None, None, None, 1.0, config=SMALL
+    )
     assert_as_accurate("y", y.cpu(), x @ exact_w.t(), x.double() @ exact_w.double().t())
 
 
@@ -146,7 +202,9 @@ QUICK = [(WEIGHTS[0], "four words"), (WEIGHTS[1], "one word"), (WEIGHTS[0], "rag
 
 
 @pytest.mark.parametrize("case", nightly(itertools.product(WEIGHTS, LENGTHS), quick=QUICK), ids=str)
-def test_one_hot_rows_read_the_decoded_weight(device: str, case: tuple[tuple[str, bool, torch.dtype], str]) -> None:
+def test_one_hot_rows_read_the_decoded_weight(
+    device: str, case: tuple[tuple[str, bool, torch.dtype], str]
+) -> None:
     """x = I gives W^T, dy = I gives W: every weight through the product, bit for bit (but for the sign of
     zeros, which sums lose).
 
@@ -158,8 +216,20 @@ def test_one_hot_rows_read_the_decoded_weight(device: str, case: tuple[tuple[str
         exact = w.dequantize(dtype)
     on = w.to(device)
     for config in (MatmulConfig(64, 64, 32), MatmulConfig(64, 64, 32, split_k=2)):
-        y = matmul_forward(torch.eye(k, dtype=dtype, device=device), on.packed, _quant(on), 100, None, None, None, 1.0, config=config)
-        dx = matmul_dx(torch.eye(100, dtype=dtype, device=device), on.packed, _quant(on), k, None, None, config=config)
+        y = matmul_forward(
+            torch.eye(k, dtype=dtype, device=device),
+            on.packed,
+            _quant(on),
+            100,
+            None,
+            None,
+            None,
+            1.0,
+            config=config,
+        )
+        dx = matmul_dx(
+            torch.eye(100, dtype=dtype, device=device), on.packed, _quant(on), k, None, None, config=config
+        )
         assert torch.equal(y.cpu().t(), exact) and torch.equal(dx.cpu(), exact)
 
 
@@ -171,7 +241,9 @@ def test_low_rank_rows_are_not_rounded(device: str, dtype: torch.dtype, config: 
     w, _ = _weight(64, 64)
     on, zero, low = w.to(device), torch.zeros(16, 64, dtype=dtype, device=device), torch.randn(16, 16)
     a, b = torch.randn(16, 64).to(dtype), torch.randn(64, 16).to(dtype)
-    y = matmul_forward(zero, on.packed, _quant(on), 64, None, b.to(device), low.to(device), 1.0, config=config)
+    y = matmul_forward(
+        zero, on.packed, _quant(on), 64, None, b.to(device), low.to(device), 1.0, config=config
+    )
     dx = matmul_dx(zero, on.packed, _quant(on), 64, a.to(device), low.to(device), config=config)
     for got, exact in ((y, low.double() @ b.double().t()), (dx, low.double() @ a.double())):
         assert relative_norm(got.cpu(), exact) <= 1.02 * relative_norm(exact.to(dtype), exact)
@@ -188,17 +260,26 @@ def test_slabs_of_columns_make_the_whole_dx(device: str) -> None:
     for cols in (slice(0, 128), slice(128, k)):
         slab = w[:, cols].contiguous()
         part = out[:, cols]
-        matmul_dx(dy, slab, DENSE, slab.shape[1], a[:, cols], dyb, 0.25, seed, part, SMALL, first_col=cols.start)
+        matmul_dx(
+            dy, slab, DENSE, slab.shape[1], a[:, cols], dyb, 0.25, seed, part, SMALL, first_col=cols.start
+        )
     assert torch.equal(out, whole)
 
 
 def test_partial_low_rank_rows_are_summed(device: str) -> None:
     """dyb as it comes from column chunks, not yet added up."""
     w, _ = _weight(32, 96)
-    on, dy, parts, a = w.to(device), torch.randn(9, 32).to(device), torch.randn(3, 9, 4).to(device), torch.randn(4, 96).to(device)
+    on, dy, parts, a = (
+        w.to(device),
+        torch.randn(9, 32).to(device),
+        torch.randn(3, 9, 4).to(device),
+        torch.randn(4, 96).to(device),
+    )
     summed = (parts[0] + parts[1]) + parts[2]
     for config in (SMALL, SPLIT):
-        first, second = (matmul_dx(dy, on.packed, _quant(on), 96, a, dyb, config=config) for dyb in (parts, summed))
+        first, second = (
+            matmul_dx(dy, on.packed, _quant(on), 96, a, dyb, config=config) for dyb in (parts, summed)
+        )
         assert torch.equal(first, second)
 
 
@@ -208,7 +289,12 @@ def test_every_block_of_a_grouped_order_is_written_once(device: str) -> None:
     on, x = w.to(device), torch.randn(75, 32).to(device)
     config = MatmulConfig(16, 32, 32, group_m=2)
     y = [matmul_forward(x, on.packed, _quant(on), 50, None, None, None, 1.0, config=config) for _ in range(2)]
-    one_by_one = torch.cat([matmul_forward(r, on.packed, _quant(on), 50, None, None, None, 1.0, config=config) for r in x.split(16)])
+    one_by_one = torch.cat(
+        [
+            matmul_forward(r, on.packed, _quant(on), 50, None, None, None, 1.0, config=config)
+            for r in x.split(16)
+        ]
+    )
     assert torch.equal(y[0], y[1]) and torch.equal(y[0], one_by_one)
 
 

@@ -25,7 +25,9 @@ def _on(device: str, **results: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_gradients_of_a_llama(device: str, row) -> None:
     model = models.lora(models.llama(torch.float32, layers=1, bias=True))
     exact = models.run(models.in_fp64(model))
-    stock = models.errors(_on("cpu", **models.run(copy.deepcopy(model).to(device), models.IDS.to(device))), exact)
+    stock = models.errors(
+        _on("cpu", **models.run(copy.deepcopy(model).to(device), models.IDS.to(device))), exact
+    )
     patched = model.to(device)
     report = peftkern.patch(patched)
     with peftkern.use_backend("triton"), tuned.use_row(row):
@@ -37,8 +39,12 @@ def test_gradients_of_a_llama(device: str, row) -> None:
     assert peftkern.unpatch(patched)
 
 
-@pytest.mark.parametrize(("rounded_from", "modes"), [(1, {"native"}), (1 << 20, {"split"})], ids=["many rows", "few rows"])
-def test_autocast_rounds_fp32_adapters_as_stock_does(device: str, rounded_from: int, modes: set, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rounded_from", "modes"), [(1, {"native"}), (1 << 20, {"split"})], ids=["many rows", "few rows"]
+)
+def test_autocast_rounds_fp32_adapters_as_stock_does(
+    device: str, rounded_from: int, modes: set, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of many rows; either way the result is as accurate as autocast's products in bf16 are."""
     monkeypatch.setattr(forwards, "_ROUNDED_FROM", rounded_from)
     used, mode_of = set(), low_rank._mode
@@ -61,14 +67,18 @@ def test_autocast_rounds_fp32_adapters_as_stock_does(device: str, rounded_from: 
     with peftkern.use_backend("reference"):
         dense = peftkern.NF4Weight.from_bnb(layer.base_layer).dequantize(torch.float32)
     scaling = layer.scaling["default"]
-    rounded = _linear(x.bfloat16(), dense.bfloat16(), *(t.detach().bfloat16() for t in trained), scaling, dy.bfloat16())
+    rounded = _linear(
+        x.bfloat16(), dense.bfloat16(), *(t.detach().bfloat16() for t in trained), scaling, dy.bfloat16()
+    )
     exact = _linear(x.double(), dense.double(), *(t.detach().double() for t in trained), scaling, dy.double())
     for name, got, plain, true in zip(("y", "dx", "d_lora_a", "d_lora_b"), ours, rounded, exact, strict=True):
         assert_as_accurate(name, got, plain, true)
     assert peftkern.unpatch(holder)
 
 
-def _linear(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dy: torch.Tensor) -> list[torch.Tensor]:
+def _linear(
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dy: torch.Tensor
+) -> list[torch.Tensor]:
     """y and its gradients in plain PyTorch, all in the operands' dtype."""
     leaves = [t.clone().requires_grad_() for t in (x, a, b)]
     y = leaves[0] @ w.t() + scaling * (leaves[0] @ leaves[1].t() @ leaves[2].t())

@@ -14,7 +14,9 @@ from peftkern.ops.triton_philox import _dropout_scale  # noqa: E402
 
 
 @triton.jit
-def _scale_kernel(out, seed_ptr, threshold, row0, col0, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def _scale_kernel(
+    out, seed_ptr, threshold, row0, col0, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
     tile = _dropout_scale(seed_ptr, threshold, row0, col0, BLOCK_ROWS, BLOCK_COLS)
     rows, cols = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLS)[None, :]
     tl.store(out + rows * stride + cols, tile)
@@ -28,8 +30,12 @@ def _tile(device: str, seed: int, p: float, row0: int, col0: int, rows: int, col
 
 
 @pytest.mark.parametrize("seed", [0, 7, 1234567890123, -1, -(2**63), 2**63 - 1, 1 << 31, 1 << 32])
-@pytest.mark.parametrize("rows, cols, row0, col0", [(16, 64, 0, 0), (64, 32, 37, 8), (1, 128, 1000, 64), (32, 8, 5, 248)])
-def test_tiles_equal_the_reference(device: str, seed: int, rows: int, cols: int, row0: int, col0: int) -> None:
+@pytest.mark.parametrize(
+    "rows, cols, row0, col0", [(16, 64, 0, 0), (64, 32, 37, 8), (1, 128, 1000, 64), (32, 8, 5, 248)]
+)
+def test_tiles_equal_the_reference(
+    device: str, seed: int, rows: int, cols: int, row0: int, col0: int
+) -> None:
     exact = dropout_scale(row0 + rows, col0 + cols, 0.1, torch.tensor([seed]))[row0:, col0:]
     assert torch.equal(_tile(device, seed, 0.1, row0, col0, rows, cols), exact)
 
@@ -48,7 +54,9 @@ def test_rows_beyond_31_bits(device: str) -> None:
 
     row0, seed = 2**31 - 8, torch.tensor([99])
     row, column = torch.arange(row0, row0 + 16)[:, None].expand(-1, 2), torch.arange(2).expand(16, -1)
-    words = torch.stack(philox_4x32([column, row, torch.zeros_like(row), torch.zeros_like(row)], seed), dim=-1)
+    words = torch.stack(
+        philox_4x32([column, row, torch.zeros_like(row), torch.zeros_like(row)], seed), dim=-1
+    )
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(16, 16)
     exact = (halves >= 32768).float() * 2
     assert torch.equal(_tile(device, 99, 0.5, row0, 0, 16, 16), exact)

@@ -55,7 +55,8 @@ def test_ties_go_to_the_lower_code(device: str, quant_type: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("quant_type", sorted(CODES))
 def test_odd_values(device: str, quant_type: str) -> None:
-    """Blocks of zeros, of NaN, with infinities, with subnormals whose inverse is infinite; and a cut last block of subnormals."""
+    """Blocks of zeros, of NaN, with infinities, with subnormals whose inverse is infinite; and a cut last
+    block of subnormals."""
     w = torch.randn(7 * 32 + 3)
     w[32:64] = 0.0
     w[64:96] = torch.nan

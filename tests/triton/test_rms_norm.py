@@ -14,7 +14,14 @@ from ..ops.bounds import assert_as_accurate  # noqa: E402
 from ..ops.test_rms_norm import DTYPES, MODES, case, run, stock  # noqa: E402
 
 
-def _check(device: str, shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype, cast: str, offset: float) -> None:
+def _check(
+    device: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    cast: str,
+    offset: float,
+) -> None:
     args = case(shape, dtype, weight_dtype)
     plain = run(stock, *(t.to(device) for t in args), offset, cast)
     exact = run(stock, *(t.double() for t in args), offset, cast)
@@ -36,7 +43,9 @@ def test_every_output_and_gradient(device: str, shape, dtype: torch.dtype, cast:
 
 
 @pytest.mark.parametrize(("cast", "offset"), MODES)
-def test_rows_longer_than_a_block(device: str, cast: str, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_longer_than_a_block(
+    device: str, cast: str, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "MAX_BLOCK", 64)
     monkeypatch.setattr(kernels, "PIECE", 64)
     _check(device, (5, 150), torch.bfloat16, torch.bfloat16, cast, offset)
@@ -64,7 +73,14 @@ def test_rows_that_lie_apart_and_none(device: str) -> None:
     assert not kernels.backward(dy[:0], x[:0], weight, rstd[:0], 0.0, "llama", (True, True))[1].any()
 
 
-def _check_added(device: str, shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype, cast: str, offset: float) -> None:
+def _check_added(
+    device: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    cast: str,
+    offset: float,
+) -> None:
     args = added.case(shape, dtype, weight_dtype)
     exact = added.run(added.stock, *(t.double() for t in args), offset, cast)
     plain = added.run(added.stock, *(t.to(device) for t in args), offset, cast)
@@ -81,12 +97,16 @@ def _check_added(device: str, shape: tuple[int, int], dtype: torch.dtype, weight
 @pytest.mark.parametrize("shape", [(35, 40), (3, 1300), (9, 128)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("cast", "offset"), MODES)
-def test_a_stream_is_added_in_both_directions(device: str, shape, dtype: torch.dtype, cast: str, offset: float) -> None:
+def test_a_stream_is_added_in_both_directions(
+    device: str, shape, dtype: torch.dtype, cast: str, offset: float
+) -> None:
     _check_added(device, shape, dtype, dtype, cast, offset)
 
 
 @pytest.mark.parametrize(("cast", "offset"), MODES)
-def test_a_stream_of_rows_longer_than_a_block(device: str, cast: str, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_of_rows_longer_than_a_block(
+    device: str, cast: str, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "MAX_BLOCK", 64)
     monkeypatch.setattr(kernels, "PIECE", 64)
     for weight_dtype in (torch.bfloat16, torch.float32):
@@ -102,7 +122,9 @@ def test_streams_that_lie_apart_and_none(device: str, monkeypatch: pytest.Monkey
     results = []
     for f in (lambda t: t, lambda t: t.contiguous()):
         y, s, rstd = kernels.add_forward(f(x), f(residual), weight, 1e-5, 0.0, "llama")
-        results.append((y, s, rstd, *kernels.add_backward(f(dy), f(residual), f(x), weight, rstd, 0.0, "llama", True)))
+        results.append(
+            (y, s, rstd, *kernels.add_backward(f(dy), f(residual), f(x), weight, rstd, 0.0, "llama", True))
+        )
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True))
     y, s, rstd = kernels.add_forward(x[:0], residual[:0], weight, 1e-5, 0.0, "llama")
     assert y.shape == s.shape == (0, 40)

@@ -14,7 +14,13 @@ from ..ops.bounds import assert_as_accurate  # noqa: E402
 from ..ops.test_rope import DTYPES, case, run, stock  # noqa: E402
 
 # As in tests/ops, and more heads than a program takes.
-SHAPES = [(1, 4, 2, 1, 64, 64), (2, 9, 3, 5, 22, 22), (2, 4, 4, 3, 96, 72), (1, 2, 2, 5, 80, 20), (1, 2, 1, 4, 8, 0)]
+SHAPES = [
+    (1, 4, 2, 1, 64, 64),
+    (2, 9, 3, 5, 22, 22),
+    (2, 4, 4, 3, 96, 72),
+    (1, 2, 2, 5, 80, 20),
+    (1, 2, 1, 4, 8, 0),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,7 +14,9 @@ from peftkern.ops.row_squares import triton as kernels  # noqa: E402
 
 
 # Groups of four words, of one, and none at all; more than one step of each; blocks across rows; one weight.
-@pytest.mark.parametrize("shape", [(3, 192), (5, 4128), (4, 40), (2, 4136), (5, 333), (2, 1025), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 192), (5, 4128), (4, 40), (2, 4136), (5, 333), (2, 1025), (1, 1)], ids=str
+)
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("blocksize", [64, 4096])
 def test_against_exact_squares(device: str, shape: tuple[int, int], nested: bool, blocksize: int) -> None:

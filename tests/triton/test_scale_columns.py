@@ -17,8 +17,13 @@ def test_against_the_reference(device: str, shape: tuple[int, int], dtype: torch
     """Elementwise results to the bit, sums but for their order."""
     u, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     scale, bias = torch.randn(shape[1], device=device), torch.randn(shape[1], device=device).to(dtype)
-    one_rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}  # a fused multiply and add may round another way
-    torch.testing.assert_close(kernels.forward(u, scale, bias), reference.forward(u, scale, bias), **one_rounding)
+    one_rounding = {
+        "rtol": torch.finfo(dtype).eps,
+        "atol": 1e-6,
+    }  # a fused multiply and add may round another way
+    torch.testing.assert_close(
+        kernels.forward(u, scale, bias), reference.forward(u, scale, bias), **one_rounding
+    )
     assert torch.equal(kernels.forward(u, scale, None), reference.forward(u, scale, None))
     ours, expected = (module.backward(dy, u, scale, [True, True, True]) for module in (kernels, reference))
     assert torch.equal(ours[0], expected[0])

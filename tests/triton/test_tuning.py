@@ -1,4 +1,5 @@
-"""`peftkern tune` measures what it says: every variant it compares runs, and takes the regime it is named after."""
+"""`peftkern tune` measures what it says: every variant it compares runs, and takes the regime it is named
+after."""
 
 from __future__ import annotations
 
@@ -36,9 +37,18 @@ def test_every_variant_runs_in_its_own_regime(device: str, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "choose", recorded)
     rows: list[str] = []
     with use_backend("triton"):
-        timings = tuning.measure(device, timer, square=(64, 64), up=(96, 64), sizes=((1,), (16, 32), 40), print_row=rows.append)
+        timings = tuning.measure(
+            device, timer, square=(64, 64), up=(96, 64), sizes=((1,), (16, 32), 40), print_row=rows.append
+        )
     assert sorted(timings) == sorted(
-        ["medium/16/fused", "medium/16/slab", "medium/32/fused", "medium/32/slab", "gemm/40/cublas", "gemm/40/triton"]
+        [
+            "medium/16/fused",
+            "medium/16/slab",
+            "medium/32/fused",
+            "medium/32/slab",
+            "gemm/40/cublas",
+            "gemm/40/triton",
+        ]
         + [f"slab/40/{mib}" for mib in tuning.SLAB_MIB]
     )
     assert len(rows) == 4

@@ -77,7 +77,10 @@ def add_bottleneck(
     ...         self.mlp = layer
     ...     def forward(self, x):
     ...         return x + self.mlp(x)
-    >>> [place.output for place in add_bottleneck(Residual(), "seq_bn[original_ln_before=False]", example_inputs={"x": torch.ones(1, 8)})]
+    >>> places = add_bottleneck(
+    ...     Residual(), "seq_bn[original_ln_before=False]", example_inputs={"x": torch.ones(1, 8)}
+    ... )
+    >>> [place.output for place in places]
     ['mlp']
     """
     config = BottleneckConfig.parse(config) if isinstance(config, str) else config

@@ -12,12 +12,14 @@ __all__ = ["dequantize_4bit"]
 
 
 LIBRARY.define(
-    "dequantize_4bit(Tensor packed, Tensor code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
+    "dequantize_4bit(Tensor packed, Tensor code, Tensor? absmax, Tensor? absmax_8bit, Tensor? "
+    "absmax_code, Tensor? nested_absmax, "
     "Tensor? absmax_offset, SymInt[] shape, int blocksize, int nested_blocksize, ScalarType dtype) -> Tensor"
 )
 
 LIBRARY.define(
-    "dequantize_4bit_out(Tensor packed, Tensor code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
+    "dequantize_4bit_out(Tensor packed, Tensor code, Tensor? absmax, Tensor? absmax_8bit, Tensor? "
+    "absmax_code, Tensor? nested_absmax, "
     "Tensor? absmax_offset, int blocksize, int nested_blocksize, Tensor(a!) out) -> ()"
 )
 
@@ -28,7 +30,19 @@ def _impl(packed: Tensor, *args: object) -> Tensor:
 
 
 @library.register_fake("peftkern::dequantize_4bit", lib=LIBRARY)
-def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, shape, blocksize, nested_blocksize, dtype):
+def _(
+    packed,
+    code,
+    absmax,
+    absmax_8bit,
+    absmax_code,
+    nested_absmax,
+    absmax_offset,
+    shape,
+    blocksize,
+    nested_blocksize,
+    dtype,
+):
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -38,7 +52,18 @@ def _impl_out(packed: Tensor, *args: object) -> None:
 
 
 @library.register_fake("peftkern::dequantize_4bit_out", lib=LIBRARY)
-def _(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize, out):
+def _(
+    packed,
+    code,
+    absmax,
+    absmax_8bit,
+    absmax_code,
+    nested_absmax,
+    absmax_offset,
+    blocksize,
+    nested_blocksize,
+    out,
+):
     return None
 
 
@@ -47,7 +72,11 @@ def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = 
     w = weight
     if out is not None:
         absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
-        torch.ops.peftkern.dequantize_4bit_out(w.packed, w.code, *absmax, w.blocksize, w.nested_blocksize, out)
+        torch.ops.peftkern.dequantize_4bit_out(
+            w.packed, w.code, *absmax, w.blocksize, w.nested_blocksize, out
+        )
         return out
     absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
-    return torch.ops.peftkern.dequantize_4bit(w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, dtype)
+    return torch.ops.peftkern.dequantize_4bit(
+        w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, dtype
+    )

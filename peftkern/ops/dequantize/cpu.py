@@ -27,11 +27,24 @@ def dequantize_4bit(
 ) -> Tensor:
     """As the reference."""
     out = on_huge_pages(empty(tuple(shape), dtype=dtype))
-    dequantize_4bit_out(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize, out)
+    dequantize_4bit_out(
+        packed,
+        code,
+        absmax,
+        absmax_8bit,
+        absmax_code,
+        nested_absmax,
+        absmax_offset,
+        blocksize,
+        nested_blocksize,
+        out,
+    )
     return out
 
 
 def dequantize_4bit_out(packed: Tensor, *quant_and_out: object) -> None:
     """As the reference."""
     *quant, out = quant_and_out
-    native().dequantize_4bit(weight_view(packed, quant, 1, out.numel()), 0, 1, 0, out.numel(), address(out), DTYPES[out.dtype])
+    native().dequantize_4bit(
+        weight_view(packed, quant, 1, out.numel()), 0, 1, 0, out.numel(), address(out), DTYPES[out.dtype]
+    )

@@ -12,7 +12,11 @@ __all__ = ["dequantize_4bit", "dequantize_4bit_out", "dequantize_absmax"]
 
 
 def dequantize_absmax(
-    absmax_8bit: Tensor, absmax_code: Tensor, nested_absmax: Tensor, absmax_offset: Tensor, nested_blocksize: int
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    nested_absmax: Tensor,
+    absmax_offset: Tensor,
+    nested_blocksize: int,
 ) -> Tensor:
     """uint8 [blocks] -> fp32 [blocks]: code[q] * nested_absmax, rounded, then + offset, rounded."""
     scale = nested_absmax.repeat_interleave(nested_blocksize)[: absmax_8bit.numel()]
@@ -32,7 +36,8 @@ def dequantize_4bit(
     nested_blocksize: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """packed uint8, first element in the high nibble -> `dtype` tensor of `shape`; value = dtype(fp32(code) * fp32(absmax))."""
+    """packed uint8, first element in the high nibble -> `dtype` tensor of `shape`; value = dtype(fp32(code) *
+    fp32(absmax))."""
     numel = math.prod(shape)
     flat = packed.reshape(-1)
     index = torch.stack([flat >> 4, flat & 15], dim=1).view(-1)[:numel]

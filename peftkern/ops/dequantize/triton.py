@@ -1,4 +1,5 @@
-"""Dequantization in one launch, nested absmax included: any rectangle of a 4-bit weight, written with a row stride."""
+"""Dequantization in one launch, nested absmax included: any rectangle of a 4-bit weight, written with a row
+stride."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ def _dequantize_tile(
     words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=inside[:, None], other=0)
     values = _decode_words(words, absmax[:, None], _codes(code_ptr), out_ptr.dtype.element_ty, METHOD)
     values = tl.reshape(values, [GROUPS, WIDTH])
-    target = (row.to(tl.int64) * out_stride + col * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]  # [GROUPS, WIDTH]
+    target = (row.to(tl.int64) * out_stride + col * WIDTH)[:, None] + tl.arange(0, WIDTH)[
+        None, :
+    ]  # [GROUPS, WIDTH]
     tl.store(out_ptr + target, values, mask=inside[:, None])
 
 
@@ -117,7 +120,11 @@ def _dequantize_ragged_tile(
     )
     byte = tl.load(packed_ptr + source // 2, mask=inside, other=0).to(tl.int32)
     nibble = tl.where(source % 2 == 0, byte >> 4, byte & 15)
-    tl.store(out_ptr + row * out_stride + col, _decode(nibble, absmax, _codes(code_ptr), out_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        out_ptr + row * out_stride + col,
+        _decode(nibble, absmax, _codes(code_ptr), out_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -144,21 +151,54 @@ def _dequantize_kernel(
 ):
     if WORDS == 0:
         _dequantize_ragged_tile(
-            tl.program_id(0), packed_ptr, code_ptr, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, nested_absmax_ptr, absmax_offset_ptr,
-            out_ptr, out_stride, start, row_units, col_units, units, BLOCKSIZE, NESTED_BLOCKSIZE, UNITS,
-        )  # fmt: skip
+            tl.program_id(0),
+            packed_ptr,
+            code_ptr,
+            absmax_ptr,
+            absmax_8bit_ptr,
+            absmax_code_ptr,
+            nested_absmax_ptr,
+            absmax_offset_ptr,
+            out_ptr,
+            out_stride,
+            start,
+            row_units,
+            col_units,
+            units,
+            BLOCKSIZE,
+            NESTED_BLOCKSIZE,
+            UNITS,
+        )
     else:
         _dequantize_tile(
-            tl.program_id(0), packed_ptr, code_ptr, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, nested_absmax_ptr, absmax_offset_ptr,
-            out_ptr, out_stride, start, row_units, col_units, units, BLOCKSIZE, NESTED_BLOCKSIZE, WORDS, UNITS, ONE_ROW, METHOD,
-        )  # fmt: skip
+            tl.program_id(0),
+            packed_ptr,
+            code_ptr,
+            absmax_ptr,
+            absmax_8bit_ptr,
+            absmax_code_ptr,
+            nested_absmax_ptr,
+            absmax_offset_ptr,
+            out_ptr,
+            out_stride,
+            start,
+            row_units,
+            col_units,
+            units,
+            BLOCKSIZE,
+            NESTED_BLOCKSIZE,
+            WORDS,
+            UNITS,
+            ONE_ROW,
+            METHOD,
+        )
 
 
 def tiles(
     packed: Tensor, quant: tuple, k: int, rows: slice, cols: slice, out: Tensor, *, arch: int | None = None
 ) -> tuple[int, dict[str, object]]:
-    """Programs and arguments of `_dequantize_kernel` for W[rows, cols] -> `out`; `quant` is the op's tuple, k the weight's width,
-    `arch` stands in for the device's own."""
+    """Programs and arguments of `_dequantize_kernel` for W[rows, cols] -> `out`; `quant` is the op's tuple, k
+    the weight's width, `arch` stands in for the device's own."""
     code, *absmax, blocksize, nested_blocksize = quant
     height, width = rows.stop - rows.start, cols.stop - cols.start
     start, stride = rows.start * k + cols.start, out.stride(0) if height > 1 else width
@@ -168,16 +208,39 @@ def tiles(
     unit, in_program = 8 * words or 1, WEIGHTS if words else RAGGED_WEIGHTS
     units = height * width // unit
     names = ("absmax_ptr", "absmax_8bit_ptr", "absmax_code_ptr", "nested_absmax_ptr", "absmax_offset_ptr")
-    arguments = {"packed_ptr": packed, "code_ptr": code, **dict(zip(names, absmax, strict=True)), "out_ptr": out}
-    sizes = {"out_stride": stride, "start": start // unit, "row_units": k // unit, "col_units": width // unit, "units": units}
-    method = decode_method(out.dtype, arch or (gpu_arch(out.device.index) if out.is_cuda else 0)) if words else "PORTABLE"
-    constants = {"BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize, "WORDS": words, "UNITS": in_program // unit}
+    arguments = {
+        "packed_ptr": packed,
+        "code_ptr": code,
+        **dict(zip(names, absmax, strict=True)),
+        "out_ptr": out,
+    }
+    sizes = {
+        "out_stride": stride,
+        "start": start // unit,
+        "row_units": k // unit,
+        "col_units": width // unit,
+        "units": units,
+    }
+    method = (
+        decode_method(out.dtype, arch or (gpu_arch(out.device.index) if out.is_cuda else 0))
+        if words
+        else "PORTABLE"
+    )
+    constants = {
+        "BLOCKSIZE": blocksize,
+        "NESTED_BLOCKSIZE": nested_blocksize,
+        "WORDS": words,
+        "UNITS": in_program // unit,
+    }
     constants |= {"ONE_ROW": height == 1, "METHOD": method}
     return -(-units * unit // in_program), arguments | sizes | constants
 
 
-def dequantize_slice(packed: Tensor, quant: tuple, n: int, k: int, rows: slice, cols: slice, out: Tensor) -> Tensor:
-    """W[rows, cols] of a weight [n, k] -> `out` [rows, cols], whose rows may lie apart; `quant` is the op's tuple."""
+def dequantize_slice(
+    packed: Tensor, quant: tuple, n: int, k: int, rows: slice, cols: slice, out: Tensor
+) -> Tensor:
+    """W[rows, cols] of a weight [n, k] -> `out` [rows, cols], whose rows may lie apart; `quant` is the op's
+    tuple."""
     programs, arguments = tiles(packed, quant, k, rows, cols, out)
     if programs:
         run(Call(_dequantize_kernel, programs, arguments, WARPS if arguments["WORDS"] else RAGGED_WARPS, 1))
@@ -199,7 +262,18 @@ def dequantize_4bit(
 ) -> Tensor:
     """As the reference."""
     out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
-    dequantize_4bit_out(packed, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize, out)
+    dequantize_4bit_out(
+        packed,
+        code,
+        absmax,
+        absmax_8bit,
+        absmax_code,
+        nested_absmax,
+        absmax_offset,
+        blocksize,
+        nested_blocksize,
+        out,
+    )
     return out
 
 
@@ -212,10 +286,19 @@ def dequantize_4bit_out(packed: Tensor, *quant_and_out: object) -> None:
 
 def specializations(arch: int) -> Iterator[Specialization]:
     """Every kind of variant: dtypes, nested and plain, the two loads and the ragged kernel."""
-    pointers = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
+    pointers = {
+        "absmax_8bit_ptr": "*u8",
+        "absmax_code_ptr": "*fp32",
+        "nested_absmax_ptr": "*fp32",
+        "absmax_offset_ptr": "*fp32",
+    }
     sizes = dict.fromkeys(("out_stride", "start", "row_units", "col_units", "units"), "i32")
     constants = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
-    for dtype in (torch.float16, torch.bfloat16, torch.float32) if arch < 80 else (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (
+        (torch.float16, torch.bfloat16, torch.float32)
+        if arch < 80
+        else (torch.bfloat16, torch.float16, torch.float32)
+    ):
         short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         rest = {"ONE_ROW": True, "METHOD": decode_method(dtype, arch)}
         nested = Specialization(
@@ -229,7 +312,13 @@ def specializations(arch: int) -> Iterator[Specialization]:
             unfused=("_absmax_value",),
         )
         yield nested
-        plain = {"packed_ptr": "*u8", "code_ptr": "*fp32", "absmax_ptr": "*fp32", "out_ptr": f"*{short}", **sizes}
+        plain = {
+            "packed_ptr": "*u8",
+            "code_ptr": "*fp32",
+            "absmax_ptr": "*fp32",
+            "out_ptr": f"*{short}",
+            **sizes,
+        }
         slab = {"absmax_ptr": None, **constants, "WORDS": 4, "UNITS": WEIGHTS // 32, **rest, "ONE_ROW": False}
         yield replace(nested, name=f"dequantize-{short}-slice", constexprs=slab)
         yield replace(
@@ -241,5 +330,18 @@ def specializations(arch: int) -> Iterator[Specialization]:
         )
         single = {"absmax_ptr": None, **constants, "WORDS": 1, "UNITS": WEIGHTS // 8, **rest}
         yield replace(nested, name=f"dequantize-{short}-words", constexprs=single, wide_loads=())
-        ragged = {"absmax_ptr": None, **constants, "WORDS": 0, "UNITS": RAGGED_WEIGHTS, "ONE_ROW": False, "METHOD": "PORTABLE"}
-        yield replace(nested, name=f"dequantize-{short}-ragged", constexprs=ragged, num_warps=RAGGED_WARPS, wide_loads=())
+        ragged = {
+            "absmax_ptr": None,
+            **constants,
+            "WORDS": 0,
+            "UNITS": RAGGED_WEIGHTS,
+            "ONE_ROW": False,
+            "METHOD": "PORTABLE",
+        }
+        yield replace(
+            nested,
+            name=f"dequantize-{short}-ragged",
+            constexprs=ragged,
+            num_warps=RAGGED_WARPS,
+            wide_loads=(),
+        )

@@ -1,5 +1,5 @@
-"""Frozen linears on one input, each with a DoRA adapter, on the CPU: their norms included, one op per direction. On a GPU `dora.py`
-composes it of others."""
+"""Frozen linears on one input, each with a DoRA adapter, on the CPU: their norms included, one op per
+direction. On a GPU `dora.py` composes it of others."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from ..flops import observe
 __all__ = ["Spec", "dora_group", "served", "split_needs"]
 
 # Lists run over members; of quants six a member, of blocksizes two, as in qlora_group's schema.
-_OPERANDS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, Tensor[] magnitudes"
+_OPERANDS = (
+    "Tensor[] weights, Tensor?[] quants, int[] blocksizes, Tensor[] lora_a, Tensor[] lora_b, float[] "
+    "scalings, Tensor[] magnitudes"
+)
 LIBRARY.define(
     f"dora_group_fwd(Tensor x, Tensor?[] biases, {_OPERANDS}, Tensor[] squares, bool[] with_u) -> "
     "(Tensor[] y, Tensor[] u, Tensor[] xa, Tensor[] norm)"
 )
 LIBRARY.define(
-    f"dora_group_bwd(Tensor?[] dy, Tensor? x, {_OPERANDS}, Tensor[] norms, Tensor?[] u, Tensor?[] xa, bool[] needs) -> "
+    f"dora_group_bwd(Tensor?[] dy, Tensor? x, {_OPERANDS}, Tensor[] norms, Tensor?[] u, Tensor?[] xa, "
+    "bool[] needs) -> "
     "(Tensor dx, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] d_lora_b, Tensor[] d_magnitude)"
 )
 
 
 class Spec(NamedTuple):
-    """What a group is made of, but its trainable tensors; lists as in the schema. squares: ||W||^2 by rows."""
+    """What a group is made of, but its trainable tensors; lists as in the schema. squares: ||W||^2 by
+    rows."""
 
     weights: tuple[Tensor, ...]
     quants: tuple[Tensor | None, ...]
@@ -71,7 +76,10 @@ def _(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, 
     first = next(g for g in dy if g is not None)
     need_x, *lists = split_needs(needs, len(weights))
     wide = accumulation(first)
-    results = [[(b.shape[:1], wide) for b in lora_b], *([(t.shape, t.dtype) for t in low] for low in (lora_a, lora_b))]
+    results = [
+        [(b.shape[:1], wide) for b in lora_b],
+        *([(t.shape, t.dtype) for t in low] for low in (lora_a, lora_b)),
+    ]
     results.append(results[0])
     grads = [
         [
@@ -92,14 +100,19 @@ def _split(tensors: tuple, count: int) -> tuple[tuple, ...]:
     return tuple(tensors[i : i + count] for i in range(0, len(tensors), count))
 
 
-def _forward(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...], with_u: list[bool]) -> tuple[list[Tensor], ...]:
+def _forward(
+    spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...], with_u: list[bool]
+) -> tuple[list[Tensor], ...]:
     biases, lora_a, lora_b, magnitudes = _split(trainable, len(spec.weights))
     args = (biases, *spec[:3], lora_a, lora_b, spec.scalings, magnitudes, spec.squares, with_u)
     return torch.ops.peftkern.dora_group_fwd(x, *args)
 
 
-def _plain(operands: tuple, norms: tuple[Tensor, ...], x: Tensor, trainable: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """[y_i] with the norms as the constants that they are; operands: weights, quants, blocksizes, scalings."""
+def _plain(
+    operands: tuple, norms: tuple[Tensor, ...], x: Tensor, trainable: tuple[Tensor | None, ...]
+) -> list[Tensor]:
+    """[y_i] with the norms as the constants that they are; operands: weights, quants, blocksizes,
+    scalings."""
     from . import reference
 
     return reference.scaled(x, *operands, norms, *_split(trainable, len(norms)))
@@ -148,16 +161,22 @@ class _DoraGroup(torch.autograd.Function):
         lora_a, lora_b, magnitudes, norms, u, xa = _split(saved[7 * count :], count)
         dy = [None if g is None else g.contiguous() for g in dy]
         operands = (saved[:count], saved[count : 7 * count], blocksizes, lora_a, lora_b, scalings, magnitudes)
-        dx, d_bias, d_a, d_b, d_magnitude = torch.ops.peftkern.dora_group_bwd(dy, x, *operands, norms, u, xa, needs)
+        dx, d_bias, d_a, d_b, d_magnitude = torch.ops.peftkern.dora_group_bwd(
+            dy, x, *operands, norms, u, xa, needs
+        )
         bias_dtypes, magnitude_dtypes = ctx.dtypes
         d_bias = [g if dtype is None else g.to(dtype) for g, dtype in zip(d_bias, bias_dtypes, strict=True)]
         d_magnitude = [g.to(dtype) for g, dtype in zip(d_magnitude, magnitude_dtypes, strict=True)]
         grads, live = (dx, *d_bias, *d_a, *d_b, *d_magnitude), [True, *[g is not None for g in dy] * 4]
-        return (None, *(g if need and used else None for g, need, used in zip(grads, needs, live, strict=True)))
+        return (
+            None,
+            *(g if need and used else None for g, need, used in zip(grads, needs, live, strict=True)),
+        )
 
 
 def dora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """x [M, K] -> y_i [M, N_i]; trainable: biases, A's, B's, magnitudes. `functional.dora_group` has checked the arguments."""
+    """x [M, K] -> y_i [M, N_i]; trainable: biases, A's, B's, magnitudes. `functional.dora_group` has checked
+    the arguments."""
     if transformed():
         from . import reference
 

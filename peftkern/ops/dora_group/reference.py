@@ -1,7 +1,9 @@
-"""Linears with a DoRA adapter each in plain PyTorch, fp32 accumulation (fp64 for fp64 inputs): the op's definition, and its fallback.
+"""Linears with a DoRA adapter each in plain PyTorch, fp32 accumulation (fp64 for fp64 inputs): the op's
+definition, and its fallback.
 
-norm = ||W + s B A|| by rows, a constant to autograd; g = magnitude / norm; u = x W^T + s x A^T B^T; y = g u + bias.
-du = g dy, dx = sum of du W + s du B A, dA = s (du B)^T x, dB = s du^T xa, xa = x A^T; d_magnitude = sum of dy u / norm; d_bias = sum of dy.
+norm = ||W + s B A|| by rows, a constant to autograd; g = magnitude / norm; u = x W^T + s x A^T B^T; y = g u +
+bias. du = g dy, dx = sum of du W + s du B A, dA = s (du B)^T x, dB = s du^T xa, xa = x A^T; d_magnitude = sum
+of dy u / norm; d_bias = sum of dy.
 """
 
 from __future__ import annotations
@@ -17,13 +19,19 @@ __all__ = ["backward", "forward", "norms", "scaled"]
 
 
 def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, squares, with_u):
-    """[y], [u] [M, N] in x's dtype (u None unless asked for), [xa] [M, R], [norm] [N]; `squares` is not needed here."""
+    """[y], [u] [M, N] in x's dtype (u None unless asked for), [xa] [M, R], [norm] [N]; `squares` is not
+    needed here."""
     operands, wide = (weights, quants, blocksizes, scalings), accumulation(x)
     norm = norms(*operands, lora_a, lora_b, wide)
     u = _products(x, *operands, lora_a, lora_b)
     y = _scale(u, biases, magnitudes, norm)
     xa = [x.to(wide) @ a.to(wide).t() for a in lora_a]
-    return [t.to(x.dtype) for t in y], [t.to(x.dtype) if wanted else None for t, wanted in zip(u, with_u, strict=True)], xa, norm
+    return (
+        [t.to(x.dtype) for t in y],
+        [t.to(x.dtype) if wanted else None for t, wanted in zip(u, with_u, strict=True)],
+        xa,
+        norm,
+    )
 
 
 def scaled(x, weights, quants, blocksizes, scalings, norms, biases, lora_a, lora_b, magnitudes):
@@ -52,13 +60,16 @@ def _products(x, weights, quants, blocksizes, scalings, lora_a, lora_b):
 
 
 def _scale(u, biases, magnitudes, norm):
-    products = [part * (magnitude.to(part.dtype) / length) for part, magnitude, length in zip(u, magnitudes, norm, strict=True)]
+    products = [
+        part * (magnitude.to(part.dtype) / length)
+        for part, magnitude, length in zip(u, magnitudes, norm, strict=True)
+    ]
     return [y if bias is None else y + bias.to(y.dtype) for y, bias in zip(products, biases, strict=True)]
 
 
 def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, norms, u, xa, needs):
-    """dy_i [M, N_i] (None: not used) -> dx in dy's dtype, fp32 d_bias_i, d_lora_a, d_lora_b in the adapters' dtype, fp32 d_magnitude; None
-    unless `needs` names it."""
+    """dy_i [M, N_i] (None: not used) -> dx in dy's dtype, fp32 d_bias_i, d_lora_a, d_lora_b in the adapters'
+    dtype, fp32 d_magnitude; None unless `needs` names it."""
     count = len(weights)
     need_x, need_bias, need_a, need_b, need_magnitude = split_needs(needs, count)
     first = next(g for g in dy if g is not None)

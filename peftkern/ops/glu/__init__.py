@@ -15,8 +15,14 @@ __all__ = ["ACTIVATIONS", "glu"]
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of the C ABI's pk_activation
 
 LIBRARY.define("glu_fwd(Tensor gate, Tensor up, str activation) -> Tensor")
-LIBRARY.define("glu_bwd(Tensor dy, Tensor gate, Tensor up, str activation, bool with_h) -> (Tensor d_gate, Tensor d_up, Tensor h)")
-LIBRARY.define("glu_bwd_out(Tensor dy, Tensor gate, Tensor up, str activation, Tensor(a!) d_gate, Tensor(b!) d_up, Tensor(c!)? h) -> ()")
+LIBRARY.define(
+    "glu_bwd(Tensor dy, Tensor gate, Tensor up, str activation, bool with_h) -> (Tensor d_gate, Tensor "
+    "d_up, Tensor h)"
+)
+LIBRARY.define(
+    "glu_bwd_out(Tensor dy, Tensor gate, Tensor up, str activation, Tensor(a!) d_gate, Tensor(b!) "
+    "d_up, Tensor(c!)? h) -> ()"
+)
 
 
 @library.impl(LIBRARY, "glu_fwd", "CompositeExplicitAutograd")
@@ -25,7 +31,9 @@ def _fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 @library.impl(LIBRARY, "glu_bwd", "CompositeExplicitAutograd")
-def _bwd(dy: Tensor, gate: Tensor, up: Tensor, activation: str, with_h: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _bwd(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, with_h: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same as `glu_bwd_out` into new contiguous tensors; h is empty where it is not wanted."""
     d_gate, d_up, h = _outputs(gate, with_h)
     _bwd_out(dy, gate, up, activation, d_gate, d_up, h if with_h else None)
@@ -33,12 +41,18 @@ def _bwd(dy: Tensor, gate: Tensor, up: Tensor, activation: str, with_h: bool) ->
 
 
 @library.impl(LIBRARY, "glu_bwd_out", "CompositeExplicitAutograd")
-def _bwd_out(dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None) -> None:
+def _bwd_out(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None
+) -> None:
     backend("glu", select(dy)).backward(dy, gate, up, activation, d_gate, d_up, h)
 
 
 def _outputs(gate: Tensor, with_h: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape if with_h else (0,))
+    return (
+        gate.new_empty(gate.shape),
+        gate.new_empty(gate.shape),
+        gate.new_empty(gate.shape if with_h else (0,)),
+    )
 
 
 @library.register_fake("peftkern::glu_fwd", lib=LIBRARY)

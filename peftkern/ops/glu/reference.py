@@ -34,8 +34,11 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return (value * _wide(up)).to(gate.dtype).contiguous()
 
 
-def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None) -> None:
-    """d_gate = dy * up * act'(gate), d_up = dy * act(gate) and, where it is given, h again: all filled, each rounded once."""
+def backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None
+) -> None:
+    """d_gate = dy * up * act'(gate), d_up = dy * act(gate) and, where it is given, h again: all filled, each
+    rounded once."""
     value, slope = _activation(_wide(gate), activation)
     d_gate.copy_(_wide(dy) * _wide(up) * slope)
     d_up.copy_(_wide(dy) * value)

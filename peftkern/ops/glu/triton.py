@@ -111,17 +111,37 @@ def _grid(*tensors: Tensor) -> tuple[int, int, int]:
 def forward_call(gate: Tensor, up: Tensor, h: Tensor, activation: str) -> Call:
     """gate, up [M, n] with contiguous rows -> h [M, n], contiguous."""
     m, n, pieces = _grid(gate, up)
-    arguments: dict[str, Any] = {"gate_ptr": gate, "up_ptr": up, "h_ptr": h, "ld_gate": gate.stride(0), "ld_up": up.stride(0)}
+    arguments: dict[str, Any] = {
+        "gate_ptr": gate,
+        "up_ptr": up,
+        "h_ptr": h,
+        "ld_gate": gate.stride(0),
+        "ld_up": up.stride(0),
+    }
     arguments |= {"n": n, "pieces": pieces, "BLOCK": BLOCK, "ACTIVATION": activation}
     return Call(_glu_fwd_kernel, m * pieces, arguments, WARPS, 1)
 
 
-def backward_call(dy: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, h: Tensor | None, activation: str) -> Call:
+def backward_call(
+    dy: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, h: Tensor | None, activation: str
+) -> Call:
     """dy [M, n] contiguous; gate, up, d_gate, d_up [M, n] with contiguous rows; h [M, n] contiguous, or
     None."""
     m, n, pieces = _grid(gate, up, d_gate, d_up)
-    arguments: dict[str, Any] = {"dy_ptr": dy, "gate_ptr": gate, "up_ptr": up, "d_gate_ptr": d_gate, "d_up_ptr": d_up, "h_ptr": h}
-    arguments |= {"ld_gate": gate.stride(0), "ld_up": up.stride(0), "ld_d_gate": d_gate.stride(0), "ld_d_up": d_up.stride(0)}
+    arguments: dict[str, Any] = {
+        "dy_ptr": dy,
+        "gate_ptr": gate,
+        "up_ptr": up,
+        "d_gate_ptr": d_gate,
+        "d_up_ptr": d_up,
+        "h_ptr": h,
+    }
+    arguments |= {
+        "ld_gate": gate.stride(0),
+        "ld_up": up.stride(0),
+        "ld_d_gate": d_gate.stride(0),
+        "ld_d_up": d_up.stride(0),
+    }
     arguments |= {"n": n, "pieces": pieces, "BLOCK": BLOCK, "ACTIVATION": activation}
     return Call(_glu_bwd_kernel, m * pieces, arguments, WARPS, 1)
 
@@ -136,15 +156,25 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 @replayed()
-def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None) -> None:
+def backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, h: Tensor | None
+) -> None:
     """As the reference."""
     if dy.numel():
-        run(backward_call(dy.contiguous(), rows_of(gate), rows_of(up), out_rows(d_gate), out_rows(d_up), h, activation))
+        run(
+            backward_call(
+                dy.contiguous(), rows_of(gate), rows_of(up), out_rows(d_gate), out_rows(d_up), h, activation
+            )
+        )
 
 
 def specializations(arch: int) -> Iterator[Specialization]:
     """Both directions, every activation and dtype, apart and as halves of one matrix."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32) if arch < 80 else (torch.bfloat16, torch.float16, torch.float32)
+    dtypes = (
+        (torch.float16, torch.bfloat16, torch.float32)
+        if arch < 80
+        else (torch.bfloat16, torch.float16, torch.float32)
+    )
     for dtype in dtypes:
         short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         for activation in ACTIVATIONS:
@@ -154,5 +184,9 @@ def specializations(arch: int) -> Iterator[Specialization]:
             name = f"glu-{activation.replace('_', '-')}-{short}"
             yield specialization(f"{name}-fwd", forward_call(apart, apart, apart, activation), **wide)
             yield specialization(f"{name}-fwd-halves", forward_call(*halves, apart, activation), **wide)
-            yield specialization(f"{name}-bwd", backward_call(apart, apart, apart, apart, apart, None, activation), **wide)
-            yield specialization(f"{name}-bwd-halves", backward_call(apart, *halves, *halves, apart, activation), **wide)
+            yield specialization(
+                f"{name}-bwd", backward_call(apart, apart, apart, apart, apart, None, activation), **wide
+            )
+            yield specialization(
+                f"{name}-bwd-halves", backward_call(apart, *halves, *halves, apart, activation), **wide
+            )

@@ -16,8 +16,10 @@ from . import reference
 __all__ = ["linear_cross_entropy"]
 
 LIBRARY.define(
-    f"linear_cross_entropy(Tensor x, Tensor weight, {_QUANT}, SymInt n, Tensor labels, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
-    "float scaling, int ignore_index, float label_smoothing, float z_loss, float? softcap, Tensor? row_scale, bool[5] needs) "
+    f"linear_cross_entropy(Tensor x, Tensor weight, {_QUANT}, SymInt n, Tensor labels, Tensor? bias, "
+    "Tensor? lora_a, Tensor? lora_b, "
+    "float scaling, int ignore_index, float label_smoothing, float z_loss, float? softcap, Tensor? "
+    "row_scale, bool[5] needs) "
     "-> (Tensor loss, Tensor dx, Tensor d_bias, Tensor d_lora_a, Tensor d_lora_b, Tensor d_weight)"
 )
 
@@ -26,7 +28,9 @@ LIBRARY.define(
 def _run(x, weight, *args):
     quant, rest = args[:8], args[8:]
     with torch.no_grad(), autocast_off(x):
-        out = backend("linear_cross_entropy", _backend(x, weight)).linear_cross_entropy(x, weight, quant, *rest)
+        out = backend("linear_cross_entropy", _backend(x, weight)).linear_cross_entropy(
+            x, weight, quant, *rest
+        )
     return tuple(x.new_empty(0) if t is None else t for t in out)
 
 
@@ -40,16 +44,27 @@ def _backend(x: Tensor, weight: Tensor) -> str:
 def _(x, weight, *args):
     n, lora_a, lora_b, needs = args[8], args[11], args[12], args[-1]
     wide = accumulation(x)
-    shapes = (x.shape, (n,), () if lora_a is None else lora_a.shape, () if lora_b is None else lora_b.shape, (n, x.shape[1]))
+    shapes = (
+        x.shape,
+        (n,),
+        () if lora_a is None else lora_a.shape,
+        () if lora_b is None else lora_b.shape,
+        (n, x.shape[1]),
+    )
     dtypes = (x.dtype, wide, wide, wide, wide)
-    grads = (x.new_empty(shape, dtype=dtype) if need else x.new_empty(0) for shape, dtype, need in zip(shapes, dtypes, needs, strict=True))
+    grads = (
+        x.new_empty(shape, dtype=dtype) if need else x.new_empty(0)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
     return x.new_empty(x.shape[0], dtype=wide), *grads
 
 
 def _again(ctx, d_loss):
     raise RuntimeError(
-        "linear_cross_entropy: its gradients cannot be differentiated again (create_graph=True), as they are made in forward; compute the "
-        "logits, and torch's cross_entropy of them, where second derivatives are wanted (of a patched model: patch it without fused_loss)"
+        "linear_cross_entropy: its gradients cannot be differentiated again (create_graph=True), as "
+        "they are made in forward; compute the "
+        "logits, and torch's cross_entropy of them, where second derivatives are wanted (of a patched "
+        "model: patch it without fused_loss)"
     )
 
 
@@ -61,7 +76,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, labels, scaling, options, divisor, by_row, needs, row_losses):
+    def forward(
+        ctx,
+        x,
+        bias,
+        lora_a,
+        lora_b,
+        weight,
+        quant,
+        n,
+        labels,
+        scaling,
+        options,
+        divisor,
+        by_row,
+        needs,
+        row_losses,
+    ):
         now = [need and (not by_row or not any(needs[1:])) for need in needs]
         loss, *grads = torch.ops.peftkern.linear_cross_entropy(
             x, weight, *quant, n, labels, bias, lora_a, lora_b, scaling, *options, None, now

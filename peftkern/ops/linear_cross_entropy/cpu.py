@@ -44,7 +44,10 @@ def _labelled(labels: Tensor, ignore_index: int, n: int) -> Tensor | None:
     rows = None if bool(kept.all()) else kept.nonzero().view(-1)
     used = labels if rows is None else labels[rows]
     if used.numel() and not (int(used.min()) >= 0 and int(used.max()) < n):
-        raise IndexError(f"labels: from {int(used.min())} to {int(used.max())}, expected 0 to {n - 1}, or ignore_index {ignore_index}")
+        raise IndexError(
+            f"labels: from {int(used.min())} to {int(used.max())}, expected 0 to {n - 1}, or "
+            f"ignore_index {ignore_index}"
+        )
     return rows
 
 
@@ -83,7 +86,9 @@ def linear_cross_entropy(
         head.logits(block, logits)
         shape = (len(block), n, head.width)
         pointers = (address(added), address(targets), address(scale))
-        native().cross_entropy(address(logits), dtype_of(logits), *shape, *pointers, *options, address(result), any(needs))
+        native().cross_entropy(
+            address(logits), dtype_of(logits), *shape, *pointers, *options, address(result), any(needs)
+        )
         loss[part] = result
         if any(needs):
             head.gradients(block, logits, part, grads, start == 0)

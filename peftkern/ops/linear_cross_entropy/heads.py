@@ -1,4 +1,5 @@
-"""Who multiplies a block of rows by the head's weight on a CPU: the vendor's GEMM, or our engine on slices of the vocabulary."""
+"""Who multiplies a block of rows by the head's weight on a CPU: the vendor's GEMM, or our engine on slices of
+the vocabulary."""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ from ..qlora_linear import config
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]
 
-# Columns of the vocabulary in a product of the engine: the packed gradient of 256 rows of them fits its 5 MB, so that the weight is decoded
+# Columns of the vocabulary in a product of the engine: the packed gradient of 256 rows of them fits its 5 MB,
+# so that the weight is decoded
 # once for a block of rows.
 _WIDTH = 4096
 _Part = slice | Tensor
 
 
 class Grads(NamedTuple):
-    """What is wanted: dx [M, K] in x's dtype, the parameters' in fp32. Rows without a label stay zero; d_weight the first block fills."""
+    """What is wanted: dx [M, K] in x's dtype, the parameters' in fp32. Rows without a label stay zero;
+    d_weight the first block fills."""
 
     dx: Tensor | None
     d_bias: Tensor | None
@@ -31,13 +34,17 @@ class Grads(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, n: int, lora_a: Tensor | None, needs: tuple[bool, ...], filled: bool) -> Grads:
         k, rank = x.shape[1], 0 if lora_a is None else lora_a.shape[0]
-        small = (zeros(s) if need else None for s, need in zip(((n,), (rank, k), (n, rank)), needs[1:4], strict=True))
+        small = (
+            zeros(s) if need else None
+            for s, need in zip(((n,), (rank, k), (n, rank)), needs[1:4], strict=True)
+        )
         d_weight = None if not needs[4] else reused((n, k), "d_weight") if filled else zeros(n, k)
         return cls(torch.zeros_like(x) if needs[0] else None, *small, d_weight)
 
 
 class Head(Protocol):
-    """`dtype` of the logits, which lie in slices of `width` columns, each [rows, width], the last one narrower."""
+    """`dtype` of the logits, which lie in slices of `width` columns, each [rows, width], the last one
+    narrower."""
 
     dtype: torch.dtype
     width: int
@@ -50,7 +57,8 @@ class Head(Protocol):
 
 
 def served_by_vendor(x: Tensor, weight: Tensor, quant: tuple, n: int, rows: int, trained: bool) -> bool:
-    """A dense weight of x's dtype, where the vendor is fast. The gradient of a trained 16-bit weight is summed in fp32: the engine's."""
+    """A dense weight of x's dtype, where the vendor is fast. The gradient of a trained 16-bit weight is
+    summed in fp32: the engine's."""
     if quant[0] is not None or weight.dtype != x.dtype or (trained and x.dtype != torch.float32):
         return False
     found = config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=rows, n=n, k=x.shape[1], dense=True)
@@ -61,7 +69,14 @@ class VendorHead:
     """A dense weight in x's dtype: torch.mm throughout, one slice."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, quant: tuple, n: int, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
+        self,
+        x: Tensor,
+        weight: Tensor,
+        quant: tuple,
+        n: int,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scaling: float,
     ) -> None:
         self.weight, self.dtype, self.width, self.n = weight, x.dtype, n, n
         self.scaling, self.a, self.b, self.xa = scaling, None, None, None
@@ -77,7 +92,11 @@ class VendorHead:
 
     def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads, first: bool) -> None:
         d_logits = d_logits.view(-1, self.n)
-        dyb = d_logits @ self.b if self.a is not None and (grads.dx is not None or grads.d_lora_a is not None) else None  # unscaled
+        dyb = (
+            d_logits @ self.b
+            if self.a is not None and (grads.dx is not None or grads.d_lora_a is not None)
+            else None
+        )  # unscaled
         if grads.dx is not None:
             dx = d_logits @ self.weight
             grads.dx[part] = dx if dyb is None else dx.addmm_(dyb, self.a, alpha=self.scaling)
@@ -92,13 +111,23 @@ class VendorHead:
 
 
 class EngineHead:
-    """A 4-bit weight, or one in another dtype than the products': our engine decodes it; logits and gradients are fp32."""
+    """A 4-bit weight, or one in another dtype than the products': our engine decodes it; logits and gradients
+    are fp32."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, quant: tuple, n: int, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
+        self,
+        x: Tensor,
+        weight: Tensor,
+        quant: tuple,
+        n: int,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scaling: float,
     ) -> None:
         self.n, self.k, self.dtype, self.scaling = n, x.shape[1], torch.float32, scaling
-        self.a, self.b = (None, None) if lora_a is None else (lora_a.float().contiguous(), lora_b.float().contiguous())
+        self.a, self.b = (
+            (None, None) if lora_a is None else (lora_a.float().contiguous(), lora_b.float().contiguous())
+        )
         self.rank = 0 if lora_a is None else lora_a.shape[0]
         self.width = min(n, _aligned_width(quant, self.k))
         self.slices = [slice(v, min(v + self.width, n)) for v in range(0, n, self.width)]
@@ -110,14 +139,29 @@ class EngineHead:
         size = cols.stop - cols.start
         b = None if self.b is None else self.b[cols]
         lora = native().Lora(address(self.a), address(b), self.rank, 0, self.scaling, 0, 0)
-        return weight_view(weight, quant, size, self.k), lora, scratch(native().scratch_bytes(rows, size, self.k, self.rank))
+        return (
+            weight_view(weight, quant, size, self.k),
+            lora,
+            scratch(native().scratch_bytes(rows, size, self.k, self.rank)),
+        )
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         self.xa = empty(len(x), self.rank)
         for index, cols in enumerate(self.slices):
             view, lora, buffer = self._call(index, len(x))
             y = out[len(x) * cols.start : len(x) * cols.stop]
-            args = (address(x), 0, len(x), 0, 0, address(y), address(self.xa), False, address(buffer), buffer.numel())
+            args = (
+                address(x),
+                0,
+                len(x),
+                0,
+                0,
+                address(y),
+                address(self.xa),
+                False,
+                address(buffer),
+                buffer.numel(),
+            )
             native().qlora_linear_fwd(view, lora, *args)
 
     def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads, first: bool) -> None:
@@ -127,12 +171,20 @@ class EngineHead:
         if dx is not None:
             grads.dx[part] = dx.to(grads.dx.dtype)
 
-    def _gradients_of_slice(self, index: int, x: Tensor, d_logits: Tensor, dx: Tensor | None, grads: Grads, first: bool) -> None:
+    def _gradients_of_slice(
+        self, index: int, x: Tensor, d_logits: Tensor, dx: Tensor | None, grads: Grads, first: bool
+    ) -> None:
         cols, rows = self.slices[index], len(x)
         size, dy = cols.stop - cols.start, d_logits[rows * cols.start : rows * cols.stop]
         shapes = ((rows, self.k), (self.rank, self.k), (size, self.rank), (size,))
-        targets = (dx, grads.d_lora_a, *(None if g is None else g[cols] for g in (grads.d_lora_b, grads.d_bias)))
-        parts = [None if target is None else empty(shape) for target, shape in zip(targets, shapes, strict=True)]
+        targets = (
+            dx,
+            grads.d_lora_a,
+            *(None if g is None else g[cols] for g in (grads.d_lora_b, grads.d_bias)),
+        )
+        parts = [
+            None if target is None else empty(shape) for target, shape in zip(targets, shapes, strict=True)
+        ]
         if any(target is not None for target in targets):
             view, lora, buffer = self._call(index, rows)
             dyb = empty(rows, self.rank)
@@ -146,7 +198,8 @@ class EngineHead:
 
 
 def _aligned_width(quant: tuple, k: int) -> int:
-    """About _WIDTH rows of the weight, such that a slice begins with a block of its absmax, and of the absmax of that."""
+    """About _WIDTH rows of the weight, such that a slice begins with a block of its absmax, and of the absmax
+    of that."""
     code, nested, blocksize, nested_blocksize = quant[0], quant[2] is not None, quant[6], quant[7]
     unit = 1 if code is None else blocksize * (nested_blocksize if nested else 1)
     step = unit // math.gcd(unit, k)
@@ -162,4 +215,13 @@ def _rows(weight: Tensor, quant: tuple, rows: slice, k: int) -> tuple[Tensor, tu
     absmax, absmax_8bit = (None if t is None else t.reshape(-1)[first:] for t in (absmax, absmax_8bit))
     nested_absmax = None if nested_absmax is None else nested_absmax.reshape(-1)[first // nested_blocksize :]
     packed = weight.reshape(-1)[rows.start * k // 2 :]
-    return packed, (code, absmax, absmax_8bit, absmax_code, nested_absmax, offset, blocksize, nested_blocksize)
+    return packed, (
+        code,
+        absmax,
+        absmax_8bit,
+        absmax_code,
+        nested_absmax,
+        offset,
+        blocksize,
+        nested_blocksize,
+    )

@@ -1,7 +1,8 @@
-"""Linear + cross-entropy in plain PyTorch, fp32 accumulation (fp64 for fp64 inputs): the op's definition, and its fallback on any device.
+"""Linear + cross-entropy in plain PyTorch, fp32 accumulation (fp64 for fp64 inputs): the op's definition, and
+its fallback on any device.
 
-u = x W^T + scaling * x A^T B^T + bias, l = u or softcap * tanh(u / softcap), lse = logsumexp(l), and for a row with label t
-loss = lse - (1 - eps) * l[t] - eps * mean(l) + z_loss * lse^2;   0 where t is ignore_index.
+u = x W^T + scaling * x A^T B^T + bias, l = u or softcap * tanh(u / softcap), lse = logsumexp(l), and for a
+row with label t loss = lse - (1 - eps) * l[t] - eps * mean(l) + z_loss * lse^2;   0 where t is ignore_index.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ def linear_cross_entropy(
     row_scale: Tensor | None,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    """Each row's loss [M], and the gradients of sum(row_scale * loss) for x [M, K], bias [N], lora_a, lora_b and weight [N, K]; None where
-    not needed. All but dx (in x's dtype) come in fp32, fp64 for fp64.
+    """Each row's loss [M], and the gradients of sum(row_scale * loss) for x [M, K], bias [N], lora_a, lora_b
+    and weight [N, K]; None where not needed. All but dx (in x's dtype) come in fp32, fp64 for fp64.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_wide = x.to(wide)
     w = _dense(weight, quant, n, x.shape[1]).to(wide)
     bias, a, b = (None if t is None else t.to(wide) for t in (bias, lora_a, lora_b))
-    grads = [torch.zeros_like(t) if t is not None and need else None for t, need in zip((x_wide, bias, a, b, w), needs, strict=True)]
+    grads = [
+        torch.zeros_like(t) if t is not None and need else None
+        for t, need in zip((x_wide, bias, a, b, w), needs, strict=True)
+    ]
     losses = x_wide.new_zeros(len(x))
     options = (ignore_index, label_smoothing, z_loss, softcap)
     for start in range(0, len(x), _ROWS):
@@ -69,7 +73,8 @@ def losses(
     scaling: float,
     options: tuple[int, float, float, float | None],
 ) -> Tensor:
-    """Each row's loss [M] from the logits of all rows, for torch to differentiate and transform; options as in the op's schema."""
+    """Each row's loss [M] from the logits of all rows, for torch to differentiate and transform; options as
+    in the op's schema."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     u = x.to(wide) @ _dense(weight, quant, n, x.shape[1]).to(wide).t()
     if lora_a is not None:
@@ -97,7 +102,14 @@ def _loss_and_gradient(
 
 
 def _add_gradients(
-    grads: list[Tensor | None], rows: slice, d_u: Tensor, x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, scaling: float
+    grads: list[Tensor | None],
+    rows: slice,
+    d_u: Tensor,
+    x: Tensor,
+    w: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
 ) -> None:
     dx, d_bias, d_a, d_b, d_w = grads
     if dx is not None:

@@ -37,7 +37,9 @@ def _tanh(x):
     exp(-2|x|) above; there the slope is 4e / (1 + e)^2, which keeps its digits where tanh has become 1.
     """
     z, size = x * x, tl.abs(x)
-    p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    p = (
+        ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    ) * z - 3.33332819422e-1
     near = p * z * x + x
     e = tl.exp(-2.0 * size)
     q = 2.0 / (1.0 + e)
@@ -117,11 +119,19 @@ def _cross_entropy_kernel(
             for start in range(0, V, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 nothing = tl.zeros([BLOCK], dtype=tl.float32)
-                tl.store(logits_row_ptr + columns, _cast(nothing, logits_ptr.dtype.element_ty), mask=columns < V)
+                tl.store(
+                    logits_row_ptr + columns, _cast(nothing, logits_ptr.dtype.element_ty), mask=columns < V
+                )
 
 
 def _call(
-    logits: Tensor, labels: Tensor, bias: Tensor | None, row_scale: Tensor | None, loss: Tensor, options: tuple, gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    loss: Tensor,
+    options: tuple,
+    gradient: bool,
 ) -> Call:
     ignore_index, label_smoothing, z_loss, softcap = options
     m, v = logits.shape
@@ -157,7 +167,9 @@ class _Weight:
 
     def __init__(self, x: Tensor, weight: Tensor, quant: tuple, n: int) -> None:
         self.weight, self.quant, self.shape = weight, quant, (n, x.shape[1])
-        self.parts = [slice(0, n)] if quant[0] is None else config.slices(n, x.shape[1], x.element_size(), _SLAB_BYTES)
+        self.parts = (
+            [slice(0, n)] if quant[0] is None else config.slices(n, x.shape[1], x.element_size(), _SLAB_BYTES)
+        )
         self.dense = weight.to(x.dtype) if quant[0] is None else None
         if quant[0] is not None:
             self.buffer = x.new_empty(max(part.stop - part.start for part in self.parts) * x.shape[1])
@@ -167,7 +179,9 @@ class _Weight:
     def _decode(self, rows: slice) -> Tensor:
         n, k = self.shape
         size = rows.stop - rows.start
-        return dequantize_slice(self.weight, self.quant, n, k, rows, slice(0, k), self.buffer[: size * k].view(size, k))
+        return dequantize_slice(
+            self.weight, self.quant, n, k, rows, slice(0, k), self.buffer[: size * k].view(size, k)
+        )
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.parts:
@@ -194,11 +208,17 @@ def linear_cross_entropy(
     """As the reference."""
     x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
     bias, row_scale = (None if t is None else t.contiguous() for t in (bias, row_scale))
-    (m, k), rank, wide = x.shape, 0 if lora_a is None else lora_a.shape[0], {"dtype": torch.float32, "device": x.device}
+    (m, k), rank, wide = (
+        x.shape,
+        0 if lora_a is None else lora_a.shape[0],
+        {"dtype": torch.float32, "device": x.device},
+    )
     a, b = (None, None) if lora_a is None else (lora_a.to(x.dtype), (scaling * lora_b.float()).to(x.dtype))
     shapes = ((n,), (rank, k), (n, rank), (n, k))
     grads = [x.new_empty((m, k)) if needs[0] else None]
-    grads += [torch.zeros(shape, **wide) if need else None for shape, need in zip(shapes, needs[1:], strict=True)]
+    grads += [
+        torch.zeros(shape, **wide) if need else None for shape, need in zip(shapes, needs[1:], strict=True)
+    ]
     loss, head, rows = torch.empty(m, **wide), _Weight(x, weight, quant, n), block_rows(n, x.element_size())
     buffer = x.new_empty(min(rows, m) * n)
     for start in range(0, m, rows):
@@ -208,7 +228,17 @@ def linear_cross_entropy(
         for columns, slab in head.slabs():
             _multiply(block, slab.t(), logits[:, columns], xa, None if b is None else b[columns].t())
         scale = None if row_scale is None else row_scale[part]
-        run(_call(logits, labels[part], bias, scale, loss[part], (ignore_index, label_smoothing, z_loss, softcap), any(needs)))
+        run(
+            _call(
+                logits,
+                labels[part],
+                bias,
+                scale,
+                loss[part],
+                (ignore_index, label_smoothing, z_loss, softcap),
+                any(needs),
+            )
+        )
         _add_gradients(grads, part, logits, block, head, a, b, xa, scaling)
     return loss, *grads
 
@@ -262,7 +292,9 @@ def specializations(arch: int) -> Iterator[Specialization]:
     options = (-100, 0.0, 0.0, None)
     for dtype in dict.fromkeys((first, torch.bfloat16, torch.float16, torch.float32)):
         yield _specialization(f"train-{str(dtype)[6:]}", dtype, 128_256, options, wide=True)
-    yield _specialization("all-options", first, 256_000, (-100, 0.1, 1e-4, 30.0), wide=True, bias=True, scaled=True)
+    yield _specialization(
+        "all-options", first, 256_000, (-100, 0.1, 1e-4, 30.0), wide=True, bias=True, scaled=True
+    )
     yield _specialization("ragged", first, 50_257, options)
     yield _specialization("small", first, 200, options)
     yield _specialization("evaluation", first, 128_256, options, wide=True, gradient=False)
@@ -279,6 +311,9 @@ def _specialization(
     scaled: bool = False,
     gradient: bool = True,
 ) -> Specialization:
-    logits, labels, row = (torch.empty(s, dtype=d, device="meta") for s, d in (((8, v), dtype), (8, torch.int64), (8, torch.float32)))
+    logits, labels, row = (
+        torch.empty(s, dtype=d, device="meta")
+        for s, d in (((8, v), dtype), (8, torch.int64), (8, torch.float32))
+    )
     call = _call(logits, labels, logits[0] if bias else None, row if scaled else None, row, options, gradient)
     return specialization(name, call, wide_loads=("row_ptr",) if wide else ())

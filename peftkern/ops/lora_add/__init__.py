@@ -1,4 +1,5 @@
-"""The low-rank branch alone, added onto the output of any base layer: for bases whose product is another library's."""
+"""The low-rank branch alone, added onto the output of any base layer: for bases whose product is another
+library's."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from . import reference
 __all__ = ["lora_add"]
 
 LIBRARY.define(
-    "lora_add_fwd(Tensor y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling, float dropout_p, Tensor? seed) "
+    "lora_add_fwd(Tensor y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling, float "
+    "dropout_p, Tensor? seed) "
     "-> (Tensor out, Tensor xa)"
 )
 LIBRARY.define(
-    "lora_add_bwd(Tensor dy, Tensor? x, Tensor lora_a, Tensor lora_b, Tensor? xa, float scaling, float dropout_p, Tensor? seed, "
+    "lora_add_bwd(Tensor dy, Tensor? x, Tensor lora_a, Tensor lora_b, Tensor? xa, float scaling, float "
+    "dropout_p, Tensor? seed, "
     "bool[4] needs) -> (Tensor dx, Tensor d_bias, Tensor d_lora_a, Tensor d_lora_b)"
 )
 
@@ -59,7 +62,11 @@ def _again(ctx, dy):
     bias = stand_in(dy, dy.shape[1:], ctx.bias_dtype) if needs[1] else None
 
     def plain(x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> list[Tensor]:
-        return [reference.forward(torch.zeros_like(dy), x, lora_a, lora_b, bias, ctx.scaling, ctx.dropout_p, seed)[0]]
+        return [
+            reference.forward(
+                torch.zeros_like(dy), x, lora_a, lora_b, bias, ctx.scaling, ctx.dropout_p, seed
+            )[0]
+        ]
 
     return (dy, *derived(plain, (x, bias, lora_a, lora_b), needs, (dy,)), None, None, None)
 
@@ -69,7 +76,13 @@ class _LoRAAdd(torch.autograd.Function):
     def forward(ctx, y, x, bias, lora_a, lora_b, scaling, dropout_p, seed):
         out, xa = torch.ops.peftkern.lora_add_fwd(y, x, lora_a, lora_b, bias, scaling, dropout_p, seed)
         # x is wanted by dA alone, xa by dB alone: what no gradient needs is not kept.
-        kept = (x if lora_a.requires_grad else None, lora_a, lora_b, xa if lora_b.requires_grad else None, seed)
+        kept = (
+            x if lora_a.requires_grad else None,
+            lora_a,
+            lora_b,
+            xa if lora_b.requires_grad else None,
+            seed,
+        )
         ctx.save_for_backward(*kept)
         ctx.scaling, ctx.dropout_p, ctx.bias_dtype = scaling, dropout_p, None if bias is None else bias.dtype
         return out
@@ -88,7 +101,14 @@ class _LoRAAdd(torch.autograd.Function):
 
 
 def lora_add(
-    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """y [M, N], x [M, K] -> [M, N]; `functional.lora_add` has checked the arguments."""
     if transformed():

@@ -12,11 +12,20 @@ __all__ = ["backward", "forward"]
 
 def _lora(lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float, seed: Tensor | None) -> object:
     threshold = 0 if seed is None else round(dropout_p * 65536)
-    return native().Lora(address(lora_a), address(lora_b), lora_a.shape[0], dtype_of(lora_a), scaling, threshold, address(seed))
+    return native().Lora(
+        address(lora_a), address(lora_b), lora_a.shape[0], dtype_of(lora_a), scaling, threshold, address(seed)
+    )
 
 
 def forward(
-    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     x, lora_a, lora_b = x.contiguous(), lora_a.contiguous(), lora_b.contiguous()
@@ -24,8 +33,22 @@ def forward(
     (m, k), n, rank = x.shape, y.shape[1], lora_a.shape[0]
     out, xa = y.clone(memory_format=torch.contiguous_format), empty((m, rank))
     if m and n:
-        lora, buffer = _lora(lora_a, lora_b, scaling, dropout_p, seed), scratch(native().lora_scratch_bytes(m, n, k, rank))
-        args = (lora, address(x), dtype_of(x), m, n, k, address(bias), dtype_of(bias), address(out), address(xa))
+        lora, buffer = (
+            _lora(lora_a, lora_b, scaling, dropout_p, seed),
+            scratch(native().lora_scratch_bytes(m, n, k, rank)),
+        )
+        args = (
+            lora,
+            address(x),
+            dtype_of(x),
+            m,
+            n,
+            k,
+            address(bias),
+            dtype_of(bias),
+            address(out),
+            address(xa),
+        )
         native().lora_fwd(*args, address(buffer), buffer.numel())
     return out, xa
 
@@ -51,8 +74,13 @@ def backward(
     d_a = make(lora_a.shape, dtype=lora_a.dtype) if needs[2] else None
     d_b = make(lora_b.shape, dtype=lora_b.dtype) if needs[3] else None
     if m and n:
-        lora, buffer = _lora(lora_a, lora_b, scaling, dropout_p, seed), scratch(native().lora_scratch_bytes(m, n, k, rank))
+        lora, buffer = (
+            _lora(lora_a, lora_b, scaling, dropout_p, seed),
+            scratch(native().lora_scratch_bytes(m, n, k, rank)),
+        )
         dyb = empty((m, rank))
         outs = (address(dx), address(d_a), address(d_b), address(d_bias), address(buffer), buffer.numel())
-        native().lora_bwd(lora, address(dy), address(x), dtype_of(dy), m, n, k, address(xa), address(dyb), *outs)
+        native().lora_bwd(
+            lora, address(dy), address(x), dtype_of(dy), m, n, k, address(xa), address(dyb), *outs
+        )
     return dx, d_bias, d_a, d_b

@@ -1,7 +1,9 @@
-"""The low-rank branch alone in plain PyTorch, fp32 accumulation (fp64 for fp64): the op's definition, and its fallback on any device.
+"""The low-rank branch alone in plain PyTorch, fp32 accumulation (fp64 for fp64): the op's definition, and its
+fallback on any device.
 
 out = y + scaling * drop(x) A^T B^T + bias; with g = d out and dyb = scaling * g B:
-dy = g, dx = drop(dyb A), dA = dyb^T drop(x), dB = scaling * g^T xa, xa = drop(x) A^T, d_bias = sum of g over rows.
+dy = g, dx = drop(dyb A), dA = dyb^T drop(x), dB = scaling * g^T xa, xa = drop(x) A^T, d_bias = sum of g over
+rows.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
 
 
 def forward(
-    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N], x [M, K] -> out [M, N] in y's dtype, xa fp32 [M, R]; y is left as it is."""
     acc = _accumulation(x)
@@ -46,7 +55,8 @@ def backward(
     seed: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dy [M, N] -> dx [M, K], d_bias fp32 [N], d_lora_a [R, K], d_lora_b [N, R]; each None unless `needs` names it (in that order)."""
+    """dy [M, N] -> dx [M, K], d_bias fp32 [N], d_lora_a [R, K], d_lora_b [N, R]; each None unless `needs`
+    names it (in that order)."""
     acc = _accumulation(dy)
     g, a, b = dy.to(acc), lora_a.to(acc), lora_b.to(acc)
     dyb = scaling * (g @ b)

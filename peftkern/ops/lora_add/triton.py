@@ -1,5 +1,6 @@
-"""The low-rank branch on a GPU: the same passes as the QLoRA linear's, composed without a base product. Forward: a copy of y, xa,
-the sum onto the copy. Backward: one pass over dy, one for dA and dx, the partial sums."""
+"""The low-rank branch on a GPU: the same passes as the QLoRA linear's, composed without a base product.
+Forward: a copy of y, xa, the sum onto the copy. Backward: one pass over dy, one for dA and dx, the partial
+sums."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ __all__ = ["backward", "forward"]
 
 @torch.no_grad()
 def forward(
-    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     x, lora_a, lora_b = x.contiguous(), lora_a.contiguous(), lora_b.contiguous()
@@ -44,11 +52,18 @@ def backward(
     (m, n), k = dy.shape, lora_a.shape[1]
     need_x, need_bias, need_a, need_b = needs
     if m == 0 or n == 0:
-        zeros = (dy.new_zeros((m, k)), dy.new_zeros(n, dtype=torch.float32), torch.zeros_like(lora_a), torch.zeros_like(lora_b))
+        zeros = (
+            dy.new_zeros((m, k)),
+            dy.new_zeros(n, dtype=torch.float32),
+            torch.zeros_like(lora_a),
+            torch.zeros_like(lora_b),
+        )
         return tuple(zero if need else None for zero, need in zip(zeros, needs, strict=True))
     partials = low_rank.dy_pass(dy, xa, lora_b, scaling, needs)
     dx, d_a = dy.new_empty((m, k)) if need_x else None, None
     if need_x or need_a:
-        d_a = low_rank.x_pass(x, partials.dyb, lora_a, dropout_p, seed, dx=dx, need_a=need_a, accumulate=False)
+        d_a = low_rank.x_pass(
+            x, partials.dyb, lora_a, dropout_p, seed, dx=dx, need_a=need_a, accumulate=False
+        )
     d_a, d_b, d_bias = low_rank.reduce_partials(d_a, partials.d_lora_b, partials.d_bias, lora_b.dtype)
     return dx, d_bias, d_a, d_b

@@ -17,8 +17,10 @@ __all__ = ["gradients", "halves"]
 # as in qlora_group_bwd, of one
 # member. dx is always made, being what d_hidden, in hidden's layout, comes from; needs[0] is true.
 LIBRARY.define(
-    f"qlora_glu_bwd(Tensor dy, Tensor[] hidden, bool gate_first, str activation, {_WEIGHTS}, SymInt m, SymInt k, {_ADAPTERS}, "
-    "Tensor?[] xa, bool[] needs) -> (Tensor[] d_hidden, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] d_lora_b)"
+    f"qlora_glu_bwd(Tensor dy, Tensor[] hidden, bool gate_first, str activation, {_WEIGHTS}, SymInt m, "
+    f"SymInt k, {_ADAPTERS}, "
+    "Tensor?[] xa, bool[] needs) -> (Tensor[] d_hidden, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] "
+    "d_lora_b)"
 )
 
 
@@ -32,7 +34,10 @@ def halves(hidden: Sequence[Tensor], gate_first: bool) -> Sequence[Tensor]:
 
 @library.impl(LIBRARY, "qlora_glu_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, hidden, gate_first, activation, weights, *args):
-    name, d_hidden = serving(dy, *weights), [torch.empty_like(t, memory_format=torch.contiguous_format) for t in hidden]
+    name, d_hidden = (
+        serving(dy, *weights),
+        [torch.empty_like(t, memory_format=torch.contiguous_format) for t in hidden],
+    )
     parts = (*halves(hidden, gate_first), activation, *halves(d_hidden, gate_first))
     with autocast_off(dy):
         if name in ("cuda", "triton"):
@@ -42,7 +47,9 @@ def _bwd(dy, hidden, gate_first, activation, weights, *args):
     return d_hidden, *([dy.new_empty(0) if g is None else g for g in grads] for grads in lists)
 
 
-def _composed(name: str, dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, *args) -> list:
+def _composed(
+    name: str, dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor, *args
+) -> list:
     """The product, the linear's gradients, the product's."""
     glu = backend("glu", name)
     dx, *lists = backend("qlora_group", name).backward([dy], glu.forward(gate, up, activation), *args)
@@ -57,10 +64,18 @@ def _(dy, hidden, gate_first, activation, *args):
 
 
 def gradients(
-    static: tuple, saved: list[Tensor | None], dy: Tensor, hidden: list[Tensor], gate_first: bool, activation: str, needs: list[bool]
+    static: tuple,
+    saved: list[Tensor | None],
+    dy: Tensor,
+    hidden: list[Tensor],
+    gate_first: bool,
+    activation: str,
+    needs: list[bool],
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """d_hidden; and as `qlora_group.gradients`, without dx."""
     shape = tuple(halves(hidden, gate_first)[0].shape)
     args = arguments(static, saved, shape, needs)
-    d_hidden, *found = entry(dy, _bwd, "qlora_glu_bwd")(dy.contiguous(), hidden, gate_first, activation, *args)
+    d_hidden, *found = entry(dy, _bwd, "qlora_glu_bwd")(
+        dy.contiguous(), hidden, gate_first, activation, *args
+    )
     return d_hidden, asked(static, [True], needs, dy, *found)[1:]

@@ -38,9 +38,27 @@ class _Product:
 
 @replayed(tuned.settings)
 def backward(
-    dy, gate, up, activation, d_gate, d_up, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds,
-    xa, needs,
-):  # fmt: skip
+    dy,
+    gate,
+    up,
+    activation,
+    d_gate,
+    d_up,
+    weights,
+    quants,
+    blocksizes,
+    m,
+    k,
+    lora_a,
+    lora_b,
+    members,
+    rows,
+    scalings,
+    dropout_ps,
+    seeds,
+    xa,
+    needs,
+):
     """As composed of the references; fills d_gate and d_up."""
     product = _Product(gate, up, activation, d_gate, d_up)
     if len(members) == 1 and tuple(rows) == (0, m):

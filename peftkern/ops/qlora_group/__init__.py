@@ -1,4 +1,5 @@
-"""Frozen linears on one input with their low-rank branches (q, k, v; several adapters; a batch of mixed ones), one op per direction."""
+"""Frozen linears on one input with their low-rank branches (q, k, v; several adapters; a batch of mixed
+ones), one op per direction."""
 
 from __future__ import annotations
 
@@ -12,20 +13,41 @@ from .. import LIBRARY, accumulation, autocast_off, backend, serving, transforme
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe
 
-__all__ = ["Spec", "arguments", "asked", "few_rows", "gradients", "kept", "plain", "qlora_group", "run", "trainable_again", "wants_x"]
+__all__ = [
+    "Spec",
+    "arguments",
+    "asked",
+    "few_rows",
+    "gradients",
+    "kept",
+    "plain",
+    "qlora_group",
+    "run",
+    "trainable_again",
+    "wants_x",
+]
 
-# Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters (lora_a and all after it).
+# Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters
+# (lora_a and all after it).
 _WEIGHTS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes"
-_ADAPTERS = "Tensor[] lora_a, Tensor[] lora_b, int[] members, SymInt[] rows, float[] scalings, float[] dropout_ps, Tensor?[] seeds"
-LIBRARY.define(f"qlora_group_fwd(Tensor x, {_WEIGHTS}, SymInt[] n, Tensor?[] biases, {_ADAPTERS}) -> (Tensor[] y, Tensor[] xa)")
+_ADAPTERS = (
+    "Tensor[] lora_a, Tensor[] lora_b, int[] members, SymInt[] rows, float[] scalings, float[] dropout_ps, "
+    "Tensor?[] seeds"
+)
 LIBRARY.define(
-    f"qlora_group_bwd(Tensor?[] dy, Tensor? x, {_WEIGHTS}, SymInt m, SymInt k, {_ADAPTERS}, Tensor?[] xa, bool[] needs) -> "
+    f"qlora_group_fwd(Tensor x, {_WEIGHTS}, SymInt[] n, Tensor?[] biases, {_ADAPTERS}) -> (Tensor[] y, "
+    "Tensor[] xa)"
+)
+LIBRARY.define(
+    f"qlora_group_bwd(Tensor?[] dy, Tensor? x, {_WEIGHTS}, SymInt m, SymInt k, {_ADAPTERS}, Tensor?[] "
+    "xa, bool[] needs) -> "
     "(Tensor dx, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] d_lora_b)"
 )
 
 
 class Spec(NamedTuple):
-    """What a group is made of, but its trainable tensors; lists as in the schema. rows: begin and end of each adapter's rows of x."""
+    """What a group is made of, but its trainable tensors; lists as in the schema. rows: begin and end of each
+    adapter's rows of x."""
 
     weights: tuple[Tensor, ...]
     quants: tuple[Tensor | None, ...]
@@ -57,27 +79,53 @@ def _bwd(dy, x, weights, *args):
 @library.register_fake("peftkern::qlora_group_fwd", lib=LIBRARY)
 def _(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds):
     heights = [end - begin for begin, end in zip(rows[::2], rows[1::2], strict=True)]
-    xa = [x.new_empty((height, a.shape[0]), dtype=accumulation(x)) for height, a in zip(heights, lora_a, strict=True)]
+    xa = [
+        x.new_empty((height, a.shape[0]), dtype=accumulation(x))
+        for height, a in zip(heights, lora_a, strict=True)
+    ]
     return [x.new_empty((x.shape[0], size)) for size in n], xa
 
 
 @library.register_fake("peftkern::qlora_group_bwd", lib=LIBRARY)
-def _(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
+def _(
+    dy,
+    x,
+    weights,
+    quants,
+    blocksizes,
+    m,
+    k,
+    lora_a,
+    lora_b,
+    members,
+    rows,
+    scalings,
+    dropout_ps,
+    seeds,
+    xa,
+    needs,
+):
     first = next(g for g in dy if g is not None)
     need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(lora_a))
     empty, used = first.new_empty, [dy[member] is not None for member in members]
 
     def like(low, wanted):
         make = [need and use for need, use in zip(wanted, used, strict=True)]
-        return [torch.empty_like(t, memory_format=torch.contiguous_format) if m else empty(0) for t, m in zip(low, make, strict=True)]
+        return [
+            torch.empty_like(t, memory_format=torch.contiguous_format) if m else empty(0)
+            for t, m in zip(low, make, strict=True)
+        ]
 
     bias = [
-        empty(g.shape[1], dtype=accumulation(first)) if g is not None and need else empty(0) for g, need in zip(dy, need_bias, strict=True)
+        empty(g.shape[1], dtype=accumulation(first)) if g is not None and need else empty(0)
+        for g, need in zip(dy, need_bias, strict=True)
     ]
     return empty((m, k)) if need_x else empty(0), bias, like(lora_a, need_a), like(lora_b, need_b)
 
 
-def split_needs(needs: list[bool], members: int, adapters: int) -> tuple[bool, list[bool], list[bool], list[bool]]:
+def split_needs(
+    needs: list[bool], members: int, adapters: int
+) -> tuple[bool, list[bool], list[bool], list[bool]]:
     """dx; the biases of members; the A and the B of adapters."""
     a = 1 + members
     return needs[0], list(needs[1:a]), list(needs[a : a + adapters]), list(needs[a + adapters :])
@@ -95,14 +143,19 @@ def run(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> tuple[li
     return forward(x, *spec[:4], *split(spec, trainable), *spec[4:])
 
 
-def few_rows(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> Callable[[Tensor], list[Tensor]] | None:
-    """The CPU's kernel for few rows, ready for x's [M, K] and dtype; None where it is not the choice for them."""
+def few_rows(
+    x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]
+) -> Callable[[Tensor], list[Tensor]] | None:
+    """The CPU's kernel for few rows, ready for x's [M, K] and dtype; None where it is not the choice for
+    them."""
     from . import cpu
 
     return cpu.few_rows(x, spec, *split(spec, trainable))
 
 
-def kept(spec: Spec, trainable: tuple[Tensor | None, ...], xa: list[Tensor]) -> tuple[list[Tensor | None], tuple]:
+def kept(
+    spec: Spec, trainable: tuple[Tensor | None, ...], xa: list[Tensor]
+) -> tuple[list[Tensor | None], tuple]:
     """What `gradients` needs besides x: tensors to save, and the rest. An xa is wanted by its dB alone."""
     biases, lora_a, lora_b = split(spec, trainable)
     wanted = [t if b.requires_grad else None for t, b in zip(xa, lora_b, strict=True)]
@@ -117,9 +170,15 @@ def wants_x(spec: Spec, trainable: tuple[Tensor | None, ...]) -> bool:
 
 
 def gradients(
-    static: tuple, saved: list[Tensor | None], dy: list[Tensor | None], x: Tensor | None, shape: tuple[int, int], needs: list[bool]
+    static: tuple,
+    saved: list[Tensor | None],
+    dy: list[Tensor | None],
+    x: Tensor | None,
+    shape: tuple[int, int],
+    needs: list[bool],
 ) -> list[Tensor | None]:
-    """dx, the biases', the A's and the B's gradients; None where `needs`, in this order, does not ask or a member's dy is None."""
+    """dx, the biases', the A's and the B's gradients; None where `needs`, in this order, does not ask or a
+    member's dy is None."""
     if not any(needs) or all(g is None for g in dy):
         return [None] * len(needs)
     dy = [None if g is None else g.contiguous() for g in dy]
@@ -137,15 +196,35 @@ def arguments(static: tuple, saved: list[Tensor | None], shape: tuple[int, int],
         parts.append(saved[at : at + size])
         at += size
     weights, quants, lora_a, lora_b, seeds, xa = parts
-    return weights, quants, blocksizes, *shape, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs
+    return (
+        weights,
+        quants,
+        blocksizes,
+        *shape,
+        lora_a,
+        lora_b,
+        members,
+        rows,
+        scalings,
+        dropout_ps,
+        seeds,
+        xa,
+        needs,
+    )
 
 
-def asked(static: tuple, used: list[bool], needs: list[bool], dx: Tensor, d_bias, d_a, d_b) -> list[Tensor | None]:
-    """A backward op's results in one list, in their dtypes; None where `needs` does not ask or a member's dy is None."""
+def asked(
+    static: tuple, used: list[bool], needs: list[bool], dx: Tensor, d_bias, d_a, d_b
+) -> list[Tensor | None]:
+    """A backward op's results in one list, in their dtypes; None where `needs` does not ask or a member's dy
+    is None."""
     members, dtypes = static[1], static[-1]
     d_bias = [g if dtype is None else g.to(dtype) for g, dtype in zip(d_bias, dtypes, strict=True)]
     live = [True, *used, *[used[member] for member in members] * 2]
-    return [g if need and exists else None for g, need, exists in zip((dx, *d_bias, *d_a, *d_b), needs, live, strict=True)]
+    return [
+        g if need and exists else None
+        for g, need, exists in zip((dx, *d_bias, *d_a, *d_b), needs, live, strict=True)
+    ]
 
 
 def plain(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -158,8 +237,8 @@ def plain(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> list[T
 def trainable_again(
     static: tuple, saved: list[Tensor | None], needs: list[bool], n: list[int], like: Tensor
 ) -> tuple[Spec, tuple[Tensor | None, ...]]:
-    """What `kept` has kept, as it was given: the group, and the trainable tensors; of the biases, on which no gradient depends, stand-ins
-    where they are needed."""
+    """What `kept` has kept, as it was given: the group, and the trainable tensors; of the biases, on which no
+    gradient depends, stand-ins where they are needed."""
     blocksizes, members, rows, scalings, dropout_ps, dtypes = static
     count, adapters = len(dtypes), len(members)
     weights, quants, low, seeds = (
@@ -169,7 +248,10 @@ def trainable_again(
         saved[7 * count + 2 * adapters :],
     )
     spec = Spec(weights, quants, blocksizes, n, members, rows, scalings, dropout_ps, seeds[:adapters])
-    biases = [stand_in(like, (size,), dtype) if need else None for size, dtype, need in zip(n, dtypes, needs, strict=False)]
+    biases = [
+        stand_in(like, (size,), dtype) if need else None
+        for size, dtype, need in zip(n, dtypes, needs, strict=False)
+    ]
     return spec, (*biases, *low)
 
 

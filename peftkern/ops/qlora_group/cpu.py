@@ -24,12 +24,33 @@ class _Group:
     """The checked arguments as the C ABI takes them; holds every tensor whose address it gave away."""
 
     def __init__(
-        self, m: int, k: int, n: list[int], weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
+        self,
+        m: int,
+        k: int,
+        n: list[int],
+        weights,
+        quants,
+        blocksizes,
+        lora_a,
+        lora_b,
+        members,
+        rows,
+        scalings,
+        dropout_ps,
+        seeds,
     ):
         self.m, self.k, self.n = m, k, n
-        self.weights, self.lora_a, self.lora_b = _contiguous(weights), _contiguous(lora_a), _contiguous(lora_b)
-        self.quants = [(*quants[6 * i : 6 * i + 6], *blocksizes[2 * i : 2 * i + 2]) for i in range(len(weights))]
-        self.views = [weight_view(w, q, size, k) for w, q, size in zip(self.weights, self.quants, n, strict=True)]
+        self.weights, self.lora_a, self.lora_b = (
+            _contiguous(weights),
+            _contiguous(lora_a),
+            _contiguous(lora_b),
+        )
+        self.quants = [
+            (*quants[6 * i : 6 * i + 6], *blocksizes[2 * i : 2 * i + 2]) for i in range(len(weights))
+        ]
+        self.views = [
+            weight_view(w, q, size, k) for w, q, size in zip(self.weights, self.quants, n, strict=True)
+        ]
         self.members, self.rows = members, list(zip(rows[::2], rows[1::2], strict=True))
         self.seeds = seeds
         options = zip(self.lora_a, self.lora_b, scalings, dropout_ps, seeds, strict=True)
@@ -38,18 +59,30 @@ class _Group:
     def choice(self, x: Tensor, *, tiles: bool = True) -> config.Choice:
         """tiles: whether bf16 tiles serve the call where they serve each of its weights."""
         dense = [quant[0] is None for quant in self.quants]
-        sizes = dict(m=self.m, n=sum(self.n), k=self.k, dense=all(dense), blocksize=min(quant[6] for quant in self.quants))
-        return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), tiles=tiles and not any(dense), **sizes)
+        sizes = dict(
+            m=self.m,
+            n=sum(self.n),
+            k=self.k,
+            dense=all(dense),
+            blocksize=min(quant[6] for quant in self.quants),
+        )
+        return config.choose(
+            dtype=str(x.dtype)[6:], isa=native().isa(), tiles=tiles and not any(dense), **sizes
+        )
 
     def no_base(self, i: int) -> object:
         """Member i without its product: y and dx are added to."""
         return native().Weight(*(0,) * 7, self.n[i], self.k, 64, 256, 0)
 
 
-def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds):
+def forward(
+    x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
+):
     """As the reference."""
     x, biases = x.contiguous(), _contiguous(biases)
-    group = _Group(*x.shape, n, weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds)
+    group = _Group(
+        *x.shape, n, weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
+    )
     y = [x.new_empty((group.m, size)) for size in n]
     xa = [empty((end - begin, a.shape[0])) for (begin, end), a in zip(group.rows, lora_a, strict=True)]
     regime = group.choice(x).regime
@@ -71,8 +104,13 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
 
 def _low_level_forward(group: _Group, x: Tensor, y, xa, biases, adapters, views) -> None:
     parts = zip(views, biases, y, strict=True)
-    members = [native().Member(view, address(bias), dtype_of(bias), address(out), 0, 0) for view, bias, out in parts]
-    low = [native().Adapter(group.loras[j], group.members[j], *group.rows[j], address(xa[j]), 0, 0, 0) for j in adapters]
+    members = [
+        native().Member(view, address(bias), dtype_of(bias), address(out), 0, 0) for view, bias, out in parts
+    ]
+    low = [
+        native().Adapter(group.loras[j], group.members[j], *group.rows[j], address(xa[j]), 0, 0, 0)
+        for j in adapters
+    ]
     buffer = scratch(native().group_scratch_bytes(members, low, group.m))
     native().qlora_group_fwd(members, low, address(x), dtype_of(x), group.m, address(buffer), buffer.numel())
 
@@ -86,7 +124,18 @@ def _gemv_forward(group: _Group, x: Tensor, y, xa, biases) -> set[int]:
         lora = single.lora_view(None, None, 1.0, 0.0, None) if j is None else group.loras[j]
         size = native().scratch_bytes(group.m, group.n[i], group.k, 0 if j is None else xa[j].shape[1])
         low = 0 if j is None else address(xa[j])
-        head = (view, lora, address(x), dtype_of(x), group.m, address(biases[i]), dtype_of(biases[i]), address(y[i]), low, True)
+        head = (
+            view,
+            lora,
+            address(x),
+            dtype_of(x),
+            group.m,
+            address(biases[i]),
+            dtype_of(biases[i]),
+            address(y[i]),
+            low,
+            True,
+        )
         native().qlora_linear_fwd(*head, address(buffer := scratch(size)), buffer.numel())
         done |= set() if j is None else {j}
     return done
@@ -129,7 +178,24 @@ class FewRows:
         return results
 
 
-def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
+def backward(
+    dy,
+    x,
+    weights,
+    quants,
+    blocksizes,
+    m,
+    k,
+    lora_a,
+    lora_b,
+    members,
+    rows,
+    scalings,
+    dropout_ps,
+    seeds,
+    xa,
+    needs,
+):
     """As the reference."""
     used = [i for i, g in enumerate(dy) if g is not None]
     first = dy[used[0]]
@@ -137,13 +203,18 @@ def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, 
     make = torch.empty if m else torch.zeros
     live = [j for j, member in enumerate(members) if member in used]
     dx = make((m, k), dtype=first.dtype) if need_x else None
-    d_bias = [make(dy[i].shape[1], dtype=torch.float32) if i in used and need_bias[i] else None for i in range(len(dy))]
+    d_bias = [
+        make(dy[i].shape[1], dtype=torch.float32) if i in used and need_bias[i] else None
+        for i in range(len(dy))
+    ]
     d_a = [make(a.shape, dtype=a.dtype) if j in live and need_a[j] else None for j, a in enumerate(lora_a)]
     d_b = [make(b.shape, dtype=b.dtype) if j in live and need_b[j] else None for j, b in enumerate(lora_b)]
     if m == 0:
         return dx, d_bias, d_a, d_b
     n = [0 if g is None else g.shape[1] for g in dy]
-    group = _Group(m, k, n, weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds)
+    group = _Group(
+        m, k, n, weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
+    )
     x, dy = None if x is None else x.contiguous(), _contiguous(dy)
     vendor = group.choice(first).regime == "vendor"
     if vendor and need_x:
@@ -151,12 +222,19 @@ def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, 
     if vendor and not live and not any(need_bias):
         return dx, d_bias, d_a, d_b
     at = {i: position for position, i in enumerate(used)}
-    parts = [native().Member(group.no_base(i) if vendor else group.views[i], 0, 0, 0, address(dy[i]), address(d_bias[i])) for i in used]
+    parts = [
+        native().Member(
+            group.no_base(i) if vendor else group.views[i], 0, 0, 0, address(dy[i]), address(d_bias[i])
+        )
+        for i in used
+    ]
     dyb = {j: empty((group.rows[j][1] - group.rows[j][0], lora_a[j].shape[0])) for j in live}
     tails = {j: (address(xa[j]), address(dyb[j]), address(d_a[j]), address(d_b[j])) for j in live}
     low = [native().Adapter(group.loras[j], at[members[j]], *group.rows[j], *tails[j]) for j in live]
     buffer = scratch(native().group_scratch_bytes(parts, low, m))
-    native().qlora_group_bwd(parts, low, address(x), dtype_of(first), m, address(dx), address(buffer), buffer.numel())
+    native().qlora_group_bwd(
+        parts, low, address(x), dtype_of(first), m, address(dx), address(buffer), buffer.numel()
+    )
     return dx, d_bias, d_a, d_b
 
 
@@ -181,6 +259,8 @@ def _vendor_backward(group: _Group, dy: list[Tensor | None], used: list[int], dx
             if group.quants[i][0] is None:
                 part.copy_(group.weights[i][:, cols])
             else:
-                single.decode_slice(group.quants[i], group.views[i], slice(0, group.n[i]), cols, part.view(-1))
+                single.decode_slice(
+                    group.quants[i], group.views[i], slice(0, group.n[i]), cols, part.view(-1)
+                )
             start += group.n[i]
         dx[:, cols] = together @ stacked

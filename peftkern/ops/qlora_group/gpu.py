@@ -30,19 +30,33 @@ def _quant(quants: list[Tensor | None], blocksizes: list[int], i: int) -> tuple:
 
 
 @replayed(tuned.settings)
-def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds):
+def forward(
+    x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
+):
     """As the reference."""
     x, rows = x.contiguous(), _spans(rows)
     lora_a, lora_b = [t.contiguous() for t in lora_a], [t.contiguous() for t in lora_b]
     each = [_quant(quants, blocksizes, i) for i in range(len(weights))]
     options = scalings, dropout_ps, seeds
-    group = merged.group_of(x, x.shape[1], weights, each, n, lora_a, lora_b, members, rows, *options, forward=True)
+    group = merged.group_of(
+        x, x.shape[1], weights, each, n, lora_a, lora_b, members, rows, *options, forward=True
+    )
     if group is not None:
         return merged.forward(group, x, [None if bias is None else bias.contiguous() for bias in biases])
-    y, xa = [], [x.new_empty((end - begin, a.shape[0]), dtype=torch.float32) for (begin, end), a in zip(rows, lora_a, strict=True)]
+    y, xa = (
+        [],
+        [
+            x.new_empty((end - begin, a.shape[0]), dtype=torch.float32)
+            for (begin, end), a in zip(rows, lora_a, strict=True)
+        ],
+    )
     primaries = _primaries(len(weights), x.shape[0], members, rows)
     for i, j in enumerate(primaries):
-        adapter = (None, None, 1.0, 0.0, None) if j is None else (lora_a[j], lora_b[j], scalings[j], dropout_ps[j], seeds[j])
+        adapter = (
+            (None, None, 1.0, 0.0, None)
+            if j is None
+            else (lora_a[j], lora_b[j], scalings[j], dropout_ps[j], seeds[j])
+        )
         out, low = single.forward(x, weights[i], _quant(quants, blocksizes, i), n[i], biases[i], *adapter)
         y.append(out)
         if j is not None:
@@ -56,16 +70,38 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
 
 
 @replayed(tuned.settings)
-def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
+def backward(
+    dy,
+    x,
+    weights,
+    quants,
+    blocksizes,
+    m,
+    k,
+    lora_a,
+    lora_b,
+    members,
+    rows,
+    scalings,
+    dropout_ps,
+    seeds,
+    xa,
+    needs,
+):
     """As the reference; dx is rounded at most once a member and once for the adapters, as autograd's own sum
     over them is."""
     rows = _spans(rows)
     need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(members))
     lora_a, lora_b = [t.contiguous() for t in lora_a], [t.contiguous() for t in lora_b]
     dy, x = [None if g is None else g.contiguous() for g in dy], None if x is None else x.contiguous()
-    each, widths = [_quant(quants, blocksizes, i) for i in range(len(weights))], [0 if g is None else g.shape[1] for g in dy]
+    each, widths = (
+        [_quant(quants, blocksizes, i) for i in range(len(weights))],
+        [0 if g is None else g.shape[1] for g in dy],
+    )
     first, options = next(g for g in dy if g is not None), (scalings, dropout_ps, seeds)
-    group = merged.group_of(first, k, weights, each, widths, lora_a, lora_b, members, rows, *options, forward=False)
+    group = merged.group_of(
+        first, k, weights, each, widths, lora_a, lora_b, members, rows, *options, forward=False
+    )
     if group is not None:
         return merged.backward(group, dy, x, xa, (need_x, need_bias, need_a, need_b))
     dx, d_bias, d_a, d_b = None, [None] * len(weights), [None] * len(members), [None] * len(members)
@@ -73,10 +109,16 @@ def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, 
     for i, j in enumerate(primaries):
         if dy[i] is None:
             continue
-        adapter = (None,) * 3 + (1.0, 0.0, None) if j is None else (lora_a[j], lora_b[j], xa[j], scalings[j], dropout_ps[j], seeds[j])
+        adapter = (
+            (None,) * 3 + (1.0, 0.0, None)
+            if j is None
+            else (lora_a[j], lora_b[j], xa[j], scalings[j], dropout_ps[j], seeds[j])
+        )
         wanted = (need_x, need_bias[i], j is not None and need_a[j], j is not None and need_b[j])
         if any(wanted):
-            part, d_bias[i], a, b = single.backward(dy[i], x, weights[i], _quant(quants, blocksizes, i), k, *adapter, wanted)
+            part, d_bias[i], a, b = single.backward(
+                dy[i], x, weights[i], _quant(quants, blocksizes, i), k, *adapter, wanted
+            )
             dx = part if dx is None else dx.add_(part)
             if j is not None:
                 d_a[j], d_b[j] = a, b
@@ -93,10 +135,14 @@ def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, 
     return dx, d_bias, d_a, d_b
 
 
-def _further(dy, x, dx, lora_a, lora_b, xa, scaling, dropout_p, seed, need_a, need_b) -> tuple[Tensor | None, Tensor | None]:
+def _further(
+    dy, x, dx, lora_a, lora_b, xa, scaling, dropout_p, seed, need_a, need_b
+) -> tuple[Tensor | None, Tensor | None]:
     """One more adapter on some rows: dx += drop(dyb A), its gradients."""
     passes = low_rank.config_for(dy, lora_b, *dy.shape, lora_a.shape[1], lora_a.shape[0])
-    partials = low_rank.dy_pass(dy, xa, lora_b, scaling, (dx is not None, False, need_a, need_b), config=passes)
+    partials = low_rank.dy_pass(
+        dy, xa, lora_b, scaling, (dx is not None, False, need_a, need_b), config=passes
+    )
     d_a = None
     if dx is not None or need_a:
         dyb = low_rank.summed(partials.dyb, passes)

@@ -1,9 +1,11 @@
-"""A group on a GPU in few launches: large M, every member with at most one adapter, on all rows. `gpu.py` composes all other groups.
+"""A group on a GPU in few launches: large M, every member with at most one adapter, on all rows. `gpu.py`
+composes all other groups.
 
-cuBLAS. Forward: slabs || xa of all adapters, y = s xa B^T + bias of all members, a GEMM a member onto it. Backward: slabs || dyb, dB and
-dbias of all members, dx = the sum of drop(dyb A) with every dA, a GEMM a member onto dx, all partial sums. Our own GEMM: one launch for
-every y with all of it, one for the products of dx over all members. Members whose slabs do not fit the buffer together follow in further
-batches. `plan.py` lists the same as data.
+cuBLAS. Forward: slabs || xa of all adapters, y = s xa B^T + bias of all members, a GEMM a member onto it.
+Backward: slabs || dyb, dB and dbias of all members, dx = the sum of drop(dyb A) with every dA, a GEMM a
+member onto dx, all partial sums. Our own GEMM: one launch for every y with all of it, one for the products of
+dx over all members. Members whose slabs do not fit the buffer together follow in further batches. `plan.py`
+lists the same as data.
 """
 
 from __future__ import annotations
@@ -52,7 +54,20 @@ class Group:
 
 
 def group_of(
-    x: Tensor, k: int, weights, quants, n: list[int], lora_a, lora_b, members, spans, scalings, dropout_ps, seeds, *, forward: bool
+    x: Tensor,
+    k: int,
+    weights,
+    quants,
+    n: list[int],
+    lora_a,
+    lora_b,
+    members,
+    spans,
+    scalings,
+    dropout_ps,
+    seeds,
+    *,
+    forward: bool,
 ) -> Group | None:
     """The group of x (or a dy) [M, ...] where the merged launches serve it. n is 0 of a member without dy."""
     m, live = x.shape[0], [i for i, size in enumerate(n) if size]
@@ -69,7 +84,10 @@ def group_of(
     fits = all(n[i] * k * x.element_size() <= choices[0].slab_bytes for i in packed)
     if any(choice.regime != "slab" for choice in choices) or len(kinds) > 1 or not fits:
         return None
-    lows = [None if j is None else Low(lora_a[j], lora_b[j], scalings[j], dropout_ps[j], seeds[j]) for j in adapters]
+    lows = [
+        None if j is None else Low(lora_a[j], lora_b[j], scalings[j], dropout_ps[j], seeds[j])
+        for j in adapters
+    ]
     return Group([w.contiguous() for w in weights], quants, n, k, lows, adapters, choices[0])
 
 
@@ -117,7 +135,11 @@ def forward(group: Group, x: Tensor, biases: list[Tensor | None]) -> tuple[list[
             run(products.y_call(x, *each, [xa.get(i) for i in batch], [y[i] for i in batch], arch=arch))
             continue
         if beside:
-            run(passes.y_call(*([of[i] for i in low] for of in (y, xa, group.lows, biases)), config, arch=arch))
+            run(
+                passes.y_call(
+                    *([of[i] for i in low] for of in (y, xa, group.lows, biases)), config, arch=arch
+                )
+            )
         for i in batch:
             _product(x, dense[i], biases[i], y[i], accumulate=i in xa)
     return y, [xa[i] for i in sorted(low, key=lambda i: group.adapters[i])]
@@ -131,7 +153,11 @@ def _product(x: Tensor, dense: Tensor, bias: Tensor | None, y: Tensor, *, accumu
 
 
 def backward(
-    group: Group, dy: list[Tensor | None], x: Tensor | None, xa: list[Tensor | None], needs: tuple[bool, list[bool], list[bool], list[bool]]
+    group: Group,
+    dy: list[Tensor | None],
+    x: Tensor | None,
+    xa: list[Tensor | None],
+    needs: tuple[bool, list[bool], list[bool], list[bool]],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """As the op's, `needs` as `split_needs` gives them; dy and x contiguous."""
     need_x, need_bias, need_a, need_b = needs
@@ -140,18 +166,31 @@ def backward(
     config, arch = group.passes(wide, used), single._arch(wide)
     wanted = [
         DyMember(
-            dy[i], group.lows[i], None if j is None else xa[j], j is not None and (need_x or need_a[j]), j is not None and need_b[j], bias
+            dy[i],
+            group.lows[i],
+            None if j is None else xa[j],
+            j is not None and (need_x or need_a[j]),
+            j is not None and need_b[j],
+            bias,
         )
         for i, j, bias in ((i, low.get(i), need_bias[i]) for i in used)
     ]
-    asked = [i for i, member in zip(used, wanted, strict=True) if member.need_dyb or member.need_b or member.need_bias]
+    asked = [
+        i
+        for i, member in zip(used, wanted, strict=True)
+        if member.need_dyb or member.need_b or member.need_bias
+    ]
     of = dict(zip(used, wanted, strict=True))
     first = _First(config, [of[i] for i in asked], group.k, arch)
     dx = wide.new_empty((wide.shape[0], group.k)) if need_x else None
     with_dyb = [i for i in asked if of[i].need_dyb]
     d_a = _dx(group, dy, x, dx, used, with_dyb, [need_a[low[i]] for i in with_dyb], first, asked)
     dtype = next((t.b.dtype for t in group.lows if t is not None), torch.float32)
-    sums = [(part, dtype) for part in d_a] + [(p.d_lora_b, dtype) for p in first.parts] + [(p.d_bias, torch.float32) for p in first.parts]
+    sums = (
+        [(part, dtype) for part in d_a]
+        + [(p.d_lora_b, dtype) for p in first.parts]
+        + [(p.d_bias, torch.float32) for p in first.parts]
+    )
     call, found = passes.reduce_call(sums)
     if call is not None:
         run(call)
@@ -203,7 +242,11 @@ def _dx(group, dy, x, dx, used, low, need_a, first, asked) -> list[Tensor | None
             run(call)
             started = True
         if group.choice.gemm == "triton":
-            run(products.dx_call([dy[i] for i in batch], [dense[i] for i in batch], dx, accumulate=started, arch=arch))
+            run(
+                products.dx_call(
+                    [dy[i] for i in batch], [dense[i] for i in batch], dx, accumulate=started, arch=arch
+                )
+            )
             started = True
             continue
         for i in batch:

@@ -1,6 +1,8 @@
-"""A group of QLoRA linears on one input: each member by the single linear's definition, each further adapter on its rows alone.
+"""A group of QLoRA linears on one input: each member by the single linear's definition, each further adapter
+on its rows alone.
 
-y_i = x W_i^T + bias_i + sum over adapters of i, on their rows: scaling * drop(x) A^T B^T; dx is the sum over members.
+y_i = x W_i^T + bias_i + sum over adapters of i, on their rows: scaling * drop(x) A^T B^T; dx is the sum over
+members.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def _quant(quants, blocksizes, i):
     return (*quants[6 * i : 6 * i + 6], *blocksizes[2 * i : 2 * i + 2])
 
 
-def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds):
+def forward(
+    x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
+):
     """x [M, K] -> [y_i [M, N_i]], [xa fp32 [rows, R]]."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide, y, xa = x.to(acc), [], []
@@ -40,8 +44,26 @@ def forward(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, 
     return [part.to(x.dtype) for part in y], xa
 
 
-def backward(dy, x, weights, quants, blocksizes, m, k, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs):
-    """dy_i [M, N_i] (None: not used) -> dx [M, K], fp32 d_bias_i, d_lora_a, d_lora_b; None unless `needs` names it."""
+def backward(
+    dy,
+    x,
+    weights,
+    quants,
+    blocksizes,
+    m,
+    k,
+    lora_a,
+    lora_b,
+    members,
+    rows,
+    scalings,
+    dropout_ps,
+    seeds,
+    xa,
+    needs,
+):
+    """dy_i [M, N_i] (None: not used) -> dx [M, K], fp32 d_bias_i, d_lora_a, d_lora_b; None unless `needs`
+    names it."""
     count, adapters = len(weights), len(members)
     first = next(g for g in dy if g is not None)
     acc = torch.float64 if first.dtype == torch.float64 else torch.float32

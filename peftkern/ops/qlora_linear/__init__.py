@@ -1,4 +1,5 @@
-"""The QLoRA linear: a frozen 4-bit (or dense) linear with its trainable low-rank branch, one op per direction."""
+"""The QLoRA linear: a frozen 4-bit (or dense) linear with its trainable low-rank branch, one op per
+direction."""
 
 from __future__ import annotations
 
@@ -14,16 +15,22 @@ from . import reference
 
 __all__ = ["qlora_linear"]
 
-_QUANT = "Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, Tensor? absmax_offset, "
+_QUANT = (
+    "Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
+    "Tensor? absmax_offset, "
+)
 _QUANT += "int blocksize, int nested_blocksize"
 
 LIBRARY.define(
-    f"qlora_linear_fwd(Tensor x, Tensor weight, {_QUANT}, SymInt n, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
+    f"qlora_linear_fwd(Tensor x, Tensor weight, {_QUANT}, SymInt n, Tensor? bias, Tensor? lora_a, "
+    "Tensor? lora_b, "
     "float scaling, float dropout_p, Tensor? seed) -> (Tensor y, Tensor xa)"
 )
 LIBRARY.define(
-    f"qlora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, {_QUANT}, SymInt k, Tensor? lora_a, Tensor? lora_b, Tensor? xa, "
-    "float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> (Tensor dx, Tensor d_bias, Tensor d_lora_a, Tensor d_lora_b)"
+    f"qlora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, {_QUANT}, SymInt k, Tensor? lora_a, "
+    "Tensor? lora_b, Tensor? xa, "
+    "float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> (Tensor dx, Tensor d_bias, Tensor "
+    "d_lora_a, Tensor d_lora_b)"
 )
 
 
@@ -31,14 +38,18 @@ LIBRARY.define(
 def _fwd(x, weight, *args):
     quant, rest = args[:8], args[8:]
     with autocast_off(x):
-        return backend("qlora_linear", select(x) if weight.numel() else "reference").forward(x, weight, quant, *rest)
+        return backend("qlora_linear", select(x) if weight.numel() else "reference").forward(
+            x, weight, quant, *rest
+        )
 
 
 @library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, weight, *args):
     quant, rest = args[:8], args[8:]
     with autocast_off(dy):
-        grads = backend("qlora_linear", select(dy) if weight.numel() else "reference").backward(dy, x, weight, quant, *rest)
+        grads = backend("qlora_linear", select(dy) if weight.numel() else "reference").backward(
+            dy, x, weight, quant, *rest
+        )
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
@@ -79,10 +90,15 @@ class _QLoRALinear(torch.autograd.Function):
     def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed):
         run = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
         y, xa = run(x, weight, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)
-        need_a, need_b = (lora_a is not None and lora_a.requires_grad), (lora_b is not None and lora_b.requires_grad)
+        need_a, need_b = (
+            (lora_a is not None and lora_a.requires_grad),
+            (lora_b is not None and lora_b.requires_grad),
+        )
         code, *absmax, ctx.blocksize, ctx.nested_blocksize = quant
         # x is wanted by dA alone, xa by dB alone: what no gradient needs is not kept.
-        ctx.save_for_backward(x if need_a else None, weight, code, *absmax, lora_a, lora_b, xa if need_b else None, seed)
+        ctx.save_for_backward(
+            x if need_a else None, weight, code, *absmax, lora_a, lora_b, xa if need_b else None, seed
+        )
         ctx.k, ctx.scaling, ctx.dropout_p = x.shape[1], scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y

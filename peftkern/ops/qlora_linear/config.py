@@ -6,7 +6,17 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-__all__ = ["Choice", "Config", "GPUConfig", "GPU_TABLE", "TABLE", "choose", "choose_gpu", "nearest_arch", "slices"]
+__all__ = [
+    "Choice",
+    "Config",
+    "GPUConfig",
+    "GPU_TABLE",
+    "TABLE",
+    "choose",
+    "choose_gpu",
+    "nearest_arch",
+    "slices",
+]
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,15 @@ class Choice:
 
 
 def choose(
-    *, dtype: str, isa: str, m: int, n: int, k: int, dense: bool = False, blocksize: int = 64, tiles: bool = True
+    *,
+    dtype: str,
+    isa: str,
+    m: int,
+    n: int,
+    k: int,
+    dense: bool = False,
+    blocksize: int = 64,
+    tiles: bool = True,
 ) -> Choice:
     """The regime for x [m, k] of `dtype` ("bfloat16", ...) on `isa`; an unknown ISA takes the baseline's row.
 
@@ -93,7 +111,9 @@ def choose(
     if dense:
         limit = row.dense_vendor[dtype]
         if limit is None or m <= limit:
-            return Choice("vendor", f"the vendor's {dtype} product is fast on a dense weight at M = {m} on {isa}")
+            return Choice(
+                "vendor", f"the vendor's {dtype} product is fast on a dense weight at M = {m} on {isa}"
+            )
         return Choice("gemm", f"the vendor's {dtype} product is slow at M = {m} on {isa}, {row.measured}")
     few = row.few(dtype, dense=dense, k=k, blocksize=blocksize, tiles=tiles)
     if m <= few:
@@ -160,7 +180,15 @@ def nearest_arch(arch: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def choose_gpu(
-    *, arch: int, dtype: str, m: int, forward: bool, cuda: bool, mma: bool = False, dense: bool = False, row: GPUConfig | None = None
+    *,
+    arch: int,
+    dtype: str,
+    m: int,
+    forward: bool,
+    cuda: bool,
+    mma: bool = False,
+    dense: bool = False,
+    row: GPUConfig | None = None,
 ) -> Choice:
     """The regime of one direction for x (or dy) of m rows and `dtype` on compute capability `arch`.
 

@@ -11,7 +11,16 @@ from torch import Tensor
 from ..native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
 from . import config
 
-__all__ = ["backward", "decode_slice", "few_rows", "forward", "lora_view", "slices", "vendor_backward", "vendor_forward"]
+__all__ = [
+    "backward",
+    "decode_slice",
+    "few_rows",
+    "forward",
+    "lora_view",
+    "slices",
+    "vendor_backward",
+    "vendor_forward",
+]
 
 
 def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int) -> config.Choice:
@@ -19,11 +28,15 @@ def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int) -> config.Choice:
     return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), **sizes)
 
 
-def lora_view(lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None) -> object:
+def lora_view(
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None
+) -> object:
     """The C descriptor of a low-rank branch; it holds addresses only."""
     rank = 0 if lora_a is None else lora_a.shape[0]
     threshold = 0 if seed is None else round(dropout_p * 65536)
-    return native().Lora(address(lora_a), address(lora_b), rank, dtype_of(lora_a), scaling, threshold, address(seed))
+    return native().Lora(
+        address(lora_a), address(lora_b), rank, dtype_of(lora_a), scaling, threshold, address(seed)
+    )
 
 
 def decode_slice(quant: tuple, view: object, rows: slice, cols: slice, out: Tensor) -> Tensor:
@@ -51,16 +64,42 @@ def forward(
     lora_a, lora_b, bias = (None if t is None else t.contiguous() for t in (lora_a, lora_b, bias))
     (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
     y, xa = empty((m, n), dtype=x.dtype), empty((m, rank))
-    lora, view, choice = lora_view(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k), _choose(x, quant, m, n, k)
+    lora, view, choice = (
+        lora_view(lora_a, lora_b, scaling, dropout_p, seed),
+        weight_view(weight, quant, n, k),
+        _choose(x, quant, m, n, k),
+    )
     if choice.regime != "vendor":
         size = native().scratch_bytes(m, n, k, rank)
-        args = (view, lora, address(x), dtype_of(x), m, address(bias), dtype_of(bias), address(y), address(xa), choice.regime == "gemv")
+        args = (
+            view,
+            lora,
+            address(x),
+            dtype_of(x),
+            m,
+            address(bias),
+            dtype_of(bias),
+            address(y),
+            address(xa),
+            choice.regime == "gemv",
+        )
         native().qlora_linear_fwd(*args, address(buffer := scratch(size)), buffer.numel())
         return y, xa
     bias = vendor_forward(x, weight, quant, view, y, bias)
     if rank or bias is not None:
         size = native().lora_scratch_bytes(m, n, k, rank)
-        args = (lora, address(x), dtype_of(x), m, n, k, address(bias), dtype_of(bias), address(y), address(xa))
+        args = (
+            lora,
+            address(x),
+            dtype_of(x),
+            m,
+            n,
+            k,
+            address(bias),
+            dtype_of(bias),
+            address(y),
+            address(xa),
+        )
         native().lora_fwd(*args, address(buffer := scratch(size)), buffer.numel())
     return y, xa
 
@@ -84,20 +123,26 @@ def few_rows(x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | Non
     y = x.new_empty((*x.shape[:-1], n))
     buffer = scratch(extension.scratch_bytes(m, n, k, 0))
     tail = (m, address(bias), dtype_of(bias), y.data_ptr(), 0, True, buffer.data_ptr(), buffer.numel())
-    extension.qlora_linear_fwd(weight_view(weight, quant, n, k), _no_adapter(), x.data_ptr(), DTYPES[x.dtype], *tail)
+    extension.qlora_linear_fwd(
+        weight_view(weight, quant, n, k), _no_adapter(), x.data_ptr(), DTYPES[x.dtype], *tail
+    )
     return y
 
 
 def slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
     """Slices of `total` rows (or columns) of `width` elements, the configured number or what 5 MB hold, and a
     reused buffer for one."""
-    step = min(total, config.TABLE[native().isa()].slice_rows, (5 << 20) // (width * dtype.itemsize) // 32 * 32)
+    step = min(
+        total, config.TABLE[native().isa()].slice_rows, (5 << 20) // (width * dtype.itemsize) // 32 * 32
+    )
     step = max(step, min(total, 32))
     buffer = scratch(step * width * dtype.itemsize, "slice")[: step * width * dtype.itemsize]
     return [slice(start, min(start + step, total)) for start in range(0, total, step)], buffer.view(dtype)
 
 
-def vendor_forward(x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def vendor_forward(
+    x: Tensor, weight: Tensor, quant: tuple, view: object, y: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
     """y = x W^T; of a 4-bit weight a slice of rows at a time: disjoint columns of y. Returns the bias if it
     is still to be added: where all is fp32 and dense it is not, so that y has the bits of torch's own
     linear."""
@@ -155,7 +200,16 @@ def backward(
     dyb = empty((m, rank))
     vendor = _choose(dy, quant, m, n, k).regime == "vendor"
     buffer = scratch((native().lora_scratch_bytes if vendor else native().scratch_bytes)(m, n, k, rank))
-    tail = (address(xa), address(dyb), address(dx), address(d_a), address(d_b), address(d_bias), address(buffer), buffer.numel())
+    tail = (
+        address(xa),
+        address(dyb),
+        address(dx),
+        address(d_a),
+        address(d_b),
+        address(d_bias),
+        address(buffer),
+        buffer.numel(),
+    )
     if not vendor:
         native().qlora_linear_bwd(view, lora, address(dy), address(x), dtype_of(dy), m, *tail)
         return dx, d_bias, d_a, d_b

@@ -1,4 +1,5 @@
-"""Launchers of the CUDA C++ kernels for few rows: xa, the GEMV, and the tensor-core kernel; forward only, one launch each."""
+"""Launchers of the CUDA C++ kernels for few rows: xa, the GEMV, and the tensor-core kernel; forward only, one
+launch each."""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ __all__ = ["gemv_forward", "mma_forward", "mma_supported", "xa_forward"]
 
 
 def mma_supported(x: Tensor, quant: tuple, n: int, k: int) -> bool:
-    """Whether `mma_forward` takes this product: bf16 or fp16 x, K a multiple of 64, blocks of at least 64, sm_80 or newer."""
+    """Whether `mma_forward` takes this product: bf16 or fp16 x, K a multiple of 64, blocks of at least 64,
+    sm_80 or newer."""
     if quant[0] is None or x.dtype not in DTYPES or not x.is_cuda:
         return False
     return native_cuda().mma_4bit_supported(DTYPES[x.dtype], n, k, quant[6], gpu_arch(x.device.index))
 
 
 def xa_forward(x: Tensor, lora_a: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """drop(x) A^T: x [M, K], lora_a [R, K] -> fp32 [M, R]. `seed`, int64 [1] on x's device, is read there; None: no dropout."""
+    """drop(x) A^T: x [M, K], lora_a [R, K] -> fp32 [M, R]. `seed`, int64 [1] on x's device, is read there;
+    None: no dropout."""
     x, lora_a = x.contiguous(), lora_a.contiguous()
     (m, k), rank = x.shape, lora_a.shape[0]
     _same_device(x, lora_a=lora_a, seed=seed)
@@ -31,25 +34,45 @@ def xa_forward(x: Tensor, lora_a: Tensor, dropout_p: float, seed: Tensor | None)
     xa = torch.empty((m, rank), dtype=torch.float32, device=x.device)
     threshold = 0 if seed is None else round(dropout_p * 65536)
     lora = native_cuda().Lora(address(lora_a), 0, rank, dtype_of(lora_a), 1.0)
-    native_cuda().xa(lora, threshold, address(seed), address(x), dtype_of(x), m, k, address(xa), *stream_of(x))
+    native_cuda().xa(
+        lora, threshold, address(seed), address(x), dtype_of(x), m, k, address(xa), *stream_of(x)
+    )
     return xa
 
 
 def gemv_forward(
-    x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | None, lora_b: Tensor | None, xa: Tensor | None, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    quant: tuple,
+    n: int,
+    bias: Tensor | None,
+    lora_b: Tensor | None,
+    xa: Tensor | None,
+    scaling: float,
 ) -> Tensor:
     """x [M, K] W^T + scaling * xa B^T + bias -> [M, N] in x's dtype, for M up to 64, meant for up to 16.
 
-    `weight`: packed, with `quant` as in the op's schema; bias [N], lora_b [N, R] in any dtype; xa fp32 [M, R] as `xa_forward` gives it.
+    `weight`: packed, with `quant` as in the op's schema; bias [N], lora_b [N, R] in any dtype; xa fp32 [M, R]
+    as `xa_forward` gives it.
     """
     return _forward(native_cuda().gemv_4bit, x, weight, quant, n, bias, lora_b, xa, scaling)
 
 
 def mma_forward(
-    x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | None, lora_b: Tensor | None, xa: Tensor | None, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    quant: tuple,
+    n: int,
+    bias: Tensor | None,
+    lora_b: Tensor | None,
+    xa: Tensor | None,
+    scaling: float,
 ) -> Tensor:
-    """As `gemv_forward`, on tensor cores and for any M; only where `mma_supported`. Unaligned x or weight (views) are copied."""
-    return _forward(native_cuda().mma_4bit, _aligned(x), _aligned(weight), quant, n, bias, lora_b, xa, scaling)
+    """As `gemv_forward`, on tensor cores and for any M; only where `mma_supported`. Unaligned x or weight
+    (views) are copied."""
+    return _forward(
+        native_cuda().mma_4bit, _aligned(x), _aligned(weight), quant, n, bias, lora_b, xa, scaling
+    )
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -70,13 +93,34 @@ def _forward(kernel, x, weight, quant, n, bias, lora_b, xa, scaling) -> Tensor:
     (m, k), rank = x.shape, 0 if lora_b is None else lora_b.shape[1]
     _same_device(x, weight=weight, bias=bias, lora_b=lora_b, xa=xa, absmax=quant[1], absmax_8bit=quant[2])
     if quant[0] is None or weight.numel() * weight.element_size() < (n * k + 1) // 2:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected the packed 4-bit codes of [{n}, {k}]")
-    if rank and (lora_b.shape[0] != n or xa is None or tuple(xa.shape) != (m, rank) or xa.dtype != torch.float32):
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected the packed 4-bit codes "
+            f"of [{n}, {k}]"
+        )
+    if rank and (
+        lora_b.shape[0] != n or xa is None or tuple(xa.shape) != (m, rank) or xa.dtype != torch.float32
+    ):
         got = None if xa is None else f"{tuple(xa.shape)} {xa.dtype}"
-        raise ValueError(f"lora_b, xa: got {tuple(lora_b.shape)} and {got}, expected [{n}, R] and fp32 [{m}, R]")
+        raise ValueError(
+            f"lora_b, xa: got {tuple(lora_b.shape)} and {got}, expected [{n}, R] and fp32 [{m}, R]"
+        )
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({n},)")
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    view, lora = weight_view(weight, quant, n, k), native_cuda().Lora(0, address(lora_b), rank, dtype_of(lora_b), scaling)
-    kernel(view, lora, address(x), dtype_of(x), m, address(bias), dtype_of(bias), address(xa), address(y), *stream_of(x))
+    view, lora = (
+        weight_view(weight, quant, n, k),
+        native_cuda().Lora(0, address(lora_b), rank, dtype_of(lora_b), scaling),
+    )
+    kernel(
+        view,
+        lora,
+        address(x),
+        dtype_of(x),
+        m,
+        address(bias),
+        dtype_of(bias),
+        address(xa),
+        address(y),
+        *stream_of(x),
+    )
     return y

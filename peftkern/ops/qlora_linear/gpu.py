@@ -43,7 +43,9 @@ def choose(x: Tensor, quant: tuple, n: int, k: int, *, forward: bool) -> Choice:
     built = use_cuda_kernels(x)
     mma = built and forward and cuda.mma_supported(x, quant, n, k)
     dtype, dense = str(x.dtype).removeprefix("torch."), quant[0] is None
-    return config.choose_gpu(arch=arch, dtype=dtype, m=x.shape[0], forward=forward, cuda=built, mma=mma, dense=dense, row=row)
+    return config.choose_gpu(
+        arch=arch, dtype=dtype, m=x.shape[0], forward=forward, cuda=built, mma=mma, dense=dense, row=row
+    )
 
 
 @functools.cache
@@ -51,7 +53,9 @@ def _l2(index: int) -> int:
     return torch.cuda.get_device_properties(index).L2_cache_size
 
 
-def _low_rank_config(x: Tensor, adapter: Tensor | None, n: int, k: int, rank: int, slab: bool) -> LowRankConfig:
+def _low_rank_config(
+    x: Tensor, adapter: Tensor | None, n: int, k: int, rank: int, slab: bool
+) -> LowRankConfig:
     """Beside a slab's decoding the device is full already: no split contraction; and with a large L2 dyb
     needs no partial sums."""
     found = low_rank.config_for(x, adapter, x.shape[0], n, k, max(rank, 1))
@@ -81,7 +85,16 @@ class _Slabs:
     """The weight as dense slabs of rows or columns, decoded one after the other into one buffer; `beside`
     shares the first one's launch."""
 
-    def __init__(self, x: Tensor, weight: Tensor, quant: tuple, shape: tuple[int, int], choice: Choice, *, by_rows: bool) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        quant: tuple,
+        shape: tuple[int, int],
+        choice: Choice,
+        *,
+        by_rows: bool,
+    ) -> None:
         self.weight, self.quant, self.shape, self.by_rows = weight, quant, shape, by_rows
         n, k = shape
         total, width = (n, k) if by_rows else (k, n)
@@ -132,17 +145,23 @@ def forward(
         return _slab_forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed, choice)
     kernels = low_rank if choice.regime == "fused" else cuda
     xa = kernels.xa_forward(x, lora_a, dropout_p, seed) if rank else None
-    product = matmul.matmul_forward if choice.regime == "fused" else getattr(kernels, f"{choice.regime}_forward")
+    product = (
+        matmul.matmul_forward if choice.regime == "fused" else getattr(kernels, f"{choice.regime}_forward")
+    )
     y = product(x, weight, quant, n, bias, lora_b, xa, scaling)
     return y, x.new_empty((m, 0), dtype=torch.float32) if xa is None else xa
 
 
-def _slab_forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed, choice) -> tuple[Tensor, Tensor]:
+def _slab_forward(
+    x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed, choice
+) -> tuple[Tensor, Tensor]:
     (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
     y, xa, beside = x.new_empty((m, n)), x.new_empty((m, 0), dtype=torch.float32), None
     if rank:
         passes = _low_rank_config(x, lora_a, n, k, rank, slab=True)
-        beside, parts = low_rank.project_call(x, lora_a, 1.0, dropout_p, seed, passes, by_rank=True, arch=_arch(x))
+        beside, parts = low_rank.project_call(
+            x, lora_a, 1.0, dropout_p, seed, passes, by_rank=True, arch=_arch(x)
+        )
         xa = parts[0]
     slabs = _Slabs(x, weight, quant, (n, k), choice, by_rows=True)
     for index, rows in enumerate(slabs.parts):
@@ -150,7 +169,15 @@ def _slab_forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p,
         out, part_bias = y[:, rows], None if bias is None else bias[rows]
         if choice.gemm == "triton":
             matmul.matmul_forward(
-                x, slab, _DENSE, slab.shape[0], part_bias, lora_b[rows] if rank else None, xa if rank else None, scaling, out
+                x,
+                slab,
+                _DENSE,
+                slab.shape[0],
+                part_bias,
+                lora_b[rows] if rank else None,
+                xa if rank else None,
+                scaling,
+                out,
             )
         elif rank:
             if index == 0:
@@ -207,7 +234,9 @@ def backward(
         first, partials = low_rank.dy_calls(dy, xa, lora_b, scaling, needs, passes, arch=_arch(dy))
     dx, d_a = dy.new_empty((m, k)) if need_x else None, None
     if choice.regime == "slab" and need_x:
-        d_a = _slab_backward(dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes, first, partials, dx, need_a)
+        d_a = _slab_backward(
+            dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes, first, partials, dx, need_a
+        )
     else:
         if first is not None:
             run(first)
@@ -221,7 +250,9 @@ def backward(
     return dx, d_bias, d_a, d_b
 
 
-def _slab_backward(dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes, first, partials, dx, need_a) -> Tensor | None:
+def _slab_backward(
+    dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes, first, partials, dx, need_a
+) -> Tensor | None:
     """Fills dx; partial sums of dA where needed."""
     rank, d_a, dyb = 0 if lora_a is None else lora_a.shape[0], None, None
     slabs = _Slabs(dy, weight, quant, (dy.shape[1], dx.shape[1]), choice, by_rows=False)
@@ -231,11 +262,15 @@ def _slab_backward(dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes
             dyb = low_rank.summed(partials.dyb, passes)
         if choice.gemm == "triton":
             adapter = lora_a[:, cols] if rank else None
-            matmul.matmul_dx(dy, slab, _DENSE, slab.shape[1], adapter, dyb, dropout_p, seed, out, first_col=cols.start)
+            matmul.matmul_dx(
+                dy, slab, _DENSE, slab.shape[1], adapter, dyb, dropout_p, seed, out, first_col=cols.start
+            )
             continue
         if index == 0 and rank:
             x = _formed(x, None) if need_a else None
-            d_a = low_rank.x_pass(x, dyb, lora_a, dropout_p, seed, dx=dx, need_a=need_a, accumulate=False, config=passes)
+            d_a = low_rank.x_pass(
+                x, dyb, lora_a, dropout_p, seed, dx=dx, need_a=need_a, accumulate=False, config=passes
+            )
         _multiply(dy, slab, out, accumulate=rank > 0)
     if choice.gemm == "triton" and need_a:
         d_a = low_rank.x_pass(_formed(x, dx), dyb, lora_a, dropout_p, seed, config=passes)
@@ -254,8 +289,13 @@ def explain(x: Tensor, m: int, n: int, k: int, r: int) -> str:
     quant = (x, None, x, x, x, x, 64, 256)
     shape = plan.Shape(m, n, k, r, itemsize=x.element_size())
     out = []
-    for name, launches, direction in (("forward", plan.forward_plan, True), ("backward", plan.backward_plan, False)):
+    for name, launches, direction in (
+        ("forward", plan.forward_plan, True),
+        ("backward", plan.backward_plan, False),
+    ):
         choice = choose(rows, quant, n, k, forward=direction)
         listed = ", ".join(launch.name for launch in launches(shape, choice))
-        out.append(f"{name} {choice.regime}{' with ' + choice.gemm if choice.gemm else ''} ({choice.why}): {listed}")
+        out.append(
+            f"{name} {choice.regime}{' with ' + choice.gemm if choice.gemm else ''} ({choice.why}): {listed}"
+        )
     return "; ".join(out)

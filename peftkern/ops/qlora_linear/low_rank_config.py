@@ -77,7 +77,9 @@ def _chunk(m: int, tile: Tile, columns: int, sms: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_low_rank(m: int, n: int, k: int, r: int, *, mode: str, sms: int = 128, arch: int = 89) -> LowRankConfig:
+def choose_low_rank(
+    m: int, n: int, k: int, r: int, *, mode: str, sms: int = 128, arch: int = 89
+) -> LowRankConfig:
     """The passes of x [m, k], dy [m, n] and rank r on `sms` multiprocessors of sm_<arch>, with `dot_mode`'s
     answer."""
     pad = max(16, next_power_of_2(r))
@@ -113,7 +115,11 @@ def _tiles(pad: int, mode: str, arch: int) -> tuple[Tile, Tile, Tile]:
     cubins of any architecture."""
     # Triton multiplies on the CUDA cores then, with a whole row of each operand in registers
     if arch < 80 or mode == "ieee":
-        return (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)) if pad <= 64 else (Tile(16, 16, 8, 1),) * 3
+        return (
+            (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+            if pad <= 64
+            else (Tile(16, 16, 8, 1),) * 3
+        )
     if mode in ("native", "split"):
         native = mode == "native"
         if pad <= 32:

@@ -1,7 +1,8 @@
 """The GPU launches of one QLoRA linear, with the bytes and operations of each: what `gpu.py` does, as data.
 
-A test runs `gpu.py` under Triton's interpreter and compares its launches with this list, name by name; `benchmarks/roofline.py` predicts
-times from it. Bytes are those a kernel must move to and from device memory, once each; what caches hold between launches is left out.
+A test runs `gpu.py` under Triton's interpreter and compares its launches with this list, name by name;
+`benchmarks/roofline.py` predicts times from it. Bytes are those a kernel must move to and from device memory,
+once each; what caches hold between launches is left out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Shape:
-    """A call's sizes. itemsize: of x; lora_itemsize: of the adapters; nested: of the absmax; dense: a weight of x's dtype instead."""
+    """A call's sizes. itemsize: of x; lora_itemsize: of the adapters; nested: of the absmax; dense: a weight
+    of x's dtype instead."""
 
     m: int
     n: int
@@ -120,7 +122,9 @@ def backward_plan(s: Shape, choice: Choice) -> list[Launch]:
                 out.append(Launch("matmul", reads, dx, s.gemm(width, s.n + s.r), round(share * mask)))
                 continue
             if index == 0 and s.r:
-                both = Launch("x_pass", d_lora_a.reads + low_reads, d_lora_a.writes + s.x, 2 * d_lora_a.flops, 2 * mask)
+                both = Launch(
+                    "x_pass", d_lora_a.reads + low_reads, d_lora_a.writes + s.x, 2 * d_lora_a.flops, 2 * mask
+                )
                 out.append(both)
             out.append(Launch("mm", s.y + slab + (dx if s.r else 0), dx, s.gemm(width, s.n)))
     if s.r and (choice.regime != "slab" or choice.gemm == "triton"):
@@ -132,7 +136,8 @@ def backward_plan(s: Shape, choice: Choice) -> list[Launch]:
 
 
 def _partial_sums(s: Shape, side: int) -> int:
-    """Bytes of the fp32 partial sums of an adapter's gradient (and of d_bias): one a chunk of about 512 rows."""
+    """Bytes of the fp32 partial sums of an adapter's gradient (and of d_bias): one a chunk of about 512
+    rows."""
     return -(-s.m // 512) * 4 * side * (s.r + (1 if s.bias and side == s.n else 0))
 
 
@@ -147,7 +152,8 @@ def _decoding(name: str, s: Shape, reads: int, writes: int, flops: int, ops: int
 
 
 def _slab(s: Shape, elements: int, beside: Launch | None) -> list[Launch]:
-    """Decoding a slab, and in the same launch what reads an activation; nothing is decoded of a dense weight."""
+    """Decoding a slab, and in the same launch what reads an activation; nothing is decoded of a dense
+    weight."""
     if s.dense:
         return [] if beside is None else [beside]
     decode = Launch("slab", s.weight(elements), elements * s.itemsize, 0, _DECODE_OPS * elements)

@@ -1,4 +1,5 @@
-"""The QLoRA linear in plain PyTorch, fp32 accumulation (fp64 for fp64 weights): the op's definition, and its fallback on any device.
+"""The QLoRA linear in plain PyTorch, fp32 accumulation (fp64 for fp64 weights): the op's definition, and its
+fallback on any device.
 
 y = x W^T + scaling * drop(x) A^T B^T + bias; with dyb = scaling * dy B:
 dx = dy W + drop(dyb A), dA = dyb^T drop(x), dB = scaling * dy^T xa / scaling, xa = drop(x) A^T.
@@ -26,7 +27,8 @@ def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_4x32(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
-    """Philox4x32-10 (Salmon et al., 2011): four int64 tensors holding uint32 counters, int64 seed as the key -> four uint32 in int64."""
+    """Philox4x32-10 (Salmon et al., 2011): four int64 tensors holding uint32 counters, int64 seed as the key
+    -> four uint32 in int64."""
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1, c2, c3 = counter
     for _ in range(10):
@@ -38,7 +40,8 @@ def philox_4x32(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
 
 
 def dropout_scale(m: int, k: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """The mask times 1/(1-p), fp32 [m, k]: element (i, j) is the (j % 8)-th 16-bit half of philox(counter = (j // 8, i, 0, 0))."""
+    """The mask times 1/(1-p), fp32 [m, k]: element (i, j) is the (j % 8)-th 16-bit half of philox(counter =
+    (j // 8, i, 0, 0))."""
     threshold = round(dropout_p * 65536)
     if threshold >= 65536:
         return torch.zeros(m, k, dtype=torch.float32, device=seed.device)
@@ -102,7 +105,8 @@ def backward(
     seed: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dy [M, N] -> dx [M, K], d_bias fp32 [N], d_lora_a [R, K], d_lora_b [N, R]; each None unless `needs` names it (in that order)."""
+    """dy [M, N] -> dx [M, K], d_bias fp32 [N], d_lora_a [R, K], d_lora_b [N, R]; each None unless `needs`
+    names it (in that order)."""
     acc = _accumulation(dy)
     (m, n), g = dy.shape, dy.to(acc)
     need_x, need_bias, need_a, need_b = needs

@@ -56,37 +56,96 @@ _INTERPRETED_ARCH, _INTERPRETED_SMS = 89, 128
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _project_kernel(
-    x_ptr, adapter_ptr, out_ptr, seed_ptr, threshold, scale, M, C, split_cols,
-    R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BY_RANK: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    adapter_ptr,
+    out_ptr,
+    seed_ptr,
+    threshold,
+    scale,
+    M,
+    C,
+    split_cols,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BY_RANK: tl.constexpr,
+    MODE: tl.constexpr,
+):
     args = (x_ptr, adapter_ptr, out_ptr, seed_ptr, threshold, scale, M, C, split_cols)
     _project_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_C, BY_RANK, MODE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _dy_pass_kernel(
-    dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows,
-    R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    xa_ptr,
+    lora_b_ptr,
+    dyb_ptr,
+    d_lora_b_ptr,
+    d_bias_ptr,
+    scaling,
+    M,
+    N,
+    chunk_rows,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr,
+):
     args = (dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
     _dy_pass_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _dy_pair_kernel(
-    dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows, R: tl.constexpr, R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DYB_BLOCK_M: tl.constexpr, DYB_BLOCK_N: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    xa_ptr,
+    lora_b_ptr,
+    dyb_ptr,
+    d_lora_b_ptr,
+    d_bias_ptr,
+    scaling,
+    M,
+    N,
+    chunk_rows,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DYB_BLOCK_M: tl.constexpr,
+    DYB_BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr,
+):
     args = (dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
     _dy_pair_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, DYB_BLOCK_M, DYB_BLOCK_N, MODE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _x_pass_kernel(
-    x_ptr, dyb_ptr, lora_a_ptr, d_lora_a_ptr, dx_ptr, seed_ptr, threshold, first_programs, M, K, chunk_rows,
-    CHUNKS: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    DX_BLOCK_M: tl.constexpr, DX_BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATE: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dyb_ptr,
+    lora_a_ptr,
+    d_lora_a_ptr,
+    dx_ptr,
+    seed_ptr,
+    threshold,
+    first_programs,
+    M,
+    K,
+    chunk_rows,
+    CHUNKS: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DX_BLOCK_M: tl.constexpr,
+    DX_BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    MODE: tl.constexpr,
+):
     """The first programs do dA, the others dx += drop(dyb A), or dx = ... without ACCUMULATE."""
     pid = tl.program_id(0)
     if d_lora_a_ptr is not None and pid < first_programs:
@@ -94,24 +153,60 @@ def _x_pass_kernel(
         _d_lora_a_body(pid, *args, CHUNKS, R, R_PAD, BLOCK_M, BLOCK_K, MODE)
     if dx_ptr is not None and pid >= first_programs:
         args = (dx_ptr, dyb_ptr, lora_a_ptr, None, seed_ptr, threshold, 1.0, M, K, K)
-        _epilogue_body(pid - first_programs, *args, CHUNKS, R, R_PAD, DX_BLOCK_M, DX_BLOCK_K, BLOCK_R, True, ACCUMULATE, MODE)
+        _epilogue_body(
+            pid - first_programs,
+            *args,
+            CHUNKS,
+            R,
+            R_PAD,
+            DX_BLOCK_M,
+            DX_BLOCK_K,
+            BLOCK_R,
+            True,
+            ACCUMULATE,
+            MODE,
+        )
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _y_epilogue_kernel(
-    y_ptr, xa_ptr, lora_b_ptr, bias_ptr, scaling, M, N, y_stride,
-    R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATE: tl.constexpr,
+    y_ptr,
+    xa_ptr,
+    lora_b_ptr,
+    bias_ptr,
+    scaling,
+    M,
+    N,
+    y_stride,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     MODE: tl.constexpr,
-):  # fmt: skip
+):
     args = (y_ptr, xa_ptr, lora_b_ptr, bias_ptr, None, 0, scaling, M, N, y_stride)
     _epilogue_body(tl.program_id(0), *args, 1, R, R_PAD, BLOCK_M, BLOCK_N, BLOCK_R, False, ACCUMULATE, MODE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _reduce_kernel(
-    partials0_ptr, out0_ptr, chunks0, numel0, partials1_ptr, out1_ptr, chunks1, numel1, partials2_ptr, out2_ptr, chunks2, numel2,
-    BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
-):  # fmt: skip
+    partials0_ptr,
+    out0_ptr,
+    chunks0,
+    numel0,
+    partials1_ptr,
+    out1_ptr,
+    chunks1,
+    numel1,
+    partials2_ptr,
+    out2_ptr,
+    chunks2,
+    numel2,
+    BLOCK: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
     """Up to three sums side by side, by ranges of program ids."""
     pid = tl.program_id(0)
     first, second = tl.cdiv(numel0, BLOCK), tl.cdiv(numel1, BLOCK)
@@ -148,7 +243,9 @@ def _mode(x: Tensor, adapter: Tensor | None, arch: int) -> str:
     return dot_mode(x_dtype, other, arch, x.shape[0])
 
 
-def config_for(x: Tensor, adapter: Tensor | None, m: int, n: int, k: int, r: int, *, arch: int | None = None) -> LowRankConfig:
+def config_for(
+    x: Tensor, adapter: Tensor | None, m: int, n: int, k: int, r: int, *, arch: int | None = None
+) -> LowRankConfig:
     """The device's configuration; `arch` in place of the device's own."""
     sms = _multiprocessors(x.device.index) if x.is_cuda else _INTERPRETED_SMS
     arch = arch or _arch(x)
@@ -172,7 +269,15 @@ def _threshold(dropout_p: float, seed: Tensor | None) -> int:
 
 
 def project_call(
-    x: Tensor, adapter: Tensor, scale: float, dropout_p: float, seed: Tensor | None, config: LowRankConfig, *, by_rank: bool, arch: int
+    x: Tensor,
+    adapter: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    config: LowRankConfig,
+    *,
+    by_rank: bool,
+    arch: int,
 ) -> tuple[Call, Tensor]:
     """scale * drop(x) @ adapter -> fp32 [splits, M, R]; the adapter is lora_a [R, C] by rank, else lora_b [C,
     R]."""
@@ -180,9 +285,20 @@ def project_call(
     split_cols = ceil_div(ceil_div(c, config.xa_splits), tile.cols) * tile.cols
     splits = ceil_div(c, split_cols)
     out = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
-    arguments = {"x_ptr": x, "adapter_ptr": adapter, "out_ptr": out, "seed_ptr": seed, "threshold": _threshold(dropout_p, seed)}
+    arguments = {
+        "x_ptr": x,
+        "adapter_ptr": adapter,
+        "out_ptr": out,
+        "seed_ptr": seed,
+        "threshold": _threshold(dropout_p, seed),
+    }
     arguments |= {"scale": float(scale), "M": m, "C": c, "split_cols": split_cols, "R": r, "R_PAD": _pad(r)}
-    arguments |= {"BLOCK_M": tile.rows, "BLOCK_C": tile.cols, "BY_RANK": by_rank, "MODE": _mode(x, adapter, arch)}
+    arguments |= {
+        "BLOCK_M": tile.rows,
+        "BLOCK_C": tile.cols,
+        "BY_RANK": by_rank,
+        "MODE": _mode(x, adapter, arch),
+    }
     return _launch(_project_kernel, splits * ceil_div(m, tile.rows), arguments, tile, arch), out
 
 
@@ -194,7 +310,12 @@ def _whole(partials: Tensor) -> Tensor:
 
 
 def xa_forward(
-    x: Tensor, lora_a: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None, *, config: LowRankConfig | None = None
+    x: Tensor,
+    lora_a: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    config: LowRankConfig | None = None,
 ) -> Tensor:
     """x [M, K], lora_a [R, K] -> xa = drop(x) A^T, fp32 [M, R]; two launches where the contraction is split
     (few rows), else one."""
@@ -204,7 +325,9 @@ def xa_forward(
     return _whole(xa)
 
 
-def dyb_backward(dy: Tensor, lora_b: Tensor, scaling: float, *, config: LowRankConfig | None = None) -> Tensor:
+def dyb_backward(
+    dy: Tensor, lora_b: Tensor, scaling: float, *, config: LowRankConfig | None = None
+) -> Tensor:
     """dy [M, N], lora_b [N, R] -> dyb = s dy B, fp32 [M, R], for who needs no dB."""
     config = config or config_for(dy, lora_b, dy.shape[0], dy.shape[1], dy.shape[1], lora_b.shape[1])
     call, dyb = project_call(dy, lora_b, scaling, 0.0, None, config, by_rank=False, arch=_arch(dy))
@@ -213,7 +336,14 @@ def dyb_backward(dy: Tensor, lora_b: Tensor, scaling: float, *, config: LowRankC
 
 
 def dy_calls(
-    dy: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, needs: Sequence[bool], config: LowRankConfig, *, arch: int
+    dy: Tensor,
+    xa: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    needs: Sequence[bool],
+    config: LowRankConfig,
+    *,
+    arch: int,
 ) -> tuple[Call, DyPartials]:
     """The one launch over dy, `needs` as the op's: (dx, d_bias, dA, dB); at least one of dyb, d_bias, dB must
     be needed."""
@@ -227,9 +357,27 @@ def dy_calls(
     d_lora_b = new((chunks, n, r), dtype=lora_b.dtype if chunks == 1 else torch.float32) if need_b else None
     d_bias = new((chunks, n), dtype=torch.float32) if needs[1] else None
     dyb = new((columns if config.fused else 1, m, r), dtype=torch.float32) if need_dyb else None
-    arguments = {"dy_ptr": dy, "xa_ptr": xa if need_b else None, "lora_b_ptr": lora_b if need_dyb else None, "dyb_ptr": dyb}
-    arguments |= {"d_lora_b_ptr": d_lora_b, "d_bias_ptr": d_bias, "scaling": float(scaling), "M": m, "N": n, "chunk_rows": config.dy_rows}
-    arguments |= {"R": max(r, 1), "R_PAD": _pad(max(r, 1)), "BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "MODE": _mode(dy, lora_b, arch)}
+    arguments = {
+        "dy_ptr": dy,
+        "xa_ptr": xa if need_b else None,
+        "lora_b_ptr": lora_b if need_dyb else None,
+        "dyb_ptr": dyb,
+    }
+    arguments |= {
+        "d_lora_b_ptr": d_lora_b,
+        "d_bias_ptr": d_bias,
+        "scaling": float(scaling),
+        "M": m,
+        "N": n,
+        "chunk_rows": config.dy_rows,
+    }
+    arguments |= {
+        "R": max(r, 1),
+        "R_PAD": _pad(max(r, 1)),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.cols,
+        "MODE": _mode(dy, lora_b, arch),
+    }
     partials = DyPartials(dyb, d_lora_b, d_bias)
     if config.fused or dyb is None:
         return _launch(_dy_pass_kernel, chunks * columns, arguments, tile, arch), partials
@@ -240,11 +388,19 @@ def dy_calls(
 
 
 def dy_pass(
-    dy: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, needs: Sequence[bool], *, config: LowRankConfig | None = None
+    dy: Tensor,
+    xa: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    needs: Sequence[bool],
+    *,
+    config: LowRankConfig | None = None,
 ) -> DyPartials:
     """dy [M, N], xa fp32 [M, R] -> dyb = s dy B, partial sums of dB = s dy^T xa and d_bias; one launch, and
     one that adds the dyb of the column chunks where the configuration says so."""
-    config = config or config_for(dy, lora_b, *dy.shape, dy.shape[1], 1 if lora_b is None else lora_b.shape[1])
+    config = config or config_for(
+        dy, lora_b, *dy.shape, dy.shape[1], 1 if lora_b is None else lora_b.shape[1]
+    )
     call, partials = dy_calls(dy, xa, lora_b, scaling, needs, config, arch=_arch(dy))
     run(call)
     return DyPartials(summed(partials.dyb, config), partials.d_lora_b, partials.d_bias)
@@ -253,14 +409,25 @@ def dy_pass(
 def summed(dyb: Tensor | None, config: LowRankConfig) -> Tensor | None:
     """dyb [chunks, M, R], added up to one chunk by a launch of its own: of a split contraction, or where the
     configuration says so."""
-    apart = dyb is not None and dyb.shape[0] > 1 and (config.sum_dyb or not config.fused or config.xa_splits > 1)
+    apart = (
+        dyb is not None and dyb.shape[0] > 1 and (config.sum_dyb or not config.fused or config.xa_splits > 1)
+    )
     return _whole(dyb)[None] if apart else dyb
 
 
 def x_call(
-    x: Tensor | None, dyb: Tensor, lora_a: Tensor, dropout_p: float, seed: Tensor | None, dx: Tensor | None, need_a: bool,
-    config: LowRankConfig, *, arch: int, accumulate: bool = True,
-) -> tuple[Call, Tensor | None]:  # fmt: skip
+    x: Tensor | None,
+    dyb: Tensor,
+    lora_a: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    dx: Tensor | None,
+    need_a: bool,
+    config: LowRankConfig,
+    *,
+    arch: int,
+    accumulate: bool = True,
+) -> tuple[Call, Tensor | None]:
     """The one launch for dA, dx, or both."""
     (chunks, m, r), k, tile, dx_tile = dyb.shape, lora_a.shape[1], config.x, config.epilogue
     wide, row_chunks = (x if need_a else dx), ceil_div(m, config.x_rows)
@@ -268,11 +435,37 @@ def x_call(
     others = ceil_div(m, dx_tile.rows) * ceil_div(k, dx_tile.cols) if dx is not None else 0
     dtype = lora_a.dtype if row_chunks == 1 else torch.float32
     d_lora_a = torch.empty((row_chunks, r, k), dtype=dtype, device=dyb.device) if need_a else None
-    arguments = {"x_ptr": x if need_a else None, "dyb_ptr": dyb, "lora_a_ptr": lora_a if dx is not None else None}
-    arguments |= {"d_lora_a_ptr": d_lora_a, "dx_ptr": dx, "seed_ptr": seed, "threshold": _threshold(dropout_p, seed)}
-    arguments |= {"first_programs": first, "M": m, "K": k, "chunk_rows": config.x_rows, "CHUNKS": chunks, "R": r, "R_PAD": _pad(r)}
-    arguments |= {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "DX_BLOCK_M": dx_tile.rows, "DX_BLOCK_K": dx_tile.cols}
-    arguments |= {"BLOCK_R": min(config.ranks, _pad(r)), "ACCUMULATE": accumulate, "MODE": _mode(wide, lora_a, arch)}
+    arguments = {
+        "x_ptr": x if need_a else None,
+        "dyb_ptr": dyb,
+        "lora_a_ptr": lora_a if dx is not None else None,
+    }
+    arguments |= {
+        "d_lora_a_ptr": d_lora_a,
+        "dx_ptr": dx,
+        "seed_ptr": seed,
+        "threshold": _threshold(dropout_p, seed),
+    }
+    arguments |= {
+        "first_programs": first,
+        "M": m,
+        "K": k,
+        "chunk_rows": config.x_rows,
+        "CHUNKS": chunks,
+        "R": r,
+        "R_PAD": _pad(r),
+    }
+    arguments |= {
+        "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.cols,
+        "DX_BLOCK_M": dx_tile.rows,
+        "DX_BLOCK_K": dx_tile.cols,
+    }
+    arguments |= {
+        "BLOCK_R": min(config.ranks, _pad(r)),
+        "ACCUMULATE": accumulate,
+        "MODE": _mode(wide, lora_a, arch),
+    }
     return _launch(_x_pass_kernel, first + others, arguments, tile if need_a else dx_tile, arch), d_lora_a
 
 
@@ -293,19 +486,40 @@ def x_pass(
     drop(dyb A), or dx = that without `accumulate`. One launch; x is read for dA alone."""
     wide = x if need_a else dx
     config = config or config_for(wide, lora_a, dyb.shape[1], lora_a.shape[1], lora_a.shape[1], dyb.shape[2])
-    call, d_lora_a = x_call(x, dyb, lora_a, dropout_p, seed, dx, need_a, config, arch=_arch(dyb), accumulate=accumulate)
+    call, d_lora_a = x_call(
+        x, dyb, lora_a, dropout_p, seed, dx, need_a, config, arch=_arch(dyb), accumulate=accumulate
+    )
     run(call)
     return d_lora_a
 
 
 def y_call(
-    y: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, config: LowRankConfig, *, arch: int,
+    y: Tensor,
+    xa: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    config: LowRankConfig,
+    *,
+    arch: int,
     accumulate: bool = True,
-) -> Call:  # fmt: skip
+) -> Call:
     """The one launch over y."""
     (m, n), r, tile = y.shape, (1 if lora_b is None else lora_b.shape[1]), config.epilogue
-    arguments = {"y_ptr": y, "xa_ptr": xa if lora_b is not None else None, "lora_b_ptr": lora_b, "bias_ptr": bias}
-    arguments |= {"scaling": float(scaling), "M": m, "N": n, "y_stride": y.stride(0), "R": r, "R_PAD": _pad(r)}
+    arguments = {
+        "y_ptr": y,
+        "xa_ptr": xa if lora_b is not None else None,
+        "lora_b_ptr": lora_b,
+        "bias_ptr": bias,
+    }
+    arguments |= {
+        "scaling": float(scaling),
+        "M": m,
+        "N": n,
+        "y_stride": y.stride(0),
+        "R": r,
+        "R_PAD": _pad(r),
+    }
     arguments |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_R": min(config.ranks, _pad(r))}
     arguments |= {"ACCUMULATE": accumulate, "MODE": _mode(y, lora_b, arch)}
     programs = ceil_div(m, tile.rows) * ceil_div(n, tile.cols)
@@ -313,9 +527,15 @@ def y_call(
 
 
 def y_epilogue(
-    y: Tensor, xa: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, *, accumulate: bool = True,
+    y: Tensor,
+    xa: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    accumulate: bool = True,
     config: LowRankConfig | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """y [M, N] += s xa B^T + bias in place, or y = without `accumulate`; columns contiguous, rows any stride;
     one launch."""
     config = config or config_for(y, lora_b, *y.shape, y.shape[1], 1 if lora_b is None else lora_b.shape[1])
@@ -340,7 +560,12 @@ def reduce_calls(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[lis
     if not slot:
         return [], outs
     for empty in range(slot, 3):
-        arguments |= {f"partials{empty}_ptr": None, f"out{empty}_ptr": None, f"chunks{empty}": 0, f"numel{empty}": 0}
+        arguments |= {
+            f"partials{empty}_ptr": None,
+            f"out{empty}_ptr": None,
+            f"chunks{empty}": 0,
+            f"numel{empty}": 0,
+        }
     arguments |= {"BLOCK": block, "BLOCK_CHUNKS": block_chunks}
     return [Call(_reduce_kernel, programs, arguments, num_warps=4, num_stages=1)], outs
 
@@ -384,20 +609,32 @@ def specializations(arch: int) -> Iterable[Specialization]:
         tag = f"{str(x_dtype)[6:]}-{mode}-r{r}"
         # Triton has no tensor cores on sm_75; tiles of larger ranks are too small for 16 bytes a thread.
         promise = functools.partial(_promising, arch >= 80, arch >= 80 and r <= 64)
-        yield promise(f"xa-{tag}", project_call(x, a, 1.0, 0.1, seed, config, by_rank=True, arch=arch)[0], "row_ptr")
-        yield promise(f"dyb-{tag}", project_call(x, b, 0.7, 0.0, None, config, by_rank=False, arch=arch)[0], "row_ptr")
+        yield promise(
+            f"xa-{tag}", project_call(x, a, 1.0, 0.1, seed, config, by_rank=True, arch=arch)[0], "row_ptr"
+        )
+        yield promise(
+            f"dyb-{tag}", project_call(x, b, 0.7, 0.0, None, config, by_rank=False, arch=arch)[0], "row_ptr"
+        )
         call, partials = dy_calls(x, xa, b, 0.7, (True, False, True, True), config, arch=arch)
         yield promise(f"dy-{tag}", call, "dy_ptr")
         if config.fused:
-            beside = dy_calls(x, xa, b, 0.7, (True, False, True, True), replace(config, fused=False), arch=arch)[0]
+            beside = dy_calls(
+                x, xa, b, 0.7, (True, False, True, True), replace(config, fused=False), arch=arch
+            )[0]
             yield promise(f"dy-beside-{tag}", beside, "dy_ptr", "row_ptr")
-        yield promise(f"dy-bias-{tag}", dy_calls(x, xa, b, 0.7, (False, True, False, True), config, arch=arch)[0], "dy_ptr")
+        yield promise(
+            f"dy-bias-{tag}",
+            dy_calls(x, xa, b, 0.7, (False, True, False, True), config, arch=arch)[0],
+            "dy_ptr",
+        )
         dyb = partials.dyb[:1] if config.sum_dyb else partials.dyb
         call, d_lora_a = x_call(x, dyb, a, 0.1, seed, x, True, config, arch=arch)
         yield promise(f"x-dx-{tag}", call, "x_ptr", "y_tile")
         yield promise(f"x-{tag}", x_call(x, dyb, a, 0.1, seed, None, True, config, arch=arch)[0], "x_ptr")
         yield promise(f"y-{tag}", y_call(x, xa, b, 0.7, bias, config, arch=arch), "y_tile")
-        yield specialization(f"sums-{tag}", reduce_calls([(d_lora_a, dtype), (partials.d_lora_b, dtype)])[0][0])
+        yield specialization(
+            f"sums-{tag}", reduce_calls([(d_lora_a, dtype), (partials.d_lora_b, dtype)])[0][0]
+        )
     if arch >= 80:
         yield from _of_few_rows(arch)
 
@@ -405,13 +642,18 @@ def specializations(arch: int) -> Iterable[Specialization]:
 def _of_few_rows(arch: int) -> Iterable[Specialization]:
     """fp32 operands of `EXACT_ROWS` rows, multiplied outside the tensor cores."""
     m, n, k, dtype = EXACT_ROWS, 4096, 4096, torch.float32
-    seed, new = torch.empty(1, dtype=torch.int64, device="meta"), functools.partial(torch.empty, dtype=dtype, device="meta")
+    seed, new = (
+        torch.empty(1, dtype=torch.int64, device="meta"),
+        functools.partial(torch.empty, dtype=dtype, device="meta"),
+    )
     for r in (16, 256):
         x, xa, a, b = new((m, k)), new((m, r)), new((r, k)), new((n, r))
         mode = _mode(x, a, arch)
         config = choose_low_rank(m, n, k, r, mode=mode, arch=arch)
         tag = f"float32-{mode}-r{r}"
-        yield specialization(f"xa-{tag}", project_call(x, a, 1.0, 0.1, seed, config, by_rank=True, arch=arch)[0])
+        yield specialization(
+            f"xa-{tag}", project_call(x, a, 1.0, 0.1, seed, config, by_rank=True, arch=arch)[0]
+        )
         call, partials = dy_calls(x, xa, b, 0.7, (True, True, True, True), config, arch=arch)
         yield specialization(f"dy-{tag}", call)
         dyb = partials.dyb[:1] if config.sum_dyb else partials.dyb

@@ -1,9 +1,12 @@
-"""The low-rank passes' kernels as device functions that take their program id, so that a launch can hold two of them side by side.
+"""The low-rank passes' kernels as device functions that take their program id, so that a launch can hold two
+of them side by side.
 
-Operands of a product are a wide tile (x or dy, in the activations' dtype) and a narrow one (adapters, xa, dyb). MODE says how they meet:
-    "native"  both in the wide tile's 16-bit dtype: the narrow one is rounded to it in registers, as plain PyTorch rounds it in memory;
-    "split"   wide bf16, narrow fp32 as a sum of three bf16 terms, 24 bits: exact products on 16-bit tensor cores, no fp32 tile;
-    otherwise both in fp32, MODE being tl.dot's input_precision.
+Operands of a product are a wide tile (x or dy, in the activations' dtype) and a narrow one (adapters, xa,
+dyb). MODE says how they meet:
+    "native"  both in the wide tile's 16-bit dtype: the narrow one is rounded to it in registers, as plain
+    PyTorch rounds it in memory; "split"   wide bf16, narrow fp32 as a sum of three bf16 terms, 24 bits: exact
+    products on 16-bit tensor cores, no fp32 tile; otherwise both in fp32, MODE being tl.dot's
+    input_precision.
 Sums are fp32; those of "split" and of fp32 operands are rounded once a tile, see `_dot_fresh`. R_PAD is R
 rounded up to a power of two of at least 16; what is padded is loaded as zero.
 """
@@ -16,7 +19,14 @@ import triton.language as tl
 from ..triton_numerics import _cast, _dot, _dot_fresh, _float
 from ..triton_philox import _dropout_keep, _dropout_key, _keep_factor
 
-__all__ = ["_d_lora_a_body", "_dy_pair_body", "_dy_pass_body", "_epilogue_body", "_project_body", "_reduce_body"]
+__all__ = [
+    "_d_lora_a_body",
+    "_dy_pair_body",
+    "_dy_pass_body",
+    "_epilogue_body",
+    "_project_body",
+    "_reduce_body",
+]
 
 
 @triton.jit
@@ -82,7 +92,8 @@ def _adapter_tile(adapter_ptr, cols, ranks, C, R: tl.constexpr, BY_RANK: tl.cons
 
 @triton.jit
 def _sum_of_chunks(partials_ptr, rows, ranks, M, CHUNKS: tl.constexpr, R: tl.constexpr):
-    """fp32 [rows, ranks] of [CHUNKS, M, R], summed in order. Unrolled: Triton pipelines only loops that hold no other."""
+    """fp32 [rows, ranks] of [CHUNKS, M, R], summed in order. Unrolled: Triton pipelines only loops that hold
+    no other."""
     mask = (rows < M)[:, None] & (ranks < R)[None, :]
     offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
     total = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
@@ -110,7 +121,8 @@ def _project_body(
     BY_RANK: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """out = scale * drop(x) @ adapter, one program a block of rows and a split of the contraction: x is read once."""
+    """out = scale * drop(x) @ adapter, one program a block of rows and a split of the contraction: x is read
+    once."""
     row_blocks = tl.cdiv(M, BLOCK_M)
     row0, split = (pid % row_blocks) * BLOCK_M, pid // row_blocks
     rows, ranks = row0 + tl.arange(0, BLOCK_M), tl.arange(0, R_PAD)
@@ -121,7 +133,9 @@ def _project_body(
     acc = tl.zeros([BLOCK_M, R_PAD], tl.float32)
     for col0 in range(split * split_cols, tl.minimum(C, (split + 1) * split_cols), BLOCK_C):
         cols = col0 + tl.arange(0, BLOCK_C)
-        x = tl.load(row_ptr + cols[None, :], mask=(rows < M)[:, None] & (cols < C)[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
+        x = tl.load(
+            row_ptr + cols[None, :], mask=(rows < M)[:, None] & (cols < C)[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_C]
         adapter = _adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, R_PAD]
         if seed_ptr is not None:
             x = tl.where(_dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C), x, 0.0)
@@ -149,17 +163,21 @@ def _dy_pass_body(
     BLOCK_N: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """A program owns chunk_rows x BLOCK_N of dy, read once: its share of dyb, and what it adds to dB and d_bias, held in registers.
+    """A program owns chunk_rows x BLOCK_N of dy, read once: its share of dyb, and what it adds to dB and
+    d_bias, held in registers.
 
-    Beside dy's bytes (2 an element) the partial sums, written and read, move 8 R / (2 BLOCK_N) for dyb and 8 R / (2 chunk_rows) for dB:
-    with R = 16 and 512 of each, an eighth of dy each, where a second pass over dy would move all of it.
+    Beside dy's bytes (2 an element) the partial sums, written and read, move 8 R / (2 BLOCK_N) for dyb and 8
+    R / (2 chunk_rows) for dB: with R = 16 and 512 of each, an eighth of dy each, where a second pass over dy
+    would move all of it.
     """
     column_chunks = tl.cdiv(N, BLOCK_N)
     column_chunk, row_chunk = pid % column_chunks, pid // column_chunks
     cols, ranks = column_chunk * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, R_PAD)
     adapter_mask = (cols < N)[:, None] & (ranks < R)[None, :]
     if dyb_ptr is not None:
-        lora_b = tl.load(lora_b_ptr + cols.to(tl.int64)[:, None] * R + ranks[None, :], mask=adapter_mask, other=0.0)
+        lora_b = tl.load(
+            lora_b_ptr + cols.to(tl.int64)[:, None] * R + ranks[None, :], mask=adapter_mask, other=0.0
+        )
         b_terms = _terms(lora_b, tl.zeros([1], dy_ptr.dtype.element_ty), MODE)  # [BLOCK_N, R_PAD] each
     d_lora_b = tl.zeros([BLOCK_N, R_PAD], tl.float32)
     d_bias = tl.zeros([BLOCK_N], tl.float32)
@@ -168,11 +186,14 @@ def _dy_pass_body(
         rows = row0 + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         dy = tl.load(dy_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], mask=mask)  # [BLOCK_M, BLOCK_N]
-        # Masked here and not by the load: of a tile that is only multiplied, also transposed, Triton does not pipeline the load.
+        # Masked here and not by the load: of a tile that is only multiplied, also transposed, Triton does not
+        # pipeline the load.
         dy = tl.where(mask, dy, 0.0)
         rank_mask = (rows < M)[:, None] & (ranks < R)[None, :]
         if d_lora_b_ptr is not None:
-            xa = tl.load(xa_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0)  # [BLOCK_M, R_PAD]
+            xa = tl.load(
+                xa_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0
+            )  # [BLOCK_M, R_PAD]
             d_lora_b = _dot_right(tl.trans(dy), _terms(xa, dy, MODE), d_lora_b, MODE)
         if dyb_ptr is not None:
             dyb = _dot_right(dy, b_terms, tl.zeros([BLOCK_M, R_PAD], tl.float32), MODE) * scaling
@@ -209,7 +230,8 @@ def _dy_pair_body(
     DYB_BLOCK_N: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Per chunk of rows first its programs for dyb, then those for dB and d_bias: neighbours in time read the same rows."""
+    """Per chunk of rows first its programs for dyb, then those for dB and d_bias: neighbours in time read the
+    same rows."""
     row_programs = chunk_rows // DYB_BLOCK_M
     per_chunk = row_programs + tl.cdiv(N, BLOCK_N)
     chunk, inner = pid // per_chunk, pid % per_chunk
@@ -220,7 +242,9 @@ def _dy_pair_body(
             _project_body(block, *args, R, R_PAD, DYB_BLOCK_M, DYB_BLOCK_N, False, MODE)
     else:
         args = (dy_ptr, xa_ptr, lora_b_ptr, None, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
-        _dy_pass_body(chunk * tl.cdiv(N, BLOCK_N) + inner - row_programs, *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE)
+        _dy_pass_body(
+            chunk * tl.cdiv(N, BLOCK_N) + inner - row_programs, *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE
+        )
 
 
 @triton.jit
@@ -241,7 +265,8 @@ def _d_lora_a_body(
     BLOCK_K: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """A program owns chunk_rows x BLOCK_K of x, read once, and holds what it adds to dA = dyb^T drop(x) in registers."""
+    """A program owns chunk_rows x BLOCK_K of x, read once, and holds what it adds to dA = dyb^T drop(x) in
+    registers."""
     column_chunks = tl.cdiv(K, BLOCK_K)
     column_chunk, row_chunk = pid % column_chunks, pid // column_chunks
     col0, first = column_chunk * BLOCK_K, row_chunk * chunk_rows
@@ -254,13 +279,19 @@ def _d_lora_a_body(
     for row0 in range(first, tl.minimum(M, first + chunk_rows), BLOCK_M):
         rows = row0 + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & (cols < K)[None, :]
-        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        x = tl.load(
+            x_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0
+        )  # [BLOCK_M, BLOCK_K]
         if seed_ptr is not None:
             x = tl.where(_dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_K), x, 0.0)
         dyb = _sum_of_chunks(dyb_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, R_PAD]
         d_lora_a = _dot_left(_terms(tl.trans(dyb), x, MODE), x, d_lora_a, MODE)
     out = d_lora_a_ptr + (tl.cast(row_chunk, tl.int64) * R + ranks)[:, None] * K + cols[None, :]
-    tl.store(out, _cast(d_lora_a * factor, d_lora_a_ptr.dtype.element_ty), mask=(ranks < R)[:, None] & (cols < K)[None, :])
+    tl.store(
+        out,
+        _cast(d_lora_a * factor, d_lora_a_ptr.dtype.element_ty),
+        mask=(ranks < R)[:, None] & (cols < K)[None, :],
+    )
 
 
 @triton.jit
@@ -315,12 +346,15 @@ def _epilogue_body(
 
 @triton.jit
 def _reduce_body(pid, partials_ptr, out_ptr, chunks, numel, BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
-    """out [numel] = the sum of partials fp32 [chunks, numel] over the chunks, BLOCK_CHUNKS at a time, always in the same order."""
+    """out [numel] = the sum of partials fp32 [chunks, numel] over the chunks, BLOCK_CHUNKS at a time, always
+    in the same order."""
     index = tl.cast(pid, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, chunks, BLOCK_CHUNKS):
         chunk = first + tl.arange(0, BLOCK_CHUNKS)
         mask = (chunk < chunks)[:, None] & (index < numel)[None, :]
-        partials = tl.load(partials_ptr + chunk.to(tl.int64)[:, None] * numel + index[None, :], mask=mask, other=0.0)
+        partials = tl.load(
+            partials_ptr + chunk.to(tl.int64)[:, None] * numel + index[None, :], mask=mask, other=0.0
+        )
         total += tl.sum(partials, axis=0)  # [BLOCK_CHUNKS, BLOCK] -> [BLOCK]
     tl.store(out_ptr + index, _cast(total, out_ptr.dtype.element_ty), mask=index < numel)

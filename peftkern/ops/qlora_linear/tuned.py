@@ -64,7 +64,10 @@ def load(device_name: str) -> GPUConfig | None:
 
 
 def _checked(row: Mapping[str, object]) -> GPUConfig:
-    wanted = {field.name: type(default) for field, default in zip(fields(GPUConfig), (0, 0, 0, "", 0, ""), strict=True)}
+    wanted = {
+        field.name: type(default)
+        for field, default in zip(fields(GPUConfig), (0, 0, 0, "", 0, ""), strict=True)
+    }
     if not isinstance(row, dict):
         raise TypeError(f"config is {type(row).__name__}")
     if row.keys() != wanted.keys() or any(type(row[name]) is not kind for name, kind in wanted.items()):
@@ -78,7 +81,15 @@ def save(device_name: str, row: GPUConfig, timings: Mapping[str, float], version
     """Write a row with what it was derived from; later calls of this process see it."""
     file = path(device_name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"device": device_name, "config": asdict(row), "milliseconds": dict(timings), "versions": dict(versions)})
+    write_json(
+        file,
+        {
+            "device": device_name,
+            "config": asdict(row),
+            "milliseconds": dict(timings),
+            "versions": dict(versions),
+        },
+    )
     _changed()
     return file
 

@@ -15,7 +15,9 @@ def quantize_4bit(w: Tensor, blocksize: int, code: Tensor) -> tuple[Tensor, Tens
     w, code, numel = w.contiguous(), code.contiguous(), w.numel()
     packed = empty(((numel + 1) // 2, 1), dtype=torch.uint8)
     absmax = empty(-(-numel // blocksize))
-    native().quantize_4bit(address(w), dtype_of(w), numel, blocksize, address(code), address(packed), address(absmax))
+    native().quantize_4bit(
+        address(w), dtype_of(w), numel, blocksize, address(code), address(packed), address(absmax)
+    )
     return packed, absmax
 
 
@@ -24,5 +26,7 @@ def quantize_absmax(absmax: Tensor, absmax_code: Tensor, blocksize: int) -> tupl
     absmax, absmax_code = absmax.contiguous(), absmax_code.contiguous()
     out = empty(absmax.shape, dtype=torch.uint8)
     nested = empty(-(-absmax.numel() // blocksize))
-    native().quantize_absmax(address(absmax), absmax.numel(), blocksize, address(absmax_code), address(out), address(nested))
+    native().quantize_absmax(
+        address(absmax), absmax.numel(), blocksize, address(absmax_code), address(out), address(nested)
+    )
     return out, nested

@@ -27,5 +27,7 @@ def quantize_absmax(absmax: Tensor, absmax_code: Tensor, blocksize: int) -> tupl
     out = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)
     nested = torch.empty(-(-absmax.numel() // blocksize), dtype=torch.float32, device=absmax.device)
     addresses = (absmax_code.data_ptr(), out.data_ptr(), nested.data_ptr())
-    native_cuda().quantize_absmax(absmax.data_ptr(), absmax.numel(), blocksize, *addresses, *stream_of(absmax))
+    native_cuda().quantize_absmax(
+        absmax.data_ptr(), absmax.numel(), blocksize, *addresses, *stream_of(absmax)
+    )
     return out, nested

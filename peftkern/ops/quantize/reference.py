@@ -9,7 +9,8 @@ __all__ = ["quantize_4bit", "quantize_absmax"]
 
 
 def _blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Index of the nearest code of values/absmax(block), and the absmax; a tie goes to the lower code, NaN to index 0."""
+    """Index of the nearest code of values/absmax(block), and the absmax; a tie goes to the lower code, NaN to
+    index 0."""
     flat = values.reshape(-1).float()
     blocks = -(-flat.numel() // blocksize)
     padded = torch.zeros(blocks * blocksize, dtype=torch.float32, device=flat.device)
@@ -29,13 +30,17 @@ def _nearest(scaled: Tensor, code: Tensor) -> Tensor:
 
 
 def quantize_4bit(w: Tensor, blocksize: int, code: Tensor) -> tuple[Tensor, Tensor]:
-    """w (any shape), code fp32 [16] -> packed uint8 [(numel+1)//2, 1], first element in the high nibble; absmax fp32 [blocks]."""
+    """w (any shape), code fp32 [16] -> packed uint8 [(numel+1)//2, 1], first element in the high nibble;
+    absmax fp32 [blocks]."""
     index, absmax = _blockwise(w, code, blocksize)
     if index.numel() % 2:
-        index = torch.cat([index, _nearest(torch.zeros(1, dtype=torch.float32, device=code.device), code).to(torch.uint8)])
+        index = torch.cat(
+            [index, _nearest(torch.zeros(1, dtype=torch.float32, device=code.device), code).to(torch.uint8)]
+        )
     return (index[0::2] << 4 | index[1::2]).view(-1, 1), absmax
 
 
 def quantize_absmax(absmax: Tensor, absmax_code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """absmax fp32 [blocks], absmax_code fp32 [256] sorted -> uint8 [blocks], fp32 [ceil(blocks/blocksize)]."""
+    """absmax fp32 [blocks], absmax_code fp32 [256] sorted -> uint8 [blocks], fp32
+    [ceil(blocks/blocksize)]."""
     return _blockwise(absmax, absmax_code, blocksize)

@@ -59,7 +59,9 @@ def _quantize_tile(
         tl.store(out_ptr + index, codes.to(tl.uint8), mask=inside)
     else:
         first, second = tl.split(tl.reshape(codes, [BLOCKS, BLOCKSIZE // 2, 2]))
-        byte = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]  # [BLOCKS, BLOCKSIZE / 2]
+        byte = (
+            block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+        )  # [BLOCKS, BLOCKSIZE / 2]
         tl.store(out_ptr + byte, (first << 4 | second).to(tl.uint8), mask=byte < out_bytes)
 
 
@@ -77,7 +79,19 @@ def _quantize_kernel(
     BITS: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    _quantize_tile(pid, values_ptr, thresholds_ptr, order_ptr, out_ptr, absmax_ptr, numel, out_bytes, BLOCKSIZE, BLOCKS, BITS)
+    _quantize_tile(
+        pid,
+        values_ptr,
+        thresholds_ptr,
+        order_ptr,
+        out_ptr,
+        absmax_ptr,
+        numel,
+        out_bytes,
+        BLOCKSIZE,
+        BLOCKS,
+        BITS,
+    )
 
 
 def _quantize(values: Tensor, code: Tensor, blocksize: int, out: Tensor) -> Tensor:
@@ -93,7 +107,18 @@ def _quantize(values: Tensor, code: Tensor, blocksize: int, out: Tensor) -> Tens
     with torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext():
         grid = (-(-absmax.numel() // blocks),)
         constants = {"BLOCKSIZE": blocksize, "BLOCKS": blocks, "BITS": bits}
-        _quantize_kernel[grid](values, thresholds, order.int(), out, absmax, numel, out.numel(), **constants, num_warps=WARPS, num_stages=1)
+        _quantize_kernel[grid](
+            values,
+            thresholds,
+            order.int(),
+            out,
+            absmax,
+            numel,
+            out.numel(),
+            **constants,
+            num_warps=WARPS,
+            num_stages=1,
+        )
     return absmax
 
 
@@ -125,8 +150,20 @@ def specializations(arch: int) -> Iterator[Specialization]:
                 "numel": "i32",
                 "out_bytes": "i32",
             },
-            constexprs={"BLOCKSIZE": blocksize, "BLOCKS": max(1, (VALUES if bits == 4 else VALUES_8BIT) // blocksize), "BITS": bits},
+            constexprs={
+                "BLOCKSIZE": blocksize,
+                "BLOCKS": max(1, (VALUES if bits == 4 else VALUES_8BIT) // blocksize),
+                "BITS": bits,
+            },
             num_warps=WARPS,
-            divisible_by_16=("values_ptr", "thresholds_ptr", "order_ptr", "out_ptr", "absmax_ptr", "numel", "out_bytes"),
+            divisible_by_16=(
+                "values_ptr",
+                "thresholds_ptr",
+                "order_ptr",
+                "out_ptr",
+                "absmax_ptr",
+                "numel",
+                "out_bytes",
+            ),
             wide_loads=("values_ptr",),
         )

@@ -15,15 +15,20 @@ __all__ = ["CASTS", "add_rms_norm", "result_dtype", "rms_norm"]
 
 CASTS = ("llama", "gemma")  # in the order of the C ABI's pk_cast
 
-LIBRARY.define("rms_norm_fwd(Tensor x, Tensor weight, float eps, float offset, str cast) -> (Tensor y, Tensor rstd)")
 LIBRARY.define(
-    "rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, str cast, bool[2] needs) -> (Tensor dx, Tensor d_weight)"
+    "rms_norm_fwd(Tensor x, Tensor weight, float eps, float offset, str cast) -> (Tensor y, Tensor rstd)"
 )
 LIBRARY.define(
-    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps, float offset, str cast) -> (Tensor y, Tensor s, Tensor rstd)"
+    "rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, str cast, bool[2] "
+    "needs) -> (Tensor dx, Tensor d_weight)"
 )
 LIBRARY.define(
-    "add_rms_norm_bwd(Tensor dy, Tensor ds, Tensor s, Tensor weight, Tensor rstd, float offset, str cast, bool with_d_weight)"
+    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps, float offset, str cast) -> "
+    "(Tensor y, Tensor s, Tensor rstd)"
+)
+LIBRARY.define(
+    "add_rms_norm_bwd(Tensor dy, Tensor ds, Tensor s, Tensor weight, Tensor rstd, float offset, str "
+    "cast, bool with_d_weight)"
     " -> (Tensor d_sum, Tensor d_weight)"
 )
 
@@ -40,38 +45,57 @@ def _fwd(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tup
 
 
 @library.impl(LIBRARY, "rms_norm_bwd", "CompositeExplicitAutograd")
-def _bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+def _bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
     grads = backend("rms_norm", select(x)).backward(dy, x, weight, rstd, offset, cast, needs)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
 @library.impl(LIBRARY, "add_rms_norm_fwd", "CompositeExplicitAutograd")
-def _add_fwd(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor, Tensor]:
+def _add_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return backend("rms_norm", select(x)).add_forward(x, residual, weight, eps, offset, cast)
 
 
 @library.impl(LIBRARY, "add_rms_norm_bwd", "CompositeExplicitAutograd")
 def _add_bwd(
-    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, with_d_weight: bool
+    dy: Tensor,
+    ds: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    offset: float,
+    cast: str,
+    with_d_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    d_sum, d_weight = backend("rms_norm", select(s)).add_backward(dy, ds, s, weight, rstd, offset, cast, with_d_weight)
+    d_sum, d_weight = backend("rms_norm", select(s)).add_backward(
+        dy, ds, s, weight, rstd, offset, cast, with_d_weight
+    )
     return d_sum, dy.new_empty(0) if d_weight is None else d_weight
 
 
 @library.register_fake("peftkern::rms_norm_fwd", lib=LIBRARY)
 def _(x, weight, eps, offset, cast):
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rstd = x.new_empty(
+        x.numel() // x.shape[-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+    )
     return x.new_empty(x.shape, dtype=result_dtype(x, weight, cast)), rstd
 
 
 @library.register_fake("peftkern::rms_norm_bwd", lib=LIBRARY)
 def _(dy, x, weight, rstd, offset, cast, needs):
-    return x.new_empty(x.shape) if needs[0] else dy.new_empty(0), weight.new_empty(weight.shape) if needs[1] else dy.new_empty(0)
+    return x.new_empty(x.shape) if needs[0] else dy.new_empty(0), weight.new_empty(weight.shape) if needs[
+        1
+    ] else dy.new_empty(0)
 
 
 @library.register_fake("peftkern::add_rms_norm_fwd", lib=LIBRARY)
 def _(x, residual, weight, eps, offset, cast):
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rstd = x.new_empty(
+        x.numel() // x.shape[-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+    )
     return x.new_empty(x.shape, dtype=result_dtype(x, weight, cast)), x.new_empty(x.shape), rstd
 
 
@@ -147,11 +171,15 @@ class _AddRMSNorm(torch.autograd.Function):
     @twice_differentiable(_add_again)
     def backward(ctx, dy, ds):
         need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
-        d_sum, d_weight = _sum_gradients(dy, ds, *ctx.saved_tensors, *ctx.options[1:], need_x or need_residual, need_weight)
+        d_sum, d_weight = _sum_gradients(
+            dy, ds, *ctx.saved_tensors, *ctx.options[1:], need_x or need_residual, need_weight
+        )
         return d_sum if need_x else None, d_sum if need_residual else None, d_weight, None, None, None
 
 
-def _sum_gradients(dy, ds, s, weight, rstd, offset, cast, need_sum: bool, need_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+def _sum_gradients(
+    dy, ds, s, weight, rstd, offset, cast, need_sum: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the sum and of the weight. An output that nobody used has none: the other's is all
     there is."""
     if dy is None:
@@ -165,7 +193,9 @@ def _sum_gradients(dy, ds, s, weight, rstd, offset, cast, need_sum: bool, need_w
     return d_sum if need_sum else None, d_weight if need_weight else None
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast: str
+) -> tuple[Tensor, Tensor]:
     """x, residual [..., N], weight [N] -> y, s [..., N]; `functional.add_rms_norm` has checked the
     arguments."""
     if transformed():

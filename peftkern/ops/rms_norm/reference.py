@@ -24,7 +24,8 @@ def forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """With g = dy * weight (offset added) and x^ = x * rstd: dx = rstd (g - x^ mean(g x^)), d_weight = sum over rows of dy * x^."""
+    """With g = dy * weight (offset added) and x^ = x * rstd: dx = rstd (g - x^ mean(g x^)), d_weight = sum
+    over rows of dy * x^."""
     rstd = rstd.reshape(*x.shape[:-1], 1)
     normal, dy = _wide(x) * rstd, _wide(dy)
     g = dy * (offset + _wide(weight))
@@ -34,7 +35,9 @@ def backward(
     return dx if needs[0] else None, d_weight if needs[1] else None
 
 
-def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor, Tensor]:
+def add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """A decoder layer's next two steps: s = residual + x, y = norm(s) -> y, s [..., N], rstd [M]."""
     s = (residual + x).contiguous()
     y, rstd = forward(s, weight, eps, offset, cast)
@@ -42,9 +45,17 @@ def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset:
 
 
 def add_backward(
-    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, with_d_weight: bool
+    dy: Tensor,
+    ds: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    offset: float,
+    cast: str,
+    with_d_weight: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """s goes two ways, into the norm and on: d_sum = the norm's gradient + ds, rounded once; it is x's and residual's."""
+    """s goes two ways, into the norm and on: d_sum = the norm's gradient + ds, rounded once; it is x's and
+    residual's."""
     wide = s if s.dtype == torch.float64 else s.float()
     normal_grad, _ = backward(dy, wide, weight, rstd, offset, cast, (True, False))  # not rounded to s's dtype
     d_weight = backward(dy, s, weight, rstd, offset, cast, (False, True))[1] if with_d_weight else None

@@ -81,7 +81,9 @@ def _rms_norm_fwd_kernel(
         for start in range(0, n, BLOCK):
             # formed again: another thread may have stored it
             x = _summed(from_ptr, residual_ptr, None, at, start + cols, inside, n)
-            _scale(x, rstd, weight_ptr, to_ptr, start + cols, inside, offset, n, x_ptr.dtype.element_ty, LLAMA)
+            _scale(
+                x, rstd, weight_ptr, to_ptr, start + cols, inside, offset, n, x_ptr.dtype.element_ty, LLAMA
+            )
 
 
 @triton.jit
@@ -90,7 +92,9 @@ def _summed(from_ptr, residual_ptr, s_ptr, at, cols, inside, n):
     mask = inside & (cols < n)
     x = _float(tl.load(from_ptr + cols, mask=mask, other=0.0))
     if residual_ptr is not None:
-        s = _cast(x + _float(tl.load(residual_ptr + at + cols, mask=mask, other=0.0)), residual_ptr.dtype.element_ty)
+        s = _cast(
+            x + _float(tl.load(residual_ptr + at + cols, mask=mask, other=0.0)), residual_ptr.dtype.element_ty
+        )
         if s_ptr is not None:
             tl.store(s_ptr + at + cols, s, mask=mask)
         x = _float(s)
@@ -156,7 +160,9 @@ def _rms_norm_bwd_kernel(
             dx = g * rstd - x * share
             if ds_ptr is not None:
                 dx += _float(tl.load(ds_row + start + cols, mask=inside & (start + cols < n), other=0.0))
-            tl.store(dx_row + start + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (start + cols < n))
+            tl.store(
+                dx_row + start + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (start + cols < n)
+            )
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -214,17 +220,44 @@ def forward_call(
     [M, n] gets."""
     m, n = x.shape
     programs, warps, tile = _blocking(m, n)
-    arguments = {"x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "s_ptr": s, "y_ptr": y, "rstd_ptr": rstd}
-    arguments |= {"eps": float(eps), "offset": float(offset), "M": m, "n": n, "ld_x": x.stride(0), **tile, "LLAMA": cast == "llama"}
+    arguments = {
+        "x_ptr": x,
+        "residual_ptr": residual,
+        "weight_ptr": weight,
+        "s_ptr": s,
+        "y_ptr": y,
+        "rstd_ptr": rstd,
+    }
+    arguments |= {
+        "eps": float(eps),
+        "offset": float(offset),
+        "M": m,
+        "n": n,
+        "ld_x": x.stride(0),
+        **tile,
+        "LLAMA": cast == "llama",
+    }
     return Call(_rms_norm_fwd_kernel, programs, arguments, warps, 1)
 
 
-def backward_call(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, offset: float, ds: Tensor | None = None) -> Call:
+def backward_call(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, offset: float, ds: Tensor | None = None
+) -> Call:
     """dy [M, n] contiguous, x [M, n] with contiguous rows -> dx [M, n], to which ds [M, n] is added."""
     m, n = x.shape
     programs, warps, tile = _blocking(m, n)
-    arguments = {"dy_ptr": dy, "ds_ptr": ds, "x_ptr": x, "weight_ptr": weight, "rstd_ptr": rstd, "dx_ptr": dx, "offset": float(offset)}
-    return Call(_rms_norm_bwd_kernel, programs, arguments | {"M": m, "n": n, "ld_x": x.stride(0), **tile}, warps, 1)
+    arguments = {
+        "dy_ptr": dy,
+        "ds_ptr": ds,
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "rstd_ptr": rstd,
+        "dx_ptr": dx,
+        "offset": float(offset),
+    }
+    return Call(
+        _rms_norm_bwd_kernel, programs, arguments | {"M": m, "n": n, "ld_x": x.stride(0), **tile}, warps, 1
+    )
 
 
 def _chunk_rows(m: int) -> int:
@@ -235,7 +268,16 @@ def _chunk_rows(m: int) -> int:
 def d_weight_call(dy: Tensor, x: Tensor, rstd: Tensor, partial: Tensor, cast: str) -> Call:
     """As above -> partial sums fp32 [chunks, n]."""
     (m, n), strips = x.shape, -(-x.shape[1] // COLUMNS)
-    arguments = {"dy_ptr": dy, "x_ptr": x, "rstd_ptr": rstd, "partial_ptr": partial, "M": m, "n": n, "ld_x": x.stride(0), "strips": strips}
+    arguments = {
+        "dy_ptr": dy,
+        "x_ptr": x,
+        "rstd_ptr": rstd,
+        "partial_ptr": partial,
+        "M": m,
+        "n": n,
+        "ld_x": x.stride(0),
+        "strips": strips,
+    }
     arguments |= {"chunk_rows": _chunk_rows(m), "ROWS": ROWS, "COLUMNS": COLUMNS, "LLAMA": cast == "llama"}
     return Call(_rms_norm_d_weight_kernel, strips * partial.shape[0], arguments, 4, 1)
 
@@ -252,7 +294,9 @@ def forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> 
 
 
 @replayed()
-def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str) -> tuple[Tensor, Tensor, Tensor]:
+def add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
     rows, residual, weight = rows_of(x), residual.contiguous(), weight.contiguous()
     y = torch.empty(x.shape, dtype=result_dtype(x, weight, cast), device=x.device)
@@ -277,7 +321,14 @@ def backward(
 
 @replayed()
 def add_backward(
-    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast: str, with_d_weight: bool
+    dy: Tensor,
+    ds: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    offset: float,
+    cast: str,
+    with_d_weight: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As the reference."""
     dy, ds, rows, weight = dy.contiguous(), ds.contiguous(), rows_of(s), weight.contiguous()
@@ -299,20 +350,33 @@ def _d_weight(dy: Tensor, rows: Tensor, weight: Tensor, rstd: Tensor, cast: str)
 def specializations(arch: int) -> Iterator[Specialization]:
     """Every kernel, dtype and order of casting; heads (many rows a program), hidden sizes, and rows longer
     than a block."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32) if arch < 80 else (torch.bfloat16, torch.float16, torch.float32)
+    dtypes = (
+        (torch.float16, torch.bfloat16, torch.float32)
+        if arch < 80
+        else (torch.bfloat16, torch.float16, torch.float32)
+    )
     shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     for dtype in dtypes:
         for n in (4096, 128, 576, 8192, 16384):
             x = torch.empty(64, n, dtype=dtype, device="meta")
-            weight, rstd = torch.empty(n, dtype=dtype, device="meta"), torch.empty(64, dtype=torch.float32, device="meta")
+            weight, rstd = (
+                torch.empty(n, dtype=dtype, device="meta"),
+                torch.empty(64, dtype=torch.float32, device="meta"),
+            )
             name = f"rms-norm-{shorts[dtype]}-{n}"
             for cast in CASTS:
                 arguments = x, weight, x, rstd, 1e-6, 1.0, cast
                 yield specialization(f"{name}-fwd-{cast}", forward_call(*arguments), wide_loads=("from_ptr",))
-                yield specialization(f"{name}-add-fwd-{cast}", forward_call(*arguments, x, x), wide_loads=("from_ptr", "residual_ptr"))
+                yield specialization(
+                    f"{name}-add-fwd-{cast}",
+                    forward_call(*arguments, x, x),
+                    wide_loads=("from_ptr", "residual_ptr"),
+                )
             yield specialization(f"{name}-bwd", backward_call(x, x, weight, rstd, x, 0.0))
             yield specialization(f"{name}-add-bwd", backward_call(x, x, weight, rstd, x, 0.0, x))
             for cast in CASTS:
-                yield specialization(f"{name}-d-weight-{cast}", d_weight_call(x, x, rstd, rstd.new_empty(2, n), cast))
+                yield specialization(
+                    f"{name}-d-weight-{cast}", d_weight_call(x, x, rstd, rstd.new_empty(2, n), cast)
+                )
         mixed = forward_call(x, rstd.new_empty(x.shape[1]), x.float(), rstd, 1e-6, 0.0, "llama")
         yield specialization(f"rms-norm-{shorts[dtype]}-fp32-weight", mixed)

@@ -13,7 +13,10 @@ __all__ = ["empty_heads", "rope", "seq_first"]
 
 # seq_first: whether q's (k's) result lies in memory as [B, S, H, D], else as [B, H, S, D]; its shape is [B,
 # H, S, D] in either case.
-LIBRARY.define("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse, bool[2] seq_first) -> (Tensor rotated_q, Tensor rotated_k)")
+LIBRARY.define(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse, bool[2] seq_first) -> (Tensor "
+    "rotated_q, Tensor rotated_k)"
+)
 
 
 def seq_first(x: Tensor) -> bool:
@@ -28,7 +31,9 @@ def empty_heads(x: Tensor, by_seq: bool) -> Tensor:
 
 
 @library.impl(LIBRARY, "rope", "CompositeExplicitAutograd")
-def _impl(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, seq_first: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+def _impl(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, seq_first: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
     outs = empty_heads(q, seq_first[0]), empty_heads(k, seq_first[1])
     backend("rope", select(q)).rope(q, k, cos, sin, inverse, *outs)
     return outs
@@ -55,7 +60,12 @@ class _RoPE(torch.autograd.Function):
             grads = _RoPE.apply(dq, dk, cos, sin, not ctx.inverse)
         else:  # The gradients lie in memory as q and k do, so that the projections read them without a copy.
             grads = entry(dq, _impl, "rope")(dq, dk, cos, sin, not ctx.inverse, ctx.seq_first)
-        return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None)
+        return (
+            *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)),
+            None,
+            None,
+            None,
+        )
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

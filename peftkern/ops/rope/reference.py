@@ -18,9 +18,12 @@ def _rotate_half_transposed(x: Tensor) -> Tensor:
     return torch.cat([second, -first], dim=-1)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_q: Tensor, rotated_k: Tensor) -> None:
-    """x cos + rotate_half(x) sin over the first Dr of D elements, the others copied, in fp32 and rounded once; q, k [B, H, S, D],
-    cos, sin [B or 1, S, Dr]. `inverse`: the transposed map, x cos + rotate_half^T(x sin). Fills the last two arguments."""
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_q: Tensor, rotated_k: Tensor
+) -> None:
+    """x cos + rotate_half(x) sin over the first Dr of D elements, the others copied, in fp32 and rounded
+    once; q, k [B, H, S, D], cos, sin [B or 1, S, Dr]. `inverse`: the transposed map, x cos + rotate_half^T(x
+    sin). Fills the last two arguments."""
     for x, out in ((q, rotated_q), (k, rotated_k)):
         out.copy_(rotated(x, cos, sin, inverse))
 

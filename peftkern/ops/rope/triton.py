@@ -39,13 +39,22 @@ def _rope_tile(
 ):
     inside = (head < heads)[:, None]
     # [HEADS, 1]
-    from_ptr, to_ptr = x_ptr + head.to(tl.int64)[:, None] * x_head, y_ptr + head.to(tl.int64)[:, None] * y_head
+    from_ptr, to_ptr = (
+        x_ptr + head.to(tl.int64)[:, None] * x_head,
+        y_ptr + head.to(tl.int64)[:, None] * y_head,
+    )
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     if HALF > 0:
         i = tl.arange(0, BLOCK_HALF)[None, :]  # [1, BLOCK_HALF]
         mask = inside & (i < HALF)
-        c1, c2 = _float(tl.load(cos_ptr + i, mask=i < HALF)), _float(tl.load(cos_ptr + HALF + i, mask=i < HALF))
-        s1, s2 = _float(tl.load(sin_ptr + i, mask=i < HALF)), _float(tl.load(sin_ptr + HALF + i, mask=i < HALF))
+        c1, c2 = (
+            _float(tl.load(cos_ptr + i, mask=i < HALF)),
+            _float(tl.load(cos_ptr + HALF + i, mask=i < HALF)),
+        )
+        s1, s2 = (
+            _float(tl.load(sin_ptr + i, mask=i < HALF)),
+            _float(tl.load(sin_ptr + HALF + i, mask=i < HALF)),
+        )
         x1, x2 = _float(tl.load(from_ptr + i, mask=mask)), _float(tl.load(from_ptr + HALF + i, mask=mask))
         y1 = x1 * c1 + x2 * s2 if INVERSE else x1 * c1 - x2 * s1
         y2 = x2 * c2 - x1 * s1 if INVERSE else x2 * c2 + x1 * s2
@@ -53,7 +62,9 @@ def _rope_tile(
         tl.store(to_ptr + HALF + i, _cast(y2, DTYPE), mask=mask)
     if BLOCK_REST > 0:
         rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]  # [1, BLOCK_REST]
-        tl.store(to_ptr + rest, tl.load(from_ptr + rest, mask=inside & (rest < dim)), mask=inside & (rest < dim))
+        tl.store(
+            to_ptr + rest, tl.load(from_ptr + rest, mask=inside & (rest < dim)), mask=inside & (rest < dim)
+        )
 
 
 @triton.jit
@@ -95,21 +106,58 @@ def _rope_kernel(
     angle = b * angle_batch + s * (2 * HALF)
     if group < q_groups:
         _rope_tile(
-            q_ptr + b * q_batch + s * q_seq, q_out_ptr + b * q_out_batch + s * q_out_seq, cos_ptr + angle, sin_ptr + angle,
-            group * HEADS + tl.arange(0, HEADS), q_heads, q_head, q_out_head, dim, HALF, BLOCK_HALF, BLOCK_REST, INVERSE,
-        )  # fmt: skip
+            q_ptr + b * q_batch + s * q_seq,
+            q_out_ptr + b * q_out_batch + s * q_out_seq,
+            cos_ptr + angle,
+            sin_ptr + angle,
+            group * HEADS + tl.arange(0, HEADS),
+            q_heads,
+            q_head,
+            q_out_head,
+            dim,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_REST,
+            INVERSE,
+        )
     else:
         _rope_tile(
-            k_ptr + b * k_batch + s * k_seq, k_out_ptr + b * k_out_batch + s * k_out_seq, cos_ptr + angle, sin_ptr + angle,
-            (group - q_groups) * HEADS + tl.arange(0, HEADS), k_heads, k_head, k_out_head, dim, HALF, BLOCK_HALF, BLOCK_REST, INVERSE,
-        )  # fmt: skip
+            k_ptr + b * k_batch + s * k_seq,
+            k_out_ptr + b * k_out_batch + s * k_out_seq,
+            cos_ptr + angle,
+            sin_ptr + angle,
+            (group - q_groups) * HEADS + tl.arange(0, HEADS),
+            k_heads,
+            k_head,
+            k_out_head,
+            dim,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_REST,
+            INVERSE,
+        )
 
 
-def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_q: Tensor, rotated_k: Tensor) -> Call:
+def call(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_q: Tensor, rotated_k: Tensor
+) -> Call:
     """The op's arguments, each with a contiguous last dimension, cos and sin contiguous."""
     (b, q_heads, s, d), k_heads, rotary = q.shape, k.shape[1], cos.shape[2]
-    arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "q_out_ptr": rotated_q, "k_out_ptr": rotated_k, "cos_ptr": cos, "sin_ptr": sin}
-    arguments |= {"q_heads": q_heads, "k_heads": k_heads, "seq": s, "dim": d, "angle_batch": cos.stride(0) if cos.shape[0] > 1 else 0}
+    arguments: dict[str, Any] = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "q_out_ptr": rotated_q,
+        "k_out_ptr": rotated_k,
+        "cos_ptr": cos,
+        "sin_ptr": sin,
+    }
+    arguments |= {
+        "q_heads": q_heads,
+        "k_heads": k_heads,
+        "seq": s,
+        "dim": d,
+        "angle_batch": cos.stride(0) if cos.shape[0] > 1 else 0,
+    }
     for name, x in (("q", q), ("k", k), ("q_out", rotated_q), ("k_out", rotated_k)):
         arguments |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_seq"), x.stride()[:3], strict=True))
     q_groups = -(-q_heads // HEADS)
@@ -122,7 +170,9 @@ def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_
 
 
 @replayed()
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_q: Tensor, rotated_k: Tensor) -> None:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_q: Tensor, rotated_k: Tensor
+) -> None:
     """As the reference."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     launch = call(q, k, cos.contiguous(), sin.contiguous(), inverse, rotated_q, rotated_k)
@@ -132,7 +182,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rotated_
 
 def specializations(arch: int) -> Iterator[Specialization]:
     """Both directions and each dtype: whole and partial rotation, a head that is no power of two."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32) if arch < 80 else (torch.bfloat16, torch.float16, torch.float32)
+    dtypes = (
+        (torch.float16, torch.bfloat16, torch.float32)
+        if arch < 80
+        else (torch.bfloat16, torch.float16, torch.float32)
+    )
     for dtype in dtypes:
         short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         for dim, rotary in ((128, 128), (64, 64), (256, 256), (96, 72), (80, 20)):

@@ -23,7 +23,19 @@ def _impl(weight: Tensor, *args: object) -> Tensor:
 
 
 @library.register_fake("peftkern::row_squares", lib=LIBRARY)
-def _(weight, code, absmax, absmax_8bit, absmax_code, nested_absmax, absmax_offset, blocksize, nested_blocksize, n, k):
+def _(
+    weight,
+    code,
+    absmax,
+    absmax_8bit,
+    absmax_code,
+    nested_absmax,
+    absmax_offset,
+    blocksize,
+    nested_blocksize,
+    n,
+    k,
+):
     return weight.new_empty(n, dtype=torch.float32)
 
 

@@ -103,7 +103,12 @@ def specializations(arch: int) -> Iterator[Specialization]:
     nested = (None, meta(1 << 18, torch.uint8), meta(256), meta(1 << 10), meta(1))
     plain = (meta(1 << 18), None, None, None, None)
     packed, out = meta(1 << 23, torch.uint8), meta(4096)
-    variants = (("nested", nested, 4096), ("plain", plain, 4096), ("words", nested, 4072), ("ragged", nested, 4095))
+    variants = (
+        ("nested", nested, 4096),
+        ("plain", plain, 4096),
+        ("words", nested, 4072),
+        ("ragged", nested, 4095),
+    )
     for name, absmax, k in variants:
         call = row_squares_call(packed, (meta(16), *absmax, 64, 256), 4096, k, out)
         wide = ("packed_ptr",) if k == 4096 else ()

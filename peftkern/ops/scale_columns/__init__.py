@@ -1,4 +1,5 @@
-"""y = u * scale + bias by columns: DoRA's magnitude over norm, applied to a linear's output; one op per direction."""
+"""y = u * scale + bias by columns: DoRA's magnitude over norm, applied to a linear's output; one op per
+direction."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ from . import reference
 __all__ = ["scale_columns"]
 
 LIBRARY.define("scale_columns_fwd(Tensor u, Tensor scale, Tensor? bias) -> Tensor")
-LIBRARY.define("scale_columns_bwd(Tensor dy, Tensor u, Tensor scale, bool[3] needs) -> (Tensor du, Tensor d_scale, Tensor d_bias)")
+LIBRARY.define(
+    "scale_columns_bwd(Tensor dy, Tensor u, Tensor scale, bool[3] needs) -> (Tensor du, Tensor "
+    "d_scale, Tensor d_bias)"
+)
 
 
 @library.impl(LIBRARY, "scale_columns_fwd", "CompositeExplicitAutograd")
@@ -34,7 +38,10 @@ def _(u, scale, bias):
 
 @library.register_fake("peftkern::scale_columns_bwd", lib=LIBRARY)
 def _(dy, u, scale, needs):
-    sums = [dy.new_empty(u.shape[1] if need else 0, dtype=accumulation(u) if need else dy.dtype) for need in needs[1:]]
+    sums = [
+        dy.new_empty(u.shape[1] if need else 0, dtype=accumulation(u) if need else dy.dtype)
+        for need in needs[1:]
+    ]
     return (u.new_empty(u.shape) if needs[0] else dy.new_empty(0), *sums)
 
 
@@ -60,7 +67,11 @@ class _ScaleColumns(torch.autograd.Function):
     def backward(ctx, dy):
         needs = list(ctx.needs_input_grad)
         du, d_scale, d_bias = torch.ops.peftkern.scale_columns_bwd(dy.contiguous(), *ctx.saved_tensors, needs)
-        return du if needs[0] else None, d_scale if needs[1] else None, d_bias.to(ctx.bias_dtype) if needs[2] else None
+        return (
+            du if needs[0] else None,
+            d_scale if needs[1] else None,
+            d_bias.to(ctx.bias_dtype) if needs[2] else None,
+        )
 
 
 def scale_columns(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

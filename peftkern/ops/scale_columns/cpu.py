@@ -19,12 +19,21 @@ def forward(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(
+    dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
     dy, u, scale = dy.contiguous(), u.contiguous(), scale.float().contiguous()
     du = torch.empty_like(u) if needs[0] else None
     d_scale, d_bias = (empty(u.shape[1]) if need else None for need in needs[1:])
     native().scale_columns_bwd(
-        address(dy), address(u), dtype_of(u), *u.shape, address(scale), address(du), address(d_scale), address(d_bias)
+        address(dy),
+        address(u),
+        dtype_of(u),
+        *u.shape,
+        address(scale),
+        address(du),
+        address(d_scale),
+        address(d_bias),
     )
     return du, d_scale, d_bias

@@ -1,4 +1,5 @@
-"""Columns scaled, in plain PyTorch, fp32: y = u * scale + bias; du = dy * scale, d_scale = sum of dy * u, d_bias = sum of dy."""
+"""Columns scaled, in plain PyTorch, fp32: y = u * scale + bias; du = dy * scale, d_scale = sum of dy * u,
+d_bias = sum of dy."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def forward(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias.to(acc)).to(u.dtype)
 
 
-def backward(dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(
+    dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dy [M, N] -> du in u's dtype, d_scale fp32 [N], d_bias fp32 [N]; None unless `needs` names it."""
     acc = accumulation(u)
     g = dy.to(acc)

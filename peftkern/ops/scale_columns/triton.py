@@ -1,4 +1,5 @@
-"""Columns scaled on a GPU, one launch each way. A program owns some columns over all rows, so that its sums need no second pass."""
+"""Columns scaled on a GPU, one launch each way. A program owns some columns over all rows, so that its sums
+need no second pass."""
 
 from __future__ import annotations
 
@@ -17,12 +18,15 @@ from ..triton_numerics import _cast, _float
 
 __all__ = ["backward", "backward_call", "forward", "forward_call", "specializations"]
 
-# Not measured. Forward: 16 bytes a thread in 16 bits, the columns' scales kept for some rows. Backward: 64 columns are 128 bytes of a row.
+# Not measured. Forward: 16 bytes a thread in 16 bits, the columns' scales kept for some rows. Backward: 64
+# columns are 128 bytes of a row.
 ROWS, COLS, GRAD_ROWS, GRAD_COLS, WARPS = 8, 1024, 64, 64, 4
 
 
 @triton.jit
-def _scale_columns_fwd_kernel(u_ptr, scale_ptr, bias_ptr, y_ptr, M, N, pieces, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _scale_columns_fwd_kernel(
+    u_ptr, scale_ptr, bias_ptr, y_ptr, M, N, pieces, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """u [M, N], scale, bias [N] -> y [M, N]; a program has ROWS rows of BLOCK_N columns."""
     first = (tl.program_id(0) // pieces).to(tl.int64) * ROWS
     col = (tl.program_id(0) % pieces) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -37,7 +41,16 @@ def _scale_columns_fwd_kernel(u_ptr, scale_ptr, bias_ptr, y_ptr, M, N, pieces, R
 
 @triton.jit
 def _scale_columns_bwd_kernel(
-    dy_ptr, u_ptr, scale_ptr, du_ptr, d_scale_ptr, d_bias_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    dy_ptr,
+    u_ptr,
+    scale_ptr,
+    du_ptr,
+    d_scale_ptr,
+    d_bias_ptr,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """dy, u [M, N] -> du [M, N]; d_scale, d_bias fp32 [N]; any of the three may be None."""
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
@@ -68,10 +81,19 @@ def forward_call(u: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> Ca
     return Call(_scale_columns_fwd_kernel, ceil_div(m, ROWS) * pieces, arguments, WARPS, 1)
 
 
-def backward_call(dy: Tensor, u: Tensor, scale: Tensor, du: Tensor | None, d_scale: Tensor | None, d_bias: Tensor | None) -> Call:
+def backward_call(
+    dy: Tensor, u: Tensor, scale: Tensor, du: Tensor | None, d_scale: Tensor | None, d_bias: Tensor | None
+) -> Call:
     """dy, u, du [M, N] contiguous; the sums fp32 [N]."""
     m, n = dy.shape
-    arguments: dict[str, Any] = {"dy_ptr": dy, "u_ptr": u, "scale_ptr": scale, "du_ptr": du, "d_scale_ptr": d_scale, "d_bias_ptr": d_bias}
+    arguments: dict[str, Any] = {
+        "dy_ptr": dy,
+        "u_ptr": u,
+        "scale_ptr": scale,
+        "du_ptr": du,
+        "d_scale_ptr": d_scale,
+        "d_bias_ptr": d_bias,
+    }
     arguments |= {"M": m, "N": n, "BLOCK_M": GRAD_ROWS, "BLOCK_N": GRAD_COLS}
     return Call(_scale_columns_bwd_kernel, ceil_div(n, GRAD_COLS), arguments, WARPS, 1)
 
@@ -84,7 +106,9 @@ def forward(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(
+    dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
     dy, u = dy.contiguous(), u.contiguous()
     du = u.new_empty(u.shape) if needs[0] else None
@@ -96,10 +120,16 @@ def backward(dy: Tensor, u: Tensor, scale: Tensor, needs: list[bool]) -> tuple[T
 
 def specializations(arch: int) -> Iterator[Specialization]:
     """Both directions in every dtype."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32) if arch < 80 else (torch.bfloat16, torch.float16, torch.float32)
+    dtypes = (
+        (torch.float16, torch.bfloat16, torch.float32)
+        if arch < 80
+        else (torch.bfloat16, torch.float16, torch.float32)
+    )
     scale = torch.empty(4096, dtype=torch.float32, device="meta")
     for dtype in dtypes:
         short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         u = torch.empty(512, 4096, dtype=dtype, device="meta")
-        yield specialization(f"scale-columns-{short}-fwd", forward_call(u, scale, scale, u), wide_loads=("u_ptr",))
+        yield specialization(
+            f"scale-columns-{short}-fwd", forward_call(u, scale, scale, u), wide_loads=("u_ptr",)
+        )
         yield specialization(f"scale-columns-{short}-bwd", backward_call(u, u, scale, u, scale, scale))

@@ -270,7 +270,8 @@ def write(self, *args):
     original(self, *args)
 checkpoints.ShardWriter.write = write
 method = Method("ties", density=0.4)
-combine_checkpoints({"a": 1.0, "b": 0.5}, folder / "base", {"a": folder / "a", "b": folder / "b"}, folder / "out",
+combine_checkpoints({"a": 1.0, "b": 0.5}, folder / "base", {"a": folder / "a", "b": folder / "b"},
+                     folder / "out",
                     method=method, piece=50, progress=False)
 """
 

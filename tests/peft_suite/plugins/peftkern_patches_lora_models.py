@@ -1,4 +1,5 @@
-"""A pytest plugin: every model that gets a LoRA adapter is patched right after it got it, by whatever path of PEFT's."""
+"""A pytest plugin: every model that gets a LoRA adapter is patched right after it got it, by whatever path of
+PEFT's."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def wrap(owner: type, name: str) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """All of PEFT's ways to add an adapter end in `inject_adapter`; a LoRA model's further adapters may be made in place."""
+    """All of PEFT's ways to add an adapter end in `inject_adapter`; a LoRA model's further adapters may be
+    made in place."""
     wrap(BaseTuner, "inject_adapter")
     wrap(LoraModel, "add_weighted_adapter")
     if "inject_adapter" in mixed.MixedModel.__dict__:
@@ -57,7 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    text = f"peftkern: {counts['models']} models patched, {counts['modules']} modules fused; nothing to patch in {counts['nothing']} models"
+    text = (
+        f"peftkern: {counts['models']} models patched, {counts['modules']} modules fused; nothing to patch "
+        f"in {counts['nothing']} models"
+    )
     terminalreporter.write_line(text)
 
 

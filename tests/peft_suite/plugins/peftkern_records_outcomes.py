@@ -1,4 +1,5 @@
-"""A pytest plugin: the outcome of every test, with what was patched in it, as JSON in $PEFTKERN_SUITE_OUT; and no waiting for the hub."""
+"""A pytest plugin: the outcome of every test, with what was patched in it, as JSON in $PEFTKERN_SUITE_OUT;
+and no waiting for the hub."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """PEFT's tests switch the hub on for themselves; where it cannot be reached each would wait a minute for its retries."""
+    """PEFT's tests switch the hub on for themselves; where it cannot be reached each would wait a minute for
+    its retries."""
     if hasattr(_http, "time"):
         _http.time = types.SimpleNamespace(**vars(_http.time) | {"sleep": lambda seconds: None})
 
