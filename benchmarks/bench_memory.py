@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from peftkern import NF4Weight, backends
+from peftkern import NF4Weight
 from peftkern.functional import qlora_linear
 from peftkern.ops.qlora_linear import cpu as launcher
+from peftkern.runtime import backends
 
 from .harness import OURS, Row, force_isa, parser, write_csv
 from .machine import describe

@@ -223,7 +223,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def force_isa(name: str | None) -> None:
     if name:
-        from peftkern import backends
+        from peftkern.runtime import backends
 
         backends.native().set_isa(name)
 

@@ -48,7 +48,7 @@ def describe() -> tuple[str, str, int, str]:
     """The columns device, isa, threads, versions."""
     import torch
 
-    from peftkern import backends
+    from peftkern.runtime import backends
 
     return (
         device(),

@@ -23,7 +23,7 @@ from pathlib import Path
 from peftkern.ops.qlora_group.plan import decoder_layer_plan
 from peftkern.ops.qlora_linear import config, plan
 from peftkern.ops.qlora_linear.plan import Launch, Shape
-from peftkern.ops.targets import CARDS, Card
+from peftkern.runtime.targets import CARDS, Card
 
 from .pages import put
 from .shapes import LARGE

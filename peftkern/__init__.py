@@ -1,10 +1,11 @@
 """peftkern: fused LoRA and 4-bit (NF4) kernels for memory-efficient fine-tuning with PyTorch."""
 
-from . import backends, functional
-from .backends import explain, use_backend
-from .nf4 import NF4Weight
+from . import functional
+from .formats.nf4 import NF4Weight
 from .ops import flops as _flops
 from .patching import PatchReport, mixed_adapters, patch, unpatch
+from .runtime import backends
+from .runtime.backends import explain, use_backend
 
 __version__ = "0.1.0"
 _flops.register()

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, functional
+from . import functional
 from .ops.dequantize import reference
+from .runtime import backends
 
 __all__ = ["main", "report", "smoke_check"]
 
@@ -143,7 +144,7 @@ def _openmp() -> str:
 
 
 def _backends() -> list[tuple[str, str]]:
-    from . import bnb_backend
+    from .formats import bnb_backend
 
     with contextlib.suppress(Exception):  # its import runs the entry point; without it the state says so
         importlib.import_module("bitsandbytes")

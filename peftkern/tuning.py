@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import torch
 
-from . import backends, functional
-from .nf4 import NF4Weight
+from . import functional
+from .formats.nf4 import NF4Weight
 from .ops.qlora_linear import config, tuned
 from .ops.qlora_linear.config import GPUConfig
+from .runtime import backends
 
 __all__ = ["derive", "main", "measure"]
 

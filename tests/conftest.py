@@ -18,7 +18,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from peftkern import backends  # noqa: E402
+from peftkern.runtime import backends  # noqa: E402
 
 
 # Without the extension this raises, and names the fix: the kernels' tests must not pass by being skipped.

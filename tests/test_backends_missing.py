@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern import backends, functional
+from peftkern import functional
+from peftkern.runtime import backends
 
 FIX = "pip install -e ."
 
@@ -24,7 +25,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     gives: list = [ImportError("No module named 'peftkern._C'")]
 
     def load(name: str, package: str | None = None) -> types.ModuleType:
-        if name != "._C":
+        if name != ".._C":
             return original(name, package)
         if isinstance(gives[0], Exception):
             raise gives[0]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import backends, environment, functional
+from peftkern import environment, functional
+from peftkern.runtime import backends
 
 
 def rows(text):

@@ -13,7 +13,7 @@ from benchmarks import roofline
 from benchmarks.pages import put
 from benchmarks.roofline import PEAKS, PEERS, Assumptions, frozen, ours, peer, rows, seconds
 from peftkern.ops.qlora_linear.plan import Launch, Shape
-from peftkern.ops.targets import ARCHITECTURES, CARDS, nearest, occupancy
+from peftkern.runtime.targets import ARCHITECTURES, CARDS, nearest, occupancy
 
 CARD = replace(
     CARDS["RTX 4090"], half=100e12, dram=1e12, fp32=40e12

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-from peftkern import backends
 from peftkern.functional import (
     Adapter,
     Member,
@@ -41,6 +40,7 @@ from peftkern.functional import (
     row_squares,
 )
 from peftkern.ops.qlora_linear import tuned
+from peftkern.runtime import backends
 
 from .forcing import ALWAYS, NEVER, gpu_row
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from peftkern import backends
 from peftkern.ops.qlora_linear import config
+from peftkern.runtime import backends
 
 __all__ = ["ALWAYS", "NEVER", "gpu_row"]
 

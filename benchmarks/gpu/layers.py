@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftkern import NF4Weight, backends
+from peftkern import NF4Weight
 from peftkern.functional import qlora_linear
 from peftkern.ops.dequantize import reference
 from peftkern.ops.qlora_linear import tuned
 from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.runtime import backends
 
 from ..harness import OURS
 from ..peers import close, has, peft_linear, within_bound

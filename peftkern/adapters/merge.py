@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats.nf4 import NF4Weight
 from ..merging import Branch
-from ..nf4 import NF4Weight
 from ..patching.merged import Unmerged, base_weight, branches_of, install_merge, reason_against, unmerged
 from .merge_layers import (
     Residual,

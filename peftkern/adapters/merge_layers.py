@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats.nf4 import NF4Weight
 from ..merging import (
     Branch,
     feedback_4bit,
@@ -22,7 +23,6 @@ from ..merging import (
     stochastic_4bit,
 )
 from ..merging.slabs import Rows
-from ..nf4 import NF4Weight
 from ..patching.detect import is_lora
 from ..patching.merged import Unmerged, base_weight, branches_of, put_weight, restore_state, unmerged
 from .merge_report import MergedLayer

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..files import atomic_directory
+from ..formats.nf4 import NF4Weight
 from ..merging import merge_dense
-from ..nf4 import NF4Weight
 from ..patching import unpatch
 from ..patching.weights import is_4bit
 from .merge import RESIDUAL, Source

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import bnb_backend
-from ..bnb_repacked import keep_plain
-from ..nf4 import NF4Weight
+from ..formats import bnb_backend
+from ..formats.bnb_repacked import keep_plain
+from ..formats.nf4 import NF4Weight
 from .config import FinetuneConfig
 from .errors import InputError
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nf4 import NF4Weight
+from ..formats.nf4 import NF4Weight
 from .checkpoint import stacks_of
 from .host import host_available, pinned_limit
 from .pinning import pin, unpin, whole_pages

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..nf4 import NF4Weight
+from ..formats.nf4 import NF4Weight
 from .slabs import Rows, dense_rows, full_precision, row_slabs
 
 __all__ = ["Branch", "fold", "folded_bias", "folded_rows"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..nf4 import NF4Weight
+from ..formats.nf4 import NF4Weight
 from .branches import Branch, folded_rows
 from .slabs import Rows, full_precision, row_slabs
 

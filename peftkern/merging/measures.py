@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..nf4 import NF4Weight
+from ..formats.nf4 import NF4Weight
 from .branches import Branch, fold
 from .slabs import Rows, dense_rows, full_precision, row_slabs
 

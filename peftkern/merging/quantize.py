@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..nf4 import NF4Weight
+from ..formats.nf4 import NF4Weight
 from ..ops.quantize import quantize_4bit as _quantize
 from ..ops.quantize import quantize_absmax as _quantize_absmax
 from .branches import Branch, folded_rows

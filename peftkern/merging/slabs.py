@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nf4 import NF4Weight
+from ..formats.nf4 import NF4Weight
 
 __all__ = [
     "SLAB_ELEMENTS",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd import forward_ad
 
-from ..backends import select
+from ..runtime.backends import select
 
 __all__ = [
     "LIBRARY",

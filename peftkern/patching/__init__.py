@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from .. import backends
+from ..runtime import backends
 from .attention import (
     install_attention,
     restore_surrounded,

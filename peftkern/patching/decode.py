@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import backends, group
+from ..functional import group
 from ..ops import unobserved
+from ..runtime import backends
 
 __all__ = ["Ready", "address_of"]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from ..runtime import backends
 from . import add
 from .dora import active_dora
 from .forwards import Forward, LinearForward, LoraForward, active_adapters, find
@@ -223,7 +223,7 @@ def _weight_reason(base: nn.Module) -> str | None:
 
 
 def _weight_reason_4bit(base: nn.Module) -> str | None:
-    from ..nf4 import NF4Weight
+    from ..formats.nf4 import NF4Weight
 
     try:
         weight = NF4Weight.from_bnb(base)

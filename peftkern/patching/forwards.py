@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends, functional
+from .. import functional
 from ..ops import transformed
+from ..runtime import backends
 from . import dora, mixed
 from .decode import Ready, address_of
 from .hooks import against, direct

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats.nf4 import NF4Weight
 from ..merging import Branch, folded_bias, merge_dense, requantize_4bit
-from ..nf4 import NF4Weight
 from .hooks import Ours
 from .plans import scaling_of
 from .weights import FLOATS, is_4bit, repacked, unpack

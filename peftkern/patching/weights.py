@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..bnb_repacked import leaves_traces, restore
-from ..nf4 import NF4Weight
+from ..formats.bnb_repacked import leaves_traces, restore
+from ..formats.nf4 import NF4Weight
 from .decode import address_of
 
 __all__ = [

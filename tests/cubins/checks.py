@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from peftkern.ops.specialization import Specialization
-from peftkern.ops.targets import nearest, occupancy
+from peftkern.runtime.specialization import Specialization
+from peftkern.runtime.targets import nearest, occupancy
 
 from .worker import Facts
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import peftkern.ops
-from peftkern.ops.specialization import Specialization
+from peftkern.runtime.specialization import Specialization
 
 from . import worker
 from .worker import Facts, Job

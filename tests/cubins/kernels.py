@@ -8,7 +8,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from peftkern.ops.specialization import Specialization
+from peftkern.runtime.specialization import Specialization
 
 
 @triton.jit

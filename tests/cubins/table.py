@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.pages import put
-from peftkern.ops.targets import nearest, occupancy
+from peftkern.runtime.targets import nearest, occupancy
 
 from . import harness, nvcc
 from .worker import Facts, Job
@@ -27,7 +27,7 @@ __all__ = ["main"]
 KEY = (
     "A cell: registers a thread · KiB of shared memory a block · share of an SM's warps that this lets "
     "run (computed from "
-    "`peftkern/ops/targets.py`) · tensor-core instruction, where there is one · bytes of local memory "
+    "`peftkern/runtime/targets.py`) · tensor-core instruction, where there is one · bytes of local memory "
     "a thread, where it spills."
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkern.ops.targets import ARCHITECTURES, Architecture, occupancy
+from peftkern.runtime.targets import ARCHITECTURES, Architecture, occupancy
 from tests.native.compiled import CXX
 
 REGISTERS = (16, 32, 40, 64, 72, 96, 128, 168, 255)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from peftkern.ops import targets
+from peftkern.runtime import targets
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from peftkern.ops import native_cuda
+from peftkern.runtime import native_cuda
 
 from ..native.compiled import once
 from .device_library import CudaLibrary

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkern import NF4Weight
-from peftkern.nf4 import code_tensor
+from peftkern.formats.nf4 import code_tensor
 from peftkern.ops.dequantize import reference as dequantize
 from peftkern.ops.qlora_linear.reference import dropout_scale
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkern.ops.native_cuda import native_cuda
+from peftkern.runtime.native_cuda import native_cuda
 
 from ..cubins.nvcc import MISSING
 from ..cubins.nvcc import find as find_nvcc

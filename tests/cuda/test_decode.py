@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern.nf4 import code_tensor
+from peftkern.formats.nf4 import code_tensor
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
 from ..native.compiled import pointer

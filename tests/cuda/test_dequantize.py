@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkern import NF4Weight
-from peftkern.nf4 import code_tensor, dynamic_map
+from peftkern.formats.nf4 import code_tensor, dynamic_map
 from peftkern.ops.dequantize import reference
 
 from ..native.compiled import DTYPES, c_weight, i64, pointer

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from peftkern import NF4Weight
-from peftkern.nf4 import code_tensor, dynamic_map
-from peftkern.ops import native_cuda
+from peftkern.formats.nf4 import code_tensor, dynamic_map
 from peftkern.ops.dequantize import cuda as dequantize
 from peftkern.ops.dequantize import reference as dequantize_reference
 from peftkern.ops.quantize import cuda as quantize
 from peftkern.ops.quantize import reference as quantize_reference
+from peftkern.runtime import native_cuda
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from peftkern.nf4 import BLOCKSIZES, code_tensor, dynamic_map
+from peftkern.formats.nf4 import BLOCKSIZES, code_tensor, dynamic_map
 from peftkern.ops.quantize import reference
 
 from ..native.compiled import i64, pointer

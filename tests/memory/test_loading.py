@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from peftkern import nf4, use_backend
+from peftkern import use_backend
+from peftkern.formats import nf4
 from peftkern.memory import loading, sliced_quantize, stored_weights
 from peftkern.memory.count import MemoryCount
 from peftkern.memory.loading import load_4bit, reads_in_slices

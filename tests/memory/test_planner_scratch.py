@@ -142,10 +142,10 @@ def test_the_loss_on_a_gpu(launchers: Any) -> None:
 @pytest.mark.parametrize("isa", ["avx512", None])
 @pytest.mark.parametrize("part", ["qkv", "o", "gate_up"])
 def test_groups_on_the_cpu(part: str, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftkern.backends import native
     from peftkern.memory.planner.cards import CPU
     from peftkern.ops.qlora_group import cpu as group
     from peftkern.ops.qlora_linear import config
+    from peftkern.runtime.backends import native
 
     pytest.importorskip("peftkern._C", reason="the native kernels are not built")
     if isa is not None:  # without tiles the vendor multiplies decoded slices

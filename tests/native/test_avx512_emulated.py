@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftkern import NF4Weight
-from peftkern.nf4 import code_tensor, dynamic_map
+from peftkern.formats.nf4 import code_tensor, dynamic_map
 from peftkern.ops.glu import ACTIVATIONS
 from peftkern.ops.rms_norm import CASTS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftkern import backends
+from peftkern.runtime import backends
 
 from .compiled import CSRC, i64, load, pointer
 from .compiled_blocks import STRUCTS, CGlu, CGluGrad, CRmsNorm, CRopeHeads

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern import backends
+from peftkern.runtime import backends
 
 from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
 from .compiled import DTYPES, i64, load, once, pointer

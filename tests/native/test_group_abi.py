@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern import NF4Weight, backends
+from peftkern import NF4Weight
+from peftkern.runtime import backends
 
 from ..ops.bounds import assert_as_accurate
 from .compiled import CSRC, CLora, CWeight, c_lora, c_weight, i64, load, pointer

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftkern import NF4Weight, backends
-from peftkern.ops.native import on_huge_pages
+from peftkern import NF4Weight
+from peftkern.runtime import backends
+from peftkern.runtime.native import on_huge_pages
 
 from .compiled import COMMON, CSRC, CXX, CLora, CWeight, c_lora, c_weight, i64, load, pointer
 

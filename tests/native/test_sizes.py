@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftkern import NF4Weight, backends
+from peftkern import NF4Weight
+from peftkern.runtime import backends
 
 from .compiled import CSRC, CWeight, c_lora, c_weight, i64, load, pointer
 from .compiled_blocks import CRmsNorm

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkern import backends
+from peftkern.runtime import backends
 
 from .compiled import CSRC, CXX
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern import NF4Weight, backends
+from peftkern import NF4Weight
 from peftkern.functional import qlora_linear
+from peftkern.runtime import backends
 
 TILED = [level for level in backends.native().isas() if level in ("avx512bf16", "amx")]
 

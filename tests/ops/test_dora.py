@@ -10,6 +10,7 @@ from torch import library
 from torch.nn.functional import linear
 
 from peftkern import NF4Weight, use_backend
+from peftkern.formats.nf4 import operands
 from peftkern.functional import (
     Adapter,
     Member,
@@ -19,11 +20,10 @@ from peftkern.functional import (
     quantize_4bit,
     row_squares,
 )
-from peftkern.nf4 import operands
 from peftkern.ops import dora_group as op
-from peftkern.ops.native import native, weight_view
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.scale_columns import scale_columns
+from peftkern.runtime.native import native, weight_view
 
 from ..cases import nightly
 from .bounds import FACTOR, assert_as_accurate, products_of_many_rows, relative_norm

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftkern
-from peftkern import NF4Weight, functional, nf4
+from peftkern import NF4Weight, functional
+from peftkern.formats import nf4
 from peftkern.functional import Adapter, Member
-from peftkern.group import few_rows
+from peftkern.functional.group import few_rows
 
 R = 2
 # Every size that is empty, alone and together, with few rows (the GEMV) and many (the GEMM or the vendor's).

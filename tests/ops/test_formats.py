@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from peftkern import NF4Weight, use_backend
+from peftkern.formats.nf4 import BLOCKSIZES, CODES, code_tensor, dynamic_map
 from peftkern.functional import dequantize_4bit, quantize_4bit
-from peftkern.nf4 import BLOCKSIZES, CODES, code_tensor, dynamic_map
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [(q, n) for q in ("nf4", "fp4") for n in (True, False)]

@@ -138,7 +138,7 @@ def test_batched_gradients_of_the_loss() -> None:
 
 def test_training_after_inference_mode() -> None:
     """The scratch outlives the call; made in inference mode it could not be written to in training."""
-    from peftkern.ops import native
+    from peftkern.runtime import native
 
     native._local.__dict__.clear()
     case = make(12, 40, 16, 2, torch.float32)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from peftkern.functional import linear_cross_entropy
-from peftkern.ops import native
-from peftkern.ops.native import reused
+from peftkern.runtime import native
+from peftkern.runtime.native import reused
 
 LARGE = (3000, 4000)
 BYTES = 4 * 3000 * 4000  # 48 MB

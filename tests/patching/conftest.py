@@ -2,7 +2,8 @@ from collections import Counter
 
 import pytest
 
-from peftkern import functional, group
+from peftkern import functional
+from peftkern.functional import group
 
 from .. import stock
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.nf4 import NF4Weight
+from peftkern.formats.nf4 import NF4Weight
 from peftkern.patching.forwards import find
 from peftkern.patching.weights import is_4bit
 

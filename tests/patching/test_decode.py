@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
-from peftkern import group
+from peftkern.functional import group
 from peftkern.patching import decode
 from peftkern.patching.forwards import find
 
@@ -240,7 +240,7 @@ def test_another_backend_is_followed(prepared):
     model = patched()
     outputs(model)
     prepared.clear()
-    with peftkern.backends.use_backend("reference"):
+    with peftkern.runtime.backends.use_backend("reference"):
         got = outputs(model)
     assert prepared == []
     for a, b in zip(got, outputs(model), strict=True):

@@ -10,13 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from peftkern.finetune.errors import InputError
-from peftkern.transfer.dann import (
-    DANNLoss,
-    annealed_rate,
-    domain_probe,
-    reversal_weight,
-    reverse_gradient,
-)
+from peftkern.transfer.dann import DANNLoss, annealed_rate, domain_probe, reversal_weight, reverse_gradient
 
 
 def test_schedules_are_the_paper_s_and_of_the_step_alone() -> None:

@@ -18,13 +18,7 @@ transformers = pytest.importorskip(
 )
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'peftkern[transfer]'")
 
-from peftkern.transfer.features import (
-    adapters_disabled,
-    layer_stack,
-    pool_last,
-    pool_mean,
-    pooled_features,
-)
+from peftkern.transfer.features import adapters_disabled, layer_stack, pool_last, pool_mean, pooled_features
 
 _SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=96)
 

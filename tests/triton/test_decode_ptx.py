@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from peftkern.nf4 import CODES, code_tensor
+from peftkern.formats.nf4 import CODES, code_tensor
 
 pytest.importorskip("triton")
 

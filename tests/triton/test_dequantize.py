@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftkern import NF4Weight, use_backend
-from peftkern.nf4 import BLOCKSIZES
+from peftkern.formats.nf4 import BLOCKSIZES
 
 pytest.importorskip("triton")
 

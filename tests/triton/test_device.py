@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern import NF4Weight, backends, use_backend
+from peftkern import NF4Weight, use_backend
 from peftkern.functional import dequantize_4bit, qlora_linear
 from peftkern.ops.qlora_linear import tuned
+from peftkern.runtime import backends
 
 from .test_gpu_plan import FUSED, NAMES, SLAB, _case, _ours
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import use_backend
-from peftkern.group import prepare
+from peftkern.functional.group import prepare
 from peftkern.ops.qlora_group import gpu, plan, split
 from peftkern.ops.qlora_linear import plan as single_plan
 from peftkern.ops.qlora_linear import tuned

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peftkern.ops import triton_launch
-from peftkern.ops.triton_launch import Call
+from peftkern.runtime import launch as triton_launch
+from peftkern.runtime.launch import Call
 
 
 def _parameter(name: str, *, is_constexpr: bool = False, do_not_specialize: bool = False) -> SimpleNamespace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern.nf4 import BLOCKSIZES, CODES, code_tensor, dynamic_map
+from peftkern.formats.nf4 import BLOCKSIZES, CODES, code_tensor, dynamic_map
 
 pytest.importorskip("triton")
 

@@ -132,7 +132,7 @@ def _isa(card: Card | None) -> str | None:
     if card is not None and card is not CPU:
         return None
     try:
-        from ...backends import native
+        from ...runtime.backends import native
 
         return native().isa()
     except (ImportError, RuntimeError, AttributeError):

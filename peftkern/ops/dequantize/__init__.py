@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...nf4 import NF4Weight
+from ...formats.nf4 import NF4Weight
 from .. import LIBRARY, backend, serving
 
 __all__ = ["dequantize_4bit"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, address, empty, native, on_huge_pages, weight_view
+from ...runtime.native import DTYPES, address, empty, native, on_huge_pages, weight_view
 
 __all__ = ["dequantize_4bit", "dequantize_4bit_out"]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native import dtype_of
-from ..native_cuda import native_cuda, stream_of, weight_view
+from ...runtime.native import dtype_of
+from ...runtime.native_cuda import native_cuda, stream_of, weight_view
 
 __all__ = ["dequantize_4bit", "dequantize_4bit_out", "dequantize_slice"]
 

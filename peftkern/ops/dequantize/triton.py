@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...backends import gpu_arch
-from ..specialization import Specialization
-from ..triton_launch import Call, run
+from ...runtime.backends import gpu_arch
+from ...runtime.launch import Call, run
+from ...runtime.specialization import Specialization
 from ..triton_nf4 import _absmax, _codes, _decode, _decode_words, decode_method, group_words
 from ..triton_nf4 import _absmax_value as _absmax_value  # tests/cubins finds it here by name
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, library
 
-from ...backends import forced
+from ...runtime.backends import forced
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe

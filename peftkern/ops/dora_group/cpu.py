@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, empty, native, scratch
+from ...runtime.native import address, dtype_of, empty, native, scratch
 from ..qlora_group import cpu as group_cpu
 from ..qlora_linear import config
 from ..qlora_linear import cpu as single

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..native import address, dtype_of, empty, native
+from ...runtime.native import address, dtype_of, empty, native
 from ..rows import out_rows, rows_of
 from . import ACTIVATIONS
 

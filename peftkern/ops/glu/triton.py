@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.launch import Call, run, specialization
 from ...runtime.replay import replayed
+from ...runtime.specialization import Specialization
 from ..rows import out_rows, rows_of
-from ..specialization import Specialization
-from ..triton_launch import Call, run, specialization
 from ..triton_numerics import _cast, _float
 from . import ACTIVATIONS
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...nf4 import NF4Weight, operands
+from ...formats.nf4 import NF4Weight, operands
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
 from ..derivatives import twice_differentiable
 from ..flops import observe

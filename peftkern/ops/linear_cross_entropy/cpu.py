@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, empty, native, scratch, zeros
+from ...runtime.native import address, dtype_of, empty, native, scratch, zeros
 from .budget import given
 from .heads import EngineHead, Grads, Head, VendorHead, served_by_vendor
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..native import address, empty, native, reused, scratch, weight_view, zeros
+from ...runtime.native import address, empty, native, reused, scratch, weight_view, zeros
 from ..qlora_linear import config
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.launch import Call, run, specialization
+from ...runtime.specialization import Specialization
 from ..dequantize.triton import dequantize_slice
 from ..qlora_linear import config
 from ..sizes import next_power_of_2
-from ..specialization import Specialization
-from ..triton_launch import Call, run, specialization
 from ..triton_numerics import _cast, _float
 from .budget import given
 

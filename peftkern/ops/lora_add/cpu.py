@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, empty, native, scratch, zeros
+from ...runtime.native import address, dtype_of, empty, native, scratch, zeros
 
 __all__ = ["backward", "forward"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
+from ...runtime.native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
 from ..qlora_linear import config
 from ..qlora_linear import cpu as single
 from . import Spec, split_needs

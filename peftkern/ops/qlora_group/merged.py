@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...runtime.launch import run
 from ..qlora_linear import gpu as single
 from ..qlora_linear.config import Choice
 from ..qlora_linear.low_rank_config import LowRankConfig
-from ..triton_launch import run
 from ..triton_nf4 import group_words
 from . import triton_passes as passes
 from . import triton_products as products

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.launch import Call, specialization
+from ...runtime.specialization import Specialization
 from ..dequantize.triton import RAGGED_WARPS, WARPS, tiles
 from ..qlora_linear.low_rank_config import LowRankConfig, Tile, choose_low_rank
 from ..qlora_linear.triton_low_rank import _launch, _mode, _pad, _threshold
@@ -33,8 +35,6 @@ from ..qlora_linear.triton_low_rank_bodies import (
 )
 from ..qlora_linear.triton_slab import _slab_body
 from ..sizes import ceil_div
-from ..specialization import Specialization
-from ..triton_launch import Call, specialization
 from ..triton_numerics import _cast
 from ..triton_philox import _dropout_keep, _dropout_key, _keep_factor
 

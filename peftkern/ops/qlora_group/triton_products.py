@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.launch import Call, specialization
+from ...runtime.specialization import Specialization
 from ..qlora_linear.triton_matmul import MatmulConfig, _block_r, _low_mode, default_config
 from ..qlora_linear.triton_matmul_bodies import _finish, _matmul_tile, _weight_tile
 from ..sizes import ceil_div
-from ..specialization import Specialization
-from ..triton_launch import Call, specialization
 from ..triton_numerics import _dot, _dot_fresh, _float
 from .triton_passes import Low
 

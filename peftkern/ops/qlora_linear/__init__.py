@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...backends import select
-from ...nf4 import NF4Weight, operands
+from ...formats.nf4 import NF4Weight, operands
+from ...runtime.backends import select
 from .. import LIBRARY, accumulation, autocast_off, backend, transformed, unobserved
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe

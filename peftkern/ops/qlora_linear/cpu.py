@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
+from ...runtime.native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
 from . import config
 
 __all__ = [

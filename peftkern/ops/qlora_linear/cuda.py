@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import gpu_arch
-from ..native import DTYPES, address, dtype_of
-from ..native_cuda import native_cuda, stream_of, weight_view
+from ...runtime.backends import gpu_arch
+from ...runtime.native import DTYPES, address, dtype_of
+from ...runtime.native_cuda import native_cuda, stream_of, weight_view
 
 __all__ = ["gemv_forward", "mma_forward", "mma_supported", "xa_forward"]
 

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...backends import gpu_arch, use_cuda_kernels
+from ...runtime.backends import gpu_arch, use_cuda_kernels
+from ...runtime.launch import Call, run
 from ...runtime.replay import replayed
 from ..dequantize.triton import dequantize_slice
-from ..triton_launch import Call, run
 from . import config, cuda, tuned
 from . import triton_low_rank as low_rank
 from . import triton_matmul as matmul

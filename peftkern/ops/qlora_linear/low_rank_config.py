@@ -6,8 +6,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from ...runtime.targets import nearest
 from ..sizes import ceil_div, next_power_of_2
-from ..targets import nearest
 
 __all__ = ["EXACT_ROWS", "LowRankConfig", "Tile", "choose_low_rank", "dot_mode"]
 

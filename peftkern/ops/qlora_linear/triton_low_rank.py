@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...backends import gpu_arch
+from ...runtime.backends import gpu_arch
+from ...runtime.launch import UNSPECIALIZED, Call, run, specialization
+from ...runtime.specialization import Specialization
 from ..sizes import ceil_div, next_power_of_2
-from ..specialization import Specialization
-from ..triton_launch import UNSPECIALIZED, Call, run, specialization
 from .low_rank_config import EXACT_ROWS, LowRankConfig, Tile, choose_low_rank, dot_mode
 from .triton_low_rank_bodies import (
     _d_lora_a_body,

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...backends import gpu_arch
+from ...runtime.backends import gpu_arch
+from ...runtime.launch import Call, run, specialization
+from ...runtime.specialization import Specialization
 from ..sizes import next_power_of_2
-from ..specialization import Specialization
-from ..triton_launch import Call, run, specialization
 from ..triton_nf4 import _absmax_value as _absmax_value  # tests/cubins finds it here by name
 from ..triton_nf4 import decode_method, group_words
 from .triton_matmul_bodies import _matmul_tile, _reduce_tile

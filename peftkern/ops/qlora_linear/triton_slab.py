@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.launch import UNSPECIALIZED, Call, specialization
+from ...runtime.specialization import Specialization
 from ..dequantize.triton import _dequantize_ragged_tile, _dequantize_tile, tiles
-from ..specialization import Specialization
-from ..triton_launch import UNSPECIALIZED, Call, specialization
 from .low_rank_config import choose_low_rank, dot_mode
 from .triton_low_rank import _dy_pair_kernel, _dy_pass_kernel, _project_kernel, dy_calls, project_call
 from .triton_low_rank_bodies import _dy_pair_body, _dy_pass_body, _project_body

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from ... import backends
 from ...files import cache_dir, write_json
+from ...runtime import backends
 from ...runtime.replay import forget as forget_records
 from .config import GPUConfig
 

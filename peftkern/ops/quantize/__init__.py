@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...backends import select
+from ...runtime.backends import select
 from .. import LIBRARY, backend
 
 __all__ = ["quantize_4bit", "quantize_absmax"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import address, dtype_of, empty, native
+from ...runtime.native import address, dtype_of, empty, native
 
 __all__ = ["quantize_4bit", "quantize_absmax"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import dtype_of
-from ..native_cuda import native_cuda, stream_of
+from ...runtime.native import dtype_of
+from ...runtime.native_cuda import native_cuda, stream_of
 
 __all__ = ["quantize_4bit", "quantize_absmax"]
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..specialization import Specialization
+from ...runtime.specialization import Specialization
 from ..triton_numerics import _float
 
 __all__ = ["_quantize_tile", "quantize_4bit", "quantize_absmax", "specializations"]

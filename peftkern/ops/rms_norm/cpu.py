@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, address, dtype_of, empty, native, scratch
+from ...runtime.native import DTYPES, address, dtype_of, empty, native, scratch
 from ..rows import rows_of
 from . import CASTS, result_dtype
 

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.launch import UNSPECIALIZED, Call, run, specialization
 from ...runtime.replay import replayed
+from ...runtime.specialization import Specialization
 from ..rows import rows_of
 from ..sizes import next_power_of_2
-from ..specialization import Specialization
-from ..triton_launch import UNSPECIALIZED, Call, run, specialization
 from ..triton_numerics import _cast, _float
 from . import CASTS, result_dtype
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...backends import select
+from ...runtime.backends import select
 from .. import LIBRARY, backend, entry, transformed
 from . import reference
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..native import address, dtype_of, native
+from ...runtime.native import address, dtype_of, native
 
 __all__ = ["rope"]
 

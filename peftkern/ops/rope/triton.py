@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.launch import Call, run, specialization
 from ...runtime.replay import replayed
+from ...runtime.specialization import Specialization
 from ..sizes import next_power_of_2
-from ..specialization import Specialization
-from ..triton_launch import Call, run, specialization
 from ..triton_numerics import _cast, _float
 
 __all__ = ["call", "rope", "specializations"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..native import address, empty, native, weight_view
+from ...runtime.native import address, empty, native, weight_view
 from . import reference
 
 __all__ = ["row_squares"]

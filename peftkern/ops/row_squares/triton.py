@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..specialization import Specialization
-from ..triton_launch import Call, run, specialization
+from ...runtime.launch import Call, run, specialization
+from ...runtime.specialization import Specialization
 from ..triton_nf4 import _absmax, _codes, _decode, _decode_words, group_words
 from . import reference
 

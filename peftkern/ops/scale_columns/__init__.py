@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...backends import select
+from ...runtime.backends import select
 from .. import LIBRARY, accumulation, backend, transformed
 from ..derivatives import derived, stand_in, twice_differentiable
 from . import reference

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.launch import Call, run, specialization
+from ...runtime.specialization import Specialization
 from ..sizes import ceil_div
-from ..specialization import Specialization
-from ..triton_launch import Call, run, specialization
 from ..triton_numerics import _cast, _float
 
 __all__ = ["backward", "backward_call", "forward", "forward_call", "specializations"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...bnb_repacked import plain_absmax
+from ...formats.bnb_repacked import plain_absmax
 from .layers import Factors, sampled_values
 
 __all__ = ["base_identity"]

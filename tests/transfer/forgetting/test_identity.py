@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern.nf4 import NF4Weight
+from peftkern.formats.nf4 import NF4Weight
 from peftkern.transfer.forgetting.identity import _absmax
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import native
+from .backends import native
 
 __all__ = [
     "DTYPES",

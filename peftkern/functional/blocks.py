@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import glu as _glu
-from .ops import rms_norm as _rms_norm
-from .ops import rope as _rope
+from ..ops import glu as _glu
+from ..ops import rms_norm as _rms_norm
+from ..ops import rope as _rope
 
 __all__ = ["add_rms_norm", "glu", "rms_norm", "rope"]
 

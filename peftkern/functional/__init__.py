@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, nf4
+from ..formats import nf4
+from ..formats.nf4 import NF4Weight
+from ..ops import dequantize as _dequantize
+from ..ops import lora_add as _lora_add
+from ..ops import qlora_linear as _qlora_linear
+from ..ops import quantize as _quantize
+from . import checks
 from .attention import prefix_attention, prefix_gated
 from .blocks import add_rms_norm, glu, rms_norm, rope
 from .dora import dora_group, dora_linear, dora_norm, row_squares
 from .group import Adapter, Member, qlora_group
-from .losses import linear_cross_entropy
+from .loss import linear_cross_entropy
 from .mlp import gated_mlp, gated_mlp_packed
-from .nf4 import NF4Weight
-from .ops import dequantize as _dequantize
-from .ops import lora_add as _lora_add
-from .ops import qlora_linear as _qlora_linear
-from .ops import quantize as _quantize
 
 __all__ = [
     "Adapter",

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..formats.nf4 import NF4Weight, operands
+from ..ops import dora_group as _op
+from ..ops.row_squares import row_squares as _squares
+from ..ops.scale_columns import scale_columns
 from . import checks
 from .group import Adapter, Member, prepare, qlora_group
-from .nf4 import NF4Weight, operands
-from .ops import dora_group as _op
-from .ops.row_squares import row_squares as _squares
-from .ops.scale_columns import scale_columns
 
 __all__ = ["dora_group", "dora_linear", "dora_norm", "row_squares"]
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .nf4 import NF4Weight
+from ..formats.nf4 import NF4Weight
 
 __all__ = ["FLOATS", "activation", "adapter", "dropout", "flat", "seed", "vector", "weight_shape"]
 

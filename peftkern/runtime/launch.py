@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.record import launched, unwatched
+from .record import launched, unwatched
 from .specialization import Specialization
 
 __all__ = ["UNSPECIALIZED", "Call", "run", "specialization"]

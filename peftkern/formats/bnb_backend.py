@@ -26,11 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from . import backends, functional, nf4
+from .. import functional
+from ..ops import quantize as _quantize
+from ..ops.qlora_linear import cpu
+from ..runtime import backends
+from . import nf4
 from .bnb_repacked import codes_in_row_order, is_repacked, plain_absmax
 from .nf4 import NF4Weight
-from .ops import quantize as _quantize
-from .ops.qlora_linear import cpu
 
 __all__ = ["register", "state", "suspended", "unregister"]
 

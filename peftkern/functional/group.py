@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..formats.nf4 import NF4Weight, operands
+from ..ops import qlora_group as _op
 from . import checks
-from .nf4 import NF4Weight, operands
-from .ops import qlora_group as _op
 
 __all__ = ["Adapter", "Member", "few_rows", "prepare", "qlora_group"]
 

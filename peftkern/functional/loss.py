@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..formats.nf4 import NF4Weight
+from ..ops.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from . import checks
-from .nf4 import NF4Weight
-from .ops.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 
 __all__ = ["linear_cross_entropy"]
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..runtime.record import unrecordable
 from .native import address, dtype_of
+from .record import unrecordable
 
 __all__ = ["available", "native_cuda", "serves", "stream_of", "weight_view"]
 

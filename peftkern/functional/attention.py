@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import prefix_attention as _prefix_attention
+from ..ops import prefix_attention as _prefix_attention
 
 __all__ = ["prefix_attention", "prefix_gated"]
 

@@ -110,7 +110,7 @@ class NF4Weight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, `dtype` (default: the one it was quantized from), in `shape`."""
-        from .functional import dequantize_4bit
+        from ..functional import dequantize_4bit
 
         return dequantize_4bit(self, dtype=dtype)
 
@@ -120,7 +120,7 @@ class NF4Weight:
     ) -> NF4Weight:
         """Quantize a dense fp32, bf16 or fp16 weight of any shape; `functional.quantize_4bit` under another
         name."""
-        from .functional import quantize_4bit
+        from ..functional import quantize_4bit
 
         return quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, nested=nested)
 

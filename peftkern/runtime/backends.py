@@ -37,7 +37,7 @@ _forced: str | None = None
 def _load_native() -> tuple[ModuleType | None, str]:
     # torch is imported above: its OpenMP runtime must be loaded first, so that the extension shares it.
     try:
-        extension = importlib.import_module("._C", __package__)
+        extension = importlib.import_module(".._C", __package__)
     except ImportError as error:
         return (
             None,
@@ -89,7 +89,7 @@ def _triton() -> tuple[bool, str]:
 
 @functools.cache
 def _cuda() -> tuple[bool, str]:
-    from .ops import native_cuda
+    from . import native_cuda
 
     built, reason = native_cuda.available()
     if not built:
@@ -213,18 +213,18 @@ def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
     if backend == "reference":
         return f"reference: {reason}"
     if backend == "cpu":
-        from .ops.qlora_linear import config
+        from ..ops.qlora_linear import config
 
         choice = config.choose(dtype=dtype, isa=native().isa(), m=m, n=n, k=k)
         return f"cpu: {reason}; {choice.regime} ({choice.why})"
-    from .ops.qlora_linear import gpu
+    from ..ops.qlora_linear import gpu
 
     return f"{backend}: {reason}; {gpu.explain(x, m, n, k, r)}"
 
 
 def _refusal(x: Tensor, n: int, k: int, r: int) -> str:
     """What is wrong with a call, as the public function says it; empty where nothing is."""
-    from . import checks
+    from ..functional import checks
 
     for name, value, least in (("n", n, 1), ("k", k, 1), ("r", r, 0)):
         if value < least:
