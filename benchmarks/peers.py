@@ -34,7 +34,7 @@ def has(*packages: str) -> bool:
 
 
 def _check_hook() -> None:
-    hook = sys.modules.get("peftkern.formats.bnb_backend")
+    hook = sys.modules.get("peftkern.bnb_backend")
     if hook is not None and hook.state()[0]:
         raise RuntimeError(
             "peftkern's bitsandbytes hook is on, so bitsandbytes would run our kernels; set "

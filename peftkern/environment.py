@@ -144,7 +144,7 @@ def _openmp() -> str:
 
 
 def _backends() -> list[tuple[str, str]]:
-    from .formats import bnb_backend
+    from . import bnb_backend
 
     with contextlib.suppress(Exception):  # its import runs the entry point; without it the state says so
         importlib.import_module("bitsandbytes")

@@ -22,8 +22,8 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from peftkern import NF4Weight, use_backend
-from peftkern.formats import bnb_backend, nf4
+from peftkern import NF4Weight, bnb_backend, use_backend
+from peftkern.formats import nf4
 from peftkern.ops import quantize
 
 __all__ = ["decodes", "exact", "gemv_reads_plain", "need", "quantized", "quantizes", "right"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import peftkern.functional
-from peftkern import NF4Weight
-from peftkern.formats import bnb_backend, nf4
+from peftkern import NF4Weight, bnb_backend
+from peftkern.formats import nf4
 from peftkern.runtime import backends
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -360,9 +360,9 @@ def test_importing_bitsandbytes_registers_through_the_entry_point(value, tmp_pat
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peftkern\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[bitsandbytes.backends]\npeftkern = peftkern.formats.bnb_backend:register\n"
+        "[bitsandbytes.backends]\npeftkern = peftkern.bnb_backend:register\n"
     )
-    program = "import bitsandbytes, peftkern.formats.bnb_backend as b; print(b.state()[0])"
+    program = "import bitsandbytes, peftkern.bnb_backend as b; print(b.state()[0])"
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "PEFTKERN_BNB_BACKEND": value, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

@@ -8,8 +8,7 @@ import io
 import pytest
 import torch
 
-from peftkern import NF4Weight, use_backend
-from peftkern.formats import bnb_backend
+from peftkern import NF4Weight, bnb_backend, use_backend
 from peftkern.formats.bnb_repacked import codes_in_row_order, keep_plain, plain_absmax
 from peftkern.runtime import backends
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats import bnb_backend
+from .. import bnb_backend
 from ..formats.bnb_repacked import keep_plain
 from ..formats.nf4 import NF4Weight
 from .config import FinetuneConfig

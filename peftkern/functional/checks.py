@@ -10,9 +10,15 @@ from torch import Tensor
 
 from ..formats.nf4 import NF4Weight
 
-__all__ = ["FLOATS", "activation", "adapter", "dropout", "flat", "seed", "vector", "weight_shape"]
+__all__ = ["FLOATS", "activation", "adapter", "dropout", "flat", "floating", "seed", "vector", "weight_shape"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(name: str, value: Tensor) -> None:
+    """Raises TypeError for a tensor of another dtype than fp32, bf16 and fp16."""
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {value.dtype}, expected float32, bfloat16 or float16")
 
 
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:

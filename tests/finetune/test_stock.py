@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from peftkern import bnb_backend
 from peftkern.__main__ import main
 from peftkern.finetune import FinetuneConfig, InputError, finetune
-from peftkern.formats import bnb_backend
 
 bnb_modules = importlib.import_module("bitsandbytes.nn.modules")
 repacks = pytest.mark.skipif(

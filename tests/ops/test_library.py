@@ -10,6 +10,7 @@ from torch import library
 
 import peftkern
 from peftkern import NF4Weight, functional, use_backend
+from peftkern.formats import nf4
 from peftkern.ops.qlora_linear import config
 
 
@@ -34,7 +35,7 @@ def test_opcheck(backend: str, nested: bool) -> None:
     ops, seed = torch.ops.peftkern, torch.tensor([3])
     with use_backend(backend):
         library.opcheck(ops.quantize_4bit.default, (x, 64, w.code))
-        library.opcheck(ops.quantize_absmax.default, (torch.randn(300), functional.nf4.dynamic_map(), 256))
+        library.opcheck(ops.quantize_absmax.default, (torch.randn(300), nf4.dynamic_map(), 256))
         library.opcheck(
             ops.dequantize_4bit.default, (w.packed, *_quant(w)[:6], [20, 64], 64, 256, torch.bfloat16)
         )

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from .. import functional
-from ..ops import quantize as _quantize
-from ..ops.qlora_linear import cpu
-from ..runtime import backends
-from . import nf4
-from .bnb_repacked import codes_in_row_order, is_repacked, plain_absmax
-from .nf4 import NF4Weight
+from . import functional
+from .formats import nf4
+from .formats.bnb_repacked import codes_in_row_order, is_repacked, plain_absmax
+from .formats.nf4 import NF4Weight
+from .ops import quantize as _quantize
+from .ops.qlora_linear import cpu
+from .runtime import backends
 
 __all__ = ["register", "state", "suspended", "unregister"]
 

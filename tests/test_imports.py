@@ -1,0 +1,92 @@
+"""The house's one direction: no module needs, at its import, one that needs it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What the modules of these rooms may import of the package when they are imported, beside their own room.
+ROOMS = {
+    "formats": {"runtime"},
+    "runtime": set(),
+    "ops": {"runtime", "formats", "files"},
+    "functional": {"ops", "formats", "runtime"},
+}
+
+
+def names(root: Path) -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted((root / "peftkern").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def statements(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when the module is imported; not those for type checkers."""
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        elif isinstance(node, (ast.If, ast.Try, ast.With)):
+            for part in ("body", "orelse", "finalbody"):
+                yield from statements(getattr(node, part, []))
+            for handler in getattr(node, "handlers", []):
+                yield from statements(handler.body)
+
+
+def imported(name: str, modules: dict[str, Path]) -> set[str]:
+    """The package's modules that this one imports, by name."""
+    path = modules[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in statements(ast.parse(path.read_text()).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        base = node.module or ""
+        if node.level:
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*above, *([node.module] if node.module else [])])
+        for alias in node.names:
+            inner = f"{base}.{alias.name}"
+            found.add(inner if inner in modules else base)
+    return {other for other in found if other in modules} - {name}
+
+
+def graph(root: Path) -> dict[str, set[str]]:
+    modules = names(root)
+    return {name: imported(name, modules) for name in modules}
+
+
+def test_no_import_circle() -> None:
+    TopologicalSorter(graph(ROOT)).prepare()
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "peftkern" / "room"
+    folder.mkdir(parents=True)
+    for path, text in (("__init__.py", ""), ("a.py", "from . import b"), ("b.py", "from .a import x")):
+        (folder / path).write_text(text)
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph(tmp_path)).prepare()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards(room: str) -> None:
+    allowed = ROOMS[room] | {room}
+    upwards = {
+        f"{name} imports {other}"
+        for name, others in graph(ROOT).items()
+        if name.split(".")[1:2] == [room]
+        for other in others
+        if (other.split(".")[1:2] or [""])[0] not in allowed
+    }
+    assert not upwards
