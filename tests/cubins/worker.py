@@ -165,9 +165,21 @@ def _lines_of(spec: Any, names: Iterable[str]) -> set[tuple[str, int]]:
     return found
 
 
+def _statement(file: str, line: int) -> str:
+    """The source from this line on to where its brackets are closed, as one line."""
+    text, depth = "", 0
+    while following := linecache.getline(file, line):
+        text = f"{text} {following.strip()}".strip()
+        depth += sum(following.count(c) for c in "([{") - sum(following.count(c) for c in ")]}")
+        if depth <= 0:
+            break
+        line += 1
+    return text
+
+
 def _declared_loads(code: str, pointers: Iterable[str]) -> tuple[Counter[str], Counter[str]]:
-    """Loads on source lines that load from one of `pointers`: (16 bytes and more, less)."""
-    found = [(load.width, linecache.getline(load.file, load.line).strip()) for load in ptx.loads(code)]
+    """Loads of statements that load from one of `pointers`: (16 bytes and more, less)."""
+    found = [(load.width, _statement(load.file, load.line)) for load in ptx.loads(code)]
     names = tuple(pointers)
     lines = [(width, text) for width, text in found if any(re.search(rf"\b{name}\b", text) for name in names)]
     if names and not lines:

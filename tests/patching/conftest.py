@@ -33,7 +33,9 @@ def calls(monkeypatch):
         counter["add"] += 1
         return original_add(*args, **options)
 
-    monkeypatch.setattr(functional, "qlora_linear", counted)
+    # `linear_4bit` calls it by the name in its own module.
+    for module in (functional, functional.linear):
+        monkeypatch.setattr(module, "qlora_linear", counted)
     original_group = functional.qlora_group
     counter.groups = 0
 
