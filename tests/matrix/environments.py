@@ -3,11 +3,13 @@ libraries."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from .rows import LIBRARIES, NEWEST, Combination
@@ -70,8 +72,18 @@ def environment(item: Combination, work: Path, wheel: Path) -> Path:
     if not (folder / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         (_site(folder) / "base.pth").write_text(f"{_site(base)}\n")
-    _make(folder, [*item.requirements, *OTHERS])
+    # Left to itself pip's resolver may put another torch into this folder, in front of the base's.
+    _make(folder, [*item.requirements, *OTHERS, *_as_installed(base, ("torch", "triton"))])
     return folder / "bin" / "python"
+
+
+def _as_installed(folder: Path, names: Iterable[str]) -> list[str]:
+    """Requirements of exactly what an environment has of these distributions."""
+    found = {
+        distribution.metadata["Name"].lower(): distribution.version
+        for distribution in importlib.metadata.distributions(path=[str(_site(folder))])
+    }
+    return [f"{name}=={found[name]}" for name in names if name in found]
 
 
 def versions(python: Path) -> dict[str, str]:
