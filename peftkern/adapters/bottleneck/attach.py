@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import saved
 from .config import BottleneckConfig
 from .layer import Bottleneck, BottleneckLayer, Handover, InputTap, Source
 from .places import Place, find_places
@@ -93,9 +94,12 @@ def add_bottleneck(
         raise ValueError(f"name: got {name!r}, expected a name without dots")
     places = held.places if held is not None else find_places(model, example_inputs)
     chosen = _chosen(places, config)
+    adapted = [adapted_at(place, config) for place in chosen] + [path for path, _, _ in bottlenecks(model)]
+    whole = saved.find(model, config.modules_to_save, adapted)
     held = held or Attached(places, thawed=[p for p in model.parameters() if p.requires_grad])
     for place in chosen:
         _install(model, place, config, name, dtype)
+    saved.wrap(model, whole, name)
     held.configs[name] = config
     model.__dict__[_SLOT] = held
     for parameter in held.thawed:
@@ -120,6 +124,7 @@ def set_bottleneck(model: nn.Module, names: str | Sequence[str], *, trainable: b
             f"names: there is no adapter {', '.join(map(repr, unknown))}; there are"
             f" {', '.join(map(repr, held.configs))}"
         )
+    saved.activate(model, wanted, off=held.off, trainable=trainable)
     held.active = wanted
     for _, name, adapter in bottlenecks(model):
         adapter.requires_grad_(trainable and name in wanted)
@@ -150,6 +155,7 @@ def remove_bottleneck(model: nn.Module, name: str | None = None) -> None:
         )
     for one in [name] if name is not None else list(held.configs):
         del held.configs[one]
+        saved.take_away(model, one)
         for module in list(model.modules()):
             if isinstance(module, BottleneckLayer):
                 module.bottlenecks.pop(one) if one in module.bottlenecks else None
@@ -179,7 +185,8 @@ def place_key(path: str) -> str:
 
 
 def bottleneck_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """The parameters of an adapter, by "path.bottleneck.parameter"."""
+    """The parameters of an adapter, by "path.bottleneck.parameter", and of its `modules_to_save`, by
+    "path.parameter"."""
     if name not in _required(model).configs:
         raise ValueError(
             f"name: there is no adapter {name!r}; there are {', '.join(map(repr, attached(model).configs))}"
@@ -189,6 +196,10 @@ def bottleneck_parameters(model: nn.Module, name: str = "default") -> dict[str, 
         for path, one, adapter in bottlenecks(model)
         if one == name
         for key, value in adapter.named_parameters()
+    } | {
+        f"{path}.{key}": value
+        for path, copy in saved.trained_copies(model, name)
+        for key, value in copy.named_parameters()
     }
 
 
@@ -321,6 +332,7 @@ def _take_out(model: nn.Module) -> None:
 
 def _refresh(model: nn.Module, held: Attached) -> None:
     """Tell every layer which adapters are active."""
+    saved.activate(model, held.active, off=held.off, trainable=None)
     for module in model.modules():
         if isinstance(module, BottleneckLayer):
             module.active = tuple(name for name in held.active if name in module.bottlenecks)

@@ -43,6 +43,8 @@ class BottleneckConfig:
         bias: whether a and b are there.
         dropout: of the bottleneck's activation, in training.
         leave_out: numbers of the layers that get none.
+        modules_to_save: names of modules that are trained whole and saved with the adapter, such as a new
+            head ("classifier"); as PEFT's of the same name.
     Raises: ValueError naming the field, what was got and what was expected.
     """
 
@@ -56,12 +58,15 @@ class BottleneckConfig:
     bias: bool = True
     dropout: float = 0.0
     leave_out: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(
             self, "places", (self.places,) if isinstance(self.places, str) else tuple(self.places)
         )
         object.__setattr__(self, "leave_out", tuple(self.leave_out))
+        saved = self.modules_to_save or ()
+        object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
         object.__setattr__(
             self, "activation", _SYNONYMS.get(str(self.activation).lower(), str(self.activation).lower())
         )
@@ -80,6 +85,8 @@ class BottleneckConfig:
             raise ValueError(
                 f"leave_out: got {list(self.leave_out)}, expected numbers of layers, the first of which is 0"
             )
+        if not all(isinstance(name, str) and name for name in self.modules_to_save):
+            raise ValueError(f"modules_to_save: got {list(self.modules_to_save)}, expected names of modules")
         self._check_factors()
 
     def _check_factors(self) -> None:

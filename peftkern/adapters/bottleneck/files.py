@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...files import atomic_files
+from . import saved
 from .adapterhub import adapterhub_tensors
 from .attach import (
     adapted_at,
@@ -41,7 +42,8 @@ def save_bottleneck(
     """Write an adapter, each file whole or not at all.
 
     Args:
-        state: tensors to save in place of the model's own, by the names of `bottleneck_parameters`.
+        state: tensors to save in place of the model's own, by the names of `bottleneck_parameters` and of
+            the buffers of `modules_to_save`.
         noted: further entries of adapter_config.json, such as task_type.
     Raises: ValueError where there is no such adapter, OSError where the folder cannot be written.
     """
@@ -49,7 +51,7 @@ def save_bottleneck(
 
     from ... import __version__
 
-    parameters = bottleneck_parameters(model, name) if state is None else state
+    parameters = _state(model, name) if state is None else state
     tensors = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in parameters.items()}
     known = {
         "peft_type": PEFT_TYPE,
@@ -157,10 +159,15 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: is damaged ({error}); copy the adapter again") from None
 
 
+def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What is saved of an adapter: its parameters, and parameters and buffers of its `modules_to_save`."""
+    return bottleneck_parameters(model, name) | saved.saved_state(model, name)
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], folder: str | Path) -> None:
     """The saved values into the adapter's parameters, all or none."""
-    parameters = bottleneck_parameters(model, name)
+    parameters = _state(model, name)
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model has not"

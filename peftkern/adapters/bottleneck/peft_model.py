@@ -8,6 +8,7 @@ not read these folders; `BottleneckModel.from_pretrained` does.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ except ImportError as _error:
         "BottleneckModel needs peft, which is not installed: run pip install 'peftkern[peft]'"
     ) from _error
 
+from . import saved
 from .attach import (
     add_bottleneck,
     attached,
@@ -47,6 +49,7 @@ class BottleneckPeftConfig(PeftConfig):
     """A BottleneckConfig where PEFT wants a PeftConfig."""
 
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    modules_to_save: list[str] | None = None
 
 
 def get_bottleneck_model(
@@ -60,8 +63,13 @@ def get_bottleneck_model(
     """The model with a new bottleneck adapter to train, as a PeftModel; arguments and errors as those of
     `add_bottleneck`.
 
-    task_type: as PEFT's ("CAUSAL_LM"), noted in adapter_config.json.
+    task_type: as PEFT's ("CAUSAL_LM"), noted in adapter_config.json. For "SEQ_CLS", "TOKEN_CLS" and
+        "QUESTION_ANS" the model's head is trained whole and saved as well, as PEFT does.
     """
+    config = BottleneckConfig.parse(config) if isinstance(config, str) else config
+    heads = [name for name in saved.HEADS.get(task_type or "", ()) if hasattr(model, name)]
+    whole = tuple(dict.fromkeys((*config.modules_to_save, *heads)))
+    config = dataclasses.replace(config, modules_to_save=whole)
     add_bottleneck(model, config, name=adapter_name, example_inputs=example_inputs)
     return BottleneckModel(model, adapter_name, task_type)
 
@@ -164,6 +172,9 @@ class BottleneckModel(PeftModel):
         for _, name, adapter in bottlenecks(self.base_model):
             if name in wanted:
                 adapter.requires_grad_(requires_grad)
+        for name in wanted:
+            for _, copy in saved.trained_copies(self.base_model, name):
+                copy.requires_grad_(requires_grad)
 
     def save_pretrained(
         self,
@@ -245,14 +256,17 @@ class BottleneckModel(PeftModel):
     def _describe(self, config: BottleneckConfig, task_type: str | None) -> BottleneckPeftConfig:
         name = getattr(self.base_model, "name_or_path", None) or None
         described = BottleneckPeftConfig(task_type=task_type, bottleneck=config)
+        described.modules_to_save = list(config.modules_to_save) or None
         described.peft_type, described.base_model_name_or_path = PEFT_TYPE, name
         return described
 
     def _of_state(self, state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
         """The adapter's tensors in a state dict of this model, by the names they are saved under."""
-        mark, found = f".bottlenecks.{name}.", {}
+        mark, whole, found = f".bottlenecks.{name}.", f".modules_to_save.{name}.", {}
         for key, value in state.items():
-            if mark in key:
+            if whole in key:
+                found[key.removeprefix("base_model.").replace(whole, ".")] = value
+            elif mark in key:
                 path, _, parameter = key.partition(mark)
                 plain = ".".join(
                     part for part in path.removeprefix("base_model.").split(".") if part != "base_layer"
