@@ -117,8 +117,9 @@ def _install(folder: Path, arguments: list[str]) -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if "ERROR" in line or "error" in line]
-        raise CannotInstall("; ".join(errors[:3]) or done.stdout[-500:])
+        telling = ("ERROR", "error", "requested", " depends on ")
+        errors = [line.strip() for line in done.stdout.splitlines() if any(word in line for word in telling)]
+        raise CannotInstall("; ".join(errors[:4]) or done.stdout[-500:])
 
 
 def _site(folder: Path) -> Path:
