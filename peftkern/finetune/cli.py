@@ -8,6 +8,7 @@ import math
 import sys
 from typing import Any
 
+from .allocator import grow_segments
 from .compare import compare
 from .config import FinetuneConfig
 from .errors import exit_status
@@ -117,6 +118,14 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
             bool,
             "before training run the longest batch once, for memory to run out then if it does",
         ),
+        "pad_to_multiple_of": (
+            int,
+            "round the lengths of batches up (to 64, say): a GPU's memory is then used again",
+        ),
+        "shard": (
+            bool,
+            "under torchrun: each process holds its part of the model (FSDP2), not the whole of it",
+        ),
     },
     "forgetting": {
         "source_data": (
@@ -197,6 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; errors the user can mend are one message, all others a traceback."""
+    grow_segments()
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneConfig)}
 
     def run() -> int:

@@ -49,6 +49,7 @@ _NOT_COMPARED = (
     "save_steps",
     "keep_checkpoints",
     "longest_first",
+    "shard",
 )
 # What runs did that were stored before there was the option.
 _BEFORE = {
@@ -64,6 +65,7 @@ _BEFORE = {
 # changes which rows a step takes.
 LENGTH = ("steps", "epochs")
 _MEMORY = ("gradient_checkpointing", "batch_size", "grad_accumulation", "fit", "fit_ram", "fit_disk")
+_MEMORY += ("pad_to_multiple_of",)
 
 # The least value of each option that is a whole number.
 _WHOLE = {
@@ -79,6 +81,7 @@ _WHOLE = {
     "save_steps": 1,
     "source_steps": 1,
     "keep_checkpoints": 1,
+    "pad_to_multiple_of": 1,
 }
 _QUANTIZATIONS = ("nf4", "fp4", "none")
 _SCHEDULES = ("cosine", "linear", "constant_with_warmup", "slanted")
@@ -136,6 +139,8 @@ class FinetuneConfig:
     fit_ram: str | None = None
     fit_disk: str | None = None
     longest_first: bool = False
+    pad_to_multiple_of: int | None = None
+    shard: bool = False
     seed: int = 0
     forget_budget: float | None = None
     ewc: float | None = None
@@ -201,6 +206,13 @@ class FinetuneConfig:
                 f"--targets: {ALL_LINEAR} stands for all linear layers: give it alone, or drop it and keep"
                 f" {others}"
             )
+        if self.shard and self.optimizer not in (None, "adamw"):
+            raise InputError(
+                f"--optimizer {self.optimizer}: bitsandbytes' optimizers take no parameters in shards: with"
+                " --shard use adamw, of which each process then holds its part"
+            )
+        if self.shard and not is_lora(self):
+            raise InputError(f"--shard is for LoRA, and --adapter is {self.adapter}: drop one of them")
         self._check_sizes()
         check_adapter(self)
         check_forgetting(self)
@@ -284,7 +296,7 @@ class FinetuneConfig:
         if self.alpha is None and is_lora(self):
             chosen["alpha"] = 2.0 * self.r
         if self.optimizer is None:
-            chosen["optimizer"] = _default_optimizer()
+            chosen["optimizer"] = "adamw" if self.shard else _default_optimizer()
         if self._on_sample() and not self.eval_data:
             chosen["eval_data"] = (SAMPLE,)
         return dataclasses.replace(self, **chosen)

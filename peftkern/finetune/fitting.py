@@ -97,7 +97,10 @@ def _require_known(config: FinetuneConfig) -> None:
 
 
 def _longest(config: FinetuneConfig, lengths: Iterable[int], packed: bool) -> int:
-    return config.seq_length if packed else min(max(lengths, default=1), config.seq_length)
+    if packed:
+        return config.seq_length
+    multiple = config.pad_to_multiple_of or 1
+    return -(-min(max(lengths, default=1), config.seq_length) // multiple) * multiple
 
 
 def _limits(config: FinetuneConfig, card: Card) -> Limits:

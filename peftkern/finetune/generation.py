@@ -66,7 +66,9 @@ def generate(trainer: RecipeTrainer, prompt: str, tokens: int) -> str:
         return ""
     model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
-        output = model.generate(
-            **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        output = trainer.within(
+            lambda: model.generate(
+                **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
         )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,6 +1,6 @@
 """The same run in several processes, as torchrun or `accelerate launch` starts them: process 0 opens the
 folder and writes, all train. The process group is accelerate's, the gradients' average
-DistributedDataParallel's.
+DistributedDataParallel's, or FSDP2's with `--shard`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ def process_group(config: FinetuneConfig) -> Iterator[None]:
     Raises InputError for options that only one process can serve.
     """
     if process_count() == 1:
+        if config.shard:
+            raise InputError(
+                "--shard divides the model among several processes, and there is one: start them with"
+                " `torchrun --standalone --nproc-per-node 2 -m -- peftkern finetune …`"
+            )
         yield
         return
     _require_served(config)

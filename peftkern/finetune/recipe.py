@@ -160,7 +160,8 @@ class _Run:
         self.prompt = inputs.prompt
         lengths = map(len, inputs.train["input_ids"])
         fit = choose_fit(self.config, path, lengths, is_packed(self.config, inputs.kind))
-        model = load_model(path, self.config, on_host=fit is not None and fit.options.layers_on_host)
+        on_host = self.config.shard or (fit is not None and fit.options.layers_on_host)
+        model = load_model(path, self.config, on_host=on_host)
         config = self.config
         if fit is not None:
             self.held = install_fit(model, fit)
@@ -181,6 +182,10 @@ class _Run:
             config, model, tokenizer, inputs, folder=self.folder.checkpoints, metrics=self.metrics
         )
         trainer.stop = self.stop
+        if config.shard:
+            if self.checkpoint is not None:
+                trainer.take_adapter(self.checkpoint.path)
+            self._say(f"Sharded: {trainer.into_shards()}.")
         return trainer
 
     def _begin(
@@ -269,17 +274,24 @@ class _Run:
             sample_after=generate(trainer, self.prompt, self.config.sample_tokens),
             forgetting=forgetting,
         )
+        state = trainer.adapter_state()
         if is_first():
-            self._write(trainer, result, stored)
+            self._write(trainer, result, stored, state)
         return result
 
-    def _write(self, trainer: RecipeTrainer, result: FinetuneResult, stored: dict[str, Any]) -> None:
+    def _write(
+        self,
+        trainer: RecipeTrainer,
+        result: FinetuneResult,
+        stored: dict[str, Any],
+        state: dict[str, Any] | None,
+    ) -> None:
         from ..transfer.forgetting.plots import plot_forgetting
         from .metrics import plot_loss
 
         rows = self.metrics.rows
         with atomic_files(self.folder.work) as temporary:
-            trainer.model.save_pretrained(temporary)
+            trainer.model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
             trainer.processing_class.save_pretrained(temporary)
             plot_loss(rows, temporary / "loss.png")
             if result.forgetting:

@@ -164,8 +164,13 @@ class ResumableMixin:
 
     def require_finite_weights(self) -> None:
         """Raise InputError where the last update left a trained weight that is no number."""
-        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        if any(not torch.isfinite(parameter).all() for parameter in trained):
+        trained = (parameter.detach() for parameter in self.model.parameters() if parameter.requires_grad)
+        parts = [getattr(parameter, "to_local", lambda whole=parameter: whole)() for parameter in trained]
+        broken = torch.tensor(any(not torch.isfinite(part).all() for part in parts), device=self.args.device)
+        if self.args.world_size > 1:  # each may hold a part only, and all end together
+            broken = broken.int()
+            torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
+        if broken:
             raise self.diverged(
                 f"the adapter's weights became NaN or infinite at step {self.state.global_step}"
             )

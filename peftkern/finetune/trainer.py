@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from .metrics import MetricsCallback
 from .packing import require_separation
 from .resumable import ResumableMixin
 from .row_losses import RowLossRecorder
+from .shards import ShardedMixin
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +40,7 @@ __all__ = ["RecipeTrainer", "make_trainer", "spread"]
 _MOST_NATS = 700.0  # a little less than the logarithm of the largest number
 
 
-class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
+class RecipeTrainer(ResumableMixin, ShardedMixin, ForgettingMixin, RatesMixin, SFTTrainer):
     """SFTTrainer whose loss is the model's own, whose checkpoints are whole, and which goes on bit for
     bit."""
 
@@ -79,7 +81,8 @@ class RecipeTrainer(ResumableMixin, ForgettingMixin, RatesMixin, SFTTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             for batch in self.get_eval_dataloader(name):
                 batch = self._prepare_inputs(batch)
-                more = self._nll_of_all(base, batch) if self.args.world_size > 1 else _nll(base, batch)
+                measure = self._nll_of_all if self.args.world_size > 1 else _nll
+                more = self.within(partial(measure, base, batch))
                 total, count = total + more[0], count + more[1]
         if not count:
             raise InputError(
@@ -180,6 +183,7 @@ def _arguments(config: FinetuneConfig, folder: Path, *, packing: bool, kind: str
         eval_packing=False,
         packing_strategy=packing_strategy(config, kind),
         per_device_eval_batch_size=config.batch_size,
+        pad_to_multiple_of=config.pad_to_multiple_of,
         ddp_find_unused_parameters=unused,
         **({} if config.optimizer in (None, "adamw") else {"optim": config.optimizer}),
     )

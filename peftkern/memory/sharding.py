@@ -106,8 +106,10 @@ def shard(
     gathered for the whole step, because a fused loss reads the head's weight. Gradients are averaged over the
     processes: give each the same share of the loss's tokens, or scale the losses.
 
-    Call it after loading, the adapter and `peftkern.patch`, before the optimizer is made; `model` is the
-    module that the training loop calls (PEFT's, not the one inside). Sharding cannot be undone.
+    The model may lie on the host while `mesh` is of GPUs: each unit is moved when its turn comes, so that a
+    GPU holds its shards and one unit. Call it after loading, the adapter and `peftkern.patch`, before the
+    optimizer is made; `model` is the module that the training loop calls (PEFT's, not the one inside).
+    Sharding cannot be undone.
 
     Args:
         mesh: one-dimensional, or two-dimensional for replicas of shards; default: all processes.
@@ -134,6 +136,11 @@ def shard(
     sizes = [sum(map(_bytes, _own(unit, units))) for unit in units]
     mesh = _mesh(model) if mesh is None else mesh
     _fully_shard(units, mesh, options)
+    for linear in linears:
+        _states_to(linear.quant_state, _device(mesh), absmax)
+    for owner in model.modules():
+        if getattr(owner, "hf_device_map", None):  # which trainers compare with their own device
+            owner.hf_device_map = {"": "cpu" if mesh.device_type == "cpu" else torch.cuda.current_device()}
     for unit in units if absmax else ():
         if held := [
             module for module in _modules(unit, units) if is_4bit(module) and _ABSMAX in module._parameters
@@ -185,6 +192,20 @@ def _plain_weight(linear: nn.Module, absmax: bool) -> None:
     linear.support_avx512bf16_for_cpu = False  # bitsandbytes would replace the gathered bytes by others
     if absmax:
         linear.register_parameter(_ABSMAX, nn.Parameter(state.absmax, requires_grad=False))
+
+
+def _states_to(state: Any, device: torch.device, absmax_sharded: bool) -> None:
+    """Move what no parameter holds of a quantization state. Sharded block maxima are set before each
+    forward."""
+    state.code = state.code.to(device)
+    state.absmax = state.absmax.new_empty(0) if absmax_sharded else state.absmax.to(device)
+    if state.nested:
+        inner, state.offset = state.state2, state.offset.to(device)
+        inner.code, inner.absmax = inner.code.to(device), inner.absmax.to(device)
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    return torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
 
 
 def _check_storage(linears: list[nn.Module], absmax: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peftkern.finetune import FinetuneConfig, finetune
+from peftkern.finetune import FinetuneConfig, finetune, fitting
 from peftkern.finetune.errors import InputError
 
 from .conftest import save_tiny_model
@@ -169,3 +170,58 @@ def test_all_that_can_be_chosen_is_put_on_a_model(options: dict[str, Any], tmp_p
     assert [type(handle).__name__ for handle in handles] == ["HostLayers", "LayerCheckpointing"]
     for got, expected in zip(step(model), plain, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_lengths_rounded_up_compute_the_same(options: dict[str, Any], tmp_path: Path) -> None:
+    from peftkern.finetune import trainer
+
+    shapes: list[tuple[int, ...]] = []
+    step = trainer.RecipeTrainer.training_step
+
+    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return step(self, model, inputs, *args, **kwargs)
+
+    rows = tmp_path / "rows.jsonl"
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs"]
+    texts = [" ".join(words[: 2 + n % 9]) for n in range(40)]
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
+    options |= {"data": str(rows), "eval_fraction": 0.2, "packing": False}
+    plain = run(options, batch_size=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer.RecipeTrainer, "training_step", watched)
+        rounded = run(options, batch_size=2, output=str(tmp_path / "rounded"), pad_to_multiple_of=16)
+    assert shapes and all(length % 16 == 0 for _, length in shapes)
+    assert losses(rounded) == pytest.approx(losses(plain), rel=1e-5)
+    config = FinetuneConfig(**(options | {"pad_to_multiple_of": 16}))
+    assert fitting._longest(config, [3, 33], packed=False) == 48
+    with pytest.raises(InputError, match="--pad-to-multiple-of must be a whole number of at least 1"):
+        FinetuneConfig(**(options | {"pad_to_multiple_of": 0}))
+
+
+@pytest.mark.parametrize(
+    ("environment", "release", "expected"),
+    [
+        ({}, "6.8.0-generic", "expandable_segments:True"),
+        ({}, "5.15.90.1-microsoft-standard-WSL2", None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "6.8.0-generic", None),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "6.8.0-generic", "backend:native"),
+    ],
+)
+def test_segments_grow_unless_the_user_says_otherwise(
+    environment: dict[str, str],
+    release: str,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peftkern.finetune import allocator
+
+    for name in allocator._NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(allocator.platform, "release", lambda: release)
+    monkeypatch.setattr(allocator.platform, "system", lambda: "Linux")
+    allocator.grow_segments()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from peftkern.finetune import FinetuneConfig, InputError, finetune
 from peftkern.finetune.checkpoints import newest_sound
 from peftkern.finetune.processes import FollowedFolder, lost_processes
 
 SECONDS = 240
+ADAPTER = "adapter_model.safetensors"
 
 
 def command(options: dict[str, Any], **changes: Any) -> list[str]:
@@ -191,3 +193,56 @@ def test_a_lost_process_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "more" not in str(raised.value)
     with pytest.raises(RuntimeError, match="shape"), lost_processes():
         raise RuntimeError("shape [3] is invalid")
+
+
+@pytest.mark.slow
+def test_in_shards_it_trains_as_whole_and_either_goes_on_with_the_other(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    options |= {"schedule": "constant_with_warmup", "steps": 6, "save_steps": 3, "patch": True}
+    one = finetune(FinetuneConfig(**(options | {"output": str(tmp_path / "one")})), quiet=True)
+    shards = options | {"batch_size": 1, "shard": True}
+    run(2, command(shards), tmp_path)
+    assert column(options["output"]) == pytest.approx(column(one.output), rel=1e-5)
+    assert column(options["output"], "grad_norm") == pytest.approx(column(one.output, "grad_norm"), rel=1e-4)
+    result = json.loads(Path(options["output"], "result.json").read_text())
+    for name in ("perplexity_before", "perplexity_after"):
+        assert result[name] == pytest.approx(getattr(one, name), rel=1e-5)
+    assert result["sample_after"] == one.sample_after
+    assert "bytes in shards over 2 processes" in (tmp_path / "messages-0").read_text()
+    adapters = [load_file(Path(folder, ADAPTER)) for folder in (options["output"], one.output)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, expected in adapters[1].items():
+        assert adapters[0][name] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    # From shards into one process, and back: the files are the same.
+    longer = {"steps": 9, "resume": True}
+    unbroken = str(tmp_path / "unbroken")
+    finetune(FinetuneConfig(**(options | {"steps": 12, "output": unbroken})), quiet=True)
+    run(1, command(options, batch_size=2, **longer), tmp_path)
+    run(2, command(shards, **(longer | {"steps": 12})), tmp_path)
+    assert column(options["output"]) == pytest.approx(column(unbroken), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    options |= {"schedule": "constant_with_warmup", "save_steps": 3, "dropout": 0.1, "batch_size": 1}
+    options |= {"shard": True}
+    run(2, command(options, steps=6, output=str(tmp_path / "unbroken")), tmp_path)
+    run(2, command(options, steps=3), tmp_path)
+    run(2, command(options, steps=6, resume=True), tmp_path)
+    assert column(options["output"]) == column(str(tmp_path / "unbroken"))
+    assert filecmp.cmp(Path(options["output"], ADAPTER), tmp_path / "unbroken" / ADAPTER, shallow=False)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "there is one: start them with"),
+        ({"optimizer": "adamw_8bit"}, "take no parameters in shards"),
+        ({"adapter": "bottleneck"}, "--shard is for LoRA"),
+    ],
+)
+def test_shards_that_cannot_be_are_told(more: dict[str, Any], message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=message):
+        finetune(FinetuneConfig(**(options | {"shard": True} | more)), quiet=True)
+    assert not Path(options["output"]).exists()
