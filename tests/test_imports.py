@@ -1,4 +1,5 @@
-"""The house's one direction: no module needs, at its import, one that needs it."""
+"""The house's one direction: no module needs, at its import, one that needs it; and what a file keeps to
+itself, no other file names."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ ROOMS = {
     "ops": {"runtime", "formats", "files"},
     "functional": {"ops", "formats", "runtime"},
 }
+EXTENSIONS = {"_C", "_C_cuda"}  # compiled modules of the package
 
 
 def names(root: Path) -> dict[str, Path]:
@@ -42,19 +44,23 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
                 yield from statements(handler.body)
 
 
+def source_of(node: ast.ImportFrom, name: str, modules: dict[str, Path]) -> str:
+    """The dotted name behind `from`, for an import in the module `name`."""
+    if not node.level:
+        return node.module or ""
+    package = name if modules[name].name == "__init__.py" else name.rpartition(".")[0]
+    above = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
 def imported(name: str, modules: dict[str, Path]) -> set[str]:
     """The package's modules that this one imports, by name."""
-    path = modules[name]
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in statements(ast.parse(path.read_text()).body):
+    for node in statements(ast.parse(modules[name].read_text()).body):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
             continue
-        base = node.module or ""
-        if node.level:
-            above = package.split(".")[: len(package.split(".")) - node.level + 1]
-            base = ".".join([*above, *([node.module] if node.module else [])])
+        base = source_of(node, name, modules)
         for alias in node.names:
             inner = f"{base}.{alias.name}"
             found.add(inner if inner in modules else base)
@@ -90,3 +96,40 @@ def test_rooms_import_downwards(room: str) -> None:
         if (other.split(".")[1:2] or [""])[0] not in allowed
     }
     assert not upwards
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def borrowed(name: str, modules: dict[str, Path]) -> set[str]:
+    """What this module uses of another one's private names: imported, or read off the imported module."""
+    tree, found, aliases = ast.parse(modules[name].read_text()), set(), {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = source_of(node, name, modules)
+        for alias in node.names:
+            whole = f"{base}.{alias.name}"
+            if whole in modules:
+                aliases[alias.asname or alias.name] = whole
+            elif base in modules and is_private(alias.name) and alias.name not in EXTENSIONS:
+                found.add(whole)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and is_private(node.attr):
+            found |= {f"{aliases[node.value.id]}.{node.attr}"} if node.value.id in aliases else set()
+    return {f"{name} uses {other}" for other in found}
+
+
+def test_no_private_name_crosses_files() -> None:
+    modules = names(ROOT)
+    assert not set().union(*(borrowed(name, modules) for name in modules))
+
+
+@pytest.mark.parametrize("text", ["from .b import _x", "from . import b\ny = b._x"])
+def test_a_borrowed_name_is_found(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "peftkern"
+    folder.mkdir()
+    for path, source in (("__init__.py", ""), ("a.py", text), ("b.py", "_x = 1")):
+        (folder / path).write_text(source)
+    assert borrowed("peftkern.a", names(tmp_path)) == {"peftkern.a uses peftkern.b._x"}

@@ -16,17 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_numerics import INTERPRETED, _cast
+from .triton_numerics import INTERPRETED, round_to
 
 __all__ = [
     "LOOKUP",
     "TABLE",
-    "_absmax",
-    "_absmax_parts",
-    "_absmax_value",
-    "_codes",
-    "_decode",
-    "_decode_words",
+    "absmax_of",
+    "absmax_parts",
+    "absmax_value",
+    "load_codes",
+    "decode",
+    "decode_words",
     "decode_method",
     "group_words",
     "to_ptx",
@@ -153,10 +153,8 @@ def group_words(packed: Tensor, *sizes: int) -> int:
 
 
 @triton.jit
-def _absmax_parts(
-    block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE: tl.constexpr
-):
-    """What `_absmax_value` makes a block's absmax of: the loads that depend on none, to be asked for
+def absmax_parts(block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE: tl.constexpr):
+    """What `absmax_value` makes a block's absmax of: the loads that depend on none, to be asked for
     ahead."""
     other = None if mask is None else 0
     if absmax_ptr is not None:
@@ -168,7 +166,7 @@ def _absmax_parts(
 
 
 @triton.jit
-def _absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr):
+def absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr):
     """fp32 absmax; where it is nested absmax_ptr is None, and it is code * scale, rounded, + offset,
     rounded."""
     if absmax_ptr is not None:
@@ -190,7 +188,7 @@ def _absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr):
 
 
 @triton.jit
-def _absmax(
+def absmax_of(
     block,
     mask,
     absmax_ptr,
@@ -201,12 +199,12 @@ def _absmax(
     NESTED_BLOCKSIZE: tl.constexpr,
 ):
     """fp32 absmax of blocks, in `block`'s shape."""
-    parts = _absmax_parts(block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE)
-    return _absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
+    parts = absmax_parts(block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE)
+    return absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
 
 
 @triton.jit
-def _codes(code_ptr):
+def load_codes(code_ptr):
     """The 16 fp32 codes as scalars."""
     c0, c1, c2, c3 = tl.load(code_ptr), tl.load(code_ptr + 1), tl.load(code_ptr + 2), tl.load(code_ptr + 3)
     c4, c5, c6, c7 = (
@@ -231,7 +229,7 @@ def _codes(code_ptr):
 
 
 @triton.jit
-def _decode(index, absmax, codes, DTYPE: tl.constexpr):
+def decode(index, absmax, codes, DTYPE: tl.constexpr):
     """int32 indices 0 ... 15 and the absmax of each -> DTYPE, one rounding."""
     b0, b1, b2, b3 = (index & 1) != 0, (index & 2) != 0, (index & 4) != 0, (index & 8) != 0
     low = tl.where(
@@ -244,11 +242,11 @@ def _decode(index, absmax, codes, DTYPE: tl.constexpr):
         tl.where(b1, tl.where(b0, codes[15], codes[14]), tl.where(b0, codes[13], codes[12])),
         tl.where(b1, tl.where(b0, codes[11], codes[10]), tl.where(b0, codes[9], codes[8])),
     )
-    return _cast(tl.where(b3, high, low) * absmax, DTYPE)
+    return round_to(tl.where(b3, high, low) * absmax, DTYPE)
 
 
 @triton.jit
-def _decode_words(words, absmax, codes, DTYPE: tl.constexpr, METHOD: tl.constexpr):
+def decode_words(words, absmax, codes, DTYPE: tl.constexpr, METHOD: tl.constexpr):
     """words int32 [..., W] of eight codes each, absmax fp32 [..., 1] of the block that holds them -> DTYPE
     [..., W, eight values].
 
@@ -258,7 +256,7 @@ def _decode_words(words, absmax, codes, DTYPE: tl.constexpr, METHOD: tl.constexp
     if METHOD == "PORTABLE":
         nibble = tl.arange(0, 8) ^ 1  # a byte's first element is its high nibble
         index = (tl.expand_dims(words, -1) >> (nibble * 4)) & 15  # [..., W, 8]
-        values = _decode(index, tl.expand_dims(absmax, -1), codes, DTYPE)
+        values = decode(index, tl.expand_dims(absmax, -1), codes, DTYPE)
     else:
         asm: tl.constexpr = (
             _TABLE_BF16 if tl.bfloat16 == DTYPE else (_TABLE_FP16 if METHOD == "PRMT" else _TABLE_FP16_SM75)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "_cast", "_dot", "_dot_fresh", "_float"]
+__all__ = ["INTERPRETED", "round_to", "dot", "dot_fresh", "to_fp32"]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _float(value):
+def to_fp32(value):
     """fp32 of a float of any dtype, exactly."""
     if INTERPRETED and value.dtype == tl.bfloat16:
         wide = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -25,7 +25,7 @@ def _float(value):
 
 
 @triton.jit
-def _cast(value, DTYPE: tl.constexpr):
+def round_to(value, DTYPE: tl.constexpr):
     """fp32 -> DTYPE, to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = value.to(tl.uint32, bitcast=True)
@@ -37,13 +37,15 @@ def _cast(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr = tl.constexpr("ieee")):  # noqa: B008
+def dot(a, b, acc, PRECISION: tl.constexpr = tl.constexpr("ieee")):  # noqa: B008
     """acc + a @ b in fp32; PRECISION is tl.dot's, for fp32 operands."""
-    return tl.dot(_float(a), _float(b), acc) if INTERPRETED else tl.dot(a, b, acc, input_precision=PRECISION)
+    return (
+        tl.dot(to_fp32(a), to_fp32(b), acc) if INTERPRETED else tl.dot(a, b, acc, input_precision=PRECISION)
+    )
 
 
 @triton.jit
-def _dot_fresh(a, b, acc, PRECISION: tl.constexpr):
+def dot_fresh(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b of fp32 operands, the tile's products summed from zero and that sum added to `acc`.
 
     The chains are then short, as those of the vendor's products. On tensor cores it matters more: they cut

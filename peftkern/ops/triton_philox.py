@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["_dropout_keep", "_dropout_key", "_dropout_scale", "_keep_factor"]
+__all__ = ["dropout_keep", "dropout_key", "dropout_scale_tile", "keep_factor"]
 
 
 @triton.jit
-def _dropout_key(seed_ptr):
+def dropout_key(seed_ptr):
     """int64 seed in device memory -> Philox's key, its low and high 32 bits. Load it once, outside loops."""
     seed = tl.load(seed_ptr)
     return (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -38,19 +38,19 @@ def _philox_4x32(c0, c1, c2, c3, key0, key1):
 
 
 @triton.jit
-def _keep_factor(threshold):
+def keep_factor(threshold):
     """65536 / (65536 - threshold) in fp32, correctly rounded; anything finite where all is dropped."""
     return tl.div_rn(65536.0, tl.maximum(65536 - threshold, 1).to(tl.float32))
 
 
 @triton.jit
-def _dropout_keep(
+def dropout_keep(
     key_low, key_high, threshold, row0, col0, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
     """bool [BLOCK_ROWS, BLOCK_COLS]: which elements of the tile at (row0, col0) are kept; col0 and BLOCK_COLS
     are multiples of 8.
 
-    Exact in any dtype: multiply the sum of what is kept by `_keep_factor`, once, rather than every element.
+    Exact in any dtype: multiply the sum of what is kept by `keep_factor`, once, rather than every element.
     """
     GROUPS: tl.constexpr = BLOCK_COLS // 8
     zero = tl.zeros([BLOCK_ROWS, GROUPS], tl.uint32)
@@ -67,9 +67,9 @@ def _dropout_keep(
 
 
 @triton.jit
-def _dropout_scale(seed_ptr, threshold, row0, col0, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """fp32 [BLOCK_ROWS, BLOCK_COLS]: the mask times `_keep_factor`, bit for bit `reference.dropout_scale`'s
+def dropout_scale_tile(seed_ptr, threshold, row0, col0, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """fp32 [BLOCK_ROWS, BLOCK_COLS]: the mask times `keep_factor`, bit for bit `reference.dropout_scale`'s
     tile at (row0, col0)."""
-    key_low, key_high = _dropout_key(seed_ptr)
-    keep = _dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_ROWS, BLOCK_COLS)
-    return tl.where(keep, _keep_factor(threshold), 0.0)
+    key_low, key_high = dropout_key(seed_ptr)
+    keep = dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_ROWS, BLOCK_COLS)
+    return tl.where(keep, keep_factor(threshold), 0.0)

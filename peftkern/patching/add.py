@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops import autocast_off
 from . import mixed
-from .forwards import Adapter, Forward, _adapter, _autocast_off, _low_rank, _served, active_adapters
+from .forwards import Adapter, Forward, active_adapters, adapter_of, served
 from .plans import branch_operands
 from .weights import FLOATS, autocast_dtype
 
@@ -59,7 +60,7 @@ class LoraAddForward(Forward):
         ):
             return mixed.run(layer, mixing, x, self)  # PEFT mixes vanilla LoRA alone
         names = kwargs.pop("adapter_names", mixing)
-        parts = None if args or kwargs or x.dtype not in FLOATS or not _served(x) else _parts(layer, x, names)
+        parts = None if args or kwargs or x.dtype not in FLOATS or not served(x) else _parts(layer, x, names)
         if parts is None:
             return self.stock(x, *args, **kwargs | ({} if names is None else {"adapter_names": names}))
         y = layer.base_layer(x)
@@ -67,7 +68,7 @@ class LoraAddForward(Forward):
         # the branch to PEFT's.
         if y.dtype not in FLOATS or (y.dtype != x.dtype and autocast_dtype(x) is None):
             return _sum(y, x, parts, _plain).to(y.dtype)
-        with _autocast_off(x):
+        with autocast_off(x):
             return _sum(y, x.to(y.dtype), parts, _added).to(_result_dtype(layer, y.dtype))
 
 
@@ -85,7 +86,7 @@ def _parts(layer: nn.Module, x: Tensor, names: list[str] | None) -> list[Part] |
         parts = None if isinstance(found, str) else [(None, found)]
     else:
         chosen = [(rows, name) for name, rows in mixed.stretches(layer, names, x)]
-        parts = [(rows, [_adapter(layer, name)] if name in layer.lora_A else []) for rows, name in chosen]
+        parts = [(rows, [adapter_of(layer, name)] if name in layer.lora_A else []) for rows, name in chosen]
     fits = parts is not None and all(
         isinstance(item, Adapter) and _fits(item, x) for _, adapters in parts for item in adapters
     )
@@ -118,7 +119,8 @@ def _sum(y: Tensor, x: Tensor, parts: list[Part], add: Callable[[Tensor, Tensor,
 
 
 def _plain(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
-    return y + _low_rank(x, adapter)
+    """As PEFT computes it."""
+    return y + adapter.b(adapter.a(adapter.dropout(x.to(adapter.a.weight.dtype)))) * adapter.scaling
 
 
 def _added(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops import transformed
+from ..ops import autocast_off, transformed
 from ..ops.rope import reference as rope_reference
-from .blocks import _ON_CPU, Block, _replaced
-from .forwards import _autocast_off, _served, find, install, remove
+from .blocks import ON_CPU, Block, replacement
+from .forwards import find, install, remove, served
 from .weights import FLOATS, autocast_dtype, slow_products
 from .wrappers import UNKNOWN, WrappedForward, innermost
 
@@ -129,7 +129,7 @@ def _rope_mode(module: nn.Module) -> RopeMode | str:
 def _rotates_halves(function: Callable[..., Any], rotary: int) -> bool:
     """Whether it gives, in fp32 and bf16, what ours is defined as, for angles whose halves differ."""
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
-        options = dict(generator=torch.Generator().manual_seed(0), **_ON_CPU)
+        options = dict(generator=torch.Generator().manual_seed(0), **ON_CPU)
         q, k = (torch.randn(2, heads, 5, 16, **options).to(dtype) for heads in (3, 1))
         cos, sin = (torch.randn(2, 5, rotary, **options).to(dtype) for _ in range(2))
         with torch.no_grad():
@@ -163,7 +163,7 @@ def _rotary(
 
 def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, partial: bool) -> bool:
     if (
-        not _served(q)
+        not served(q)
         or q.dtype not in FLOATS
         or not q.dtype == k.dtype == cos.dtype == sin.dtype
         or not q.device == k.device == cos.device == sin.device
@@ -262,7 +262,7 @@ def in_fp32(
     ):
         return function(module, query, key, value, attention_mask, **kwargs)
     operands = [_wide(each) for each in (query, key, value, attention_mask)]
-    with _autocast_off(query):
+    with autocast_off(query):
         output, weights = function(module, *operands, **{name: _wide(each) for name, each in kwargs.items()})
     return output.to(result), None if weights is None else weights.to(result)
 
@@ -356,7 +356,7 @@ def _uses(module: nn.Module, name: str) -> bool:
 def _not_ours(module: nn.Module) -> str | None:
     """Why the class's forward cannot be run with other globals."""
     wrapped = f"{type(module).__name__}.forward {UNKNOWN}"
-    return _replaced(module) or (wrapped if innermost(type(module).forward) is None else None)
+    return replacement(module) or (wrapped if innermost(type(module).forward) is None else None)
 
 
 class AttentionForward(WrappedForward):

@@ -12,14 +12,23 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..ops.rms_norm import reference as rms_norm_reference
-from .forwards import Forward, _served, install
+from .forwards import Forward, install, served
 from .reads import Reads, RecognizedForward, reads
 from .weights import FLOATS
 from .wrappers import UNKNOWN, innermost
 
-__all__ = ["Block", "NormForward", "NormMode", "install_norms", "norm_candidates"]
+__all__ = [
+    "ON_CPU",
+    "Block",
+    "NormForward",
+    "NormMode",
+    "install_norms",
+    "name_of_eps",
+    "norm_candidates",
+    "replacement",
+]
 
-_ON_CPU = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are when a model is patched
+ON_CPU = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are when a model is patched
 
 
 class NormMode(NamedTuple):
@@ -51,7 +60,7 @@ def install_norms(found: Iterable[Block]) -> int:
     return len(usable)
 
 
-def _replaced(module: nn.Module) -> str | None:
+def replacement(module: nn.Module) -> str | None:
     """Someone else's forward on the instance; ours, and what accelerate's hooks keep of the class's, are
     none."""
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
@@ -79,7 +88,7 @@ def norm_candidates(model: nn.Module) -> list[Block]:
     torch's own fused kernel and is not listed."""
     found = []
     for name, module in model.named_modules():
-        eps_name = _eps_name(module)
+        eps_name = name_of_eps(module)
         weight = module._parameters.get("weight")
         if (
             eps_name is None
@@ -97,18 +106,19 @@ def norm_candidates(model: nn.Module) -> list[Block]:
 def _recognized(module: nn.Module) -> tuple[NormMode | str, Reads | str]:
     """What the module computes, or why it is no norm of ours; and what that depends on besides the weight and
     eps."""
-    eps_name = _eps_name(module)
+    eps_name = name_of_eps(module)
     mode = _norm_mode(module, eps_name) if eps_name else "it has no eps"
     seen = mode if isinstance(mode, str) else _reads(module, eps_name)
     return (seen, seen) if isinstance(seen, str) else (mode, seen)
 
 
-def _eps_name(module: nn.Module) -> str | None:
+def name_of_eps(module: nn.Module) -> str | None:
+    """The attribute that holds a norm's eps; None without one."""
     return next((name for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
 
 
 def _norm_mode(module: nn.Module, eps_name: str) -> NormMode | str:
-    replaced = _replaced(module)
+    replaced = replacement(module)
     if replaced:
         return replaced
     eps = getattr(module, eps_name)
@@ -144,9 +154,9 @@ def _matching(
 ) -> list[tuple[str, float]]:
     """The modes whose reference gives, on random rows of several sizes and a random weight, the bits of the
     class's own forward."""
-    size, options = module.weight.shape[0], dict(generator=torch.Generator().manual_seed(0), **_ON_CPU)
+    size, options = module.weight.shape[0], dict(generator=torch.Generator().manual_seed(0), **ON_CPU)
     # eps must matter in one
-    x = torch.randn(2, 4, size, **options) * torch.tensor([1.0, 30.0, eps**0.5, 0.01], **_ON_CPU)[:, None]
+    x = torch.randn(2, 4, size, **options) * torch.tensor([1.0, 30.0, eps**0.5, 0.01], **ON_CPU)[:, None]
     weight = torch.randn(size, **options).to(weight_dtype)
     probe = type(module).__new__(type(module))
     probe.__dict__.update(module.__dict__, _parameters={"weight": nn.Parameter(weight, requires_grad=False)})
@@ -209,7 +219,7 @@ class NormForward(RecognizedForward):
 
     def operands(self, x: Tensor) -> tuple[Tensor, float, NormMode] | None:
         """Weight, eps and how they are used; None where only the stock forward can serve."""
-        module, mode = self.module, self.now() if _served(x) else None
+        module, mode = self.module, self.now() if served(x) else None
         weight = module._parameters.get("weight")
         if mode is None or type(weight) is not nn.Parameter:
             return None

@@ -17,7 +17,18 @@ from .hooks import against, has_hooks
 from .report import Row
 from .weights import FLOATS, forward_reason, is_4bit, repacked, slow_products, unpack
 
-__all__ = ["Candidate", "candidates", "excluded", "is_lora", "patterns_of"]
+__all__ = [
+    "Candidate",
+    "against_4bit_weight",
+    "against_base",
+    "against_device",
+    "against_forward",
+    "candidates",
+    "excluded",
+    "is_lora",
+    "patterns_of",
+    "replaced_on_instance",
+]
 
 _PEFT_FORWARDS = {
     ("peft.tuners.lora.layer", "Linear.forward"),
@@ -77,7 +88,7 @@ def _wants_dense(module: nn.Module, dense: bool | None) -> bool:
 
 def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:
     base = layer.base_layer
-    static = excluded(name, exclude) or _forward_reason(layer)
+    static = excluded(name, exclude) or against_forward(layer)
     against_fusion = None if static else _fusion_reason(layer)
     note = "" if static or against_fusion else _prepare(base)
     against_fusion = against_fusion or (None if static else _weight_reason(base))
@@ -107,17 +118,17 @@ def _fusion_reason(layer: nn.Module) -> str | None:
             f"base layer is {type(layer.base_layer).__module__}.{type(layer.base_layer).__name__}, which "
             "has no fused form"
         )
-    return _base_reason(layer.base_layer) or against("the base layer", layer.base_layer)
+    return against_base(layer.base_layer) or against("the base layer", layer.base_layer)
 
 
 def _addition_reason(layer: nn.Module) -> str | None:
     """Why not even the low-rank branch is ours."""
     found = add.reason_against(layer)
-    return found or _device_reason(next(layer.lora_A.parameters(), torch.empty(0, device="cpu")))
+    return found or against_device(next(layer.lora_A.parameters(), torch.empty(0, device="cpu")))
 
 
 def _linear(name: str, module: nn.Module, exclude: tuple[str, ...]) -> Candidate:
-    reason = excluded(name, exclude) or _base_reason(module)
+    reason = excluded(name, exclude) or against_base(module)
     note = "" if reason else _prepare(module)
     reason = reason or _weight_reason(module)
     row = _row(name, "linear", module, "linear_4bit" if is_4bit(module) else "linear", reason, note)
@@ -169,25 +180,27 @@ def patterns_of(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
     return patterns
 
 
-def _forward_reason(layer: nn.Module) -> str | None:
+def against_forward(layer: nn.Module) -> str | None:
     """The class's forward must be one whose meaning is known: PEFT's own, inherited or not."""
     forward = type(layer).forward
     origin = (forward.__module__, forward.__qualname__)
     if origin not in add.FORWARDS:
         return f"{type(layer).__name__}.forward is {'.'.join(origin)}, which has no fused form"
-    return _replaced(layer)
+    return replaced_on_instance(layer)
 
 
-def _base_reason(base: nn.Module) -> str | None:
+def against_base(base: nn.Module) -> str | None:
+    """Why a base layer is not known to be a linear of its weight and bias, or has to be called."""
     reason = forward_reason(base)
     if reason:
         return reason
     if has_hooks(base):
         return "a hook is registered on the base layer"
-    return _replaced(base)
+    return replaced_on_instance(base)
 
 
-def _replaced(module: nn.Module) -> str | None:
+def replaced_on_instance(module: nn.Module) -> str | None:
+    """Whether a forward that is not ours stands on the instance, in words."""
     if find(module) is not None or "forward" not in module.__dict__ or "_old_forward" in module.__dict__:
         return None
     return (
@@ -212,17 +225,18 @@ def _weight_reason(base: nn.Module) -> str | None:
     if weight.device.type == "meta":
         return "its weight is on the meta device; load it first"
     if is_4bit(base):
-        return _weight_reason_4bit(base) or _device_reason(weight)
+        return against_4bit_weight(base) or against_device(weight)
     if type(weight) is not nn.Parameter:
         return f"its weight is {type(weight).__module__}.{type(weight).__name__}, expected a plain parameter"
     if weight.requires_grad:
         return "its base weight is trainable"
     if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}, expected float32, bfloat16 or float16"
-    return _device_reason(weight)
+    return against_device(weight)
 
 
-def _weight_reason_4bit(base: nn.Module) -> str | None:
+def against_4bit_weight(base: nn.Module) -> str | None:
+    """Why a 4-bit weight cannot be read; None where it can."""
     from ..formats.nf4 import NF4Weight
 
     try:
@@ -237,7 +251,8 @@ def _weight_reason_4bit(base: nn.Module) -> str | None:
     )
 
 
-def _device_reason(weight: Tensor) -> str | None:
+def against_device(weight: Tensor) -> str | None:
+    """Why there are no kernels for the device of `weight`; None where there are."""
     if weight.device.type == "cpu" or backends.select(weight) != "reference":
         return None
     return f"no kernels for {weight.device.type} in this version"

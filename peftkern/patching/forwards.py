@@ -3,7 +3,6 @@ the stock forward."""
 
 from __future__ import annotations
 
-import contextlib
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops import transformed
+from ..ops import autocast_off, transformed
 from ..runtime import backends
 from . import dora, mixed
 from .decode import Ready, address_of
@@ -22,7 +21,19 @@ from .methods import Method, of_module
 from .plans import DoraPlan, Plan, branch_operands, scaling_of
 from .weights import Operands, WeightCache, autocast_dtype, parameter
 
-__all__ = ["Forward", "LinearForward", "LoraForward", "find", "install", "remove"]
+__all__ = [
+    "Adapter",
+    "Forward",
+    "LinearForward",
+    "LoraForward",
+    "PlannedForward",
+    "active_adapters",
+    "adapter_of",
+    "find",
+    "install",
+    "remove",
+    "served",
+]
 
 _SLOTS = ("forward", "_old_forward")  # accelerate's hooks call `_old_forward`; ours goes inside them
 
@@ -47,7 +58,7 @@ class Forward(Method):
         self.ready = self._unbound = None
 
 
-class _PlannedForward(Forward):
+class PlannedForward(Forward):
     """A linear that is computed as a plan says, alone or with its group."""
 
     __slots__ = ()
@@ -75,11 +86,11 @@ class _PlannedForward(Forward):
 
     def run(self, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
         """The plan alone."""
-        with _autocast_off(x):
+        with autocast_off(x):
             return plan.cast(plan.alone(x.to(plan.compute)))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _served(x):
+        if args or kwargs or not served(x):
             return self.stock(x, *args, **kwargs)
         if torch.compiler.is_compiling():
             # what siblings leave for each other is a side effect, which no checkpointed region of a graph may
@@ -105,7 +116,7 @@ class _PlannedForward(Forward):
         return None if parts is None else parts[0]
 
 
-class LinearForward(_PlannedForward):
+class LinearForward(PlannedForward):
     """A bare frozen linear, 4-bit or dense."""
 
     __slots__ = ()
@@ -131,7 +142,7 @@ class Adapter(NamedTuple):
     scaling: float | Tensor
 
 
-class LoraForward(_PlannedForward):
+class LoraForward(PlannedForward):
     """A PEFT LoRA layer over a frozen linear, 4-bit or dense."""
 
     __slots__ = ()
@@ -149,7 +160,7 @@ class LoraForward(_PlannedForward):
         ):
             return self.stock(x, *args, adapter_names=names, **kwargs)
         with mixed.names(layer, names):
-            plan = self.plan(x) if _served(x) else None
+            plan = self.plan(x) if served(x) else None
         return self.stock(x, adapter_names=names) if plan is None else self.run(x, plan)
 
     def stock(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -165,7 +176,7 @@ class LoraForward(_PlannedForward):
 
     def _by_itself(self, x: Tensor) -> Tensor:
         """Without its group, whose other members get other rows."""
-        plan = self.work(x) if _served(x) else None
+        plan = self.work(x) if served(x) else None
         return super().stock(x) if plan is None else self.run(x, plan)
 
     def work(self, x: Tensor) -> Plan | DoraPlan | None:
@@ -270,7 +281,7 @@ def _mixed(layer: nn.Module, x: Tensor, names: list[str]) -> list[functional.Ada
     for name, rows in mixed.stretches(layer, names, x):
         if name == mixed.BASE or name not in layer.lora_A:
             continue
-        adapter = _adapter(layer, name)
+        adapter = adapter_of(layer, name)
         if isinstance(adapter, str) or adapter.b.bias is not None:
             return None
         found.append(_operand(adapter, rows))
@@ -300,14 +311,15 @@ def active_adapters(layer: nn.Module) -> list[Adapter] | str:
         return "no active adapter"
     found = []
     for name in names:
-        adapter = _adapter(layer, name)
+        adapter = adapter_of(layer, name)
         if isinstance(adapter, str):
             return f"adapter {name!r}: {adapter}"
         found.append(adapter)
     return found
 
 
-def _adapter(layer: nn.Module, name: str) -> Adapter | str:
+def adapter_of(layer: nn.Module, name: str) -> Adapter | str:
+    """One adapter of the layer, or why the fused path cannot run it."""
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__} is not vanilla LoRA"
     parts = layer._modules
@@ -329,11 +341,6 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | str:
     return Adapter(a, b, dropout, dropout_p, scaling_of(layer, name))
 
 
-def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:
-    """A further adapter's contribution, as PEFT computes it."""
-    return adapter.b(adapter.a(adapter.dropout(x.to(adapter.a.weight.dtype)))) * adapter.scaling
-
-
 def _result_dtype(layer: nn.Module, base: Operands) -> torch.dtype:
     """PEFT's 4-bit layer adds the low-rank part uncast under CUDA autocast; its dense layer always returns
     the base's dtype."""
@@ -342,21 +349,12 @@ def _result_dtype(layer: nn.Module, base: Operands) -> torch.dtype:
     return torch.promote_types(base.result, torch.get_autocast_dtype("cuda"))
 
 
-def _served(x: Tensor) -> bool:
+def served(x: Tensor) -> bool:
     """Whether there are kernels for x's device and torch can follow them; elsewhere the stock forward is
     faster than our reference, or the only one that can be followed."""
     if not isinstance(x, Tensor) or transformed():
         return False
     return x.is_cpu or (not x.is_meta and backends.select(x) != "reference")
-
-
-def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The operands are cast already; a kernel's own fp32 arithmetic must not be autocast."""
-    return (
-        contextlib.nullcontext()
-        if autocast_dtype(x) is None
-        else torch.autocast(x.device.type, enabled=False)
-    )
 
 
 def find(module: nn.Module) -> tuple[str, Forward] | None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import autocast_off
 from .decode import Ready
-from .forwards import _autocast_off, _PlannedForward, find
+from .forwards import PlannedForward, find
 from .plans import DoraPlan, Plan
 from .sharing import called_together
 
@@ -66,7 +67,7 @@ class Group:
 
     __slots__ = ("forwards", "dissolved", "places", "calling", "ready")
 
-    def __init__(self, forwards: list[_PlannedForward]) -> None:
+    def __init__(self, forwards: list[PlannedForward]) -> None:
         self.__setstate__((forwards, None))
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -82,7 +83,7 @@ class Group:
         """What this thread's calls have left for siblings."""
         return self.calling.stash
 
-    def fetch(self, forward: _PlannedForward, x: Tensor) -> Tensor | None:
+    def fetch(self, forward: PlannedForward, x: Tensor) -> Tensor | None:
         """The part that a sibling's call with the same x has computed for `forward`; None where there is
         none."""
         stash = self.calling.stash
@@ -96,7 +97,7 @@ class Group:
             self.calling.stash = None
         return part
 
-    def run(self, forward: _PlannedForward, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
+    def run(self, forward: PlannedForward, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
         """The part of `forward`, computed with its siblings', which are kept for them; alone where the group
         has dissolved."""
         index, stash = self.places[id(forward)], self.calling.stash
@@ -107,7 +108,7 @@ class Group:
             return forward.run(x, plan)
         return self._keep(index, x, self._compute(index, x, plan))
 
-    def few_rows(self, forward: _PlannedForward, x: Tensor) -> Tensor | None:
+    def few_rows(self, forward: PlannedForward, x: Tensor) -> Tensor | None:
         """As `run`, with what an earlier call of few rows prepared; None where that does not serve."""
         parts = self.ready(x) if self.calling.stash is None else None
         return None if parts is None else self._keep(self.places[id(forward)], x, dict(enumerate(parts)))
@@ -128,7 +129,7 @@ class Group:
         }
         if len(plans) == 1:
             return {index: self.forwards[index].run(x, plan)}
-        with _autocast_off(x):
+        with autocast_off(x):
             outputs = plan.together(x.to(plan.compute), list(plans.values()))
             return {i: found.cast(y) for (i, found), y in zip(plans.items(), outputs, strict=True)}
 
@@ -153,9 +154,9 @@ def form_groups(model: nn.Module) -> dict[str, str]:
     return formed
 
 
-def _planned(module: nn.Module) -> _PlannedForward | None:
+def _planned(module: nn.Module) -> PlannedForward | None:
     held = find(module)
-    return held[1] if held is not None and isinstance(held[1], _PlannedForward) else None
+    return held[1] if held is not None and isinstance(held[1], PlannedForward) else None
 
 
 def _in_features(module: nn.Module) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import transformed
-from .blocks import _ON_CPU, NormForward, _eps_name, _replaced
+from .blocks import ON_CPU, NormForward, name_of_eps, replacement
 from .detect import excluded
 from .forwards import find, install
 from .hooks import has_hooks
@@ -174,14 +174,14 @@ def _is_layer(module: nn.Module) -> bool:
     norms = [
         child
         for child in module.children()
-        if _eps_name(child) is not None and isinstance(getattr(child, "weight", None), Tensor)
+        if name_of_eps(child) is not None and isinstance(getattr(child, "weight", None), Tensor)
     ]
     return bool(norms) and sum(bool(child._modules) for child in module.children()) >= 2
 
 
 def layer_mode(module: nn.Module) -> LayerMode | str:
     """What the class's forward does, or why ours cannot take its place."""
-    replaced, kind = _replaced(module), type(module).__name__
+    replaced, kind = replacement(module), type(module).__name__
     if replaced:
         return replaced
     if not any(_ours(child) for child in module.children()):
@@ -265,7 +265,7 @@ def _parameters(function: types.FunctionType) -> tuple[list[str], list[str]]:
 
 
 def _random(dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(seed), **_ON_CPU).to(dtype)
+    return torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(seed), **ON_CPU).to(dtype)
 
 
 def _explained(

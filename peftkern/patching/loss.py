@@ -18,19 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops import autocast_off
 from ..ops.linear_cross_entropy.budget import logits_bytes
 from . import mixed
 from .detect import (
     Candidate,
-    _base_reason,
-    _device_reason,
-    _forward_reason,
-    _replaced,
-    _weight_reason_4bit,
+    against_4bit_weight,
+    against_base,
+    against_device,
+    against_forward,
     excluded,
     is_lora,
+    replaced_on_instance,
 )
-from .forwards import Adapter, Forward, _autocast_off, _served, active_adapters, install
+from .forwards import Adapter, Forward, active_adapters, install, served
 from .hooks import against
 from .logits import DeferredLogits, LogitForm, made
 from .loss_probe import StandIn, is_causal_lm_loss, probe, shifted
@@ -258,7 +259,7 @@ class _Head:
         )
         flat, watcher = labels.reshape(-1).to(x.device), self.watcher
         watched = None if watcher is None else torch.empty(flat.shape, dtype=torch.float32, device=x.device)
-        with _autocast_off(x):
+        with autocast_off(x):
             loss = functional.linear_cross_entropy(
                 x if form.scale == 1.0 else x * form.scale,
                 weight,
@@ -285,7 +286,7 @@ class _Operands(NamedTuple):
 
 def _operands(parts: _Parts | str, hidden: Tensor, cache: WeightCache) -> _Operands | None:
     """What to multiply these hidden states with; None where only the stock head can."""
-    if isinstance(parts, str) or hidden.dtype not in FLOATS or not _served(hidden):
+    if isinstance(parts, str) or hidden.dtype not in FLOATS or not served(hidden):
         return None
     base, adapter = parts
     if not (type(base) is nn.Linear and type(base.weight) is nn.Parameter) and not is_4bit(base):
@@ -365,7 +366,7 @@ def plan_of(model: nn.Module) -> LossPlan | str:
     name = next((name for name, child in model.named_children() if child is head), None)
     if name is None:
         return "its head is not a child of its own"
-    reason = _replaced(model) or _head_reason(head)
+    reason = replaced_on_instance(model) or _head_reason(head)
     if reason is not None:
         return reason
     if not is_causal_lm_loss(model.loss_function):
@@ -383,9 +384,9 @@ def _head_reason(head: nn.Module) -> str | None:
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         inner = [head.original_module, *head.modules_to_save.values()]
     for layer in inner:
-        reason = _forward_reason(layer) if is_lora(layer) else None
+        reason = against_forward(layer) if is_lora(layer) else None
         base = layer.base_layer if is_lora(layer) else layer
-        reason = reason or _base_reason(base) or (_weight_reason_4bit(base) if is_4bit(base) else None)
+        reason = reason or against_base(base) or (against_4bit_weight(base) if is_4bit(base) else None)
         if reason is None and base.weight.device.type == "meta":
             reason = "its weight is on the meta device; load it first"
         if (
@@ -394,7 +395,7 @@ def _head_reason(head: nn.Module) -> str | None:
             and (type(base.weight) is not nn.Parameter or base.weight.dtype not in FLOATS)
         ):
             reason = f"its weight is {type(base.weight).__name__} {base.weight.dtype}"
-        reason = reason or _device_reason(base.weight)
+        reason = reason or against_device(base.weight)
         if reason is not None:
             return f"head: {reason}"
     return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import _ON_CPU
+from .blocks import ON_CPU
 from .logits import DeferredLogits, LogitForm
 
 __all__ = ["StandIn", "is_causal_lm_loss", "probe", "shifted"]
@@ -199,7 +199,7 @@ def _wave(rows: int, columns: int, *, device: torch.device) -> Tensor:
 def is_causal_lm_loss(function: Callable[..., Tensor]) -> bool:
     """Whether it computes the shifted cross-entropy, a mean or over num_items_in_batch, and takes labels that
     are shifted already."""
-    logits = torch.sin(torch.arange(70, **_ON_CPU)).reshape(2, 5, 7) * 3
+    logits = torch.sin(torch.arange(70, **ON_CPU)).reshape(2, 5, 7) * 3
     labels = torch.tensor([[1, 2, -100, 6, 0], [3, 3, 3, -100, 5]], device="cpu")
     aligned, other = shifted(labels, None), labels.flip(1)
     try:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
+from ..ops import autocast_off
 from ..ops.qlora_glu import halves
-from .blocks import _replaced
+from .blocks import replacement
 from .decode import Ready
 from .detect import excluded
-from .forwards import _autocast_off, _PlannedForward, _served, find, install
+from .forwards import PlannedForward, find, install, served
 from .hooks import running
 from .reads import Reads, RecognizedForward, reads
 from .wrappers import UNKNOWN, innermost
@@ -41,7 +42,7 @@ class GatedMLPForward(RecognizedForward):
         """`stock` as one call."""
 
         def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            y = self._fused(x) if not args and not kwargs and _served(x) else None
+            y = self._fused(x) if not args and not kwargs and served(x) else None
             return stock(module, x, *args, **kwargs) if y is None else y
 
         return forward
@@ -63,24 +64,24 @@ class GatedMLPForward(RecognizedForward):
         plans = self._plans(x, linears)
         if plans is None:
             return None
-        with _autocast_off(x):
+        with autocast_off(x):
             members = [plan.member for plan in plans]
             return plans[-1].cast(
                 getattr(functional, self.function)(x.to(plans[0].compute), *members, **options)
             )
 
-    def _linears(self) -> list[_PlannedForward] | None:
+    def _linears(self) -> list[PlannedForward] | None:
         """The forwards of the children; None where one of them is not ours, or is watched."""
         modules, found = self.module._modules, []
         for child in self.children:
             layer = modules.get(child)
             forward = None if layer is None else running(layer)
-            if not isinstance(forward, _PlannedForward):
+            if not isinstance(forward, PlannedForward):
                 return None
             found.append(forward)
         return found
 
-    def _few_rows(self, x: Tensor, linears: list[_PlannedForward], options: dict[str, Any]) -> Tensor | None:
+    def _few_rows(self, x: Tensor, linears: list[PlannedForward], options: dict[str, Any]) -> Tensor | None:
         """With what an earlier call prepared; None where that does not serve."""
         ready = self.ready
         if ready is None or ready[0].linears != linears[:-1] or ready[1].linears != linears[-1:]:
@@ -93,7 +94,7 @@ class GatedMLPForward(RecognizedForward):
         parts = outer(functional.glu(gate, up, activation=options["activation"]))
         return None if parts is None else parts[0]
 
-    def _plans(self, x: Tensor, linears: list[_PlannedForward]) -> list | None:
+    def _plans(self, x: Tensor, linears: list[PlannedForward]) -> list | None:
         inner = [linear.plan(x) for linear in linears[:-1]]
         if any(
             plan is None or plan.compute != inner[0].compute or plan.result != plan.compute for plan in inner
@@ -149,13 +150,13 @@ def _held(module: nn.Module, kind: type[GatedMLPForward]) -> bool:
         module._modules.get(child) for child in kind.children
     ]  # what stands around an MLP passes for it
     held = [find(layer) if isinstance(layer, nn.Module) else None for layer in layers]
-    return all(item and isinstance(item[1], _PlannedForward) for item in held)
+    return all(item and isinstance(item[1], PlannedForward) for item in held)
 
 
 def _recognized(module: nn.Module, kind: type[GatedMLPForward]) -> tuple[dict[str, Any] | str, Reads | str]:
     """The options with which the class's forward is `kind`'s function, or why it is not; and what that
     depends on."""
-    reason = _replaced(module) or (None if innermost(type(module).forward) else f"its forward {UNKNOWN}")
+    reason = replacement(module) or (None if innermost(type(module).forward) else f"its forward {UNKNOWN}")
     seen = reason or reads(module, skip=frozenset(kind.children))
     if isinstance(seen, str):
         return seen, seen

@@ -10,14 +10,14 @@ from peftkern.ops.qlora_linear.reference import dropout_scale
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from peftkern.ops.triton_philox import _dropout_scale  # noqa: E402
+from peftkern.ops.triton_philox import dropout_scale_tile  # noqa: E402
 
 
 @triton.jit
 def _scale_kernel(
     out, seed_ptr, threshold, row0, col0, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
-    tile = _dropout_scale(seed_ptr, threshold, row0, col0, BLOCK_ROWS, BLOCK_COLS)
+    tile = dropout_scale_tile(seed_ptr, threshold, row0, col0, BLOCK_ROWS, BLOCK_COLS)
     rows, cols = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLS)[None, :]
     tl.store(out + rows * stride + cols, tile)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from ...runtime.backends import gpu_arch
 from ...runtime.launch import Call, run
 from ...runtime.specialization import Specialization
-from ..triton_nf4 import _absmax, _codes, _decode, _decode_words, decode_method, group_words
-from ..triton_nf4 import _absmax_value as _absmax_value  # tests/cubins finds it here by name
+from ..triton_nf4 import absmax_of, decode, decode_method, decode_words, group_words, load_codes
+from ..triton_nf4 import absmax_value as absmax_value  # tests/cubins finds it here by name
 
 __all__ = [
-    "_dequantize_ragged_tile",
-    "_dequantize_tile",
+    "dequantize_ragged_tile",
+    "dequantize_tile",
     "dequantize_4bit",
     "dequantize_4bit_out",
     "dequantize_slice",
@@ -33,7 +33,7 @@ RAGGED_WEIGHTS, RAGGED_WARPS = 1024, 4
 
 
 @triton.jit
-def _dequantize_tile(
+def dequantize_tile(
     pid,
     packed_ptr,  # uint8, 4-byte aligned, read as words of eight codes
     code_ptr,  # fp32 [16]
@@ -62,7 +62,7 @@ def _dequantize_tile(
     row = tl.zeros_like(group) if ONE_ROW else group // col_groups
     col = group - row * col_groups
     source = start + row * row_groups + col
-    absmax = _absmax(  # [GROUPS]
+    absmax = absmax_of(  # [GROUPS]
         source // (BLOCKSIZE // WIDTH),
         inside,
         absmax_ptr,
@@ -74,7 +74,7 @@ def _dequantize_tile(
     )
     offsets = source.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]  # [GROUPS, WORDS]
     words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=inside[:, None], other=0)
-    values = _decode_words(words, absmax[:, None], _codes(code_ptr), out_ptr.dtype.element_ty, METHOD)
+    values = decode_words(words, absmax[:, None], load_codes(code_ptr), out_ptr.dtype.element_ty, METHOD)
     values = tl.reshape(values, [GROUPS, WIDTH])
     target = (row.to(tl.int64) * out_stride + col * WIDTH)[:, None] + tl.arange(0, WIDTH)[
         None, :
@@ -83,7 +83,7 @@ def _dequantize_tile(
 
 
 @triton.jit
-def _dequantize_ragged_tile(
+def dequantize_ragged_tile(
     pid,
     packed_ptr,  # uint8, any alignment; the rest as above, in weights in place of groups
     code_ptr,
@@ -108,7 +108,7 @@ def _dequantize_ragged_tile(
     row = index // col_weights
     col = index - row * col_weights
     source = start + row * row_weights + col
-    absmax = _absmax(
+    absmax = absmax_of(
         source // BLOCKSIZE,
         inside,
         absmax_ptr,
@@ -122,7 +122,7 @@ def _dequantize_ragged_tile(
     nibble = tl.where(source % 2 == 0, byte >> 4, byte & 15)
     tl.store(
         out_ptr + row * out_stride + col,
-        _decode(nibble, absmax, _codes(code_ptr), out_ptr.dtype.element_ty),
+        decode(nibble, absmax, load_codes(code_ptr), out_ptr.dtype.element_ty),
         mask=inside,
     )
 
@@ -150,7 +150,7 @@ def _dequantize_kernel(
     METHOD: tl.constexpr,
 ):
     if WORDS == 0:
-        _dequantize_ragged_tile(
+        dequantize_ragged_tile(
             tl.program_id(0),
             packed_ptr,
             code_ptr,
@@ -170,7 +170,7 @@ def _dequantize_kernel(
             UNITS,
         )
     else:
-        _dequantize_tile(
+        dequantize_tile(
             tl.program_id(0),
             packed_ptr,
             code_ptr,
@@ -309,7 +309,7 @@ def specializations(arch: int) -> Iterator[Specialization]:
             num_warps=WARPS,
             divisible_by_16=("packed_ptr", "code_ptr", *pointers, "out_ptr", "out_stride"),
             wide_loads=("packed_ptr",),
-            unfused=("_absmax_value",),
+            unfused=("absmax_value",),
         )
         yield nested
         plain = {

@@ -23,7 +23,7 @@ def _adapters(m: int, lora_a: list[Tensor], lora_b: list[Tensor], scalings: list
 
 
 def _norm(
-    group: group_cpu._Group, i: int, scaling: float, magnitude: Tensor, squares: Tensor
+    group: group_cpu.NativeGroup, i: int, scaling: float, magnitude: Tensor, squares: Tensor
 ) -> tuple[Tensor, Tensor]:
     """norm and magnitude / norm, fp32 [N]. A W^T is the linear itself on R rows."""
     lora_b, a, n, none = (
@@ -48,10 +48,10 @@ def _norm(
 
 def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, squares, with_u):
     """As the reference."""
-    x, biases = x.contiguous(), group_cpu._contiguous(biases)
+    x, biases = x.contiguous(), group_cpu.contiguous(biases)
     m, k = x.shape
     n, low = [b.shape[0] for b in lora_b], _adapters(m, lora_a, lora_b, scalings)
-    group = group_cpu._Group(m, k, n, weights, quants, blocksizes, *low)
+    group = group_cpu.NativeGroup(m, k, n, weights, quants, blocksizes, *low)
     magnitudes, squares = ([t.float().contiguous() for t in tensors] for tensors in (magnitudes, squares))
     if m == 0 or group.choice(x, tiles=False).regime != "gemm":
         made = [_norm(group, i, scalings[i], magnitudes[i], squares[i]) for i in range(len(n))]
@@ -106,10 +106,10 @@ def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magni
     used = [i for i, g in enumerate(dy) if g is not None]
     first, k, count = dy[used[0]], lora_a[0].shape[1], len(weights)
     need_x, need_bias, need_a, need_b, need_magnitude = split_needs(needs, count)
-    m, (dy, u, xa) = len(first), map(group_cpu._contiguous, (dy, u, xa))
+    m, (dy, u, xa) = len(first), map(group_cpu.contiguous, (dy, u, xa))
     scales = [magnitude.float() / norm for magnitude, norm in zip(magnitudes, norms, strict=True)]
     low = _adapters(m, lora_a, lora_b, scalings)
-    group = group_cpu._Group(m, k, [b.shape[0] for b in lora_b], weights, quants, blocksizes, *low)
+    group = group_cpu.NativeGroup(m, k, [b.shape[0] for b in lora_b], weights, quants, blocksizes, *low)
     d_bias, d_a, d_b, d_scale = ([None] * count for _ in range(4))
     if m == 0 or group.choice(first, tiles=False).regime != "gemm":
         du: list[Tensor | None] = [None] * count

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from .. import accumulation
-from ..qlora_group.reference import _quant
-from ..qlora_linear.reference import _dense
+from ..qlora_group.reference import quant_of
+from ..qlora_linear.reference import dense_weight
 from . import split_needs
 
 __all__ = ["backward", "forward", "norms", "scaled"]
@@ -44,7 +44,7 @@ def norms(weights, quants, blocksizes, scalings, lora_a, lora_b, wide=torch.floa
     """[||W + s B A|| by rows]."""
     found = []
     for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
-        w = _dense(weights[i], _quant(quants, blocksizes, i), b.shape[0], a.shape[1])
+        w = dense_weight(weights[i], quant_of(quants, blocksizes, i), b.shape[0], a.shape[1])
         found.append((w.to(wide) + scalings[i] * (b.to(wide) @ a.to(wide))).norm(dim=1))
     return found
 
@@ -53,7 +53,7 @@ def _products(x, weights, quants, blocksizes, scalings, lora_a, lora_b):
     """[u], wide."""
     found, wide = [], accumulation(x)
     for i in range(len(weights)):
-        w = _dense(weights[i], _quant(quants, blocksizes, i), lora_b[i].shape[0], x.shape[1])
+        w = dense_weight(weights[i], quant_of(quants, blocksizes, i), lora_b[i].shape[0], x.shape[1])
         w, a, b, x_wide = (t.to(wide) for t in (w, lora_a[i], lora_b[i], x))
         found.append(x_wide @ w.t() + scalings[i] * (x_wide @ a.t() @ b.t()))
     return found
@@ -80,7 +80,7 @@ def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magni
         if g is None:
             continue
         g = g.to(wide)
-        w = _dense(weights[i], _quant(quants, blocksizes, i), lora_b[i].shape[0], lora_a[i].shape[1])
+        w = dense_weight(weights[i], quant_of(quants, blocksizes, i), lora_b[i].shape[0], lora_a[i].shape[1])
         w, a, b = (t.to(wide) for t in (w, lora_a[i], lora_b[i]))
         du = g * (magnitudes[i].to(wide) / norms[i])
         dyb = scalings[i] * (du @ b)

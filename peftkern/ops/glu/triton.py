@@ -15,7 +15,7 @@ from ...runtime.launch import Call, run, specialization
 from ...runtime.replay import replayed
 from ...runtime.specialization import Specialization
 from ..rows import out_rows, rows_of
-from ..triton_numerics import _cast, _float
+from ..triton_numerics import round_to, to_fp32
 from . import ACTIVATIONS
 
 __all__ = ["backward", "backward_call", "forward", "forward_call", "specializations"]
@@ -65,8 +65,8 @@ def _glu_fwd_kernel(
     inside = col < n
     gate = tl.load(gate_ptr + row * ld_gate + col, mask=inside, other=0.0)
     up = tl.load(up_ptr + row * ld_up + col, mask=inside, other=0.0)
-    value, _ = _activate(_float(gate), ACTIVATION)
-    tl.store(h_ptr + row * n + col, _cast(value * _float(up), h_ptr.dtype.element_ty), mask=inside)
+    value, _ = _activate(to_fp32(gate), ACTIVATION)
+    tl.store(h_ptr + row * n + col, round_to(value * to_fp32(up), h_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -90,14 +90,14 @@ def _glu_bwd_kernel(
     col = (tl.program_id(0).to(tl.int64) % pieces) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = col < n
     gate = tl.load(gate_ptr + row * ld_gate + col, mask=inside, other=0.0)
-    up = _float(tl.load(up_ptr + row * ld_up + col, mask=inside, other=0.0))
-    dy = _float(tl.load(dy_ptr + row * n + col, mask=inside, other=0.0))
-    value, slope = _activate(_float(gate), ACTIVATION)
+    up = to_fp32(tl.load(up_ptr + row * ld_up + col, mask=inside, other=0.0))
+    dy = to_fp32(tl.load(dy_ptr + row * n + col, mask=inside, other=0.0))
+    value, slope = _activate(to_fp32(gate), ACTIVATION)
     DTYPE: tl.constexpr = d_gate_ptr.dtype.element_ty
-    tl.store(d_gate_ptr + row * ld_d_gate + col, _cast(dy * up * slope, DTYPE), mask=inside)
-    tl.store(d_up_ptr + row * ld_d_up + col, _cast(dy * value, DTYPE), mask=inside)
+    tl.store(d_gate_ptr + row * ld_d_gate + col, round_to(dy * up * slope, DTYPE), mask=inside)
+    tl.store(d_up_ptr + row * ld_d_up + col, round_to(dy * value, DTYPE), mask=inside)
     if h_ptr is not None:
-        tl.store(h_ptr + row * n + col, _cast(value * up, DTYPE), mask=inside)
+        tl.store(h_ptr + row * n + col, round_to(value * up, DTYPE), mask=inside)
 
 
 def _grid(*tensors: Tensor) -> tuple[int, int, int]:

@@ -10,13 +10,13 @@ from ...formats.nf4 import NF4Weight, operands
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
 from ..derivatives import twice_differentiable
 from ..flops import observe
-from ..qlora_linear import _QUANT
+from ..qlora_linear import QUANT_SCHEMA
 from . import reference
 
 __all__ = ["linear_cross_entropy"]
 
 LIBRARY.define(
-    f"linear_cross_entropy(Tensor x, Tensor weight, {_QUANT}, SymInt n, Tensor labels, Tensor? bias, "
+    f"linear_cross_entropy(Tensor x, Tensor weight, {QUANT_SCHEMA}, SymInt n, Tensor labels, Tensor? bias, "
     "Tensor? lora_a, Tensor? lora_b, "
     "float scaling, int ignore_index, float label_smoothing, float z_loss, float? softcap, Tensor? "
     "row_scale, bool[5] needs) "

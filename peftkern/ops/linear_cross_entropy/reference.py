@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..qlora_linear.reference import _dense
+from ..qlora_linear.reference import dense_weight
 
 __all__ = ["linear_cross_entropy", "losses"]
 
@@ -39,7 +39,7 @@ def linear_cross_entropy(
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_wide = x.to(wide)
-    w = _dense(weight, quant, n, x.shape[1]).to(wide)
+    w = dense_weight(weight, quant, n, x.shape[1]).to(wide)
     bias, a, b = (None if t is None else t.to(wide) for t in (bias, lora_a, lora_b))
     grads = [
         torch.zeros_like(t) if t is not None and need else None
@@ -76,7 +76,7 @@ def losses(
     """Each row's loss [M] from the logits of all rows, for torch to differentiate and transform; options as
     in the op's schema."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    u = x.to(wide) @ _dense(weight, quant, n, x.shape[1]).to(wide).t()
+    u = x.to(wide) @ dense_weight(weight, quant, n, x.shape[1]).to(wide).t()
     if lora_a is not None:
         u = u + scaling * (x.to(wide) @ lora_a.to(wide).t() @ lora_b.to(wide).t())
     return _loss_and_gradient(u if bias is None else u + bias.to(wide), labels, *options)[0]

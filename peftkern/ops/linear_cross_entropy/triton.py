@@ -19,7 +19,7 @@ from ...runtime.specialization import Specialization
 from ..dequantize.triton import dequantize_slice
 from ..qlora_linear import config
 from ..sizes import next_power_of_2
-from ..triton_numerics import _cast, _float
+from ..triton_numerics import round_to, to_fp32
 from .budget import given
 
 __all__ = ["block_rows", "linear_cross_entropy", "specializations"]
@@ -52,9 +52,9 @@ def _tanh(x):
 def _logits(row_ptr, bias_ptr, columns, V, softcap, SOFTCAP: tl.constexpr):
     """fp32 [BLOCK] of a row, -inf behind its end; and d logit / d u, 1 without a softcap."""
     inside = columns < V
-    value = _float(tl.load(row_ptr + columns, mask=inside, other=0.0))
+    value = to_fp32(tl.load(row_ptr + columns, mask=inside, other=0.0))
     if bias_ptr is not None:
-        value += _float(tl.load(bias_ptr + columns, mask=inside, other=0.0))
+        value += to_fp32(tl.load(bias_ptr + columns, mask=inside, other=0.0))
     slope = 1.0
     if SOFTCAP:
         capped, slope = _tanh(value / softcap)
@@ -112,7 +112,9 @@ def _cross_entropy_kernel(
                 value, slope = _logits(logits_row_ptr, bias_ptr, columns, V, softcap, SOFTCAP)
                 target = tl.where(columns == label, 1.0 - label_smoothing + even, even)
                 d_u = scale * (weight * tl.exp(value - top) - target) * slope
-                tl.store(logits_row_ptr + columns, _cast(d_u, logits_ptr.dtype.element_ty), mask=columns < V)
+                tl.store(
+                    logits_row_ptr + columns, round_to(d_u, logits_ptr.dtype.element_ty), mask=columns < V
+                )
     else:
         tl.store(loss_ptr + row, 0.0)
         if GRADIENT:
@@ -120,7 +122,7 @@ def _cross_entropy_kernel(
                 columns = start + tl.arange(0, BLOCK)
                 nothing = tl.zeros([BLOCK], dtype=tl.float32)
                 tl.store(
-                    logits_row_ptr + columns, _cast(nothing, logits_ptr.dtype.element_ty), mask=columns < V
+                    logits_row_ptr + columns, round_to(nothing, logits_ptr.dtype.element_ty), mask=columns < V
                 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, library
 
 from .. import LIBRARY, autocast_off, backend, entry, serving
-from ..qlora_group import _ADAPTERS, _WEIGHTS, arguments, asked
+from ..qlora_group import ADAPTERS_SCHEMA, WEIGHTS_SCHEMA, arguments, asked
 
 __all__ = ["gradients", "halves"]
 
@@ -17,8 +17,8 @@ __all__ = ["gradients", "halves"]
 # as in qlora_group_bwd, of one
 # member. dx is always made, being what d_hidden, in hidden's layout, comes from; needs[0] is true.
 LIBRARY.define(
-    f"qlora_glu_bwd(Tensor dy, Tensor[] hidden, bool gate_first, str activation, {_WEIGHTS}, SymInt m, "
-    f"SymInt k, {_ADAPTERS}, "
+    f"qlora_glu_bwd(Tensor dy, Tensor[] hidden, bool gate_first, str activation, {WEIGHTS_SCHEMA}, SymInt m, "
+    f"SymInt k, {ADAPTERS_SCHEMA}, "
     "Tensor?[] xa, bool[] needs) -> (Tensor[] d_hidden, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] "
     "d_lora_b)"
 )

@@ -29,18 +29,18 @@ __all__ = [
 
 # Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters
 # (lora_a and all after it).
-_WEIGHTS = "Tensor[] weights, Tensor?[] quants, int[] blocksizes"
-_ADAPTERS = (
+WEIGHTS_SCHEMA = "Tensor[] weights, Tensor?[] quants, int[] blocksizes"
+ADAPTERS_SCHEMA = (
     "Tensor[] lora_a, Tensor[] lora_b, int[] members, SymInt[] rows, float[] scalings, float[] dropout_ps, "
     "Tensor?[] seeds"
 )
 LIBRARY.define(
-    f"qlora_group_fwd(Tensor x, {_WEIGHTS}, SymInt[] n, Tensor?[] biases, {_ADAPTERS}) -> (Tensor[] y, "
-    "Tensor[] xa)"
+    f"qlora_group_fwd(Tensor x, {WEIGHTS_SCHEMA}, SymInt[] n, Tensor?[] biases, {ADAPTERS_SCHEMA}) -> "
+    "(Tensor[] y, Tensor[] xa)"
 )
 LIBRARY.define(
-    f"qlora_group_bwd(Tensor?[] dy, Tensor? x, {_WEIGHTS}, SymInt m, SymInt k, {_ADAPTERS}, Tensor?[] "
-    "xa, bool[] needs) -> "
+    f"qlora_group_bwd(Tensor?[] dy, Tensor? x, {WEIGHTS_SCHEMA}, SymInt m, SymInt k, {ADAPTERS_SCHEMA}, "
+    "Tensor?[] xa, bool[] needs) -> "
     "(Tensor dx, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] d_lora_b)"
 )
 

@@ -16,11 +16,11 @@ from . import Spec, split_needs
 __all__ = ["FewRows", "backward", "few_rows", "forward"]
 
 
-def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
+def contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-class _Group:
+class NativeGroup:
     """The checked arguments as the C ABI takes them; holds every tensor whose address it gave away."""
 
     def __init__(
@@ -41,9 +41,9 @@ class _Group:
     ):
         self.m, self.k, self.n = m, k, n
         self.weights, self.lora_a, self.lora_b = (
-            _contiguous(weights),
-            _contiguous(lora_a),
-            _contiguous(lora_b),
+            contiguous(weights),
+            contiguous(lora_a),
+            contiguous(lora_b),
         )
         self.quants = [
             (*quants[6 * i : 6 * i + 6], *blocksizes[2 * i : 2 * i + 2]) for i in range(len(weights))
@@ -79,8 +79,8 @@ def forward(
     x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
 ):
     """As the reference."""
-    x, biases = x.contiguous(), _contiguous(biases)
-    group = _Group(
+    x, biases = x.contiguous(), contiguous(biases)
+    group = NativeGroup(
         *x.shape, n, weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
     )
     y = [x.new_empty((group.m, size)) for size in n]
@@ -102,7 +102,7 @@ def forward(
     return y, xa
 
 
-def _low_level_forward(group: _Group, x: Tensor, y, xa, biases, adapters, views) -> None:
+def _low_level_forward(group: NativeGroup, x: Tensor, y, xa, biases, adapters, views) -> None:
     parts = zip(views, biases, y, strict=True)
     members = [
         native().Member(view, address(bias), dtype_of(bias), address(out), 0, 0) for view, bias, out in parts
@@ -115,7 +115,7 @@ def _low_level_forward(group: _Group, x: Tensor, y, xa, biases, adapters, views)
     native().qlora_group_fwd(members, low, address(x), dtype_of(x), group.m, address(buffer), buffer.numel())
 
 
-def _gemv_forward(group: _Group, x: Tensor, y, xa, biases) -> set[int]:
+def _gemv_forward(group: NativeGroup, x: Tensor, y, xa, biases) -> set[int]:
     """Every member with its first adapter on all rows; which adapters that were."""
     done = set()
     for i, view in enumerate(group.views):
@@ -147,7 +147,9 @@ def few_rows(x: Tensor, spec: Spec, biases, lora_a, lora_b) -> FewRows | None:
     tensors = (*spec.weights, *biases, *lora_a, *lora_b)
     if None in spec.quants[::6] or any(t is not None and not t.is_contiguous() for t in tensors):
         return None
-    group = _Group(*x.shape, spec.n, spec.weights, spec.quants, spec.blocksizes, lora_a, lora_b, *spec[4:])
+    group = NativeGroup(
+        *x.shape, spec.n, spec.weights, spec.quants, spec.blocksizes, lora_a, lora_b, *spec[4:]
+    )
     return FewRows(group, x.dtype, biases) if group.choice(x).regime == "gemv" else None
 
 
@@ -155,7 +157,7 @@ class FewRows:
     """The GEMV of each member with its adapter, everything but x described beforehand. Threads may share
     it."""
 
-    def __init__(self, group: _Group, dtype: torch.dtype, biases: Sequence[Tensor | None]) -> None:
+    def __init__(self, group: NativeGroup, dtype: torch.dtype, biases: Sequence[Tensor | None]) -> None:
         self.held = group, biases
         self.m, self.parts, self.size, rank = group.m, [], 0, 0
         for i, (view, n, bias) in enumerate(zip(group.views, group.n, biases, strict=True)):
@@ -212,10 +214,10 @@ def backward(
     if m == 0:
         return dx, d_bias, d_a, d_b
     n = [0 if g is None else g.shape[1] for g in dy]
-    group = _Group(
+    group = NativeGroup(
         m, k, n, weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
     )
-    x, dy = None if x is None else x.contiguous(), _contiguous(dy)
+    x, dy = None if x is None else x.contiguous(), contiguous(dy)
     vendor = group.choice(first).regime == "vendor"
     if vendor and need_x:
         _vendor_backward(group, dy, used, dx)
@@ -238,7 +240,7 @@ def backward(
     return dx, d_bias, d_a, d_b
 
 
-def _vendor_backward(group: _Group, dy: list[Tensor | None], used: list[int], dx: Tensor) -> None:
+def _vendor_backward(group: NativeGroup, dy: list[Tensor | None], used: list[int], dx: Tensor) -> None:
     """dx = sum of dy_i W_i by slices of columns, those of all members in one product, so that no partial sum
     is rounded."""
     if len(used) == 1:

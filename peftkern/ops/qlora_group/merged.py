@@ -45,7 +45,7 @@ class Group:
         """The tiles of the widest adapter, chunks of all members' columns."""
         lows = [self.lows[i] for i in used if self.lows[i] is not None]
         total, rank = sum(self.n[i] for i in used), max((low.rank for low in lows), default=0)
-        return single._low_rank_config(x, lows[0].b if lows else None, total, self.k, rank, slab=True)
+        return single.low_rank_config_of(x, lows[0].b if lows else None, total, self.k, rank, slab=True)
 
     def batches(self, used: Sequence[int], itemsize: int) -> list[list[int]]:
         """Members whose slabs share the buffer at a time."""
@@ -118,7 +118,7 @@ class _Slabs:
 
 def forward(group: Group, x: Tensor, biases: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
     """[y], [xa] in the order of the op's adapters; x and biases contiguous."""
-    arch, used = single._arch(x), range(len(group.n))
+    arch, used = single.arch_of(x), range(len(group.n))
     config, parts = group.passes(x, used), group.batches(used, x.element_size())
     y, slabs = [x.new_empty((x.shape[0], size)) for size in group.n], _Slabs(group, x, parts)
     low = [i for i in used if group.lows[i] is not None]
@@ -149,7 +149,7 @@ def _product(x: Tensor, dense: Tensor, bias: Tensor | None, y: Tensor, *, accumu
     if bias is not None and not accumulate:
         torch.addmm(bias.to(x.dtype), x, dense.t(), out=y)
     else:
-        single._multiply(x, dense.t(), y, accumulate)
+        single.multiply(x, dense.t(), y, accumulate)
 
 
 def backward(
@@ -163,7 +163,7 @@ def backward(
     need_x, need_bias, need_a, need_b = needs
     used = [i for i, g in enumerate(dy) if g is not None]
     wide, low = dy[used[0]], {i: group.adapters[i] for i in used if group.adapters[i] is not None}
-    config, arch = group.passes(wide, used), single._arch(wide)
+    config, arch = group.passes(wide, used), single.arch_of(wide)
     wanted = [
         DyMember(
             dy[i],
@@ -250,7 +250,7 @@ def _dx(group, dy, x, dx, used, low, need_a, first, asked) -> list[Tensor | None
             started = True
             continue
         for i in batch:
-            single._multiply(dy[i], dense[i], dx, accumulate=started)
+            single.multiply(dy[i], dense[i], dx, accumulate=started)
             started = True
     if dx is None and any(need_a):
         dybs = [first.parts[asked.index(i)].dyb for i in low]

@@ -39,7 +39,7 @@ def batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return out
 
 
-def _slab(s: Shape) -> int:
+def slab_launches(s: Shape) -> int:
     """Bytes of the decoded weight."""
     return s.n * s.k * s.itemsize
 
@@ -49,12 +49,12 @@ def merges(shapes: Sequence[Shape], choice: Choice) -> bool:
     return (
         choice.regime == "slab"
         and len(shapes) > 1
-        and all(s.dense or _slab(s) <= choice.slab_bytes for s in shapes)
+        and all(s.dense or slab_launches(s) <= choice.slab_bytes for s in shapes)
     )
 
 
 def _batches(shapes: Sequence[Shape], choice: Choice) -> list[list[Shape]]:
-    found = batches([0 if s.dense else _slab(s) for s in shapes], choice.slab_bytes)
+    found = batches([0 if s.dense else slab_launches(s) for s in shapes], choice.slab_bytes)
     return [[shapes[i] for i in batch] for batch in found]
 
 
@@ -67,13 +67,13 @@ def _merged(name: str, launches: Sequence[Launch]) -> Launch:
 def _decoding(batch: Sequence[Shape], beside: Launch | None) -> list[Launch]:
     """What a batch begins with: its members decoded, beside a pass over an activation; dense ones need
     nothing."""
-    found = [one for s in batch for one in single._slab(s, s.n * s.k, None)]
+    found = [one for s in batch for one in single.slab_launches(s, s.n * s.k, None)]
     parts = ([_merged("slab", found)] if found else []) + ([] if beside is None else [beside])
     return [_merged("+".join(one.name for one in parts), parts)] if parts else []
 
 
 def _mask(shapes: Iterable[Shape]) -> int:
-    return sum(single._PHILOX_OPS * s.m * s.k for s in shapes if s.r and s.dropout)
+    return sum(single.PHILOX_OPS * s.m * s.k for s in shapes if s.r and s.dropout)
 
 
 def group_forward_plan(shapes: Sequence[Shape], choice: Choice) -> list[Launch]:
@@ -93,7 +93,7 @@ def group_forward_plan(shapes: Sequence[Shape], choice: Choice) -> list[Launch]:
     for index, batch in enumerate(_batches(shapes, choice)):
         out += _decoding(batch, xa if index == 0 else None)
         if choice.gemm == "triton":
-            reads = first.x + sum(_slab(s) + _low_reads(s) for s in batch)
+            reads = first.x + sum(slab_launches(s) + _low_reads(s) for s in batch)
             out.append(
                 Launch("matmul", reads, sum(s.y for s in batch), sum(s.gemm(s.n, s.k + s.r) for s in batch))
             )
@@ -101,7 +101,9 @@ def group_forward_plan(shapes: Sequence[Shape], choice: Choice) -> list[Launch]:
         if index == 0 and low:
             flops = sum(s.gemm(s.n, s.r) for s in low)
             out.append(Launch("y_epilogue", sum(_low_reads(s) for s in low), sum(s.y for s in low), flops))
-        out += [Launch("mm", s.x + _slab(s) + (s.y if s.r else 0), s.y, s.gemm(s.n, s.k)) for s in batch]
+        out += [
+            Launch("mm", s.x + slab_launches(s) + (s.y if s.r else 0), s.y, s.gemm(s.n, s.k)) for s in batch
+        ]
     return out
 
 
@@ -116,7 +118,7 @@ def group_backward_plan(shapes: Sequence[Shape], choice: Choice) -> list[Launch]
     low, first, out = [s for s in shapes if s.r], shapes[0], []
     dy = _dy_pass([s for s in shapes if s.r or s.bias])
     to_dx = sum(s.xa + s.adapter(s.k) for s in low)
-    partials = sum(single._partial_sums(s, s.k) for s in low)
+    partials = sum(single.partial_sums(s, s.k) for s in low)
     d_lora_a = Launch(
         "x_pass", first.x + sum(s.xa for s in low), partials, sum(s.gemm(s.k, s.r) for s in low), _mask(low)
     )
@@ -129,12 +131,12 @@ def group_backward_plan(shapes: Sequence[Shape], choice: Choice) -> list[Launch]
                 )
             )
         if choice.gemm == "triton":
-            reads = sum(s.y + _slab(s) for s in batch) + (first.x if low or index else 0)
+            reads = sum(s.y + slab_launches(s) for s in batch) + (first.x if low or index else 0)
             out.append(Launch("matmul", reads, first.x, sum(s.gemm(s.k, s.n) for s in batch)))
             continue
         for at, s in enumerate(batch):
             added = first.x if low or index or at else 0
-            out.append(Launch("mm", s.y + _slab(s) + added, first.x, s.gemm(s.k, s.n)))
+            out.append(Launch("mm", s.y + slab_launches(s) + added, first.x, s.gemm(s.k, s.n)))
     return out + _reduce([s for s in shapes if s.r or s.bias])
 
 
@@ -145,7 +147,7 @@ def _dy_pass(shapes: Sequence[Shape]) -> Launch | None:
         Launch(
             "",
             s.y + (s.xa + s.adapter(s.n) if s.r else 0),
-            s.xa + single._partial_sums(s, s.n),
+            s.xa + single.partial_sums(s, s.n),
             2 * s.gemm(s.n, s.r),
         )
         for s in shapes
@@ -157,7 +159,7 @@ def _reduce(shapes: Sequence[Shape]) -> list[Launch]:
     each = [
         Launch(
             "",
-            single._partial_sums(s, s.n) + (single._partial_sums(s, s.k) if s.r else 0),
+            single.partial_sums(s, s.n) + (single.partial_sums(s, s.k) if s.r else 0),
             s.adapter(s.n) + s.adapter(s.k) + (4 * s.n if s.bias else 0),
         )
         for s in shapes

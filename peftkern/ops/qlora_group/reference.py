@@ -22,7 +22,7 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x if seed is None else x * dropout_scale(*x.shape, p, seed).to(x.dtype)
 
 
-def _quant(quants, blocksizes, i):
+def quant_of(quants, blocksizes, i):
     return (*quants[6 * i : 6 * i + 6], *blocksizes[2 * i : 2 * i + 2])
 
 
@@ -33,7 +33,7 @@ def forward(
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide, y, xa = x.to(acc), [], []
     for i, weight in enumerate(weights):
-        dense = single._dense(weight, _quant(quants, blocksizes, i), n[i], x.shape[1]).to(acc)
+        dense = single.dense_weight(weight, quant_of(quants, blocksizes, i), n[i], x.shape[1]).to(acc)
         y.append(wide @ dense.t() + (0 if biases[i] is None else biases[i].to(acc)))
     for j, member in enumerate(members):
         begin, end = rows[2 * j : 2 * j + 2]
@@ -71,7 +71,7 @@ def backward(
     dx = first.new_zeros((m, k), dtype=acc) if needs[0] else None
     for i, g in enumerate(wide):
         if needs[0] and g is not None:
-            dx += g @ single._dense(weights[i], _quant(quants, blocksizes, i), g.shape[1], k).to(acc)
+            dx += g @ single.dense_weight(weights[i], quant_of(quants, blocksizes, i), g.shape[1], k).to(acc)
     d_bias = [g.sum(0) if g is not None and needs[1 + i] else None for i, g in enumerate(wide)]
     d_a, d_b = [None] * adapters, [None] * adapters
     for j, member in enumerate(members):

@@ -21,22 +21,22 @@ from ...runtime.launch import Call, specialization
 from ...runtime.specialization import Specialization
 from ..dequantize.triton import RAGGED_WARPS, WARPS, tiles
 from ..qlora_linear.low_rank_config import LowRankConfig, Tile, choose_low_rank
-from ..qlora_linear.triton_low_rank import _launch, _mode, _pad, _threshold
+from ..qlora_linear.triton_low_rank import call_of, dot_mode_of, dropout_threshold, padded_rank
 from ..qlora_linear.triton_low_rank_bodies import (
-    _adapter_tile,
-    _d_lora_a_body,
-    _dot_narrow,
-    _dy_pair_body,
-    _dy_pass_body,
-    _epilogue_body,
-    _project_body,
-    _reduce_body,
-    _sum_of_chunks,
+    adapter_tile,
+    d_lora_a_body,
+    dot_narrow,
+    dy_pair_body,
+    dy_pass_body,
+    epilogue_body,
+    project_body,
+    reduce_body,
+    sum_of_chunks,
 )
-from ..qlora_linear.triton_slab import _slab_body
+from ..qlora_linear.triton_slab import slab_body
 from ..sizes import ceil_div
-from ..triton_numerics import _cast
-from ..triton_philox import _dropout_keep, _dropout_key, _keep_factor
+from ..triton_numerics import round_to
+from ..triton_philox import dropout_keep, dropout_key, keep_factor
 
 __all__ = [
     "Low",
@@ -87,7 +87,7 @@ def _decode_members(
                 absmax_offset[i],
             )
             place = (slab[i], 0, 0, row_units, units[i], units[i])
-            _slab_body(pid - first, *weight, *place, BLOCKSIZE, NESTED_BLOCKSIZE, WORDS, UNITS, True, METHOD)
+            slab_body(pid - first, *weight, *place, BLOCKSIZE, NESTED_BLOCKSIZE, WORDS, UNITS, True, METHOD)
         first += programs
 
 
@@ -131,7 +131,7 @@ def _group_project_kernel(
         for j in tl.static_range(ADAPTERS):
             if pid % ADAPTERS == j:
                 args = (x_ptr, adapters[j], outs[j], seeds[j], thresholds[j], 1.0, M, C, C)
-                _project_body(pid // ADAPTERS, *args, RANKS[j], R_PAD, BLOCK_M, BLOCK_C, True, MODE)
+                project_body(pid // ADAPTERS, *args, RANKS[j], R_PAD, BLOCK_M, BLOCK_C, True, MODE)
     else:
         weights = (
             packed,
@@ -209,11 +209,11 @@ def _group_dy_kernel(
                 chunk_rows,
             )
             if dybs[i] is not None:
-                _dy_pair_body(
+                dy_pair_body(
                     pid - first, *args, RANKS[i], R_PAD, BLOCK_M, BLOCK_N, DYB_BLOCK_M, DYB_BLOCK_N, MODE
                 )
             else:
-                _dy_pass_body(pid - first, *args, RANKS[i], R_PAD, BLOCK_M, BLOCK_N, MODE)
+                dy_pass_body(pid - first, *args, RANKS[i], R_PAD, BLOCK_M, BLOCK_N, MODE)
         first += programs
     if pid >= first_programs:
         weights = (
@@ -257,7 +257,7 @@ def _group_y_kernel(
         programs = tl.cdiv(M, BLOCK_M) * tl.cdiv(N[i], BLOCK_N)
         if (pid >= first) & (pid < first + programs):
             args = (ys[i], xas[i], adapters[i], biases[i], None, 0, scalings[i], M, N[i], N[i])
-            _epilogue_body(
+            epilogue_body(
                 pid - first, *args, 1, RANKS[i], R_PAD, BLOCK_M, BLOCK_N, BLOCK_R, False, False, MODE
             )
         first += programs
@@ -291,16 +291,16 @@ def _group_dx_body(
         acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for rank0 in range(0, R_PAD, BLOCK_R):
             ranks = rank0 + tl.arange(0, BLOCK_R)
-            dyb = _sum_of_chunks(dybs[j], rows, ranks, M, 1, RANKS[j])  # [BLOCK_M, BLOCK_R]
-            adapter = _adapter_tile(adapters[j], cols, ranks, K, RANKS[j], True)  # [BLOCK_K, BLOCK_R]
-            acc = _dot_narrow(dyb, tl.trans(adapter), acc, DTYPE, MODE)
+            dyb = sum_of_chunks(dybs[j], rows, ranks, M, 1, RANKS[j])  # [BLOCK_M, BLOCK_R]
+            adapter = adapter_tile(adapters[j], cols, ranks, K, RANKS[j], True)  # [BLOCK_K, BLOCK_R]
+            acc = dot_narrow(dyb, tl.trans(adapter), acc, DTYPE, MODE)
         if seeds[j] is not None:
-            key_low, key_high = _dropout_key(seeds[j])
-            keep = _dropout_keep(key_low, key_high, thresholds[j], row0, col0, BLOCK_M, BLOCK_K)
-            acc = tl.where(keep, acc * _keep_factor(thresholds[j]), 0.0)
+            key_low, key_high = dropout_key(seeds[j])
+            keep = dropout_keep(key_low, key_high, thresholds[j], row0, col0, BLOCK_M, BLOCK_K)
+            acc = tl.where(keep, acc * keep_factor(thresholds[j]), 0.0)
         dx += acc
     mask = (rows < M)[:, None] & (cols < K)[None, :]
-    tl.store(dx_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], _cast(dx, DTYPE), mask=mask)
+    tl.store(dx_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], round_to(dx, DTYPE), mask=mask)
 
 
 @triton.jit(do_not_specialize=("M", "first_programs"))
@@ -333,7 +333,7 @@ def _group_x_kernel(
         for j in tl.static_range(ADAPTERS):
             if pid % ADAPTERS == j and d_lora_as[j] is not None:
                 args = (x_ptr, dybs[j], d_lora_as[j], seeds[j], thresholds[j], M, K, chunk_rows)
-                _d_lora_a_body(pid // ADAPTERS, *args, 1, RANKS[j], R_PAD, BLOCK_M, BLOCK_K, MODE)
+                d_lora_a_body(pid // ADAPTERS, *args, 1, RANKS[j], R_PAD, BLOCK_M, BLOCK_K, MODE)
     if dx_ptr is not None and pid >= first_programs:
         args = (dx_ptr, dybs, adapters, seeds, thresholds, M, K)
         _group_dx_body(
@@ -351,7 +351,7 @@ def _group_reduce_kernel(
     for i in tl.static_range(SUMS):
         programs = tl.cdiv(numels[i], BLOCK)
         if (pid >= first) & (pid < first + programs):
-            _reduce_body(pid - first, partials[i], outs[i], chunks[i], numels[i], BLOCK, BLOCK_CHUNKS)
+            reduce_body(pid - first, partials[i], outs[i], chunks[i], numels[i], BLOCK, BLOCK_CHUNKS)
         first += programs
 
 
@@ -425,7 +425,7 @@ def _width(weights: dict[str, Any], tile: Tile) -> Tile:
 
 def _ranks(lows: Sequence[Low | None]) -> dict[str, Any]:
     ranks = tuple(1 if low is None else low.rank for low in lows) or (1,)
-    return {"RANKS": ranks, "R_PAD": _pad(max(ranks))}
+    return {"RANKS": ranks, "R_PAD": padded_rank(max(ranks))}
 
 
 def xa_call(
@@ -455,15 +455,15 @@ def xa_call(
         "ADAPTERS": len(lows),
     }
     arguments |= {
-        "thresholds": tuple(_threshold(low.dropout_p, low.seed) for low in lows) or (0,),
+        "thresholds": tuple(dropout_threshold(low.dropout_p, low.seed) for low in lows) or (0,),
         **_ranks(lows),
     }
     arguments |= {
         "BLOCK_M": tile.rows,
         "BLOCK_C": tile.cols,
-        "MODE": _mode(x, lows[0].a if lows else None, arch),
+        "MODE": dot_mode_of(x, lows[0].a if lows else None, arch),
     }
-    return _launch(
+    return call_of(
         _group_project_kernel, first + programs, arguments, tile if lows else _width(arguments, tile), arch
     ), outs
 
@@ -544,8 +544,8 @@ def dy_call(
         "BLOCK_N": tile.cols,
         "DYB_BLOCK_M": dyb_rows,
     }
-    arguments |= {"DYB_BLOCK_N": config.xa.cols, "MODE": _mode(members[0].dy, adapter, arch)}
-    return _launch(_group_dy_kernel, first + programs, arguments, tile, arch), parts
+    arguments |= {"DYB_BLOCK_N": config.xa.cols, "MODE": dot_mode_of(members[0].dy, adapter, arch)}
+    return call_of(_group_dy_kernel, first + programs, arguments, tile, arch), parts
 
 
 def y_call(
@@ -577,9 +577,9 @@ def y_call(
         "BLOCK_N": tile.cols,
         "BLOCK_R": min(config.ranks, arguments["R_PAD"]),
     }
-    arguments |= {"MODE": _mode(ys[0], lows[0].b, arch)}
+    arguments |= {"MODE": dot_mode_of(ys[0], lows[0].b, arch)}
     programs = ceil_div(m, tile.rows) * sum(ceil_div(n, tile.cols) for n in ns)
-    return _launch(_group_y_kernel, programs, arguments, tile, arch)
+    return call_of(_group_y_kernel, programs, arguments, tile, arch)
 
 
 def x_call(
@@ -615,7 +615,7 @@ def x_call(
         "first_programs": first,
     }
     arguments |= {
-        "thresholds": tuple(_threshold(low.dropout_p, low.seed) for low in lows),
+        "thresholds": tuple(dropout_threshold(low.dropout_p, low.seed) for low in lows),
         "M": m,
         "K": k,
         "chunk_rows": config.x_rows,
@@ -630,9 +630,9 @@ def x_call(
     arguments |= {
         "DX_BLOCK_K": dx_tile.cols,
         "BLOCK_R": min(config.ranks, arguments["R_PAD"]),
-        "MODE": _mode(wide, lows[0].a, arch),
+        "MODE": dot_mode_of(wide, lows[0].a, arch),
     }
-    call = _launch(_group_x_kernel, first + others, arguments, tile if any(need_a) else dx_tile, arch)
+    call = call_of(_group_x_kernel, first + others, arguments, tile if any(need_a) else dx_tile, arch)
     # On sm_80 ptxas keeps to 128 registers and spills 24 bytes of them (counted in the cubins): the limit is
     # the block's share of an SM's.
     return replace(
@@ -689,13 +689,13 @@ def _variants(arch: int, x_dtype: torch.dtype, dtype: torch.dtype, r: int) -> It
     codes, absmax = new(16, d=torch.float32), new(1, d=torch.uint8)
     quant = (codes, None, absmax, codes, codes, codes, 64, 256)
     weights = [(new(n * k // 2, d=torch.uint8), quant, new(n, k)) for n in ns]
-    mode = _mode(x, lows[0].a, arch)
+    mode = dot_mode_of(x, lows[0].a, arch)
     config = choose_low_rank(m, sum(ns), k, r, mode=mode, arch=arch)
     title = f"{str(x_dtype)[6:]}-{mode}-r{r}"
     # As of the single linear's passes: no tensor cores on sm_75, none for fp32 operands of the decoding
     # launches there.
     low_mma = {"expects_mma": arch >= 80}
-    decodes = {"wide_loads": ("packed_ptr",), "unfused": ("_absmax_value",)}
+    decodes = {"wide_loads": ("packed_ptr",), "unfused": ("absmax_value",)}
     call, xas = xa_call(x, lows, weights, config, arch=arch)
     yield specialization(f"xa-{title}", call, **low_mma, **decodes)
     yield specialization(f"decode-{title}", xa_call(x, [], weights, config, arch=arch)[0], **decodes)

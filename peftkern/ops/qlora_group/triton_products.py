@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...runtime.launch import Call, specialization
 from ...runtime.specialization import Specialization
-from ..qlora_linear.triton_matmul import MatmulConfig, _block_r, _low_mode, default_config
-from ..qlora_linear.triton_matmul_bodies import _finish, _matmul_tile, _weight_tile
+from ..qlora_linear.triton_matmul import MatmulConfig, block_r, default_config, low_mode
+from ..qlora_linear.triton_matmul_bodies import finish, matmul_tile, weight_tile
 from ..sizes import ceil_div
-from ..triton_numerics import _dot, _dot_fresh, _float
+from ..triton_numerics import dot, dot_fresh, to_fp32
 from .triton_passes import Low
 
 __all__ = ["dx_call", "specializations", "y_call"]
@@ -52,7 +52,7 @@ def _group_y_matmul_kernel(
     for i in tl.static_range(MEMBERS):
         programs = tl.cdiv(M, BLOCK_M) * tl.cdiv(N[i], BLOCK_N)
         if (pid >= first) & (pid < first + programs):
-            _matmul_tile(
+            matmul_tile(
                 pid - first,
                 x_ptr,
                 slabs[i],
@@ -123,7 +123,7 @@ def _contract(
             if EVEN
             else tl.load(dy_ptrs + steps[None, :], mask=(steps < N)[None, :], other=0.0)
         )
-        weight = _weight_tile(
+        weight = weight_tile(
             step,
             col0,
             N,
@@ -146,7 +146,7 @@ def _contract(
             BLOCK_N,
             0 if EVEN else -1,
         )
-        acc = _dot_fresh(dy, weight, acc, "ieee") if tl.float32 == DTYPE else _dot(dy, weight, acc, "ieee")
+        acc = dot_fresh(dy, weight, acc, "ieee") if tl.float32 == DTYPE else dot(dy, weight, acc, "ieee")
     return acc
 
 
@@ -166,7 +166,7 @@ def _group_dx_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """dx (+)= the sum over members of dy W, a tile a program, in `_matmul_tile`'s order of tiles."""
+    """dx (+)= the sum over members of dy W, a tile a program, in `matmul_tile`'s order of tiles."""
     tile, row_blocks, col_blocks = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
     first_block = tile // (GROUP_M * col_blocks) * GROUP_M
     height = tl.minimum(row_blocks - first_block, GROUP_M)
@@ -176,10 +176,10 @@ def _group_dx_matmul_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if ACCUMULATE:
         mask = (rows < M)[:, None] & (cols < K)[None, :]
-        acc += _float(tl.load(dx_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0))
+        acc += to_fp32(tl.load(dx_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0))
     for i in tl.static_range(MEMBERS):
         acc = _contract(acc, dys[i], slabs[i], row0, col0, M, K, N[i], EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
-    _finish(acc, None, dx_ptr, K, row0, col0, M, K, BLOCK_M, BLOCK_N)
+    finish(acc, None, dx_ptr, K, row0, col0, M, K, BLOCK_M, BLOCK_N)
 
 
 def _config(x: Tensor, j: int, c: int, arch: int) -> MatmulConfig:
@@ -201,11 +201,11 @@ def _call(
 
 def _low(x: Tensor, lows: Sequence[Low | None], arch: int) -> dict[str, Any]:
     known = [low for low in lows if low is not None]
-    mode = _low_mode(
+    mode = low_mode(
         x, known[0].a if known else None, 0 if x.device.type == "cpu" else arch
     )  # 0: the interpreter
     ranks = tuple(0 if low is None else low.rank for low in lows)
-    return {"RANKS": ranks or (0,), "BLOCK_R": _block_r(max((1, *ranks)), mode), "LOW": mode}
+    return {"RANKS": ranks or (0,), "BLOCK_R": block_r(max((1, *ranks)), mode), "LOW": mode}
 
 
 def y_call(

@@ -15,19 +15,19 @@ from . import reference
 
 __all__ = ["qlora_linear"]
 
-_QUANT = (
+QUANT_SCHEMA = (
     "Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
     "Tensor? absmax_offset, "
 )
-_QUANT += "int blocksize, int nested_blocksize"
+QUANT_SCHEMA += "int blocksize, int nested_blocksize"
 
 LIBRARY.define(
-    f"qlora_linear_fwd(Tensor x, Tensor weight, {_QUANT}, SymInt n, Tensor? bias, Tensor? lora_a, "
+    f"qlora_linear_fwd(Tensor x, Tensor weight, {QUANT_SCHEMA}, SymInt n, Tensor? bias, Tensor? lora_a, "
     "Tensor? lora_b, "
     "float scaling, float dropout_p, Tensor? seed) -> (Tensor y, Tensor xa)"
 )
 LIBRARY.define(
-    f"qlora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, {_QUANT}, SymInt k, Tensor? lora_a, "
+    f"qlora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, {QUANT_SCHEMA}, SymInt k, Tensor? lora_a, "
     "Tensor? lora_b, Tensor? xa, "
     "float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> (Tensor dx, Tensor d_bias, Tensor "
     "d_lora_a, Tensor d_lora_b)"

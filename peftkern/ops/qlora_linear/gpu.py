@@ -53,7 +53,7 @@ def _l2(index: int) -> int:
     return torch.cuda.get_device_properties(index).L2_cache_size
 
 
-def _low_rank_config(
+def low_rank_config_of(
     x: Tensor, adapter: Tensor | None, n: int, k: int, rank: int, slab: bool
 ) -> LowRankConfig:
     """Beside a slab's decoding the device is full already: no split contraction; and with a large L2 dyb
@@ -69,11 +69,11 @@ def _beside_a_slab(found: LowRankConfig, shared: bool) -> LowRankConfig:
     return replace(found, xa_splits=1, fused=found.fused and not shared, sum_dyb=found.sum_dyb and not shared)
 
 
-def _arch(x: Tensor) -> int:
+def arch_of(x: Tensor) -> int:
     return gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """out = a b, or out += a b, by cuBLAS; `out` may be columns of a wider tensor."""
     if accumulate:
         out.addmm_(a, b)
@@ -158,9 +158,9 @@ def _slab_forward(
     (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
     y, xa, beside = x.new_empty((m, n)), x.new_empty((m, 0), dtype=torch.float32), None
     if rank:
-        passes = _low_rank_config(x, lora_a, n, k, rank, slab=True)
+        passes = low_rank_config_of(x, lora_a, n, k, rank, slab=True)
         beside, parts = low_rank.project_call(
-            x, lora_a, 1.0, dropout_p, seed, passes, by_rank=True, arch=_arch(x)
+            x, lora_a, 1.0, dropout_p, seed, passes, by_rank=True, arch=arch_of(x)
         )
         xa = parts[0]
     slabs = _Slabs(x, weight, quant, (n, k), choice, by_rows=True)
@@ -182,11 +182,11 @@ def _slab_forward(
         elif rank:
             if index == 0:
                 low_rank.y_epilogue(y, xa, lora_b, scaling, bias, accumulate=False, config=passes)
-            _multiply(x, slab.t(), out, accumulate=True)
+            multiply(x, slab.t(), out, accumulate=True)
         elif bias is not None:
             torch.addmm(part_bias.to(x.dtype), x, slab.t(), out=out)
         else:
-            _multiply(x, slab.t(), out, accumulate=False)
+            multiply(x, slab.t(), out, accumulate=False)
     return y, xa
 
 
@@ -228,10 +228,10 @@ def backward(
             torch.zeros_like(lora_b) if need_b else None,
         )
     choice = choose(dy, quant, n, k, forward=False)
-    passes = _low_rank_config(dy, lora_b, n, k, rank, slab=choice.regime == "slab")
+    passes = low_rank_config_of(dy, lora_b, n, k, rank, slab=choice.regime == "slab")
     first, partials = None, low_rank.DyPartials(None, None, None)
     if (rank and (need_x or need_a or need_b)) or need_bias:
-        first, partials = low_rank.dy_calls(dy, xa, lora_b, scaling, needs, passes, arch=_arch(dy))
+        first, partials = low_rank.dy_calls(dy, xa, lora_b, scaling, needs, passes, arch=arch_of(dy))
     dx, d_a = dy.new_empty((m, k)) if need_x else None, None
     if choice.regime == "slab" and need_x:
         d_a = _slab_backward(
@@ -271,7 +271,7 @@ def _slab_backward(
             d_a = low_rank.x_pass(
                 x, dyb, lora_a, dropout_p, seed, dx=dx, need_a=need_a, accumulate=False, config=passes
             )
-        _multiply(dy, slab, out, accumulate=rank > 0)
+        multiply(dy, slab, out, accumulate=rank > 0)
     if choice.gemm == "triton" and need_a:
         d_a = low_rank.x_pass(_formed(x, dx), dyb, lora_a, dropout_p, seed, config=passes)
     return d_a

@@ -14,7 +14,7 @@ from .config import Choice
 
 __all__ = ["Launch", "Shape", "backward_plan", "forward_plan"]
 
-_PHILOX_OPS = 12  # an element: ten rounds of about ten instructions for eight of them
+PHILOX_OPS = 12  # an element: ten rounds of about ten instructions for eight of them
 _DECODE_OPS = 8  # a weight, by byte permutes into exactly scaled 16-bit values
 
 
@@ -79,7 +79,7 @@ class Shape:
 
 def forward_plan(s: Shape, choice: Choice) -> list[Launch]:
     """The launches of the forward pass."""
-    mask = _PHILOX_OPS * s.m * s.k if s.dropout else 0
+    mask = PHILOX_OPS * s.m * s.k if s.dropout else 0
     xa = Launch("xa", s.x + s.adapter(s.k), s.xa, s.gemm(s.r, s.k), mask) if s.r else None
     low_reads = (s.xa + s.adapter(s.n) if s.r else 0) + (s.itemsize * s.n if s.bias else 0)
     if choice.regime != "slab":
@@ -89,7 +89,7 @@ def forward_plan(s: Shape, choice: Choice) -> list[Launch]:
     for index, rows in enumerate(_parts(s, s.n, s.k, choice)):
         height, share = rows.stop - rows.start, (rows.stop - rows.start) / s.n
         slab, y = height * s.k * s.itemsize, round(share * s.y)
-        out += _slab(s, height * s.k, xa if index == 0 else None)
+        out += slab_launches(s, height * s.k, xa if index == 0 else None)
         if choice.gemm == "triton":
             out.append(Launch("matmul", s.x + slab + round(share * low_reads), y, s.gemm(height, s.k + s.r)))
             continue
@@ -101,13 +101,13 @@ def forward_plan(s: Shape, choice: Choice) -> list[Launch]:
 
 def backward_plan(s: Shape, choice: Choice) -> list[Launch]:
     """The launches of the backward pass that gives dx and every gradient of the adapter and the bias."""
-    mask = _PHILOX_OPS * s.m * s.k if s.dropout else 0
+    mask = PHILOX_OPS * s.m * s.k if s.dropout else 0
     dy = None
     if s.r or s.bias:
         reads = s.y + (s.xa + s.adapter(s.n) if s.r else 0)
-        dy = Launch("dy_pass", reads, s.xa + _partial_sums(s, s.n), 2 * s.gemm(s.n, s.r))
+        dy = Launch("dy_pass", reads, s.xa + partial_sums(s, s.n), 2 * s.gemm(s.n, s.r))
     low_reads = s.xa + s.adapter(s.k) if s.r else 0
-    d_lora_a = Launch("x_pass", s.x + s.xa, _partial_sums(s, s.k), s.gemm(s.k, s.r), mask)
+    d_lora_a = Launch("x_pass", s.x + s.xa, partial_sums(s, s.k), s.gemm(s.k, s.r), mask)
     out: list[Launch] = []
     if choice.regime != "slab":
         out += [] if dy is None else [dy]
@@ -116,7 +116,7 @@ def backward_plan(s: Shape, choice: Choice) -> list[Launch]:
         for index, cols in enumerate(_parts(s, s.k, s.n, choice)):
             width, share = cols.stop - cols.start, (cols.stop - cols.start) / s.k
             slab, dx = width * s.n * s.itemsize, round(share * s.x)
-            out += _slab(s, width * s.n, dy if index == 0 else None)
+            out += slab_launches(s, width * s.n, dy if index == 0 else None)
             if choice.gemm == "triton":
                 reads = s.y + slab + round(share * low_reads)
                 out.append(Launch("matmul", reads, dx, s.gemm(width, s.n + s.r), round(share * mask)))
@@ -130,12 +130,12 @@ def backward_plan(s: Shape, choice: Choice) -> list[Launch]:
     if s.r and (choice.regime != "slab" or choice.gemm == "triton"):
         out.append(d_lora_a)
     if s.r or s.bias:
-        reads = _partial_sums(s, s.n) + (_partial_sums(s, s.k) if s.r else 0)
+        reads = partial_sums(s, s.n) + (partial_sums(s, s.k) if s.r else 0)
         out.append(Launch("reduce", reads, s.adapter(s.n) + s.adapter(s.k) + (4 * s.n if s.bias else 0)))
     return out
 
 
-def _partial_sums(s: Shape, side: int) -> int:
+def partial_sums(s: Shape, side: int) -> int:
     """Bytes of the fp32 partial sums of an adapter's gradient (and of d_bias): one a chunk of about 512
     rows."""
     return -(-s.m // 512) * 4 * side * (s.r + (1 if s.bias and side == s.n else 0))
@@ -151,7 +151,7 @@ def _decoding(name: str, s: Shape, reads: int, writes: int, flops: int, ops: int
     return Launch(name, reads + s.weight(s.n * s.k), writes, flops, ops + _DECODE_OPS * s.n * s.k * decodes)
 
 
-def _slab(s: Shape, elements: int, beside: Launch | None) -> list[Launch]:
+def slab_launches(s: Shape, elements: int, beside: Launch | None) -> list[Launch]:
     """Decoding a slab, and in the same launch what reads an activation; nothing is decoded of a dense
     weight."""
     if s.dense:

@@ -53,7 +53,7 @@ def dropout_scale(m: int, k: int, dropout_p: float, seed: Tensor) -> Tensor:
     return (halves >= threshold).float() * (65536.0 / (65536 - threshold))
 
 
-def _dense(weight: Tensor, quant: tuple, n: int, k: int) -> Tensor:
+def dense_weight(weight: Tensor, quant: tuple, n: int, k: int) -> Tensor:
     """fp32 (fp64 stays) [n, k]; `quant` is the op's (code, absmax, ..., blocksize, nested_blocksize)."""
     code, *absmax, blocksize, nested_blocksize = quant
     if code is None:
@@ -80,7 +80,7 @@ def forward(
     """x [M, K] -> y [M, N] in x's dtype, xa fp32 [M, R] (empty without an adapter)."""
     acc = _accumulation(x)
     m, k = x.shape
-    y = x.to(acc) @ _dense(weight, quant, n, k).to(acc).t()
+    y = x.to(acc) @ dense_weight(weight, quant, n, k).to(acc).t()
     xa = x.new_empty((m, 0), dtype=acc)
     if lora_a is not None:
         dropped = x.to(acc) if seed is None else x.to(acc) * dropout_scale(m, k, dropout_p, seed).to(acc)
@@ -114,7 +114,7 @@ def backward(
     keep = None if seed is None else dropout_scale(m, k, dropout_p, seed).to(acc)
     dyb = scaling * (g @ lora_b.to(acc)) if lora_b is not None and (need_x or need_a) else None
     if need_x:
-        dx = g @ _dense(weight, quant, n, k).to(acc)
+        dx = g @ dense_weight(weight, quant, n, k).to(acc)
         if dyb is not None:
             low_rank = dyb @ lora_a.to(acc)
             dx = dx + (low_rank if keep is None else low_rank * keep)

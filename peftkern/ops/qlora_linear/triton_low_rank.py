@@ -25,12 +25,12 @@ from ...runtime.specialization import Specialization
 from ..sizes import ceil_div, next_power_of_2
 from .low_rank_config import EXACT_ROWS, LowRankConfig, Tile, choose_low_rank, dot_mode
 from .triton_low_rank_bodies import (
-    _d_lora_a_body,
-    _dy_pair_body,
-    _dy_pass_body,
-    _epilogue_body,
-    _project_body,
-    _reduce_body,
+    d_lora_a_body,
+    dy_pair_body,
+    dy_pass_body,
+    epilogue_body,
+    project_body,
+    reduce_body,
 )
 
 __all__ = [
@@ -55,7 +55,7 @@ _INTERPRETED_ARCH, _INTERPRETED_SMS = 89, 128
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _project_kernel(
+def project_kernel(
     x_ptr,
     adapter_ptr,
     out_ptr,
@@ -73,11 +73,11 @@ def _project_kernel(
     MODE: tl.constexpr,
 ):
     args = (x_ptr, adapter_ptr, out_ptr, seed_ptr, threshold, scale, M, C, split_cols)
-    _project_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_C, BY_RANK, MODE)
+    project_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_C, BY_RANK, MODE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _dy_pass_kernel(
+def dy_pass_kernel(
     dy_ptr,
     xa_ptr,
     lora_b_ptr,
@@ -95,11 +95,11 @@ def _dy_pass_kernel(
     MODE: tl.constexpr,
 ):
     args = (dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
-    _dy_pass_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE)
+    dy_pass_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _dy_pair_kernel(
+def dy_pair_kernel(
     dy_ptr,
     xa_ptr,
     lora_b_ptr,
@@ -119,7 +119,7 @@ def _dy_pair_kernel(
     MODE: tl.constexpr,
 ):
     args = (dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
-    _dy_pair_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, DYB_BLOCK_M, DYB_BLOCK_N, MODE)
+    dy_pair_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, DYB_BLOCK_M, DYB_BLOCK_N, MODE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -150,10 +150,10 @@ def _x_pass_kernel(
     pid = tl.program_id(0)
     if d_lora_a_ptr is not None and pid < first_programs:
         args = (x_ptr, dyb_ptr, d_lora_a_ptr, seed_ptr, threshold, M, K, chunk_rows)
-        _d_lora_a_body(pid, *args, CHUNKS, R, R_PAD, BLOCK_M, BLOCK_K, MODE)
+        d_lora_a_body(pid, *args, CHUNKS, R, R_PAD, BLOCK_M, BLOCK_K, MODE)
     if dx_ptr is not None and pid >= first_programs:
         args = (dx_ptr, dyb_ptr, lora_a_ptr, None, seed_ptr, threshold, 1.0, M, K, K)
-        _epilogue_body(
+        epilogue_body(
             pid - first_programs,
             *args,
             CHUNKS,
@@ -187,7 +187,7 @@ def _y_epilogue_kernel(
     MODE: tl.constexpr,
 ):
     args = (y_ptr, xa_ptr, lora_b_ptr, bias_ptr, None, 0, scaling, M, N, y_stride)
-    _epilogue_body(tl.program_id(0), *args, 1, R, R_PAD, BLOCK_M, BLOCK_N, BLOCK_R, False, ACCUMULATE, MODE)
+    epilogue_body(tl.program_id(0), *args, 1, R, R_PAD, BLOCK_M, BLOCK_N, BLOCK_R, False, ACCUMULATE, MODE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -211,11 +211,11 @@ def _reduce_kernel(
     pid = tl.program_id(0)
     first, second = tl.cdiv(numel0, BLOCK), tl.cdiv(numel1, BLOCK)
     if pid < first:
-        _reduce_body(pid, partials0_ptr, out0_ptr, chunks0, numel0, BLOCK, BLOCK_CHUNKS)
+        reduce_body(pid, partials0_ptr, out0_ptr, chunks0, numel0, BLOCK, BLOCK_CHUNKS)
     if partials1_ptr is not None and (pid >= first) & (pid < first + second):
-        _reduce_body(pid - first, partials1_ptr, out1_ptr, chunks1, numel1, BLOCK, BLOCK_CHUNKS)
+        reduce_body(pid - first, partials1_ptr, out1_ptr, chunks1, numel1, BLOCK, BLOCK_CHUNKS)
     if partials2_ptr is not None and pid >= first + second:
-        _reduce_body(pid - first - second, partials2_ptr, out2_ptr, chunks2, numel2, BLOCK, BLOCK_CHUNKS)
+        reduce_body(pid - first - second, partials2_ptr, out2_ptr, chunks2, numel2, BLOCK, BLOCK_CHUNKS)
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,11 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _arch(x: Tensor) -> int:
+def arch_of(x: Tensor) -> int:
     return gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
 
 
-def _mode(x: Tensor, adapter: Tensor | None, arch: int) -> str:
+def dot_mode_of(x: Tensor, adapter: Tensor | None, arch: int) -> str:
     """`dot_mode` of x [M, ...] and an adapter."""
     x_dtype, other = (str(t.dtype).removeprefix("torch.") for t in (x, x if adapter is None else adapter))
     return dot_mode(x_dtype, other, arch, x.shape[0])
@@ -248,11 +248,11 @@ def config_for(
 ) -> LowRankConfig:
     """The device's configuration; `arch` in place of the device's own."""
     sms = _multiprocessors(x.device.index) if x.is_cuda else _INTERPRETED_SMS
-    arch = arch or _arch(x)
-    return choose_low_rank(m, n, k, r, mode=_mode(x, adapter, arch), sms=sms, arch=arch)
+    arch = arch or arch_of(x)
+    return choose_low_rank(m, n, k, r, mode=dot_mode_of(x, adapter, arch), sms=sms, arch=arch)
 
 
-def _launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, arch: int) -> Call:
+def call_of(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, arch: int) -> Call:
     # Without a limit ptxas keeps to 128 registers and spills a few of some variants on sm_100 and sm_120, and
     # of products of fp32 operands on sm_86 (counted in the cubins); 65536 are an SM's.
     limited = arch >= 100 or arguments.get("MODE") == "tf32x3"
@@ -260,11 +260,11 @@ def _launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, a
     return Call(kernel, programs, arguments, tile.num_warps, tile.num_stages, registers)
 
 
-def _pad(r: int) -> int:
+def padded_rank(r: int) -> int:
     return max(16, next_power_of_2(r))
 
 
-def _threshold(dropout_p: float, seed: Tensor | None) -> int:
+def dropout_threshold(dropout_p: float, seed: Tensor | None) -> int:
     return 0 if seed is None else round(dropout_p * 65536)
 
 
@@ -290,16 +290,23 @@ def project_call(
         "adapter_ptr": adapter,
         "out_ptr": out,
         "seed_ptr": seed,
-        "threshold": _threshold(dropout_p, seed),
+        "threshold": dropout_threshold(dropout_p, seed),
     }
-    arguments |= {"scale": float(scale), "M": m, "C": c, "split_cols": split_cols, "R": r, "R_PAD": _pad(r)}
+    arguments |= {
+        "scale": float(scale),
+        "M": m,
+        "C": c,
+        "split_cols": split_cols,
+        "R": r,
+        "R_PAD": padded_rank(r),
+    }
     arguments |= {
         "BLOCK_M": tile.rows,
         "BLOCK_C": tile.cols,
         "BY_RANK": by_rank,
-        "MODE": _mode(x, adapter, arch),
+        "MODE": dot_mode_of(x, adapter, arch),
     }
-    return _launch(_project_kernel, splits * ceil_div(m, tile.rows), arguments, tile, arch), out
+    return call_of(project_kernel, splits * ceil_div(m, tile.rows), arguments, tile, arch), out
 
 
 def _whole(partials: Tensor) -> Tensor:
@@ -320,7 +327,7 @@ def xa_forward(
     """x [M, K], lora_a [R, K] -> xa = drop(x) A^T, fp32 [M, R]; two launches where the contraction is split
     (few rows), else one."""
     config = config or config_for(x, lora_a, x.shape[0], x.shape[1], x.shape[1], lora_a.shape[0])
-    call, xa = project_call(x, lora_a, 1.0, dropout_p, seed, config, by_rank=True, arch=_arch(x))
+    call, xa = project_call(x, lora_a, 1.0, dropout_p, seed, config, by_rank=True, arch=arch_of(x))
     run(call)
     return _whole(xa)
 
@@ -330,7 +337,7 @@ def dyb_backward(
 ) -> Tensor:
     """dy [M, N], lora_b [N, R] -> dyb = s dy B, fp32 [M, R], for who needs no dB."""
     config = config or config_for(dy, lora_b, dy.shape[0], dy.shape[1], dy.shape[1], lora_b.shape[1])
-    call, dyb = project_call(dy, lora_b, scaling, 0.0, None, config, by_rank=False, arch=_arch(dy))
+    call, dyb = project_call(dy, lora_b, scaling, 0.0, None, config, by_rank=False, arch=arch_of(dy))
     run(call)
     return _whole(dyb)
 
@@ -373,18 +380,18 @@ def dy_calls(
     }
     arguments |= {
         "R": max(r, 1),
-        "R_PAD": _pad(max(r, 1)),
+        "R_PAD": padded_rank(max(r, 1)),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.cols,
-        "MODE": _mode(dy, lora_b, arch),
+        "MODE": dot_mode_of(dy, lora_b, arch),
     }
     partials = DyPartials(dyb, d_lora_b, d_bias)
     if config.fused or dyb is None:
-        return _launch(_dy_pass_kernel, chunks * columns, arguments, tile, arch), partials
+        return call_of(dy_pass_kernel, chunks * columns, arguments, tile, arch), partials
     rows = min(config.xa.rows, config.dy_rows)
     arguments |= {"DYB_BLOCK_M": rows, "DYB_BLOCK_N": config.xa.cols}
     programs = chunks * (config.dy_rows // rows + columns)
-    return _launch(_dy_pair_kernel, programs, arguments, tile, arch), partials
+    return call_of(dy_pair_kernel, programs, arguments, tile, arch), partials
 
 
 def dy_pass(
@@ -401,7 +408,7 @@ def dy_pass(
     config = config or config_for(
         dy, lora_b, *dy.shape, dy.shape[1], 1 if lora_b is None else lora_b.shape[1]
     )
-    call, partials = dy_calls(dy, xa, lora_b, scaling, needs, config, arch=_arch(dy))
+    call, partials = dy_calls(dy, xa, lora_b, scaling, needs, config, arch=arch_of(dy))
     run(call)
     return DyPartials(summed(partials.dyb, config), partials.d_lora_b, partials.d_bias)
 
@@ -444,7 +451,7 @@ def x_call(
         "d_lora_a_ptr": d_lora_a,
         "dx_ptr": dx,
         "seed_ptr": seed,
-        "threshold": _threshold(dropout_p, seed),
+        "threshold": dropout_threshold(dropout_p, seed),
     }
     arguments |= {
         "first_programs": first,
@@ -453,7 +460,7 @@ def x_call(
         "chunk_rows": config.x_rows,
         "CHUNKS": chunks,
         "R": r,
-        "R_PAD": _pad(r),
+        "R_PAD": padded_rank(r),
     }
     arguments |= {
         "BLOCK_M": tile.rows,
@@ -462,11 +469,11 @@ def x_call(
         "DX_BLOCK_K": dx_tile.cols,
     }
     arguments |= {
-        "BLOCK_R": min(config.ranks, _pad(r)),
+        "BLOCK_R": min(config.ranks, padded_rank(r)),
         "ACCUMULATE": accumulate,
-        "MODE": _mode(wide, lora_a, arch),
+        "MODE": dot_mode_of(wide, lora_a, arch),
     }
-    return _launch(_x_pass_kernel, first + others, arguments, tile if need_a else dx_tile, arch), d_lora_a
+    return call_of(_x_pass_kernel, first + others, arguments, tile if need_a else dx_tile, arch), d_lora_a
 
 
 def x_pass(
@@ -487,7 +494,7 @@ def x_pass(
     wide = x if need_a else dx
     config = config or config_for(wide, lora_a, dyb.shape[1], lora_a.shape[1], lora_a.shape[1], dyb.shape[2])
     call, d_lora_a = x_call(
-        x, dyb, lora_a, dropout_p, seed, dx, need_a, config, arch=_arch(dyb), accumulate=accumulate
+        x, dyb, lora_a, dropout_p, seed, dx, need_a, config, arch=arch_of(dyb), accumulate=accumulate
     )
     run(call)
     return d_lora_a
@@ -518,12 +525,12 @@ def y_call(
         "N": n,
         "y_stride": y.stride(0),
         "R": r,
-        "R_PAD": _pad(r),
+        "R_PAD": padded_rank(r),
     }
-    arguments |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_R": min(config.ranks, _pad(r))}
-    arguments |= {"ACCUMULATE": accumulate, "MODE": _mode(y, lora_b, arch)}
+    arguments |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_R": min(config.ranks, padded_rank(r))}
+    arguments |= {"ACCUMULATE": accumulate, "MODE": dot_mode_of(y, lora_b, arch)}
     programs = ceil_div(m, tile.rows) * ceil_div(n, tile.cols)
-    return _launch(_y_epilogue_kernel, programs, arguments, tile, arch)
+    return call_of(_y_epilogue_kernel, programs, arguments, tile, arch)
 
 
 def y_epilogue(
@@ -539,7 +546,7 @@ def y_epilogue(
     """y [M, N] += s xa B^T + bias in place, or y = without `accumulate`; columns contiguous, rows any stride;
     one launch."""
     config = config or config_for(y, lora_b, *y.shape, y.shape[1], 1 if lora_b is None else lora_b.shape[1])
-    run(y_call(y, xa, lora_b, scaling, bias, config, arch=_arch(y), accumulate=accumulate))
+    run(y_call(y, xa, lora_b, scaling, bias, config, arch=arch_of(y), accumulate=accumulate))
 
 
 def reduce_calls(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[list[Call], list[Tensor | None]]:
@@ -604,7 +611,7 @@ def specializations(arch: int) -> Iterable[Specialization]:
         new = functools.partial(torch.empty, device="meta")
         x, bias, xa = new((m, k), dtype=x_dtype), new(n, dtype=x_dtype), new((m, r), dtype=torch.float32)
         a, b = new((r, k), dtype=dtype), new((n, r), dtype=dtype)
-        mode = _mode(x, a, arch)
+        mode = dot_mode_of(x, a, arch)
         config = choose_low_rank(m, n, k, r, mode=mode, arch=arch)
         tag = f"{str(x_dtype)[6:]}-{mode}-r{r}"
         # Triton has no tensor cores on sm_75; tiles of larger ranks are too small for 16 bytes a thread.
@@ -648,7 +655,7 @@ def _of_few_rows(arch: int) -> Iterable[Specialization]:
     )
     for r in (16, 256):
         x, xa, a, b = new((m, k)), new((m, r)), new((r, k)), new((n, r))
-        mode = _mode(x, a, arch)
+        mode = dot_mode_of(x, a, arch)
         config = choose_low_rank(m, n, k, r, mode=mode, arch=arch)
         tag = f"float32-{mode}-r{r}"
         yield specialization(

@@ -7,7 +7,7 @@ dyb). MODE says how they meet:
     PyTorch rounds it in memory; "split"   wide bf16, narrow fp32 as a sum of three bf16 terms, 24 bits: exact
     products on 16-bit tensor cores, no fp32 tile; otherwise both in fp32, MODE being tl.dot's
     input_precision.
-Sums are fp32; those of "split" and of fp32 operands are rounded once a tile, see `_dot_fresh`. R_PAD is R
+Sums are fp32; those of "split" and of fp32 operands are rounded once a tile, see `dot_fresh`. R_PAD is R
 rounded up to a power of two of at least 16; what is padded is loaded as zero.
 """
 
@@ -16,30 +16,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_numerics import _cast, _dot, _dot_fresh, _float
-from ..triton_philox import _dropout_keep, _dropout_key, _keep_factor
+from ..triton_numerics import dot, dot_fresh, round_to, to_fp32
+from ..triton_philox import dropout_keep, dropout_key, keep_factor
 
 __all__ = [
-    "_d_lora_a_body",
-    "_dy_pair_body",
-    "_dy_pass_body",
-    "_epilogue_body",
-    "_project_body",
-    "_reduce_body",
+    "d_lora_a_body",
+    "dy_pair_body",
+    "dy_pass_body",
+    "epilogue_body",
+    "project_body",
+    "reduce_body",
 ]
 
 
 @triton.jit
 def _terms(narrow, wide, MODE: tl.constexpr):
     """The narrow operand, prepared for products with tiles like `wide`."""
-    narrow = _float(narrow)
+    narrow = to_fp32(narrow)
     if MODE == "native":
-        return (_cast(narrow, wide.dtype),)
+        return (round_to(narrow, wide.dtype),)
     elif MODE == "split":
-        high = _cast(narrow, tl.bfloat16)
-        rest = narrow - _float(high)
-        middle = _cast(rest, tl.bfloat16)
-        return high, middle, _cast(rest - _float(middle), tl.bfloat16)
+        high = round_to(narrow, tl.bfloat16)
+        rest = narrow - to_fp32(high)
+        middle = round_to(rest, tl.bfloat16)
+        return high, middle, round_to(rest - to_fp32(middle), tl.bfloat16)
     else:
         return (narrow,)
 
@@ -48,40 +48,40 @@ def _terms(narrow, wide, MODE: tl.constexpr):
 def _dot_right(wide, terms, acc, MODE: tl.constexpr):
     """acc + wide @ narrow, smallest terms first."""
     if MODE == "native":
-        return _dot(wide, terms[0], acc)
+        return dot(wide, terms[0], acc)
     elif MODE == "split":
-        tile = _dot(wide, terms[2], tl.zeros_like(acc))
-        tile = _dot(wide, terms[1], tile)
-        return acc + _dot(wide, terms[0], tile)
+        tile = dot(wide, terms[2], tl.zeros_like(acc))
+        tile = dot(wide, terms[1], tile)
+        return acc + dot(wide, terms[0], tile)
     else:
-        return _dot_fresh(_float(wide), terms[0], acc, MODE)
+        return dot_fresh(to_fp32(wide), terms[0], acc, MODE)
 
 
 @triton.jit
 def _dot_left(terms, wide, acc, MODE: tl.constexpr):
     """acc + narrow @ wide, smallest terms first."""
     if MODE == "native":
-        return _dot(terms[0], wide, acc)
+        return dot(terms[0], wide, acc)
     elif MODE == "split":
-        tile = _dot(terms[2], wide, tl.zeros_like(acc))
-        tile = _dot(terms[1], wide, tile)
-        return acc + _dot(terms[0], wide, tile)
+        tile = dot(terms[2], wide, tl.zeros_like(acc))
+        tile = dot(terms[1], wide, tile)
+        return acc + dot(terms[0], wide, tile)
     else:
-        return _dot_fresh(terms[0], _float(wide), acc, MODE)
+        return dot_fresh(terms[0], to_fp32(wide), acc, MODE)
 
 
 @triton.jit
-def _dot_narrow(left, right, acc, DTYPE: tl.constexpr, MODE: tl.constexpr):
+def dot_narrow(left, right, acc, DTYPE: tl.constexpr, MODE: tl.constexpr):
     """acc + left @ right of two narrow operands; DTYPE is the activations'."""
     if MODE == "native":
-        return _dot(_cast(_float(left), DTYPE), _cast(_float(right), DTYPE), acc)
+        return dot(round_to(to_fp32(left), DTYPE), round_to(to_fp32(right), DTYPE), acc)
     else:
         PRECISION: tl.constexpr = "tf32x3" if MODE == "split" else MODE
-        return _dot_fresh(_float(left), _float(right), acc, PRECISION)
+        return dot_fresh(to_fp32(left), to_fp32(right), acc, PRECISION)
 
 
 @triton.jit
-def _adapter_tile(adapter_ptr, cols, ranks, C, R: tl.constexpr, BY_RANK: tl.constexpr):
+def adapter_tile(adapter_ptr, cols, ranks, C, R: tl.constexpr, BY_RANK: tl.constexpr):
     """[cols, ranks] of an adapter: lora_a [R, C] where BY_RANK, else lora_b [C, R]."""
     mask = (cols < C)[:, None] & (ranks < R)[None, :]
     if BY_RANK:
@@ -91,7 +91,7 @@ def _adapter_tile(adapter_ptr, cols, ranks, C, R: tl.constexpr, BY_RANK: tl.cons
 
 
 @triton.jit
-def _sum_of_chunks(partials_ptr, rows, ranks, M, CHUNKS: tl.constexpr, R: tl.constexpr):
+def sum_of_chunks(partials_ptr, rows, ranks, M, CHUNKS: tl.constexpr, R: tl.constexpr):
     """fp32 [rows, ranks] of [CHUNKS, M, R], summed in order. Unrolled: Triton pipelines only loops that hold
     no other."""
     mask = (rows < M)[:, None] & (ranks < R)[None, :]
@@ -103,7 +103,7 @@ def _sum_of_chunks(partials_ptr, rows, ranks, M, CHUNKS: tl.constexpr, R: tl.con
 
 
 @triton.jit
-def _project_body(
+def project_body(
     pid,
     x_ptr,  # [M, C]: x, or dy
     adapter_ptr,  # BY_RANK: lora_a [R, C]; else lora_b [C, R]
@@ -128,24 +128,24 @@ def _project_body(
     rows, ranks = row0 + tl.arange(0, BLOCK_M), tl.arange(0, R_PAD)
     row_ptr = x_ptr + rows.to(tl.int64)[:, None] * C
     if seed_ptr is not None:
-        key_low, key_high = _dropout_key(seed_ptr)
-        scale = scale * _keep_factor(threshold)
+        key_low, key_high = dropout_key(seed_ptr)
+        scale = scale * keep_factor(threshold)
     acc = tl.zeros([BLOCK_M, R_PAD], tl.float32)
     for col0 in range(split * split_cols, tl.minimum(C, (split + 1) * split_cols), BLOCK_C):
         cols = col0 + tl.arange(0, BLOCK_C)
         x = tl.load(
             row_ptr + cols[None, :], mask=(rows < M)[:, None] & (cols < C)[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_C]
-        adapter = _adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, R_PAD]
+        adapter = adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, R_PAD]
         if seed_ptr is not None:
-            x = tl.where(_dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C), x, 0.0)
+            x = tl.where(dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C), x, 0.0)
         acc = _dot_right(x, _terms(adapter, x, MODE), acc, MODE)
     out = out_ptr + (tl.cast(split, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
     tl.store(out, acc * scale, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
-def _dy_pass_body(
+def dy_pass_body(
     pid,
     dy_ptr,  # [M, N]
     xa_ptr,  # fp32 [M, R]
@@ -200,19 +200,19 @@ def _dy_pass_body(
             out = dyb_ptr + (tl.cast(column_chunk, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
             tl.store(out, dyb, mask=rank_mask)
         if d_bias_ptr is not None:
-            d_bias += tl.sum(_float(dy), axis=0)
+            d_bias += tl.sum(to_fp32(dy), axis=0)
     row_of_out = tl.cast(row_chunk, tl.int64) * N + cols
     if d_lora_b_ptr is not None:
         out = d_lora_b_ptr + row_of_out[:, None] * R + ranks[None, :]
-        tl.store(out, _cast(d_lora_b * scaling, d_lora_b_ptr.dtype.element_ty), mask=adapter_mask)
+        tl.store(out, round_to(d_lora_b * scaling, d_lora_b_ptr.dtype.element_ty), mask=adapter_mask)
     if d_bias_ptr is not None:
         tl.store(d_bias_ptr + row_of_out, d_bias, mask=cols < N)
 
 
 @triton.jit
-def _dy_pair_body(
+def dy_pair_body(
     pid,
-    dy_ptr,  # as in `_dy_pass_body`, but one chunk of dyb
+    dy_ptr,  # as in `dy_pass_body`, but one chunk of dyb
     xa_ptr,
     lora_b_ptr,
     dyb_ptr,
@@ -239,16 +239,16 @@ def _dy_pair_body(
         block = chunk * row_programs + inner
         if block * DYB_BLOCK_M < M:
             args = (dy_ptr, lora_b_ptr, dyb_ptr, None, 0, scaling, M, N, N)
-            _project_body(block, *args, R, R_PAD, DYB_BLOCK_M, DYB_BLOCK_N, False, MODE)
+            project_body(block, *args, R, R_PAD, DYB_BLOCK_M, DYB_BLOCK_N, False, MODE)
     else:
         args = (dy_ptr, xa_ptr, lora_b_ptr, None, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
-        _dy_pass_body(
+        dy_pass_body(
             chunk * tl.cdiv(N, BLOCK_N) + inner - row_programs, *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE
         )
 
 
 @triton.jit
-def _d_lora_a_body(
+def d_lora_a_body(
     pid,
     x_ptr,  # [M, K]
     dyb_ptr,  # fp32 [CHUNKS, M, R]
@@ -273,8 +273,8 @@ def _d_lora_a_body(
     cols, ranks = col0 + tl.arange(0, BLOCK_K), tl.arange(0, R_PAD)
     factor = 1.0
     if seed_ptr is not None:
-        key_low, key_high = _dropout_key(seed_ptr)
-        factor = _keep_factor(threshold)
+        key_low, key_high = dropout_key(seed_ptr)
+        factor = keep_factor(threshold)
     d_lora_a = tl.zeros([R_PAD, BLOCK_K], tl.float32)
     for row0 in range(first, tl.minimum(M, first + chunk_rows), BLOCK_M):
         rows = row0 + tl.arange(0, BLOCK_M)
@@ -283,19 +283,19 @@ def _d_lora_a_body(
             x_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0
         )  # [BLOCK_M, BLOCK_K]
         if seed_ptr is not None:
-            x = tl.where(_dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_K), x, 0.0)
-        dyb = _sum_of_chunks(dyb_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, R_PAD]
+            x = tl.where(dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_K), x, 0.0)
+        dyb = sum_of_chunks(dyb_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, R_PAD]
         d_lora_a = _dot_left(_terms(tl.trans(dyb), x, MODE), x, d_lora_a, MODE)
     out = d_lora_a_ptr + (tl.cast(row_chunk, tl.int64) * R + ranks)[:, None] * K + cols[None, :]
     tl.store(
         out,
-        _cast(d_lora_a * factor, d_lora_a_ptr.dtype.element_ty),
+        round_to(d_lora_a * factor, d_lora_a_ptr.dtype.element_ty),
         mask=(ranks < R)[:, None] & (cols < K)[None, :],
     )
 
 
 @triton.jit
-def _epilogue_body(
+def epilogue_body(
     pid,
     y_ptr,  # [M, C], rows y_stride apart: y or dx; without ACCUMULATE it is written, not added to
     left_ptr,  # fp32 [CHUNKS, M, R]: xa, or dyb
@@ -326,26 +326,26 @@ def _epilogue_body(
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * y_stride + cols[None, :]
     y = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if ACCUMULATE:
-        y = _float(tl.load(y_tile, mask=mask, other=0.0))
+        y = to_fp32(tl.load(y_tile, mask=mask, other=0.0))
     if adapter_ptr is not None:
         acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for rank0 in range(0, R_PAD, BLOCK_R):
             ranks = rank0 + tl.arange(0, BLOCK_R)
-            left = _sum_of_chunks(left_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, BLOCK_R]
-            adapter = _adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, BLOCK_R]
-            acc = _dot_narrow(left, tl.trans(adapter), acc, DTYPE, MODE)
+            left = sum_of_chunks(left_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, BLOCK_R]
+            adapter = adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, BLOCK_R]
+            acc = dot_narrow(left, tl.trans(adapter), acc, DTYPE, MODE)
         if seed_ptr is not None:
-            key_low, key_high = _dropout_key(seed_ptr)
-            keep = _dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C)
-            acc = tl.where(keep, acc * _keep_factor(threshold), 0.0)
+            key_low, key_high = dropout_key(seed_ptr)
+            keep = dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C)
+            acc = tl.where(keep, acc * keep_factor(threshold), 0.0)
         y += acc * scale
     if bias_ptr is not None:
-        y += _float(tl.load(bias_ptr + cols, mask=cols < C, other=0.0))[None, :]
-    tl.store(y_tile, _cast(y, DTYPE), mask=mask)
+        y += to_fp32(tl.load(bias_ptr + cols, mask=cols < C, other=0.0))[None, :]
+    tl.store(y_tile, round_to(y, DTYPE), mask=mask)
 
 
 @triton.jit
-def _reduce_body(pid, partials_ptr, out_ptr, chunks, numel, BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
+def reduce_body(pid, partials_ptr, out_ptr, chunks, numel, BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
     """out [numel] = the sum of partials fp32 [chunks, numel] over the chunks, BLOCK_CHUNKS at a time, always
     in the same order."""
     index = tl.cast(pid, tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -357,4 +357,4 @@ def _reduce_body(pid, partials_ptr, out_ptr, chunks, numel, BLOCK: tl.constexpr,
             partials_ptr + chunk.to(tl.int64)[:, None] * numel + index[None, :], mask=mask, other=0.0
         )
         total += tl.sum(partials, axis=0)  # [BLOCK_CHUNKS, BLOCK] -> [BLOCK]
-    tl.store(out_ptr + index, _cast(total, out_ptr.dtype.element_ty), mask=index < numel)
+    tl.store(out_ptr + index, round_to(total, out_ptr.dtype.element_ty), mask=index < numel)

@@ -23,9 +23,9 @@ from ...runtime.backends import gpu_arch
 from ...runtime.launch import Call, run, specialization
 from ...runtime.specialization import Specialization
 from ..sizes import next_power_of_2
-from ..triton_nf4 import _absmax_value as _absmax_value  # tests/cubins finds it here by name
+from ..triton_nf4 import absmax_value as absmax_value  # tests/cubins finds it here by name
 from ..triton_nf4 import decode_method, group_words
-from .triton_matmul_bodies import _matmul_tile, _reduce_tile
+from .triton_matmul_bodies import matmul_tile, reduce_tile
 
 REDUCE_M, REDUCE_N = 32, 64  # a tile of the second launch; not measured
 
@@ -90,7 +90,7 @@ def _matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    _matmul_tile(
+    matmul_tile(
         tl.program_id(0),
         x_ptr,
         weight_ptr,
@@ -159,7 +159,7 @@ def _matmul_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    _reduce_tile(
+    reduce_tile(
         tl.program_id(0),
         partials_ptr,
         bias_ptr,
@@ -219,7 +219,7 @@ def default_config(
     return replace(config, split_k=max(1, min(most, programs // tiles)))
 
 
-def _low_mode(x: Tensor, adapter: Tensor | None, arch: int) -> str:
+def low_mode(x: Tensor, adapter: Tensor | None, arch: int) -> str:
     """How xa or dyb meets an adapter in a product; see the bodies."""
     if (
         adapter is not None
@@ -235,7 +235,7 @@ def _multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _block_r(rank: int, low: str) -> int:
+def block_r(rank: int, low: str) -> int:
     """Ranks at a time: few of fp32, which is multiplied in three products whose terms do not fit the
     registers."""
     return max(16, min(64, next_power_of_2(rank))) if low == "split" else 16
@@ -271,7 +271,7 @@ class _Call:
     def epilogue(self, arch: int) -> dict[str, object]:
         """Arguments of the low-rank product, the bias and the output, which both kernels take."""
         rank = 0 if self.low is None else self.low.shape[-1]
-        mode = _low_mode(self.x, self.adapter, arch)
+        mode = low_mode(self.x, self.adapter, arch)
         chunks = self.low.shape[0] if rank and self.low.dim() == 3 else 1
         return {
             "bias_ptr": self.bias,
@@ -288,7 +288,7 @@ class _Call:
             "first_col": self.first_col,
             "FORWARD": self.forward,
             "RANK": rank,
-            "BLOCK_R": _block_r(max(rank, 1), mode),
+            "BLOCK_R": block_r(max(rank, 1), mode),
             "CHUNKS": chunks,
             "LOW": mode,
         }
@@ -496,7 +496,7 @@ def _variants(
     mma = arch >= 80 and dtype != torch.float32
     # Without tensor cores larger tiles, whose rows of codes fill 16-byte loads, do not fit the registers.
     wide = ("words_ptrs", "weight_ptrs") if mma and (dense or k % 32 == 0) else ()
-    promises = {"expects_mma": mma, "wide_loads": wide, "unfused": ("_absmax_value",)}
+    promises = {"expects_mma": mma, "wide_loads": wide, "unfused": ("absmax_value",)}
     yield specialization("-".join(parts), calls[0], **promises)
     for reduce in calls[1:]:
         yield specialization("-".join(("reduce", *parts)), reduce)

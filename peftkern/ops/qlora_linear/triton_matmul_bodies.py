@@ -13,11 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_nf4 import _absmax, _absmax_parts, _absmax_value, _codes, _decode, _decode_words
-from ..triton_numerics import _cast, _dot, _dot_fresh, _float
-from ..triton_philox import _dropout_scale
+from ..triton_nf4 import absmax_of, absmax_parts, absmax_value, decode, decode_words, load_codes
+from ..triton_numerics import dot, dot_fresh, round_to, to_fp32
+from ..triton_philox import dropout_scale_tile
 
-__all__ = ["_matmul_tile", "_reduce_tile"]
+__all__ = ["matmul_tile", "reduce_tile"]
 
 
 @triton.jit
@@ -60,11 +60,11 @@ def _low_rank(
                 low = tl.minimum(
                     tl.maximum(low, -65504.0), 65504.0
                 )  # an infinite high term would make the low one NaN
-            high = _cast(low, DTYPE)
-            acc = _dot(_cast(low - _float(high), DTYPE), adapter, acc)
-            acc = _dot(high, adapter, acc)
+            high = round_to(low, DTYPE)
+            acc = dot(round_to(low - to_fp32(high), DTYPE), adapter, acc)
+            acc = dot(high, adapter, acc)
         else:
-            acc = _dot_fresh(low, _float(adapter), acc, LOW)
+            acc = dot_fresh(low, to_fp32(adapter), acc, LOW)
     return acc
 
 
@@ -112,22 +112,22 @@ def _start(
             LOW,
         )
         if seed_ptr is not None:
-            acc = acc * _dropout_scale(seed_ptr, threshold, row0, first_col + col0, BLOCK_M, BLOCK_N)
+            acc = acc * dropout_scale_tile(seed_ptr, threshold, row0, first_col + col0, BLOCK_M, BLOCK_N)
     return acc
 
 
 @triton.jit
-def _finish(
+def finish(
     acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """acc [BLOCK_M, BLOCK_N] + bias -> out."""
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
-        acc += _float(tl.load(bias_ptr + cols, mask=cols < J, other=0.0))[None, :]
+        acc += to_fp32(tl.load(bias_ptr + cols, mask=cols < J, other=0.0))[None, :]
     mask = (rows < M)[:, None] & (cols < J)[None, :]
     tl.store(
         out_ptr + rows.to(tl.int64)[:, None] * out_stride + cols[None, :],
-        _cast(acc, out_ptr.dtype.element_ty),
+        round_to(acc, out_ptr.dtype.element_ty),
         mask=mask,
     )
 
@@ -147,17 +147,17 @@ def _weight_absmax(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """`_absmax_parts` [ROWS, COLS / (8 WORDS)] of a tile's groups; past the weight's edges those of its last
+    """`absmax_parts` [ROWS, COLS / (8 WORDS)] of a tile's groups; past the weight's edges those of its last
     row or group."""
     WIDTH: tl.constexpr = 8 * WORDS
     row = tl.minimum(row0 + tl.arange(0, ROWS), N - 1)
     group = tl.minimum(col0 // WIDTH + tl.arange(0, COLS // WIDTH), K // WIDTH - 1)
     block = (row[:, None] * (K // WIDTH) + group[None, :]) // (BLOCKSIZE // WIDTH)
-    return _absmax_parts(block, None, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE)
+    return absmax_parts(block, None, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE)
 
 
 @triton.jit
-def _weight_tile(
+def weight_tile(
     row0,
     col0,
     N,
@@ -198,7 +198,7 @@ def _weight_tile(
         inside = (col0 // WIDTH + word // WORDS < K // WIDTH)[None, :]
         words = tl.load(words_ptrs) if INSIDE == 1 else tl.load(words_ptrs, mask=inside, other=0)
         words = tl.reshape(words, [ROWS, COLS // WIDTH, WORDS])
-        tile = tl.reshape(_decode_words(words, absmax[:, :, None], codes, DTYPE, METHOD), [ROWS, COLS])
+        tile = tl.reshape(decode_words(words, absmax[:, :, None], codes, DTYPE, METHOD), [ROWS, COLS])
     else:
         cols = col0 + tl.arange(0, COLS)
         if WORDS == 0:
@@ -206,7 +206,7 @@ def _weight_tile(
             index = rows.to(tl.int64)[:, None] * K + cols[None, :]  # [ROWS, COLS]
             byte = tl.load(weight_ptr + index // 2).to(tl.int32)
             nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
-            scale = _absmax(
+            scale = absmax_of(
                 index // BLOCKSIZE,
                 None,
                 absmax_ptr,
@@ -216,7 +216,7 @@ def _weight_tile(
                 absmax_offset_ptr,
                 NESTED_BLOCKSIZE,
             )
-            tile = _decode(nibble, scale, codes, DTYPE)
+            tile = decode(nibble, scale, codes, DTYPE)
         else:
             weight_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + cols[None, :]
             tile = (
@@ -228,11 +228,11 @@ def _weight_tile(
 
 
 @triton.jit
-def _matmul_tile(
+def matmul_tile(
     pid,
     x_ptr,  # [M, C]: x, C = K; or dy, C = N
     weight_ptr,  # uint8 [N K / 2], or dense [N, K]
-    code_ptr,  # fp32 [16], with the absmax as in `_absmax`; None where the weight is dense
+    code_ptr,  # fp32 [16], with the absmax as in `absmax_of`; None where the weight is dense
     absmax_ptr,
     absmax_8bit_ptr,
     absmax_code_ptr,
@@ -305,7 +305,7 @@ def _matmul_tile(
             BLOCK_M,
             BLOCK_N,
         )
-    codes = _codes(code_ptr) if WORDS >= 0 else 0
+    codes = load_codes(code_ptr) if WORDS >= 0 else 0
     ROWS: tl.constexpr = BLOCK_N if FORWARD else BLOCK_K  # of a weight tile, rows being n
     COLS: tl.constexpr = BLOCK_K if FORWARD else BLOCK_N
     INSIDE: tl.constexpr = (1 if FORWARD else 0) if EVEN else -1
@@ -332,7 +332,7 @@ def _matmul_tile(
             ROWS,
             COLS,
         )
-        absmax = _absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
+        absmax = absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
         if AHEAD == 2:
             following = start + BLOCK_K
             parts = _weight_absmax(
@@ -357,7 +357,7 @@ def _matmul_tile(
             if EVEN
             else tl.load(x_ptrs + steps[None, :], mask=(steps < C)[None, :], other=0.0)
         )
-        weight = _weight_tile(
+        weight = weight_tile(
             col0 if FORWARD else step,
             step if FORWARD else col0,
             N,
@@ -383,7 +383,7 @@ def _matmul_tile(
         if WORDS > 0:
             # The next step's: bytes cannot go through the asynchronous copies.
             if AHEAD == 2:
-                absmax = _absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
+                absmax = absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
             following = step + AHEAD * BLOCK_K
             parts = _weight_absmax(
                 col0 if FORWARD else following,
@@ -403,15 +403,15 @@ def _matmul_tile(
                 absmax = parts[0]
         weight = tl.trans(weight) if FORWARD else weight
         FP32: tl.constexpr = tl.float32 == DTYPE
-        acc = _dot_fresh(x, weight, acc, PRECISION) if FP32 else _dot(x, weight, acc, PRECISION)
+        acc = dot_fresh(x, weight, acc, PRECISION) if FP32 else dot(x, weight, acc, PRECISION)
     if SPLIT_K == 1:
-        _finish(acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)
+        finish(acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)
     else:
-        _finish(acc, None, out_ptr + split.to(tl.int64) * M * J, J, row0, col0, M, J, BLOCK_M, BLOCK_N)
+        finish(acc, None, out_ptr + split.to(tl.int64) * M * J, J, row0, col0, M, J, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def _reduce_tile(
+def reduce_tile(
     pid,
     partials_ptr,  # fp32 [SPLIT_K, M, J]; the rest as above
     bias_ptr,
@@ -465,4 +465,4 @@ def _reduce_tile(
     partial_ptrs = partials_ptr + rows.to(tl.int64)[:, None] * J + cols[None, :]  # [BLOCK_M, BLOCK_N]
     for split in tl.static_range(SPLIT_K):
         acc += tl.load(partial_ptrs + tl.cast(M, tl.int64) * J * split, mask=mask, other=0.0)
-    _finish(acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)
+    finish(acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from ...runtime.launch import UNSPECIALIZED, Call, specialization
 from ...runtime.specialization import Specialization
-from ..dequantize.triton import _dequantize_ragged_tile, _dequantize_tile, tiles
+from ..dequantize.triton import dequantize_ragged_tile, dequantize_tile, tiles
 from .low_rank_config import choose_low_rank, dot_mode
-from .triton_low_rank import _dy_pair_kernel, _dy_pass_kernel, _project_kernel, dy_calls, project_call
-from .triton_low_rank_bodies import _dy_pair_body, _dy_pass_body, _project_body
+from .triton_low_rank import dy_calls, dy_pair_kernel, dy_pass_kernel, project_call, project_kernel
+from .triton_low_rank_bodies import dy_pair_body, dy_pass_body, project_body
 
 __all__ = ["slab_call", "specializations"]
 
 
 @triton.jit
-def _slab_body(
+def slab_body(
     pid,
     packed_ptr,
     code_ptr,
@@ -50,7 +50,7 @@ def _slab_body(
 ):
     """A rectangle of the weight -> slab, as ops/dequantize/triton.py says."""
     if WORDS == 0:
-        _dequantize_ragged_tile(
+        dequantize_ragged_tile(
             pid,
             packed_ptr,
             code_ptr,
@@ -70,7 +70,7 @@ def _slab_body(
             UNITS,
         )
     else:
-        _dequantize_tile(
+        dequantize_tile(
             pid,
             packed_ptr,
             code_ptr,
@@ -135,7 +135,7 @@ def _slab_project_kernel(
     pid = tl.program_id(0)
     if pid < first_programs:
         args = (x_ptr, adapter_ptr, out_ptr, seed_ptr, threshold, scale, M, C, split_cols)
-        _project_body(pid, *args, R, R_PAD, BLOCK_M, BLOCK_C, BY_RANK, MODE)
+        project_body(pid, *args, R, R_PAD, BLOCK_M, BLOCK_C, BY_RANK, MODE)
     else:
         weight = (
             packed_ptr,
@@ -147,7 +147,7 @@ def _slab_project_kernel(
             absmax_offset_ptr,
         )
         place = (slab_ptr, slab_stride, start, row_units, col_units, units)
-        _slab_body(
+        slab_body(
             pid - first_programs, *weight, *place, BLOCKSIZE, NESTED_BLOCKSIZE, WORDS, UNITS, ONE_ROW, METHOD
         )
 
@@ -193,7 +193,7 @@ def _slab_dy_pass_kernel(
     pid = tl.program_id(0)
     if pid < first_programs:
         args = (dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
-        _dy_pass_body(pid, *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE)
+        dy_pass_body(pid, *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE)
     else:
         weight = (
             packed_ptr,
@@ -205,7 +205,7 @@ def _slab_dy_pass_kernel(
             absmax_offset_ptr,
         )
         place = (slab_ptr, slab_stride, start, row_units, col_units, units)
-        _slab_body(
+        slab_body(
             pid - first_programs, *weight, *place, BLOCKSIZE, NESTED_BLOCKSIZE, WORDS, UNITS, ONE_ROW, METHOD
         )
 
@@ -253,7 +253,7 @@ def _slab_dy_pair_kernel(
     pid = tl.program_id(0)
     if pid < first_programs:
         args = (dy_ptr, xa_ptr, lora_b_ptr, dyb_ptr, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
-        _dy_pair_body(pid, *args, R, R_PAD, BLOCK_M, BLOCK_N, DYB_BLOCK_M, DYB_BLOCK_N, MODE)
+        dy_pair_body(pid, *args, R, R_PAD, BLOCK_M, BLOCK_N, DYB_BLOCK_M, DYB_BLOCK_N, MODE)
     else:
         weight = (
             packed_ptr,
@@ -265,15 +265,15 @@ def _slab_dy_pair_kernel(
             absmax_offset_ptr,
         )
         place = (slab_ptr, slab_stride, start, row_units, col_units, units)
-        _slab_body(
+        slab_body(
             pid - first_programs, *weight, *place, BLOCKSIZE, NESTED_BLOCKSIZE, WORDS, UNITS, ONE_ROW, METHOD
         )
 
 
 _MERGED = {
-    _project_kernel: _slab_project_kernel,
-    _dy_pass_kernel: _slab_dy_pass_kernel,
-    _dy_pair_kernel: _slab_dy_pair_kernel,
+    project_kernel: _slab_project_kernel,
+    dy_pass_kernel: _slab_dy_pass_kernel,
+    dy_pair_kernel: _slab_dy_pair_kernel,
 }
 
 
@@ -334,6 +334,6 @@ def specializations(arch: int) -> Iterable[Specialization]:
             promises = {
                 "expects_mma": arch >= 80 and mode != "ieee",
                 "wide_loads": ("packed_ptr",),
-                "unfused": ("_absmax",),
+                "unfused": ("absmax_of",),
             }
             yield specialization(title, merged, **promises)

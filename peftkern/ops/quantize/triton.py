@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.specialization import Specialization
-from ..triton_numerics import _float
+from ..triton_numerics import to_fp32
 
 __all__ = ["_quantize_tile", "quantize_4bit", "quantize_absmax", "specializations"]
 
@@ -49,7 +49,7 @@ def _quantize_tile(
     block = pid.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
     index = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]  # [BLOCKS, BLOCKSIZE]
     inside = index < numel
-    values = _float(tl.load(values_ptr + index, mask=inside, other=0.0))
+    values = to_fp32(tl.load(values_ptr + index, mask=inside, other=0.0))
     absmax = tl.max(tl.where(values == values, tl.abs(values), 0.0), axis=1)  # [BLOCKS]
     tl.store(absmax_ptr + block, absmax, mask=block * BLOCKSIZE < numel)
     inverse = tl.where(absmax > 0, tl.div_rn(1.0, tl.where(absmax > 0, absmax, 1.0)), 0.0)

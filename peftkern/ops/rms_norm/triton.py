@@ -19,7 +19,7 @@ from ...runtime.replay import replayed
 from ...runtime.specialization import Specialization
 from ..rows import rows_of
 from ..sizes import next_power_of_2
-from ..triton_numerics import _cast, _float
+from ..triton_numerics import round_to, to_fp32
 from . import CASTS, result_dtype
 
 __all__ = [
@@ -90,31 +90,32 @@ def _rms_norm_fwd_kernel(
 def _summed(from_ptr, residual_ptr, s_ptr, at, cols, inside, n):
     """x, or x + residual as rounded to their dtype, which is stored where s_ptr is; fp32."""
     mask = inside & (cols < n)
-    x = _float(tl.load(from_ptr + cols, mask=mask, other=0.0))
+    x = to_fp32(tl.load(from_ptr + cols, mask=mask, other=0.0))
     if residual_ptr is not None:
-        s = _cast(
-            x + _float(tl.load(residual_ptr + at + cols, mask=mask, other=0.0)), residual_ptr.dtype.element_ty
+        s = round_to(
+            x + to_fp32(tl.load(residual_ptr + at + cols, mask=mask, other=0.0)),
+            residual_ptr.dtype.element_ty,
         )
         if s_ptr is not None:
             tl.store(s_ptr + at + cols, s, mask=mask)
-        x = _float(s)
+        x = to_fp32(s)
     return x
 
 
 @triton.jit
 def _scale(x, rstd, weight_ptr, to_ptr, cols, inside, offset, n, DTYPE: tl.constexpr, LLAMA: tl.constexpr):
     normal = x * rstd[:, None]
-    weight = _float(tl.load(weight_ptr + cols, mask=cols < n, other=0.0))  # [1, BLOCK]
-    y = _float(_cast(normal, DTYPE)) * weight if LLAMA else normal * (offset + weight)
-    tl.store(to_ptr + cols, _cast(y, to_ptr.dtype.element_ty), mask=inside & (cols < n))
+    weight = to_fp32(tl.load(weight_ptr + cols, mask=cols < n, other=0.0))  # [1, BLOCK]
+    y = to_fp32(round_to(normal, DTYPE)) * weight if LLAMA else normal * (offset + weight)
+    tl.store(to_ptr + cols, round_to(y, to_ptr.dtype.element_ty), mask=inside & (cols < n))
 
 
 @triton.jit
 def _terms(dy_ptr, x_ptr, weight_ptr, cols, inside, offset, n):
     """g = dy * weight (offset added) and x."""
-    dy = _float(tl.load(dy_ptr + cols, mask=inside & (cols < n), other=0.0))
-    x = _float(tl.load(x_ptr + cols, mask=inside & (cols < n), other=0.0))
-    weight = _float(tl.load(weight_ptr + cols, mask=cols < n, other=0.0))
+    dy = to_fp32(tl.load(dy_ptr + cols, mask=inside & (cols < n), other=0.0))
+    x = to_fp32(tl.load(x_ptr + cols, mask=inside & (cols < n), other=0.0))
+    weight = to_fp32(tl.load(weight_ptr + cols, mask=cols < n, other=0.0))
     return dy * (offset + weight), x
 
 
@@ -152,16 +153,16 @@ def _rms_norm_bwd_kernel(
     if WHOLE:
         dx = g * rstd - x * share
         if ds_ptr is not None:
-            dx += _float(tl.load(ds_row + cols, mask=inside & (cols < n), other=0.0))
-        tl.store(dx_row + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (cols < n))
+            dx += to_fp32(tl.load(ds_row + cols, mask=inside & (cols < n), other=0.0))
+        tl.store(dx_row + cols, round_to(dx, dx_ptr.dtype.element_ty), mask=inside & (cols < n))
     else:
         for start in range(0, n, BLOCK):
             g, x = _terms(dy_row, x_row, weight_ptr, start + cols, inside, offset, n)
             dx = g * rstd - x * share
             if ds_ptr is not None:
-                dx += _float(tl.load(ds_row + start + cols, mask=inside & (start + cols < n), other=0.0))
+                dx += to_fp32(tl.load(ds_row + start + cols, mask=inside & (start + cols < n), other=0.0))
             tl.store(
-                dx_row + start + cols, _cast(dx, dx_ptr.dtype.element_ty), mask=inside & (start + cols < n)
+                dx_row + start + cols, round_to(dx, dx_ptr.dtype.element_ty), mask=inside & (start + cols < n)
             )
 
 
@@ -189,10 +190,10 @@ def _rms_norm_d_weight_kernel(
         row = start + tl.arange(0, ROWS)  # [ROWS]
         inside = ((row < M) & (row < first + chunk_rows))[:, None] & (cols < n)
         wide = row.to(tl.int64)[:, None]
-        dy = _float(tl.load(dy_ptr + wide * n + cols, mask=inside, other=0.0))  # [ROWS, COLUMNS]
-        x = _float(tl.load(x_ptr + wide * ld_x + cols, mask=inside, other=0.0))
+        dy = to_fp32(tl.load(dy_ptr + wide * n + cols, mask=inside, other=0.0))  # [ROWS, COLUMNS]
+        x = to_fp32(tl.load(x_ptr + wide * ld_x + cols, mask=inside, other=0.0))
         normal = x * tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None]
-        total += dy * (_float(_cast(normal, x_ptr.dtype.element_ty)) if LLAMA else normal)
+        total += dy * (to_fp32(round_to(normal, x_ptr.dtype.element_ty)) if LLAMA else normal)
     tl.store(partial_ptr + chunk.to(tl.int64) * n + cols, tl.sum(total, axis=0)[None, :], mask=cols < n)
 
 

@@ -14,7 +14,7 @@ from ...runtime.launch import Call, run, specialization
 from ...runtime.replay import replayed
 from ...runtime.specialization import Specialization
 from ..sizes import next_power_of_2
-from ..triton_numerics import _cast, _float
+from ..triton_numerics import round_to, to_fp32
 
 __all__ = ["call", "rope", "specializations"]
 
@@ -48,18 +48,18 @@ def _rope_tile(
         i = tl.arange(0, BLOCK_HALF)[None, :]  # [1, BLOCK_HALF]
         mask = inside & (i < HALF)
         c1, c2 = (
-            _float(tl.load(cos_ptr + i, mask=i < HALF)),
-            _float(tl.load(cos_ptr + HALF + i, mask=i < HALF)),
+            to_fp32(tl.load(cos_ptr + i, mask=i < HALF)),
+            to_fp32(tl.load(cos_ptr + HALF + i, mask=i < HALF)),
         )
         s1, s2 = (
-            _float(tl.load(sin_ptr + i, mask=i < HALF)),
-            _float(tl.load(sin_ptr + HALF + i, mask=i < HALF)),
+            to_fp32(tl.load(sin_ptr + i, mask=i < HALF)),
+            to_fp32(tl.load(sin_ptr + HALF + i, mask=i < HALF)),
         )
-        x1, x2 = _float(tl.load(from_ptr + i, mask=mask)), _float(tl.load(from_ptr + HALF + i, mask=mask))
+        x1, x2 = to_fp32(tl.load(from_ptr + i, mask=mask)), to_fp32(tl.load(from_ptr + HALF + i, mask=mask))
         y1 = x1 * c1 + x2 * s2 if INVERSE else x1 * c1 - x2 * s1
         y2 = x2 * c2 - x1 * s1 if INVERSE else x2 * c2 + x1 * s2
-        tl.store(to_ptr + i, _cast(y1, DTYPE), mask=mask)
-        tl.store(to_ptr + HALF + i, _cast(y2, DTYPE), mask=mask)
+        tl.store(to_ptr + i, round_to(y1, DTYPE), mask=mask)
+        tl.store(to_ptr + HALF + i, round_to(y2, DTYPE), mask=mask)
     if BLOCK_REST > 0:
         rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]  # [1, BLOCK_REST]
         tl.store(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...runtime.launch import Call, run, specialization
 from ...runtime.specialization import Specialization
-from ..triton_nf4 import _absmax, _codes, _decode, _decode_words, group_words
+from ..triton_nf4 import absmax_of, decode, decode_words, group_words, load_codes
 from . import reference
 
 __all__ = ["row_squares", "row_squares_call", "specializations"]
@@ -41,14 +41,14 @@ def _row_squares_kernel(
 ):
     """The row of the program's number."""
     first = tl.program_id(0).to(tl.int64) * units
-    codes = _codes(code_ptr)
+    codes = load_codes(code_ptr)
     total = tl.zeros((UNITS, 8 * WORDS if WORDS else 1), tl.float32)
     for start in range(0, units, UNITS):
         unit = start + tl.arange(0, UNITS)  # [UNITS]
         inside = unit < units
         source = first + unit
         block = source // BLOCKSIZE if WORDS == 0 else source // (BLOCKSIZE // (8 * WORDS))
-        absmax = _absmax(  # [UNITS]; outside, a nested one is not 0
+        absmax = absmax_of(  # [UNITS]; outside, a nested one is not 0
             block,
             inside,
             absmax_ptr,
@@ -61,11 +61,11 @@ def _row_squares_kernel(
         if WORDS == 0:
             byte = tl.load(packed_ptr + source // 2, mask=inside, other=0).to(tl.int32)
             nibble = tl.where(source % 2 == 0, byte >> 4, byte & 15)
-            values = _decode(nibble, absmax, codes, tl.float32)[:, None]
+            values = decode(nibble, absmax, codes, tl.float32)[:, None]
         else:
             offsets = source[:, None] * WORDS + tl.arange(0, WORDS)[None, :]  # [UNITS, WORDS]
             words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=inside[:, None], other=0)
-            decoded = _decode_words(words, absmax[:, None], codes, tl.float32, "PORTABLE")
+            decoded = decode_words(words, absmax[:, None], codes, tl.float32, "PORTABLE")
             values = tl.reshape(decoded, [UNITS, 8 * WORDS])
         total += tl.where(inside[:, None], values * values, 0.0)
     tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
@@ -112,5 +112,5 @@ def specializations(arch: int) -> Iterator[Specialization]:
     for name, absmax, k in variants:
         call = row_squares_call(packed, (meta(16), *absmax, 64, 256), 4096, k, out)
         wide = ("packed_ptr",) if k == 4096 else ()
-        unfused = () if absmax is plain else ("_absmax_value",)
+        unfused = () if absmax is plain else ("absmax_value",)
         yield specialization(f"row-squares-{name}", call, wide_loads=wide, unfused=unfused)

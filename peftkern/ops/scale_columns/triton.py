@@ -14,7 +14,7 @@ from torch import Tensor
 from ...runtime.launch import Call, run, specialization
 from ...runtime.specialization import Specialization
 from ..sizes import ceil_div
-from ..triton_numerics import _cast, _float
+from ..triton_numerics import round_to, to_fp32
 
 __all__ = ["backward", "backward_call", "forward", "forward_call", "specializations"]
 
@@ -33,10 +33,10 @@ def _scale_columns_fwd_kernel(
     scale = tl.load(scale_ptr + col, mask=col < N, other=0.0)
     for i in range(ROWS):
         inside = (col < N) & (first + i + tl.zeros((BLOCK_N,), tl.int64) < M)
-        y = _float(tl.load(u_ptr + (first + i) * N + col, mask=inside, other=0.0)) * scale
+        y = to_fp32(tl.load(u_ptr + (first + i) * N + col, mask=inside, other=0.0)) * scale
         if bias_ptr is not None:
-            y += _float(tl.load(bias_ptr + col, mask=col < N, other=0.0))
-        tl.store(y_ptr + (first + i) * N + col, _cast(y, y_ptr.dtype.element_ty), mask=inside)
+            y += to_fp32(tl.load(bias_ptr + col, mask=col < N, other=0.0))
+        tl.store(y_ptr + (first + i) * N + col, round_to(y, y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -60,12 +60,12 @@ def _scale_columns_bwd_kernel(
     for start in range(0, M, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)  # [BLOCK_M, 1]
         inside = (row < M) & (col < N)
-        dy = _float(tl.load(dy_ptr + row * N + col, mask=inside, other=0.0))
+        dy = to_fp32(tl.load(dy_ptr + row * N + col, mask=inside, other=0.0))
         by_bias += dy
         if d_scale_ptr is not None:
-            by_scale += dy * _float(tl.load(u_ptr + row * N + col, mask=inside, other=0.0))
+            by_scale += dy * to_fp32(tl.load(u_ptr + row * N + col, mask=inside, other=0.0))
         if du_ptr is not None:
-            tl.store(du_ptr + row * N + col, _cast(dy * scale, du_ptr.dtype.element_ty), mask=inside)
+            tl.store(du_ptr + row * N + col, round_to(dy * scale, du_ptr.dtype.element_ty), mask=inside)
     if d_scale_ptr is not None:
         tl.store(d_scale_ptr + col, tl.sum(by_scale, 0)[None, :], mask=col < N)
     if d_bias_ptr is not None:
