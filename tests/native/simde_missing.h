@@ -69,6 +69,34 @@ static inline __m256i pk_cvtps_ph(__m512 a) {
 #define _mm512_cvtps_ph(a, rounding) pk_cvtps_ph(a)
 #endif
 
+#ifndef _mm512_rcp14_ps  // as far off as its documentation allows: the inverse cut off behind 14 bits
+static inline __m512 _mm512_rcp14_ps(__m512 a) {
+  float v[16];
+  memcpy(v, &a, sizeof v);
+  for (int i = 0; i < 16; i++) {
+    v[i] = 1.0f / v[i];
+    uint32_t bits;
+    memcpy(&bits, &v[i], sizeof bits);
+    bits &= ~0x1ffu;
+    memcpy(&v[i], &bits, sizeof bits);
+  }
+  __m512 r;
+  memcpy(&r, v, sizeof r);
+  return r;
+}
+#endif
+
+#ifndef _mm512_fpclass_ps_mask  // whether numbers are subnormal: the kernels ask for nothing else
+static inline uint16_t pk_subnormal_mask(__m512 a) {
+  uint32_t in[16];
+  uint16_t mask = 0;
+  memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 16; i++) mask |= (uint16_t)((in[i] & 0x7fffffff && !(in[i] & 0x7f800000)) << i);
+  return mask;
+}
+#define _mm512_fpclass_ps_mask(a, classes) pk_subnormal_mask(a)
+#endif
+
 #ifndef _mm512_maskz_loadu_epi32  // reads no lane that the mask leaves out
 static inline __m512i _mm512_maskz_loadu_epi32(uint16_t mask, const void* from) {
   uint32_t out[16] = {0};

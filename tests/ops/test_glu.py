@@ -100,6 +100,22 @@ def test_activations_err_by_a_few_ulp(isa: str, activation: str) -> None:
         assert error[part].max() <= allowed, (low, error[part].max(), x[part][error[part].argmax()])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_16_bit_results_are_exact_ones_rounded(isa: str, activation: str, dtype: torch.dtype) -> None:
+    """Before rounding, an error of 2^-16 of the value is left (2^-15 in the tail of gelu_tanh), a sixteenth
+    of fp16's half unit; where the results are subnormal, they are kept as such."""
+    x = torch.cat([torch.linspace(-20, 20, 80001), torch.linspace(-90, 90, 20001)]).to(dtype)
+    exact, smallest = _exact(x, activation), torch.finfo(dtype).tiny
+    ulp = exact.abs().clamp_min(smallest).log2().floor().exp2() * torch.finfo(dtype).eps
+    slack = 2.0**-15 if activation == "gelu_tanh" else 2.0**-16
+    allowed = ulp / 2 + slack * exact.abs()
+    error = (glu(x, torch.ones_like(x), activation=activation).double() - exact).abs()
+    assert (error <= allowed).all(), x[(error > allowed)]
+    one, tiny = torch.full((70,), 40.0, dtype=dtype), torch.arange(1, 71).to(dtype) * (smallest / 2**6)
+    assert torch.equal(glu(one, tiny, activation=activation), 40 * tiny)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_extreme_values_are_as_exact_arithmetic_has_them(
