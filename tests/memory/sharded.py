@@ -142,6 +142,27 @@ def fsdp_errors(
     return errors
 
 
+def bytes_here(rank: int, sizes: dict[str, Any]) -> tuple[int, tuple[int, int]]:
+    """Bytes that this process holds of a patched QLoRA Llama of rank 4; and of a decoder layer and of what is
+    in no unit inside the root, gathered."""
+    from ..memory.build import build, config
+
+    model = build(config(**sizes), r=4)
+    report = shard(model)
+    layers = list(model.get_base_model().model.layers)
+    gathered = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    embedding = model.get_base_model().get_input_embeddings().weight
+    head = model.get_base_model().get_output_embeddings().weight
+    outside = {id(p): p for p in model.parameters() if id(p) not in inside}
+    if embedding is not head:
+        del outside[id(embedding)]
+    return (
+        report.bytes_here + report.bytes_replicated,
+        (max(gathered), sum(p.nbytes for p in outside.values())),
+    )
+
+
 def averages(rank: int) -> dict[str, Any]:
     """What gloo gives for ReduceOp.AVG in the collective that FSDP2 uses; and the gradient FSDP2 itself
     gives."""

@@ -95,8 +95,9 @@ def changes(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> li
 def _candidates(shape: Shape, options: RunOptions, card: Card) -> Iterator[RunOptions]:
     """Combinations, in which checkpoints have not been placed yet. A CPU's host is the device itself."""
     yield options.but(checkpointing=False, keep_layers=None, disk_layers=0, layers_on_host=False)
-    hosts = (False,) if shape.tied or not card.is_gpu else (False, True)
-    streams = (False, True) if card.is_gpu else (False,)
+    one = card.is_gpu and options.cards == 1
+    hosts = (False,) if shape.tied or not one else (False, True)
+    streams = (False, True) if one else (False,)
     less = ((False, False), (True, False)) + (((True, True),) if shape.kv_heads > 1 else ())
     for (tile, _), (rebuilt, grouped), looked_up, streamed, kept in itertools.product(
         _TILES, less, hosts, streams, (None, 1)
@@ -182,9 +183,10 @@ def _single(shape: Shape, options: RunOptions, card: Card) -> Iterator[tuple[str
         yield "norms' outputs computed again in backward", options.but(rebuild_norms=True)
     if not options.kv_groups and shape.kv_heads > 1:
         yield "attention's backward by key/value heads", options.but(kv_groups=True)
-    if card.is_gpu and not options.embedding_on_host and not shape.tied:
+    one = card.is_gpu and options.cards == 1
+    if one and not options.embedding_on_host and not shape.tied:
         yield "the embedding on the host", options.but(embedding_on_host=True)
-    if card.is_gpu and not options.layers_on_host:
+    if one and not options.layers_on_host:
         yield "the packed layers on the host, streamed", options.but(layers_on_host=True)
     if not options.nested and options.four_bit:
         yield "nested block maxima (double quantization)", options.but(nested=True)

@@ -36,6 +36,9 @@ def _add_machine(group: Any) -> None:
     group.add_argument(
         "--gpu", help="GB (24), GiB that torch may use (22GiB), a card (`rtx 4090`), cpu; default: this"
     )
+    group.add_argument(
+        "--cards", type=int, default=1, help="so many of them, the model in shards (FSDP2; default: 1)"
+    )
     group.add_argument("--ram", help="host memory that may be used, as 64GB; default: what is available here")
     group.add_argument("--pinned", help="of that, what may be pinned; default: four fifths")
     group.add_argument("--disk", help="room for checkpoints on the disk, as 100GB; default: none")
@@ -120,7 +123,8 @@ def _options(args: argparse.Namespace, shape: Any, limits: Any, card: Any) -> An
         four_bit=args.quantization != "none",
         nested=args.double_quant,
         dora=args.dora,
-        optimizer=args.optimizer or ("paged_adamw_8bit" if card.is_gpu else "adamw"),
+        cards=args.cards,
+        optimizer=args.optimizer or ("paged_adamw_8bit" if card.is_gpu and args.cards == 1 else "adamw"),
         attention=args.attention,
     )
     asked = {

@@ -29,6 +29,7 @@ class RunOptions:
     norms' outputs are computed again in backward.
     embedding_on_host: the embedding is a lookup on the host. layers_on_host: packed layers are streamed from
     the host through `layer_slots` slots.
+    cards: the model is divided among so many by FSDP2 (`peftkern.memory.shard`), each with its own batches.
     optimizer: one of OPTIMIZERS. accumulation: batches of a step. attention: one of ATTENTION.
     fused_loss: no logits are kept. deterministic: torch.use_deterministic_algorithms is on.
     """
@@ -54,6 +55,7 @@ class RunOptions:
     embedding_on_host: bool = False
     layers_on_host: bool = False
     layer_slots: int = 2
+    cards: int = 1
     optimizer: str = "paged_adamw_8bit"
     accumulation: int = 1
     attention: str = "flash"
@@ -61,7 +63,7 @@ class RunOptions:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch", "accumulation", "layer_slots"):
+        for name in ("length", "batch", "accumulation", "layer_slots", "cards"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("mlp_tile", "loss_tile"):

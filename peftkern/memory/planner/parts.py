@@ -11,6 +11,7 @@ from .cards import GIB
 from .ledger import PHASES, Part
 from .options import RunOptions
 from .shapes import LinearShape, Shape
+from .shards import divided, loading_part
 from .step import Step
 
 __all__ = [
@@ -109,7 +110,8 @@ def fixed_parts(step: Step) -> list[Part]:
             group="scratch",
         )
     )
-    return [part for part in parts if part.nbytes]
+    parts = [part for part in parts if part.nbytes]
+    return divided(step, parts) if options.cards > 1 else parts
 
 
 def loading_bytes(shape: Shape, options: RunOptions) -> int:
@@ -190,6 +192,7 @@ def host_parts(step: Step, limits: Limits) -> list[Part]:
     found = [
         Part("process and libraries", _PROCESS, "host", formula="2 GiB", source="an assumption", group="host")
     ]
+    found += [loading_part(step)] if options.cards > 1 else []
     room = limits.pinned if step.card.is_gpu else 0
     if options.layers_on_host:
         streamed = sum(base_bytes(shape, options))

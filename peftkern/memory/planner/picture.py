@@ -13,6 +13,7 @@ __all__ = ["plot_plan"]
 _GROUPS = (
     "weights",
     "embedding, head",
+    "gathered",
     "adapters",
     "gradients",
     "optimizer",

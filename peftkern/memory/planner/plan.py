@@ -109,7 +109,7 @@ def _moving(ledger: Ledger, phase: str, step: Step) -> tuple[tuple[Part, ...], s
     if phase == "load":
         return (), "the last tensor"
     if phase == "optimizer":
-        nbytes = step.shape.layers * step.layer_gradient
+        nbytes = step.shape.layers * step.layer_gradient // step.options.cards
         gradients = Part("gradients", nbytes, formula="adapters' elements", group="gradients")
         return ((gradients,) if nbytes else ()), "the update"
     peak = ledger.peaks[phase]

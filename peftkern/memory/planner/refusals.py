@@ -18,6 +18,10 @@ def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
     options, card, shape = step.options, step.card, step.shape
     if shape.dense_attention and options.length >= _LONG:
         yield "a soft cap on attention's scores has no fused kernel in PyTorch: scores are dense, S² a head"
+    if options.cards > 1 and (options.layers_on_host or options.embedding_on_host):
+        yield "layers or an embedding on the host are not served for a model in shards: drop one of them"
+    if options.cards > 1 and options.optimizer != "adamw":
+        yield f"{options.optimizer} takes no parameters in shards: plan with --optimizer adamw"
     if card.is_gpu and options.attention == "math" and options.length >= _LONG:
         nbytes = in_bytes(score_bytes(step))
         yield (

@@ -45,12 +45,14 @@ class _Walk:
     def forward(self) -> None:
         step, ledger = self.step, self.ledger
         if step.options.accumulation > 1:
-            grads = step.layer_gradient * self.layers
+            grads = step.layer_gradient * self.layers // step.options.cards
             ledger.keep("gradients", grads, "adapters' elements, of the batches before", "gradients")
         ledger.keep("tokens", step.ids, "32 B a token", "other")
         ledger.keep("rotary tables", step.rope, "2·length·d", "other")
         ledger.group = _LAYER
-        ledger.make("forward", "embedding", x=(step.h, "h"))
+        apart = step.options.cards > 1 and not step.shape.tied  # a unit of its own, gathered for its lookup
+        table = step.shape.embedding * step.e if apart else 0
+        ledger.make("forward", "embedding", scratch=(table, "the embedding, gathered"), x=(step.h, "h"))
         if step.options.away(self.layers) or not self._saves_first_input():
             # The model's forward holds it until it returns, whoever else does.
             ledger.keep("embedded tokens", step.h, "h", _LAYER)
@@ -269,7 +271,7 @@ class _Walk:
         """What is left when `layer` is at work: the layers behind it have gradients now and nothing saved."""
         step, ledger = self.step, self.ledger
         if step.options.accumulation == 1:
-            behind = (self.layers - 1 - layer) * step.layer_gradient
+            behind = (self.layers - 1 - layer) * step.layer_gradient // step.options.cards
             ledger.keep(
                 "gradients", behind, f"adapters' elements of {self.layers - 1 - layer} layers", "gradients"
             )

@@ -15,7 +15,7 @@ __all__ = ["StepTime", "step_time"]
 @dataclass(frozen=True)
 class StepTime:
     """seconds: of one step, all its batches; flops: of its products. link_bytes: over PCIe, both directions
-    together; disk_bytes: written and read. assumptions: what the seconds rest on.
+    together, and from other cards; disk_bytes: written and read. assumptions: what the seconds rest on.
     """
 
     seconds: float
@@ -30,6 +30,7 @@ def step_time(step: Step) -> StepTime:
     """Products at the card's rate, and copies that the products of a layer do not hide."""
     shape, options, card = step.shape, step.options, step.card
     from .parts import adapter_elements, base_bytes
+    from .shards import gathered_bytes
 
     m, layers = step.m, shape.layers
     width = shape.heads * shape.head_dim
@@ -53,8 +54,10 @@ def step_time(step: Step) -> StepTime:
     rate = card.link * 1e9
     over_link = (copies + streamed) / 2 / rate if rate else 0.0  # each direction has a lane of its own
     from_disk = on_disk / (card.disk * 1e9)
+    between = gathered_bytes(step) if options.cards > 1 else 0
+    over_cards = between / rate if rate else 0.0
     bound, slowest = "products", seconds
-    for name, needed in (("PCIe", over_link), ("disk", from_disk)):
+    for name, needed in (("PCIe", over_link), ("disk", from_disk), ("the cards' link", over_cards)):
         if needed > slowest:
             bound, slowest = name, needed
     assumptions = [
@@ -65,6 +68,10 @@ def step_time(step: Step) -> StepTime:
         assumptions.append(
             f"{card.link:g} GB/s over PCIe each way, hidden behind products where these take longer"
         )
+    if between:
+        assumptions.append(f"{card.link:g} GB/s from the other cards, hidden behind products likewise")
     if on_disk:
         assumptions.append(f"{card.disk:g} GB/s to and from the disk")
-    return StepTime(slowest, flops, copies + streamed + looked_up, on_disk, bound, tuple(assumptions))
+    return StepTime(
+        slowest, flops, copies + streamed + looked_up + between, on_disk, bound, tuple(assumptions)
+    )

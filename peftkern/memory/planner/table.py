@@ -125,6 +125,8 @@ def described(options: RunOptions, layers: int) -> list[str]:
     found.append(f"the MLP in tiles of {options.mlp_tile:,} tokens" if options.mlp_tile else "the MLP whole")
     by_heads = ", its backward by key/value heads" if options.kv_groups else ""
     found.append(f"{options.attention} attention{by_heads}")
+    if options.cards > 1:
+        found.append(f"the model divided among {options.cards} cards (FSDP2), each with batches of its own")
     if options.rebuild_norms:
         found.append("norms' outputs computed again in backward")
     if options.embedding_on_host:
@@ -200,7 +202,7 @@ def _reach(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     time = plan.time
-    rate = plan.options.tokens * plan.options.accumulation / time.seconds
+    rate = plan.options.tokens * plan.options.accumulation * plan.options.cards / time.seconds
     found = [
         f"A step is expected to take {time.seconds:,.1f} s ({rate:,.0f} tokens/s), bound by {time.bound}:"
         f" {time.flops / 1e15:,.2f} PFLOP, {in_bytes(time.link_bytes)} over PCIe,"
