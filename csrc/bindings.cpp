@@ -1,4 +1,5 @@
-// pybind11 over the C ABI: argument passing only. Pointers arrive as integers from checked launchers, which hold the tensors; 0 is null.
+// pybind11 over the C ABI: argument passing only. Pointers arrive as integers from checked launchers, which
+// hold the tensors; 0 is null.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,10 +17,12 @@ namespace py = pybind11;
 using Address = uintptr_t;
 
 template <typename T>
-static T* at(Address p) { return reinterpret_cast<T*>(p); }
+static T* at(Address p) {
+  return reinterpret_cast<T*>(p);
+}
 
-// The framework's number of threads. A build by Clang brings an OpenMP runtime of its own, which does not hear of torch.set_num_threads: the
-// one that torch has loaded for all is asked.
+// The framework's number of threads. A build by Clang brings an OpenMP runtime of its own, which does not
+// hear of torch.set_num_threads: the one that torch has loaded for all is asked.
 static int threads() {
 #if defined(__linux__)
   static const auto of_process = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
@@ -29,14 +32,26 @@ static int threads() {
 }
 
 static void check(int status) {
-  if (status != PK_OK) throw std::invalid_argument(std::string("peftkern native call: ") + pk_status_string(status));
+  if (status != PK_OK)
+    throw std::invalid_argument(std::string("peftkern native call: ") + pk_status_string(status));
 }
 
 struct Weight : pk_weight {
-  Weight(Address data, Address code, Address absmax, Address absmax_8bit, Address absmax_code, Address nested_absmax, Address absmax_offset, int64_t n,
-         int64_t k, int blocksize, int nested_blocksize, int dtype)
-      : pk_weight{at<void>(data), at<float>(code), at<float>(absmax), at<uint8_t>(absmax_8bit), at<float>(absmax_code), at<float>(nested_absmax),
-                  at<float>(absmax_offset), n, k, blocksize, nested_blocksize, dtype} {}
+  Weight(Address data, Address code, Address absmax, Address absmax_8bit, Address absmax_code,
+         Address nested_absmax, Address absmax_offset, int64_t n, int64_t k, int blocksize,
+         int nested_blocksize, int dtype)
+      : pk_weight{at<void>(data),
+                  at<float>(code),
+                  at<float>(absmax),
+                  at<uint8_t>(absmax_8bit),
+                  at<float>(absmax_code),
+                  at<float>(nested_absmax),
+                  at<float>(absmax_offset),
+                  n,
+                  k,
+                  blocksize,
+                  nested_blocksize,
+                  dtype} {}
 };
 
 struct Lora : pk_lora {
@@ -45,15 +60,18 @@ struct Lora : pk_lora {
 };
 
 struct Member : pk_member {
-  Member(const Weight& weight, Address bias, int bias_dtype, Address y, Address dy, Address d_bias, Address scale, Address u, Address norm, Address squares,
-         Address magnitude, Address d_scale)
-      : pk_member{weight, at<void>(bias), bias_dtype, at<void>(y), at<void>(dy), at<float>(d_bias), at<float>(scale), at<void>(u), at<float>(norm),
-                  at<float>(squares), at<float>(magnitude), at<float>(d_scale)} {}
+  Member(const Weight& weight, Address bias, int bias_dtype, Address y, Address dy, Address d_bias,
+         Address scale, Address u, Address norm, Address squares, Address magnitude, Address d_scale)
+      : pk_member{weight,          at<void>(bias),     bias_dtype,           at<void>(y),
+                  at<void>(dy),    at<float>(d_bias),  at<float>(scale),     at<void>(u),
+                  at<float>(norm), at<float>(squares), at<float>(magnitude), at<float>(d_scale)} {}
 };
 
 struct Adapter : pk_adapter {
-  Adapter(const Lora& lora, int64_t member, int64_t row_begin, int64_t row_end, Address xa, Address dyb, Address d_lora_a, Address d_lora_b)
-      : pk_adapter{lora, member, row_begin, row_end, at<float>(xa), at<float>(dyb), at<void>(d_lora_a), at<void>(d_lora_b)} {}
+  Adapter(const Lora& lora, int64_t member, int64_t row_begin, int64_t row_end, Address xa, Address dyb,
+          Address d_lora_a, Address d_lora_b)
+      : pk_adapter{lora,          member,         row_begin,          row_end,
+                   at<float>(xa), at<float>(dyb), at<void>(d_lora_a), at<void>(d_lora_b)} {}
 };
 
 PYBIND11_MODULE(_C, m) {
@@ -67,120 +85,224 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("set_isa", [](const std::string& name) { check(pk_set_isa(name.c_str())); });
 
-  py::class_<Weight>(m, "Weight").def(py::init<Address, Address, Address, Address, Address, Address, Address, int64_t, int64_t, int, int, int>());
+  py::class_<Weight>(m, "Weight")
+      .def(py::init<Address, Address, Address, Address, Address, Address, Address, int64_t, int64_t, int, int,
+                    int>());
   py::class_<Lora>(m, "Lora").def(py::init<Address, Address, int64_t, int, float, uint32_t, Address>());
 
-  m.def("quantize_4bit", [](Address w, int dtype, int64_t numel, int blocksize, Address code, Address packed, Address absmax) {
-    check(pk_quantize_4bit_cpu(at<void>(w), dtype, numel, blocksize, at<float>(code), at<uint8_t>(packed), at<float>(absmax), threads()));
-  }, nogil());
-  m.def("quantize_absmax", [](Address absmax, int64_t count, int blocksize, Address code, Address out, Address nested) {
-    check(pk_quantize_absmax_cpu(at<float>(absmax), count, blocksize, at<float>(code), at<uint8_t>(out), at<float>(nested), threads()));
-  }, nogil());
-  m.def("dequantize_4bit", [](const Weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, Address out, int dtype) {
-    check(pk_dequantize_4bit_cpu(&w, row, rows, col, cols, at<void>(out), dtype, threads()));
-  }, nogil());
-  m.def("scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) { return pk_qlora_linear_scratch_bytes(m_, n, k, r, threads()); });
-  m.def("lora_scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) { return pk_lora_scratch_bytes(m_, n, k, r, threads()); });
-  m.def("qlora_linear_fwd", [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype, Address y, Address xa,
-                               bool gemv, Address scratch, int64_t bytes) {
-    check(pk_qlora_linear_fwd_cpu(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype, at<void>(y), at<float>(xa), gemv, at<void>(scratch), bytes, threads()));
-  }, nogil());
-  m.def("qlora_linear_bwd", [](const Weight& w, const Lora& lora, Address dy, Address x, int dtype, int64_t m_, Address xa, Address dyb, Address dx, Address d_a,
-                               Address d_b, Address d_bias, Address scratch, int64_t bytes) {
-    check(pk_qlora_linear_bwd_cpu(&w, &lora, at<void>(dy), at<void>(x), dtype, m_, at<float>(xa), at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b),
-                                  at<float>(d_bias), at<void>(scratch), bytes, threads()));
-  }, nogil());
-  m.def("lora_fwd", [](const Lora& lora, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address bias, int bias_dtype, Address y, Address xa,
-                       Address scratch, int64_t bytes) {
-    check(pk_lora_fwd_cpu(&lora, at<void>(x), dtype, m_, n, k, at<void>(bias), bias_dtype, at<void>(y), at<float>(xa), at<void>(scratch), bytes, threads()));
-  }, nogil());
-  m.def("lora_bwd", [](const Lora& lora, Address dy, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address xa, Address dyb, Address dx, Address d_a,
-                       Address d_b, Address d_bias, Address scratch, int64_t bytes) {
-    check(pk_lora_bwd_cpu(&lora, at<void>(dy), at<void>(x), dtype, m_, n, k, at<float>(xa), at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b),
-                          at<float>(d_bias), at<void>(scratch), bytes, threads()));
-  }, nogil());
+  m.def(
+      "quantize_4bit",
+      [](Address w, int dtype, int64_t numel, int blocksize, Address code, Address packed, Address absmax) {
+        check(pk_quantize_4bit_cpu(at<void>(w), dtype, numel, blocksize, at<float>(code), at<uint8_t>(packed),
+                                   at<float>(absmax), threads()));
+      },
+      nogil());
+  m.def(
+      "quantize_absmax",
+      [](Address absmax, int64_t count, int blocksize, Address code, Address out, Address nested) {
+        check(pk_quantize_absmax_cpu(at<float>(absmax), count, blocksize, at<float>(code), at<uint8_t>(out),
+                                     at<float>(nested), threads()));
+      },
+      nogil());
+  m.def(
+      "dequantize_4bit",
+      [](const Weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, Address out, int dtype) {
+        check(pk_dequantize_4bit_cpu(&w, row, rows, col, cols, at<void>(out), dtype, threads()));
+      },
+      nogil());
+  m.def("scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) {
+    return pk_qlora_linear_scratch_bytes(m_, n, k, r, threads());
+  });
+  m.def("lora_scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) {
+    return pk_lora_scratch_bytes(m_, n, k, r, threads());
+  });
+  m.def(
+      "qlora_linear_fwd",
+      [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype,
+         Address y, Address xa, bool gemv, Address scratch, int64_t bytes) {
+        check(pk_qlora_linear_fwd_cpu(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype,
+                                      at<void>(y), at<float>(xa), gemv, at<void>(scratch), bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "qlora_linear_bwd",
+      [](const Weight& w, const Lora& lora, Address dy, Address x, int dtype, int64_t m_, Address xa,
+         Address dyb, Address dx, Address d_a, Address d_b, Address d_bias, Address scratch, int64_t bytes) {
+        check(pk_qlora_linear_bwd_cpu(&w, &lora, at<void>(dy), at<void>(x), dtype, m_, at<float>(xa),
+                                      at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b),
+                                      at<float>(d_bias), at<void>(scratch), bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "lora_fwd",
+      [](const Lora& lora, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address bias,
+         int bias_dtype, Address y, Address xa, Address scratch, int64_t bytes) {
+        check(pk_lora_fwd_cpu(&lora, at<void>(x), dtype, m_, n, k, at<void>(bias), bias_dtype, at<void>(y),
+                              at<float>(xa), at<void>(scratch), bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "lora_bwd",
+      [](const Lora& lora, Address dy, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address xa,
+         Address dyb, Address dx, Address d_a, Address d_b, Address d_bias, Address scratch, int64_t bytes) {
+        check(pk_lora_bwd_cpu(&lora, at<void>(dy), at<void>(x), dtype, m_, n, k, at<float>(xa),
+                              at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b), at<float>(d_bias),
+                              at<void>(scratch), bytes, threads()));
+      },
+      nogil());
   py::class_<Member>(m, "Member")
-      .def(py::init<const Weight&, Address, int, Address, Address, Address, Address, Address, Address, Address, Address, Address>(), py::arg(), py::arg(),
-           py::arg(), py::arg(), py::arg(), py::arg(), py::arg("scale") = 0, py::arg("u") = 0, py::arg("norm") = 0, py::arg("squares") = 0,
-           py::arg("magnitude") = 0, py::arg("d_scale") = 0);
-  py::class_<Adapter>(m, "Adapter").def(py::init<const Lora&, int64_t, int64_t, int64_t, Address, Address, Address, Address>());
+      .def(py::init<const Weight&, Address, int, Address, Address, Address, Address, Address, Address,
+                    Address, Address, Address>(),
+           py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("scale") = 0,
+           py::arg("u") = 0, py::arg("norm") = 0, py::arg("squares") = 0, py::arg("magnitude") = 0,
+           py::arg("d_scale") = 0);
+  py::class_<Adapter>(m, "Adapter")
+      .def(py::init<const Lora&, int64_t, int64_t, int64_t, Address, Address, Address, Address>());
   using Members = std::vector<pk_member>;
   using Adapters = std::vector<pk_adapter>;
   const auto members_of = [](const std::vector<Member>& list) { return Members(list.begin(), list.end()); };
-  const auto adapters_of = [](const std::vector<Adapter>& list) { return Adapters(list.begin(), list.end()); };
-  m.def("group_scratch_bytes", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, int64_t m_) {
+  const auto adapters_of = [](const std::vector<Adapter>& list) {
+    return Adapters(list.begin(), list.end());
+  };
+  m.def("group_scratch_bytes", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters,
+                                   int64_t m_) {
     const Members list = members_of(members);
     const Adapters low = adapters_of(adapters);
     return pk_qlora_group_scratch_bytes(list.data(), list.size(), low.data(), low.size(), m_, threads());
   });
-  m.def("qlora_group_fwd", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype, int64_t m_, Address scratch,
-                               int64_t bytes) {
-    const Members list = members_of(members);
-    const Adapters low = adapters_of(adapters);
-    check(pk_qlora_group_fwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_, at<void>(scratch), bytes, threads()));
-  }, nogil());
-  m.def("qlora_group_bwd", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype, int64_t m_, Address dx,
-                               Address scratch, int64_t bytes) {
-    const Members list = members_of(members);
-    const Adapters low = adapters_of(adapters);
-    check(pk_qlora_group_bwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_, at<void>(dx), at<void>(scratch), bytes, threads()));
-  }, nogil());
-  m.def("dropout_mask", [](int64_t m_, int64_t k, uint32_t threshold, Address seed, Address mask) {
-    check(pk_dropout_mask_cpu(m_, k, threshold, seed ? *at<uint64_t>(seed) : 0, at<float>(mask), threads()));
-  }, nogil());
-  m.def("glu_fwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address h) {
-    const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
-    check(pk_glu_fwd_cpu(&operands, dtype, m_, n, activation, at<void>(h), threads()));
-  }, nogil());
-  m.def("glu_bwd", [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n, int activation, Address dy, Address d_gate,
-                      int64_t ld_d_gate, Address d_up, int64_t ld_d_up, Address h) {
-    const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
-    const pk_glu_grad grads{at<void>(d_gate), at<void>(d_up), ld_d_gate, ld_d_up};
-    check(pk_glu_bwd_cpu(&operands, &grads, dtype, m_, n, activation, at<void>(dy), at<void>(h), threads()));
-  }, nogil());
+  m.def(
+      "qlora_group_fwd",
+      [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype,
+          int64_t m_, Address scratch, int64_t bytes) {
+        const Members list = members_of(members);
+        const Adapters low = adapters_of(adapters);
+        check(pk_qlora_group_fwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_,
+                                     at<void>(scratch), bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "qlora_group_bwd",
+      [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype,
+          int64_t m_, Address dx, Address scratch, int64_t bytes) {
+        const Members list = members_of(members);
+        const Adapters low = adapters_of(adapters);
+        check(pk_qlora_group_bwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_,
+                                     at<void>(dx), at<void>(scratch), bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "dropout_mask",
+      [](int64_t m_, int64_t k, uint32_t threshold, Address seed, Address mask) {
+        check(pk_dropout_mask_cpu(m_, k, threshold, seed ? *at<uint64_t>(seed) : 0, at<float>(mask),
+                                  threads()));
+      },
+      nogil());
+  m.def(
+      "glu_fwd",
+      [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n,
+         int activation, Address h) {
+        const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
+        check(pk_glu_fwd_cpu(&operands, dtype, m_, n, activation, at<void>(h), threads()));
+      },
+      nogil());
+  m.def(
+      "glu_bwd",
+      [](Address gate, int64_t ld_gate, Address up, int64_t ld_up, int dtype, int64_t m_, int64_t n,
+         int activation, Address dy, Address d_gate, int64_t ld_d_gate, Address d_up, int64_t ld_d_up,
+         Address h) {
+        const pk_glu operands{at<void>(gate), at<void>(up), ld_gate, ld_up};
+        const pk_glu_grad grads{at<void>(d_gate), at<void>(d_up), ld_d_gate, ld_d_up};
+        check(pk_glu_bwd_cpu(&operands, &grads, dtype, m_, n, activation, at<void>(dy), at<void>(h),
+                             threads()));
+      },
+      nogil());
   py::class_<pk_rms_norm>(m, "RmsNorm")
-      .def(py::init([](Address x, Address weight, int64_t m_, int64_t n, int64_t ld_x, int dtype, int weight_dtype, int y_dtype, int cast, float eps, float offset) {
-        return pk_rms_norm{at<void>(x), at<void>(weight), m_, n, ld_x, dtype, weight_dtype, y_dtype, cast, eps, offset};
+      .def(py::init([](Address x, Address weight, int64_t m_, int64_t n, int64_t ld_x, int dtype,
+                       int weight_dtype, int y_dtype, int cast, float eps, float offset) {
+        return pk_rms_norm{at<void>(x),  at<void>(weight), m_,   n,   ld_x,  dtype,
+                           weight_dtype, y_dtype,          cast, eps, offset};
       }));
-  m.def("rms_norm_scratch_bytes", [](int64_t m_, int64_t n, bool with_d_weight) { return pk_rms_norm_scratch_bytes(m_, n, with_d_weight); });
-  m.def("rms_norm_fwd", [](const pk_rms_norm& norm, Address y, Address rstd, Address scratch, int64_t bytes) {
-    check(pk_rms_norm_fwd_cpu(&norm, at<void>(y), at<float>(rstd), at<void>(scratch), bytes, threads()));
-  }, nogil());
-  m.def("rms_norm_bwd", [](const pk_rms_norm& norm, Address dy, Address rstd, Address dx, Address d_weight, Address scratch, int64_t bytes) {
-    check(pk_rms_norm_bwd_cpu(&norm, at<void>(dy), at<float>(rstd), at<void>(dx), at<float>(d_weight), at<void>(scratch), bytes, threads()));
-  }, nogil());
+  m.def("rms_norm_scratch_bytes", [](int64_t m_, int64_t n, bool with_d_weight) {
+    return pk_rms_norm_scratch_bytes(m_, n, with_d_weight);
+  });
+  m.def(
+      "rms_norm_fwd",
+      [](const pk_rms_norm& norm, Address y, Address rstd, Address scratch, int64_t bytes) {
+        check(pk_rms_norm_fwd_cpu(&norm, at<void>(y), at<float>(rstd), at<void>(scratch), bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "rms_norm_bwd",
+      [](const pk_rms_norm& norm, Address dy, Address rstd, Address dx, Address d_weight, Address scratch,
+         int64_t bytes) {
+        check(pk_rms_norm_bwd_cpu(&norm, at<void>(dy), at<float>(rstd), at<void>(dx), at<float>(d_weight),
+                                  at<void>(scratch), bytes, threads()));
+      },
+      nogil());
   py::class_<pk_rope_heads>(m, "RopeHeads")
-      .def(py::init([](Address x, Address y, int64_t heads, int64_t x_batch, int64_t x_head, int64_t x_seq, int64_t y_batch, int64_t y_head, int64_t y_seq) {
+      .def(py::init([](Address x, Address y, int64_t heads, int64_t x_batch, int64_t x_head, int64_t x_seq,
+                       int64_t y_batch, int64_t y_head, int64_t y_seq) {
         return pk_rope_heads{at<void>(x), at<void>(y), heads, x_batch, x_head, x_seq, y_batch, y_head, y_seq};
       }));
-  m.def("rope", [](const pk_rope_heads& q, const pk_rope_heads& k, int dtype, int64_t batch, int64_t seq, int64_t dim, Address cos, Address sin,
-                   int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse) {
-    check(pk_rope_cpu(&q, &k, dtype, batch, seq, dim, at<void>(cos), at<void>(sin), angle_dtype, angle_batch, rotary, inverse, threads()));
-  }, nogil());
-  m.def("cross_entropy", [](Address logits, int dtype, int64_t m_, int64_t n, int64_t width, Address bias, Address labels, Address row_scale, float softcap,
-                            float label_smoothing, float z_loss, Address loss, bool gradient) {
-    check(pk_cross_entropy_cpu(at<void>(logits), dtype, m_, n, width, at<float>(bias), at<int64_t>(labels), at<float>(row_scale), softcap, label_smoothing,
-                               z_loss, at<float>(loss), gradient, threads()));
-  }, nogil());
-  m.def("scale_columns_fwd", [](Address u, int dtype, int64_t m_, int64_t n, Address scale, Address bias, Address y) {
-    check(pk_scale_columns_fwd_cpu(at<void>(u), dtype, m_, n, at<float>(scale), at<float>(bias), at<void>(y), threads()));
-  }, nogil());
-  m.def("scale_columns_bwd", [](Address dy, Address u, int dtype, int64_t m_, int64_t n, Address scale, Address du, Address d_scale, Address d_bias) {
-    check(pk_scale_columns_bwd_cpu(at<void>(dy), at<void>(u), dtype, m_, n, at<float>(scale), at<void>(du), at<float>(d_scale), at<float>(d_bias), threads()));
-  }, nogil());
-  m.def("advise_huge_pages", [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
-  m.def("add_rms_norm_fwd", [](const pk_rms_norm& norm, Address residual, Address sum, Address y, Address rstd, Address scratch, int64_t bytes) {
-    check(pk_add_rms_norm_fwd_cpu(&norm, at<void>(residual), at<void>(sum), at<void>(y), at<float>(rstd), at<void>(scratch), bytes, threads()));
-  }, nogil());
-  m.def("add_rms_norm_bwd", [](const pk_rms_norm& norm, Address dy, Address ds, Address rstd, Address d_sum, Address d_weight, Address scratch,
-                               int64_t bytes) {
-    check(pk_add_rms_norm_bwd_cpu(&norm, at<void>(dy), at<void>(ds), at<float>(rstd), at<void>(d_sum), at<float>(d_weight), at<void>(scratch), bytes, threads()));
-  }, nogil());
-  m.def("dora_norm", [](Address cross, Address gram, Address lora_b, int dtype, int64_t n, int64_t r, float scaling, Address squares, Address magnitude,
-                        Address norm, Address scale) {
-    check(pk_dora_norm_cpu(at<float>(cross), at<float>(gram), at<void>(lora_b), dtype, n, r, scaling, at<float>(squares), at<float>(magnitude),
-                           at<float>(norm), at<float>(scale), threads()));
-  }, nogil());
+  m.def(
+      "rope",
+      [](const pk_rope_heads& q, const pk_rope_heads& k, int dtype, int64_t batch, int64_t seq, int64_t dim,
+         Address cos, Address sin, int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse) {
+        check(pk_rope_cpu(&q, &k, dtype, batch, seq, dim, at<void>(cos), at<void>(sin), angle_dtype,
+                          angle_batch, rotary, inverse, threads()));
+      },
+      nogil());
+  m.def(
+      "cross_entropy",
+      [](Address logits, int dtype, int64_t m_, int64_t n, int64_t width, Address bias, Address labels,
+         Address row_scale, float softcap, float label_smoothing, float z_loss, Address loss, bool gradient) {
+        check(pk_cross_entropy_cpu(at<void>(logits), dtype, m_, n, width, at<float>(bias),
+                                   at<int64_t>(labels), at<float>(row_scale), softcap, label_smoothing,
+                                   z_loss, at<float>(loss), gradient, threads()));
+      },
+      nogil());
+  m.def(
+      "scale_columns_fwd",
+      [](Address u, int dtype, int64_t m_, int64_t n, Address scale, Address bias, Address y) {
+        check(pk_scale_columns_fwd_cpu(at<void>(u), dtype, m_, n, at<float>(scale), at<float>(bias),
+                                       at<void>(y), threads()));
+      },
+      nogil());
+  m.def(
+      "scale_columns_bwd",
+      [](Address dy, Address u, int dtype, int64_t m_, int64_t n, Address scale, Address du, Address d_scale,
+         Address d_bias) {
+        check(pk_scale_columns_bwd_cpu(at<void>(dy), at<void>(u), dtype, m_, n, at<float>(scale),
+                                       at<void>(du), at<float>(d_scale), at<float>(d_bias), threads()));
+      },
+      nogil());
+  m.def("advise_huge_pages",
+        [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
+  m.def(
+      "add_rms_norm_fwd",
+      [](const pk_rms_norm& norm, Address residual, Address sum, Address y, Address rstd, Address scratch,
+         int64_t bytes) {
+        check(pk_add_rms_norm_fwd_cpu(&norm, at<void>(residual), at<void>(sum), at<void>(y), at<float>(rstd),
+                                      at<void>(scratch), bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "add_rms_norm_bwd",
+      [](const pk_rms_norm& norm, Address dy, Address ds, Address rstd, Address d_sum, Address d_weight,
+         Address scratch, int64_t bytes) {
+        check(pk_add_rms_norm_bwd_cpu(&norm, at<void>(dy), at<void>(ds), at<float>(rstd), at<void>(d_sum),
+                                      at<float>(d_weight), at<void>(scratch), bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "dora_norm",
+      [](Address cross, Address gram, Address lora_b, int dtype, int64_t n, int64_t r, float scaling,
+         Address squares, Address magnitude, Address norm, Address scale) {
+        check(pk_dora_norm_cpu(at<float>(cross), at<float>(gram), at<void>(lora_b), dtype, n, r, scaling,
+                               at<float>(squares), at<float>(magnitude), at<float>(norm), at<float>(scale),
+                               threads()));
+      },
+      nogil());
   m.def(
       "row_squares",
       [](const Weight& w, Address squares) { check(pk_row_squares_cpu(&w, at<float>(squares), threads())); },

@@ -1,17 +1,21 @@
-// What a call is refused for before a kernel sees it. Plain arithmetic that overflows nowhere, whatever it is given.
+// What a call is refused for before a kernel sees it. Plain arithmetic that overflows nowhere, whatever it is
+// given.
 #pragma once
 #include "group.h"
 
 namespace pk {
 
-// Elements of an operand: more do not fit into 47 bits of addresses, which is what a process has. Every offset, and every sum of them for
-// scratch, then fits into 64 bits.
+// Elements of an operand: more do not fit into 47 bits of addresses, which is what a process has. Every
+// offset, and every sum of them for scratch, then fits into 64 bits.
 constexpr int64_t MOST_ELEMENTS = (int64_t)1 << 47;
 constexpr int64_t MOST_RANKS = 1 << 20;  // of a group's adapters together
-constexpr int MOST_THREADS = 4096;       // more are taken as so many: a runtime that cannot start them ends the process
+// More are taken as so many: a runtime that cannot start them ends the process.
+constexpr int MOST_THREADS = 4096;
 
 static inline bool bad_dtype(int dtype) { return dtype != PK_F32 && dtype != PK_BF16 && dtype != PK_F16; }
-static inline bool bad_block(int64_t size, int64_t low, int64_t high) { return size < low || size > high || (size & (size - 1)); }
+static inline bool bad_block(int64_t size, int64_t low, int64_t high) {
+  return size < low || size > high || (size & (size - 1));
+}
 
 // Whether [rows, cols] is a matrix that can exist; either may be 0.
 static inline bool matrix(int64_t rows, int64_t cols) {
@@ -20,7 +24,9 @@ static inline bool matrix(int64_t rows, int64_t cols) {
 }
 
 // Whether rows of `cols` elements, ld apart, lie one behind the other; a single row may have any ld.
-static inline bool rows_apart(int64_t rows, int64_t cols, int64_t ld) { return rows <= 1 || (ld >= cols && matrix(rows, ld)); }
+static inline bool rows_apart(int64_t rows, int64_t cols, int64_t ld) {
+  return rows <= 1 || (ld >= cols && matrix(rows, ld));
+}
 
 // Whether `count` steps of a stride of any sign stay within what can exist.
 static inline bool reaches(int64_t count, int64_t stride) {
@@ -51,7 +57,9 @@ static inline int check_lora(const pk_lora* l) {
 }
 
 static inline int check_member(const Group& g, const pk_member& member) {
-  if (member.weight.k != g.k() || (member.weight.data != nullptr) != g.base() || !matrix(member.weight.n, g.k())) return PK_ERR_SHAPE;
+  if (member.weight.k != g.k() || (member.weight.data != nullptr) != g.base() ||
+      !matrix(member.weight.n, g.k()))
+    return PK_ERR_SHAPE;
   if (g.base())
     if (int bad = check_weight(&member.weight)) return bad;
   if (member.bias && bad_dtype(member.bias_dtype)) return PK_ERR_DTYPE;
@@ -66,9 +74,12 @@ static inline int check_adapters(const Group& g, int64_t m, int64_t n) {
   for (int64_t i = 0; i < g.adapter_count; i++) {
     const pk_adapter& a = g.adapters[i];
     if (int bad = check_lora(&a.lora)) return bad;
-    if (a.member < 0 || a.member >= g.count || a.row_begin < 0 || a.row_end < a.row_begin || a.row_end > m) return PK_ERR_SHAPE;
+    if (a.member < 0 || a.member >= g.count || a.row_begin < 0 || a.row_end < a.row_begin || a.row_end > m)
+      return PK_ERR_SHAPE;
     ranks += a.lora.r, dropped += Group::masked_rows(a);
-    if (ranks > MOST_RANKS || !matrix(ranks, g.k()) || !matrix(ranks, n) || !matrix(ranks, m) || !matrix(dropped, g.k())) return PK_ERR_SHAPE;
+    if (ranks > MOST_RANKS || !matrix(ranks, g.k()) || !matrix(ranks, n) || !matrix(ranks, m) ||
+        !matrix(dropped, g.k()))
+      return PK_ERR_SHAPE;
     if (!g.members[a.member].norm) continue;
     if (a.lora.r == 0) return PK_ERR_SHAPE;
     for (int64_t j = 0; j < i; j++)
@@ -90,29 +101,35 @@ static inline int check_group(const Group& g, int64_t m) {
   return check_adapters(g, m, n);
 }
 
-static inline int check_glu(const pk_glu* a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n, int activation) {
+static inline int check_glu(const pk_glu* a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n,
+                            int activation) {
   if (!a) return PK_ERR_NULL;
   if (!matrix(m, n) || activation < PK_SILU || activation > PK_GELU_TANH) return PK_ERR_SHAPE;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m == 0 || n == 0) return PK_OK;
   if (!a->gate || !a->up || (d && (!d->d_gate || !d->d_up))) return PK_ERR_NULL;
   const bool apart = rows_apart(m, n, a->ld_gate) && rows_apart(m, n, a->ld_up);
-  return apart && (!d || (rows_apart(m, n, d->ld_d_gate) && rows_apart(m, n, d->ld_d_up))) ? PK_OK : PK_ERR_SHAPE;
+  return apart && (!d || (rows_apart(m, n, d->ld_d_gate) && rows_apart(m, n, d->ld_d_up))) ? PK_OK
+                                                                                           : PK_ERR_SHAPE;
 }
 
 static inline int check_norm(const pk_rms_norm* a) {
   if (!a) return PK_ERR_NULL;
   if (a->n < 1 || !matrix(a->m, a->n) || !rows_apart(a->m, a->n, a->ld_x)) return PK_ERR_SHAPE;
   if (a->cast != PK_CAST_LLAMA && a->cast != PK_CAST_GEMMA) return PK_ERR_SHAPE;
-  if (bad_dtype(a->dtype) || bad_dtype(a->weight_dtype) || (a->y_dtype != a->dtype && a->y_dtype != PK_F32)) return PK_ERR_DTYPE;
+  if (bad_dtype(a->dtype) || bad_dtype(a->weight_dtype) || (a->y_dtype != a->dtype && a->y_dtype != PK_F32))
+    return PK_ERR_DTYPE;
   return PK_OK;
 }
 
 // Of one of rope's operands, in a batch of `seq` tokens with heads of `dim`.
 static inline int check_heads(const pk_rope_heads& h, int64_t batch, int64_t seq, int64_t dim) {
-  if (!matrix(batch, seq) || !matrix(batch * seq, dim) || !matrix(h.heads, dim) || !matrix(batch * seq, h.heads * dim)) return PK_ERR_SHAPE;
+  if (!matrix(batch, seq) || !matrix(batch * seq, dim) || !matrix(h.heads, dim) ||
+      !matrix(batch * seq, h.heads * dim))
+    return PK_ERR_SHAPE;
   const bool x = reaches(batch, h.x_batch) && reaches(h.heads, h.x_head) && reaches(seq, h.x_seq);
-  return x && reaches(batch, h.y_batch) && reaches(h.heads, h.y_head) && reaches(seq, h.y_seq) ? PK_OK : PK_ERR_SHAPE;
+  return x && reaches(batch, h.y_batch) && reaches(h.heads, h.y_head) && reaches(seq, h.y_seq) ? PK_OK
+                                                                                               : PK_ERR_SHAPE;
 }
 
 static inline int check_scale(const void* u, int dtype, int64_t m, int64_t n, const float* scale) {

@@ -4,8 +4,8 @@
 
 namespace PK_NS {
 
-// In three levels of short chains (8 rows, 16 of those, all of those): one chain over thousands of rows would lose digits. The caller adds row
-// after row to `part` and closes each with the number of rows so far.
+// In three levels of short chains (8 rows, 16 of those, all of those): one chain over thousands of rows would
+// lose digits. The caller adds row after row to `part` and closes each with the number of rows so far.
 struct ColumnSum {
   static constexpr int64_t CHAIN = 8, MIDDLE = 128;
   float total[LANES] = {}, middle[LANES] = {}, part[LANES] = {};

@@ -1,5 +1,5 @@
-// Cross-entropy over a block of rows of logits, and its gradient in their place: one read for the maximum and the sum of exponentials, one
-// read and write for the gradient.
+// Cross-entropy over a block of rows of logits, and its gradient in their place: one read for the maximum and
+// the sum of exponentials, one read and write for the gradient.
 #pragma once
 #include <math.h>
 
@@ -10,8 +10,8 @@ namespace PK_NS {
 
 constexpr int64_t CHUNK = 1024;  // logits at a time, as fp32 in the first-level cache (4 KB)
 
-// e^x for x <= 88, within 1 ulp of fp32: x = n ln 2 + r, a polynomial of degree 6 on |r| <= ln 2 / 2 (coefficients: Cephes, expf). What
-// lies below the smallest normal number is 0; NaN stays NaN.
+// e^x for x <= 88, within 1 ulp of fp32: x = n ln 2 + r, a polynomial of degree 6 on |r| <= ln 2 / 2
+// (coefficients: Cephes, expf). What lies below the smallest normal number is 0; NaN stays NaN.
 static inline vf exponential(vf x) {
   const vf magic = set1(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
   const vf t = fma(x, set1(1.44269504088896341f), magic), n = t - magic;
@@ -27,8 +27,9 @@ static inline vf exponential(vf x) {
   return select(x < set1(-87.33654f), vf{}, select(x == x, scaled, x));
 }
 
-// tanh, within 2 ulp: a polynomial below 0.625 (coefficients: Cephes, tanhf), 1 - 2e / (1 + e) with e = exp(-2|x|) above; and its slope
-// 1 - tanh^2, above as 4e / (1 + e)^2, which keeps its digits where tanh has become 1.
+// tanh, within 2 ulp: a polynomial below 0.625 (coefficients: Cephes, tanhf), 1 - 2e / (1 + e) with e =
+// exp(-2|x|) above; and its slope 1 - tanh^2, above as 4e / (1 + e)^2, which keeps its digits where tanh has
+// become 1.
 static inline vf hyperbolic_tangent(vf x, vf* slope) {
   const vf z = x * x, size = (vf)((vi)x & 0x7fffffff);
   vf p = set1(-5.70498872745e-3f);
@@ -48,10 +49,11 @@ static inline float exponential1(float x) {
   return lanes[0];
 }
 
-// The logits u + bias, or softcap * tanh((u + bias) / softcap), of columns [0, count) as fp32; up to a whole vector padded with -inf.
-// slope, where softcap > 0: d logit / d u.
+// The logits u + bias, or softcap * tanh((u + bias) / softcap), of columns [0, count) as fp32; up to a whole
+// vector padded with -inf. slope, where softcap > 0: d logit / d u.
 template <typename T>
-static inline __attribute__((always_inline)) void load_logits(const T* u, const float* bias, int64_t count, float softcap, float* out, float* slope) {
+static inline __attribute__((always_inline)) void load_logits(const T* u, const float* bias, int64_t count,
+                                                              float softcap, float* out, float* slope) {
   int64_t j = 0;
   for (; j + VW <= count; j += VW) store(out + j, bias ? loadx(u + j) + load(bias + j) : loadx(u + j));
   for (; j < count; j++) out[j] = to_float(u[j]) + (bias ? bias[j] : 0.0f);
@@ -121,14 +123,16 @@ static inline __attribute__((always_inline)) void for_chunks(const Row& r, T* fi
   }
 }
 
-// d loss / d l = scale * (weight * exp(l - top) - target); target is smoothing / n, and 1 - smoothing more at the label.
+// d loss / d l = scale * (weight * exp(l - top) - target); target is smoothing / n, and 1 - smoothing more at
+// the label.
 static inline vf gradient(const float* l, vf top, vf weight, vf target, vf scale, const float* slope) {
   const vf g = scale * fma(weight, exponential(load(l) - top), -target);
   return slope ? g * load(slope) : g;
 }
 
 template <typename T>
-static void cross_entropy_row(const Row& r, T* first, int64_t index, float row_scale, bool backward, float* loss) {
+static void cross_entropy_row(const Row& r, T* first, int64_t index, float row_scale, bool backward,
+                              float* loss) {
   alignas(64) float v[CHUNK], slope[CHUNK];
   Softmax s{-INFINITY, 0.0, 0.0};
   float at_label = 0;
@@ -142,15 +146,18 @@ static void cross_entropy_row(const Row& r, T* first, int64_t index, float row_s
   if (r.smoothing != 0.0f) value -= r.smoothing * (s.all / (double)r.n);
   *loss = (float)value;
   if (!backward) return;
-  const vf top = set1(s.top), weight = set1((float)((1.0 + 2.0 * r.z_loss * lse) / s.sum)), scale = set1(row_scale);
+  const vf top = set1(s.top), weight = set1((float)((1.0 + 2.0 * r.z_loss * lse) / s.sum)),
+           scale = set1(row_scale);
   const float even = (float)(r.smoothing / (double)r.n), at = (float)(kept + even);
   const float* slopes = r.softcap != 0.0f ? slope : nullptr;
   for_chunks(r, first, index, [&](T* u, int64_t from, int64_t count) {
     load_logits(u, r.bias ? r.bias + from : nullptr, count, r.softcap, v, slope);
     float lanes[VW];
     int64_t j = 0;
-    for (; j + VW <= count; j += VW) storex(u + j, gradient(v + j, top, weight, set1(even), scale, slopes ? slopes + j : nullptr));
-    if (j < count) store(lanes, gradient(v + j, top, weight, set1(even), scale, slopes ? slopes + j : nullptr));
+    for (; j + VW <= count; j += VW)
+      storex(u + j, gradient(v + j, top, weight, set1(even), scale, slopes ? slopes + j : nullptr));
+    if (j < count)
+      store(lanes, gradient(v + j, top, weight, set1(even), scale, slopes ? slopes + j : nullptr));
     for (int l = 0; j < count; j++, l++) from_float(lanes[l], u + j);
     if (r.label < from || r.label >= from + count) return;
     const int64_t here = r.label - from, vector = here / VW * VW;
@@ -160,21 +167,27 @@ static void cross_entropy_row(const Row& r, T* first, int64_t index, float row_s
 }
 
 template <typename T>
-static void cross_entropy_as(T* logits, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels, const float* row_scale,
-                             float softcap, float smoothing, float z_loss, float* loss, int backward, int threads) {
+static void cross_entropy_as(T* logits, int64_t m, int64_t n, int64_t width, const float* bias,
+                             const int64_t* labels, const float* row_scale, float softcap, float smoothing,
+                             float z_loss, float* loss, int backward, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < m; i++)
-    cross_entropy_row(Row{bias, n, width, m * width, labels[i], softcap, smoothing, z_loss}, logits, i, row_scale ? row_scale[i] : 1.0f,
-                      backward != 0, loss + i);
+    cross_entropy_row(Row{bias, n, width, m * width, labels[i], softcap, smoothing, z_loss}, logits, i,
+                      row_scale ? row_scale[i] : 1.0f, backward != 0, loss + i);
 }
 
-static void cross_entropy(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias, const int64_t* labels,
-                          const float* row_scale, float softcap, float smoothing, float z_loss, float* loss, int backward, int threads) {
+static void cross_entropy(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias,
+                          const int64_t* labels, const float* row_scale, float softcap, float smoothing,
+                          float z_loss, float* loss, int backward, int threads) {
   if (dtype == PK_F32)
-    cross_entropy_as((float*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss, backward, threads);
+    cross_entropy_as((float*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss,
+                     backward, threads);
   else if (dtype == PK_BF16)
-    cross_entropy_as((bf16*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss, backward, threads);
-  else cross_entropy_as((f16*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss, backward, threads);
+    cross_entropy_as((bf16*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss,
+                     backward, threads);
+  else
+    cross_entropy_as((f16*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss,
+                     backward, threads);
 }
 
 }  // namespace PK_NS

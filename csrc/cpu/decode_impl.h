@@ -1,4 +1,5 @@
-// Decoding a 4-bit (or dense) weight: any run of elements, to fp32 for the kernels or to any dtype for the dequantization.
+// Decoding a 4-bit (or dense) weight: any run of elements, to fp32 for the kernels or to any dtype for the
+// dequantization.
 #pragma once
 #include "../nf4.h"
 #include "simd.h"
@@ -7,7 +8,8 @@ namespace PK_NS {
 
 // `count` codes from element `start` on, all of one block, times `scale` -> out.
 template <typename T>
-static void decode_run(const uint8_t* packed, const float* code, const Table& table, int64_t start, int64_t count, float scale, T* out) {
+static void decode_run(const uint8_t* packed, const float* code, const Table& table, int64_t start,
+                       int64_t count, float scale, T* out) {
   int64_t i = 0;
   if ((start & 1) && count) from_float(code[pk::nibble(packed, start)] * scale, &out[i++]);
   const vf s = set1(scale);
@@ -24,21 +26,25 @@ static void decode_run(const uint8_t* packed, const float* code, const Table& ta
 // A block's 16 values, rounded to T, in one register: through memory the load would wait for the stores.
 #if defined(PK_AVX512)
 static inline __m256i rounded_codes(vf v, bf16*) { return _mm512_cvtepi32_epi16((__m512i)round_bf16(v)); }
-static inline __m256i rounded_codes(vf v, f16*) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+static inline __m256i rounded_codes(vf v, f16*) {
+  return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
 #else
 static inline __m256i rounded_codes(vf a, vf b, bf16*) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)round_bf16(a), (__m256i)round_bf16(b)), 0xd8);
 }
 static inline __m256i rounded_codes(vf a, vf b, f16*) {
-  return _mm256_setr_m128i(_mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
+  return _mm256_setr_m128i(_mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT),
+                           _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
 
 #if defined(PK_AVX512BF16)
 // Byte i of 16 twice, in the low bytes of two 16-bit lanes; their high bytes are never looked at.
 static inline __m512i byte_pairs() {
-  alignas(64) static constexpr uint16_t INDEX[32] = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
-                                                     8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+  alignas(64) static constexpr uint16_t INDEX[32] = {0,  0,  1,  1,  2,  2,  3,  3,  4,  4,  5,
+                                                     5,  6,  6,  7,  7,  8,  8,  9,  9,  10, 10,
+                                                     11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
   return _mm512_load_si512(INDEX);
 }
 #endif
@@ -46,7 +52,8 @@ static inline __m512i byte_pairs() {
 // 32 codes from 16 bytes, one a 16-bit lane, in its low four bits.
 static inline __m512i word_codes(const uint8_t* packed) {
 #if defined(PK_AVX512BF16)
-  const __m512i twice = byte_pairs(), high = _mm512_set1_epi32(4);  // the first of two codes is the high nibble
+  // The first of two codes is the high nibble.
+  const __m512i twice = byte_pairs(), high = _mm512_set1_epi32(4);
   const __m512i bytes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)packed));
   return _mm512_srlv_epi16(_mm512_permutexvar_epi8(twice, bytes), high);
 #else
@@ -56,28 +63,35 @@ static inline __m512i word_codes(const uint8_t* packed) {
 }
 #endif
 
-// 16-bit outputs: the block's 16 values are rounded once and looked up by their bits, which is the same value for less work.
+// 16-bit outputs: the block's 16 values are rounded once and looked up by their bits, which is the same value
+// for less work.
 template <typename T>
-static void decode_run_16bit(const uint8_t* packed, const float* code, const Table& table, int64_t start, int64_t count, float scale, T* out) {
+static void decode_run_16bit(const uint8_t* packed, const float* code, const Table& table, int64_t start,
+                             int64_t count, float scale, T* out) {
   constexpr int STEP = 64 / (VW == 16 ? 2 : 1);  // codes a round
   if ((start & 1) || count < STEP) return decode_run(packed, code, table, start, count, scale, out);
   const uint8_t* p = packed + (start >> 1);
   int64_t i = 0;
 #if defined(PK_AVX512)
   const __m256i once = rounded_codes(load(code) * set1(scale), (T*)nullptr);
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);  // vpermw reads five bits: twice the table makes the fifth irrelevant
+  // Vpermw reads five bits: twice the table makes the fifth irrelevant.
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
   for (; i + STEP <= count; i += STEP) {
     _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(word_codes(p + (i >> 1)), both));
   }
 #else
   const __m256i pair = rounded_codes(load(code) * set1(scale), load(code + 8) * set1(scale), (T*)nullptr);
   const __m256i byte = _mm256_set1_epi16(0xff), four = _mm256_set1_epi8(15);
-  const __m256i low = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_and_si256(pair, byte), _mm256_and_si256(pair, byte)), 0x88);
-  const __m256i high = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_srli_epi16(pair, 8), _mm256_srli_epi16(pair, 8)), 0x88);
+  const __m256i low = _mm256_permute4x64_epi64(
+      _mm256_packus_epi16(_mm256_and_si256(pair, byte), _mm256_and_si256(pair, byte)), 0x88);
+  const __m256i high = _mm256_permute4x64_epi64(
+      _mm256_packus_epi16(_mm256_srli_epi16(pair, 8), _mm256_srli_epi16(pair, 8)), 0x88);
   for (; i + STEP <= count; i += STEP) {
     __m256i bytes = _mm256_loadu_si256((const __m256i*)(p + (i >> 1)));
-    __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four), second = _mm256_and_si256(bytes, four);
-    __m256i a = _mm256_unpacklo_epi8(first, second), b = _mm256_unpackhi_epi8(first, second);  // bytes 0-7|16-23, 8-15|24-31
+    __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four),
+            second = _mm256_and_si256(bytes, four);
+    // bytes 0-7|16-23, 8-15|24-31.
+    __m256i a = _mm256_unpacklo_epi8(first, second), b = _mm256_unpackhi_epi8(first, second);
     __m256i al = _mm256_shuffle_epi8(low, a), ah = _mm256_shuffle_epi8(high, a);
     __m256i bl = _mm256_shuffle_epi8(low, b), bh = _mm256_shuffle_epi8(high, b);
     __m256i a0 = _mm256_unpacklo_epi8(al, ah), a1 = _mm256_unpackhi_epi8(al, ah);
@@ -91,18 +105,22 @@ static void decode_run_16bit(const uint8_t* packed, const float* code, const Tab
 #endif
   decode_run(packed, code, table, start + i, count - i, scale, out + i);
 }
-static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start, int64_t count, float s, bf16* out) {
+static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start,
+                                int64_t count, float s, bf16* out) {
   decode_run_16bit(p, c, t, start, count, s, out);
 }
-static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start, int64_t count, float s, f16* out) {
+static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start,
+                                int64_t count, float s, f16* out) {
   decode_run_16bit(p, c, t, start, count, s, out);
 }
-static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start, int64_t count, float s, float* out) {
+static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start,
+                                int64_t count, float s, float* out) {
   decode_run(p, c, t, start, count, s, out);
 }
 #else
 template <typename T>
-static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start, int64_t count, float s, T* out) {
+static inline void decode_block(const uint8_t* p, const float* c, const Table& t, int64_t start,
+                                int64_t count, float s, T* out) {
   decode_run(p, c, t, start, count, s, out);
 }
 #endif
@@ -132,8 +150,10 @@ static void decode(const pk_weight& w, const Table& table, int64_t start, int64_
   }
 }
 
-// Pieces [col, col + cols) of `rows` rows from `row` on -> out [rows][ld]. The pieces lie k/2 bytes apart, too short for the hardware's streams.
-static void decode_pieces(const pk_weight& w, const Table& table, int64_t row, int64_t rows, int64_t col, int64_t cols, float* out, int64_t ld) {
+// Pieces [col, col + cols) of `rows` rows from `row` on -> out [rows][ld]. The pieces lie k/2 bytes apart,
+// too short for the hardware's streams.
+static void decode_pieces(const pk_weight& w, const Table& table, int64_t row, int64_t rows, int64_t col,
+                          int64_t cols, float* out, int64_t ld) {
   constexpr int64_t AHEAD = 4;
   for (int64_t i = 0; i < rows; i++) {
     if (w.code && i + AHEAD < rows) {
@@ -146,14 +166,16 @@ static void decode_pieces(const pk_weight& w, const Table& table, int64_t row, i
 
 // W[row .. row+rows)[col .. col+cols) -> out [rows, cols].
 template <typename T>
-static void dequantize_as(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, T* out, int threads) {
+static void dequantize_as(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, T* out,
+                          int threads) {
   const Table table = make_table(w.code);
   if (cols != w.k) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < rows; i++) decode(w, table, (row + i) * w.k + col, cols, out + i * cols);
     return;
   }
-  const int64_t chunk = 1 << 14;  // elements: 8 KB of codes a step, small enough to balance two threads, large enough to amortize
+  // elements: 8 KB of codes a step, small enough to balance two threads, large enough to amortize.
+  const int64_t chunk = 1 << 14;
   const int64_t start = row * w.k, count = rows * w.k, chunks = (count + chunk - 1) / chunk;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t c = 0; c < chunks; c++) {
@@ -162,7 +184,8 @@ static void dequantize_as(const pk_weight& w, int64_t row, int64_t rows, int64_t
   }
 }
 
-static void dequantize(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out, int dtype, int threads) {
+static void dequantize(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out,
+                       int dtype, int threads) {
   if (dtype == PK_F32) dequantize_as(w, row, rows, col, cols, (float*)out, threads);
   else if (dtype == PK_BF16) dequantize_as(w, row, rows, col, cols, (bf16*)out, threads);
   else dequantize_as(w, row, rows, col, cols, (f16*)out, threads);

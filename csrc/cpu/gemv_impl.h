@@ -1,11 +1,13 @@
-// The fused linear for few rows (decode): codes are looked up in registers, a block's scale multiplies its partial sum once.
+// The fused linear for few rows (decode): codes are looked up in registers, a block's scale multiplies its
+// partial sum once.
 #pragma once
 #include "gemv_wide_impl.h"
 
 namespace PK_NS {
 
-constexpr int MAX_ROWS = 8;            // rows of x that share one decode
-constexpr int TASK_ROWS = 32;          // rows of W a task: their partial sums and one piece of x stay in the first-level cache
+constexpr int MAX_ROWS = 8;  // rows of x that share one decode
+// Rows of W a task: their partial sums and one piece of x stay in the first-level cache.
+constexpr int TASK_ROWS = 32;
 
 // A row of x -> fp32, in the order in which the codes come up.
 template <typename T>
@@ -23,26 +25,33 @@ static void prepare_x(const T* x, int64_t k, [[maybe_unused]] bool grouped, floa
 #endif
 }
 
-// total[r] += W[n][from ... from + count) * x[r][...] for whole groups: a block's scale multiplies its partial sum once.
+// total[r] += W[n][from ... from + count) * x[r][...] for whole groups: a block's scale multiplies its
+// partial sum once.
 template <int R>
-static void gemv_piece(const pk_weight& w, const Table& table, int64_t n, int64_t from, int64_t count, const float* const* x, vf* total) {
+static void gemv_piece(const pk_weight& w, const Table& table, int64_t n, int64_t from, int64_t count,
+                       const float* const* x, vf* total) {
   const uint8_t* packed = (const uint8_t*)w.data + ((n * w.k + from) >> 1);
   const int shift = __builtin_ctz((unsigned)w.blocksize);
   for (int64_t i = 0; i < count; i += GROUP) {
     const vf scale = set1(pk::absmax_of(w, (n * w.k + from + i) >> shift));
-    constexpr int CHAINS = R <= 4 ? 2 : 1;  // few rows: two chains each, or the additions wait for one another
+    // Few rows: two chains each, or the additions wait for one another.
+    constexpr int CHAINS = R <= 4 ? 2 : 1;
     vf values[GROUP / VW], acc[CHAINS][R] = {};
-    __builtin_prefetch(packed + (i >> 1) + w.k / 2);  // the next row's piece: short pieces are too short for the hardware's streams
+    // The next row's piece: short pieces are too short for the hardware's streams.
+    __builtin_prefetch(packed + (i >> 1) + w.k / 2);
     lookup_group(table, packed + (i >> 1), values);
     for (int j = 0; j < GROUP / VW; j++)
-      for (int r = 0; r < R; r++) acc[j % CHAINS][r] = fma(values[j], load(x[r] + from + i + j * VW), acc[j % CHAINS][r]);
-    for (int r = 0; r < R; r++) total[r] = fma(CHAINS == 2 ? acc[0][r] + acc[CHAINS - 1][r] : acc[0][r], scale, total[r]);
+      for (int r = 0; r < R; r++)
+        acc[j % CHAINS][r] = fma(values[j], load(x[r] + from + i + j * VW), acc[j % CHAINS][r]);
+    for (int r = 0; r < R; r++)
+      total[r] = fma(CHAINS == 2 ? acc[0][r] + acc[CHAINS - 1][r] : acc[0][r], scale, total[r]);
   }
 }
 
 // The same for any shape: decode, then multiply; x in natural order.
 template <int R>
-static void gemv_piece_ragged(const pk_weight& w, const Table& table, int64_t n, int64_t from, int64_t count, const float* const* x, vf* total) {
+static void gemv_piece_ragged(const pk_weight& w, const Table& table, int64_t n, int64_t from, int64_t count,
+                              const float* const* x, vf* total) {
   alignas(64) float values[PIECE + VW];
   decode(w, table, n * w.k + from, count, values);
   int64_t i = 0;
@@ -62,7 +71,8 @@ static inline bool gemv_grouped(const pk_weight& w) {
 
 // Rows [n0, n0 + rows) of W against R rows of x -> out[row][MAX_ROWS].
 template <int R>
-static void gemv_task(const pk_weight& w, const Table& table, int64_t n0, int64_t rows, const float* const* x, float (*out)[MAX_ROWS]) {
+static void gemv_task(const pk_weight& w, const Table& table, int64_t n0, int64_t rows, const float* const* x,
+                      float (*out)[MAX_ROWS]) {
   vf total[TASK_ROWS][R] = {};
   const bool grouped = gemv_grouped(w);
   constexpr int64_t STEP = PIECE / R / STRIDE * STRIDE;
@@ -85,7 +95,8 @@ static void gemv_task(const pk_weight& w, const Table& table, int64_t n0, int64_
 
 // The task for a number of rows of x known only now.
 template <int R>
-static void gemv_task_of(int count, const pk_weight& w, const Table& table, int64_t n0, int64_t rows, const float* const* x, float (*out)[MAX_ROWS]) {
+static void gemv_task_of(int count, const pk_weight& w, const Table& table, int64_t n0, int64_t rows,
+                         const float* const* x, float (*out)[MAX_ROWS]) {
   if constexpr (R > 0) {
     if (count == R) gemv_task<R>(w, table, n0, rows, x, out);
     else gemv_task_of<R - 1>(count, w, table, n0, rows, x, out);

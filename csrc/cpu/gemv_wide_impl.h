@@ -1,20 +1,23 @@
-// The AVX-512 decode of few rows: 128 codes of a row a step, so that 64 bytes hold eight codes for each of 16 lanes, and a shift and a lookup bring
-// up 16 of them. Two blocks of 64 lie side by side in the lanes; each lane's scale multiplies its partial sum once.
+// The AVX-512 decode of few rows: 128 codes of a row a step, so that 64 bytes hold eight codes for each of 16
+// lanes, and a shift and a lookup bring up 16 of them. Two blocks of 64 lie side by side in the lanes; each
+// lane's scale multiplies its partial sum once.
 #pragma once
 #include "decode_impl.h"
 
 namespace PK_NS {
 
-constexpr int64_t PIECE = 4096;   // elements of x a pass over all its rows together: 16 KB, a third of a first-level cache
-constexpr int64_t STRIDE = 512;   // what a row's piece is a multiple of: a nested absmax then costs little beside the products
+// Elements of x a pass over all its rows together: 16 KB, a third of a first-level cache.
+constexpr int64_t PIECE = 4096;
+// What a row's piece is a multiple of: a nested absmax then costs little beside the products.
+constexpr int64_t STRIDE = 512;
 
 #if defined(PK_AVX512)
 
-constexpr int64_t WIDE = 128;               // codes a step: one cache line
-constexpr int VECTORS = (int)(WIDE / VW);   // lookups that takes
+constexpr int64_t WIDE = 128;              // codes a step: one cache line
+constexpr int VECTORS = (int)(WIDE / VW);  // lookups that takes
 
-// A row of x -> fp32, in steps of WIDE, zeros after its end: vector j of a step holds elements (j ^ 1), 8 + (j ^ 1), ..., nibble j of each
-// 32-bit word of codes.
+// A row of x -> fp32, in steps of WIDE, zeros after its end: vector j of a step holds elements (j ^ 1), 8 +
+// (j ^ 1), ..., nibble j of each 32-bit word of codes.
 template <typename T>
 static void prepare_wide(const T* x, int64_t k, float* out) {
   for (int64_t g = 0; g < k; g += WIDE) {
@@ -39,7 +42,8 @@ static inline void wide_scales(const pk_weight& w, int64_t block, int64_t count,
   const float *values = w.absmax_code, *nested = w.nested_absmax, offset = *w.absmax_offset;
   for (int64_t i = 0; i < count; i++) out[i] = values[codes[i]];
   for (int64_t i = 0; i < count;) {  // a nested block at a time
-    const int64_t index = (block + i) >> shift, end = ((index + 1) << shift) - block, stop = end < count ? end : count;
+    const int64_t index = (block + i) >> shift, end = ((index + 1) << shift) - block,
+                  stop = end < count ? end : count;
     for (const float scale = nested[index]; i < stop; i++) out[i] = out[i] * scale + offset;
   }
 }
@@ -69,7 +73,7 @@ template <int ROWS, int R>
 static void wide_piece(const WidePass<R>& pass, int64_t first, vf (*total)[R]) {
   const uint8_t* packed = pass.packed + first * pass.bytes;
   const int64_t bytes = pass.bytes, count = pass.count;
-  const float(*scales)[WidePass<R>::MOST] = pass.scales;
+  const float (*scales)[WidePass<R>::MOST] = pass.scales;
   const vf codes = pass.codes;
   const vi lanes = pass.lanes;
   const int shift = pass.shift;
@@ -81,7 +85,8 @@ static void wide_piece(const WidePass<R>& pass, int64_t first, vf (*total)[R]) {
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++)
       for (int q = 0; q < ROWS; q++) {
-        const vf value = (vf)_mm512_permutexvar_ps((__m512i)(words[q] >> (4 * j)), (__m512)codes);  // reads the low four bits only
+        // Reads the low four bits only.
+        const vf value = (vf)_mm512_permutexvar_ps((__m512i)(words[q] >> (4 * j)), (__m512)codes);
         for (int r = 0; r < R; r++) acc[q][r] = fma(value, load(pass.x[r] + i + j * VW), acc[q][r]);
       }
     for (int q = 0; q < ROWS; q++) {
@@ -94,7 +99,8 @@ static void wide_piece(const WidePass<R>& pass, int64_t first, vf (*total)[R]) {
   for (; i + WIDE <= count; i += WIDE) {
     for (int q = 0; q < ROWS; q++) {
       memcpy(&words[q], packed + q * bytes + i / 2, sizeof words[q]);
-      __builtin_prefetch(packed + (q + ROWS) * bytes + i / 2);  // a piece is too short for the hardware's streams
+      // A piece is too short for the hardware's streams.
+      __builtin_prefetch(packed + (q + ROWS) * bytes + i / 2);
     }
     step(i, words);
   }
@@ -109,17 +115,19 @@ static void wide_piece(const WidePass<R>& pass, int64_t first, vf (*total)[R]) {
 
 // Columns [from, from + count) of `rows` rows of W, several rows at a time as registers allow.
 template <int R>
-static void wide_rows(const pk_weight& w, const Table& table, int64_t n0, int64_t rows, int64_t from, int64_t count, const float* const* x,
-                      vf (*total)[R]) {
+static void wide_rows(const pk_weight& w, const Table& table, int64_t n0, int64_t rows, int64_t from,
+                      int64_t count, const float* const* x, vf (*total)[R]) {
   constexpr int ROWS = R <= 2 ? 4 : R <= 4 ? 2 : 1;
   WidePass<R> pass;
-  pass.codes = table.all, pass.lanes = wide_lanes(w.blocksize), pass.shift = __builtin_ctz((unsigned)w.blocksize);
+  pass.codes = table.all, pass.lanes = wide_lanes(w.blocksize),
+  pass.shift = __builtin_ctz((unsigned)w.blocksize);
   pass.bytes = w.k / 2, pass.count = count, pass.packed = (const uint8_t*)w.data + n0 * pass.bytes + from / 2;
   const int64_t blocks = (count + w.blocksize - 1) >> pass.shift;
   for (int r = 0; r < R; r++) pass.x[r] = x[r] + from;
   for (int64_t i = 0; i < rows;) {
     const int together = i + ROWS <= rows ? ROWS : 1;
-    for (int q = 0; q < together; q++) wide_scales(w, ((n0 + i + q) * w.k + from) >> pass.shift, blocks, pass.scales[q]);
+    for (int q = 0; q < together; q++)
+      wide_scales(w, ((n0 + i + q) * w.k + from) >> pass.shift, blocks, pass.scales[q]);
     if (together == ROWS) wide_piece<ROWS, R>(pass, i, total + i);
     else wide_piece<1, R>(pass, i, total + i);
     i += together;

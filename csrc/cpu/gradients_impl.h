@@ -10,22 +10,28 @@ namespace PK_NS {
 
 constexpr int64_t STRIP = pk::STRIP_PANELS * LANES;
 
-// What strips of columns of one matrix yield: of x the d_lora_a of all adapters, of a member's dy the d_lora_b of its own, d_bias and d_scale.
+// What strips of columns of one matrix yield: of x the d_lora_a of all adapters, of a member's dy the
+// d_lora_b of its own, d_bias and d_scale.
 template <typename T>
 struct Source {
   const T* data;
   int64_t cols, member;  // member ALL: x
-  bool takes(const pk_adapter& a) const { return member == ALL ? a.d_lora_a != nullptr : a.member == member && a.d_lora_b; }
+  bool takes(const pk_adapter& a) const {
+    return member == ALL ? a.d_lora_a != nullptr : a.member == member && a.d_lora_b;
+  }
   const float* low(const pk_adapter& a) const { return member == ALL ? a.dyb : a.xa; }
   bool drops(const pk_adapter& a) const { return member == ALL && a.lora.dropout_threshold; }
 };
 
-// out = scale * c [r][STRIP], a strip of `width` columns from c0 on: as [r, cols], or as [cols, r] where `transposed`.
+// out = scale * c [r][STRIP], a strip of `width` columns from c0 on: as [r, cols], or as [cols, r] where
+// `transposed`.
 template <typename G>
-static void store_gradient(float* c, int64_t r, int64_t c0, int64_t width, int64_t cols, float scale, bool transposed, G* out) {
+static void store_gradient(float* c, int64_t r, int64_t c0, int64_t width, int64_t cols, float scale,
+                           bool transposed, G* out) {
   if (!transposed) return store_rows(c, STRIP, r, width, scale, out + c0, cols);
   for (int64_t i = 0; i < r * STRIP; i++) c[i] *= scale;
-  for (int64_t q = 0; q < width; q += LANES) store_transposed(c + q, STRIP, r, smaller(LANES, width - q), nullptr, out + (c0 + q) * r, r, false);
+  for (int64_t q = 0; q < width; q += LANES)
+    store_transposed(c + q, STRIP, r, smaller(LANES, width - q), nullptr, out + (c0 + q) * r, r, false);
 }
 
 template <typename T>
@@ -53,15 +59,17 @@ struct Mask {
   float scale;
 };
 
-// c of the adapters without dropout, or of `only` with its mask, += low^T (rows [m0, m0 + count) of the strip).
+// c of the adapters without dropout, or of `only` with its mask, += low^T (rows [m0, m0 + count) of the
+// strip).
 template <typename T>
-static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapter* only, const Mask& mask, const T* rows, int64_t m0, int64_t count,
-                       int64_t width, float* buffer, float* c) {
+static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapter* only, const Mask& mask,
+                       const T* rows, int64_t m0, int64_t count, int64_t width, float* buffer, float* c) {
   const pk::Lanes masked = only ? pk::lanes_of(*only, m0, count) : pk::Lanes{};
   for (int64_t q = 0; q < width; q += LANES) {
     if (!only) pack_rows(rows + q, src.cols, count, width - q, buffer);
-    else pack_masked_rows(mask.bits + q / 8, mask.ld, mask.scale, rows + masked.from * src.cols + q, src.cols, masked.to - masked.from, width - q,
-                          buffer + masked.from * LANES);
+    else
+      pack_masked_rows(mask.bits + q / 8, mask.ld, mask.scale, rows + masked.from * src.cols + q, src.cols,
+                       masked.to - masked.from, width - q, buffer + masked.from * LANES);
     float* at = c;
     for (int64_t i = 0; i < g.adapter_count; i++) {
       const pk_adapter& a = g.adapters[i];
@@ -69,7 +77,8 @@ static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapte
       const pk::Lanes span = pk::lanes_of(a, m0, count);
       const int64_t r = a.lora.r;
       if (span.from < span.to && (only ? only == &a : !src.drops(a)))
-        multiply({src.low(a) + (m0 + span.from - a.row_begin) * r, 1, r}, r, buffer + span.from * LANES, span.to - span.from, at + q, STRIP, LOW_RANK_CHAIN);
+        multiply({src.low(a) + (m0 + span.from - a.row_begin) * r, 1, r}, r, buffer + span.from * LANES,
+                 span.to - span.from, at + q, STRIP, LOW_RANK_CHAIN);
       at += r * STRIP;
     }
   }
@@ -77,8 +86,8 @@ static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapte
 
 #if defined(PK_AVX512BF16)
 // The same in tiles.
-static void accumulate(const pk::Group& g, const Source<bf16>& src, const pk_adapter* only, const Mask& mask, const bf16* rows, int64_t m0,
-                       int64_t count, int64_t width, float* buffer, float* c) {
+static void accumulate(const pk::Group& g, const Source<bf16>& src, const pk_adapter* only, const Mask& mask,
+                       const bf16* rows, int64_t m0, int64_t count, int64_t width, float* buffer, float* c) {
   bf16 *a = (bf16*)buffer, *b = a + GRADIENT_STEPS * STEP;
   for (int64_t i = 0; i < g.adapter_count; i++) {
     const pk_adapter& adapter = g.adapters[i];
@@ -87,8 +96,8 @@ static void accumulate(const pk::Group& g, const Source<bf16>& src, const pk_ada
     const int64_t r = adapter.lora.r, size = span.to - span.from;
     if (size > 0 && (only ? only == &adapter : !src.drops(adapter))) {
       const float* low = src.low(adapter) + (m0 + span.from - adapter.row_begin) * r;
-      add_gradient(low, r, sum_pieces(adapter.lora.dtype), rows + span.from * src.cols, src.cols, size, width, only ? mask.bits : nullptr, mask.ld,
-                   only ? mask.scale : 1.0f, a, b, c, STRIP);
+      add_gradient(low, r, sum_pieces(adapter.lora.dtype), rows + span.from * src.cols, src.cols, size, width,
+                   only ? mask.bits : nullptr, mask.ld, only ? mask.scale : 1.0f, a, b, c, STRIP);
     }
     c += r * STRIP;
   }
@@ -100,7 +109,8 @@ static inline void tiles_for(T*, bool) {}
 
 // The sums over rows [m0, m0 + count) of a strip of a member's dy and of dy * u, added to.
 template <typename T>
-static void add_sums(const pk_member& member, const T* dy, int64_t ld, int64_t c0, int64_t m0, int64_t count, int64_t m, int64_t width, ScaleSums* sums) {
+static void add_sums(const pk_member& member, const T* dy, int64_t ld, int64_t c0, int64_t m0, int64_t count,
+                     int64_t m, int64_t width, ScaleSums* sums) {
   for (int64_t i = m0; i < m0 + count; i += ColumnSum::CHAIN) {
     const int64_t rows = smaller(ColumnSum::CHAIN, m0 + count - i);
     for (int64_t q = 0; q < width; q += LANES) {
@@ -122,7 +132,8 @@ static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, in
   if (summed && !summed->d_bias && !summed->d_scale) summed = nullptr;
   ScaleSums sums[pk::STRIP_PANELS];
   bool plain = false;
-  for (int64_t i = 0; i < g.adapter_count; i++) plain |= src.takes(g.adapters[i]) && !src.drops(g.adapters[i]);
+  for (int64_t i = 0; i < g.adapter_count; i++)
+    plain |= src.takes(g.adapters[i]) && !src.drops(g.adapters[i]);
   for (int64_t m0 = 0; m0 < m; m0 += pk::KC) {
     const int64_t count = smaller(pk::KC, m - m0);
     const T* rows = src.data + m0 * src.cols + c0;
@@ -138,12 +149,15 @@ static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, in
       uint8_t bits[pk::KC * STRIP / 8];
       const uint8_t* drawn = s.mask(cursor, first, c0);
       if (!drawn) draw_bits(d, first, c0, span.to - span.from, width, bits, STRIP / 8);
-      accumulate(g, src, &a, Mask{drawn ? drawn : bits, drawn ? s.plan.mask_ld : STRIP / 8, d.scale}, rows, m0, count, width, buffer, c);
+      accumulate(g, src, &a, Mask{drawn ? drawn : bits, drawn ? s.plan.mask_ld : STRIP / 8, d.scale}, rows,
+                 m0, count, width, buffer, c);
     }
   }
   store_gradients(g, src, c, c0, width);
   for (int64_t q = 0; summed && q < width; q += LANES)
-    sums[q / LANES].store_sums(smaller(LANES, width - q), summed->d_scale ? summed->d_scale + c0 + q : nullptr, summed->d_bias ? summed->d_bias + c0 + q : nullptr);
+    sums[q / LANES].store_sums(smaller(LANES, width - q),
+                               summed->d_scale ? summed->d_scale + c0 + q : nullptr,
+                               summed->d_bias ? summed->d_bias + c0 + q : nullptr);
 }
 
 // What is summed over rows, by strips of columns of x and of every dy.
@@ -164,15 +178,18 @@ static void column_gradients(const Scratch& s, const T* x, int64_t m, int thread
         gradient_strip(s, Source<T>{x, g.k(), ALL}, m, task * STRIP);
         continue;
       }
-      for (; strip >= strips(g.members[member].weight.n); member++) strip -= strips(g.members[member].weight.n);
-      gradient_strip(s, Source<T>{(const T*)g.members[member].dy, g.members[member].weight.n, member}, m, strip * STRIP);
+      for (; strip >= strips(g.members[member].weight.n); member++)
+        strip -= strips(g.members[member].weight.n);
+      gradient_strip(s, Source<T>{(const T*)g.members[member].dy, g.members[member].weight.n, member}, m,
+                     strip * STRIP);
     }
     tiles_for((T*)nullptr, false);
   }
 }
 
 template <typename T>
-static void backward_all(const pk::Plan& plan, const pk::Group& g, const T* x, int64_t m, T* dx, float* scratch, int threads) {
+static void backward_all(const pk::Plan& plan, const pk::Group& g, const T* x, int64_t m, T* dx,
+                         float* scratch, int threads) {
   if (dx || g.wants(&pk_adapter::d_lora_a)) backward_dx(plan, g, m, dx, scratch, threads);
   column_gradients(Scratch{plan, g, scratch, g.operands().r}, x, m, threads);
 }

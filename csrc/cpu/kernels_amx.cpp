@@ -1,5 +1,5 @@
-// All kernels, compiled with this level's flags (setup.py). One unit a level instead of one an op: the inline vocabulary is shared and the
-// namespace keeps every symbol apart.
+// All kernels, compiled with this level's flags (setup.py). One unit a level instead of one an op: the inline
+// vocabulary is shared and the namespace keeps every symbol apart.
 #define PK_NS pk_amx
 #define PK_AVX512 1
 #define PK_AVX512BF16 1

@@ -60,8 +60,8 @@ PK_INLINE vf at_least(vf x, float limit) {
 
 // v 2^n for whole numbers n >= -152, which stand in `shifted`, n + MAGIC, too. 2^n may be subnormal: two
 // factors.
-constexpr float MAGIC =
-    12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+// 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
+constexpr float MAGIC = 12582912.0f;
 PK_INLINE vf times_power(vf v, vf n, vf shifted) {
 #if defined(PK_AVX512)
   (void)shifted;
@@ -164,8 +164,8 @@ PK_INLINE V exp_negative(V x, V low) {
   x = at_least(x, -104.0f);
   const V shifted = fma(x, constant<V>(1.44269504f), constant<V>(MAGIC)),
           whole = shifted - constant<V>(MAGIC);
-  V r =
-      fma(whole, constant<V>(-0.693359375f), x);  // ln 2's first 10 bits: the product is exact, fused or not
+  // ln 2's first 10 bits: the product is exact, fused or not.
+  V r = fma(whole, constant<V>(-0.693359375f), x);
   r = fma(whole, constant<V>(2.12194440e-4f), r) + low;
   const V p = horner(r, constant<V>(0x1.6345b6p-10f), 0x1.1296b6p-7f, 0x1.556402p-5f, 0x1.5553b4p-3f,
                      0x1.ffffeap-2f, 1.0f,

@@ -1,4 +1,5 @@
-// The dropout mask: Philox4x32-10 (Salmon et al., 2011), eight 16-bit draws a counter, so that any part of a mask can be made again from its seed.
+// The dropout mask: Philox4x32-10 (Salmon et al., 2011), eight 16-bit draws a counter, so that any part of a
+// mask can be made again from its seed.
 #pragma once
 #include <stdint.h>
 
@@ -18,7 +19,8 @@ static inline Dropout make_dropout(uint32_t threshold, uint64_t seed) {
   return {threshold, seed, threshold >= 65536 ? 0.0f : 65536.0f / (float)(65536 - threshold)};
 }
 
-// Counters sit in the low halves of 64-bit lanes, where the widening multiply wants them; high halves may hold anything.
+// Counters sit in the low halves of 64-bit lanes, where the widening multiply wants them; high halves may
+// hold anything.
 typedef uint64_t vq __attribute__((vector_size(VW * 4)));
 constexpr int COUNTERS = VW / 2;
 static inline vq widening_multiply(vq a, uint32_t b) {
@@ -31,7 +33,8 @@ static inline vq widening_multiply(vq a, uint32_t b) {
 #endif
 }
 
-// The rounds' keys and the threshold, a vector each, made once for many draws: from scalars they are a third of a draw's instructions.
+// The rounds' keys and the threshold, a vector each, made once for many draws: from scalars they are a third
+// of a draw's instructions.
 typedef uint16_t vh __attribute__((vector_size(VW * 4)));
 struct Draws {
   vq key0[10], key1[10];
@@ -48,8 +51,9 @@ static inline Draws make_draws(const Dropout& d) {
   return s;
 }
 
-// Two vectors of 16-bit comparisons -> a bit an element, 8 * COUNTERS of them. On AVX2 `even` holds the counters of even number, `odd` the
-// others, which the pack brings into order; elsewhere they are the first and the second half.
+// Two vectors of 16-bit comparisons -> a bit an element, 8 * COUNTERS of them. On AVX2 `even` holds the
+// counters of even number, `odd` the others, which the pack brings into order; elsewhere they are the first
+// and the second half.
 static inline uint64_t mask_bits(vh even, vh odd) {
 #if defined(PK_AVX512)
   return (uint64_t)_mm512_movepi16_mask((__m512i)even) | (uint64_t)_mm512_movepi16_mask((__m512i)odd) << 32;
@@ -68,13 +72,16 @@ static inline uint64_t mask_bits(vh even, vh odd) {
 #endif
 }
 
-// A draw is DRAW elements: two batches of counters on AVX2 and baseline, whose chains of ten dependent rounds run side by side.
+// A draw is DRAW elements: two batches of counters on AVX2 and baseline, whose chains of ten dependent rounds
+// run side by side.
 constexpr int BATCH = 8 * COUNTERS, BATCHES = VW == 16 ? 1 : 2;
 constexpr int64_t DRAW = BATCH * BATCHES;
 
 // A counter's halves side by side, in the order in which `mask_bits` wants the counters.
 template <int HALF>
-constexpr int draw_order(int i) { return (VW == 8 ? i / 2 * 2 + HALF : HALF * COUNTERS / 2 + i / 2) + (i & 1) * COUNTERS; }
+constexpr int draw_order(int i) {
+  return (VW == 8 ? i / 2 * 2 + HALF : HALF * COUNTERS / 2 + i / 2) + (i & 1) * COUNTERS;
+}
 
 // Bit i: element 8 * group + i of the row is kept.
 static inline __attribute__((always_inline)) uint64_t draw(const Draws& d, uint32_t group, uint32_t row) {
@@ -96,7 +103,8 @@ static inline __attribute__((always_inline)) uint64_t draw(const Draws& d, uint3
     }
   uint64_t bits = 0;
   for (int b = 0; b < BATCHES; b++) {
-    const vq first = (c0[b] & 0xffffffffu) | c1[b] << 32, second = (c2[b] & 0xffffffffu) | c3[b] << 32;  // a counter's two halves
+    // A counter's two halves.
+    const vq first = (c0[b] & 0xffffffffu) | c1[b] << 32, second = (c2[b] & 0xffffffffu) | c3[b] << 32;
     vh keep[2];
     keep[0] = (vh)((vh)shuffle<draw_order<0>>(first, second) >= d.threshold);
     keep[1] = (vh)((vh)shuffle<draw_order<1>>(first, second) >= d.threshold);
@@ -129,7 +137,8 @@ static void dropout_row(const Dropout& d, int64_t row, int64_t from, int64_t cou
 
 // rows [rows][cols] of src at (row, from), times the mask -> dst [rows][ld_dst], fp32.
 template <typename T>
-static void apply_dropout(const Dropout& d, const T* src, int64_t ld, int64_t row, int64_t from, int64_t rows, int64_t cols, float* dst, int64_t ld_dst) {
+static void apply_dropout(const Dropout& d, const T* src, int64_t ld, int64_t row, int64_t from, int64_t rows,
+                          int64_t cols, float* dst, int64_t ld_dst) {
   for (int64_t i = 0; i < rows; i++) {
     const T* in = src + i * ld;
     float* out = dst + i * ld_dst;
@@ -140,8 +149,10 @@ static void apply_dropout(const Dropout& d, const T* src, int64_t ld, int64_t ro
   }
 }
 
-// The bits of elements (row ... row + rows, from ... from + cols), in whole draws: rows of `ld` bytes, at least cols rounded up to DRAW.
-static void draw_bits(const Dropout& d, int64_t row, int64_t from, int64_t rows, int64_t cols, uint8_t* bits, int64_t ld) {
+// The bits of elements (row ... row + rows, from ... from + cols), in whole draws: rows of `ld` bytes, at
+// least cols rounded up to DRAW.
+static void draw_bits(const Dropout& d, int64_t row, int64_t from, int64_t rows, int64_t cols, uint8_t* bits,
+                      int64_t ld) {
   const Draws draws = make_draws(d);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < cols; j += DRAW) {
@@ -150,9 +161,11 @@ static void draw_bits(const Dropout& d, int64_t row, int64_t from, int64_t rows,
     }
 }
 
-// dst [cols][ld_dst] = (or, ADD, +=) the mask times src [cols][LANES], a packed panel whose lanes [from, to) are `bits`' rows; no other lane is kept.
+// dst [cols][ld_dst] = (or, ADD, +=) the mask times src [cols][LANES], a packed panel whose lanes [from, to)
+// are `bits`' rows; no other lane is kept.
 template <bool ADD>
-static void mask_panel(const uint8_t* bits, int64_t ld, int64_t from, int64_t to, float scale, int64_t cols, const float* src, float* dst, int64_t ld_dst) {
+static void mask_panel(const uint8_t* bits, int64_t ld, int64_t from, int64_t to, float scale, int64_t cols,
+                       const float* src, float* dst, int64_t ld_dst) {
   for (int64_t j0 = 0; j0 < cols; j0 += 8) {
     int32_t words[LANES] = {};
     for (int64_t l = from; l < to; l++) words[l] = bits[(l - from) * ld + j0 / 8];
@@ -173,7 +186,8 @@ static void mask_panel(const uint8_t* bits, int64_t ld, int64_t from, int64_t to
 
 // dst [rows][LANES] = the mask times src [rows][cols <= LANES], padded with zeros.
 template <typename T>
-static void pack_masked_rows(const uint8_t* bits, int64_t ld_bits, float scale, const T* src, int64_t ld, int64_t rows, int64_t cols, float* dst) {
+static void pack_masked_rows(const uint8_t* bits, int64_t ld_bits, float scale, const T* src, int64_t ld,
+                             int64_t rows, int64_t cols, float* dst) {
   for (int64_t i = 0; i < rows; i++, src += ld, bits += ld_bits, dst += LANES) {
     uint32_t word = 0;
     memcpy(&word, bits, LANES / 8);

@@ -1,4 +1,5 @@
-// QLoRA linears on one input, forward and dx, from the engine's pieces. See docs/kernels.md for the maths and the order of passes.
+// QLoRA linears on one input, forward and dx, from the engine's pieces. See docs/kernels.md for the maths and
+// the order of passes.
 #pragma once
 #if defined(_OPENMP)
 #include <omp.h>
@@ -36,7 +37,9 @@ struct Scratch {
   float* base;
   int64_t r;
   float* pack(int64_t panel) const { return base + plan.pack_at + panel * LANES * plan.contraction; }
-  float* low_rank(int64_t panel, int64_t at) const { return base + plan.low_rank_at + (panel * r + at) * LANES; }
+  float* low_rank(int64_t panel, int64_t at) const {
+    return base + plan.low_rank_at + (panel * r + at) * LANES;
+  }
   float* own() const { return base + plan.own_at + thread_id() * plan.own_size; }
   float* own_decoded() const { return own(); }
   float* own_c() const { return own() + plan.decoded_size; }
@@ -48,9 +51,11 @@ struct Scratch {
   const float* lora_b(const pk_adapter& a, const pk::Cursor& at) const {
     return a.lora.dtype == PK_F32 ? (const float*)a.lora.lora_b : base + plan.lora_b_at + at.lora_b;
   }
-  // The bits of an adapter's mask from column `col` on, rows plan.mask_ld bytes apart; null where the plan keeps none.
+  // The bits of an adapter's mask from column `col` on, rows plan.mask_ld bytes apart; null where the plan
+  // keeps none.
   uint8_t* mask(const pk::Cursor& at, int64_t row, int64_t col) const {
-    return plan.mask_ld ? (uint8_t*)(base + plan.mask_at) + (at.masked + row) * plan.mask_ld + col / 8 : nullptr;
+    return plan.mask_ld ? (uint8_t*)(base + plan.mask_at) + (at.masked + row) * plan.mask_ld + col / 8
+                        : nullptr;
   }
   const float* bias(int64_t member, int64_t n_before) const {
     const pk_member& m = group.members[member];
@@ -64,7 +69,8 @@ struct Scratch {
       as_float(a.lora.lora_b, a.lora.dtype, a.lora.r * group.n_of(a), base + plan.lora_b_at + at.lora_b);
     }
     for (int64_t i = 0, n = 0; i < group.count; n += group.members[i++].weight.n)
-      as_float(group.members[i].bias, group.members[i].bias_dtype, group.members[i].weight.n, base + plan.bias_at + n);
+      as_float(group.members[i].bias, group.members[i].bias_dtype, group.members[i].weight.n,
+               base + plan.bias_at + n);
   }
 };
 
@@ -83,13 +89,16 @@ static inline bool takes_part(const pk_adapter& a, int64_t member, const pk::Lan
 // c [rows][0 ... LANES) times scale [rows].
 static void scale_rows(float* c, int64_t ldc, int64_t rows, const float* scale) {
   for (int64_t j = 0; j < rows; j++)
-    for (int half = 0; half < LANES; half += VW) store(c + j * ldc + half, load(c + j * ldc + half) * set1(scale[j]));
+    for (int half = 0; half < LANES; half += VW)
+      store(c + j * ldc + half, load(c + j * ldc + half) * set1(scale[j]));
 }
 
-// One panel of src [rows][cols] -> packed [cols][LANES] (may be null) and, for each adapter, low[j][LANES] = A src^T (forward, dropped) or
-// B^T src^T (backward, a scaled member's columns of src times their scale) for its r rows.
+// One panel of src [rows][cols] -> packed [cols][LANES] (may be null) and, for each adapter, low[j][LANES] =
+// A src^T (forward, dropped) or B^T src^T (backward, a scaled member's columns of src times their scale) for
+// its r rows.
 template <typename T>
-static void pack_and_project(const Scratch& s, bool forward, int64_t member, const T* src, int64_t row, int64_t rows, int64_t cols, int64_t panel, float* packed) {
+static void pack_and_project(const Scratch& s, bool forward, int64_t member, const T* src, int64_t row,
+                             int64_t rows, int64_t cols, int64_t panel, float* packed) {
   const pk::Group& g = s.group;
   float* tmp = s.own_tmp();
   const float* scale = forward ? nullptr : g.members[member].scale;
@@ -118,16 +127,20 @@ static void pack_and_project(const Scratch& s, bool forward, int64_t member, con
         uint8_t bits[LANES * pk::KC / 8];
         const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
         draw_bits(d, row + lanes.from - a.row_begin, from, lanes.to - lanes.from, count, bits, pk::KC / 8);
-        mask_panel<false>(bits, pk::KC / 8, lanes.from, lanes.to, d.scale, count, chunk, operand = tmp, LANES);
+        mask_panel<false>(bits, pk::KC / 8, lanes.from, lanes.to, d.scale, count, chunk, operand = tmp,
+                          LANES);
       }
-      if (forward) multiply({s.lora_a(a, cursor) + from, cols, 1}, r, operand, count, low, LANES, LOW_RANK_CHAIN);
+      if (forward)
+        multiply({s.lora_a(a, cursor) + from, cols, 1}, r, operand, count, low, LANES, LOW_RANK_CHAIN);
       else multiply({s.lora_b(a, cursor) + from * r, 1, r}, r, operand, count, low, LANES, LOW_RANK_CHAIN);
     }
   }
 }
 
-// The projections of one panel, scaled -> `to` [rows of the adapter, r] (xa before the scaling, dyb after it); zero for other adapters' rows.
-static void store_projections(const Scratch& s, bool forward, int64_t member, int64_t row, int64_t rows, int64_t panel) {
+// The projections of one panel, scaled -> `to` [rows of the adapter, r] (xa before the scaling, dyb after
+// it); zero for other adapters' rows.
+static void store_projections(const Scratch& s, bool forward, int64_t member, int64_t row, int64_t rows,
+                              int64_t panel) {
   const pk::Group& g = s.group;
   pk::Cursor cursor;
   for (int64_t i = 0; i < g.adapter_count; cursor.pass(g, g.adapters[i++])) {
@@ -136,19 +149,24 @@ static void store_projections(const Scratch& s, bool forward, int64_t member, in
     if (!takes_part(a, member, lanes)) continue;
     const int64_t r = a.lora.r, at = (row + lanes.from - a.row_begin) * r;
     float* low = s.low_rank(panel, cursor.r);
-    if (forward) store_transposed(low + lanes.from, LANES, r, lanes.to - lanes.from, nullptr, a.xa + at, r, false);
+    if (forward)
+      store_transposed(low + lanes.from, LANES, r, lanes.to - lanes.from, nullptr, a.xa + at, r, false);
     for (int64_t j = 0; j < r; j++)
-      for (int64_t l = 0; l < LANES; l++) low[j * LANES + l] = l >= lanes.from && l < lanes.to ? low[j * LANES + l] * a.lora.scaling : 0.0f;
-    if (!forward && a.dyb) store_transposed(low + lanes.from, LANES, r, lanes.to - lanes.from, nullptr, a.dyb + at, r, false);
+      for (int64_t l = 0; l < LANES; l++)
+        low[j * LANES + l] = l >= lanes.from && l < lanes.to ? low[j * LANES + l] * a.lora.scaling : 0.0f;
+    if (!forward && a.dyb)
+      store_transposed(low + lanes.from, LANES, r, lanes.to - lanes.from, nullptr, a.dyb + at, r, false);
   }
 }
 
-// The rows of a task, [from, from + size) of all members' rows, are of one member or of several: `part(member, n0, size, before, offset)`
-// gets each stretch, its first row within the member, the rows of earlier members and those before it in the task.
+// The rows of a task, [from, from + size) of all members' rows, are of one member or of several:
+// `part(member, n0, size, before, offset)` gets each stretch, its first row within the member, the rows of
+// earlier members and those before it in the task.
 template <typename F>
 static void for_each_part(const pk::Group& g, int64_t from, int64_t size, F part) {
   for (int64_t i = 0, before = 0; i < g.count; before += g.members[i++].weight.n) {
-    const int64_t begin = from > before ? from : before, end = smaller(from + size, before + g.members[i].weight.n);
+    const int64_t begin = from > before ? from : before,
+                  end = smaller(from + size, before + g.members[i].weight.n);
     if (begin < end) part(i, begin - before, end - begin, before, begin - from);
   }
 }
@@ -156,18 +174,21 @@ static void for_each_part(const pk::Group& g, int64_t from, int64_t size, F part
 static inline Table table_of(const pk_weight& w) { return w.code ? make_table(w.code) : Table{}; }
 
 // c [size][ldc] of a task's rows += scaling * B xa^T of every adapter whose rows the panel holds.
-static void add_low_rank(const Scratch& s, int64_t member, int64_t n0, int64_t size, int64_t row, int64_t rows, int64_t panel, float* c) {
+static void add_low_rank(const Scratch& s, int64_t member, int64_t n0, int64_t size, int64_t row,
+                         int64_t rows, int64_t panel, float* c) {
   const pk::Group& g = s.group;
   pk::Cursor cursor;
   for (int64_t i = 0; i < g.adapter_count; cursor.pass(g, g.adapters[i++])) {
     const pk_adapter& a = g.adapters[i];
     const int64_t r = a.lora.r;
     if (!takes_part(a, member, pk::lanes_of(a, row, rows))) continue;
-    multiply({s.lora_b(a, cursor) + n0 * r, r, 1}, size, s.low_rank(panel, cursor.r), r, c, s.plan.ldc, LOW_RANK_CHAIN);
+    multiply({s.lora_b(a, cursor) + n0 * r, r, 1}, size, s.low_rank(panel, cursor.r), r, c, s.plan.ldc,
+             LOW_RANK_CHAIN);
   }
 }
 
-// The members whose norm is wanted: `part(adapter, cursor, gram)` gets the one adapter of each, and its A A^T [r][rank_ld].
+// The members whose norm is wanted: `part(adapter, cursor, gram)` gets the one adapter of each, and its A A^T
+// [r][rank_ld].
 template <typename F>
 static void for_each_norm(const Scratch& s, F part) {
   const pk::Group& g = s.group;
@@ -201,8 +222,10 @@ static void gram_panel(const Scratch& s, int64_t index) {
   });
 }
 
-// cross [rows][cross_ld] += W A^T over columns [from, from + count) of W, decoded: A's rows are one more panel of activations.
-static void add_cross(const Scratch& s, int64_t member, const float* decoded, int64_t rows, int64_t from, int64_t count, float* cross) {
+// cross [rows][cross_ld] += W A^T over columns [from, from + count) of W, decoded: A's rows are one more
+// panel of activations.
+static void add_cross(const Scratch& s, int64_t member, const float* decoded, int64_t rows, int64_t from,
+                      int64_t count, float* cross) {
   const int64_t k = s.group.k();
   for_each_norm(s, [&](const pk_adapter& a, const pk::Cursor& at, float*) {
     for (int64_t q = 0; a.member == member && q < a.lora.r; q += LANES) {
@@ -219,15 +242,18 @@ static void store_norms(const Scratch& s, int64_t member, int64_t n0, int64_t ro
     const int64_t r = a.lora.r;
     const float* b = s.lora_b(a, at);
     for (int64_t i = n0; a.member == member && i < n0 + rows; i++) {
-      m.norm[i] = row_norm(b + i * r, r, a.lora.scaling, cross + (i - n0) * s.plan.cross_ld, 1, gram, pk::rank_ld(r), m.squares[i]);
+      m.norm[i] = row_norm(b + i * r, r, a.lora.scaling, cross + (i - n0) * s.plan.cross_ld, 1, gram,
+                           pk::rank_ld(r), m.squares[i]);
       m.scale[i] = m.magnitude[i] / m.norm[i];
     }
   });
 }
 
-// y_i = x W_i^T + sum of scaling * xa B^T + bias_i, by blocks of rows of x; without base products y_i is added to.
+// y_i = x W_i^T + sum of scaling * xa B^T + bias_i, by blocks of rows of x; without base products y_i is
+// added to.
 template <typename T>
-static void forward_gemm(const pk::Plan& plan, const pk::Group& g, const T* x, int64_t m, float* scratch, int threads) {
+static void forward_gemm(const pk::Plan& plan, const pk::Group& g, const T* x, int64_t m, float* scratch,
+                         int threads) {
   const Scratch s = make_scratch(plan, g, scratch);
   const int64_t k = g.k(), n = g.n(), blocks = (n + plan.block - 1) / plan.block;
   const bool base = g.base();
@@ -256,31 +282,39 @@ static void forward_gemm(const pk::Plan& plan, const pk::Group& g, const T* x, i
         for_each_part(g, from_row, size, [&](int64_t i, int64_t n0, int64_t part, int64_t, int64_t offset) {
           const pk_weight& w = g.members[i].weight;
           decode_pieces(w, table_of(w), n0, part, from, count, decoded + offset * pk::LD_FWD, pk::LD_FWD);
-          if (grams) add_cross(s, i, decoded + offset * pk::LD_FWD, part, from, count, cross + offset * plan.cross_ld);
+          if (grams)
+            add_cross(s, i, decoded + offset * pk::LD_FWD, part, from, count, cross + offset * plan.cross_ld);
         });
-        for (int64_t p = 0; p < panels; p++) multiply({decoded, pk::LD_FWD, 1}, size, s.pack(p) + from * LANES, count, c + p * LANES, plan.ldc);
+        for (int64_t p = 0; p < panels; p++)
+          multiply({decoded, pk::LD_FWD, 1}, size, s.pack(p) + from * LANES, count, c + p * LANES, plan.ldc);
       }
-      for_each_part(g, from_row, size, [&](int64_t i, int64_t n0, int64_t part, int64_t before, int64_t offset) {
-        const int64_t width = g.members[i].weight.n;
-        const float* bias = s.bias(i, before);
-        if (grams) store_norms(s, i, n0, part, cross + offset * plan.cross_ld);
-        for (int64_t p = 0; p < panels; p++) {
-          const int64_t row = m0 + p * LANES, count = smaller(LANES, m - row);
-          float* at = c + offset * plan.ldc + p * LANES;
-          add_low_rank(s, i, n0, part, row, count, p, at);
-          const pk_member& member = g.members[i];
-          if (member.scale && member.u) store_transposed(at, plan.ldc, part, count, nullptr, (T*)member.u + row * width + n0, width, false);
-          if (member.scale) scale_rows(at, plan.ldc, part, member.scale + n0);
-          store_transposed(at, plan.ldc, part, count, bias ? bias + n0 : nullptr, (T*)g.members[i].y + row * width + n0, width, !base);
-        }
-      });
+      for_each_part(g, from_row, size,
+                    [&](int64_t i, int64_t n0, int64_t part, int64_t before, int64_t offset) {
+                      const int64_t width = g.members[i].weight.n;
+                      const float* bias = s.bias(i, before);
+                      if (grams) store_norms(s, i, n0, part, cross + offset * plan.cross_ld);
+                      for (int64_t p = 0; p < panels; p++) {
+                        const int64_t row = m0 + p * LANES, count = smaller(LANES, m - row);
+                        float* at = c + offset * plan.ldc + p * LANES;
+                        add_low_rank(s, i, n0, part, row, count, p, at);
+                        const pk_member& member = g.members[i];
+                        if (member.scale && member.u)
+                          store_transposed(at, plan.ldc, part, count, nullptr,
+                                           (T*)member.u + row * width + n0, width, false);
+                        if (member.scale) scale_rows(at, plan.ldc, part, member.scale + n0);
+                        store_transposed(at, plan.ldc, part, count, bias ? bias + n0 : nullptr,
+                                         (T*)g.members[i].y + row * width + n0, width, !base);
+                      }
+                    });
     }
     grams = 0;  // the first block of rows has the norms
   }
 }
 
-// c [size][ldc] of one panel += drop(dyb A)^T of every adapter; what is drawn for it stays in scratch for d_lora_a. columns: [size][LANES].
-static void add_low_rank_dx(const Scratch& s, int64_t k0, int64_t size, int64_t row, int64_t rows, int64_t panel, float* c, float* columns) {
+// c [size][ldc] of one panel += drop(dyb A)^T of every adapter; what is drawn for it stays in scratch for
+// d_lora_a. columns: [size][LANES].
+static void add_low_rank_dx(const Scratch& s, int64_t k0, int64_t size, int64_t row, int64_t rows,
+                            int64_t panel, float* c, float* columns) {
   const pk::Group& g = s.group;
   const int64_t k = g.k();
   pk::Cursor cursor;
@@ -301,14 +335,17 @@ static void add_low_rank_dx(const Scratch& s, int64_t k0, int64_t size, int64_t 
     const int64_t first = row + lanes.from - a.row_begin, count = lanes.to - lanes.from;
     const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
     draw_bits(d, first, k0, count, size, bits, LD);
-    for (int64_t l = 0; s.plan.mask_ld && l < count; l++) memcpy(s.mask(cursor, first + l, k0), bits + l * LD, (size_t)(size + 7) / 8);
+    for (int64_t l = 0; s.plan.mask_ld && l < count; l++)
+      memcpy(s.mask(cursor, first + l, k0), bits + l * LD, (size_t)(size + 7) / 8);
     mask_panel<true>(bits, LD, lanes.from, lanes.to, d.scale, size, columns, c, s.plan.ldc);
   }
 }
 
-// dyb = scaling * dy B and, where dx is wanted, dx = sum of dy_i W_i + drop(dyb A); without base products dx is added to.
+// dyb = scaling * dy B and, where dx is wanted, dx = sum of dy_i W_i + drop(dyb A); without base products dx
+// is added to.
 template <typename T>
-static void backward_dx(const pk::Plan& plan, const pk::Group& g, int64_t m, T* dx, float* scratch, int threads) {
+static void backward_dx(const pk::Plan& plan, const pk::Group& g, int64_t m, T* dx, float* scratch,
+                        int threads) {
   const Scratch s = make_scratch(plan, g, scratch);
   const int64_t k = g.k(), blocks = dx ? (k + plan.block - 1) / plan.block : 0;
   const bool base = g.base() && dx;
@@ -318,7 +355,8 @@ static void backward_dx(const pk::Plan& plan, const pk::Group& g, int64_t m, T* 
     for (int64_t p = 0; p < panels; p++) {
       const int64_t row = m0 + p * LANES, count = smaller(LANES, m - row);
       for (int64_t i = 0, before = 0; i < g.count; before += g.members[i++].weight.n) {
-        pack_and_project(s, false, i, (const T*)g.members[i].dy, row, count, g.members[i].weight.n, p, base ? s.pack(p) + before * LANES : nullptr);
+        pack_and_project(s, false, i, (const T*)g.members[i].dy, row, count, g.members[i].weight.n, p,
+                         base ? s.pack(p) + before * LANES : nullptr);
         store_projections(s, false, i, row, count, p);
       }
     }
@@ -334,7 +372,8 @@ static void backward_dx(const pk::Plan& plan, const pk::Group& g, int64_t m, T* 
           const int64_t count = smaller(pk::KC, w.n - from);
           decode_pieces(w, table, from, count, k0, size, decoded, ld);
           for (int64_t p = 0; p < panels; p++)
-            multiply({decoded, 1, ld}, size, s.pack(p) + (before + from) * LANES, count, c + p * LANES, plan.ldc);
+            multiply({decoded, 1, ld}, size, s.pack(p) + (before + from) * LANES, count, c + p * LANES,
+                     plan.ldc);
         }
       }
       for (int64_t p = 0; p < panels; p++) {

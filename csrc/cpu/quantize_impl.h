@@ -56,36 +56,42 @@ static void quantize_block(const T* w, int64_t count, const Thresholds& t, float
     vf v = loadx(w + i) * set1(inverse);
     vi rank = vi{};
     for (int j = 0; j < 15; j++) rank -= (v > set1(t.value[j]));  // a true lane is -1
-    rank += (v != v) * -16;  // no threshold lies below a NaN: 0 + 16
+    rank += (v != v) * -16;                                       // no threshold lies below a NaN: 0 + 16
     store(index, (vf)rank);
     const int32_t* ranks = (const int32_t*)index;
-    for (int l = 0; l < VW; l += 2) packed[(i + l) >> 1] = (uint8_t)(t.code[ranks[l]] << 4 | t.code[ranks[l + 1]]);
+    for (int l = 0; l < VW; l += 2)
+      packed[(i + l) >> 1] = (uint8_t)(t.code[ranks[l]] << 4 | t.code[ranks[l + 1]]);
   }
   for (; i < count; i += 2) {
-    int first = nearest(t, to_float(w[i]) * inverse), second = nearest(t, i + 1 < count ? to_float(w[i + 1]) * inverse : 0.0f);
+    int first = nearest(t, to_float(w[i]) * inverse),
+        second = nearest(t, i + 1 < count ? to_float(w[i + 1]) * inverse : 0.0f);
     packed[i >> 1] = (uint8_t)(first << 4 | second);
   }
 }
 
 template <typename T>
-static void quantize_as(const T* w, int64_t numel, int32_t blocksize, const float* code, uint8_t* packed, float* absmax, int threads) {
+static void quantize_as(const T* w, int64_t numel, int32_t blocksize, const float* code, uint8_t* packed,
+                        float* absmax, int threads) {
   const Thresholds thresholds = make_thresholds(code);
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < blocks; b++) {
     int64_t start = b * blocksize, count = numel - start < blocksize ? numel - start : blocksize;
     absmax[b] = block_absmax(w + start, count);
-    quantize_block(w + start, count, thresholds, absmax[b] > 0 ? 1.0f / absmax[b] : 0.0f, packed + (start >> 1));
+    quantize_block(w + start, count, thresholds, absmax[b] > 0 ? 1.0f / absmax[b] : 0.0f,
+                   packed + (start >> 1));
   }
 }
 
-static void quantize(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code, uint8_t* packed, float* absmax, int threads) {
+static void quantize(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code,
+                     uint8_t* packed, float* absmax, int threads) {
   if (dtype == PK_F32) quantize_as((const float*)w, numel, blocksize, code, packed, absmax, threads);
   else if (dtype == PK_BF16) quantize_as((const bf16*)w, numel, blocksize, code, packed, absmax, threads);
   else quantize_as((const f16*)w, numel, blocksize, code, packed, absmax, threads);
 }
 
-static void quantize_absmax(const float* absmax, int64_t count, int32_t blocksize, const float* code, uint8_t* out, float* nested, int threads) {
+static void quantize_absmax(const float* absmax, int64_t count, int32_t blocksize, const float* code,
+                            uint8_t* out, float* nested, int threads) {
   float thresholds[255];
   for (int i = 0; i < 255; i++) thresholds[i] = (code[i] + code[i + 1]) / 2;
   const int64_t blocks = (count + blocksize - 1) / blocksize;

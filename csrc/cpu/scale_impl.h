@@ -5,21 +5,26 @@
 namespace PK_NS {
 
 template <typename T>
-static void scale_columns_as(const T* u, int64_t m, int64_t n, const float* scale, const float* bias, T* y, int threads) {
+static void scale_columns_as(const T* u, int64_t m, int64_t n, const float* scale, const float* bias, T* y,
+                             int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < m; i++) {
     const T* in = u + i * n;
     T* out = y + i * n;
     int64_t j = 0;
-    for (; j + VW <= n; j += VW) storex(out + j, fma(loadx(in + j), load(scale + j), bias ? load(bias + j) : vf{}));
+    for (; j + VW <= n; j += VW)
+      storex(out + j, fma(loadx(in + j), load(scale + j), bias ? load(bias + j) : vf{}));
     for (; j < n; j++) from_float(to_float(in[j]) * scale[j] + (bias ? bias[j] : 0.0f), out + j);
   }
 }
 
-// Eight rows of LANES columns: du, and the sums of dy * u and dy over them. ALL: none of the columns is beyond the matrix.
+// Eight rows of LANES columns: du, and the sums of dy * u and dy over them. ALL: none of the columns is
+// beyond the matrix.
 template <bool ALL, typename T>
-static inline __attribute__((always_inline)) void scale_columns_grad_tile(const T* dy, const T* u, int64_t ld, int64_t rows, int64_t width, const float* scale,
-                                                                          T* du, vf* by_scale, vf* by_bias) {
+static inline __attribute__((always_inline)) void scale_columns_grad_tile(const T* dy, const T* u, int64_t ld,
+                                                                          int64_t rows, int64_t width,
+                                                                          const float* scale, T* du,
+                                                                          vf* by_scale, vf* by_bias) {
   T edge[2][LANES] = {};
   for (int64_t i = 0; i < rows; i++, dy += ld, u += ld) {
     const T *g = dy, *x = u;
@@ -35,7 +40,8 @@ static inline __attribute__((always_inline)) void scale_columns_grad_tile(const 
       if (!du) continue;
       if (ALL) storex(du + i * ld + half * VW, v * load(scale + half * VW));
       else
-        for (int64_t j = half * VW; j < width && j < (half + 1) * VW; j++) from_float(to_float(g[j]) * scale[j], du + i * ld + j);
+        for (int64_t j = half * VW; j < width && j < (half + 1) * VW; j++)
+          from_float(to_float(g[j]) * scale[j], du + i * ld + j);
     }
   }
 }
@@ -45,7 +51,8 @@ struct ScaleSums {
   ColumnSum by_scale, by_bias;
   // ColumnSum::CHAIN rows or the last ones, up to row `end` of m; du (may be null) is written beside.
   template <typename T>
-  void add(const T* dy, const T* u, int64_t ld, int64_t rows, int64_t width, const float* scale, T* du, int64_t end, int64_t m) {
+  void add(const T* dy, const T* u, int64_t ld, int64_t rows, int64_t width, const float* scale, T* du,
+           int64_t end, int64_t m) {
     vf part[2] = {}, bias[2] = {};
     if (width == LANES) scale_columns_grad_tile<true>(dy, u, ld, rows, width, scale, du, part, bias);
     else scale_columns_grad_tile<false>(dy, u, ld, rows, width, scale, du, part, bias);
@@ -65,7 +72,8 @@ struct ScaleSums {
 constexpr int64_t SCALE_STRIP = 8 * LANES;
 
 template <typename T>
-static void scale_columns_grad_as(const T* dy, const T* u, int64_t m, int64_t n, const float* scale, T* du, float* d_scale, float* d_bias, int threads) {
+static void scale_columns_grad_as(const T* dy, const T* u, int64_t m, int64_t n, const float* scale, T* du,
+                                  float* d_scale, float* d_bias, int threads) {
   const int64_t strips = (n + SCALE_STRIP - 1) / SCALE_STRIP;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t strip = 0; strip < strips; strip++) {
@@ -75,24 +83,30 @@ static void scale_columns_grad_as(const T* dy, const T* u, int64_t m, int64_t n,
       const int64_t rows = smaller(ColumnSum::CHAIN, m - i);
       for (int64_t q = 0; q < all; q += LANES) {
         const int64_t at = i * n + from + q;
-        sums[q / LANES].add(dy + at, u + at, n, rows, smaller(LANES, all - q), scale + from + q, du ? du + at : nullptr, i + rows, m);
+        sums[q / LANES].add(dy + at, u + at, n, rows, smaller(LANES, all - q), scale + from + q,
+                            du ? du + at : nullptr, i + rows, m);
       }
     }
     for (int64_t q = 0; q < all; q += LANES)
-      sums[q / LANES].store_sums(smaller(LANES, all - q), d_scale ? d_scale + from + q : nullptr, d_bias ? d_bias + from + q : nullptr);
+      sums[q / LANES].store_sums(smaller(LANES, all - q), d_scale ? d_scale + from + q : nullptr,
+                                 d_bias ? d_bias + from + q : nullptr);
   }
 }
 
-static void scale_columns(const void* u, int dtype, int64_t m, int64_t n, const float* scale, const float* bias, void* y, int threads) {
+static void scale_columns(const void* u, int dtype, int64_t m, int64_t n, const float* scale,
+                          const float* bias, void* y, int threads) {
   if (dtype == PK_F32) scale_columns_as((const float*)u, m, n, scale, bias, (float*)y, threads);
   else if (dtype == PK_BF16) scale_columns_as((const bf16*)u, m, n, scale, bias, (bf16*)y, threads);
   else scale_columns_as((const f16*)u, m, n, scale, bias, (f16*)y, threads);
 }
 
-static void scale_columns_grad(const void* dy, const void* u, int dtype, int64_t m, int64_t n, const float* scale, void* du, float* d_scale, float* d_bias,
-                               int threads) {
-  if (dtype == PK_F32) scale_columns_grad_as((const float*)dy, (const float*)u, m, n, scale, (float*)du, d_scale, d_bias, threads);
-  else if (dtype == PK_BF16) scale_columns_grad_as((const bf16*)dy, (const bf16*)u, m, n, scale, (bf16*)du, d_scale, d_bias, threads);
+static void scale_columns_grad(const void* dy, const void* u, int dtype, int64_t m, int64_t n,
+                               const float* scale, void* du, float* d_scale, float* d_bias, int threads) {
+  if (dtype == PK_F32)
+    scale_columns_grad_as((const float*)dy, (const float*)u, m, n, scale, (float*)du, d_scale, d_bias,
+                          threads);
+  else if (dtype == PK_BF16)
+    scale_columns_grad_as((const bf16*)dy, (const bf16*)u, m, n, scale, (bf16*)du, d_scale, d_bias, threads);
   else scale_columns_grad_as((const f16*)dy, (const f16*)u, m, n, scale, (f16*)du, d_scale, d_bias, threads);
 }
 

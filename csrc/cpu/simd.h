@@ -1,5 +1,6 @@
-// One SIMD vocabulary for every CPU level: each ISA's translation unit includes this with its own flags and PK_NS.
-// A vector holds VW floats. What the vector extensions of GCC and Clang can say portably is said so; the rest is one intrinsic a function.
+// One SIMD vocabulary for every CPU level: each ISA's translation unit includes this with its own flags and
+// PK_NS. A vector holds VW floats. What the vector extensions of GCC and Clang can say portably is said so;
+// the rest is one intrinsic a function.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -30,13 +31,25 @@ typedef float vf __attribute__((vector_size(VW * 4)));
 typedef int32_t vi __attribute__((vector_size(VW * 4)));
 typedef uint32_t vu __attribute__((vector_size(VW * 4)));
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
-static inline vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
+static inline vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 static inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf set1(float a) { return a - vf{}; }
-static inline vi loadi(const int32_t* p) { vi v; memcpy(&v, p, sizeof v); return v; }
+static inline vi loadi(const int32_t* p) {
+  vi v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 
 static inline vf fma(vf a, vf b, vf c) {
 #if defined(PK_AVX512)
@@ -49,8 +62,16 @@ static inline vf fma(vf a, vf b, vf c) {
 }
 
 // ---- scalar conversions, round to nearest even
-static inline float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
-static inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+static inline float bits_to_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+static inline uint32_t float_to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
 static inline float to_float(float v) { return v; }
 static inline float to_float(bf16 v) { return bits_to_float((uint32_t)v.bits << 16); }
 static inline float to_float(f16 v) {
@@ -67,8 +88,14 @@ static inline void from_float(float f, bf16* out) {
 }
 static inline void from_float(float f, f16* out) {
   uint32_t u = float_to_bits(f), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
-  if (magnitude > 0x7f800000) { out->bits = (uint16_t)(sign | 0x7e00); return; }
-  if (magnitude >= 0x477ff000) { out->bits = (uint16_t)(sign | 0x7c00); return; }
+  if (magnitude > 0x7f800000) {
+    out->bits = (uint16_t)(sign | 0x7e00);
+    return;
+  }
+  if (magnitude >= 0x477ff000) {
+    out->bits = (uint16_t)(sign | 0x7c00);
+    return;
+  }
   if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
     out->bits = (uint16_t)(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
     return;
@@ -132,8 +159,8 @@ static inline void storex(f16* p, vf v) {
 #endif
 }
 
-// ---- shuffles of two vectors, by a rule known at compile time: lane l of the result is lane RULE(l) of x, y. Clang wants the numbers as
-// arguments, GCC before 12 as a vector.
+// ---- shuffles of two vectors, by a rule known at compile time: lane l of the result is lane RULE(l) of x,
+// y. Clang wants the numbers as arguments, GCC before 12 as a vector.
 template <int (*RULE)(int), typename V, int... L>
 static inline V shuffle_lanes(V x, V y, std::integer_sequence<int, L...>) {
 #if defined(__clang__)
@@ -144,11 +171,15 @@ static inline V shuffle_lanes(V x, V y, std::integer_sequence<int, L...>) {
 #endif
 }
 template <int (*RULE)(int), typename V>
-static inline V shuffle(V x, V y) { return shuffle_lanes<RULE>(x, y, std::make_integer_sequence<int, (int)(sizeof(V) / sizeof(x[0]))>{}); }
+static inline V shuffle(V x, V y) {
+  return shuffle_lanes<RULE>(x, y, std::make_integer_sequence<int, (int)(sizeof(V) / sizeof(x[0]))>{});
+}
 
 // The sum of all lanes, halves on halves.
 template <int S>
-constexpr int other_half(int l) { return l ^ S; }
+constexpr int other_half(int l) {
+  return l ^ S;
+}
 static inline float sum(vf v) {
 #if defined(PK_AVX512)
   v += shuffle<other_half<8>>(v, v);
@@ -163,9 +194,13 @@ static inline float sum(vf v) {
 
 // ---- a VW x VW transpose in registers: log2(VW) rounds of two-input shuffles
 template <int S>
-constexpr int low_lane(int l) { return l & S ? VW + l - S : l; }
+constexpr int low_lane(int l) {
+  return l & S ? VW + l - S : l;
+}
 template <int S>
-constexpr int high_lane(int l) { return l & S ? VW + l : l + S; }
+constexpr int high_lane(int l) {
+  return l & S ? VW + l : l + S;
+}
 template <int S>
 static inline void exchange(vf& a, vf& b) {
   const vf x = a, y = b;
@@ -221,8 +256,10 @@ static inline vf lookup(const Table& t, const uint8_t* packed) {
 #if defined(PK_AVX512)
   long long word;
   memcpy(&word, packed, 8);
-  __m512i spread = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(word));
-  __m512i index = _mm512_srlv_epi32(spread, _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24));
+  __m512i spread = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+                                            _mm512_set1_epi64(word));
+  __m512i index =
+      _mm512_srlv_epi32(spread, _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24));
   return (vf)_mm512_permutexvar_ps(index, (__m512)t.all);  // vpermps reads the low four bits only
 #elif defined(PK_AVX2)
   int word;
@@ -230,7 +267,8 @@ static inline vf lookup(const Table& t, const uint8_t* packed) {
   __m256i spread = _mm256_set1_epi32(word);
   __m256i index = _mm256_srlv_epi32(spread, _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
   __m256i sign = _mm256_sllv_epi32(spread, _mm256_setr_epi32(24, 28, 16, 20, 8, 12, 0, 4));
-  __m256 low = _mm256_permutevar8x32_ps((__m256)t.low, index), high = _mm256_permutevar8x32_ps((__m256)t.high, index);
+  __m256 low = _mm256_permutevar8x32_ps((__m256)t.low, index),
+         high = _mm256_permutevar8x32_ps((__m256)t.high, index);
   return (vf)_mm256_blendv_ps(low, high, (__m256)sign);
 #else
   vf v;
@@ -242,13 +280,16 @@ static inline vf lookup(const Table& t, const uint8_t* packed) {
 #endif
 }
 
-// A group of 64 codes from 32 bytes, as GROUP / VW vectors. AVX2 looks up bytes and interleaves them (29 instructions against 48 for permutes of
-// floats): its vector t then holds elements 4t ... 4t+3 and 32+4t ... 32+4t+3; elsewhere the order is natural.
+// A group of 64 codes from 32 bytes, as GROUP / VW vectors. AVX2 looks up bytes and interleaves them (29
+// instructions against 48 for permutes of floats): its vector t then holds elements 4t ... 4t+3 and 32+4t ...
+// 32+4t+3; elsewhere the order is natural.
 constexpr int GROUP = 64;
-static inline __attribute__((always_inline)) void lookup_group(const Table& t, const uint8_t* packed, vf* out) {
+static inline __attribute__((always_inline)) void lookup_group(const Table& t, const uint8_t* packed,
+                                                               vf* out) {
 #if defined(PK_AVX2)
   const __m256i bytes = _mm256_loadu_si256((const __m256i*)packed), four = _mm256_set1_epi8(15);
-  const __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four), second = _mm256_and_si256(bytes, four);
+  const __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four),
+                second = _mm256_and_si256(bytes, four);
   const __m256i halves[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
   for (int h = 0; h < 2; h++) {
     __m256i p0 = _mm256_shuffle_epi8(t.plane[0], halves[h]), p1 = _mm256_shuffle_epi8(t.plane[1], halves[h]);
@@ -265,7 +306,8 @@ static inline __attribute__((always_inline)) void lookup_group(const Table& t, c
 #endif
 }
 // The same in natural order.
-static inline __attribute__((always_inline)) void lookup_group_natural(const Table& t, const uint8_t* packed, vf* out) {
+static inline __attribute__((always_inline)) void lookup_group_natural(const Table& t, const uint8_t* packed,
+                                                                       vf* out) {
   lookup_group(t, packed, out);
 #if defined(PK_AVX2)
   vf v[8];

@@ -6,7 +6,7 @@
 namespace PK_NS {
 
 constexpr int64_t SQUARED = 2048;  // elements of a piece: 8 KB
-constexpr int SQUARE_CHAINS = 4;  // sums side by side, or the additions wait for one another
+constexpr int SQUARE_CHAINS = 4;   // sums side by side, or the additions wait for one another
 
 // The order of a row's sum depends on k alone: a decoded weight has the squares of the 4-bit one, whatever
 // its blocks and the threads are.

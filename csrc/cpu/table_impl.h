@@ -15,10 +15,11 @@
 
 namespace PK_NS {
 
-// y = x W^T + scaling * (x A^T) B^T + bias for few rows: x prepared once, MAX_ROWS rows share a decode, TASK_ROWS rows of W are a task.
+// y = x W^T + scaling * (x A^T) B^T + bias for few rows: x prepared once, MAX_ROWS rows share a decode,
+// TASK_ROWS rows of W are a task.
 template <typename T>
-static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t m, const void* bias, int bias_dtype, T* y, float* xa, float* scratch,
-                    int threads) {
+static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t m, const void* bias,
+                    int bias_dtype, T* y, float* xa, float* scratch, int threads) {
   const int64_t n = w.n, k = w.k, r = lora.r, ld = pk::gemv_ld(k);
   float *plain = scratch, *prepared = plain + m * k, *at = prepared + m * ld;
   const Table table = w.code ? make_table(w.code) : Table{};
@@ -56,10 +57,11 @@ static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t
   }
 }
 
-static void gemv(const pk_weight& w, const pk_lora& l, const void* x, int dtype, int64_t m, const void* bias, int bias_dtype, void* y, float* xa,
-                 float* scratch, int threads) {
+static void gemv(const pk_weight& w, const pk_lora& l, const void* x, int dtype, int64_t m, const void* bias,
+                 int bias_dtype, void* y, float* xa, float* scratch, int threads) {
   if (dtype == PK_F32) gemv_as(w, l, (const float*)x, m, bias, bias_dtype, (float*)y, xa, scratch, threads);
-  else if (dtype == PK_BF16) gemv_as(w, l, (const bf16*)x, m, bias, bias_dtype, (bf16*)y, xa, scratch, threads);
+  else if (dtype == PK_BF16)
+    gemv_as(w, l, (const bf16*)x, m, bias, bias_dtype, (bf16*)y, xa, scratch, threads);
   else gemv_as(w, l, (const f16*)x, m, bias, bias_dtype, (f16*)y, xa, scratch, threads);
 }
 
@@ -73,9 +75,11 @@ static void forward(const pk::Group& g, const void* x, int dtype, int64_t m, flo
   else forward_gemm(p, g, (const f16*)x, m, scratch, threads);
 }
 
-static void backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, float* scratch, int threads) {
+static void backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, float* scratch,
+                     int threads) {
 #if defined(PK_AVX512BF16)
-  if (dx && dtype == PK_BF16 && pk::tiles_take(g)) return backward_tiles(g, (const bf16*)x, m, (bf16*)dx, scratch, threads);
+  if (dx && dtype == PK_BF16 && pk::tiles_take(g))
+    return backward_tiles(g, (const bf16*)x, m, (bf16*)dx, scratch, threads);
 #endif
   const pk::Plan p = g.backward_plan(m, dx != nullptr, LANES, threads);
   if (dtype == PK_F32) backward_all(p, g, (const float*)x, m, (float*)dx, scratch, threads);
@@ -96,7 +100,23 @@ static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed
 #else
 #define PK_TILES false
 #endif
-#define PK_KERNELS(isa_name) \
-  {isa_name, PK_NS::LANES, PK_TILES, PK_NS::quantize, PK_NS::quantize_absmax, PK_NS::dequantize, PK_NS::gemv, PK_NS::forward, PK_NS::backward, PK_NS::dropout_mask, \
-   PK_NS::glu, PK_NS::rms_norm, PK_NS::rms_norm_grad, PK_NS::rope, PK_NS::cross_entropy, PK_NS::scale_columns, PK_NS::scale_columns_grad, \
-   PK_NS::dora_norm, PK_NS::row_squares}
+#define PK_KERNELS(isa_name)  \
+  {isa_name,                  \
+   PK_NS::LANES,              \
+   PK_TILES,                  \
+   PK_NS::quantize,           \
+   PK_NS::quantize_absmax,    \
+   PK_NS::dequantize,         \
+   PK_NS::gemv,               \
+   PK_NS::forward,            \
+   PK_NS::backward,           \
+   PK_NS::dropout_mask,       \
+   PK_NS::glu,                \
+   PK_NS::rms_norm,           \
+   PK_NS::rms_norm_grad,      \
+   PK_NS::rope,               \
+   PK_NS::cross_entropy,      \
+   PK_NS::scale_columns,      \
+   PK_NS::scale_columns_grad, \
+   PK_NS::dora_norm,          \
+   PK_NS::row_squares}

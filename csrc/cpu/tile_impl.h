@@ -1,6 +1,6 @@
-// QLoRA linears on one input in bf16, forward and dx, as products of bf16 tiles. Rows of x and dy are rows of A, decoded
-// weights are B, and the low-rank part goes on with the contraction, so that every result is summed in one place and
-// rounded once. docs/kernels.md has the order of passes.
+// QLoRA linears on one input in bf16, forward and dx, as products of bf16 tiles. Rows of x and dy are rows of
+// A, decoded weights are B, and the low-rank part goes on with the contraction, so that every result is
+// summed in one place and rounded once. docs/kernels.md has the order of passes.
 #pragma once
 #include "gradients_impl.h"
 #include "tile_pack.h"
@@ -16,7 +16,9 @@ struct TileScratch {
   float* base;
   int64_t steps;  // of the packed contraction
   bf16* packed(int64_t panel) const { return (bf16*)(base + plan.pack_at) + panel * steps * STEP; }
-  bf16* low(int64_t panel, int64_t step) const { return (bf16*)(base + plan.low_at) + panel * plan.low_panel + step * STEP; }
+  bf16* low(int64_t panel, int64_t step) const {
+    return (bf16*)(base + plan.low_at) + panel * plan.low_panel + step * STEP;
+  }
   bf16* project(int64_t step) const { return (bf16*)(base + plan.project_at) + step * STEP; }
   const float* bias(int64_t member, int64_t n_before) const {
     const pk_member& m = group.members[member];
@@ -52,7 +54,8 @@ static void for_each_adapter(const pk::Group& g, bool forward, F part) {
   }
 }
 
-// The factors of all projections, [piece][block of 32 ranks][steps], by one thread of those that call it together.
+// The factors of all projections, [piece][block of 32 ranks][steps], by one thread of those that call it
+// together.
 static void pack_projections(const TileScratch& s, bool forward) {
   for_each_adapter(s.group, forward, [&](const pk_adapter& a, const TileCursor& at, int64_t steps) {
     const int64_t blocks = panels_of(a.lora.r), count = pieces_of(a.lora.dtype) * blocks * steps;
@@ -67,8 +70,8 @@ static void pack_projections(const TileScratch& s, bool forward) {
 }
 
 // sums [blocks of 32 ranks] of a packed row panel against an adapter's factor; dropped where it drops.
-static void project_panel(const TileScratch& s, const pk_adapter& a, int64_t project_at, int64_t steps, const bf16* rows, int64_t row,
-                          const pk::Lanes& lanes, bool dropped, float* sums) {
+static void project_panel(const TileScratch& s, const pk_adapter& a, int64_t project_at, int64_t steps,
+                          const bf16* rows, int64_t row, const pk::Lanes& lanes, bool dropped, float* sums) {
   const int64_t blocks = panels_of(a.lora.r), pieces = pieces_of(a.lora.dtype);
   float* block_sums = s.own_block();
   clear(sums, blocks * STEP);
@@ -78,7 +81,8 @@ static void project_panel(const TileScratch& s, const pk_adapter& a, int64_t pro
     if (dropped) {
       uint8_t bits[SIDE * pk::PROJECT_STEPS * SIDE / 8];
       const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
-      draw_bits(d, row + lanes.from - a.row_begin, from * SIDE, lanes.to - lanes.from, count * SIDE, bits, pk::PROJECT_STEPS * SIDE / 8);
+      draw_bits(d, row + lanes.from - a.row_begin, from * SIDE, lanes.to - lanes.from, count * SIDE, bits,
+                pk::PROJECT_STEPS * SIDE / 8);
       mask_tiles(operand, count, bits, lanes.from, lanes.to, s.own_masked());
       operand = s.own_masked();
     }
@@ -86,10 +90,12 @@ static void project_panel(const TileScratch& s, const pk_adapter& a, int64_t pro
       for (int64_t step = 0; step < count; step += CHAIN_STEPS) {
         Segment parts[pk::PIECES];
         for (int64_t piece = 0; piece < pieces; piece++)  // the smallest first, while sums are small
-          parts[pieces - 1 - piece] = {operand + step * STEP, s.project(project_at + (piece * blocks + block) * steps + from + step),
+          parts[pieces - 1 - piece] = {operand + step * STEP,
+                                       s.project(project_at + (piece * blocks + block) * steps + from + step),
                                        smaller(CHAIN_STEPS, count - step)};
         tile_product(parts, pieces, block_sums, false);
-        for (int64_t i = 0; i < STEP; i += VW) store(sums + block * STEP + i, load(sums + block * STEP + i) + load(block_sums + i));
+        for (int64_t i = 0; i < STEP; i += VW)
+          store(sums + block * STEP + i, load(sums + block * STEP + i) + load(block_sums + i));
       }
   }
 }
@@ -98,7 +104,8 @@ static void project_panel(const TileScratch& s, const pk_adapter& a, int64_t pro
 static void store_sums(const float* sums, const pk::Lanes& lanes, int64_t r, float scale, float* out) {
   for (int64_t i = lanes.from; i < lanes.to; i++, out += r)
     for (int64_t j = 0; j < r; j += VW) {
-      const vf v = set1(scale) * load(sums + j / SIDE * STEP + i / 16 * 512 + j % SIDE / 16 * 256 + i % 16 * 16);
+      const vf v =
+          set1(scale) * load(sums + j / SIDE * STEP + i / 16 * 512 + j % SIDE / 16 * 256 + i % 16 * 16);
       memcpy(out + j, &v, (size_t)smaller(VW, r - j) * sizeof(float));
     }
 }
@@ -112,14 +119,16 @@ static void forward_panel(const TileScratch& s, const bf16* x, int64_t row, int6
     if (lanes.from >= lanes.to) return;
     float* sums = s.own_sums();
     project_panel(s, a, at.project, steps, s.packed(panel), row, lanes, a.lora.dropout_threshold != 0, sums);
-    const float scale = a.lora.dropout_threshold ? make_dropout(a.lora.dropout_threshold, a.lora.seed).scale : 1.0f;
+    const float scale =
+        a.lora.dropout_threshold ? make_dropout(a.lora.dropout_threshold, a.lora.seed).scale : 1.0f;
     store_sums(sums, lanes, a.lora.r, scale, a.xa + (row + lanes.from - a.row_begin) * a.lora.r);
     pack_low(a.lora, sums, lanes.from, lanes.to, scale * a.lora.scaling, s.low(panel, at.low));
   });
 }
 
 // c, a block, plus bias [cols] (may be null) -> out [rows <= 32][cols <= 32] of bf16.
-static void store_block(const float* c, int64_t rows, int64_t cols, const float* bias, bf16* out, int64_t ld) {
+static void store_block(const float* c, int64_t rows, int64_t cols, const float* bias, bf16* out,
+                        int64_t ld) {
   const uint32_t some = first_words(cols);
   float add[SIDE] = {};
   for (int64_t j = 0; bias && j < cols; j++) add[j] = bias[j];
@@ -133,20 +142,25 @@ static void store_block(const float* c, int64_t rows, int64_t cols, const float*
 }
 
 // The member and its row that column panel `index` of all members' begins with.
-struct ColumnPanel { int64_t member, n0, cols, n_before; };
+struct ColumnPanel {
+  int64_t member, n0, cols, n_before;
+};
 static ColumnPanel column_panel(const pk::Group& g, int64_t index) {
   int64_t i = 0, before = 0;
-  for (; index >= panels_of(g.members[i].weight.n); i++) index -= panels_of(g.members[i].weight.n), before += g.members[i].weight.n;
+  for (; index >= panels_of(g.members[i].weight.n); i++)
+    index -= panels_of(g.members[i].weight.n), before += g.members[i].weight.n;
   return {i, index * SIDE, smaller(SIDE, g.members[i].weight.n - index * SIDE), before};
 }
 
 constexpr int64_t MOST_SEGMENTS = 64;  // of one product; further adapters are added by further ones
 
-// c = (or, `accumulate`, +=) the packed rows from `a` on times `b`, and, where low [adapters] is wanted, the low-rank
-// products of the adapters for which `takes` says so.
+// c = (or, `accumulate`, +=) the packed rows from `a` on times `b`, and, where low [adapters] is wanted, the
+// low-rank products of the adapters for which `takes` says so.
 template <typename F>
-static inline __attribute__((always_inline)) void product_with_adapters(const TileScratch& s, bool forward, const bf16* a, const bf16* b,
-                                                                        int64_t steps, int64_t panel, const bf16* low_factors, float* c,
+static inline __attribute__((always_inline)) void product_with_adapters(const TileScratch& s, bool forward,
+                                                                        const bf16* a, const bf16* b,
+                                                                        int64_t steps, int64_t panel,
+                                                                        const bf16* low_factors, float* c,
                                                                         bool accumulate, F takes) {
   Segment parts[MOST_SEGMENTS];
   parts[0].a = a, parts[0].b = b, parts[0].steps = steps;
@@ -164,7 +178,8 @@ static inline __attribute__((always_inline)) void product_with_adapters(const Ti
 }
 
 // Column panels [from, from + count) of y for the rows [m0, m0 + rows).
-static void forward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t rows, int64_t m) {
+static void forward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t rows,
+                         int64_t m) {
   const pk::Group& g = s.group;
   for (int64_t step = 0; step < s.steps; step += s.plan.chunk) {
     const int64_t steps = smaller(s.plan.chunk, s.steps - step);
@@ -175,7 +190,8 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
       decode_columns(member.weight, at.n0, at.cols, step * SIDE, steps, s.own_b(q));
       if (last)
         for_each_adapter(g, true, [&](const pk_adapter& a, const TileCursor& cursor, int64_t) {
-          if (a.member == at.member) pack_low_columns(a.lora, at.n0, at.cols, s.own_low(q) + cursor.low * STEP);
+          if (a.member == at.member)
+            pack_low_columns(a.lora, at.n0, at.cols, s.own_low(q) + cursor.low * STEP);
         });
       const float* bias = s.bias(at.member, at.n_before);
       for (int64_t p = 0; p < panels_of(rows); p++) {
@@ -186,8 +202,11 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
           return a.member == at.member && lanes.from < lanes.to;
         };
         const bf16* a = s.packed(p) + step * STEP;
-        product_with_adapters(s, true, a, s.own_b(q), steps, p, last ? s.own_low(q) : nullptr, c, step != 0, takes);
-        if (last) store_block(c, here, at.cols, bias ? bias + at.n0 : nullptr, (bf16*)member.y + row * member.weight.n + at.n0, member.weight.n);
+        product_with_adapters(s, true, a, s.own_b(q), steps, p, last ? s.own_low(q) : nullptr, c, step != 0,
+                              takes);
+        if (last)
+          store_block(c, here, at.cols, bias ? bias + at.n0 : nullptr,
+                      (bf16*)member.y + row * member.weight.n + at.n0, member.weight.n);
       }
     }
   }
@@ -207,7 +226,8 @@ static void forward_tiles(const pk::Group& g, const bf16* x, int64_t m, float* s
     for (int64_t m0 = 0; m0 < m; m0 += plan.mc) {
       const int64_t rows = smaller(plan.mc, m - m0);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < panels_of(rows); p++) forward_panel(s, x, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
+      for (int64_t p = 0; p < panels_of(rows); p++)
+        forward_panel(s, x, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < tasks; task++)
         forward_task(s, task * plan.block, smaller(plan.block, columns - task * plan.block), m0, rows, m);
@@ -228,14 +248,17 @@ static void backward_panel(const TileScratch& s, int64_t row, int64_t rows, int6
       if (a.member != i || lanes.from >= lanes.to) return;
       float* sums = s.own_sums();
       project_panel(s, a, at.project, steps, packed, row, lanes, false, sums);
-      if (a.dyb) store_sums(sums, lanes, a.lora.r, a.lora.scaling, a.dyb + (row + lanes.from - a.row_begin) * a.lora.r);
+      if (a.dyb)
+        store_sums(sums, lanes, a.lora.r, a.lora.scaling,
+                   a.dyb + (row + lanes.from - a.row_begin) * a.lora.r);
       pack_low(a.lora, sums, lanes.from, lanes.to, a.lora.scaling, s.low(panel, at.low));
     });
   }
 }
 
 // c, a block of dx at (row, k0), += drop(dyb A) of the adapters that drop.
-static void add_dropped(const TileScratch& s, int64_t k0, int64_t row, int64_t rows, int64_t panel, const bf16* low_factors, float* c) {
+static void add_dropped(const TileScratch& s, int64_t k0, int64_t row, int64_t rows, int64_t panel,
+                        const bf16* low_factors, float* c) {
   for_each_adapter(s.group, false, [&](const pk_adapter& a, const TileCursor& at, int64_t) {
     const pk::Lanes lanes = pk::lanes_of(a, row, rows);
     if (!a.lora.dropout_threshold || lanes.from >= lanes.to) return;
@@ -259,7 +282,8 @@ static void add_dropped(const TileScratch& s, int64_t k0, int64_t row, int64_t r
 }
 
 // Column panels [from, from + count) of dx for the rows [m0, m0 + rows).
-static void backward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t rows, int64_t m, bf16* dx) {
+static void backward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t rows,
+                          int64_t m, bf16* dx) {
   const pk::Group& g = s.group;
   const int64_t k = g.k();
   for (int64_t i = 0, before = 0; i < g.count; before += panels_of(g.members[i++].weight.n)) {
@@ -270,7 +294,8 @@ static void backward_task(const TileScratch& s, int64_t from, int64_t count, int
       const bool first = before + step == 0, last = before + step + steps == s.steps;
       for (int64_t q = 0; q < count; q++) {
         const int64_t k0 = (from + q) * SIDE;
-        decode_pairs(g.members[i].weight, step * SIDE, smaller(n - step * SIDE, steps * SIDE), k0, s.own_b(q));
+        decode_pairs(g.members[i].weight, step * SIDE, smaller(n - step * SIDE, steps * SIDE), k0,
+                     s.own_b(q));
         if (last)
           for_each_adapter(g, false, [&](const pk_adapter& a, const TileCursor& cursor, int64_t) {
             pack_low_rows(a.lora, k, k0, s.own_low(q) + cursor.low * STEP);
@@ -283,7 +308,8 @@ static void backward_task(const TileScratch& s, int64_t from, int64_t count, int
             return !a.lora.dropout_threshold && lanes.from < lanes.to;
           };
           const bf16* a = s.packed(p) + (before + step) * STEP;
-          product_with_adapters(s, false, a, s.own_b(q), steps, p, last ? s.own_low(q) : nullptr, c, !first, takes);
+          product_with_adapters(s, false, a, s.own_b(q), steps, p, last ? s.own_low(q) : nullptr, c, !first,
+                                takes);
           if (!last) continue;
           add_dropped(s, k0, row, here, p, s.own_low(q), c);
           store_block(c, here, SIDE, nullptr, dx + row * k + k0, k);
@@ -293,7 +319,8 @@ static void backward_task(const TileScratch& s, int64_t from, int64_t count, int
   }
 }
 
-static void backward_tiles(const pk::Group& g, const bf16* x, int64_t m, bf16* dx, float* scratch, int threads) {
+static void backward_tiles(const pk::Group& g, const bf16* x, int64_t m, bf16* dx, float* scratch,
+                           int threads) {
   const pk::TilePlan plan = pk::backward_tile_plan(g, m, threads);
   const TileScratch s{plan, g, scratch, pk::member_steps(g)};
   const int64_t columns = panels_of(g.k()), tasks = (columns + plan.block - 1) / plan.block;
@@ -305,10 +332,12 @@ static void backward_tiles(const pk::Group& g, const bf16* x, int64_t m, bf16* d
     for (int64_t m0 = 0; m0 < m; m0 += plan.mc) {
       const int64_t rows = smaller(plan.mc, m - m0);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < panels_of(rows); p++) backward_panel(s, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
+      for (int64_t p = 0; p < panels_of(rows); p++)
+        backward_panel(s, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < tasks; task++)
-        backward_task(s, task * plan.block, smaller(plan.block, columns - task * plan.block), m0, rows, m, dx);
+        backward_task(s, task * plan.block, smaller(plan.block, columns - task * plan.block), m0, rows, m,
+                      dx);
     }
     tiles_off();
   }

@@ -1,35 +1,43 @@
-// How a product of bf16 tiles is blocked and what scratch that takes: plain arithmetic, the same on every level.
+// How a product of bf16 tiles is blocked and what scratch that takes: plain arithmetic, the same on every
+// level.
 #pragma once
 #include "group.h"
 
 namespace pk {
 
-constexpr int64_t SIDE = 32;             // rows, columns and contraction steps of a block: two tiles of 16 each way
-constexpr int64_t STEP = SIDE * SIDE;    // bf16 elements of either operand a step
-constexpr int64_t CHUNK = 10;            // steps at most whose decoded columns (20 KB) stay in the first-level cache
-                                         // beside rows; even, as a block of a weight is two steps or more
-constexpr int64_t COLUMN_PANELS = 4;     // of 32 columns, decoded by one task
+// Rows, columns and contraction steps of a block: two tiles of 16 each way.
+constexpr int64_t SIDE = 32;
+// bf16 elements of either operand a step.
+constexpr int64_t STEP = SIDE * SIDE;
+// Steps at most whose decoded columns (20 KB) stay in the first-level cache beside rows; even, as a block of
+// a weight is two steps or more.
+constexpr int64_t CHUNK = 10;
+constexpr int64_t COLUMN_PANELS = 4;          // of 32 columns, decoded by one task
 constexpr int64_t PACKED_BYTES = 4600 << 10;  // of packed rows, where that allows one panel
-constexpr int64_t PIECES = 3;            // bf16 numbers that hold an fp32 one, at most
-constexpr int64_t PROJECT_STEPS = 4;     // a chain of 128 terms in the low-rank products
+constexpr int64_t PIECES = 3;                 // bf16 numbers that hold an fp32 one, at most
+constexpr int64_t PROJECT_STEPS = 4;          // a chain of 128 terms in the low-rank products
 
 static inline int64_t panels_of(int64_t count) { return ceil_div(count, SIDE); }
 
-// A low-rank product's contraction, in steps: xa in two pieces against B, and its first piece once more against what is
-// left of a B that is not bf16.
+// A low-rank product's contraction, in steps: xa in two pieces against B, and its first piece once more
+// against what is left of a B that is not bf16.
 static inline int64_t low_steps(int64_t r) { return panels_of(PIECES * r); }
 
 struct TilePlan {
-  int64_t mc, chunk, block;            // rows a pass; steps a chunk; column panels a task
-  int64_t low_panel;                   // bf16 elements of a row panel's low-rank operands
+  int64_t mc, chunk, block;                              // rows a pass; steps a chunk; column panels a task
+  int64_t low_panel;                                     // bf16 elements of a row panel's low-rank operands
   int64_t pack_at, low_at, project_at, bias_at, own_at;  // offsets in floats
   int64_t b_size, low_size, c_size, sums_size, own_size, total;
 };
 
-// What the adapters of a call hold: `project` steps of 32 ranks times pieces, `low` steps of their low-rank operands.
-struct TileRanks { int64_t project, low, widest; };
+// What the adapters of a call hold: `project` steps of 32 ranks times pieces, `low` steps of their low-rank
+// operands.
+struct TileRanks {
+  int64_t project, low, widest;
+};
 
-static inline TilePlan make_tile_plan(int64_t m, int64_t steps, int64_t column_panels, const TileRanks& ranks, int64_t bias, int threads) {
+static inline TilePlan make_tile_plan(int64_t m, int64_t steps, int64_t column_panels, const TileRanks& ranks,
+                                      int64_t bias, int threads) {
   TilePlan p{};
   const int64_t rows = largest(m, 1);
   int64_t limit = PACKED_BYTES / 2 / (largest(steps, 1) * SIDE) / SIDE * SIDE;
@@ -45,7 +53,11 @@ static inline TilePlan make_tile_plan(int64_t m, int64_t steps, int64_t column_p
   p.sums_size = (ranks.widest + 1) * STEP + PROJECT_STEPS * STEP / 2;
   p.own_size = p.b_size + p.low_size + p.c_size + p.sums_size;
   int64_t at = 0;
-  auto take = [&at](int64_t size) { int64_t here = at; at += round_up(size, ALIGN); return here; };
+  auto take = [&at](int64_t size) {
+    int64_t here = at;
+    at += round_up(size, ALIGN);
+    return here;
+  };
   p.pack_at = take(p.mc * steps * SIDE / 2);
   p.low_at = take(p.mc / SIDE * p.low_panel / 2);
   p.project_at = take(ranks.project * STEP / 2);

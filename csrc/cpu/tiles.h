@@ -1,5 +1,5 @@
-// A block of a bf16 product: C [32][32] fp32 += A [32][32 s] B [32 s][32], by AMX's tiles or by vdpbf16ps. Either takes
-// products of bf16 numbers exactly, sums in fp32, and takes numbers below 2^-126 as zero.
+// A block of a bf16 product: C [32][32] fp32 += A [32][32 s] B [32 s][32], by AMX's tiles or by vdpbf16ps.
+// Either takes products of bf16 numbers exactly, sums in fp32, and takes numbers below 2^-126 as zero.
 #pragma once
 #include "tile_plan.h"
 #include "simd.h"
@@ -10,8 +10,9 @@ using pk::SIDE;
 using pk::STEP;
 constexpr int64_t HALF = STEP / 2;  // a tile's bf16 elements: 16 rows of 64 bytes
 
-// A step of A is two tiles of 16 rows with 32 columns. A step of B is two tiles of 16 columns, each as 16 pairs of
-// contraction steps [16 pairs][16 columns][2]. C is four tiles [2 halves of rows][2 of columns][16][16].
+// A step of A is two tiles of 16 rows with 32 columns. A step of B is two tiles of 16 columns, each as 16
+// pairs of contraction steps [16 pairs][16 columns][2]. C is four tiles [2 halves of rows][2 of
+// columns][16][16].
 struct Segment {
   const bf16 *a, *b;
   int64_t steps;
@@ -32,8 +33,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A thread's tiles are set up where it begins to multiply and given back behind it: a thread with live tiles costs the
-// system 8 KB at each switch, and other libraries set them up as they need.
+// A thread's tiles are set up where it begins to multiply and given back behind it: a thread with live tiles
+// costs the system 8 KB at each switch, and other libraries set them up as they need.
 static inline void tiles_on() {
   static const TileConfig config;
   _tile_loadconfig(&config);
@@ -82,7 +83,9 @@ static void tile_product(const Segment* segments, int64_t count, float* c, bool 
 static inline void tiles_on() {}
 static inline void tiles_off() {}
 
-static inline vf dot_pairs(vf sum, __m512i a, __m512i b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+static inline vf dot_pairs(vf sum, __m512i a, __m512i b) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
 
 // Rows [row, row + ROWS) of a block, all of one half: 16 sums, so that their latency is covered.
 template <int ROWS>

@@ -1,4 +1,5 @@
-// pybind11 over the CUDA C ABI: argument passing only. Pointers are integers from checked launchers, which hold the tensors; 0 is null.
+// pybind11 over the CUDA C ABI: argument passing only. Pointers are integers from checked launchers, which
+// hold the tensors; 0 is null.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -13,7 +14,9 @@ using Address = uintptr_t;
 namespace {
 
 template <typename T>
-T* at(Address p) { return reinterpret_cast<T*>(p); }
+T* at(Address p) {
+  return reinterpret_cast<T*>(p);
+}
 
 void check(int status) {
   if (status == PK_OK) return;
@@ -23,14 +26,26 @@ void check(int status) {
 }
 
 struct Weight : pk_weight {
-  Weight(Address data, Address code, Address absmax, Address absmax_8bit, Address absmax_code, Address nested_absmax, Address absmax_offset,
-         int64_t n, int64_t k, int blocksize, int nested_blocksize, int dtype)
-      : pk_weight{at<void>(data), at<float>(code), at<float>(absmax), at<uint8_t>(absmax_8bit), at<float>(absmax_code),
-                  at<float>(nested_absmax), at<float>(absmax_offset), n, k, blocksize, nested_blocksize, dtype} {}
+  Weight(Address data, Address code, Address absmax, Address absmax_8bit, Address absmax_code,
+         Address nested_absmax, Address absmax_offset, int64_t n, int64_t k, int blocksize,
+         int nested_blocksize, int dtype)
+      : pk_weight{at<void>(data),
+                  at<float>(code),
+                  at<float>(absmax),
+                  at<uint8_t>(absmax_8bit),
+                  at<float>(absmax_code),
+                  at<float>(nested_absmax),
+                  at<float>(absmax_offset),
+                  n,
+                  k,
+                  blocksize,
+                  nested_blocksize,
+                  dtype} {}
 };
 
 struct Lora : pk_lora {
-  Lora(Address a, Address b, int64_t r, int dtype, float scaling) : pk_lora{at<void>(a), at<void>(b), r, dtype, scaling, 0, 0} {}
+  Lora(Address a, Address b, int64_t r, int dtype, float scaling)
+      : pk_lora{at<void>(a), at<void>(b), r, dtype, scaling, 0, 0} {}
 };
 
 }  // namespace
@@ -47,41 +62,62 @@ PYBIND11_MODULE(_C_cuda, m) {
 
   // Local: the CPU module has classes of these names too.
   py::class_<Weight>(m, "Weight", py::module_local())
-      .def(py::init<Address, Address, Address, Address, Address, Address, Address, int64_t, int64_t, int, int, int>());
+      .def(py::init<Address, Address, Address, Address, Address, Address, Address, int64_t, int64_t, int, int,
+                    int>());
   py::class_<Lora>(m, "Lora", py::module_local()).def(py::init<Address, Address, int64_t, int, float>());
 
-  m.def("dequantize_4bit", [](const Weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, Address out, int64_t ld_out, int dtype,
-                              Address stream, int device) {
-    check(pk_dequantize_4bit_cuda(&w, row, rows, col, cols, at<void>(out), ld_out, dtype, at<void>(stream), device));
-  }, nogil());
-  m.def("quantize_4bit", [](Address w, int dtype, int64_t numel, int blocksize, Address code, Address packed, Address absmax,
-                            Address stream, int device) {
-    check(pk_quantize_4bit_cuda(at<void>(w), dtype, numel, blocksize, at<float>(code), at<uint8_t>(packed), at<float>(absmax),
-                                at<void>(stream), device));
-  }, nogil());
-  m.def("quantize_absmax", [](Address absmax, int64_t count, int blocksize, Address code, Address out, Address nested, Address stream,
-                              int device) {
-    check(pk_quantize_absmax_cuda(at<float>(absmax), count, blocksize, at<float>(code), at<uint8_t>(out), at<float>(nested),
-                                  at<void>(stream), device));
-  }, nogil());
+  m.def(
+      "dequantize_4bit",
+      [](const Weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, Address out, int64_t ld_out,
+         int dtype, Address stream, int device) {
+        check(pk_dequantize_4bit_cuda(&w, row, rows, col, cols, at<void>(out), ld_out, dtype,
+                                      at<void>(stream), device));
+      },
+      nogil());
+  m.def(
+      "quantize_4bit",
+      [](Address w, int dtype, int64_t numel, int blocksize, Address code, Address packed, Address absmax,
+         Address stream, int device) {
+        check(pk_quantize_4bit_cuda(at<void>(w), dtype, numel, blocksize, at<float>(code),
+                                    at<uint8_t>(packed), at<float>(absmax), at<void>(stream), device));
+      },
+      nogil());
+  m.def(
+      "quantize_absmax",
+      [](Address absmax, int64_t count, int blocksize, Address code, Address out, Address nested,
+         Address stream, int device) {
+        check(pk_quantize_absmax_cuda(at<float>(absmax), count, blocksize, at<float>(code), at<uint8_t>(out),
+                                      at<float>(nested), at<void>(stream), device));
+      },
+      nogil());
 
   // The fused linears. `seed` is the address of an int64 on the device, 0 without dropout.
-  m.def("xa", [](const Lora& lora, uint32_t threshold, Address seed, Address x, int dtype, int64_t m_, int64_t k, Address xa,
-                 Address stream, int device) {
-    pk_lora with = lora;
-    with.dropout_threshold = threshold;
-    check(pk_xa_cuda(&with, at<int64_t>(seed), at<void>(x), dtype, m_, k, at<float>(xa), at<void>(stream), device));
-  }, nogil());
-  m.def("gemv_4bit", [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype, Address xa,
-                        Address y, Address stream, int device) {
-    check(pk_gemv_4bit_cuda(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype, at<float>(xa), at<void>(y), at<void>(stream),
-                            device));
-  }, nogil());
-  m.def("mma_4bit", [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype, Address xa,
-                       Address y, Address stream, int device) {
-    check(pk_mma_4bit_cuda(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype, at<float>(xa), at<void>(y), at<void>(stream),
-                           device));
-  }, nogil());
+  m.def(
+      "xa",
+      [](const Lora& lora, uint32_t threshold, Address seed, Address x, int dtype, int64_t m_, int64_t k,
+         Address xa, Address stream, int device) {
+        pk_lora with = lora;
+        with.dropout_threshold = threshold;
+        check(pk_xa_cuda(&with, at<int64_t>(seed), at<void>(x), dtype, m_, k, at<float>(xa), at<void>(stream),
+                         device));
+      },
+      nogil());
+  m.def(
+      "gemv_4bit",
+      [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype,
+         Address xa, Address y, Address stream, int device) {
+        check(pk_gemv_4bit_cuda(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype, at<float>(xa),
+                                at<void>(y), at<void>(stream), device));
+      },
+      nogil());
+  m.def(
+      "mma_4bit",
+      [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype,
+         Address xa, Address y, Address stream, int device) {
+        check(pk_mma_4bit_cuda(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype, at<float>(xa),
+                               at<void>(y), at<void>(stream), device));
+      },
+      nogil());
   m.def("mma_4bit_supported", [](int dtype, int64_t n, int64_t k, int blocksize, int capability) {
     return pk_mma_4bit_supported(dtype, n, k, blocksize, capability) != 0;
   });

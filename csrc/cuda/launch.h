@@ -1,4 +1,5 @@
-// How kernels are launched and share memory: the one place with nvcc's own syntax, so that a .cu also compiles as plain C++, emulated.
+// How kernels are launched and share memory: the one place with nvcc's own syntax, so that a .cu also
+// compiles as plain C++, emulated.
 #pragma once
 #include <stdint.h>
 
@@ -9,18 +10,21 @@
 #include <cuda_runtime.h>
 #endif
 
-// PK_SHARED(float, tile, [4][32]); declares shared memory of a block. The emulator knows only this form, and fills it with NaN.
+// PK_SHARED(float, tile, [4][32]); declares shared memory of a block. The emulator knows only this form, and
+// fills it with NaN.
 #if defined(PK_CUDA_EMULATION)
-#define PK_SHARED(type, name, dims)          \
-  static char name##_identity;               \
-  type(&name) dims = *reinterpret_cast<type(*) dims>(pk_emulated::shared_array(&name##_identity, sizeof(type dims)))
+#define PK_SHARED(type, name, dims) \
+  static char name##_identity;      \
+  type(&name) dims =                \
+      *reinterpret_cast<type(*) dims>(pk_emulated::shared_array(&name##_identity, sizeof(type dims)))
 #else
 #define PK_SHARED(type, name, dims) __shared__ __align__(16) type name dims
 #endif
 
 namespace pk {
 
-// The launch's dynamic shared memory, 16-byte aligned. One pointer a kernel: types are laid out by the caller.
+// The launch's dynamic shared memory, 16-byte aligned. One pointer a kernel: types are laid out by the
+// caller.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #if defined(PK_CUDA_EMULATION)
   return pk_emulated::dynamic_shared();
@@ -68,7 +72,8 @@ struct Where {
   void* stream;
 };
 
-// kernel<<<grid, threads, shared_bytes, stream>>>(args...), PK_OK or PK_ERR_CUDA. Queues, allocates nothing, can be captured into a graph.
+// kernel<<<grid, threads, shared_bytes, stream>>>(args...), PK_OK or PK_ERR_CUDA. Queues, allocates nothing,
+// can be captured into a graph.
 template <typename... Params, typename... Args>
 int launch(void (*kernel)(Params...), const Where& where, Args... args) {
   // A block gets 48 KiB of static and dynamic shared memory together on every architecture; more is an opt-in
@@ -76,16 +81,19 @@ int launch(void (*kernel)(Params...), const Where& where, Args... args) {
   constexpr size_t WITHOUT_ASKING = 44 << 10;
   if (where.shared_bytes > WITHOUT_ASKING) {
     const int bytes = (int)where.shared_bytes;
-    const cudaError_t error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) {
       cudaGetLastError();  // the error is reported here, and must not surface in the framework's next call
       return checked(error);
     }
   }
 #if defined(PK_CUDA_EMULATION)
-  pk_emulated::launch(where.grid, where.threads, where.shared_bytes, (const void*)kernel, [=] { kernel(static_cast<Params>(args)...); });
+  pk_emulated::launch(where.grid, where.threads, where.shared_bytes, (const void*)kernel,
+                      [=] { kernel(static_cast<Params>(args)...); });
 #else
-  kernel<<<where.grid, where.threads, where.shared_bytes, static_cast<cudaStream_t>(where.stream)>>>(static_cast<Params>(args)...);
+  kernel<<<where.grid, where.threads, where.shared_bytes, static_cast<cudaStream_t>(where.stream)>>>(
+      static_cast<Params>(args)...);
 #endif
   return checked(cudaGetLastError());
 }

@@ -1,10 +1,12 @@
-// PTX instructions, one wrapper each, and what stands in for one on an architecture without it. The emulator's follow the PTX ISA's text.
+// PTX instructions, one wrapper each, and what stands in for one on an architecture without it. The
+// emulator's follow the PTX ISA's text.
 #pragma once
 #include "launch.h"
 
 namespace pk {
 
-// Result byte i is byte `selector nibble i` of {high, low} (0-3 low's, 4-7 high's). Bit 3 of a nibble would replicate the sign: leave it 0.
+// Result byte i is byte `selector nibble i` of {high, low} (0-3 low's, 4-7 high's). Bit 3 of a nibble would
+// replicate the sign: leave it 0.
 __host__ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
   return __byte_perm(low, high, selector);
@@ -59,18 +61,22 @@ __device__ __forceinline__ float f16_value(uint16_t bits) {
 #endif
 }
 
-// 16 bytes, 16-byte aligned, that no thread writes during the kernel and that are read once: past the first-level cache.
+// 16 bytes, 16-byte aligned, that no thread writes during the kernel and that are read once: past the
+// first-level cache.
 __device__ __forceinline__ uint4 ld_global_nc_v4(const void* address) {
 #if defined(PK_CUDA_EMULATION)
   return pk_emulated::load16(address);
 #else
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(address));
   return v;
 #endif
 }
 
-// 16 bytes global -> shared, both 16-byte aligned, past the registers; zeros where !valid (the source is then not read). sm_75: at once.
+// 16 bytes global -> shared, both 16-byte aligned, past the registers; zeros where !valid (the source is then
+// not read). sm_75: at once.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid = true) {
 #if defined(PK_CUDA_EMULATION)
   pk_emulated::copy_async16(shared, global, valid);
@@ -91,7 +97,8 @@ __device__ __forceinline__ void cp_async_commit() {
 #endif
 }
 
-// Waits until at most the NEWEST last groups of this thread are under way. Other threads' copies need a barrier after it.
+// Waits until at most the NEWEST last groups of this thread are under way. Other threads' copies need a
+// barrier after it.
 template <int NEWEST>
 __device__ __forceinline__ void cp_async_wait() {
 #if defined(PK_CUDA_EMULATION)
@@ -101,15 +108,18 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// Four 8x8 matrices of 16-bit numbers. Lane l gives the address (16-byte aligned, shared) of row l % 8 of matrix l / 8;
-// lane t gets of matrix j the elements (t / 4, 2 (t % 4)) and (t / 4, 2 (t % 4) + 1) in r[j], the first in the low half.
+// Four 8x8 matrices of 16-bit numbers. Lane l gives the address (16-byte aligned, shared) of row l % 8 of
+// matrix l / 8; lane t gets of matrix j the elements (t / 4, 2 (t % 4)) and (t / 4, 2 (t % 4) + 1) in r[j],
+// the first in the low half.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #if defined(PK_CUDA_EMULATION)
   pk_emulated::load_matrices(r, row, false);
 #else
   const uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
 #endif
 }
 
@@ -120,35 +130,45 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 #else
   const uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
 #endif
 }
 
 // c [16, 8] fp32 += a [16, 16] b [16, 8]. With g = lane / 4, t = lane % 4, halves low first:
-//   a[0] (g, 2t..)  a[1] (g + 8, 2t..)  a[2] (g, 2t + 8..)  a[3] (g + 8, 2t + 8..);  b[0] rows 2t.. of column g, b[1] rows 2t + 8..;
-//   c[0], c[1] (g, 2t..)  c[2], c[3] (g + 8, 2t..).
-__device__ __forceinline__ void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+//   a[0] (g, 2t..)  a[1] (g + 8, 2t..)  a[2] (g, 2t + 8..)  a[3] (g + 8, 2t + 8..);  b[0] rows 2t.. of column
+//   g, b[1] rows 2t + 8..; c[0], c[1] (g, 2t..)  c[2], c[3] (g + 8, 2t..).
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
 #if defined(PK_CUDA_EMULATION)
   pk_emulated::multiply_accumulate(c, a, b, false);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else  // sm_75 has half the depth: its fragments are the two halves of these
   for (int half = 0; half < 2; half++)
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 #endif
 }
 
 // sm_75 has no bf16 products: a launcher must refuse them there; a kernel that gets here all the same traps.
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
 #if defined(PK_CUDA_EMULATION)
   pk_emulated::multiply_accumulate(c, a, b, true);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
   (void)c, (void)a, (void)b;
   asm volatile("trap;");

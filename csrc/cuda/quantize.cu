@@ -1,4 +1,5 @@
-// Quantization: the absmax of each block, then for each element the number of thresholds below it; one pass over the weight.
+// Quantization: the absmax of each block, then for each element the number of thresholds below it; one pass
+// over the weight.
 #include "common.h"
 
 namespace pk {
@@ -20,7 +21,9 @@ __device__ __forceinline__ float warp_max(float v, int lanes = LANES) {
   return v;
 }
 
-__device__ __forceinline__ float inverse_of(float absmax) { return absmax > 0 ? __fdiv_rn(1.0f, absmax) : 0.0f; }
+__device__ __forceinline__ float inverse_of(float absmax) {
+  return absmax > 0 ? __fdiv_rn(1.0f, absmax) : 0.0f;
+}
 
 // How many of ENTRIES - 1 ascending thresholds lie below v, by halving; 0 for NaN. ENTRIES is a power of two.
 template <int ENTRIES>
@@ -32,7 +35,8 @@ __device__ __forceinline__ int rank_of(const float (&thresholds)[ENTRIES], float
   return rank;
 }
 
-// Codes in ascending order, stable, so that of equal codes (FP4's 0 and -0) the lower index comes first; thresholds are their midpoints.
+// Codes in ascending order, stable, so that of equal codes (FP4's 0 and -0) the lower index comes first;
+// thresholds are their midpoints.
 struct Codebook {
   float sorted[16], thresholds[16];  // 15 thresholds
   int index[16];                     // rank -> code index
@@ -58,7 +62,8 @@ __device__ __forceinline__ uint32_t code_of(const Codebook& book, float v) {
 
 // PER_THREAD elements, those past `count` zero, widened to fp32.
 template <typename T>
-__device__ __forceinline__ void load_elements(const T* w, int64_t count, bool vectors, float (&v)[PER_THREAD]) {
+__device__ __forceinline__ void load_elements(const T* w, int64_t count, bool vectors,
+                                              float (&v)[PER_THREAD]) {
   alignas(16) T raw[PER_THREAD];
   if (vectors && count >= PER_THREAD) {
 #pragma unroll
@@ -72,11 +77,13 @@ __device__ __forceinline__ void load_elements(const T* w, int64_t count, bool ve
   }
 }
 
-// A block of threads takes PER_THREAD * blockDim.x elements, whole quantization blocks. Those of more than 256 elements span warps.
+// A block of threads takes PER_THREAD * blockDim.x elements, whole quantization blocks. Those of more than
+// 256 elements span warps.
 template <typename T>
-__global__ void __launch_bounds__(MAX_THREADS) quantize_4bit_kernel(const T* __restrict__ w, int64_t numel, int shift, bool vectors,
-                                                                    const float* __restrict__ code, uint8_t* __restrict__ packed,
-                                                                    float* __restrict__ absmax) {
+__global__ void __launch_bounds__(MAX_THREADS)
+    quantize_4bit_kernel(const T* __restrict__ w, int64_t numel, int shift, bool vectors,
+                         const float* __restrict__ code, uint8_t* __restrict__ packed,
+                         float* __restrict__ absmax) {
   PK_SHARED(Codebook, books, [1]);
   PK_SHARED(float, warp_best, [MAX_THREADS / 32]);
   Codebook& book = books[0];
@@ -112,15 +119,18 @@ __global__ void __launch_bounds__(MAX_THREADS) quantize_4bit_kernel(const T* __r
 
 constexpr int ABSMAX_THREADS = 256;
 
-// A block of threads takes one block of the absmax, of any size: first its largest, then the codes; the second read hits the cache.
-__global__ void __launch_bounds__(ABSMAX_THREADS) quantize_absmax_kernel(const float* __restrict__ absmax, int64_t count, int shift,
-                                                                         const float* __restrict__ code, uint8_t* __restrict__ out,
-                                                                         float* __restrict__ nested) {
+// A block of threads takes one block of the absmax, of any size: first its largest, then the codes; the
+// second read hits the cache.
+__global__ void __launch_bounds__(ABSMAX_THREADS)
+    quantize_absmax_kernel(const float* __restrict__ absmax, int64_t count, int shift,
+                           const float* __restrict__ code, uint8_t* __restrict__ out,
+                           float* __restrict__ nested) {
   PK_SHARED(float, thresholds, [256]);  // 255 of them
   PK_SHARED(float, warp_best, [ABSMAX_THREADS / 32]);
   const int t = threadIdx.x;
   if (t < 255) thresholds[t] = __fmul_rn(__fadd_rn(code[t], code[t + 1]), 0.5f);
-  const int64_t size = (int64_t)1 << shift, start = blockIdx.x * size, stop = start + size < count ? start + size : count;
+  const int64_t size = (int64_t)1 << shift, start = blockIdx.x * size,
+                stop = start + size < count ? start + size : count;
   float best = 0;
   for (int64_t i = start + t; i < stop; i += ABSMAX_THREADS) best = larger(best, absmax[i]);
   best = warp_max<32>(best);
@@ -129,24 +139,28 @@ __global__ void __launch_bounds__(ABSMAX_THREADS) quantize_absmax_kernel(const f
   for (int i = 0; i < ABSMAX_THREADS / 32; i++) best = larger(best, warp_best[i]);
   if (t == 0) nested[blockIdx.x] = best;
   const float inverse = inverse_of(best);
-  for (int64_t i = start + t; i < stop; i += ABSMAX_THREADS) out[i] = (uint8_t)rank_of(thresholds, __fmul_rn(absmax[i], inverse));
+  for (int64_t i = start + t; i < stop; i += ABSMAX_THREADS)
+    out[i] = (uint8_t)rank_of(thresholds, __fmul_rn(absmax[i], inverse));
 }
 
 template <typename T>
-int quantize_as(const void* w, int64_t numel, int shift, const float* code, uint8_t* packed, float* absmax, void* stream) {
+int quantize_as(const void* w, int64_t numel, int shift, const float* code, uint8_t* packed, float* absmax,
+                void* stream) {
   const int64_t threads = (1 << shift) / PER_THREAD > 256 ? (1 << shift) / PER_THREAD : 256;
   const int64_t blocks = (numel + threads * PER_THREAD - 1) / (threads * PER_THREAD);
   if (blocks > 0x7fffffff) return PK_ERR_SHAPE;
   const bool vectors = aligned(w, 16) && aligned(packed, 4);
   const Where where = {dim3((unsigned)blocks), (unsigned)threads, 0, stream};
-  return launch(quantize_4bit_kernel<T>, where, static_cast<const T*>(w), numel, shift, vectors, code, packed, absmax);
+  return launch(quantize_4bit_kernel<T>, where, static_cast<const T*>(w), numel, shift, vectors, code, packed,
+                absmax);
 }
 
 }  // namespace
 }  // namespace pk
 
-extern "C" int pk_quantize_4bit_cuda(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code, uint8_t* packed,
-                                     float* absmax, void* stream, int device) {
+extern "C" int pk_quantize_4bit_cuda(const void* w, int dtype, int64_t numel, int32_t blocksize,
+                                     const float* code, uint8_t* packed, float* absmax, void* stream,
+                                     int device) {
   using namespace pk;
   if (!w || !code || !packed || !absmax) return PK_ERR_NULL;
   if (numel < 1) return PK_ERR_SHAPE;
@@ -154,12 +168,15 @@ extern "C" int pk_quantize_4bit_cuda(const void* w, int dtype, int64_t numel, in
   if (bad_block(blocksize, 32, 4096)) return PK_ERR_BLOCKSIZE;
   const DeviceGuard guard(device);
   if (guard.status() != PK_OK) return guard.status();
-  const auto quantize = dtype == PK_F32 ? quantize_as<float> : dtype == PK_BF16 ? quantize_as<bf16> : quantize_as<f16>;
+  const auto quantize = dtype == PK_F32    ? quantize_as<float>
+                        : dtype == PK_BF16 ? quantize_as<bf16>
+                                           : quantize_as<f16>;
   return quantize(w, numel, log2_of(blocksize), code, packed, absmax, stream);
 }
 
-extern "C" int pk_quantize_absmax_cuda(const float* absmax, int64_t count, int32_t blocksize, const float* code, uint8_t* absmax_8bit,
-                                       float* nested_absmax, void* stream, int device) {
+extern "C" int pk_quantize_absmax_cuda(const float* absmax, int64_t count, int32_t blocksize,
+                                       const float* code, uint8_t* absmax_8bit, float* nested_absmax,
+                                       void* stream, int device) {
   using namespace pk;
   if (!absmax || !code || !absmax_8bit || !nested_absmax) return PK_ERR_NULL;
   if (count < 1) return PK_ERR_SHAPE;
@@ -169,6 +186,6 @@ extern "C" int pk_quantize_absmax_cuda(const float* absmax, int64_t count, int32
   const int shift = log2_of(blocksize);
   const int64_t blocks = (count + blocksize - 1) / blocksize;
   if (blocks > 0x7fffffff) return PK_ERR_SHAPE;
-  return launch(quantize_absmax_kernel, {dim3((unsigned)blocks), ABSMAX_THREADS, 0, stream}, absmax, count, shift, code, absmax_8bit,
-                nested_absmax);
+  return launch(quantize_absmax_kernel, {dim3((unsigned)blocks), ABSMAX_THREADS, 0, stream}, absmax, count,
+                shift, code, absmax_8bit, nested_absmax);
 }

@@ -4,8 +4,8 @@
 
 namespace pk {
 
-// One level of a butterfly over the lanes: of 2 * COUNT values each lane keeps COUNT and gives its partner the others; of one value, both
-// add.
+// One level of a butterfly over the lanes: of 2 * COUNT values each lane keeps COUNT and gives its partner
+// the others; of one value, both add.
 template <int COUNT, int BY, int V>
 __device__ __forceinline__ void reduce_levels(float (&v)[V], int lane) {
   if constexpr (BY > 0) {
@@ -23,7 +23,8 @@ __device__ __forceinline__ void reduce_levels(float (&v)[V], int lane) {
   }
 }
 
-// Sums over the warp of V values at once, V a power of two: lane l gets that of value l * V / 32, in V - 1 + log2(32 / V) shuffles for 5 V.
+// Sums over the warp of V values at once, V a power of two: lane l gets that of value l * V / 32, in V - 1 +
+// log2(32 / V) shuffles for 5 V.
 template <int V>
 __device__ __forceinline__ float reduce(float (&v)[V], int lane) {
   reduce_levels<V / 2, 16>(v, lane);

@@ -4,9 +4,13 @@
 extern "C" {
 
 const char* pk_cuda_status_string(int status) {
-  static const char* const TEXT[] = {
-      "ok", "a required pointer is null", "a size is out of range", "unknown dtype", "block size is not a power of two from 32 to 4096",
-      "scratch is too small", "unknown or unsupported ISA"};
+  static const char* const TEXT[] = {"ok",
+                                     "a required pointer is null",
+                                     "a size is out of range",
+                                     "unknown dtype",
+                                     "block size is not a power of two from 32 to 4096",
+                                     "scratch is too small",
+                                     "unknown or unsupported ISA"};
   if (status == PK_ERR_CUDA) return "the CUDA runtime reported an error";
   if (status == PK_ERR_ARCH) return "this device's architecture lacks what the call needs";
   return status >= 0 && status <= PK_ERR_ISA ? TEXT[status] : "unknown status";

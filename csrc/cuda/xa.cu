@@ -1,5 +1,5 @@
-// xa = drop(x) A^T, fp32 [m, r]: the low-rank part's first product, for the fused linears of few rows. Bound by latency for one row, then
-// by reading x.
+// xa = drop(x) A^T, fp32 [m, r]: the low-rank part's first product, for the fused linears of few rows. Bound
+// by latency for one row, then by reading x.
 #include "linear.h"
 #include "philox.h"
 #include "reduce.h"
@@ -17,24 +17,27 @@ struct Xa {
   float* xa;            // [m, r]
   int64_t m, k;
   int r, dtype, lora_dtype;
-  uint32_t threshold;   // of the dropout
-  float scale;          // its 1 / (1 - p)
-  bool whole;           // rows are made of whole, aligned groups of 8
+  uint32_t threshold;  // of the dropout
+  float scale;         // its 1 / (1 - p)
+  bool whole;          // rows are made of whole, aligned groups of 8
 };
 
 // Columns 8 * group ... 8 * group + 7 of a row, zeros beyond its end.
-__device__ __forceinline__ void load_group(const void* p, int dtype, int64_t row, int64_t k, int64_t group, bool whole, float (&out)[8]) {
+__device__ __forceinline__ void load_group(const void* p, int dtype, int64_t row, int64_t k, int64_t group,
+                                           bool whole, float (&out)[8]) {
   const int64_t at = row * k + 8 * group;
   if (whole) {
     const float4 a = load_values4(p, dtype, at), b = load_values4(p, dtype, at + 4);
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z,
+    out[7] = b.w;
     return;
   }
 #pragma unroll
   for (int i = 0; i < 8; i++) out[i] = 8 * group + i < k ? load_value(p, dtype, at + i) : 0.0f;
 }
 
-// Block: TOKENS rows of x by RANKS rows of A; its threads share out the groups of 8 columns, one Philox counter each.
+// Block: TOKENS rows of x by RANKS rows of A; its threads share out the groups of 8 columns, one Philox
+// counter each.
 template <int TOKENS>
 __global__ void __launch_bounds__(THREADS) xa_kernel(Xa a) {
   constexpr int VALUES = TOKENS * RANKS;
@@ -48,7 +51,8 @@ __global__ void __launch_bounds__(THREADS) xa_kernel(Xa a) {
     float x[TOKENS][8];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
-      const int64_t row = m0 + t < a.m ? m0 + t : a.m - 1;  // a row beyond the end repeats the last: its sums are not stored
+      // A row beyond the end repeats the last: its sums are not stored.
+      const int64_t row = m0 + t < a.m ? m0 + t : a.m - 1;
       load_group(a.x, a.dtype, row, a.k, group, a.whole, x[t]);
       if (a.seed) dropout.apply((uint32_t)group, (uint32_t)row, x[t]);
     }
@@ -83,8 +87,8 @@ int launch_xa(const Xa& a, void* stream) {
 
 }  // namespace
 
-extern "C" int pk_xa_cuda(const pk_lora* lora, const int64_t* seed, const void* x, int dtype, int64_t m, int64_t k, float* xa,
-                          void* stream, int device) {
+extern "C" int pk_xa_cuda(const pk_lora* lora, const int64_t* seed, const void* x, int dtype, int64_t m,
+                          int64_t k, float* xa, void* stream, int device) {
   if (!lora) return PK_ERR_NULL;
   if (m < 0 || k < 1 || lora->r < 0 || lora->r > 256 || lora->dropout_threshold > 65536) return PK_ERR_SHAPE;
   if (m == 0 || lora->r == 0) return PK_OK;
@@ -95,7 +99,7 @@ extern "C" int pk_xa_cuda(const pk_lora* lora, const int64_t* seed, const void* 
   if (guard.status() != PK_OK) return guard.status();
   const bool whole = k % 8 == 0 && aligned(x, 16) && aligned(lora->lora_a, 16);
   const uint32_t threshold = lora->dropout_threshold;
-  const Xa a = {x, lora->lora_a, threshold ? seed : nullptr, xa, m, k, (int)lora->r, dtype, lora->dtype, threshold,
-                Dropout::scale_of(threshold), whole};
+  const Xa a = {x,           lora->lora_a, threshold ? seed : nullptr,   xa,   m, k, (int)lora->r, dtype,
+                lora->dtype, threshold,    Dropout::scale_of(threshold), whole};
   return m == 1 ? launch_xa<1>(a, stream) : launch_xa<4>(a, stream);
 }
