@@ -105,7 +105,7 @@ def _version(package: str) -> str:
 
 
 def _machine() -> list[tuple[str, str]]:
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    cuda = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
     return [
         (
             "system",
@@ -150,10 +150,21 @@ def _backends() -> list[tuple[str, str]]:
         importlib.import_module("bitsandbytes")
     rows = [("isa", _isa())]
     for name in backends.BACKENDS:
-        ok, reason = backends.available(name)
-        rows.append((f"backend {name}", f"{'yes' if ok else 'no'}: {reason}"))
+        rows += [(f"backend {name}{where}", answer) for where, answer in _answers(name)]
     registered, reason = bnb_backend.state()
     return [*rows, ("bitsandbytes hook", f"{'on' if registered else 'off'}: {reason}")]
+
+
+def _answers(name: str) -> list[tuple[str, str]]:
+    """Whether a backend can be used, and why (not): once where every CUDA device is served alike."""
+    found = [backends.available(name, index) for index in range(torch.cuda.device_count())]
+    if len(set(found)) < 2:
+        found = [backends.available(name)]
+    names = [f", cuda:{index}" for index in range(len(found))] if len(found) > 1 else [""]
+    return [
+        (where, f"{'yes' if ok else 'no'}: {reason}")
+        for where, (ok, reason) in zip(names, found, strict=True)
+    ]
 
 
 def _isa() -> str:

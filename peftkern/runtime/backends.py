@@ -67,63 +67,82 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def gpu_arch(index: int | None = None) -> int:
-    """The compute capability of a CUDA device, 8.9 as 89."""
+    """The compute capability of a CUDA device (None: the current one), 8.9 as 89."""
+    return _arch(_device(index))
+
+
+@functools.cache
+def _arch(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
+def _device(index: int | None) -> int:
+    """The number of a CUDA device; None is the current one, and 0 where there is none."""
+    if index is not None:
+        return index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _no_device() -> str:
+    """Why there is no device for our kernels; empty where there is one. On ROCm torch calls its devices
+    "cuda" too, and reports capabilities that mean nothing of NVIDIA's."""
+    if torch.version.hip is not None:
+        return f"this torch is built for ROCm ({torch.version.hip}), for which peftkern has no kernels"
+    return "" if torch.cuda.is_available() else "there is no CUDA device"
+
+
 @functools.cache
-def _triton() -> tuple[bool, str]:
+def _triton(index: int) -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed; run: pip install triton"
     import triton
 
+    found = f"Triton {triton.__version__}"
     if interpreted():
-        return True, f"Triton {triton.__version__}, interpreted on the CPU (TRITON_INTERPRET=1): for tests"
-    if not torch.cuda.is_available():
-        return False, f"Triton {triton.__version__} is there, a CUDA device is not"
-    return _new_enough(f"Triton {triton.__version__}")
+        return True, f"{found}, interpreted on the CPU (TRITON_INTERPRET=1): for tests"
+    if missing := _no_device():
+        return False, f"{found} is there, but {missing}"
+    return _new_enough(found, index)
 
 
 @functools.cache
-def _cuda() -> tuple[bool, str]:
+def _cuda(index: int) -> tuple[bool, str]:
     from . import native_cuda
 
+    if torch.version.hip is not None:
+        return False, _no_device()
     built, reason = native_cuda.available()
     if not built:
         return False, reason
-    if not torch.cuda.is_available():
-        return False, f"{reason}, but there is no CUDA device"
-    if not native_cuda.serves(gpu_arch(), native_cuda.native_cuda().architectures):
-        return (
-            False,
-            f"{reason}, not for this sm_{gpu_arch()}; run: PEFTKERN_CUDA_ARCHS={gpu_arch()} pip "
-            "install -e . --no-deps",
-        )
-    if not _triton()[0]:
-        return False, f"{reason}, but the linear's low-rank passes need Triton: {_triton()[1]}"
-    return _new_enough(reason)
+    if missing := _no_device():
+        return False, f"{reason}, but {missing}"
+    if refusal := native_cuda.refusal(_arch(index)):
+        return False, f"{reason}, {refusal}"
+    if not _triton(index)[0]:
+        return False, f"{reason}, but the linear's low-rank passes need Triton: {_triton(index)[1]}"
+    return _new_enough(reason, index)
 
 
-def _new_enough(what: str) -> tuple[bool, str]:
-    arch = gpu_arch()
+def _new_enough(what: str, index: int) -> tuple[bool, str]:
+    arch = _arch(index)
     return (
         arch >= MIN_ARCH,
         what if arch >= MIN_ARCH else f"{what}, but sm_{arch} is older than sm_{MIN_ARCH}",
     )
 
 
-def available(name: str) -> tuple[bool, str]:
-    """Whether a backend can be used here, and why (or why not)."""
+def available(name: str, index: int | None = None) -> tuple[bool, str]:
+    """Whether a backend can be used here, and why (or why not); of a GPU's, whether the CUDA device `index`
+    (None: the current one) can use it."""
     if name == "cpu":
         module, reason = _load_native()
         return module is not None, reason
     if name == "triton":
-        return _triton()
+        return _triton(_device(index))
     if name == "cuda":
-        return _cuda()
+        return _cuda(_device(index))
     if name == "reference":
         return True, "plain PyTorch, any device"
     raise ValueError(f"backend: got {name!r}, expected one of {BACKENDS}")
@@ -132,13 +151,13 @@ def available(name: str) -> tuple[bool, str]:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force every op of the process onto one backend within the block; RuntimeError where it is not
-    available.
+    available, of several CUDA devices on any.
 
     Process-wide, as autograd runs a GPU's backward in a thread of its own.
     """
     global _forced
     ok, reason = available(name)
-    if not ok:
+    if not ok and not any(available(name, index)[0] for index in range(torch.cuda.device_count())):
         raise RuntimeError(f"backend {name!r}: {reason}")
     before, _forced = _forced, name
     try:
@@ -157,24 +176,29 @@ def select(x: Tensor) -> str:
     reference, of which a RuntimeWarning tells once where the native extension is missing."""
     kind = x.device.type
     if _forced is not None:
-        _check_forced(_forced, kind)
+        _check_forced(_forced, x.device)
         return _forced
     if kind == "cpu":
         module, reason = _load_native()
         if module is not None:
             return "cpu"
         _warn_of_reference(reason)
-    if kind == "cuda" and x.dtype != torch.float64 and gpu_arch(x.device.index) >= MIN_ARCH:
-        return next((name for name in ("cuda", "triton") if available(name)[0]), "reference")
+    if kind == "cuda" and x.dtype != torch.float64:
+        return next((name for name in ("cuda", "triton") if available(name, x.device.index)[0]), "reference")
     return "reference"
 
 
-def _check_forced(name: str, kind: str) -> None:
-    """RuntimeError where a forced backend cannot read memory of this kind of device: a GPU's kernel would
-    fault on the CPU's."""
+def _check_forced(name: str, device: torch.device) -> None:
+    """RuntimeError where a forced backend cannot read memory of this kind of device, as a GPU's kernel would
+    fault on the CPU's, or does not run on this device."""
+    kind = device.type
     served = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted() else "cuda"}.get(name, kind)
+    found = ""
     if kind != served and kind != "meta":
         found = f"the tensors are on {kind!r}: it serves {served!r} alone"
+    elif kind == "cuda" and not (answer := available(name, device.index))[0]:
+        found = f"the tensors are on {str(device)!r}: {answer[1]}"
+    if found:
         raise RuntimeError(f"backend {name!r} is forced by use_backend, but {found}")
 
 
@@ -182,10 +206,11 @@ def served_by(x: Tensor) -> tuple[str, str]:
     """As `select`, and what that is in words: of the reference, also why the kernels for x's device are
     missing, where they are."""
     name = select(x)
-    reason, best = available(name)[1], {"cpu": "cpu", "cuda": "triton"}.get(x.device.type)
-    if name != "reference" or _forced is not None or best is None or available(best)[0]:
+    index, best = x.device.index, {"cpu": "cpu", "cuda": "triton"}.get(x.device.type)
+    reason = available(name, index)[1]
+    if name != "reference" or _forced is not None or best is None or available(best, index)[0]:
         return name, reason
-    return name, f"{reason}; {available(best)[1]}"
+    return name, f"{reason}; {available(best, index)[1]}"
 
 
 @functools.cache
@@ -196,7 +221,7 @@ def _warn_of_reference(missing: str) -> None:
 
 def use_cuda_kernels(x: Tensor) -> bool:
     """Whether a GPU's plan may take CUDA C++ kernels beside Triton's."""
-    return x.device.type == "cuda" and _forced != "triton" and _cuda()[0]
+    return x.device.type == "cuda" and _forced != "triton" and available("cuda", x.device.index)[0]
 
 
 def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:

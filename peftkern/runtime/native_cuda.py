@@ -12,7 +12,7 @@ from torch import Tensor
 from .native import address, dtype_of
 from .record import unrecordable
 
-__all__ = ["available", "native_cuda", "serves", "stream_of", "weight_view"]
+__all__ = ["available", "machine_code", "native_cuda", "refusal", "serves", "stream_of", "weight_view"]
 
 ABI_VERSION = 1  # of csrc/include/peftkern_cuda.h
 
@@ -45,19 +45,47 @@ def available() -> tuple[bool, str]:
     driver, runtime = module.versions()
     # within a major version every driver runs every runtime's code for its architecture
     if driver // 1000 < runtime // 1000:
-        have = f"supports CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is missing"
-        return (
-            False,
-            f"{reason}, built with CUDA {runtime // 1000}.{runtime % 1000 // 10}, but the driver {have}",
-        )
+        have = f"supports CUDA {_version(driver)}" if driver else "is missing"
+        return False, f"{reason}, built with CUDA {_version(runtime)}, but the driver {have}"
     return True, reason
 
 
-def serves(arch: int, built: str) -> bool:
-    """Whether code built for `built` ("80;86") runs on sm_<arch>: machine code within its major version, the
-    newest's PTX from there on."""
+def machine_code(arch: int, built: str) -> bool:
+    """Whether what was built for `built` ("80;86") has machine code that runs on sm_<arch>: that of an older
+    or equal architecture of its major version."""
     known = [int(a.rstrip("af")) for a in built.split(";")]
-    return arch >= known[-1] or any(a // 10 == arch // 10 and a <= arch for a in known)
+    return any(a // 10 == arch // 10 and a <= arch for a in known)
+
+
+def serves(arch: int, built: str) -> bool:
+    """Whether code built for `built` ("80;86") runs on sm_<arch>: its machine code, or the newest's PTX from
+    there on."""
+    return machine_code(arch, built) or arch >= int(built.split(";")[-1].rstrip("af"))
+
+
+def refusal(arch: int) -> str:
+    """Why the module's code does not run on sm_<arch>; empty where it does. The module is there."""
+    module = native_cuda()
+    return _refusal(arch, module.architectures, *module.versions())
+
+
+def _refusal(arch: int, built: str, driver: int, runtime: int) -> str:
+    """A driver runs machine code of every toolkit of its major version, but it compiles no PTX that is newer
+    than itself (CUDA compatibility guide, minor version compatibility)."""
+    rebuild = f"run: PEFTKERN_CUDA_ARCHS={arch} pip install -e . --no-deps"
+    if not serves(arch, built):
+        return f"not for this sm_{arch}; {rebuild}"
+    if not machine_code(arch, built) and driver < runtime:
+        return (
+            f"of which this sm_{arch} needs PTX of CUDA {_version(runtime)}, which a driver for CUDA "
+            f"{_version(driver)} does not compile; {rebuild}"
+        )
+    return ""
+
+
+def _version(number: int) -> str:
+    """13000 as 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def native_cuda() -> ModuleType:
