@@ -10,53 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codes import CODES, code_tensor, dynamic_map
+
 __all__ = ["BLOCKSIZES", "CODES", "NF4Weight", "code_tensor", "dynamic_map", "operands"]
 
-# Source of the values: QLoRA (Dettmers et al., 2023), appendix E, as bitsandbytes stores them.
-NF4_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-_FP4_POSITIVE = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
-FP4_CODE = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
-CODES: Mapping[str, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LARGEST = 1 << 48  # of a size: no more can be addressed
 _TENSORS = ("packed", "code", "absmax", "absmax_8bit", "absmax_code", "nested_absmax", "absmax_offset")
-
-
-def code_tensor(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
-    """The 16 code values of a quant type, fp32 [16]."""
-    if quant_type not in CODES:
-        raise ValueError(f"quant_type: got {quant_type!r}, expected one of {sorted(CODES)}")
-    return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
-
-
-def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The signed dynamic 8-bit map of the nested absmax, fp32 [256], sorted (Dettmers, 8-bit optimizers,
-    2021)."""
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
-        means = (edges[:-1] + edges[1:]) / 2
-        scaled = (10.0 ** (exponent - 6)) * means
-        values += scaled.tolist() + (-scaled).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

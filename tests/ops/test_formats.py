@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from peftkern import NF4Weight, use_backend
+from peftkern.formats import codes
 from peftkern.formats.nf4 import BLOCKSIZES, CODES, code_tensor, dynamic_map
 from peftkern.functional import dequantize_4bit, quantize_4bit
 
@@ -154,6 +156,29 @@ def test_the_tables_equal_bitsandbytes() -> None:
     assert torch.equal(dynamic_map(), bnb.functional.create_dynamic_map())
     for quant_type in CODES:
         assert torch.equal(code_tensor(quant_type), bnb.functional.get_4bit_type(quant_type, device="cpu"))
+
+
+def test_after_the_first_call_no_value_comes_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from pageable memory cannot be captured into a CUDA graph, and waits for the device."""
+    dense = torch.randn(8, 64)
+    first = quantize_4bit(dense)
+    for name in ("tensor", "linspace", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("made from values of the host"))
+    second = quantize_4bit(dense)
+    assert torch.equal(first.code, second.code) and torch.equal(first.absmax_code, second.absmax_code)
+    first.code.zero_(), first.absmax_code.zero_()
+    assert code_tensor("nf4").equal(second.code) and dynamic_map().equal(second.absmax_code)
+
+
+def test_values_made_within_a_mode_or_for_inference_are_not_kept() -> None:
+    dynamic_map(), codes._kept.cache_clear()
+    with FakeTensorMode():
+        assert isinstance(code_tensor("fp4"), FakeTensor) and isinstance(dynamic_map(), FakeTensor)
+    with torch.inference_mode():
+        code_tensor("fp4"), dynamic_map()
+    for value in (code_tensor("fp4"), dynamic_map()):
+        assert type(value) is torch.Tensor and not value.is_inference()
+    assert code_tensor("nf4", "meta").device.type == "meta"
 
 
 def test_bytes_per_parameter() -> None:
