@@ -66,6 +66,7 @@ def test_forward_and_backward_in_a_cuda_graph(backend: str, row) -> None:
     step = _step(row, m=8 if row is None else 300)
     expected = [t.clone() for t in step()]
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
