@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peftkern import NF4Weight
+from peftkern import NF4Weight, explain
 from peftkern.functional import qlora_linear
 from peftkern.ops.qlora_linear import cpu as launcher
 from peftkern.runtime import backends
@@ -45,7 +45,7 @@ def saved_bytes(m: int, n: int, k: int) -> tuple[int, int]:
 
 def rows(m: int, n: int, k: int) -> list[Row]:
     x = torch.empty(m, k, dtype=torch.bfloat16)
-    regime = next(r for r in ("vendor", "gemv", "gemm") if r in backends.explain(x, n, k))
+    regime = next(r for r in ("vendor", "gemv", "gemm") if r in explain(x, n, k))
     scratch, (saved, parts) = scratch_bytes(m, n, k, regime), saved_bytes(m, n, k)
     found = (
         ("scratch", OURS, scratch),

@@ -2,10 +2,11 @@
 
 from . import functional
 from .formats.nf4 import NF4Weight
+from .functional.explain import explain
 from .ops import flops as _flops
 from .patching import PatchReport, mixed_adapters, patch, unpatch
 from .runtime import backends
-from .runtime.backends import explain, use_backend
+from .runtime.backends import use_backend
 
 __version__ = "0.1.0"
 _flops.register()

@@ -1,9 +1,10 @@
-"""The house's one direction: no module needs, at its import, one that needs it; and what a file keeps to
-itself, no other file names."""
+"""The house's one direction: no module needs, at its import or when its functions run, one that needs it; and
+what a file keeps to itself, no other file names."""
 
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -30,18 +31,24 @@ def names(root: Path) -> dict[str, Path]:
     return found
 
 
-def statements(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports that run when the module is imported; not those for type checkers."""
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def statements(body: list[ast.stmt], lazy: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when the module is imported, and with `lazy` those of its functions; not those for
+    type checkers."""
     for node in body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield node
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
-        elif isinstance(node, (ast.If, ast.Try, ast.With)):
+        elif lazy or isinstance(node, (ast.If, ast.Try, ast.With)):
             for part in ("body", "orelse", "finalbody"):
-                yield from statements(getattr(node, part, []))
+                yield from statements(getattr(node, part, []), lazy)
             for handler in getattr(node, "handlers", []):
-                yield from statements(handler.body)
+                yield from statements(handler.body, lazy)
 
 
 def source_of(node: ast.ImportFrom, name: str, modules: dict[str, Path]) -> str:
@@ -53,10 +60,10 @@ def source_of(node: ast.ImportFrom, name: str, modules: dict[str, Path]) -> str:
     return ".".join([*above, *([node.module] if node.module else [])])
 
 
-def imported(name: str, modules: dict[str, Path]) -> set[str]:
+def imported(name: str, modules: dict[str, Path], lazy: bool = False) -> set[str]:
     """The package's modules that this one imports, by name."""
     found = set()
-    for node in statements(ast.parse(modules[name].read_text()).body):
+    for node in statements(parsed(modules[name]).body, lazy):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
             continue
@@ -67,22 +74,24 @@ def imported(name: str, modules: dict[str, Path]) -> set[str]:
     return {other for other in found if other in modules} - {name}
 
 
-def graph(root: Path) -> dict[str, set[str]]:
+def graph(root: Path, lazy: bool = False) -> dict[str, set[str]]:
     modules = names(root)
-    return {name: imported(name, modules) for name in modules}
+    return {name: imported(name, modules, lazy) for name in modules}
 
 
-def test_no_import_circle() -> None:
-    TopologicalSorter(graph(ROOT)).prepare()
+@pytest.mark.parametrize("lazy", [False, True], ids=["at import", "in functions too"])
+def test_no_import_circle(lazy: bool) -> None:
+    TopologicalSorter(graph(ROOT, lazy)).prepare()
 
 
-def test_a_circle_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["from .a import x", "def f():\n    if x:\n        from .a import x"])
+def test_a_circle_is_found(tmp_path: Path, text: str) -> None:
     folder = tmp_path / "peftkern" / "room"
     folder.mkdir(parents=True)
-    for path, text in (("__init__.py", ""), ("a.py", "from . import b"), ("b.py", "from .a import x")):
-        (folder / path).write_text(text)
+    for path, source in (("__init__.py", ""), ("a.py", "from . import b"), ("b.py", text)):
+        (folder / path).write_text(source)
     with pytest.raises(CycleError):
-        TopologicalSorter(graph(tmp_path)).prepare()
+        TopologicalSorter(graph(tmp_path, lazy=True)).prepare()
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -104,7 +113,7 @@ def is_private(name: str) -> bool:
 
 def borrowed(name: str, modules: dict[str, Path]) -> set[str]:
     """What this module uses of another one's private names: imported, or read off the imported module."""
-    tree, found, aliases = ast.parse(modules[name].read_text()), set(), {}
+    tree, found, aliases = parsed(modules[name]), set(), {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom):
             continue

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from .config import SAMPLE
+from .constants import SAMPLE
 from .sample import sample_model_file
 
 __all__ = ["base_changes", "base_fingerprint"]

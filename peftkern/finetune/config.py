@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapters import DEFAULT, check_adapter, is_lora
+from .constants import ALL, ALL_LINEAR, COMPLETIONS, FILTERS, SAMPLE
 from .errors import InputError
-from .forgetting import check_forgetting
+from .forgetting_options import check_forgetting
 
 __all__ = ["ALL", "ALL_LINEAR", "COMPLETIONS", "FILTERS", "LENGTH", "SAMPLE", "FinetuneConfig"]
-
-SAMPLE = "sample"
-ALL_LINEAR = "all-linear"
-# What the loss covers.
-COMPLETIONS, ALL = "completions", "all"
 
 # What the sample model needs on 2 CPU cores to finish within five minutes, and what suits a model of some
 # billions.
@@ -89,7 +85,6 @@ _WARMUPS = {"slanted": 0.1}  # ULMFiT's cut_frac
 _WARMUP = 0.05
 # --unfreeze: a number of steps, or LAYER:STEP pairs.
 _UNFREEZE = re.compile(r"\d+|\d+:\d+(,\d+:\d+)*")
-FILTERS = ("duplicates", "overlap")
 _DTYPES = ("auto", "bf16", "fp16", "fp32")
 _OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import SAMPLE
+from .constants import SAMPLE
 from .errors import InputError
 from .readers import read_rows
 from .rows import CHAT, check_row, decode_row, encode_row

@@ -20,7 +20,9 @@ from ..memory.planner.plan import Plan, plan
 from ..memory.planner.shapes import Shape, read_shape
 from ..memory.planner.table import described, name_of
 from .adapters import is_lora
+from .constants import ALL_LINEAR
 from .errors import InputError
+from .resolve import compute_dtype, resolve_model
 
 if TYPE_CHECKING:
     from ..memory.planner.budgets import Limits
@@ -45,9 +47,6 @@ class Fit:
 def run_options(config: FinetuneConfig, shape: Shape, length: int) -> RunOptions:
     """The run as the planner knows it, with sequences of `length` tokens; memory is used as the options
     say."""
-    from .config import ALL_LINEAR
-    from .model import compute_dtype
-
     half = compute_dtype(config.dtype).itemsize == 2
     cuda = torch.cuda.is_available()
     names = {linear.name for linear in shape.linears}
@@ -195,8 +194,6 @@ def explanation(config: FinetuneConfig) -> str:
 
 
 def _explained(config: FinetuneConfig) -> str:
-    from .model import resolve_model
-
     if not is_lora(config) or not config.patch:
         return ""
     config = config.resolved()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, require
+from .forgetting_options import OPTION, needs_factors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FOLDER",
-    "check_forgetting",
     "choose_adapter",
     "forgetting_lines",
     "install_forgetting",
@@ -27,35 +27,9 @@ __all__ = [
 ]
 
 FOLDER = "forgetting"  # in the output: the Fisher information, and the adapters on the Pareto front
-_OPTION = "--source-data"
 _HELD_OUT = 0.25  # of the source rows: measured on, never trained on
 _FISHER_WINDOWS = 64
 _LEAST_WINDOWS = 8
-_FISHERS = ("true", "empirical")
-
-
-def check_forgetting(config: FinetuneConfig) -> None:
-    """Raise InputError where the options that hold the source's knowledge do not go together."""
-    given = [
-        name for name in ("forget_budget", "ewc", "l2_sp", "replay") if getattr(config, name) is not None
-    ]
-    if given and not config.source_data:
-        raise InputError(f"{_flag(given[0])} needs text of what must not be forgotten: give {_OPTION}")
-    if config.replay is not None and not config.replay <= 1:
-        raise InputError(
-            f"--replay must be at most 1, source rows for each training row, got {config.replay:g}"
-        )
-    if config.forget_budget is not None and config.ewc is not None:
-        raise InputError(
-            "give --forget-budget (the weight follows from it) or --ewc (a fixed weight), not both"
-        )
-    if config.fisher not in _FISHERS:
-        raise InputError(f"--fisher must be one of {', '.join(_FISHERS)}; got {config.fisher!r}")
-    if _needs_factors(config) and config.dora:
-        raise InputError(
-            "--forget-budget, --ewc and --l2-sp hold an update s B A, and --dora scales the rows of the"
-            " weight besides: drop --dora, or use --replay"
-        )
 
 
 def load_source(
@@ -72,17 +46,17 @@ def load_source(
     from .data import load_data
 
     require("scipy", extra="transfer")
-    rows = load_data(config.source_data, option=_OPTION)
+    rows = load_data(config.source_data, option=OPTION)
     if len(rows) < 2:
         raise InputError(
-            f"{_OPTION} has one row only, so none can be held out to measure on: give more rows, or split it"
+            f"{OPTION} has one row only, so none can be held out to measure on: give more rows, or split it"
         )
     texts = _texts(rows)
     for name, evaluated in (evaluations or {"--data (a part of it is held out)": train}).items():
         shared = overlapping(texts, _texts(evaluated))
         if shared:
             raise InputError(
-                f"{_OPTION} overlaps the evaluation text {name}: {len(shared)} of its {len(rows)} rows share"
+                f"{OPTION} overlaps the evaluation text {name}: {len(shared)} of its {len(rows)} rows share"
                 f" passages with it, the first at {rows[shared[0]]['place']}. Leave those rows out of one of"
                 " them, or evaluate on other text"
             )
@@ -108,7 +82,7 @@ def install_forgetting(
     measured = held_out.spread(max(_LEAST_WINDOWS, config.eval_tokens // config.seq_length))
     target = _Rows(trainer, next(iter(trainer.eval_dataset.values())))
     reason = unprotected(trainer.model)
-    if reason and _needs_factors(config):
+    if reason and needs_factors(config):
         raise InputError(
             f"--forget-budget, --ewc and --l2-sp cannot hold this adapter: {reason}; use --replay"
         )
@@ -173,10 +147,6 @@ def forgetting_lines(found: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _needs_factors(config: FinetuneConfig) -> bool:
-    return any(value is not None for value in (config.forget_budget, config.ewc, config.l2_sp))
-
-
 def _fisher(
     trainer: RecipeTrainer, config: FinetuneConfig, kept: _Rows, folder: Path, say: Callable[[str], None]
 ) -> FisherFactors:
@@ -227,10 +197,10 @@ class _Rows(Sequence[Any]):
 def _windows(config: FinetuneConfig, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     from .inputs import prepare_evaluations
 
-    prepared = prepare_evaluations(config, {"": rows}, tokenizer, option=_OPTION)[""]
+    prepared = prepare_evaluations(config, {"": rows}, tokenizer, option=OPTION)[""]
     if len(prepared) < 2:
         raise InputError(
-            f"{_OPTION}: {len(prepared)} window of --seq-length {config.seq_length} is too little: give more"
+            f"{OPTION}: {len(prepared)} window of --seq-length {config.seq_length} is too little: give more"
             " text"
         )
     return prepared
@@ -258,11 +228,7 @@ def _split(rows: Dataset, texts: list[str], seed: int) -> tuple[Dataset, Dataset
     kept = [index for place, index in enumerate(others) if place not in shared]
     if not kept:
         raise InputError(
-            f"{_OPTION}: its rows repeat each other, so that none is left beside those to measure on: give"
+            f"{OPTION}: its rows repeat each other, so that none is left beside those to measure on: give"
             " other text"
         )
     return rows.select(kept), rows.select(held_out)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

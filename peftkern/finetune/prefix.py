@@ -75,7 +75,7 @@ def _first_tokens(config: FinetuneConfig, count: int) -> Any:
     import torch
 
     from .data import first_rows
-    from .model import load_tokenizer, resolve_model
+    from .resolve import load_tokenizer, resolve_model
 
     tokenizer = load_tokenizer(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
     ids: list[int] = []

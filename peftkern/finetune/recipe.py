@@ -17,7 +17,8 @@ from .errors import InputError, require
 from .folder import RunFolder, read_record
 from .forgetting import FOLDER, choose_adapter, install_forgetting, load_source
 from .generation import generate
-from .memory import memory_errors, peak_memory
+from .memory import peak_memory
+from .memory_errors import memory_errors
 from .processes import is_first, lost_processes, open_shared, process_count, process_group
 from .resume import changed_options, check_length, check_same_run, stored_run
 from .signals import StopSignals, stop_signals

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .config import ALL, COMPLETIONS
+from .constants import ALL, COMPLETIONS
 from .data import data_kind
 from .errors import InputError
 from .rows import CHAT, decode_row

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["CODES", "code_tensor", "dynamic_map"]
+__all__ = ["BLOCKSIZES", "CODES", "FLOATS", "code_tensor", "dynamic_map"]
 
 # Source of the values: QLoRA (Dettmers et al., 2023), appendix E, as bitsandbytes stores them.
 NF4_CODE = (
@@ -32,6 +32,8 @@ NF4_CODE = (
 _FP4_POSITIVE = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
 FP4_CODE = _FP4_POSITIVE + tuple(-v for v in _FP4_POSITIVE)
 CODES: Mapping[str, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what is quantized, and what comes out again
 _DYNAMIC = "dynamic"
 
 

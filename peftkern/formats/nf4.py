@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codes import CODES, code_tensor, dynamic_map
+from .codes import BLOCKSIZES, CODES, FLOATS, code_tensor, dynamic_map
+from .quantize import quantized
 
 __all__ = ["BLOCKSIZES", "CODES", "NF4Weight", "code_tensor", "dynamic_map", "operands"]
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _LARGEST = 1 << 48  # of a size: no more can be addressed
 _TENSORS = ("packed", "code", "absmax", "absmax_8bit", "absmax_code", "nested_absmax", "absmax_offset")
 
@@ -71,9 +71,11 @@ class NF4Weight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, `dtype` (default: the one it was quantized from), in `shape`."""
-        from ..functional import dequantize_4bit
-
-        return dequantize_4bit(self, dtype=dtype)
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype: got {dtype}, expected float32, bfloat16 or float16")
+        packed, quant = operands(self)
+        return torch.ops.peftkern.dequantize_4bit(packed, *quant[:6], self.shape, *quant[6:], dtype)
 
     @classmethod
     def from_dense(
@@ -81,9 +83,7 @@ class NF4Weight:
     ) -> NF4Weight:
         """Quantize a dense fp32, bf16 or fp16 weight of any shape; `functional.quantize_4bit` under another
         name."""
-        from ..functional import quantize_4bit
-
-        return quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, nested=nested)
+        return cls(**quantized(weight, quant_type, blocksize, nested))
 
     @classmethod
     def from_bnb(cls, weight: Any) -> NF4Weight:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import nf4
 from ..formats.nf4 import NF4Weight
+from ..formats.quantize import quantized
 from ..ops import dequantize as _dequantize
-from ..ops import quantize as _quantize
+from ..ops import quantize as _quantize  # noqa: F401 - registers the ops that `quantized` calls
 from . import checks
 
 __all__ = ["dequantize_4bit", "quantize_4bit"]
@@ -42,36 +42,7 @@ def quantize_4bit(
     >>> w.dequantize().shape
     torch.Size([128, 64])
     """
-    if weight.dtype not in checks.FLOATS:
-        raise TypeError(f"weight: got {weight.dtype}, expected float32, bfloat16 or float16")
-    if blocksize not in nf4.BLOCKSIZES:
-        raise ValueError(f"blocksize: got {blocksize}, expected one of {nf4.BLOCKSIZES}")
-    if weight.numel() == 0:
-        raise ValueError(f"weight: is empty, shape {tuple(weight.shape)}")
-    code = nf4.code_tensor(quant_type, weight.device)
-    if check_finite and not bool(torch.isfinite(weight).all()):
-        raise ValueError("weight: holds NaN or inf; repair the checkpoint before quantizing it")
-    packed, absmax = _quantize.quantize_4bit(weight.detach().contiguous(), blocksize, code)
-    fields = dict(
-        packed=packed,
-        code=code,
-        shape=tuple(weight.shape),
-        dtype=weight.dtype,
-        blocksize=blocksize,
-        quant_type=quant_type,
-    )
-    if not nested:
-        return NF4Weight(**fields, absmax=absmax)
-    offset = absmax.mean()
-    absmax_code = nf4.dynamic_map(weight.device)
-    absmax_8bit, nested_absmax = _quantize.quantize_absmax(absmax - offset, absmax_code, 256)
-    return NF4Weight(
-        **fields,
-        absmax_8bit=absmax_8bit,
-        absmax_code=absmax_code,
-        nested_absmax=nested_absmax,
-        absmax_offset=offset,
-    )
+    return NF4Weight(**quantized(weight, quant_type, blocksize, nested, check_finite))
 
 
 def dequantize_4bit(

@@ -25,9 +25,9 @@ from .groups import form_groups
 from .layers import install_layers
 from .loss import install_loss, loss_candidate
 from .merged import install_merge, release_merge
-from .mixed import mixed_adapters
 from .mlp import install_mlps
 from .report import PatchReport, Row
+from .samples import mixed_adapters
 from .weights import WeightCache
 
 __all__ = ["PatchReport", "Row", "mixed_adapters", "patch", "unpatch"]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..formats.nf4 import NF4Weight
 from ..runtime import backends
 from . import add
 from .dora import active_dora
@@ -237,8 +238,6 @@ def _weight_reason(base: nn.Module) -> str | None:
 
 def against_4bit_weight(base: nn.Module) -> str | None:
     """Why a 4-bit weight cannot be read; None where it can."""
-    from ..formats.nf4 import NF4Weight
-
     try:
         weight = NF4Weight.from_bnb(base)
     except ValueError as error:

@@ -1,17 +1,88 @@
-"""Modules that hold parts of several adapters and that no fused function mixes: each adapter's samples run by
-themselves."""
+"""`mixed_adapters`, and the modules that hold parts of several adapters and that no fused function mixes:
+there each adapter's samples run by themselves."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import mixed
-from .forwards import Forward
+from .add import LoraAddForward
+from .forwards import Forward, LoraForward, find, install, remove
 
-__all__ = ["SampleForward", "holders", "obstacle"]
+__all__ = ["SampleForward", "holders", "mixed_adapters", "obstacle"]
+
+
+@contextlib.contextmanager
+def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within it, each sample of a batch runs through the adapter named for it, in training too, on one shared
+    base.
+
+    The LoRA layers' rows of one stretch of equal names make one low-rank product; samples sorted by adapter
+    are fastest. Whatever else
+    holds parts of the adapters follows the samples too, by one call for each adapter: a head in
+    modules_to_save, LoRA on embeddings and convolutions, trainable tokens, layers that are excluded or
+    variants of LoRA. Each adapter gets the gradients of its own samples. With gradient checkpointing the
+    backward pass, which calls the layers again, belongs within it too.
+
+    Args:
+        model: a patched PEFT LoRA model.
+        adapter_names: a name for each sample of the batch; "__base__" for none of them.
+    Raises: ValueError where a name is no adapter of the model, the model is not patched, a module cannot tell
+    the samples apart (before
+        anything is computed, by the module's name), or (at the call) the batch's size differs.
+    Source: Punica (Chen et al., 2023) for the segments; PEFT allows `adapter_names` in evaluation only.
+    """
+    ours = (LoraForward, LoraAddForward)
+    held = dict(holders(model))
+    layers = {
+        name: layer
+        for name, layer in held.items()
+        if (found := find(layer)) is not None and isinstance(found[1], ours)
+    }
+    if not layers:
+        raise ValueError(
+            f"model: no LoRA layer of {type(model).__name__} is patched; call peftkern.patch(model) first"
+        )
+    known = {name for module in held.values() for name in mixed.own_adapters(module)} | {mixed.BASE}
+    unknown = sorted(set(adapter_names) - known)
+    if unknown:
+        raise ValueError(
+            f"adapter_names: {', '.join(map(repr, unknown))} unknown; the model has "
+            f"{', '.join(sorted(known))}"
+        )
+    against = {
+        name: reason
+        for name, module in held.items()
+        if (reason := obstacle(name, module, adapter_names)) is not None
+    }
+    if against:
+        name, reason = next(iter(against.items()))
+        more = f" (and {len(against) - 1} more)" if len(against) > 1 else ""
+        raise ValueError(f"model: {name}{more} cannot mix adapters: {reason}")
+    if any(_reentrant(module) for module in model.modules()):
+        raise ValueError(
+            "model: its reentrant gradient checkpointing cannot tell that a recomputation left this "
+            "block; call "
+            'model.gradient_checkpointing_enable({"use_reentrant": False}), which notices'
+        )
+    with contextlib.ExitStack() as stack:
+        for name, module in held.items():
+            stack.enter_context(mixed.names(module, adapter_names, name))
+            if name not in layers and find(module) is None:
+                install(module, SampleForward, None)
+                stack.callback(remove, module)
+        yield
+
+
+def _reentrant(module: nn.Module) -> bool:
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    return bool(getattr(module, "gradient_checkpointing", False)) and getattr(checkpoint, "keywords", {}).get(
+        "use_reentrant", True
+    )
 
 
 class SampleForward(Forward):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .abi import DTYPES, address, dtype_of
 from .backends import native
 
 __all__ = [
@@ -25,25 +26,9 @@ __all__ = [
     "zeros",
 ]
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _local = threading.local()
 _MAPPED = 32 << 20
 _KEPT = 256 << 20
-
-
-def address(tensor: Tensor | None) -> int:
-    """The data pointer, 0 for None. The caller holds the tensor until the kernel has returned."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def dtype_of(tensor: Tensor | None) -> int:
-    """The C ABI's number of a dtype."""
-    if tensor is None:
-        return 0
-    try:
-        return DTYPES[tensor.dtype]
-    except KeyError:
-        raise TypeError(f"got {tensor.dtype}, the native kernels take float32, bfloat16 or float16") from None
 
 
 def empty(*shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,12 +4,13 @@ descriptor."""
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .native import address, dtype_of
+from .abi import address, dtype_of
 from .record import unrecordable
 
 __all__ = ["available", "machine_code", "native_cuda", "refusal", "serves", "stream_of", "weight_view"]
@@ -20,19 +21,19 @@ ABI_VERSION = 1  # of csrc/include/peftkern_cuda.h
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from .. import _C_cuda
+        extension = importlib.import_module(".._C_cuda", __package__)
     except ImportError as error:
         return (
             None,
             f"the CUDA kernels are not built ({error}); run: PEFTKERN_CUDA=1 pip install -e . (needs nvcc)",
         )
-    if _C_cuda.abi_version != ABI_VERSION:
+    if extension.abi_version != ABI_VERSION:
         return (
             None,
-            f"the CUDA kernels are of another version ({_C_cuda.abi_version}, not {ABI_VERSION}); run: "
+            f"the CUDA kernels are of another version ({extension.abi_version}, not {ABI_VERSION}); run: "
             "pip install -e .",
         )
-    return _C_cuda, f"CUDA kernels for sm_{_C_cuda.architectures.replace(';', ', sm_')}"
+    return extension, f"CUDA kernels for sm_{extension.architectures.replace(';', ', sm_')}"
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ..finetune.errors import InputError
-from .adapt import AdaptConfig, AdaptReport
+from .adapt_config import AdaptConfig, AdaptReport
 from .alignment import MMDAlignment
 from .dann import DANNLoss, annealed_rate
 from .domain_trainer import DomainAdaptationMixin

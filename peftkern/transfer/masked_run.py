@@ -28,7 +28,7 @@ from ..finetune.folder import RunFolder, open_run, read_record
 from ..finetune.inputs import load_rows
 from ..finetune.layer_rates import install_rates
 from ..finetune.loading import load_errors, require_all_weights
-from ..finetune.memory import memory_errors
+from ..finetune.memory_errors import memory_errors
 from ..finetune.metrics import MetricsCallback, plot_loss, restore_metrics
 from ..finetune.model import compute_dtype, quantization_options, resolve_model
 from ..finetune.recipe import calm_libraries

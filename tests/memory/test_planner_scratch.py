@@ -28,7 +28,8 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The GPU launchers on the CPU, as on a given card."""
-    import peftkern.ops.qlora_glu.gpu  # noqa: F401  # so that what it launches with is left out too
+    import peftkern.ops.linear_cross_entropy.triton
+    import peftkern.ops.qlora_glu.gpu  # noqa: F401  # so that what they launch with is left out too
     import peftkern.ops.qlora_group.gpu as group
     from peftkern.ops.qlora_linear import gpu as single
 
@@ -38,7 +39,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, module in list(sys.modules.items()):
         if name.startswith("peftkern.ops.") and "run" in vars(module):
             monkeypatch.setattr(module, "run", nothing)
-    monkeypatch.setattr(single, "_multiply", nothing)
+    monkeypatch.setattr(single, "multiply", nothing)
     monkeypatch.setattr(single, "dequantize_slice", lambda *args: args[-1])
 
     def on(card: Card) -> Any:

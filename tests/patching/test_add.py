@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
-from peftkern.patching.mixed import mixed_adapters
+from peftkern.patching import mixed_adapters
 
 from . import models
 

@@ -47,8 +47,8 @@ def test_autocast_rounds_fp32_adapters_as_stock_does(
 ) -> None:
     """Of many rows; either way the result is as accurate as autocast's products in bf16 are."""
     monkeypatch.setattr(forwards, "_ROUNDED_FROM", rounded_from)
-    used, mode_of = set(), low_rank._mode
-    monkeypatch.setattr(low_rank, "_mode", lambda *args: (used.add(mode := mode_of(*args)), mode)[1])
+    used, mode_of = set(), low_rank.dot_mode_of
+    monkeypatch.setattr(low_rank, "dot_mode_of", lambda *args: (used.add(mode := mode_of(*args)), mode)[1])
     layer = models.first(models.lora(models.llama(torch.float32, layers=1))).to(device)
     x, dy = torch.randn(40, 64, device=device), torch.randn(40, 64, device=device)
     trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_commands", "folders_of"]
+from .folders import folders_of
+
+__all__ = ["add_commands"]
 
 _METHODS = ("sum", "ties", "dare", "dare_ties")
 _EPILOG = """examples:
@@ -166,30 +167,6 @@ def _combined(args: argparse.Namespace) -> str:
             "--base is needed for full checkpoints: the folder of the model that they were trained from",
         )
     return _checkpoints(args, coefficients, folders, method)
-
-
-def folders_of(names: Iterable[str], given: Iterable[str]) -> dict[str, Path]:
-    """The folder of every name."""
-    named = {}
-    for pair in given:
-        name, separator, path = pair.partition("=")
-        if not separator or not name or not path:
-            raise ValueError(
-                f"got {pair!r}, expected NAME=PATH, as a=runs/a (the expression comes first, in quotes)",
-            )
-        if name in named:
-            raise ValueError(f"{name} is given two folders, {named[name]} and {path}")
-        named[name] = path
-    if unused := [name for name in named if name not in set(names)]:
-        raise ValueError(
-            f"{unused[0]}={named[unused[0]]} is not in the expression, which names {', '.join(names)}",
-        )
-    found = {name: Path(named.get(name, name)) for name in names}
-    for name, folder in found.items():
-        if not folder.is_dir():
-            hint = "" if name in named else f"; say where it is with {name}=PATH"
-            raise ValueError(f"there is no folder {folder}{hint}")
-    return found
 
 
 def _adapters(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .combine import combine
-from .commands import folders_of
 from .expression import parse
+from .folders import folders_of
 from .lora import LoraWeights
 from .lora_files import check_output, read_adapter, write_adapter
 from .models import add_to_model

@@ -3,8 +3,6 @@ direction. On a GPU `dora.py` composes it of others."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, library
 
@@ -12,6 +10,8 @@ from ...runtime.backends import forced
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe
+from . import reference
+from .spec import Spec, split_needs
 
 __all__ = ["Spec", "dora_group", "served", "split_needs"]
 
@@ -29,17 +29,6 @@ LIBRARY.define(
     "bool[] needs) -> "
     "(Tensor dx, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] d_lora_b, Tensor[] d_magnitude)"
 )
-
-
-class Spec(NamedTuple):
-    """What a group is made of, but its trainable tensors; lists as in the schema. squares: ||W||^2 by
-    rows."""
-
-    weights: tuple[Tensor, ...]
-    quants: tuple[Tensor | None, ...]
-    blocksizes: tuple[int, ...]
-    scalings: tuple[float, ...]
-    squares: tuple[Tensor, ...]
 
 
 def served(x: Tensor) -> bool:
@@ -91,11 +80,6 @@ def _(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, 
     return first.new_empty((first.shape[0], lora_a[0].shape[1]) if need_x else 0), *grads
 
 
-def split_needs(needs: list[bool], count: int) -> tuple[bool, list[bool], list[bool], list[bool], list[bool]]:
-    """dx; the biases, the A's, the B's, the magnitudes of members."""
-    return needs[0], *(list(needs[1 + i * count : 1 + (i + 1) * count]) for i in range(4))
-
-
 def _split(tensors: tuple, count: int) -> tuple[tuple, ...]:
     return tuple(tensors[i : i + count] for i in range(0, len(tensors), count))
 
@@ -113,8 +97,6 @@ def _plain(
 ) -> list[Tensor]:
     """[y_i] with the norms as the constants that they are; operands: weights, quants, blocksizes,
     scalings."""
-    from . import reference
-
     return reference.scaled(x, *operands, norms, *_split(trainable, len(norms)))
 
 
@@ -178,8 +160,6 @@ def dora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> t
     """x [M, K] -> y_i [M, N_i]; trainable: biases, A's, B's, magnitudes. `functional.dora_group` has checked
     the arguments."""
     if transformed():
-        from . import reference
-
         operands = spec.weights, spec.quants, spec.blocksizes, spec.scalings
         _, lora_a, lora_b, _ = _split(trainable, len(spec.weights))
         norms = tuple(norm.detach() for norm in reference.norms(*operands, lora_a, lora_b))

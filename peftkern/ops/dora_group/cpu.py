@@ -11,7 +11,7 @@ from ..qlora_group import cpu as group_cpu
 from ..qlora_linear import config
 from ..qlora_linear import cpu as single
 from ..scale_columns import cpu as columns
-from . import split_needs
+from .spec import split_needs
 
 __all__ = ["backward", "forward"]
 

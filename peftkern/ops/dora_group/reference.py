@@ -13,7 +13,7 @@ import torch
 from .. import accumulation
 from ..qlora_group.reference import quant_of
 from ..qlora_linear.reference import dense_weight
-from . import split_needs
+from .spec import split_needs
 
 __all__ = ["backward", "forward", "norms", "scaled"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...runtime.replay import replayed
 from ..glu import triton as glu
 from ..qlora_group import gpu as group
-from ..qlora_group import split_needs
+from ..qlora_group.spec import split_needs
 from ..qlora_linear import gpu as single
 from ..qlora_linear import tuned
 

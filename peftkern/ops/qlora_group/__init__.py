@@ -4,7 +4,6 @@ ones), one op per direction."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -12,6 +11,8 @@ from torch import Tensor, library
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed, unobserved
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe
+from . import cpu, reference
+from .spec import Spec, split, split_needs
 
 __all__ = [
     "Spec",
@@ -23,6 +24,8 @@ __all__ = [
     "plain",
     "qlora_group",
     "run",
+    "split",
+    "split_needs",
     "trainable_again",
     "wants_x",
 ]
@@ -43,21 +46,6 @@ LIBRARY.define(
     "Tensor?[] xa, bool[] needs) -> "
     "(Tensor dx, Tensor[] d_bias, Tensor[] d_lora_a, Tensor[] d_lora_b)"
 )
-
-
-class Spec(NamedTuple):
-    """What a group is made of, but its trainable tensors; lists as in the schema. rows: begin and end of each
-    adapter's rows of x."""
-
-    weights: tuple[Tensor, ...]
-    quants: tuple[Tensor | None, ...]
-    blocksizes: tuple[int, ...]
-    n: tuple[int, ...]
-    members: tuple[int, ...]
-    rows: tuple[int, ...]
-    scalings: tuple[float, ...]
-    dropout_ps: tuple[float, ...]
-    seeds: tuple[Tensor | None, ...]
 
 
 @library.impl(LIBRARY, "qlora_group_fwd", "CompositeExplicitAutograd")
@@ -123,20 +111,6 @@ def _(
     return empty((m, k)) if need_x else empty(0), bias, like(lora_a, need_a), like(lora_b, need_b)
 
 
-def split_needs(
-    needs: list[bool], members: int, adapters: int
-) -> tuple[bool, list[bool], list[bool], list[bool]]:
-    """dx; the biases of members; the A and the B of adapters."""
-    a = 1 + members
-    return needs[0], list(needs[1:a]), list(needs[a : a + adapters]), list(needs[a + adapters :])
-
-
-def split(spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[tuple, tuple, tuple]:
-    """biases, lora_a, lora_b, which autograd sees in this order."""
-    count, adapters = len(spec.weights), len(spec.members)
-    return trainable[:count], trainable[count : count + adapters], trainable[count + adapters :]
-
-
 def run(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """x [M, K] -> [y_i [M, N_i]], [xa]."""
     forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_group_fwd
@@ -148,8 +122,6 @@ def few_rows(
 ) -> Callable[[Tensor], list[Tensor]] | None:
     """The CPU's kernel for few rows, ready for x's [M, K] and dtype; None where it is not the choice for
     them."""
-    from . import cpu
-
     return cpu.few_rows(x, spec, *split(spec, trainable))
 
 
@@ -229,8 +201,6 @@ def asked(
 
 def plain(spec: Spec, x: Tensor, trainable: tuple[Tensor | None, ...]) -> list[Tensor]:
     """[y_i] by the definition, which torch differentiates and transforms."""
-    from . import reference  # which imports the single linear's
-
     return reference.forward(x, *spec[:4], *split(spec, trainable), *spec[4:])[0]
 
 

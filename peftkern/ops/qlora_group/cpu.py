@@ -11,7 +11,7 @@ from torch import Tensor
 from ...runtime.native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
 from ..qlora_linear import config
 from ..qlora_linear import cpu as single
-from . import Spec, split_needs
+from .spec import Spec, split_needs
 
 __all__ = ["FewRows", "backward", "few_rows", "forward"]
 

@@ -10,7 +10,8 @@ from ...runtime.replay import replayed
 from ..qlora_linear import gpu as single
 from ..qlora_linear import triton_low_rank as low_rank
 from ..qlora_linear import tuned
-from . import merged, split_needs
+from . import merged
+from .spec import split_needs
 
 __all__ = ["backward", "forward"]
 

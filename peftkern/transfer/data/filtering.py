@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...finetune.config import FILTERS
+from ...finetune.constants import FILTERS
 from ...finetune.errors import InputError
 from ...finetune.rows import decode_row
 from .duplicates import near_duplicates

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...finetune.config import SAMPLE
+from ...finetune.constants import SAMPLE
 from ...finetune.errors import InputError
 from ...finetune.readers import read_rows
 from ...finetune.rows import check_row
