@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .base_bytes import base_bytes
 from .ledger import Part
 
 if TYPE_CHECKING:
@@ -60,8 +61,6 @@ def gathered_bytes(step: Step) -> int:
 
 def loading_part(step: Step) -> Part:
     """The 4-bit base in the host memory of every process, before it is divided."""
-    from .parts import base_bytes
-
     shape, options = step.shape, step.options
     tables = shape.embedding * options.dtype_bytes * (1 if shape.tied else 2)
     base = sum(base_bytes(shape, options)) + tables + shape.other * options.dtype_bytes
@@ -85,8 +84,6 @@ def _gathered(step: Step) -> list[Part]:
 
 def _layer(step: Step) -> int:
     """Bytes of a decoder layer, gathered."""
-    from .parts import base_bytes
-
     shape, options = step.shape, step.options
     states = sum(base_bytes(shape, options)) - replicated_bytes(shape, options)
     return (states + shape.other * options.dtype_bytes) // shape.layers + step.layer_gradient
