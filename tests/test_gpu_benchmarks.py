@@ -297,7 +297,7 @@ def test_every_kernel_of_the_sources_is_looked_for() -> None:
     cuda, triton = every_kernel.source_kernels()
     sources = [p.read_text() for p in (ROOT / "csrc" / "cuda").rglob("*.cu")]
     assert len(cuda) == sum(text.count("__global__ void") for text in sources)
-    assert all(name.startswith("_") for name in triton)
+    assert len(triton) >= 25 and all(name.endswith("_kernel") for name in triton)
     names = sorted(cuda | triton)
     assert every_kernel.missing(set()) == (cuda, triton)
     assert every_kernel.missing({f"void pk::{name}<__nv_bfloat16, 4>(int)" for name in names}) == (

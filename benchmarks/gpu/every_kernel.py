@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from peftkern.formats.nf4 import operands
 from peftkern.functional import (
     Adapter,
     Member,
@@ -59,6 +61,7 @@ SHAPES = (
     (130, 192, 256),
     (600, 136, 320),
 )
+NEVER_SHARED = 1 << 60  # bytes of L2 that no card has
 QUICK_SHAPES = 4  # the first ones: every path of every kernel, in a checker's time
 RANKS = (16, 40, 1, 256)
 _GLOBAL = re.compile(
@@ -89,9 +92,6 @@ def contexts(device: str) -> Iterator[tuple[str, Callable[[], AbstractContextMan
     if device == "cpu" and not backends.interpreted():
         yield "cpu", contextlib.nullcontext
         return
-    backends_here = (
-        ("triton",) if device == "cpu" or not backends.available("cuda")[0] else ("cuda", "triton")
-    )
     regimes = {
         "gemv": dict(gemv_max_m=ALWAYS, mma_min_m=ALWAYS, fused_max_m=ALWAYS),
         "fused": dict(gemv_max_m=NEVER, mma_min_m=ALWAYS, fused_max_m=ALWAYS),
@@ -100,13 +100,20 @@ def contexts(device: str) -> Iterator[tuple[str, Callable[[], AbstractContextMan
         "slabs, Triton": dict(gemv_max_m=NEVER, fused_max_m=NEVER, gemm="triton", slab_bytes=1 << 15),
     }
     for name, changes in regimes.items():
-        for backend in backends_here:
+        for backend in _backends_here():
             yield f"{name}, {backend}", functools.partial(_forced, backend, changes)
+    small = dict(regimes["slabs, cuBLAS"], slab_bytes=1 << 16)
+    yield "slabs, a card with a small L2", functools.partial(_forced, "triton", small, NEVER_SHARED)
 
 
 @contextlib.contextmanager
-def _forced(backend: str, changes: dict[str, object]) -> Iterator[None]:
-    with backends.use_backend(backend), tuned.use_row(replace(gpu_row(), **changes)):
+def _forced(backend: str, changes: dict[str, object], shared_l2: int | None = None) -> Iterator[None]:
+    """shared_l2: from which size on dyb and dB are made by programs of their own; None leaves it."""
+    from peftkern.ops.qlora_linear import gpu
+
+    limit = gpu._SHARED_L2 if shared_l2 is None else shared_l2
+    row = replace(gpu_row(), **changes)
+    with backends.use_backend(backend), tuned.use_row(row), mock.patch.object(gpu, "_SHARED_L2", limit):
         yield
 
 
@@ -133,8 +140,11 @@ def _works(device: str, quick: bool) -> Iterator[Work]:
     shapes, ranks, floats = (
         (SHAPES[:QUICK_SHAPES], RANKS[:2], FLOATS[:1]) if quick else (SHAPES, RANKS, FLOATS)
     )
-    for dtype, nested in itertools.product(FLOATS, (True, False)):
-        yield contextlib.nullcontext, functools.partial(_formats, device, dtype, nested)
+    for context, dtype, nested in itertools.product(_plain(device), FLOATS, (True, False)):
+        yield context, functools.partial(_formats, device, dtype, nested)
+    if "cuda" in _backends_here():
+        for dtype, nested in itertools.product(FLOATS, (True, False)):
+            yield contextlib.nullcontext, functools.partial(_dequantize_cuda, device, dtype, nested)
     for name, context in contexts(device):
         for (m, n, k), dtype in itertools.product(shapes, floats):
             if _regime_fits(name, m):
@@ -142,8 +152,19 @@ def _works(device: str, quick: bool) -> Iterator[Work]:
         for m, dtype in itertools.product((5, 70), floats):
             if _regime_fits(name, m):
                 yield context, functools.partial(_groups, device, m, dtype, name)
-    for dtype in floats:
-        yield contextlib.nullcontext, functools.partial(_blocks, device, dtype)
+    for context, dtype in itertools.product(_plain(device), floats):
+        yield context, functools.partial(_blocks, device, dtype)
+
+
+def _plain(device: str) -> list[Callable[[], AbstractContextManager]]:
+    """For what has no regimes: each GPU backend that is here; else the device's own."""
+    if device == "cpu" and not backends.interpreted():
+        return [contextlib.nullcontext]
+    return [functools.partial(backends.use_backend, name) for name in _backends_here()]
+
+
+def _backends_here() -> tuple[str, ...]:
+    return ("cuda", "triton") if backends.available("cuda")[0] else ("triton",)
 
 
 def _formats(device: str, dtype: torch.dtype, nested: bool) -> int:
@@ -152,7 +173,24 @@ def _formats(device: str, dtype: torch.dtype, nested: bool) -> int:
         weight = quantize_4bit(torch.randn(n, k, device=device).to(dtype), nested=nested, blocksize=64)
         with backends.use_backend("reference"):
             expected = dequantize_4bit(weight)
-        assert torch.equal(dequantize_4bit(weight), expected), f"dequantize {dtype}, nested {nested}, {n}x{k}"
+        _equal(f"dequantize {dtype}, nested {nested}, {n}x{k}", dequantize_4bit(weight), expected)
+    return 6
+
+
+def _dequantize_cuda(device: str, dtype: torch.dtype, nested: bool) -> int:
+    """The CUDA C++ kernels of dequantization, which the ops leave to Triton's."""
+    from peftkern.ops.dequantize import cuda
+
+    for n, k in ((128, 192), (65, 72), (7, 33)):
+        weight = quantize_4bit(torch.randn(n, k, device=device), nested=nested)
+        packed, quant = operands(weight)
+        *tables, blocksize, nested_blocksize = quant
+        got = cuda.dequantize_4bit(packed, *tables, (n, k), blocksize, nested_blocksize, dtype)
+        expected = _reference(lambda weight=weight: dequantize_4bit(weight, dtype=dtype))
+        _equal(f"CUDA C++ dequantize {dtype}, nested {nested}, {n}x{k}", got, expected)
+        rows, cols = slice(1, n - 1), slice(3, k - 2)  # no row starts where a vector of the weight does
+        got = cuda.dequantize_slice(packed, quant, n, k, rows, cols, torch.empty_like(expected[rows, cols]))
+        _equal(f"CUDA C++ dequantize {dtype}, nested {nested}, {n}x{k}, a slice", got, expected[rows, cols])
     return 6
 
 
@@ -254,6 +292,12 @@ def _gradients(what: str, call: Callable[[], Sequence[torch.Tensor]], leaves: Se
 def _reference(call):
     with backends.use_backend("reference"):
         return call()
+
+
+def _equal(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit."""
+    if not torch.equal(got, expected):
+        raise AssertionError(f"{what}: other bits than the reference's")
 
 
 def _compare(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:

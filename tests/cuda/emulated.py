@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import subprocess
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = [
     "KERNELS",
     "compile_emulated",
     "declare",
+    "launched_kernels",
     "link_emulated_module",
     "load_emulated",
     "load_emulated_module",
@@ -83,8 +85,20 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
+def launched_kernels(lib: ctypes.CDLL, path: Path) -> set[str]:
+    """The kernels that the library of `path` has launched so far, as C++ names; they are local symbols, which
+    only `nm` knows."""
+    offsets = (ctypes.c_uint64 * 256)()
+    count = lib.pk_emulation_kernels(offsets, len(offsets))
+    assert 0 <= count <= len(offsets)
+    told = subprocess.run(["nm", "-C", str(path)], check=True, capture_output=True, text=True).stdout
+    lines = (line.split(" ", 2) for line in told.splitlines())
+    names = {int(line[0], 16): line[2] for line in lines if len(line) == 3 and line[0]}
+    return {names[offset] for offset in offsets[:count]}
+
+
 def load_emulated(path: Path) -> ctypes.CDLL:
     """An emulated library."""
     lib = declare(ctypes.CDLL(str(path)))
-    lib.pk_emulation_launches.restype = ctypes.c_int64
+    lib.pk_emulation_launches.restype = lib.pk_emulation_kernels.restype = ctypes.c_int64
     return lib

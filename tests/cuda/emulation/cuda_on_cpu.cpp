@@ -1,6 +1,7 @@
 // The emulator's fibers and their scheduler, shared memory, asynchronous copies, and the runtime's functions.
 #include "cuda_on_cpu.h"
 
+#include <dlfcn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <vector>
 
 namespace pk_emulated {
@@ -64,6 +66,7 @@ thread_local std::map<const void*, int> dynamic_limit;
 unsigned order = 0;
 int capability = 86;
 int64_t launches = 0;
+std::set<const void*> kernels;  // those that were launched
 
 void to_scheduler() { swapcontext(&block.running->context, &block.scheduler); }
 
@@ -302,6 +305,7 @@ unsigned char* dynamic_shared() { return block.dynamic.get(); }
 
 void launch(dim3 grid, unsigned threads, size_t shared_bytes, const void* kernel, const std::function<void()>& body) {
   launches++;
+  kernels.insert(kernel);
   block.failed = false;
   const auto limit = dynamic_limit.find(kernel);
   const size_t allowed = limit == dynamic_limit.end() ? 48 << 10 : (size_t)limit->second;
@@ -396,4 +400,12 @@ void __ubsan_handle_type_mismatch_v1(const Mismatch* at, uintptr_t address) {
 void pk_emulation_order(unsigned value) { order = value; }
 void pk_emulation_capability(int value) { capability = value; }
 int64_t pk_emulation_launches() { return launches; }
+int64_t pk_emulation_kernels(uint64_t* offsets, int64_t room) {
+  Dl_info library;
+  if (!dladdr((const void*)&pk_emulation_kernels, &library)) return -1;
+  int64_t count = 0;
+  for (const void* kernel : kernels)
+    if (count++ < room) offsets[count - 1] = (const char*)kernel - (const char*)library.dli_fbase;
+  return count;
+}
 }

@@ -184,4 +184,6 @@ __attribute__((visibility("default"))) void pk_emulation_order(unsigned order);
 __attribute__((visibility("default"))) void pk_emulation_capability(int capability);
 // Launches since the library was loaded.
 __attribute__((visibility("default"))) int64_t pk_emulation_launches();
+// Where the kernels lie that were launched since then, in bytes from the library's start; how many they are.
+__attribute__((visibility("default"))) int64_t pk_emulation_kernels(uint64_t* offsets, int64_t room);
 }
