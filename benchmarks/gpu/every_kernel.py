@@ -67,7 +67,7 @@ RANKS = (16, 40, 1, 256)
 _GLOBAL = re.compile(
     r"__global__\s+(?:__launch_bounds__\([^)]*\)\s+)?void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\("
 )
-_TRITON = re.compile(r"@triton\.jit(?:\([^)]*\))?\ndef (\w+_kernel)\(")
+_TRITON = re.compile(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(")
 
 
 def source_kernels() -> tuple[set[str], set[str]]:
@@ -142,6 +142,8 @@ def _works(device: str, quick: bool) -> Iterator[Work]:
     )
     for context, dtype, nested in itertools.product(_plain(device), FLOATS, (True, False)):
         yield context, functools.partial(_formats, device, dtype, nested)
+    if device != "cpu" or backends.interpreted():
+        yield contextlib.nullcontext, functools.partial(_split, device)
     if "cuda" in _backends_here():
         for dtype, nested in itertools.product(FLOATS, (True, False)):
             yield contextlib.nullcontext, functools.partial(_dequantize_cuda, device, dtype, nested)
@@ -175,6 +177,20 @@ def _formats(device: str, dtype: torch.dtype, nested: bool) -> int:
             expected = dequantize_4bit(weight)
         _equal(f"dequantize {dtype}, nested {nested}, {n}x{k}", dequantize_4bit(weight), expected)
     return 6
+
+
+def _split(device: str) -> int:
+    """The product of few rows whose contraction several programs share, as of a K from 2,048 on."""
+    from peftkern.ops.qlora_linear.triton_matmul import MatmulConfig, matmul_dx, matmul_forward
+
+    weight, config = quantize_4bit(torch.randn(130, 192, device=device)), MatmulConfig(16, 64, 32, split_k=3)
+    x, dy = (torch.randn(5, size, device=device) for size in (192, 130))
+    packed, quant = operands(weight)
+    dense = _reference(lambda: dequantize_4bit(weight))
+    y = matmul_forward(x, packed, quant, 130, None, None, None, 1.0, config=config)
+    _compare("a split forward", y, x @ dense.t())
+    _compare("a split dx", matmul_dx(dy, packed, quant, 192, None, None, config=config), dy @ dense)
+    return 2
 
 
 def _dequantize_cuda(device: str, dtype: torch.dtype, nested: bool) -> int:
