@@ -223,8 +223,12 @@ def _error(values: list[float]) -> float:
 def verdict() -> str:
     """Which kind learns most, and which are within two standard errors of the difference to it."""
     best, *others = sorted(summary(), key=lambda row: row[1])
-    near = [row[0] for row in others if row[1] - best[1] <= 2 * (best[2] ** 2 + row[2] ** 2) ** 0.5]
-    behind = [row[0] for row in others if row[0] not in near]
+    near = [
+        row[0].replace(",", "")
+        for row in others
+        if row[1] - best[1] <= 2 * (best[2] ** 2 + row[2] ** 2) ** 0.5
+    ]
+    behind = [name for row in others if (name := row[0].replace(",", "")) not in near]
     first = (
         f"{', '.join([best[0], *near[:-1]])} and {near[-1]} cannot be told apart"
         if near
@@ -245,12 +249,16 @@ def plot() -> None:
     kinds = sorted(summary(), key=lambda row: row[1])
     before = next(row for row in table() if row["kind"] == "base")["kjv_nats"]
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.bar(
-        [row[0] for row in kinds],
-        [before - row[1] for row in kinds],
-        yerr=[row[2] for row in kinds],
-        capsize=4,
-    )
+    gains, most = [before - row[1] for row in kinds], max(before - row[1] for row in kinds)
+    names = [row[0].replace(", ", ",\n") for row in kinds]
+    axes.bar(names, gains, yerr=[row[2] for row in kinds], capsize=4)
+    axes.axhline(0, color="black", linewidth=0.8)
+    # A kind that is far worse than the base would hide the others: its bar is cut and says how long it is.
+    floor = max(-most, min(0.0, *gains))
+    axes.set_ylim(1.1 * floor, 1.15 * most)
+    for place, gain in enumerate(gains):
+        if gain < floor:
+            axes.annotate(f"{gain:.1f}", (place, floor), ha="center", va="bottom", color="white")
     axes.set_ylabel("nats a token below the base's\n(held-out books, more is better)")
     axes.set_title(verdict().replace("; ", ";\n"), fontsize=11)
     axes.set_xlabel(
