@@ -1,5 +1,4 @@
-// pybind11 over the C ABI: argument passing only. Pointers arrive as integers from checked launchers, which
-// hold the tensors; 0 is null.
+// pybind11 over the C ABI: argument passing only.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,15 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "include/peftkern.h"
+#include "bindings.h"
 
 namespace py = pybind11;
-using Address = uintptr_t;
-
-template <typename T>
-static T* at(Address p) {
-  return reinterpret_cast<T*>(p);
-}
 
 // The framework's number of threads. A build by Clang brings an OpenMP runtime of its own, which does not
 // hear of torch.set_num_threads: the one that torch has loaded for all is asked.
@@ -35,24 +28,6 @@ static void check(int status) {
   if (status != PK_OK)
     throw std::invalid_argument(std::string("peftkern native call: ") + pk_status_string(status));
 }
-
-struct Weight : pk_weight {
-  Weight(Address data, Address code, Address absmax, Address absmax_8bit, Address absmax_code,
-         Address nested_absmax, Address absmax_offset, int64_t n, int64_t k, int blocksize,
-         int nested_blocksize, int dtype)
-      : pk_weight{at<void>(data),
-                  at<float>(code),
-                  at<float>(absmax),
-                  at<uint8_t>(absmax_8bit),
-                  at<float>(absmax_code),
-                  at<float>(nested_absmax),
-                  at<float>(absmax_offset),
-                  n,
-                  k,
-                  blocksize,
-                  nested_blocksize,
-                  dtype} {}
-};
 
 struct Lora : pk_lora {
   Lora(Address a, Address b, int64_t r, int dtype, float scaling, uint32_t threshold, Address seed)

@@ -1,27 +1,14 @@
-// What a call is refused for before a kernel sees it. Plain arithmetic that overflows nowhere, whatever it is
-// given.
+// What a call of the CPU's functions is refused for, besides ../checks.h.
 #pragma once
+#include "../checks.h"
+#include "../philox.h"
 #include "group.h"
 
 namespace pk {
 
-// Elements of an operand: more do not fit into 47 bits of addresses, which is what a process has. Every
-// offset, and every sum of them for scratch, then fits into 64 bits.
-constexpr int64_t MOST_ELEMENTS = (int64_t)1 << 47;
 constexpr int64_t MOST_RANKS = 1 << 20;  // of a group's adapters together
 // More are taken as so many: a runtime that cannot start them ends the process.
 constexpr int MOST_THREADS = 4096;
-
-static inline bool bad_dtype(int dtype) { return dtype != PK_F32 && dtype != PK_BF16 && dtype != PK_F16; }
-static inline bool bad_block(int64_t size, int64_t low, int64_t high) {
-  return size < low || size > high || (size & (size - 1));
-}
-
-// Whether [rows, cols] is a matrix that can exist; either may be 0.
-static inline bool matrix(int64_t rows, int64_t cols) {
-  if (rows < 0 || cols < 0 || rows > MOST_ELEMENTS || cols > MOST_ELEMENTS) return false;
-  return cols == 0 || rows <= MOST_ELEMENTS / cols;
-}
 
 // Whether rows of `cols` elements, ld apart, lie one behind the other; a single row may have any ld.
 static inline bool rows_apart(int64_t rows, int64_t cols, int64_t ld) {
@@ -33,16 +20,6 @@ static inline bool reaches(int64_t count, int64_t stride) {
   return count <= 1 || (stride >= -MOST_ELEMENTS && matrix(count, stride < 0 ? -stride : stride));
 }
 
-static inline int check_weight(const pk_weight* w) {
-  if (!w || !w->data) return PK_ERR_NULL;
-  if (w->k < 1 || !matrix(w->n, w->k)) return PK_ERR_SHAPE;
-  if (!w->code) return bad_dtype(w->dtype) ? PK_ERR_DTYPE : PK_OK;
-  if (bad_block(w->blocksize, 32, 4096)) return PK_ERR_BLOCKSIZE;
-  if (w->absmax) return PK_OK;
-  if (!w->absmax_8bit || !w->absmax_code || !w->nested_absmax || !w->absmax_offset) return PK_ERR_NULL;
-  return bad_block(w->nested_blocksize, 1, 1 << 30) ? PK_ERR_BLOCKSIZE : PK_OK;
-}
-
 static inline int check_row_squares(const pk_weight* w, const float* squares) {
   if (int bad = check_weight(w)) return bad;
   return w->n && !squares ? PK_ERR_NULL : PK_OK;
@@ -51,7 +28,7 @@ static inline int check_row_squares(const pk_weight* w, const float* squares) {
 static inline int check_lora(const pk_lora* l) {
   if (!l) return PK_ERR_NULL;
   if (l->r == 0) return PK_OK;
-  if (l->r < 0 || l->r > 256 || l->dropout_threshold > 65536) return PK_ERR_SHAPE;
+  if (bad_rank(l->r) || l->dropout_threshold > EVERY_DRAW) return PK_ERR_SHAPE;
   if (!l->lora_a || !l->lora_b) return PK_ERR_NULL;
   return bad_dtype(l->dtype) ? PK_ERR_DTYPE : PK_OK;
 }

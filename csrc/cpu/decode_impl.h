@@ -1,7 +1,7 @@
 // Decoding a 4-bit (or dense) weight: any run of elements, to fp32 for the kernels or to any dtype for the
 // dequantization.
 #pragma once
-#include "../nf4.h"
+#include "../formats.h"
 #include "simd.h"
 
 namespace PK_NS {

@@ -136,7 +136,7 @@ struct Single {
 
 // 0 for sizes that no call takes.
 int64_t single_scratch_bytes(bool base, int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
-  if (n < 1 || k < 1 || r < 0 || r > 256 || !matrix(m, n) || !matrix(m, k) || !matrix(n, k) ||
+  if (n < 1 || k < 1 || bad_rank(r) || !matrix(m, n) || !matrix(m, k) || !matrix(n, k) ||
       !matrix(largest(largest(m, n), k), r))
     return 0;
   static const float some = 0;
@@ -198,16 +198,7 @@ int group_backward(const Group& g, const void* x, int dtype, int64_t m, void* dx
 
 extern "C" {
 
-const char* pk_status_string(int status) {
-  static const char* const TEXT[] = {"ok",
-                                     "a required pointer is null",
-                                     "a size is out of range",
-                                     "unknown dtype",
-                                     "block size is not a power of two from 32 to 4096",
-                                     "scratch is too small",
-                                     "unknown or unsupported ISA"};
-  return status >= 0 && status <= PK_ERR_ISA ? TEXT[status] : "unknown status";
-}
+const char* pk_status_string(int status) { return status_text(status); }
 int pk_abi_version(void) { return PEFTKERN_ABI_VERSION; }
 const char* pk_isa(void) { return current->name; }
 const char* pk_isa_name(int i) {
@@ -226,32 +217,22 @@ int pk_set_isa(const char* name) {
 
 int pk_quantize_4bit_cpu(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code,
                          uint8_t* packed, float* absmax, int threads) {
-  if (!w || !code || !packed || !absmax) return PK_ERR_NULL;
-  if (numel < 1 || !matrix(numel, 1)) return PK_ERR_SHAPE;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
-  if (bad_block(blocksize, 32, 4096)) return PK_ERR_BLOCKSIZE;
+  if (int bad = check_quantize(w, dtype, numel, blocksize, code, packed, absmax)) return bad;
   current->quantize(w, dtype, numel, blocksize, code, packed, absmax, threads_or_default(threads));
   return PK_OK;
 }
 
 int pk_quantize_absmax_cpu(const float* absmax, int64_t count, int32_t blocksize, const float* code,
                            uint8_t* out, float* nested, int threads) {
-  if (!absmax || !code || !out || !nested) return PK_ERR_NULL;
-  if (count < 1 || !matrix(count, 1)) return PK_ERR_SHAPE;
-  if (bad_block(blocksize, 1, 1 << 30)) return PK_ERR_BLOCKSIZE;
+  if (int bad = check_quantize_absmax(absmax, count, blocksize, code, out, nested)) return bad;
   current->quantize_absmax(absmax, count, blocksize, code, out, nested, threads_or_default(threads));
   return PK_OK;
 }
 
 int pk_dequantize_4bit_cpu(const pk_weight* w, int64_t row, int64_t rows, int64_t col, int64_t cols,
                            void* out, int dtype, int threads) {
-  if (int bad = check_weight(w)) return bad;
-  if (!w->code) return PK_ERR_NULL;
-  if (row < 0 || rows < 0 || rows > w->n - row || col < 0 || cols < 0 || cols > w->k - col)
-    return PK_ERR_SHAPE;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (int bad = check_window(w, row, rows, col, cols, out, cols, dtype)) return bad;
   if (rows == 0 || cols == 0) return PK_OK;
-  if (!out) return PK_ERR_NULL;
   current->dequantize(*w, row, rows, col, cols, out, dtype, threads_or_default(threads));
   return PK_OK;
 }
@@ -345,7 +326,7 @@ int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, int dtyp
 }
 
 int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads) {
-  if (!matrix(m, k) || threshold > 65536) return PK_ERR_SHAPE;
+  if (!matrix(m, k) || threshold > EVERY_DRAW) return PK_ERR_SHAPE;
   if (m == 0 || k == 0) return PK_OK;
   if (!mask) return PK_ERR_NULL;
   current->dropout_mask(m, k, threshold, seed, mask, threads_or_default(threads));
@@ -474,7 +455,7 @@ int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void*
 int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n,
                      int64_t r, float scaling, const float* squares, const float* magnitude, float* norm,
                      float* scale, int threads) {
-  if (r < 1 || r > 256 || !matrix(n, r)) return PK_ERR_SHAPE;
+  if (r < 1 || bad_rank(r) || !matrix(n, r)) return PK_ERR_SHAPE;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (n == 0) return PK_OK;
   if (!cross || !gram || !lora_b || !squares || !magnitude || !norm || !scale) return PK_ERR_NULL;

@@ -44,7 +44,7 @@ static inline void wide_scales(const pk_weight& w, int64_t block, int64_t count,
   for (int64_t i = 0; i < count;) {  // a nested block at a time
     const int64_t index = (block + i) >> shift, end = ((index + 1) << shift) - block,
                   stop = end < count ? end : count;
-    for (const float scale = nested[index]; i < stop; i++) out[i] = out[i] * scale + offset;
+    for (const float scale = nested[index]; i < stop; i++) out[i] = pk::denested(out[i], scale, offset);
   }
 }
 

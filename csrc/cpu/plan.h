@@ -1,7 +1,7 @@
 // How a large product is blocked and what scratch that takes: plain arithmetic, the same on every ISA, tested
 // on its own.
 #pragma once
-#include <stdint.h>
+#include "../host_device.h"
 
 namespace pk {
 
@@ -30,10 +30,6 @@ struct Plan {
   // Bits of the dropped adapters' rows, mask_ld bytes each; 0: none.
   int64_t mask_at, mask_ld;
 };
-
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-static inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Floats between rows of x that the product for few rows has prepared: whole steps of 128 columns.
 static inline int64_t gemv_ld(int64_t k) { return round_up(k, 128); }

@@ -9,7 +9,7 @@
 #include "gemm_impl.h"
 #include "gemv_impl.h"
 #include "group.h"
-#include "philox.h"
+#include "dropout_impl.h"
 
 namespace PK_NS {
 

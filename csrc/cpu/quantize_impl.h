@@ -1,5 +1,6 @@
 // Quantization: the absmax of each block, then for each element the number of thresholds below it.
 #pragma once
+#include "../formats.h"
 #include "simd.h"
 
 namespace PK_NS {
@@ -28,16 +29,10 @@ struct Thresholds {
   int32_t code[17];  // rank -> code index; rank 16 stands for NaN, which is index 0
 };
 
-// Codes sorted by value; a stable order, so that of equal codes (FP4's 0 and -0) the lower index comes first.
 static Thresholds make_thresholds(const float* code) {
-  Thresholds t;
-  for (int i = 0; i < 16; i++) {
-    int j = i;
-    for (; j > 0 && code[t.code[j - 1]] > code[i]; j--) t.code[j] = t.code[j - 1];
-    t.code[j] = i;
-  }
-  t.code[16] = 0;
-  for (int i = 0; i < 15; i++) t.value[i] = (code[t.code[i]] + code[t.code[i + 1]]) / 2;
+  Thresholds t{};
+  for (int i = 0; i < pk::CODES; i++) t.code[pk::sorted_place(code, i)] = i;
+  for (int i = 0; i < 15; i++) t.value[i] = pk::threshold_between(code[t.code[i]], code[t.code[i + 1]]);
   return t;
 }
 
@@ -60,12 +55,12 @@ static void quantize_block(const T* w, int64_t count, const Thresholds& t, float
     store(index, (vf)rank);
     const int32_t* ranks = (const int32_t*)index;
     for (int l = 0; l < VW; l += 2)
-      packed[(i + l) >> 1] = (uint8_t)(t.code[ranks[l]] << 4 | t.code[ranks[l + 1]]);
+      packed[(i + l) >> 1] = pk::pack_codes(t.code[ranks[l]], t.code[ranks[l + 1]]);
   }
   for (; i < count; i += 2) {
     int first = nearest(t, to_float(w[i]) * inverse),
         second = nearest(t, i + 1 < count ? to_float(w[i + 1]) * inverse : 0.0f);
-    packed[i >> 1] = (uint8_t)(first << 4 | second);
+    packed[i >> 1] = pk::pack_codes(first, second);
   }
 }
 
@@ -78,8 +73,7 @@ static void quantize_as(const T* w, int64_t numel, int32_t blocksize, const floa
   for (int64_t b = 0; b < blocks; b++) {
     int64_t start = b * blocksize, count = numel - start < blocksize ? numel - start : blocksize;
     absmax[b] = block_absmax(w + start, count);
-    quantize_block(w + start, count, thresholds, absmax[b] > 0 ? 1.0f / absmax[b] : 0.0f,
-                   packed + (start >> 1));
+    quantize_block(w + start, count, thresholds, pk::inverse_of(absmax[b]), packed + (start >> 1));
   }
 }
 
@@ -92,21 +86,15 @@ static void quantize(const void* w, int dtype, int64_t numel, int32_t blocksize,
 
 static void quantize_absmax(const float* absmax, int64_t count, int32_t blocksize, const float* code,
                             uint8_t* out, float* nested, int threads) {
-  float thresholds[255];
-  for (int i = 0; i < 255; i++) thresholds[i] = (code[i] + code[i + 1]) / 2;
+  float thresholds[pk::ABSMAX_CODES];  // 255 of them
+  for (int i = 0; i < 255; i++) thresholds[i] = pk::threshold_between(code[i], code[i + 1]);
   const int64_t blocks = (count + blocksize - 1) / blocksize;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < blocks; b++) {
     int64_t start = b * blocksize, stop = start + blocksize < count ? start + blocksize : count;
     nested[b] = block_absmax(absmax + start, stop - start);
-    float inverse = nested[b] > 0 ? 1.0f / nested[b] : 0.0f;
-    for (int64_t i = start; i < stop; i++) {
-      float v = absmax[i] * inverse;
-      int rank = 0;  // thresholds below v, by halving; NaN compares false and stays 0
-      for (int step = 128; step; step >>= 1)
-        if (rank + step <= 255 && v > thresholds[rank + step - 1]) rank += step;
-      out[i] = (uint8_t)rank;
-    }
+    const float inverse = pk::inverse_of(nested[b]);
+    for (int64_t i = start; i < stop; i++) out[i] = (uint8_t)pk::rank_of(thresholds, absmax[i] * inverse);
   }
 }
 

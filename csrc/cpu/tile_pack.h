@@ -2,7 +2,7 @@
 // numbers.
 #pragma once
 #include "decode_impl.h"
-#include "philox.h"
+#include "dropout_impl.h"
 #include "tiles.h"
 
 namespace PK_NS {

@@ -1,22 +1,16 @@
-// pybind11 over the CUDA C ABI: argument passing only. Pointers are integers from checked launchers, which
-// hold the tensors; 0 is null.
+// pybind11 over the CUDA C ABI: argument passing only.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "../bindings.h"
 #include "../include/peftkern_cuda.h"
 
 namespace py = pybind11;
-using Address = uintptr_t;
 
 namespace {
-
-template <typename T>
-T* at(Address p) {
-  return reinterpret_cast<T*>(p);
-}
 
 void check(int status) {
   if (status == PK_OK) return;
@@ -24,24 +18,6 @@ void check(int status) {
   if (status == PK_ERR_CUDA) throw std::runtime_error(words + ": " + pk_cuda_error_text());
   throw std::invalid_argument(words);
 }
-
-struct Weight : pk_weight {
-  Weight(Address data, Address code, Address absmax, Address absmax_8bit, Address absmax_code,
-         Address nested_absmax, Address absmax_offset, int64_t n, int64_t k, int blocksize,
-         int nested_blocksize, int dtype)
-      : pk_weight{at<void>(data),
-                  at<float>(code),
-                  at<float>(absmax),
-                  at<uint8_t>(absmax_8bit),
-                  at<float>(absmax_code),
-                  at<float>(nested_absmax),
-                  at<float>(absmax_offset),
-                  n,
-                  k,
-                  blocksize,
-                  nested_blocksize,
-                  dtype} {}
-};
 
 struct Lora : pk_lora {
   Lora(Address a, Address b, int64_t r, int dtype, float scaling)

@@ -193,13 +193,9 @@ extern "C" int pk_dequantize_4bit_cuda(const pk_weight* w, int64_t row, int64_t 
                                        int64_t cols, void* out, int64_t ld_out, int dtype, void* stream,
                                        int device) {
   using namespace pk;
-  Weight view;
-  if (int bad = view_weight(w, &view)) return bad;
-  if (row < 0 || rows < 0 || rows > w->n - row || col < 0 || cols < 0 || cols > w->k - col || ld_out < cols)
-    return PK_ERR_SHAPE;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (const int bad = check_window(w, row, rows, col, cols, out, ld_out, dtype)) return bad;
   if (rows == 0 || cols == 0) return PK_OK;
-  if (!out) return PK_ERR_NULL;
+  const Weight view = view_of(*w);
   Window window = {row * w->k + col, w->k, rows, cols, ld_out, 0};
   // Whole rows in one piece: rows need not start aligned.
   if (cols == w->k && ld_out == cols) window.rows = 1, window.cols = rows * cols;

@@ -56,26 +56,35 @@ __device__ __forceinline__ RawScale fetch_scale(const Linear& a, int64_t block) 
   return {a.w.nested_absmax[block >> a.w.nested_shift], a.w.absmax_8bit[block]};
 }
 
-// absmax_code may be a copy in shared memory. Multiply and add are rounded separately, as bitsandbytes does.
+// absmax_code may be a copy in shared memory.
 __device__ __forceinline__ float combine_scale(const Linear& a, const RawScale& raw,
                                                const float* absmax_code) {
-  return a.w.absmax ? raw.value : __fadd_rn(__fmul_rn(absmax_code[raw.q], raw.value), *a.w.absmax_offset);
+  return a.w.absmax ? raw.value : denested(absmax_code[raw.q], raw.value, *a.w.absmax_offset);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The checks of both fused linears; fills `a` where the status is PK_OK.
 inline int check_linear(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m,
                         const void* bias, int bias_dtype, const float* xa, void* y, Linear* a) {
-  Weight view;
-  if (const int bad = view_weight(w, &view)) return bad;
+  if (const int bad = check_4bit_weight(w)) return bad;
   const int64_t rank = lora ? lora->r : 0;
-  if (m < 0 || rank < 0 || rank > 256) return PK_ERR_SHAPE;
+  if (m < 0 || bad_rank(rank)) return PK_ERR_SHAPE;
   if (bad_dtype(dtype) || (bias && bad_dtype(bias_dtype)) || (rank && bad_dtype(lora->dtype)))
     return PK_ERR_DTYPE;
   if (m && w->n && (!x || !y || (rank && (!xa || !lora->lora_b)))) return PK_ERR_NULL;
-  *a = {view, x,    y,         bias,  xa,         rank ? lora->lora_b : nullptr, m,
-        w->n, w->k, (int)rank, dtype, bias_dtype, rank ? lora->dtype : 0,        rank ? lora->scaling : 0.0f};
+  *a = {view_of(*w),
+        x,
+        y,
+        bias,
+        xa,
+        rank ? lora->lora_b : nullptr,
+        m,
+        w->n,
+        w->k,
+        (int)rank,
+        dtype,
+        bias_dtype,
+        rank ? lora->dtype : 0,
+        rank ? lora->scaling : 0.0f};
   return PK_OK;
 }
 

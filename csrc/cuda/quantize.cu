@@ -21,22 +21,7 @@ __device__ __forceinline__ float warp_max(float v, int lanes = LANES) {
   return v;
 }
 
-__device__ __forceinline__ float inverse_of(float absmax) {
-  return absmax > 0 ? __fdiv_rn(1.0f, absmax) : 0.0f;
-}
-
-// How many of ENTRIES - 1 ascending thresholds lie below v, by halving; 0 for NaN. ENTRIES is a power of two.
-template <int ENTRIES>
-__device__ __forceinline__ int rank_of(const float (&thresholds)[ENTRIES], float v) {
-  int rank = 0;
-#pragma unroll
-  for (int step = ENTRIES / 2; step; step >>= 1)
-    if (v > thresholds[rank + step - 1]) rank += step;
-  return rank;
-}
-
-// Codes in ascending order, stable, so that of equal codes (FP4's 0 and -0) the lower index comes first;
-// thresholds are their midpoints.
+// Codes in ascending order, and the thresholds between them.
 struct Codebook {
   float sorted[16], thresholds[16];  // 15 thresholds
   int index[16];                     // rank -> code index
@@ -45,14 +30,12 @@ struct Codebook {
 __device__ __forceinline__ void make_codebook(const float* code, Codebook& book) {
   const int i = threadIdx.x;
   if (i < 16) {
-    const float mine = code[i];
-    int rank = 0;
-    for (int j = 0; j < 16; j++) rank += code[j] < mine || (code[j] == mine && j < i);
-    book.sorted[rank] = mine;
-    book.index[rank] = i;
+    const int place = sorted_place(code, i);
+    book.sorted[place] = code[i];
+    book.index[place] = i;
   }
   __syncthreads();
-  if (i < 15) book.thresholds[i] = __fmul_rn(__fadd_rn(book.sorted[i], book.sorted[i + 1]), 0.5f);
+  if (i < 15) book.thresholds[i] = threshold_between(book.sorted[i], book.sorted[i + 1]);
   __syncthreads();
 }
 
@@ -107,7 +90,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
   const float inverse = inverse_of(best);
   uint32_t word = 0;  // byte i: elements 2 i (high nibble) and 2 i + 1
 #pragma unroll
-  for (int i = 0; i < PER_THREAD; i++) word |= code_of(book, __fmul_rn(v[i], inverse)) << (4 * (i ^ 1));
+  for (int i = 0; i < PER_THREAD; i++) word |= code_of(book, __fmul_rn(v[i], inverse)) << code_shift(i);
   uint8_t* to = packed + (first >> 1);
   if (vectors && count >= PER_THREAD) {
     *reinterpret_cast<uint32_t*>(to) = word;
@@ -125,10 +108,10 @@ __global__ void __launch_bounds__(ABSMAX_THREADS)
     quantize_absmax_kernel(const float* __restrict__ absmax, int64_t count, int shift,
                            const float* __restrict__ code, uint8_t* __restrict__ out,
                            float* __restrict__ nested) {
-  PK_SHARED(float, thresholds, [256]);  // 255 of them
+  PK_SHARED(float, thresholds, [ABSMAX_CODES]);  // 255 of them
   PK_SHARED(float, warp_best, [ABSMAX_THREADS / 32]);
   const int t = threadIdx.x;
-  if (t < 255) thresholds[t] = __fmul_rn(__fadd_rn(code[t], code[t + 1]), 0.5f);
+  if (t < 255) thresholds[t] = threshold_between(code[t], code[t + 1]);
   const int64_t size = (int64_t)1 << shift, start = blockIdx.x * size,
                 stop = start + size < count ? start + size : count;
   float best = 0;
@@ -147,7 +130,7 @@ template <typename T>
 int quantize_as(const void* w, int64_t numel, int shift, const float* code, uint8_t* packed, float* absmax,
                 void* stream) {
   const int64_t threads = (1 << shift) / PER_THREAD > 256 ? (1 << shift) / PER_THREAD : 256;
-  const int64_t blocks = (numel + threads * PER_THREAD - 1) / (threads * PER_THREAD);
+  const int64_t blocks = ceil_div(numel, threads * PER_THREAD);
   if (blocks > 0x7fffffff) return PK_ERR_SHAPE;
   const bool vectors = aligned(w, 16) && aligned(packed, 4);
   const Where where = {dim3((unsigned)blocks), (unsigned)threads, 0, stream};
@@ -162,10 +145,7 @@ extern "C" int pk_quantize_4bit_cuda(const void* w, int dtype, int64_t numel, in
                                      const float* code, uint8_t* packed, float* absmax, void* stream,
                                      int device) {
   using namespace pk;
-  if (!w || !code || !packed || !absmax) return PK_ERR_NULL;
-  if (numel < 1) return PK_ERR_SHAPE;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
-  if (bad_block(blocksize, 32, 4096)) return PK_ERR_BLOCKSIZE;
+  if (const int bad = check_quantize(w, dtype, numel, blocksize, code, packed, absmax)) return bad;
   const DeviceGuard guard(device);
   if (guard.status() != PK_OK) return guard.status();
   const auto quantize = dtype == PK_F32    ? quantize_as<float>
@@ -178,13 +158,12 @@ extern "C" int pk_quantize_absmax_cuda(const float* absmax, int64_t count, int32
                                        const float* code, uint8_t* absmax_8bit, float* nested_absmax,
                                        void* stream, int device) {
   using namespace pk;
-  if (!absmax || !code || !absmax_8bit || !nested_absmax) return PK_ERR_NULL;
-  if (count < 1) return PK_ERR_SHAPE;
-  if (bad_block(blocksize, 1, 1 << 30)) return PK_ERR_BLOCKSIZE;
+  if (const int bad = check_quantize_absmax(absmax, count, blocksize, code, absmax_8bit, nested_absmax))
+    return bad;
   const DeviceGuard guard(device);
   if (guard.status() != PK_OK) return guard.status();
   const int shift = log2_of(blocksize);
-  const int64_t blocks = (count + blocksize - 1) / blocksize;
+  const int64_t blocks = ceil_div(count, blocksize);
   if (blocks > 0x7fffffff) return PK_ERR_SHAPE;
   return launch(quantize_absmax_kernel, {dim3((unsigned)blocks), ABSMAX_THREADS, 0, stream}, absmax, count,
                 shift, code, absmax_8bit, nested_absmax);

@@ -1,19 +1,13 @@
 // Status codes into words.
+#include "../checks.h"
 #include "launch.h"
 
 extern "C" {
 
 const char* pk_cuda_status_string(int status) {
-  static const char* const TEXT[] = {"ok",
-                                     "a required pointer is null",
-                                     "a size is out of range",
-                                     "unknown dtype",
-                                     "block size is not a power of two from 32 to 4096",
-                                     "scratch is too small",
-                                     "unknown or unsupported ISA"};
   if (status == PK_ERR_CUDA) return "the CUDA runtime reported an error";
   if (status == PK_ERR_ARCH) return "this device's architecture lacks what the call needs";
-  return status >= 0 && status <= PK_ERR_ISA ? TEXT[status] : "unknown status";
+  return pk::status_text(status);
 }
 const char* pk_cuda_error_text(void) { return pk::last_error_text; }
 int pk_cuda_abi_version(void) { return PEFTKERN_CUDA_ABI_VERSION; }

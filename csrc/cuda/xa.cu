@@ -1,7 +1,7 @@
 // xa = drop(x) A^T, fp32 [m, r]: the low-rank part's first product, for the fused linears of few rows. Bound
 // by latency for one row, then by reading x.
+#include "../philox.h"
 #include "linear.h"
-#include "philox.h"
 #include "reduce.h"
 
 using namespace pk;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(THREADS) xa_kernel(Xa a) {
       // A row beyond the end repeats the last: its sums are not stored.
       const int64_t row = m0 + t < a.m ? m0 + t : a.m - 1;
       load_group(a.x, a.dtype, row, a.k, group, a.whole, x[t]);
-      if (a.seed) dropout.apply((uint32_t)group, (uint32_t)row, x[t]);
+      if (a.seed) apply_mask(dropout, (uint32_t)group, (uint32_t)row, x[t]);
     }
 #pragma unroll
     for (int r = 0; r < RANKS; r++) {
@@ -90,7 +90,7 @@ int launch_xa(const Xa& a, void* stream) {
 extern "C" int pk_xa_cuda(const pk_lora* lora, const int64_t* seed, const void* x, int dtype, int64_t m,
                           int64_t k, float* xa, void* stream, int device) {
   if (!lora) return PK_ERR_NULL;
-  if (m < 0 || k < 1 || lora->r < 0 || lora->r > 256 || lora->dropout_threshold > 65536) return PK_ERR_SHAPE;
+  if (m < 0 || k < 1 || bad_rank(lora->r) || lora->dropout_threshold > EVERY_DRAW) return PK_ERR_SHAPE;
   if (m == 0 || lora->r == 0) return PK_OK;
   if (!x || !xa || !lora->lora_a || (lora->dropout_threshold && !seed)) return PK_ERR_NULL;
   if (bad_dtype(dtype) || bad_dtype(lora->dtype)) return PK_ERR_DTYPE;
@@ -99,7 +99,7 @@ extern "C" int pk_xa_cuda(const pk_lora* lora, const int64_t* seed, const void* 
   if (guard.status() != PK_OK) return guard.status();
   const bool whole = k % 8 == 0 && aligned(x, 16) && aligned(lora->lora_a, 16);
   const uint32_t threshold = lora->dropout_threshold;
-  const Xa a = {x,           lora->lora_a, threshold ? seed : nullptr,   xa,   m, k, (int)lora->r, dtype,
-                lora->dtype, threshold,    Dropout::scale_of(threshold), whole};
+  const Xa a = {x,           lora->lora_a, threshold ? seed : nullptr,       xa,   m, k, (int)lora->r, dtype,
+                lora->dtype, threshold,    make_dropout(threshold, 0).scale, whole};
   return m == 1 ? launch_xa<1>(a, stream) : launch_xa<4>(a, stream);
 }

@@ -30,19 +30,17 @@ extern "C" {
 
 typedef enum {
   PK_OK = 0,
-  PK_ERR_NULL = 1,  /* a required pointer is null */
-  PK_ERR_SHAPE = 2, /* a size is negative, zero where it may not be, or out of range */
-  PK_ERR_DTYPE = 3, /* not a pk_dtype */
-  PK_ERR_BLOCKSIZE =
-      4,              /* not a power of two from 32 to 4096, or a nested block size that is no power of two */
-  PK_ERR_SCRATCH = 5, /* scratch is smaller than pk_*_scratch_bytes says */
-  PK_ERR_ISA = 6      /* the ISA is unknown or this CPU lacks it */
+  PK_ERR_NULL = 1,      /* a required pointer is null */
+  PK_ERR_SHAPE = 2,     /* a size is negative, zero where it may not be, or out of range */
+  PK_ERR_DTYPE = 3,     /* not a pk_dtype */
+  PK_ERR_BLOCKSIZE = 4, /* not a power of two from 32 to 4096; of a nested one: no power of two */
+  PK_ERR_SCRATCH = 5,   /* scratch is smaller than pk_*_scratch_bytes says */
+  PK_ERR_ISA = 6        /* the ISA is unknown or this CPU lacks it */
 } pk_status;
 
 typedef enum { PK_F32 = 0, PK_BF16 = 1, PK_F16 = 2 } pk_dtype;
 
-/* A frozen weight [n, k]: 4-bit (code != NULL) or dense (code == NULL, `data` holds n*k values of `dtype`).
- */
+/* A frozen weight [n, k]: 4-bit (code != NULL) or dense (code == NULL: `data` holds n*k of `dtype`). */
 typedef struct {
   const void* data;           /* 4-bit: uint8 [(n*k+1)/2], first element in the high nibble */
   const float* code;          /* [16], or NULL */

@@ -3,8 +3,8 @@
 
 extern "C" {
 // The C function with a tile of 8 * nt rows of x by 32 * wm rows of W.
-PK_API int probe_mma(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m, const void* bias, int bias_dtype,
-                     const float* xa, void* y, int nt, int wm) {
+PK_API int probe_mma(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m,
+                     const void* bias, int bias_dtype, const float* xa, void* y, int nt, int wm) {
   Linear a;
   if (const int bad = check_linear(w, lora, x, dtype, m, bias, bias_dtype, xa, y, &a)) return bad;
   if (nt == 1) return wm == 1 ? launch_tiles<1, 1>(a, nullptr) : launch_tiles<1, 2>(a, nullptr);

@@ -1,23 +1,13 @@
-// The dropout mask: Philox4x32-10 (Salmon et al., 2011), eight 16-bit draws a counter, so that any part of a
-// mask can be made again from its seed.
+// The dropout mask of philox.h in vectors, and as bits.
 #pragma once
-#include <stdint.h>
-
+#include "../philox.h"
 #include "simd.h"
 
 namespace PK_NS {
 
-struct Dropout {
-  uint32_t threshold;  // a draw below it is dropped; 0: no dropout
-  uint64_t seed;
-  float scale;  // 1 / (1 - p)
-};
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static inline Dropout make_dropout(uint32_t threshold, uint64_t seed) {
-  return {threshold, seed, threshold >= 65536 ? 0.0f : 65536.0f / (float)(65536 - threshold)};
-}
+using pk::Dropout;
+using pk::make_dropout;
+using pk::smaller;
 
 // Counters sit in the low halves of 64-bit lanes, where the widening multiply wants them; high halves may
 // hold anything.
@@ -37,17 +27,17 @@ static inline vq widening_multiply(vq a, uint32_t b) {
 // of a draw's instructions.
 typedef uint16_t vh __attribute__((vector_size(VW * 4)));
 struct Draws {
-  vq key0[10], key1[10];
+  vq key0[pk::PHILOX_ROUNDS], key1[pk::PHILOX_ROUNDS];
   vh threshold;
 };
 static inline Draws make_draws(const Dropout& d) {
   Draws s;
   uint32_t key0 = (uint32_t)d.seed, key1 = (uint32_t)(d.seed >> 32);
-  for (int round = 0; round < 10; round++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+  for (int round = 0; round < pk::PHILOX_ROUNDS; round++, key0 += pk::PHILOX_W0, key1 += pk::PHILOX_W1) {
     s.key0[round] = vq{} + (uint64_t)key0;
     s.key1[round] = vq{} + (uint64_t)key1;
   }
-  s.threshold = vh{} + (uint16_t)(d.threshold < 65536 ? d.threshold : 65535);  // at 65536 the scale is 0
+  s.threshold = vh{} + (uint16_t)smaller(d.threshold, pk::EVERY_DRAW - 1);  // at EVERY_DRAW the scale is 0
   return s;
 }
 
@@ -93,9 +83,9 @@ static inline __attribute__((always_inline)) uint64_t draw(const Draws& d, uint3
     c2[b] = c3[b] = vq{};
   }
 #pragma GCC unroll 10
-  for (int round = 0; round < 10; round++)
+  for (int round = 0; round < pk::PHILOX_ROUNDS; round++)
     for (int b = 0; b < BATCHES; b++) {
-      const vq p0 = widening_multiply(c0[b], 0xD2511F53u), p1 = widening_multiply(c2[b], 0xCD9E8D57u);
+      const vq p0 = widening_multiply(c0[b], pk::PHILOX_M0), p1 = widening_multiply(c2[b], pk::PHILOX_M1);
       c0[b] = p1 >> 32 ^ (c1[b] ^ d.key0[round]);
       c1[b] = p1;
       c2[b] = p0 >> 32 ^ (c3[b] ^ d.key1[round]);
