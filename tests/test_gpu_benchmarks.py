@@ -286,12 +286,6 @@ def test_build_takes_the_cuda_kernels_where_nvcc_is(tmp_path: Path, monkeypatch:
     )
 
 
-def test_junit_counts(tmp_path: Path) -> None:
-    path = tmp_path / "j.xml"
-    path.write_text('<testsuites><testsuite tests="10" failures="1" errors="2" skipped="3"/></testsuites>')
-    assert checks.junit_counts(path) == {"passed": 4, "failed": 1, "errors": 2, "skipped": 3}
-
-
 def test_every_kernel_of_the_sources_is_looked_for() -> None:
     """The names are read by pattern: as many as the sources have, and only a launched kernel's own name
     counts."""

@@ -1,4 +1,5 @@
-"""GPU measurements: `python -m benchmarks.gpu --part NAME --out DIR`, parts in `--list`.
+"""GPU measurements: `python -m benchmarks.gpu` profiles a card in ten minutes; `--part NAME --out DIR` runs
+one part whole, parts in `--list`.
 
 Needs torch, Triton and a CUDA device; no network. The comparison libraries (bitsandbytes, axolotl, Liger) may
 lie in a folder, `--peers`. `--device cpu --small` proves the script on any machine with tiny shapes; its
@@ -40,6 +41,7 @@ PARTS = {
         540,
         "the extension in place, with the CUDA C++ kernels where nvcc is found; peftkern env",
     ),
+    "warm": Part("warm", "warm", 1, 300, "Triton's cache: every variant, compiled by several processes"),
     "tests": Part("checks", "tests", 5, 540, "pytest -m gpu"),
     "sanitizer": Part("checks", "sanitizer", 7, 590, "every kernel, small: coverage, memcheck, racecheck"),
     "tune": Part(
@@ -77,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--part", default="", help="one part, several with commas, or all (each then in a process of its own)"
     )
+    p.add_argument(
+        "--minutes", type=float, default=10, help="for the profile that runs where no part is named (10)"
+    )
     p.add_argument("--list", action="store_true", help="the parts and how long each is expected to take")
     p.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the CSVs, logs and plots")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -90,7 +95,16 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         default="",
         metavar="TEXT",
-        help="only cases whose words contain it, e.g. 'dropout 0 bfloat16 4096x4096 M=8192'",
+        help="only cases whose words contain it, e.g. 'dropout 0 bfloat16 4096x4096 M=8192'; | between "
+        "alternatives",
+    )
+    p.add_argument(
+        "--first-cases", action="store_true", help="of the part tests: one case of each test function"
+    )
+    p.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="without the peers that torch.compile makes, which takes long",
     )
     p.add_argument("--resume", action="store_true", help="keep the CSV's rows and measure only what it lacks")
     p.add_argument("--rounds", type=int, default=0, help="default 25, small 3")
@@ -115,6 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         _print_parts()
         return 0
+    if not args.part:
+        if missing := _no_device(args.device):
+            print(missing, file=sys.stderr)
+            return 2
+        from .profile import profile
+
+        return profile(args)
     names = list(PARTS) if args.part == "all" else [name for name in args.part.split(",") if name]
     unknown = [name for name in names if name not in PARTS]
     if unknown or not names:
@@ -126,6 +147,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(names) > 1:
         return _separately(names, sys.argv[1:] if arguments is None else list(arguments))
     return _one(names[0], args)
+
+
+def _no_device(device: str) -> str:
+    """What is wrong with the device asked for; empty where it is there."""
+    import torch
+
+    if device == "cpu" or torch.cuda.is_available():
+        return ""
+    return "no CUDA device was found; --device cpu --small tries the script, with tiny shapes"
 
 
 def _print_parts() -> None:
@@ -179,8 +209,8 @@ def _one(name: str, args: argparse.Namespace) -> int:
 
     from .run import ContextLost, Run
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print(f"{name}: no CUDA device; --device cpu --small tries the script", file=sys.stderr)
+    if missing := _no_device(args.device):
+        print(f"{name}: {missing}", file=sys.stderr)
         return 2
     budget = args.budget or part.seconds - 60
     options = dict(
@@ -192,6 +222,8 @@ def _one(name: str, args: argparse.Namespace) -> int:
         only=args.only,
     )
     run = Run(name, args.out, **options, interpret=args.interpret, flush=args.flush)
+    run.first_cases, run.compiled = args.first_cases, not args.no_compile
+    run.note_clocks("before")
     measure = getattr(importlib.import_module(f"{__package__}.{part.module}"), part.function)
     print(f"{name}: {part.words}; rows go to {run.path}", flush=True)
     # A stream of its own: what is captured into a graph, its backward included, must not be on the default
@@ -202,6 +234,7 @@ def _one(name: str, args: argparse.Namespace) -> int:
         except ContextLost as lost:
             print(lost, file=sys.stderr)
             return 3
+    run.note_clocks("after")
     return 0
 
 

@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .run import Case, Run, device_name
 
-__all__ = ["build", "build_environment", "find_tool", "junit_counts", "sanitizer", "tests", "tune"]
+__all__ = ["build", "build_environment", "find_tool", "sanitizer", "tests", "tune"]
 
 ROOT = Path(__file__).parents[2]
 GPU_TESTS = ("tests/cuda", "tests/triton", "tests/memory")
@@ -72,8 +71,12 @@ def build(run: Run) -> None:
     """The extension in place, with the CUDA code where nvcc is found; then `peftkern env`."""
     environment, words = build_environment(os.environ)
     print(words, flush=True)
+    if not run.cuda:  # what is there serves the CPU already
+        return _environment(run, environment)
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    status, output = _command(run, Case("build", words, "", timed=""), command, environment, "build.log", 400)
+    status, output = _command(
+        run, Case("build", words, "", timed=""), command, environment, "build.log", run.budget_s
+    )
     print(output[-3000:], flush=True)
     # Triton's kernels and the CPU's can be measured without it
     if status and environment.get("PEFTKERN_CUDA") == "1":
@@ -86,46 +89,34 @@ def build(run: Run) -> None:
             "build-without-cuda.log",
             120,
         )
-    _, output = _command(
-        run,
-        Case("env", "", "", timed=""),
-        [sys.executable, "-m", "peftkern", "env"],
-        environment,
-        "env.txt",
-        120,
-    )
+    _environment(run, environment)
+
+
+def _environment(run: Run, environment: Mapping[str, str]) -> None:
+    command = [sys.executable, "-m", "peftkern", "env"]
+    _, output = _command(run, Case("env", "", "", timed=""), command, environment, "env.txt", 120)
     print(output, flush=True)
 
 
 def tests(run: Run) -> None:
-    """pytest -m gpu on the device; the log and the junit file stay beside the CSV."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    junit = run.out / "tests.junit.xml"
+    """pytest -m gpu on the device; log and outcomes stay beside the CSV, also of a run that is stopped. On a
+    CPU, where all of them are skipped, one file."""
+    from .outcomes import counts
+
+    outcomes = run.out / "tests.outcomes"
+    changes = {"PEFTKERN_OUTCOMES": str(outcomes), "PEFTKERN_FIRST_CASES": str(int(run.first_cases))}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | changes
     # In processes, as compiling the kernels is what takes the time; each has a CUDA context of half a GB.
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *GPU_TESTS, "-n", str(PROCESSES)]
-    command += ["-q", "-rs", "--durations=15", f"--junitxml={junit}"]
+    where = (*GPU_TESTS, "-n", str(PROCESSES)) if run.cuda else ("tests/triton/test_device.py",)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *where, "-p", "benchmarks.gpu.outcomes"]
+    command += ["-q", "-rs", "--durations=15"]
     case = Case("tests", "pytest -m gpu", "", timed="")
     status, output = _command(run, case, command, environment, "tests.log", run.budget_s)
     print(output[-6000:], flush=True)
-    if junit.exists():
-        for name, count in junit_counts(junit).items():
-            run.add(case, name, p20=count, p50=count, p80=count, unit="tests")
+    for name, count in counts(outcomes).items():
+        run.add(case, name, p20=count, p50=count, p80=count, unit="tests")
     if status == 5:
         run.add(case, "passed", note="error: no test is marked gpu")
-
-
-def junit_counts(path: Path) -> dict[str, float]:
-    """passed, failed, errors, skipped of a junit file."""
-    suites = list(ET.parse(path).getroot().iter("testsuite"))
-    total, failed, errors, skipped = (
-        sum(int(s.get(name, 0)) for s in suites) for name in ("tests", "failures", "errors", "skipped")
-    )
-    return {
-        "passed": float(total - failed - errors - skipped),
-        "failed": float(failed),
-        "errors": float(errors),
-        "skipped": float(skipped),
-    }
 
 
 def sanitizer(run: Run) -> None:

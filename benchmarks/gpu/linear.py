@@ -45,7 +45,7 @@ def linear(run: Run) -> None:
     for case, r, dropout_p in cases(run):
         if run.wanted(case):
             p = Problem(weights(run.device, case.n, case.k, torch.bfloat16), case.m, r, dropout_p)
-            compiled = case.m in COMPILED_M and r == 16 and not dropout_p
+            compiled = run.compiled and case.m in COMPILED_M and r == 16 and not dropout_p
             measure(run, case, linear_factories(run, p, compiled=compiled))
 
 

@@ -7,6 +7,8 @@ import csv
 import functools
 import importlib.metadata
 import math
+import shutil
+import subprocess
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -118,6 +120,10 @@ class Run:
         self.rounds = rounds or (3 if small else 25)
         self.budget_s, self.only, self.interpret, self.flush = budget_s, only, interpret, flush
         self.cuda = device == "cuda"
+        self.first_cases, self.compiled = (
+            False,
+            True,
+        )  # tests: one case a function; linear: compiled peers too
         self.path = out / f"{part}.csv"
         self._start = time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +136,11 @@ class Run:
 
     @functools.cached_property
     def l2_bytes(self) -> int:
-        return torch.cuda.get_device_properties(0).L2_cache_size if self.cuda else FALLBACK_L2
+        return (
+            torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+            if self.cuda
+            else FALLBACK_L2
+        )
 
     def copies(self, nbytes: int) -> int:
         """How many inputs of that size a rotation needs so that none is still in the L2 when its turn comes
@@ -148,7 +158,7 @@ class Run:
         """Whether to measure a case: it is asked for, not there yet, and within the time budget (else a row
         says so)."""
         key = (case.what, case.mode, case.dtype, case.shape, str(case.m), case.timed)
-        if key in self._done or self.only not in case.id:
+        if key in self._done or not any(words in case.id for words in self.only.split("|")):
             return False
         if self.left_s() < 0:
             self.add(
@@ -180,6 +190,14 @@ class Run:
             writer.writerow({k: _text(v) for k, v in asdict(row).items()})
         print(f"[{time.monotonic() - self._start:5.0f} s] {_words(case, row)}", flush=True)
         return row
+
+    def note_clocks(self, when: str) -> None:
+        """Clocks, power and temperature into clocks.txt: short parts ride boost clocks, long ones may not."""
+        if self.cuda and (tool := shutil.which("nvidia-smi")):
+            words = [tool, "-q", "-d", "CLOCK,POWER,TEMPERATURE,PERFORMANCE"]
+            told = subprocess.run(words, capture_output=True, text=True, timeout=30).stdout
+            with (self.out / "clocks.txt").open("a") as file:
+                file.write(f"{when} {self.part}\n{told}\n")
 
     def sync(self) -> None:
         if self.cuda:
