@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ..harness import OURS
 from ..peers import has, relative
 from .layers import bnb_linear
-from .run import Case, Run
+from .run import Case, Run, read_rows
 
 __all__ = ["PROVIDERS", "build_model", "step"]
 
@@ -31,8 +32,10 @@ SLICED = ", sliced head"
 # variants without them.
 PROVIDERS = (STOCK, OURS, STOCK + LIGER, OURS + LIGER, STOCK + SLICED, OURS + SLICED)
 CAP_GIB = 23.0  # what a 24 GB card leaves after its CUDA context
-CONTEXTS = (2048, 4096, 8192, 16384, 24576, 32768, 40960, 49152, 65536)
-CHILD_S = 150.0  # a provider's process may take this long
+# What a step costs at three lengths first, then the lengths between and beyond: a run may be cut off.
+CONTEXTS = (2048, 8192, 32768, 4096, 16384, 65536, 49152, 24576, 40960)
+CHILD_S = 240.0  # a provider's process may take this long, and no more than its share of what is left
+SMALL = (16, 32)  # contexts of --small
 LENGTH_S = 10.0  # after which a context's steps are enough, two at least: one to warm up and one to time
 R = 16
 LLAMA_8B = dict(
@@ -129,9 +132,9 @@ def _loss(model: nn.Module, provider: str, ids: Tensor) -> Tensor:
 
 
 def child(
-    provider: str, device: str, small: bool, rounds: int, gradients: Path, contexts: Sequence[int] = CONTEXTS
+    provider: str, device: str, small: bool, rounds: int, gradients: Path, contexts: Sequence[int]
 ) -> Iterator[dict]:
-    """In a process of its own: a record of each context length, until one does not fit."""
+    """In a process of its own: a record of each context length; none above one that does not fit."""
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(
             CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory
@@ -139,10 +142,13 @@ def child(
     model = build_model(provider, device, small)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
-    for length in (16, 32) if small else contexts:
+    limit = math.inf
+    for length in contexts:
+        if length >= limit:
+            continue
         torch.manual_seed(2)
         ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
-        seconds, loss_value = [], float("nan")
+        seconds, loss_value, too_long = [], float("nan"), ""
         try:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -159,8 +165,13 @@ def child(
                 loss_value = loss.item()  # waits for the device
                 seconds.append(time.perf_counter() - start)
         except torch.cuda.OutOfMemoryError as error:
-            yield {"length": length, "oom": str(error).split(".")[0]}
-            return
+            too_long = str(error).split(".")[0]
+        if too_long:  # here the error is gone, whose frames held the step's tensors
+            limit, loss = length, None
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            yield {"length": length, "oom": too_long}
+            continue
         if not gradients.exists():
             torch.save(torch.cat([p.grad.flatten().float().cpu() for p in parameters]), gradients)
         peak = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else float("nan")
@@ -168,25 +179,49 @@ def child(
 
 
 def step(run: Run) -> None:
-    """Every provider in turn, stock first: the others' loss and gradients are judged by its."""
-    with tempfile.TemporaryDirectory() as folder:
-        for number, provider in enumerate(PROVIDERS):
-            absent = [package for package in _packages(provider) if not has(package)]
-            if absent:
-                run.add(
-                    Case("step", WHOLE, timed=""),
-                    provider,
-                    note=f"skipped: {', '.join(absent)} not installed",
-                )
-            elif run.wanted(Case("step", provider, timed="")):
-                _provider(run, provider, Path(folder) / f"{number}.pt", Path(folder) / "0.pt")
+    """Every provider in turn, stock first: the others' loss and gradients are judged by its. With --resume a
+    provider goes on with the contexts that it lacks; stock's gradients are kept until nothing is left."""
+    folder = run.out / "step-gradients"
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting: list[str] = []
+    for provider in PROVIDERS:
+        absent = [package for package in _packages(provider) if not has(package)]
+        if absent:
+            note = f"skipped: {', '.join(absent)} not installed"
+            run.add(Case("step", WHOLE, timed=""), provider, note=note)
+        elif _left(run, provider):
+            waiting.append(provider)
+    for done, provider in enumerate(waiting):
+        if run.left_s() < 0:
+            note = f"not measured: over the part's {run.budget_s:.0f} s; run again with --resume"
+            run.add(Case("step", WHOLE, timed=""), provider, note=note)
+            continue
+        share = run.left_s() / (len(waiting) - done)
+        number = PROVIDERS.index(provider)
+        _provider(run, provider, folder / f"{number}.pt", folder / "0.pt", share)
+    if not any(_left(run, provider) for provider in waiting):
+        shutil.rmtree(folder)
+
+
+def _left(run: Run, provider: str) -> list[int]:
+    """The contexts that a provider has no row of yet, below the shortest that did not fit; none of a provider
+    whose results were refused."""
+    mine = [row for row in read_rows(run.path) if row["what"] == "step" and row["provider"] == provider]
+    if any(row["note"].startswith("error: gradients") for row in mine):
+        return []
+    measured = {int(row["M"]) for row in mine if row["p50"]}
+    too_long = [int(row["M"]) for row in mine if row["note"].startswith("does not fit")]
+    limit = min(too_long, default=math.inf)
+    return [
+        length for length in (SMALL if run.small else CONTEXTS) if length not in measured and length < limit
+    ]
 
 
 def _packages(provider: str) -> tuple[str, ...]:
     return ("transformers", "peft", "bitsandbytes") + ("liger_kernel",) * (LIGER in provider)
 
 
-def _provider(run: Run, provider: str, gradients: Path, stock: Path) -> None:
+def _provider(run: Run, provider: str, gradients: Path, stock: Path, share_s: float) -> None:
     command = [
         sys.executable,
         "-m",
@@ -197,9 +232,11 @@ def _provider(run: Run, provider: str, gradients: Path, stock: Path) -> None:
         run.device,
         "--gradients",
         str(gradients),
+        "--contexts",
+        *map(str, _left(run, provider)),
     ]
     command += ["--rounds", str(2 if run.small else 3), *(["--small"] if run.small else [])]
-    limit = CHILD_S if run.small else max(30.0, min(CHILD_S, run.left_s()))
+    limit = CHILD_S if run.small else max(30.0, min(CHILD_S, share_s))
     whole = Case("step", WHOLE, timed="")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -257,9 +294,10 @@ def main() -> int:
     p.add_argument("--small", action="store_true")
     p.add_argument("--rounds", type=int, required=True)
     p.add_argument("--gradients", type=Path, required=True)
-    p.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="TOKENS")
+    p.add_argument("--contexts", type=int, nargs="+", metavar="TOKENS")
     args = p.parse_args()
-    for record in child(args.provider, args.device, args.small, args.rounds, args.gradients, args.contexts):
+    contexts = args.contexts or (SMALL if args.small else CONTEXTS)
+    for record in child(args.provider, args.device, args.small, args.rounds, args.gradients, contexts):
         print(json.dumps(record), flush=True)
     return 0
 
