@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..patching.forwards import find
-from ..patching.loss import LossForward, install_loss, loss_candidate
+from ..patching.loss import Loss, LossForward
 from ..patching.methods import of_module
+from ..patching.survey import survey
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,10 +31,12 @@ __all__ = ["adapter_on_head_hidden", "install_model_loss", "summed_nll", "token_
 def install_model_loss(model: nn.Module) -> str | None:
     """Let the model make its loss without the logits; the reason where it cannot, and keeps its stock
     loss."""
-    found = loss_candidate(model)
-    if found is None:
+    findings = survey(model, [Loss()])
+    if not findings:
         return "it is no language model of transformers"
-    return None if install_loss(found) else found.row.reason
+    ((rewrite, finding),) = findings
+    rewrite.install(finding)
+    return finding.row.reason
 
 
 def summed_nll(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from ..patching.attention import around_of, release, surround, surroundable
-from ..patching.detect import excluded, patterns_of
+from ..patching.rewrite import excluded, patterns_of
 from ..patching.weights import autocast_dtype
 
 __all__ = ["AttentionReport", "GroupedAttention", "attention_by_groups", "attention_whole", "grouped_sdpa"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import transformed
 from ..patching import mixed
-from ..patching.detect import excluded, patterns_of
+from ..patching.rewrite import excluded, patterns_of
 from .mlp_shapes import MLPShape, holds_experts, mlp_shape
 from .row_blocks import RowBlocks
 from .tiles import mlp_tile, mlp_tile_bytes

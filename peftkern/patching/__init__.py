@@ -5,32 +5,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import nn
 
 from ..runtime import backends
-from .attention import (
-    install_attention,
-    restore_surrounded,
-    rope_candidates,
-    surrounded_alone,
-    wide_candidates,
-)
-from .blocks import install_norms, norm_candidates
-from .detect import Candidate, candidates, excluded, patterns_of
-from .dora import drops
-from .forwards import install, remove
-from .groups import form_groups
-from .layers import install_layers
-from .loss import install_loss, loss_candidate
-from .merged import install_merge, release_merge
-from .mlp import install_mlps
+from .attention import WideAttention, restore_surrounded, surrounded_alone
+from .blocks import Norms
+from .detect import Linears
+from .forwards import remove
+from .groups import Siblings, with_siblings
+from .layers import DecoderLayers
+from .loss import Loss
+from .merged import Merging, release_merge
+from .mlp import GatedMLPs
 from .report import PatchReport, Row
+from .rewrite import Finding, Rewrite, patterns_of
+from .rotary import Rotary
 from .samples import mixed_adapters
-from .weights import WeightCache
+from .survey import survey
 
 __all__ = ["PatchReport", "Row", "mixed_adapters", "patch", "unpatch"]
+
+# In this order: a later one asks what its children will run.
+_LINEARS: tuple[Rewrite, ...] = (Linears(), Merging(), Siblings())
+_BLOCKS: tuple[Rewrite, ...] = (GatedMLPs(), Norms(), Rotary(), WideAttention(), DecoderLayers())
+_LOSS: tuple[Rewrite, ...] = (Loss(),)
 
 
 def patch(
@@ -67,67 +66,21 @@ def patch(
     >>> report.counts
     {'linear': 1}
     """
-    patterns = patterns_of(model, exclude)
-    found = candidates(model, patterns, dense)
-    if not any(item.row.reason is None for item in found):
-        raise ValueError(_nothing(model, found))
-    kept = {id(item.module) for item in found if item.static}
+    rewrites = _LINEARS + (_BLOCKS if blocks else ()) + (_LOSS if fused_loss else ())
+    findings = survey(model, rewrites, exclude=patterns_of(model, exclude), dense=dense)
+    linears = [finding for rewrite, finding in findings if isinstance(rewrite, Linears)]
+    if not any(_runs_ours(finding) for finding in linears):
+        raise ValueError(_nothing(model, linears))
+    if fused_loss and not any(isinstance(rewrite, Loss) for rewrite, _ in findings):
+        raise ValueError(_no_loss(model))
+    kept = {id(finding.module) for finding in linears if finding.forward is not None}
     for module in model.modules():
         if id(module) not in kept:
             remove(module)
-    _install(found)
-    _install_merges(found, patterns)
-    groups = form_groups(model)
-    extra = _install_blocks(model, patterns) if blocks else []
-    extra += _install_loss(model, patterns) if fused_loss else []
+    for rewrite, finding in findings:
+        rewrite.install(finding)
     restore_surrounded(model)
-    fused = {
-        f"{item.row.name}.base_layer" for item in found if item.row.got in ("qlora_linear", "dora_linear")
-    }
-    rows = tuple(_grouped(item, groups) for item in found if item.row.name not in fused)
-    return PatchReport((*rows, *extra), _kernels(found))
-
-
-def _install_blocks(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
-    """Gated MLPs, norms, attention and the layers around them; a row for each module looked at."""
-    norms, attention = norm_candidates(model), [*rope_candidates(model), *wide_candidates(model)]
-    norms, attention = (
-        [item for item in found if excluded(item.name, exclude) is None] for found in (norms, attention)
-    )
-    install_norms(norms)
-    install_attention(attention)
-    kinds = {"rms_norm": "norm", "rope": "attention", "fp32_attention": "attention"}
-    found = [*norms, *attention]
-    rows = [
-        Row(item.name, kinds[item.got], "", "stock" if item.reason else item.got, None, (), item.reason)
-        for item in found
-    ]
-    mlps = [Row(name, "mlp", "", got, None, (), why) for name, got, why in install_mlps(model, exclude)]
-    return (
-        mlps
-        + rows
-        + [Row(name, "layer", "", got, None, (), why) for name, got, why in install_layers(model, exclude)]
-    )
-
-
-def _install_loss(model: nn.Module, exclude: tuple[str, ...]) -> list[Row]:
-    found = loss_candidate(model, exclude)
-    if found is None:
-        raise ValueError(
-            f"fused_loss: {type(model).__name__} holds no causal language model of transformers; call "
-            "peftkern.patch without it"
-        )
-    install_loss(found)
-    return [found.row]
-
-
-def _grouped(item: Candidate, groups: dict[str, str]) -> Row:
-    """Its row, with the note which siblings it is computed with."""
-    row = item.row
-    if row.reason is not None or row.name not in groups or (row.got == "dora_linear" and drops(item.module)):
-        return row
-    note = f"one call for {groups[row.name]}"
-    return replace(row, note=f"{row.note}; {note}" if row.note else note)
+    return PatchReport(tuple(with_siblings(findings)), _kernels(linears))
 
 
 def unpatch(model: nn.Module) -> int:
@@ -140,34 +93,25 @@ def unpatch(model: nn.Module) -> int:
     return count
 
 
-def _install_merges(found: list[Candidate], exclude: tuple[str, ...]) -> None:
-    for item in found:
-        if item.row.kind != "lora":
-            continue
-        if excluded(item.row.name, exclude) is None:
-            install_merge(item.module)
-        else:
-            release_merge(item.module)
+def _runs_ours(finding: Finding) -> bool:
+    return finding.row is not None and finding.row.reason is None
 
 
-def _install(found: list[Candidate]) -> None:
-    caches: dict[int, WeightCache] = {}
-    for item in found:
-        if not item.static:
-            continue
-        base = item.module.base_layer if item.row.kind == "lora" else item.module
-        cache = caches.setdefault(id(base), WeightCache())
-        install(item.module, item.forward, cache)
+def _kernels(linears: list[Finding]) -> str:
+    modules = (finding.module for finding in linears if _runs_ours(finding))
+    return backends.served_by(next(tensor for module in modules for tensor in module.parameters()))[1]
 
 
-def _kernels(found: list[Candidate]) -> str:
-    weight = next(tensor for item in found if item.row.reason is None for tensor in item.module.parameters())
-    return backends.served_by(weight)[1]
+def _no_loss(model: nn.Module) -> str:
+    return (
+        f"fused_loss: {type(model).__name__} holds no causal language model of transformers; call "
+        "peftkern.patch without it"
+    )
 
 
-def _nothing(model: nn.Module, found: list[Candidate]) -> str:
+def _nothing(model: nn.Module, found: list[Finding]) -> str:
     if found:
-        reasons = Counter(item.row.reason for item in found)
+        reasons = Counter(finding.row.reason for finding in found)
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
         return f"model: none of its {len(found)} LoRA layers and linears could be patched: {listed}"
     kinds = Counter(type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear))

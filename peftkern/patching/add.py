@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import functional
 from ..ops import autocast_off
 from . import mixed
-from .forwards import Adapter, Forward, active_adapters, adapter_of, served
+from .forwards import Forward, served
+from .linears import Adapter, active_adapters, adapter_of
 from .plans import branch_operands
 from .weights import FLOATS, autocast_dtype
 

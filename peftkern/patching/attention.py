@@ -6,51 +6,38 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from ..ops import autocast_off, transformed
-from ..ops.rope import reference as rope_reference
-from .blocks import ON_CPU, Block, replacement
-from .forwards import find, install, remove, served
-from .weights import FLOATS, autocast_dtype, slow_products
+from .blocks import replacement
+from .forwards import find, install, remove
+from .report import block_row
+from .rewrite import Context, Finding, Rewrite
+from .weights import autocast_dtype, slow_products
 from .wrappers import UNKNOWN, WrappedForward, innermost
 
 __all__ = [
     "AttentionForward",
-    "RopeMode",
+    "WideAttention",
     "WideMode",
+    "against_other_globals",
     "around_of",
     "in_fp32",
-    "install_attention",
     "release",
     "restore_surrounded",
-    "rope_candidates",
     "surround",
     "surroundable",
     "surrounded_alone",
-    "wide_candidates",
+    "uses",
+    "with_around",
 ]
 
-_ROTARY = "apply_rotary_pos_emb"
 _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 _AROUND = "_peftkern_around_attention"  # of the module, which holds what `surround` put there
-
-
-class RopeMode(NamedTuple):
-    """Whether the module's own rotary function also turns a part of each head and copies the rest."""
-
-    partial: bool
-
-    name = _ROTARY
-
-    def replace(self, stock: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-        """What the module's forward finds under `name`."""
-        return _rotary(stock, self.partial)
 
 
 class WideMode(NamedTuple):
@@ -63,147 +50,56 @@ class WideMode(NamedTuple):
     name = _FUNCTIONS
 
     def replace(self, stock: Any) -> Any:
-        """As RopeMode's."""
+        """What the module's forward finds under `name`."""
         return _Interfaces(stock, self.slow, self.around)
 
 
-def install_attention(found: Iterable[Block]) -> int:
-    """Patch those without a reason against it, each module once for all it got; how many got something."""
-    modes: dict[int, list[NamedTuple]] = {}
-    modules: dict[int, nn.Module] = {}
-    for block in found:
-        if block.reason is None:
-            modules[id(block.module)] = block.module
-            modes.setdefault(id(block.module), []).append(block.mode)
-    for key, module in modules.items():
-        _install(module, modes[key])
-    return len(modules)
-
-
 def _install(module: nn.Module, modes: list[NamedTuple]) -> None:
-    """What stands around the module's attention function stays there."""
+    install(module, AttentionForward, with_around(module, modes))
+
+
+def with_around(module: nn.Module, modes: list[NamedTuple]) -> tuple[NamedTuple, ...]:
+    """The modes, and what stands around the module's attention function, which stays there."""
     around = module.__dict__.get(_AROUND)
-    if around is not None:
-        slow = next((mode.slow for mode in modes if isinstance(mode, WideMode)), ())
-        modes = [*(mode for mode in modes if not isinstance(mode, WideMode)), WideMode(slow, around)]
-    install(module, AttentionForward, tuple(modes)).build()
-
-
-# ---- rotary embeddings
-
-
-def rope_candidates(model: nn.Module) -> list[Block]:
-    """Every module whose class's forward calls the global function `apply_rotary_pos_emb`, in the model's
-    order."""
-    found = []
-    for name, module in model.named_modules():
-        if not _uses(module, _ROTARY):
-            continue
-        mode = _rope_mode(module)
-        reason = mode if isinstance(mode, str) else None
-        found.append(Block(name, module, "rope", None if reason else mode, reason))
-    return found
-
-
-def _rope_mode(module: nn.Module) -> RopeMode | str:
-    reason = _not_ours(module)
-    if reason:
-        return reason
-    forward = innermost(type(module).forward)
-    function = forward.__globals__.get(_ROTARY)
-    if not callable(function):
-        return f"{_ROTARY} is no function of the module that defines {type(module).__name__}"
-    try:
-        if not _rotates_halves(function, 16):
-            return (
-                f"{_ROTARY} of {forward.__module__} is not the rotate_half convention: it differs on a probe"
-            )
-    except Exception as error:  # any signature is possible
-        return f"{_ROTARY} of {forward.__module__} failed on a probe: {type(error).__name__}: {error}"
-    try:
-        return RopeMode(_rotates_halves(function, 8))
-    except RuntimeError:  # the usual function takes whole heads only
-        return RopeMode(False)
-
-
-def _rotates_halves(function: Callable[..., Any], rotary: int) -> bool:
-    """Whether it gives, in fp32 and bf16, what ours is defined as, for angles whose halves differ."""
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
-        options = dict(generator=torch.Generator().manual_seed(0), **ON_CPU)
-        q, k = (torch.randn(2, heads, 5, 16, **options).to(dtype) for heads in (3, 1))
-        cos, sin = (torch.randn(2, 5, rotary, **options).to(dtype) for _ in range(2))
-        with torch.no_grad():
-            theirs, ours = function(q, k, cos, sin), (torch.empty_like(q), torch.empty_like(k))
-            rope_reference.rope(q, k, cos, sin, False, *ours)
-        if not isinstance(theirs, tuple) or len(theirs) != 2:
-            return False
-        for their, our in zip(theirs, ours, strict=True):
-            if (their.shape, their.dtype) != (our.shape, our.dtype) or not torch.allclose(
-                their, our, rtol=tolerance, atol=tolerance
-            ):
-                return False
-    return True
-
-
-def _rotary(
-    stock: Callable[..., tuple[Tensor, Tensor]], partial: bool
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Ours in `stock`'s place; calls that it does not serve go to `stock`."""
-
-    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        plain = len(args) == 4 and (
-            not kwargs or (kwargs.keys() == {"unsqueeze_dim"} and kwargs["unsqueeze_dim"] == 1)
-        )
-        if not plain or not all(isinstance(value, Tensor) for value in args) or not _turns(*args, partial):
-            return stock(*args, **kwargs)  # whatever its parameters are called
-        return functional.rope(*args)
-
-    return apply_rotary_pos_emb
-
-
-def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, partial: bool) -> bool:
-    if (
-        not served(q)
-        or q.dtype not in FLOATS
-        or not q.dtype == k.dtype == cos.dtype == sin.dtype
-        or not q.device == k.device == cos.device == sin.device
-    ):
-        return False
-    if (
-        q.dim() != 4
-        or k.dim() != 4
-        or cos.dim() != 3
-        or cos.shape != sin.shape
-        or cos.requires_grad
-        or sin.requires_grad
-    ):
-        return False
-    (b, _, s, d), rotary = q.shape, cos.shape[2]
-    if (k.shape[0], k.shape[2], k.shape[3]) != (b, s, d) or cos.shape[0] not in (1, b) or cos.shape[1] != s:
-        return False
-    return rotary % 2 == 0 and (rotary == d or (partial and rotary < d))
+    if around is None:
+        return tuple(modes)
+    slow = next((mode.slow for mode in modes if isinstance(mode, WideMode)), ())
+    return (*(mode for mode in modes if not isinstance(mode, WideMode)), WideMode(slow, around))
 
 
 # ---- attention in fp32
 
 
-def wide_candidates(model: nn.Module) -> list[Block]:
-    """Every module whose class's forward asks transformers' `ALL_ATTENTION_FUNCTIONS` for its function, in
-    the model's order; none where torch's 16-bit products are fast, or no weight is in 16 bits.
+class WideAttention(Rewrite):
+    """Modules whose class's forward asks transformers' `ALL_ATTENTION_FUNCTIONS` for its function; none where
+    torch's 16-bit products are fast, or no weight is in 16 bits.
 
     On a CPU without AVX-512's bf16 instructions scaled_dot_product_attention's backward takes 75 ms in bf16
     and 12 ms in fp32 (2 x 256 tokens, 9 heads of 64, 3 of keys; Zen 3, one thread); `python -m
     benchmarks.bench_attention`.
     """
-    slow = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if slow_products(dtype))
-    if not any(p.dtype in slow and p.device.type == "cpu" for p in model.parameters()):
-        return []
-    found = []
-    for name, module in model.named_modules():
-        if _uses(module, _FUNCTIONS):
-            reason = _not_ours(module) or _no_interfaces(module)
-            found.append(Block(name, module, "fp32_attention", None if reason else WideMode(slow), reason))
-    return found
+
+    def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
+        """As Rewrite's. The module's forward turns by our rotary function too, where `Rotary` found that."""
+        slow = context.shared(_SlowProducts).dtypes
+        if not slow or not uses(module, _FUNCTIONS) or context.excluded(name):
+            return None
+        reason = against_other_globals(module) or _no_interfaces(module)
+        row = block_row(name, "attention", "fp32_attention", reason)
+        if reason:
+            return Finding(module, row)
+        rotary = context.forward_of(module, AttentionForward)
+        modes = [mode for mode in (rotary.made_of if rotary else ()) if not isinstance(mode, WideMode)]
+        return Finding(module, row, AttentionForward, with_around(module, [*modes, WideMode(slow)]))
+
+
+class _SlowProducts:
+    """The 16-bit dtypes whose products are slow here, where the model has weights of one of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        slow = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if slow_products(dtype))
+        used = any(p.dtype in slow and p.device.type == "cpu" for p in model.parameters())
+        self.dtypes = slow if used else ()
 
 
 def _no_interfaces(module: nn.Module) -> str | None:
@@ -333,9 +229,9 @@ def around_of(module: nn.Module) -> Callable[..., Any] | None:
 
 def surroundable(module: nn.Module) -> str | None:
     """Why `surround` cannot serve a module; None where it can."""
-    if not _uses(module, _FUNCTIONS):
+    if not uses(module, _FUNCTIONS):
         return f"its forward does not ask transformers' {_FUNCTIONS}"
-    return _not_ours(module) or _no_interfaces(module)
+    return against_other_globals(module) or _no_interfaces(module)
 
 
 def _modes(module: nn.Module) -> list[NamedTuple]:
@@ -346,14 +242,14 @@ def _modes(module: nn.Module) -> list[NamedTuple]:
 # ---- the forward of all
 
 
-def _uses(module: nn.Module, name: str) -> bool:
+def uses(module: nn.Module, name: str) -> bool:
     """Whether the class's forward, or what it wraps, looks up a global function of this name."""
     forward = type(module).forward
     functions = (innermost(forward), inspect.unwrap(forward))
     return any(name in getattr(getattr(function, "__code__", None), "co_names", ()) for function in functions)
 
 
-def _not_ours(module: nn.Module) -> str | None:
+def against_other_globals(module: nn.Module) -> str | None:
     """Why the class's forward cannot be run with other globals."""
     wrapped = f"{type(module).__name__}.forward {UNKNOWN}"
     return replacement(module) or (wrapped if innermost(type(module).forward) is None else None)

@@ -4,7 +4,7 @@ instance."""
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..ops.rms_norm import reference as rms_norm_reference
-from .forwards import Forward, install, served
+from .forwards import Forward, served
 from .reads import Reads, RecognizedForward, reads
+from .report import block_row
+from .rewrite import Context, Finding, Rewrite
 from .weights import FLOATS
 from .wrappers import UNKNOWN, innermost
 
 __all__ = [
     "ON_CPU",
-    "Block",
     "NormForward",
     "NormMode",
-    "install_norms",
+    "Norms",
     "name_of_eps",
-    "norm_candidates",
     "replacement",
 ]
 
@@ -39,25 +39,6 @@ class NormMode(NamedTuple):
     offset: float
     cast: str
     mixed: bool
-
-
-class Block(NamedTuple):
-    """A module that was looked at: its name, what it would run ("rms_norm", "rope" or "fp32_attention") and
-    how (a NormMode, or a mode of `attention`), or the reason why it cannot."""
-
-    name: str
-    module: nn.Module
-    got: str
-    mode: NamedTuple | None
-    reason: str | None
-
-
-def install_norms(found: Iterable[Block]) -> int:
-    """Patch those without a reason against it; how many. `peftkern.unpatch` and `forwards.remove` undo it."""
-    usable = [block for block in found if block.reason is None]
-    for block in usable:
-        install(block.module, NormForward, block.mode).reads = _reads(block.module, block.mode.eps_name)
-    return len(usable)
 
 
 def replacement(module: nn.Module) -> str | None:
@@ -82,25 +63,22 @@ def _reads(module: nn.Module, eps_name: str) -> Reads | str:
 # ---- norms
 
 
-def norm_candidates(model: nn.Module) -> list[Block]:
-    """Every module with a 1-D weight and an eps, in the model's order: those whose class computes on a probe,
-    bit for bit, what `functional.rms_norm` is defined as, and the others with the reason. LayerNorm keeps
-    torch's own fused kernel and is not listed."""
-    found = []
-    for name, module in model.named_modules():
-        eps_name = name_of_eps(module)
+class Norms(Rewrite):
+    """Modules with a 1-D weight and an eps: those whose class computes on a probe, bit for bit, what
+    `functional.rms_norm` is defined as, and the others with the reason. LayerNorm keeps torch's own fused
+    kernel and is not listed."""
+
+    def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
+        """As Rewrite's."""
         weight = module._parameters.get("weight")
-        if (
-            eps_name is None
-            or not isinstance(weight, Tensor)
-            or weight.dim() != 1
-            or isinstance(module, nn.LayerNorm)
-        ):
-            continue
-        mode = _recognized(module)[0]
-        reason = mode if isinstance(mode, str) else None
-        found.append(Block(name, module, "rms_norm", None if reason else mode, reason))
-    return found
+        if name_of_eps(module) is None or not isinstance(weight, Tensor) or weight.dim() != 1:
+            return None
+        if isinstance(module, nn.LayerNorm) or context.excluded(name):
+            return None
+        mode, seen = _recognized(module)
+        if isinstance(mode, str):
+            return Finding(module, block_row(name, "norm", "rms_norm", mode))
+        return Finding(module, block_row(name, "norm", "rms_norm"), NormForward, mode, seen)
 
 
 def _recognized(module: nn.Module) -> tuple[NormMode | str, Reads | str]:

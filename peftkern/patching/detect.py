@@ -3,9 +3,6 @@ structure, never imported."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -13,21 +10,20 @@ from ..formats.nf4 import NF4Weight
 from ..runtime import backends
 from . import add
 from .dora import active_dora
-from .forwards import Forward, LinearForward, LoraForward, active_adapters, find
+from .forwards import find
 from .hooks import against, has_hooks
+from .linears import LinearForward, LoraForward, active_adapters
 from .report import Row
-from .weights import FLOATS, forward_reason, is_4bit, repacked, slow_products, unpack
+from .rewrite import Context, Finding, Rewrite
+from .weights import FLOATS, WeightCache, forward_reason, is_4bit, repacked, slow_products, unpack
 
 __all__ = [
-    "Candidate",
+    "Linears",
     "against_4bit_weight",
     "against_base",
     "against_device",
     "against_forward",
-    "candidates",
-    "excluded",
     "is_lora",
-    "patterns_of",
     "replaced_on_instance",
 ]
 
@@ -35,16 +31,6 @@ _PEFT_FORWARDS = {
     ("peft.tuners.lora.layer", "Linear.forward"),
     ("peft.tuners.lora.bnb", "Linear4bit.forward"),
 }
-
-
-class Candidate(NamedTuple):
-    """A module that was looked at; `static`: nothing but the choice of adapters stands against `forward`, the
-    fused path."""
-
-    module: nn.Module
-    row: Row
-    static: bool
-    forward: type[Forward] = LinearForward
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -55,20 +41,36 @@ def is_lora(module: nn.Module) -> bool:
     )
 
 
-def candidates(model: nn.Module, exclude: tuple[str, ...], dense: bool | None) -> list[Candidate]:
-    """Every LoRA layer, 4-bit linear and (with `dense`) frozen dense linear of the model, in its order."""
-    found = []
-    inside = {id(child) for layer in model.modules() if is_lora(layer) for child in _adapter_modules(layer)}
-    for name, module in model.named_modules():
-        if id(module) in inside:
-            continue
+class Linears(Rewrite):
+    """LoRA layers, 4-bit linears and (with `dense`) frozen dense linears."""
+
+    def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
+        """As Rewrite's."""
+        layers = context.shared(_Layers)
+        if id(module) in layers.inside:
+            return None
         if is_lora(module):
-            found.append(_lora(name, module, exclude))
-        elif is_4bit(module) or (
-            type(module) is nn.Linear and not _trainable(module) and _wants_dense(module, dense)
+            return _lora(name, module, context)
+        if is_4bit(module) or (
+            type(module) is nn.Linear and not _trainable(module) and _wants_dense(module, context.dense)
         ):
-            found.append(_linear(name, module, exclude))
-    return found
+            return _linear(name, module, context)
+        return None
+
+
+class _Layers:
+    """What the linears of a model have in common. inside: modules of adapters, which are no linears of their
+    own; told: names of bases whose LoRA layer's row tells of them; weights: one cache for a LoRA layer and
+    its base."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [layer for layer in model.modules() if is_lora(layer)]
+        self.inside = {id(child) for layer in layers for child in _adapter_modules(layer)}
+        self.told: set[str] = set()
+        self.weights: dict[int, WeightCache] = {}
+
+    def cache(self, base: nn.Module) -> WeightCache:
+        return self.weights.setdefault(id(base), WeightCache())
 
 
 def _adapter_modules(layer: nn.Module) -> list[nn.Module]:
@@ -87,9 +89,9 @@ def _wants_dense(module: nn.Module, dense: bool | None) -> bool:
     return module.weight.device.type == "cpu" and backends.available("cpu")[0] and slow_products(dtype)
 
 
-def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:
-    base = layer.base_layer
-    static = excluded(name, exclude) or against_forward(layer)
+def _lora(name: str, layer: nn.Module, context: Context) -> Finding:
+    base, layers = layer.base_layer, context.shared(_Layers)
+    static = context.excluded(name) or against_forward(layer)
     against_fusion = None if static else _fusion_reason(layer)
     note = "" if static or against_fusion else _prepare(base)
     against_fusion = against_fusion or (None if static else _weight_reason(base))
@@ -109,7 +111,11 @@ def _lora(name: str, layer: nn.Module, exclude: tuple[str, ...]) -> Candidate:
         note,
         adapters=tuple(a for a in layer.active_adapters if a in layer.lora_A),
     )
-    return Candidate(layer, row, static is None, forward)
+    if row.got in ("qlora_linear", "dora_linear"):
+        layers.told.add(f"{name}.base_layer")
+    if static is not None:
+        return Finding(layer, row)
+    return Finding(layer, row, forward, layers.cache(base))
 
 
 def _fusion_reason(layer: nn.Module) -> str | None:
@@ -128,12 +134,14 @@ def _addition_reason(layer: nn.Module) -> str | None:
     return found or against_device(next(layer.lora_A.parameters(), torch.empty(0, device="cpu")))
 
 
-def _linear(name: str, module: nn.Module, exclude: tuple[str, ...]) -> Candidate:
-    reason = excluded(name, exclude) or against_base(module)
+def _linear(name: str, module: nn.Module, context: Context) -> Finding:
+    layers = context.shared(_Layers)
+    reason = context.excluded(name) or against_base(module)
     note = "" if reason else _prepare(module)
     reason = reason or _weight_reason(module)
     row = _row(name, "linear", module, "linear_4bit" if is_4bit(module) else "linear", reason, note)
-    return Candidate(module, row, reason is None)
+    row = None if name in layers.told else row
+    return Finding(module, row) if reason else Finding(module, row, LinearForward, layers.cache(module))
 
 
 def _row(
@@ -157,28 +165,6 @@ def _describe(base: nn.Module) -> str:
         return dtype if isinstance(base, nn.Linear) else f"{type(base).__name__} {dtype}"
     nested = ", nested" if getattr(base.weight, "compress_statistics", False) else ""
     return f"{getattr(base.weight, 'quant_type', '4-bit')}{nested}"
-
-
-def excluded(name: str, exclude: tuple[str, ...]) -> str | None:
-    """Which of the caller's patterns leaves a module as it is."""
-    return next((f"excluded by {pattern!r}" for pattern in exclude if f".{pattern}." in f".{name}."), None)
-
-
-def patterns_of(model: nn.Module, exclude: Iterable[str]) -> tuple[str, ...]:
-    """The caller's patterns for `excluded`; ValueError where one names nothing."""
-    if isinstance(exclude, str):
-        raise ValueError(
-            f"exclude: got the string {exclude!r}, expected a list of names; write exclude=[{exclude!r}]"
-        )
-    patterns = tuple(exclude)
-    names = [f".{name}." for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if not any(f".{pattern}." in name for name in names):
-            raise ValueError(
-                f"exclude: {pattern!r} names no module; give a name of model.named_modules(), or whole "
-                "dotted parts of one"
-            )
-    return patterns
 
 
 def against_forward(layer: nn.Module) -> str | None:

@@ -8,6 +8,8 @@ calls alone and on nothing that a recomputation in the backward pass would find 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +17,15 @@ from torch import Tensor, nn
 
 from ..ops import autocast_off
 from .decode import Ready
-from .forwards import PlannedForward, find
+from .dora import drops
+from .forwards import find
+from .linears import PlannedForward
 from .plans import DoraPlan, Plan
+from .report import Row
+from .rewrite import Context, Finding, Rewrite
 from .sharing import called_together
 
-__all__ = ["Group", "form_groups"]
+__all__ = ["Group", "Siblings", "with_siblings"]
 
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -134,29 +140,50 @@ class Group:
             return {i: found.cast(y) for (i, found), y in zip(plans.items(), outputs, strict=True)}
 
 
-def form_groups(model: nn.Module) -> dict[str, str]:
-    """Group the patched siblings of every module; the name of each grouped module with its members, for the
-    report."""
-    formed: dict[str, str] = {}
-    for name, parent in model.named_modules():
+class Siblings(Rewrite):
+    """Linears that a module's code calls with one and the same variable."""
+
+    def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
+        """As Rewrite's: the module's groups, each its members by their names. The members' own rows tell of
+        it (`with_siblings`)."""
         held = {
-            child: forward
-            for child, module in parent.named_children()
-            if (forward := _planned(module)) is not None
+            child: linear
+            for child, linear in module.named_children()
+            if context.forward_of(linear, PlannedForward) is not None
         }
-        for members in called_together(parent, held) if len(held) > 1 else ():
-            if len({_in_features(held[child].module) for child in members}) > 1:
-                continue
-            group = Group([held[child] for child in members])
-            for child in members:
-                held[child].group = group
-                formed[f"{name}.{child}" if name else child] = ", ".join(members)
-    return formed
+        together = called_together(module, held) if len(held) > 1 else []
+        groups = [{child: held[child] for child in members} for members in together]
+        groups = [group for group in groups if len(set(map(_in_features, group.values()))) == 1]
+        return Finding(module, None, made_of=groups) if groups else None
+
+    def install(self, finding: Finding) -> None:
+        """Each member's forward knows its group; taking one of them off dissolves it."""
+        for group in finding.made_of:
+            forwards = [find(linear)[1] for linear in group.values()]
+            together = Group(forwards)
+            for forward in forwards:
+                forward.group = together
 
 
-def _planned(module: nn.Module) -> PlannedForward | None:
-    held = find(module)
-    return held[1] if held is not None and isinstance(held[1], PlannedForward) else None
+def with_siblings(findings: Sequence[tuple[Rewrite, Finding]]) -> list[Row]:
+    """The rows of all findings, in their order; a linear's has a note of those it is computed with."""
+    together = {
+        id(linear): ", ".join(group)
+        for rewrite, finding in findings
+        if isinstance(rewrite, Siblings)
+        for group in finding.made_of
+        for linear in group.values()
+    }
+    return [_noted(finding, together) for _, finding in findings if finding.row is not None]
+
+
+def _noted(finding: Finding, together: dict[int, str]) -> Row:
+    row, module = finding.row, finding.module
+    alone = row.reason is not None or (row.got == "dora_linear" and drops(module))
+    if alone or row.kind not in ("lora", "linear") or id(module) not in together:
+        return row
+    note = f"one call for {together[id(module)]}"
+    return replace(row, note=f"{row.note}; {note}" if row.note else note)
 
 
 def _in_features(module: nn.Module) -> int:

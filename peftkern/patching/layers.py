@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..ops import transformed
 from .blocks import ON_CPU, NormForward, name_of_eps, replacement
-from .detect import excluded
-from .forwards import find, install
+from .forwards import find
 from .hooks import has_hooks
 from .rebuilt import REBUILT, rebuilding
+from .report import block_row
+from .rewrite import Context, Finding, Rewrite
 from .wrappers import UNKNOWN, WrappedForward, innermost
 
-__all__ = ["Half", "LayerForward", "LayerMode", "install_layers", "joined", "layer_mode"]
+__all__ = ["DecoderLayers", "Half", "LayerForward", "LayerMode", "joined", "layer_mode"]
 
 
 class Half(NamedTuple):
@@ -147,27 +148,26 @@ def joined(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor,
 # ---- recognizing
 
 
-def install_layers(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, str, str | None]]:
-    """Patch every layer of the pre-norm form whose norms run ours; name, what it runs, and None or why not,
-    of each one looked at: elements of a ModuleList with a norm and two blocks of their own, whatever they
-    are, and others that are recognized."""
-    listed = {
-        id(child)
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        for child in module.children()
-    }
-    found = []
-    for name, module in model.named_modules():
-        if not _is_layer(module) or excluded(name, exclude):
-            continue
-        mode = layer_mode(module)
+class DecoderLayers(Rewrite):
+    """Layers of the pre-norm form whose norms run ours. Elements of a ModuleList with a norm and two blocks
+    of their own are listed whatever they are, others where they are recognized."""
+
+    def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
+        """As Rewrite's."""
+        if not _is_layer(module) or context.excluded(name):
+            return None
+        mode = layer_mode(module, lambda norm: context.forward_of(norm, NormForward) is not None)
         if isinstance(mode, LayerMode):
-            install(module, LayerForward, mode)
-            found.append((name, "add_rms_norm", None))
-        elif id(module) in listed:
-            found.append((name, "stock", mode))
-    return found
+            return Finding(module, block_row(name, "layer", "add_rms_norm"), LayerForward, mode)
+        if id(module) not in context.shared(_Listed).elements:
+            return None
+        return Finding(module, block_row(name, "layer", "add_rms_norm", mode))
+
+
+class _Listed:
+    def __init__(self, model: nn.Module) -> None:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        self.elements = {id(child) for module in lists for child in module.children()}
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -179,12 +179,16 @@ def _is_layer(module: nn.Module) -> bool:
     return bool(norms) and sum(bool(child._modules) for child in module.children()) >= 2
 
 
-def layer_mode(module: nn.Module) -> LayerMode | str:
-    """What the class's forward does, or why ours cannot take its place."""
+def layer_mode(
+    module: nn.Module, is_ours: Callable[[nn.Module | None], bool] | None = None
+) -> LayerMode | str:
+    """What the class's forward does, or why ours cannot take its place; is_ours: whether a norm runs ours,
+    default: now."""
     replaced, kind = replacement(module), type(module).__name__
     if replaced:
         return replaced
-    if not any(_ours(child) for child in module.children()):
+    norms = {name for name, child in module._modules.items() if (is_ours or _ours)(child)}
+    if not norms:
         return "its norms do not run rms_norm"
     inner = innermost(type(module).forward)
     if inner is None:
@@ -192,7 +196,7 @@ def layer_mode(module: nn.Module) -> LayerMode | str:
     if not _straight(inner, module):
         return f"{kind}.forward does more than call its children and add"
     for parts in (True, False):
-        modes = [_probe(inner, module, dtype, parts) for dtype in (torch.float32, torch.bfloat16)]
+        modes = [_probe(inner, module, dtype, parts, norms) for dtype in (torch.float32, torch.bfloat16)]
         if modes[0] is not None and modes[0] == modes[1]:
             return modes[0]
     return f"{kind}.forward is not h + attention(norm(h)), then h + mlp(norm(h))"
@@ -224,7 +228,7 @@ class _Called(NamedTuple):
 
 
 def _probe(
-    function: types.FunctionType, module: nn.Module, dtype: torch.dtype, parts: bool
+    function: types.FunctionType, module: nn.Module, dtype: torch.dtype, parts: bool, norms: set[str]
 ) -> LayerMode | None:
     """The mode that explains, bit for bit, what the function does to random rows with stand-ins for the
     children; None where none does.
@@ -249,9 +253,7 @@ def _probe(
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             result = function(stub, x, **given)
-            return _explained(
-                result, x, trace, given, rest, parts, {name for name in children if _ours(children[name])}
-            )
+            return _explained(result, x, trace, given, rest, parts, norms)
     except Exception:  # it wants what the stand-ins have not: no layer of this form
         return None
 

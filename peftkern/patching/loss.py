@@ -22,23 +22,23 @@ from ..ops import autocast_off
 from ..ops.linear_cross_entropy.budget import logits_bytes
 from . import mixed
 from .detect import (
-    Candidate,
     against_4bit_weight,
     against_base,
     against_device,
     against_forward,
-    excluded,
     is_lora,
     replaced_on_instance,
 )
-from .forwards import Adapter, Forward, active_adapters, install, served
+from .forwards import Forward, served
 from .hooks import against
+from .linears import Adapter, active_adapters
 from .logits import DeferredLogits, LogitForm, made
 from .loss_probe import StandIn, is_causal_lm_loss, probe, shifted
 from .report import Row
+from .rewrite import Context, Finding, Rewrite
 from .weights import FLOATS, WeightCache, autocast_dtype, is_4bit
 
-__all__ = ["LOGITS_BYTES", "LossForward", "LossPlan", "install_loss", "loss_candidate", "plan_of"]
+__all__ = ["LOGITS_BYTES", "Loss", "LossForward", "LossPlan", "plan_of"]
 
 LOGITS_BYTES = "_peftkern_logits_bytes"  # of the model: how many bytes of its logits may be there at a time
 
@@ -314,45 +314,36 @@ def _bias(bias: Tensor | None, adapter: Adapter | None, scale: float) -> Tensor 
     return bias if bias is None or scale == 1.0 else bias * scale
 
 
-def loss_candidate(model: nn.Module, exclude: tuple[str, ...] = ()) -> Candidate | None:
-    """The causal LM in `model` whose loss can be fused, for `install_loss`, or in its row the reason why not;
-    None where `model` holds no language model of transformers. `exclude` may name the model or its
-    "loss_function".
-    """
-    for name, module in model.named_modules():
-        if not isinstance(getattr(type(module), "loss_function", None), property) or not hasattr(
-            module, "get_output_embeddings"
-        ):
-            continue
-        head = module.get_output_embeddings()
+class Loss(Rewrite):
+    """The causal LM in the model whose loss can be fused; no finding where it holds no language model of
+    transformers. `exclude` may name the model or its "loss_function"."""
+
+    def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
+        """As Rewrite's: of the first language model that has a head."""
+        if any(isinstance(rewrite, Loss) for rewrite, _ in context.findings):
+            return None
+        head = _head_of(module)
         if head is None:
-            continue
-        plan = excluded(name, exclude) or excluded(f"{name}.loss_function", exclude) or plan_of(module)
-        reason, note = (plan, "") if isinstance(plan, str) else (None, _note(plan))
-        shape = tuple(getattr(head, side, None) for side in ("out_features", "in_features"))
-        shape = shape if all(isinstance(size, int) for size in shape) else None
-        adapters = tuple(a for a in head.active_adapters if a in head.lora_A) if is_lora(head) else ()
-        row = Row(
-            name,
-            "loss",
-            "cross-entropy",
-            "stock" if reason else "linear_cross_entropy",
-            shape,
-            adapters,
-            reason,
-            note,
-        )
-        return Candidate(module, row, reason is None)
-    return None
+            return None
+        left = context.excluded(name) or context.excluded(f"{name}.loss_function")
+        plan = left or plan_of(module)
+        if isinstance(plan, str):
+            return Finding(module, _row(name, head, plan, ""))
+        return Finding(module, _row(name, head, None, _note(plan)), LossForward, plan)
 
 
-def install_loss(found: Candidate) -> bool:
-    """Put a LossForward on the candidate, which `forwards.remove` takes off again; whether it could be."""
-    plan = plan_of(found.module) if found.static else ""
-    if isinstance(plan, str):
-        return False
-    install(found.module, LossForward, plan)
-    return True
+def _head_of(module: nn.Module) -> nn.Module | None:
+    """The head of a language model of transformers, None where the module is none."""
+    lm = isinstance(getattr(type(module), "loss_function", None), property)
+    return module.get_output_embeddings() if lm and hasattr(module, "get_output_embeddings") else None
+
+
+def _row(name: str, head: nn.Module, reason: str | None, note: str) -> Row:
+    shape = tuple(getattr(head, side, None) for side in ("out_features", "in_features"))
+    shape = shape if all(isinstance(size, int) for size in shape) else None
+    adapters = tuple(a for a in head.active_adapters if a in head.lora_A) if is_lora(head) else ()
+    got = "stock" if reason else "linear_cross_entropy"
+    return Row(name, "loss", "cross-entropy", got, shape, adapters, reason, note)
 
 
 def _note(plan: LossPlan) -> str:

@@ -19,10 +19,12 @@ from ..formats.nf4 import NF4Weight
 from ..merging import Branch, folded_bias, merge_dense, requantize_4bit
 from .hooks import Ours
 from .plans import scaling_of
+from .rewrite import Context, Finding, Rewrite
 from .weights import FLOATS, is_4bit, repacked, unpack
 
 __all__ = [
     "LayerMerge",
+    "Merging",
     "Unmerged",
     "base_weight",
     "branches_of",
@@ -125,6 +127,22 @@ class LayerMerge(Ours):
 def unmerged(layer: nn.Module) -> Unmerged | None:
     """What `unmerge` would put back; None where the layer is not merged by ours."""
     return layer.__dict__.get(_SLOT)
+
+
+class Merging(Rewrite):
+    """PEFT's `merge` and `unmerge` of every LoRA layer that is not to be left alone."""
+
+    def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
+        """As Rewrite's; a linear's row tells of it."""
+        layers = [item for item in context.of(module) if item.row is not None and item.row.kind == "lora"]
+        return Finding(module, None, made_of=context.excluded(name) is None) if layers else None
+
+    def install(self, finding: Finding) -> None:
+        """`release_merge` undoes it."""
+        if finding.made_of:
+            install_merge(finding.module)
+        else:
+            release_merge(finding.module)
 
 
 def install_merge(layer: nn.Module) -> bool:

@@ -16,13 +16,15 @@ from ..ops import autocast_off
 from ..ops.qlora_glu import halves
 from .blocks import replacement
 from .decode import Ready
-from .detect import excluded
-from .forwards import PlannedForward, find, install, served
+from .forwards import served
 from .hooks import running
+from .linears import PlannedForward
 from .reads import Reads, RecognizedForward, reads
+from .report import block_row
+from .rewrite import Context, Finding, Rewrite
 from .wrappers import UNKNOWN, innermost
 
-__all__ = ["GatedMLPForward", "PackedMLPForward", "install_mlps"]
+__all__ = ["GatedMLPForward", "GatedMLPs", "PackedMLPForward"]
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 _WIDTH = 5  # of the probe's gate and up; it has 4 inputs and outputs
@@ -128,29 +130,25 @@ class PackedMLPForward(GatedMLPForward):
         ]
 
 
-def install_mlps(model: nn.Module, exclude: tuple[str, ...]) -> list[tuple[str, str, str | None]]:
-    """Patch every module with the children of a known layout whose forward is a gated MLP; its name, what it
-    runs, and None or why not."""
-    found = []
-    for name, module in model.named_modules():
-        kind = next((kind for kind in (GatedMLPForward, PackedMLPForward) if _held(module, kind)), None)
-        if kind is None or excluded(name, exclude):
-            continue
+class GatedMLPs(Rewrite):
+    """Modules with the children of a known layout whose forward is a gated MLP."""
+
+    def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
+        """As Rewrite's."""
+        kinds = GatedMLPForward, PackedMLPForward
+        kind = next((kind for kind in kinds if _has_linears(module, kind, context)), None)
+        if kind is None or context.excluded(name):
+            return None
         options, seen = _recognized(module, kind)
         if isinstance(options, str):
-            found.append((name, "stock", options))
-            continue
-        install(module, kind, options).reads = seen
-        found.append((name, kind.function, None))
-    return found
+            return Finding(module, block_row(name, "mlp", kind.function, options))
+        return Finding(module, block_row(name, "mlp", kind.function), kind, options, seen)
 
 
-def _held(module: nn.Module, kind: type[GatedMLPForward]) -> bool:
-    layers = [
-        module._modules.get(child) for child in kind.children
-    ]  # what stands around an MLP passes for it
-    held = [find(layer) if isinstance(layer, nn.Module) else None for layer in layers]
-    return all(item and isinstance(item[1], PlannedForward) for item in held)
+def _has_linears(module: nn.Module, kind: type[GatedMLPForward], context: Context) -> bool:
+    """Whether its children of these names will be ours; what stands around an MLP passes for it."""
+    layers = (module._modules.get(child) for child in kind.children)
+    return all(context.forward_of(layer, PlannedForward) is not None for layer in layers)
 
 
 def _recognized(module: nn.Module, kind: type[GatedMLPForward]) -> tuple[dict[str, Any] | str, Reads | str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-__all__ = ["PatchReport", "Row"]
+__all__ = ["PatchReport", "Row", "block_row"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Row:
     adapters: tuple[str, ...]
     reason: str | None = None
     note: str = ""
+
+
+def block_row(name: str, kind: str, got: str, reason: str | None = None) -> Row:
+    """The row of a module that is no linear: what it runs, or why it keeps its stock forward."""
+    return Row(name, kind, "", "stock" if reason else got, None, (), reason)
 
 
 @dataclass(frozen=True)

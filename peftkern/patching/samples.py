@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import mixed
 from .add import LoraAddForward
-from .forwards import Forward, LoraForward, find, install, remove
+from .forwards import Forward, find, install, remove
+from .linears import LoraForward
 
 __all__ = ["SampleForward", "holders", "mixed_adapters", "obstacle"]
 

@@ -95,6 +95,9 @@ class WrappedForward(Forward):
             return self.stock(*args, **kwargs)
         return self._function(self.module, *args, **kwargs)
 
+    def renew(self) -> None:
+        self.build()
+
     def build(self) -> None:
         """The function for the class's forward of now and what `cache` says."""
         self._seen = type(self.module).forward

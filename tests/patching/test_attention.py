@@ -14,17 +14,17 @@ from torch import Tensor, nn
 import peftkern
 from peftkern.patching.attention import (
     AttentionForward,
+    WideAttention,
     WideMode,
-    install_attention,
-    rope_candidates,
-    wide_candidates,
 )
 from peftkern.patching.forwards import find, remove
+from peftkern.patching.rotary import Rotary
 from peftkern.patching.weights import slow_products
 from peftkern.patching.wrappers import innermost
 
 from ..ops.bounds import FACTOR
 from . import models, zoo
+from .rewriting import installed, surveyed
 from .versions import exact
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -78,7 +78,7 @@ def llama(dtype: torch.dtype = torch.bfloat16, implementation: str = "sdpa", **o
 
 
 def widened(model: nn.Module) -> nn.Module:
-    assert install_attention(wide_candidates(model)) > 0
+    assert installed(model, WideAttention()) > 0
     return model
 
 
@@ -99,9 +99,9 @@ def padding(rows: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("name", ATTENDING)
 def test_which_modules_attend(name: str) -> None:
-    found = wide_candidates(zoo.build(name, dtype=torch.bfloat16))
-    assert [(block.got, block.mode, block.reason) for block in found] == [
-        ("fp32_attention", WideMode(LOW), None)
+    found = surveyed(zoo.build(name, dtype=torch.bfloat16), WideAttention())
+    assert [(block.row.got, block.made_of, block.row.reason) for block in found] == [
+        ("fp32_attention", (WideMode(LOW),), None)
     ] * ATTENDING[name]
 
 
@@ -209,9 +209,11 @@ def test_autocast(seen: list[torch.dtype]) -> None:
 
 
 def test_where_nothing_is_gained_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not wide_candidates(llama(torch.float32)) and not wide_candidates(llama().to("meta"))
+    assert not surveyed(llama(torch.float32), WideAttention()) and not surveyed(
+        llama().to("meta"), WideAttention()
+    )
     monkeypatch.setattr("peftkern.patching.attention.slow_products", lambda dtype: False)
-    assert not wide_candidates(llama())
+    assert not surveyed(llama(), WideAttention())
 
 
 def test_what_torch_says_of_this_cpu_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,15 +244,15 @@ def test_beside_rope_and_when_others_change_the_functions(
     import transformers.models.llama.modeling_llama as defining
 
     model = llama()
-    assert install_attention([*rope_candidates(model), *wide_candidates(model)]) == 2
+    assert installed(model, Rotary(), WideAttention()) == 2
     held = find(model.model.layers[0].self_attn)[1]
     assert type(held) is AttentionForward and len(held.cache) == 2
     run(model)
     assert seen == [torch.float32] * 2
-    install_attention(rope_candidates(model))  # of less: what is no longer wanted is gone
+    installed(model, Rotary())  # of less: what is no longer wanted is gone
     run(model)
     assert seen[2:] == [torch.bfloat16] * 2
-    install_attention(wide_candidates(model))
+    installed(model, WideAttention())
     calls = []
 
     class Theirs(transformers.AttentionInterface):

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
-from peftkern.patching import attention, blocks
-from peftkern.patching.attention import RopeMode, install_attention, rope_candidates
-from peftkern.patching.blocks import NormMode, install_norms, norm_candidates
+from peftkern.patching import rotary
+from peftkern.patching.blocks import NormMode, Norms
 from peftkern.patching.forwards import find, remove
+from peftkern.patching.rewrite import Finding
+from peftkern.patching.rotary import RopeMode, Rotary
 
 from ..cases import nightly
 from ..ops.bounds import FACTOR
 from . import models
+from .rewriting import installed, surveyed
 from .versions import exact
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -82,12 +84,12 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to(dtype).eval()
 
 
-def candidates(model: nn.Module) -> list[blocks.Block]:
-    return norm_candidates(model) + rope_candidates(model)
+def candidates(model: nn.Module) -> list[Finding]:
+    return surveyed(model, Norms(), Rotary())
 
 
 def patched(model: nn.Module) -> nn.Module:
-    assert install_norms(norm_candidates(model)) + install_attention(rope_candidates(model)) > 0
+    assert installed(model, Norms(), Rotary()) > 0
     return model
 
 
@@ -128,11 +130,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_every_norm_and_rotation_is_recognized(name: str) -> None:
     _, norms, norm_mode, ropes, rope_mode = MODELS[name]
     model = build(name)
-    found = norm_candidates(model)
-    assert [(block.mode, block.reason) for block in found] == [(norm_mode, None)] * norms
-    found = rope_candidates(model)
-    assert [(block.mode, block.reason) for block in found] == [(rope_mode, None)] * ropes
-    assert all(model.get_submodule(block.name) is block.module for block in found)
+    found = surveyed(model, Norms())
+    assert [(block.made_of, block.row.reason) for block in found] == [(norm_mode, None)] * norms
+    found = surveyed(model, Rotary())
+    assert [(block.made_of, block.row.reason) for block in found] == [((rope_mode,), None)] * ropes
+    assert all(model.get_submodule(block.row.name) is block.module for block in found)
 
 
 @EVERY
@@ -160,8 +162,8 @@ def test_patched_models_err_no_more_than_stock_ones(
 def _in_fp64(model: nn.Module) -> nn.Module:
     """With norms that do not round to fp32 inside."""
     double = copy.deepcopy(model).double()
-    for block in norm_candidates(model):
-        module, mode = double.get_submodule(block.name), block.mode
+    for block in surveyed(model, Norms()):
+        module, mode = double.get_submodule(block.row.name), block.made_of
 
         def forward(x: Tensor, module=module, mode=mode) -> Tensor:
             normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + getattr(module, mode.eps_name))
@@ -206,7 +208,7 @@ def test_copies_are_patched_and_independent(name: str, how: str, calls: Counter[
 def test_patching_twice_and_candidates_of_a_patched_model() -> None:
     model = patched(build("llama"))
     held = [find(module) for module in model.modules()]
-    assert all(block.reason is None for block in candidates(model))
+    assert all(block.row.reason is None for block in candidates(model))
     patched(model)
     assert [find(module) for module in model.modules()] == held
 
@@ -325,20 +327,20 @@ class Biased(Scaled):
     ids=lambda v: "" if isinstance(v, str) else type(v).__name__,
 )
 def test_other_norms_keep_their_forward_and_say_why(module: nn.Module, words: str) -> None:
-    (block,) = norm_candidates(module)
-    assert words in block.reason and block.mode is None
-    assert install_norms([block]) == 0 and find(module) is None
+    (block,) = surveyed(module, Norms())
+    assert words in block.row.reason and block.made_of is None
+    assert installed(module, Norms()) == 0 and find(module) is None
 
 
 def test_a_norm_whose_forward_was_replaced_is_left() -> None:
     norm = build("llama").model.norm
     norm.forward = lambda x: x
-    (block,) = norm_candidates(norm)
-    assert "replaced" in block.reason
+    (block,) = surveyed(norm, Norms())
+    assert "replaced" in block.row.reason
 
 
 def test_layer_norms_are_not_listed() -> None:
-    assert not norm_candidates(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
+    assert not surveyed(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
 
 
 def test_probing_does_not_depend_on_the_defaults_of_torch() -> None:
@@ -371,7 +373,7 @@ def test_probing_leaves_the_module_as_it_was() -> None:
 def test_inputs_the_norm_kernels_do_not_take_get_stock_behaviour(x: Tensor, calls: Counter[str]) -> None:
     stock = build("llama").model.norm
     norm = copy.deepcopy(stock)
-    install_norms(norm_candidates(norm))
+    installed(norm, Norms())
     outcomes = []
     for module in (stock, norm):
         try:
@@ -387,7 +389,7 @@ def _rotary_call(q, k, cos, sin, **options) -> bool:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as stock
 
     fell_back = []
-    ours = attention._rotary(lambda *args, **kwargs: fell_back.append(1) or stock(*args, **kwargs), False)
+    ours = rotary._rotary(lambda *args, **kwargs: fell_back.append(1) or stock(*args, **kwargs), False)
     for got, expected in zip(ours(q, k, cos, sin, **options), stock(q, k, cos, sin, **options), strict=True):
         torch.testing.assert_close(got, expected)
     return not fell_back
@@ -408,7 +410,7 @@ def test_another_rotary_convention_is_refused() -> None:
     """GLM's function turns neighbours, not halves."""
     config = transformers.GlmConfig(**SIZES, head_dim=16)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    assert ["rotate_half" in block.reason for block in rope_candidates(model)] == [True, True]
+    assert ["rotate_half" in block.row.reason for block in surveyed(model, Rotary())] == [True, True]
 
 
 def test_what_others_put_into_the_defining_module_later_is_seen(

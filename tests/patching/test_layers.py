@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,14 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern import functional
-from peftkern.patching.blocks import NormForward, install_norms, norm_candidates
+from peftkern.patching.blocks import NormForward, Norms
 from peftkern.patching.forwards import find, remove
-from peftkern.patching.layers import Half, LayerForward, LayerMode, install_layers, layer_mode
+from peftkern.patching.layers import DecoderLayers, Half, LayerForward, LayerMode, layer_mode
+from peftkern.patching.rewrite import Rewrite
+from peftkern.patching.survey import survey
 
 from ..cases import nightly
 from ..ops.bounds import FACTOR
 from . import models, prenorm, zoo
 from .prenorm import Layer, Wrapped, wrapping
+from .rewriting import installed
 from .test_blocks import IDS, _in_fp64, build, run, same
 from .versions import exact
 
@@ -41,10 +45,23 @@ LLAMA = LayerMode(
 )
 
 
+NORMS_AND_LAYERS = (Norms(), DecoderLayers())
+
+
+def install_layers(
+    model: nn.Module, *, rewrites: Sequence[Rewrite] = NORMS_AND_LAYERS, exclude: Sequence[str] = ()
+) -> list[tuple[str, str, str | None]]:
+    """Of each layer that was looked at its name, what it runs and why it does not run ours."""
+    findings = survey(model, rewrites, exclude=tuple(exclude))
+    for rewrite, finding in findings:
+        rewrite.install(finding)
+    rows = [finding.row for _, finding in findings if finding.row.kind == "layer"]
+    return [(row.name, row.got, row.reason) for row in rows]
+
+
 def patched(model: nn.Module) -> nn.Module:
     """Its norms and layers alone."""
-    install_norms(norm_candidates(model))
-    assert [got for _, got, _ in install_layers(model, ())] == ["add_rms_norm"] * 2
+    assert [got for _, got, _ in install_layers(model)] == ["add_rms_norm"] * 2
     return model
 
 
@@ -105,14 +122,14 @@ def test_what_a_layer_passes_on_is_recognized() -> None:
 def single(kind: type[Layer]) -> nn.Module:
     torch.manual_seed(3)
     model = nn.ModuleList([kind()])
-    install_norms(norm_candidates(model))
+    installed(model, Norms())
     return model
 
 
 @pytest.mark.parametrize("kind", prenorm.OTHERS)
 def test_other_layers_keep_their_forward_and_say_why(kind: type[Layer]) -> None:
     model = single(kind)
-    ((name, got, reason),) = install_layers(model, ())
+    ((name, got, reason),) = install_layers(model)
     words = (
         "does more than"
         if kind in (prenorm.ByAttribute, prenorm.Branching, prenorm.Typed)
@@ -128,7 +145,7 @@ def test_tensors_for_tuples_and_wrappers_of_forwards(kind: type[Layer], calls: C
     model, x = single(kind), torch.randn(2, 3, 8)
     options = {"deprecated": 1} if kind is Wrapped else {}
     expected = model[0](x, 0.5, **options)
-    assert install_layers(model, ()) == [("0", "add_rms_norm", None)]
+    assert install_layers(model) == [("0", "add_rms_norm", None)]
     for got in (model[0](x, 0.5, **options), model[0](x=x, scale=0.5, **options)):
         assert isinstance(got, tuple) and len(got) == 1 and torch.equal(got[0], expected[0])
     assert calls["added"] == calls["stream"] == 2
@@ -143,20 +160,20 @@ def test_tensors_for_tuples_and_wrappers_of_forwards(kind: type[Layer], calls: C
 
 
 def test_what_cannot_be_looked_into_is_left() -> None:
-    assert "cannot be looked into" in install_layers(single(prenorm.Opaque), ())[0][2]
+    assert "cannot be looked into" in install_layers(single(prenorm.Opaque))[0][2]
     replaced = single(Layer)
     replaced[0].forward = lambda x: x
-    assert "replaced" in install_layers(replaced, ())[0][2]
+    assert "replaced" in install_layers(replaced)[0][2]
     bare = nn.ModuleList([Layer()])
-    assert "norms do not run rms_norm" in install_layers(bare, ())[0][2]
-    assert install_layers(single(Layer), ("0",)) == []
+    assert "norms do not run rms_norm" in install_layers(bare, rewrites=[DecoderLayers()])[0][2]
+    assert install_layers(single(Layer), exclude=("0",)) == []
 
 
 def test_a_class_whose_forward_is_replaced_later_is_asked(
     monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
 ) -> None:
     model, x = single(Layer), torch.randn(2, 8)
-    install_layers(model, ())
+    install_layers(model)
     monkeypatch.setattr(Layer, "forward", wrapping(Layer.forward))
     model[0](x, deprecated=1)
     assert calls["added"] == 1  # wrapped otherwise, the same inside
@@ -187,7 +204,7 @@ def test_layers_give_the_bits_of_the_norms_alone_and_gradients_as_accurate(
     stock = build(name, dtype)
     plain, exact = run(stock), run(_in_fp64(stock))
     norms = copy.deepcopy(stock)
-    install_norms(norm_candidates(norms))
+    installed(norms, Norms())
     before, ours = run(norms), run(patched(copy.deepcopy(stock)))
     assert torch.equal(ours["logits"], before["logits"])
     assert calls["stream"] == calls["added"] == 2
@@ -215,7 +232,7 @@ class _Adds(TorchDispatchMode):
 def test_one_addition_of_the_stream_is_left_of_a_layers_four() -> None:
     """Forward the one behind the MLP; backward none where the gradients of the stream meet."""
     norms, counts = build("llama"), []
-    install_norms(norm_candidates(norms))
+    installed(norms, Norms())
     for each in (norms, patched(build("llama"))):
         x, layer = torch.randn(1, 6, 64, requires_grad=True), layers(each)[0]
         layer.self_attn.forward = lambda hidden_states, **_: (hidden_states * 0.5, None)
@@ -307,7 +324,7 @@ def test_a_stream_wider_than_what_is_added(calls: Counter[str]) -> None:
     for part in ("attn", "mlp"):
         getattr(stock[0], part).register_forward_hook(lambda module, args, output: output.bfloat16())
     model, x = copy.deepcopy(stock), torch.randn(2, 8)
-    install_layers(model, ())
+    install_layers(model)
     results = []
     for each in (stock, model):
         leaf = x.clone().requires_grad_()
@@ -322,7 +339,7 @@ def test_a_stream_wider_than_what_is_added(calls: Counter[str]) -> None:
 def test_autocast(calls: Counter[str]) -> None:
     stock = build("llama")
     norms, model = copy.deepcopy(stock), patched(copy.deepcopy(stock))
-    install_norms(norm_candidates(norms))
+    installed(norms, Norms())
     with torch.autocast("cpu", torch.bfloat16):
         outputs = [each(input_ids=IDS, use_cache=False).logits for each in (norms, model)]
     assert torch.equal(*outputs) and calls["stream"] == 2 * 2
@@ -332,7 +349,7 @@ def test_autocast(calls: Counter[str]) -> None:
 def test_tensors_the_kernels_do_not_take(kind: str, calls: Counter[str]) -> None:
     stock = single(Layer)
     model = copy.deepcopy(stock)
-    install_layers(model, ())
+    install_layers(model)
     x = torch.randn(2, 8)
     stock, model, x = (each.double() if kind == "fp64" else each.to("meta") for each in (stock, model, x))
     (ours,), (theirs,) = model[0](x), stock[0](x)
@@ -432,7 +449,7 @@ def test_accelerate_hooks(child: str, hook_first: bool, calls: Counter[str]) -> 
 
 def test_probing_changes_nothing_and_does_not_depend_on_torchs_defaults() -> None:
     model = build("llama")
-    install_norms(norm_candidates(model))
+    installed(model, Norms())
     before, state = (
         {name: p.detach().clone() for name, p in model.named_parameters()},
         torch.random.get_rng_state(),
@@ -477,6 +494,6 @@ def test_compile_fullgraph_runs_ours_and_does_not_recompile(name: str) -> None:
 def test_a_traced_layer_is_the_stock_program() -> None:
     stock, x = single(Layer), torch.randn(2, 8)
     model = copy.deepcopy(stock)
-    install_layers(model, ())
+    install_layers(model)
     graph = str(torch.jit.trace(model[0], (x,)).inlined_graph)
     assert "layers.py" not in graph and "blocks.py" not in graph

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.patching.forwards import remove
-from peftkern.patching.loss import install_loss, loss_candidate
+from peftkern.patching.loss import Loss
 
 from ..cases import nightly
 from ..ops.bounds import FACTOR, assert_as_accurate, relative_norm
+from .rewriting import installed, surveyed
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -86,9 +87,9 @@ def lora(model: nn.Module, **options) -> nn.Module:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    found = loss_candidate(model)
+    (found,) = surveyed(model, Loss())
     assert found.row.reason is None, found.row.reason
-    assert install_loss(found)
+    assert installed(model, Loss())
     return model
 
 
@@ -319,21 +320,21 @@ def test_reasons(calls: list) -> None:
     _hooked(models["hook"])
     models["forward was replaced"].forward = lambda **_: None
     for words, model in models.items():
-        found = loss_candidate(model)
+        (found,) = surveyed(model, Loss())
         assert (
             found.row.got == "stock"
-            and not found.static
+            and found.forward is None
             and any(w.strip() in found.row.reason for w in words.split("|"))
         ), found.row
-        assert not install_loss(found)
-    assert loss_candidate(nn.Linear(3, 3)) is None
-    assert "excluded" in loss_candidate(make(), ("loss_function",)).row.reason
+        assert not installed(model, Loss())
+    assert not surveyed(nn.Linear(3, 3), Loss())
+    assert "excluded" in surveyed(make(), Loss(), exclude=["loss_function"])[0].row.reason
 
 
 def test_the_probe_leaves_no_trace() -> None:
     model = make("gemma2")
     state, contents = torch.get_rng_state(), [set(module.__dict__) for module in model.modules()]
-    loss_candidate(model)
+    surveyed(model, Loss())
     assert (
         torch.equal(torch.get_rng_state(), state)
         and [set(module.__dict__) for module in model.modules()] == contents
@@ -442,10 +443,10 @@ def test_trainable_tokens_of_a_tied_head_go_to_the_stock_forward(calls: list) ->
         target_modules=["q_proj"],
         trainable_token_indices={"embed_tokens": [3, 5]},
     )
-    found = loss_candidate(model)
-    assert not found.static and "head: base layer is peft" in found.row.reason
+    (found,) = surveyed(model, Loss())
+    assert found.forward is None and "head: base layer is peft" in found.row.reason
     before = run(model)
-    assert not install_loss(found) and torch.equal(run(model)["loss"], before["loss"]) and not calls
+    assert not installed(model, Loss()) and torch.equal(run(model)["loss"], before["loss"]) and not calls
 
 
 @pytest.mark.parametrize("head", ["4-bit", "adapter on 4-bit", "adapter on dense"])

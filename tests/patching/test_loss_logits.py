@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from peftkern.patching.forwards import find
 from peftkern.patching.logits import DeferredLogits, LogitForm
-from peftkern.patching.loss import install_loss, loss_candidate
+from peftkern.patching.loss import Loss
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from .rewriting import installed, surveyed  # noqa: E402
 from .test_loss import COMMON, IDS, LABELS, fuse, make, run  # noqa: E402
 
 Change = Callable[[Any], Any]
@@ -101,8 +102,8 @@ def test_changes_without_one(what: str, loss_calls: list) -> None:
     """The report says so; and should a model begin to do it after it was patched, the loss is the stock
     model's all the same."""
     ours = model(change=STOCK[what])
-    found = loss_candidate(ours)
-    assert "no fused form" in found.row.reason and not install_loss(found)
+    (found,) = surveyed(ours, Loss())
+    assert "no fused form" in found.row.reason and not installed(ours, Loss())
     later = fuse(model())
     later.change = STOCK[what]
     agree(later, ours)
@@ -122,8 +123,8 @@ USED = {
 @pytest.mark.parametrize("what", USED)
 def test_logits_that_are_used_beside_the_loss(what: str) -> None:
     ours = model(further=USED[what])
-    found = loss_candidate(ours)
-    assert "uses the logits for more than its loss" in found.row.reason and not install_loss(found)
+    (found,) = surveyed(ours, Loss())
+    assert "uses the logits for more than its loss" in found.row.reason and not installed(ours, Loss())
     later = fuse(model())
     later.further = USED[what]
     agree(later, ours)
@@ -159,8 +160,8 @@ class Wrapped(transformers.LlamaForCausalLM):
 
 def test_a_forward_on_top_of_another() -> None:
     torch.manual_seed(0)
-    found = loss_candidate(Wrapped(transformers.LlamaConfig(**COMMON)))
-    assert found.row.got == "stock" and found.row.reason and not install_loss(found)
+    (found,) = surveyed(wrapped := Wrapped(transformers.LlamaConfig(**COMMON)), Loss())
+    assert found.row.got == "stock" and found.row.reason and not installed(wrapped, Loss())
 
 
 class Bare(transformers.LlamaForCausalLM):
@@ -232,8 +233,8 @@ def test_architectures_that_name_it_otherwise(name: str, loss_calls: list) -> No
     ).train()
     torch.nn.init.normal_(stock.get_output_embeddings().weight, std=0.5)
     ours = copy.deepcopy(stock)
-    found = loss_candidate(ours)
-    assert install_loss(found) == (found.row.reason is None) == (name != "Bamba"), found.row.reason
+    (found,) = surveyed(ours, Loss())
+    assert installed(ours, Loss()) == (found.row.reason is None) == (name != "Bamba"), found.row.reason
     agree(ours, stock)
     assert len(loss_calls) == (name != "Bamba")
 

@@ -6,8 +6,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
+from peftkern.patching.blocks import Norms
+from peftkern.patching.detect import Linears
+from peftkern.patching.forwards import find
+from peftkern.patching.groups import Siblings
+from peftkern.patching.layers import DecoderLayers
+from peftkern.patching.loss import Loss
+from peftkern.patching.merged import Merging
+from peftkern.patching.mlp import GatedMLPs
+from peftkern.patching.rotary import Rotary
 
 from . import models
+from .rewriting import surveyed
 from .versions import COUNTED, exact
 
 pytestmark = pytest.mark.any_isa
@@ -313,7 +323,7 @@ def test_dense_is_automatic_where_torch_has_no_fast_product(monkeypatch):
         monkeypatch.setattr(
             torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported
         )
-        assert [item.row.name for item in detect.candidates(slow, (), None)] == expected
+        assert [item.row.name for item in surveyed(slow, detect.Linears())] == expected
 
 
 @exact
@@ -329,3 +339,23 @@ def test_blocks_can_be_left_alone():
         "rope": 1,
         "add_rms_norm": 1,
     }
+
+
+@pytest.mark.any_isa
+def test_the_survey_changes_nothing_and_a_call_that_raises_no_forward():
+    model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False))
+    with pytest.raises(ValueError, match="fused_loss: Sequential holds no causal language model"):
+        peftkern.patch(model, dense=True, fused_loss=True)
+    assert find(model[0]) is None
+    model = models.lora(models.llama())
+    before = [dict(module.__dict__) for module in model.modules()]
+    rewrites = Linears(), Merging(), Siblings(), GatedMLPs(), Norms(), Rotary(), DecoderLayers(), Loss()
+    findings = surveyed(model, *rewrites)
+    assert {finding.row.kind for finding in findings if finding.row} >= {
+        "lora",
+        "mlp",
+        "norm",
+        "layer",
+        "loss",
+    }
+    assert [dict(module.__dict__) for module in model.modules()] == before

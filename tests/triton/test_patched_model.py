@@ -10,7 +10,7 @@ import torch
 import peftkern
 from peftkern.ops.qlora_linear import triton_low_rank as low_rank
 from peftkern.ops.qlora_linear import tuned
-from peftkern.patching import forwards
+from peftkern.patching import linears
 
 from ..ops.bounds import FACTOR, assert_as_accurate
 from ..patching import models
@@ -46,7 +46,7 @@ def test_autocast_rounds_fp32_adapters_as_stock_does(
     device: str, rounded_from: int, modes: set, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of many rows; either way the result is as accurate as autocast's products in bf16 are."""
-    monkeypatch.setattr(forwards, "_ROUNDED_FROM", rounded_from)
+    monkeypatch.setattr(linears, "_ROUNDED_FROM", rounded_from)
     used, mode_of = set(), low_rank.dot_mode_of
     monkeypatch.setattr(low_rank, "dot_mode_of", lambda *args: (used.add(mode := mode_of(*args)), mode)[1])
     layer = models.first(models.lora(models.llama(torch.float32, layers=1))).to(device)
