@@ -7,7 +7,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -19,12 +19,15 @@ from .runtime import backends
 
 __all__ = ["derive", "main", "measure"]
 
-SQUARE, UP = (4096, 4096), (14336, 4096)  # (N, K) of an 8B Llama's attention and MLP
+# (N, K) of an 8B Llama: q and o, gate and up, down, k and v
+SQUARE, UP, DOWN, NARROW = (4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)
 DECODE_M = (1, 2, 4, 8, 16)
+FEW_M = (32, 64)  # where the tensor-core kernel may still be the fastest
 FUSED_M = (16, 32, 64, 128, 256, 512)
 SLAB_MIB = (36, 64, 128)
 LARGE_M = 2048
 ALWAYS = NEVER = 1 << 30  # as an upper and a lower limit of M
+MOST_COPIES = 24
 Timer = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
 
 
@@ -41,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         tuned.forget(name)
         print(f"{name}: back to the table's row")
         return 0
-    print(f"{name}: measuring, about a minute", flush=True)
+    print(f"{name}: measuring, a few minutes", flush=True)
     timings = measure("cuda", cuda_timer, print_row=lambda text: print(text, flush=True))
     row = derive(timings, config.GPU_TABLE[config.nearest_arch(backends.gpu_arch())])
     versions = {
@@ -90,44 +93,40 @@ def measure(
     *,
     square: tuple[int, int] = SQUARE,
     up: tuple[int, int] = UP,
+    others: tuple[tuple[int, int], ...] = (DOWN, NARROW),
     sizes: tuple[tuple[int, ...], tuple[int, ...], int] = (DECODE_M, FUSED_M, LARGE_M),
     print_row: Callable[[str], object] = lambda _: None,
 ) -> dict[str, float]:
-    """Milliseconds by "what/M/variant": decode (gemv, mma, fused), medium (fused, slab), gemm (cublas,
-    triton), slab (MiB)."""
+    """Milliseconds by "what/M/variant": decode (gemv, mma, fused), few (mma, fused), medium (fused, slab; of
+    a shape beside the square "medium NxK"), gemm (cublas, triton), slab (MiB). Weights rotate beyond the L2."""
     decode_m, fused_m, large_m = sizes
     base = GPUConfig(0, NEVER, ALWAYS, "cublas", SLAB_MIB[-1] << 20, "tuning")
     variants = {"gemv": replace(base, gemv_max_m=ALWAYS), "mma": replace(base, mma_min_m=0), "fused": base}
-    variants["slab"] = replace(base, fused_max_m=0)
+    variants["slab"] = slab = replace(base, fused_max_m=0)
     out: dict[str, float] = {}
 
     def compare(
         what: str, shape: tuple[int, int], m: int, rows: Mapping[str, GPUConfig], backward: bool
     ) -> None:
-        step = _step(device, shape, m, backward)
+        step, copies = _step(device, shape, m, backward)
         got = timer({name: (lambda row=row: _with(row, step)) for name, row in rows.items()})
-        out.update({f"{what}/{m}/{name}": ms for name, ms in got.items()})
-        print_row(f"{what:8} M = {m:<6}" + "  ".join(f"{name} {ms:.4f} ms" for name, ms in got.items()))
+        out.update({f"{what}/{m}/{name}": ms / copies for name, ms in got.items()})
+        timed = "  ".join(f"{name} {ms / copies:.4f} ms" for name, ms in got.items())
+        print_row(f"{what:17} M = {m:<6}{timed}")
 
     if device == "cuda" and backends.use_cuda_kernels(torch.empty(1, device=device)):
         for m in decode_m:
             compare("decode", square, m, {name: variants[name] for name in ("gemv", "mma", "fused")}, False)
-    for m in fused_m:
-        compare("medium", square, m, {name: variants[name] for name in ("fused", "slab")}, True)
-    compare(
-        "gemm",
-        square,
-        large_m,
-        {gemm: replace(base, fused_max_m=0, gemm=gemm) for gemm in ("cublas", "triton")},
-        True,
-    )
-    compare(
-        "slab",
-        up,
-        large_m,
-        {str(mib): replace(base, fused_max_m=0, slab_bytes=mib << 20) for mib in SLAB_MIB},
-        True,
-    )
+        for m in FEW_M:
+            compare("few", square, m, {name: variants[name] for name in ("mma", "fused")}, False)
+    for shape in (square, up, *others):
+        what = "medium" if shape == square else f"medium {shape[0]}x{shape[1]}"
+        for m in fused_m:
+            compare(what, shape, m, {name: variants[name] for name in ("fused", "slab")}, True)
+    gemms = {gemm: replace(slab, gemm=gemm) for gemm in ("cublas", "triton")}
+    compare("gemm", square, large_m, gemms, True)
+    buffers = {str(mib): replace(slab, slab_bytes=mib << 20) for mib in SLAB_MIB}
+    compare("slab", up, large_m, buffers, True)
     return out
 
 
@@ -136,10 +135,21 @@ def _with(row: GPUConfig, step: Callable[[], None]) -> None:
         step()
 
 
-def _step(device: str, shape: tuple[int, int], m: int, backward: bool) -> Callable[[], None]:
-    """One bf16 QLoRA linear, r = 16; with `backward`, forward and backward."""
+def _copies(weight: NF4Weight, device: str) -> list[NF4Weight]:
+    """The weight at as many addresses as exceed the L2 twice: in a model, a weight comes from memory."""
+    if device != "cuda":
+        return [weight]
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    count = max(1, min(MOST_COPIES, -(-2 * l2 // weight.nbytes)))
+    tensors = {f.name: v for f in fields(weight) if isinstance(v := getattr(weight, f.name), torch.Tensor)}
+    return [replace(weight, **{name: t.clone() for name, t in tensors.items()}) for _ in range(count)]
+
+
+def _step(device: str, shape: tuple[int, int], m: int, backward: bool) -> tuple[Callable[[], None], int]:
+    """One bf16 QLoRA linear, r = 16, of each of several weights in turn, and how many; with `backward`,
+    forward and backward."""
     n, k = shape
-    weight = NF4Weight.from_dense(torch.randn(n, k, dtype=torch.float32, device=device) * 0.02)
+    weights = _copies(NF4Weight.from_dense(torch.randn(n, k, device=device).mul_(0.02)), device)
     x, dy = (torch.randn(m, size, device=device).bfloat16() for size in (k, n))
     a, b = (
         torch.randn(16, k, device=device).bfloat16() / 64,
@@ -148,11 +158,12 @@ def _step(device: str, shape: tuple[int, int], m: int, backward: bool) -> Callab
     tensors = [t.requires_grad_(backward) for t in (x, a, b)]
 
     def step() -> None:
-        y = functional.qlora_linear(x, weight, lora_a=a, lora_b=b, scaling=2.0)
-        if backward:
-            torch.autograd.grad(y, tensors, dy)
+        for weight in weights:
+            y = functional.qlora_linear(x, weight, lora_a=a, lora_b=b, scaling=2.0)
+            if backward:
+                torch.autograd.grad(y, tensors, dy)
 
-    return step
+    return step, len(weights)
 
 
 def _slab_bytes(ms: dict[str, float], table: int) -> int:
@@ -167,16 +178,15 @@ def _slab_bytes(ms: dict[str, float], table: int) -> int:
 def derive(timings: Mapping[str, float], row: GPUConfig) -> GPUConfig:
     """The measured limits; what was not measured stays the table's."""
 
-    def by(what: str) -> dict[str, dict[str, float]]:
+    def by(*kinds: str) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         for key, ms in timings.items():
             kind, m, variant = key.split("/")
-            if kind == what:
+            if kind in kinds:
                 found.setdefault(m, {})[variant] = ms
         return found
 
-    def limit(what: str, first: str, second: str, default: int) -> int:
-        rows = by(what)
+    def limit(rows: dict[str, dict[str, float]], first: str, second: str, default: int) -> int:
         sizes = sorted(map(int, rows))
         if not sizes:
             return default
@@ -184,14 +194,20 @@ def derive(timings: Mapping[str, float], row: GPUConfig) -> GPUConfig:
             sizes, [rows[str(m)][first] for m in sizes], [rows[str(m)][second] for m in sizes]
         )
 
+    kinds = dict.fromkeys(key.split("/")[0] for key in timings)
+    shapes = {
+        kind: tuple(map(int, kind.split()[1].split("x"))) for kind in kinds if kind.startswith("medium ")
+    }
+    beyond_gemv = {m: ms for m, ms in by("decode", "few").items() if int(m) >= 4}
+
     gemm, slab = (next(iter(by(what).values()), {}) for what in ("gemm", "slab"))
     return GPUConfig(
-        gemv_max_m=limit("decode", "gemv", "fused", row.gemv_max_m),
-        mma_min_m=limit("decode", "gemv", "mma", row.mma_min_m - 1) + 1,
-        fused_max_m=limit("medium", "fused", "slab", row.fused_max_m),
+        gemv_max_m=limit(by("decode"), "gemv", "fused", row.gemv_max_m),
+        mma_min_m=limit(by("decode"), "gemv", "mma", row.mma_min_m - 1) + 1,
+        mma_max_m=limit(beyond_gemv, "mma", "fused", row.mma_max_m) if by("few") else row.mma_max_m,
+        fused_max_m=limit(by("medium"), "fused", "slab", row.fused_max_m),
+        fused_by_shape=tuple((*shape, limit(by(kind), "fused", "slab", 0)) for kind, shape in shapes.items()),
         gemm=min(gemm, key=gemm.__getitem__) if gemm else row.gemm,
         slab_bytes=_slab_bytes(slab, row.slab_bytes),
-        measured=f"measured on this card: {', '.join(dict.fromkeys(key.split('/')[0] for key in timings))}"
-        if timings
-        else row.measured,
+        measured=f"measured on this card: {', '.join(kinds)}" if timings else row.measured,
     )

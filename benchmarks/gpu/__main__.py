@@ -47,7 +47,7 @@ PARTS = {
     "tune": Part(
         "checks",
         "tune",
-        1,
+        3,
         500,
         "peftkern tune: measures and keeps this card's limits; run it before what it decides",
     ),

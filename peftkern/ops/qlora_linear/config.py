@@ -4,7 +4,10 @@ machine."""
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
+
+from .waves import RATES, fused_limit
 
 __all__ = [
     "Choice",
@@ -125,13 +128,18 @@ def choose(
     return Choice("gemm", f"M = {m} > {few} on {isa}, {row.measured}")
 
 
+_NO_LIMIT = 1 << 30
+
+
 @dataclass(frozen=True)
 class GPUConfig:
     """Limits of one GPU architecture.
 
     gemv_max_m: largest M for the CUDA GEMV (0: never). mma_min_m: from here on the CUDA tensor-core kernel,
     where it takes the shape.
-    fused_max_m: largest M whose products decode inside the kernel, forward and dx.
+    fused_max_m: largest M whose products decode inside the kernel, forward and dx, of a weight [4096, 4096];
+    fused_by_shape: that limit of other shapes, (N, K, limit), where it was measured. mma_max_m: up to here
+    the CUDA tensor-core kernel, of what fused_max_m allows.
     gemm: who multiplies by a decoded slab above that: "cublas" (the low-rank product in passes of its own) or
     "triton" (in the epilogue).
     slab_bytes: decoded weight held at a time.
@@ -143,6 +151,8 @@ class GPUConfig:
     gemm: str
     slab_bytes: int
     measured: str
+    mma_max_m: int = _NO_LIMIT
+    fused_by_shape: tuple[tuple[int, int, int], ...] = ()
 
 
 _MIB = 1 << 20
@@ -160,14 +170,15 @@ _MIB = 1 << 20
 # gate and up of an 8B model are
 # one batch: a decoder layer then takes 39 launches in place of 43, for 117 MB that live for two of them.
 # On an H100 (benchmarks/results/h100-80gb-hbm3): the GEMV wins at M = 1 and 2 (10.7 against 13.2 us), the
-# tensor-core kernel from 4 on (13.3 against 15.5); at M = 64 a fused product takes 20 to 23 us and a slab
-# with its GEMM 25, of 4096^2 at 128 still 24 against 28; cuBLAS beats our own GEMM by 8 % at M = 8192.
+# tensor-core kernel from 4 on (13.3 against 15.5) and up to 32 (17.2 against Triton's 23.8, at 64 22.6
+# against 20.2); a fused product of 4096^2 takes 24 us at M = 128 and a slab with its GEMM 28, at 256 39
+# against 32; cuBLAS beats our own GEMM by 8 % at M = 8192. Other shapes: waves.py.
 GPU_TABLE = {
     75: GPUConfig(16, 3, 0, "cublas", 128 * _MIB, "not measured"),
     80: GPUConfig(16, 3, 128, "cublas", 128 * _MIB, "not measured"),
     86: GPUConfig(16, 3, 128, "triton", 256 * _MIB, "not measured"),
     89: GPUConfig(16, 3, 256, "triton", 256 * _MIB, "not measured"),
-    90: GPUConfig(16, 3, 64, "cublas", 128 * _MIB, "measured on an H100"),
+    90: GPUConfig(16, 3, 128, "cublas", 128 * _MIB, "measured on an H100", mma_max_m=32),
     100: GPUConfig(16, 3, 64, "cublas", 128 * _MIB, "not measured"),
     120: GPUConfig(16, 3, 256, "triton", 256 * _MIB, "not measured"),
 }
@@ -189,23 +200,40 @@ def choose_gpu(
     mma: bool = False,
     dense: bool = False,
     row: GPUConfig | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> Choice:
     """The regime of one direction for x (or dy) of m rows and `dtype` on compute capability `arch`.
 
     cuda: the CUDA C++ kernels are built; mma: their tensor-core kernel takes this shape; row: limits that
-    `peftkern tune` measured here.
+    `peftkern tune` measured here; shape: the weight's [N, K], None for the limit of [4096, 4096].
     """
+    most = _fused_max_m(arch, row, shape, forward)
     row = row or GPU_TABLE[nearest_arch(arch)]
     where = f"sm_{arch}, {row.measured}"
     if dense:
         return Choice("slab", f"a dense weight needs no decoding, {where}", _gemm(row, dtype), row.slab_bytes)
-    if forward and cuda and mma and row.mma_min_m <= m <= row.fused_max_m:
-        return Choice("mma", f"{row.mma_min_m} <= M = {m} <= {row.fused_max_m} on {where}")
+    if forward and cuda and mma and row.mma_min_m <= m <= min(row.mma_max_m, most):
+        return Choice("mma", f"{row.mma_min_m} <= M = {m} <= {min(row.mma_max_m, most)} on {where}")
     if forward and cuda and m <= row.gemv_max_m:
         return Choice("gemv", f"M = {m} <= {row.gemv_max_m} on {where}")
-    if m <= row.fused_max_m:
-        return Choice("fused", f"M = {m} <= {row.fused_max_m} on {where}")
-    return Choice("slab", f"M = {m} > {row.fused_max_m} on {where}", _gemm(row, dtype), row.slab_bytes)
+    if m <= most:
+        return Choice("fused", f"M = {m} <= {most} on {where}")
+    return Choice("slab", f"M = {m} > {most} on {where}", _gemm(row, dtype), row.slab_bytes)
+
+
+def _fused_max_m(arch: int, row: GPUConfig | None, shape: tuple[int, int] | None, forward: bool) -> int:
+    """The largest M whose product decodes in the kernel: of a measured row that of the most similar shape, of
+    the table's by the architecture's rates, where it has any."""
+    nearest = nearest_arch(arch)
+    limit = (row or GPU_TABLE[nearest]).fused_max_m
+    if shape is None or 0 in shape or (row is None and nearest not in RATES):
+        return limit
+    n, k = shape
+    if row is not None:
+        rows = [(4096, 4096, limit), *row.fused_by_shape]
+        return min(rows, key=lambda one: abs(math.log(n / one[0])) + abs(math.log(k / one[1])))[2]
+    columns, contraction = (n, k) if forward else (k, n)
+    return fused_limit(columns, contraction, RATES[nearest], limit)
 
 
 def _gemm(row: GPUConfig, dtype: str) -> str:

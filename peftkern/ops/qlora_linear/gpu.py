@@ -40,12 +40,12 @@ def choose(x: Tensor, quant: tuple, n: int, k: int, *, forward: bool) -> Choice:
     """The regime of one direction for x (or dy) [M, ...] on its device."""
     arch = gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
     row = tuned.forced() or (tuned.load(torch.cuda.get_device_name(x.device)) if x.is_cuda else None)
+    shape = (n, k) if tuned.forced() is None else None  # a forced row's limits are meant as they stand
     built = use_cuda_kernels(x)
     mma = built and forward and cuda.mma_supported(x, quant, n, k)
     dtype, dense = str(x.dtype).removeprefix("torch."), quant[0] is None
-    return config.choose_gpu(
-        arch=arch, dtype=dtype, m=x.shape[0], forward=forward, cuda=built, mma=mma, dense=dense, row=row
-    )
+    settings = {"arch": arch, "dtype": dtype, "m": x.shape[0], "forward": forward, "row": row, "shape": shape}
+    return config.choose_gpu(**settings, cuda=built, mma=mma, dense=dense)
 
 
 @functools.cache

@@ -64,17 +64,18 @@ def load(device_name: str) -> GPUConfig | None:
 
 
 def _checked(row: Mapping[str, object]) -> GPUConfig:
-    wanted = {
-        field.name: type(default)
-        for field, default in zip(fields(GPUConfig), (0, 0, 0, "", 0, ""), strict=True)
-    }
     if not isinstance(row, dict):
         raise TypeError(f"config is {type(row).__name__}")
+    wanted = {field.name: str if field.name in ("gemm", "measured") else int for field in fields(GPUConfig)}
+    wanted["fused_by_shape"] = list
     if row.keys() != wanted.keys() or any(type(row[name]) is not kind for name, kind in wanted.items()):
         raise ValueError(f"got the fields {sorted(row)}, expected {sorted(wanted)}")
     if row["gemm"] not in ("cublas", "triton") or row["slab_bytes"] < 1 << 20:
         raise ValueError(f"got gemm {row['gemm']!r}, slab_bytes {row['slab_bytes']}")
-    return GPUConfig(**row)
+    shapes = tuple(map(tuple, row["fused_by_shape"]))
+    if any([type(size) for size in one] != [int] * 3 or min(one[:2]) < 1 for one in shapes):
+        raise ValueError(f"got fused_by_shape {row['fused_by_shape']}, expected [N, K, limit] of each shape")
+    return GPUConfig(**row | {"fused_by_shape": shapes})
 
 
 def save(device_name: str, row: GPUConfig, timings: Mapping[str, float], versions: Mapping[str, str]) -> Path:
