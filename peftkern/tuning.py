@@ -98,7 +98,8 @@ def measure(
     print_row: Callable[[str], object] = lambda _: None,
 ) -> dict[str, float]:
     """Milliseconds by "what/M/variant": decode (gemv, mma, fused), few (mma, fused), medium (fused, slab; of
-    a shape beside the square "medium NxK"), gemm (cublas, triton), slab (MiB). Weights rotate beyond the L2."""
+    a shape beside the square "medium NxK"), gemm (cublas, triton), slab (MiB). Weights rotate, beyond the
+    L2."""
     decode_m, fused_m, large_m = sizes
     base = GPUConfig(0, NEVER, ALWAYS, "cublas", SLAB_MIB[-1] << 20, "tuning")
     variants = {"gemv": replace(base, gemv_max_m=ALWAYS), "mma": replace(base, mma_min_m=0), "fused": base}

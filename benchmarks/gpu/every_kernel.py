@@ -41,7 +41,7 @@ from peftkern.functional import (
     rope,
     row_squares,
 )
-from peftkern.ops.qlora_linear import tuned
+from peftkern.ops.qlora_linear import low_rank_config, tuned
 from peftkern.runtime import backends
 
 from .forcing import ALWAYS, NEVER, gpu_row
@@ -109,12 +109,16 @@ def contexts(device: str) -> Iterator[tuple[str, Callable[[], AbstractContextMan
 @contextlib.contextmanager
 def _forced(backend: str, changes: dict[str, object], shared_l2: int | None = None) -> Iterator[None]:
     """shared_l2: from which size on dyb and dB are made by programs of their own; None leaves it."""
-    from peftkern.ops.qlora_linear import gpu
-
-    limit = gpu._SHARED_L2 if shared_l2 is None else shared_l2
-    row = replace(gpu_row(), **changes)
-    with backends.use_backend(backend), tuned.use_row(row), mock.patch.object(gpu, "_SHARED_L2", limit):
+    limit = low_rank_config.SHARED_L2 if shared_l2 is None else shared_l2
+    row, known = replace(gpu_row(), **changes), low_rank_config.beside_a_slab
+    with (
+        backends.use_backend(backend),
+        tuned.use_row(row),
+        mock.patch.object(low_rank_config, "SHARED_L2", limit),
+    ):
+        known.cache_clear()
         yield
+    known.cache_clear()
 
 
 def _regime_fits(name: str, m: int) -> bool:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...ops.qlora_group.plan import batches
 from ...ops.qlora_linear import config
-from ...ops.qlora_linear.low_rank_config import LowRankConfig, choose_low_rank, dot_mode
+from ...ops.qlora_linear.low_rank_config import LowRankConfig, beside_a_slab, choose_low_rank, dot_mode
 from .cards import Card
 
 __all__ = ["Member", "Operators"]
 
-_SHARED_L2 = 32 << 20  # qlora_linear/gpu.py
 _LOGITS = 128 << 20  # linear_cross_entropy/triton.py
 _CPU_LOGITS, _CPU_MOST, _CPU_LEAST = 48 << 20, 512, 16  # linear_cross_entropy/cpu.py
 _CPU_SLICE = 5 << 20  # qlora_linear/cpu.py
@@ -142,9 +141,7 @@ class Operators:
         found = choose_low_rank(m, n, k, r, mode=mode, sms=self.card.sms or 128, arch=self.card.arch)
         if not slab:
             return found
-        shared = self.card.l2 >= _SHARED_L2
-        fused, added = found.fused and not shared, found.sum_dyb and not shared
-        return replace(found, xa_splits=1, fused=fused, sum_dyb=added)
+        return beside_a_slab(found, n, self.itemsize, self.card.l2)
 
     def _partials(self, one: Member, m: int, passes: LowRankConfig, fused: bool | None = None) -> int:
         """dyb and the partial sums of dA and dB; one chunk of these is the result itself."""

@@ -10,7 +10,6 @@ product starts its accumulator, which spares the passes that write y and dx firs
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -24,16 +23,13 @@ from . import config, cuda, tuned
 from . import triton_low_rank as low_rank
 from . import triton_matmul as matmul
 from .config import Choice
-from .low_rank_config import LowRankConfig
+from .low_rank_config import LowRankConfig, beside_a_slab
 from .triton_slab import slab_call
 
 __all__ = ["LateInput", "backward", "choose", "explain", "forward"]
 
 _INTERPRETED_ARCH, _INTERPRETED_L2 = 89, 72 << 20  # the interpreter follows a 4090's plan
 _DENSE = (None,) * 6 + (64, 256)
-# From this L2 on, the programs for dyb and for dB read the same rows of dy out of it; below, one program does
-# both. Derived, not measured.
-_SHARED_L2 = 32 << 20
 
 
 def choose(x: Tensor, quant: tuple, n: int, k: int, *, forward: bool) -> Choice:
@@ -61,12 +57,8 @@ def low_rank_config_of(
     found = low_rank.config_for(x, adapter, x.shape[0], n, k, max(rank, 1))
     if not slab:
         return found
-    return _beside_a_slab(found, (_l2(x.device.index) if x.is_cuda else _INTERPRETED_L2) >= _SHARED_L2)
-
-
-@functools.lru_cache(maxsize=4096)
-def _beside_a_slab(found: LowRankConfig, shared: bool) -> LowRankConfig:
-    return replace(found, xa_splits=1, fused=found.fused and not shared, sum_dyb=found.sum_dyb and not shared)
+    l2 = _l2(x.device.index) if x.is_cuda else _INTERPRETED_L2
+    return beside_a_slab(found, n, x.element_size(), l2)
 
 
 def arch_of(x: Tensor) -> int:

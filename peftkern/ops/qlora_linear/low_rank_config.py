@@ -9,7 +9,11 @@ from dataclasses import dataclass, replace
 from ...runtime.targets import nearest
 from ..sizes import ceil_div, next_power_of_2
 
-__all__ = ["EXACT_ROWS", "LowRankConfig", "Tile", "choose_low_rank", "dot_mode"]
+__all__ = ["EXACT_ROWS", "SHARED_L2", "LowRankConfig", "Tile", "beside_a_slab", "choose_low_rank", "dot_mode"]
+
+# The programs of dyb and of dB read the same rows of dy out of an L2 of at least so many bytes; below, one
+# program does both. Derived, not measured.
+SHARED_L2 = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,10 @@ def dot_mode(x_dtype: str, adapter_dtype: str, arch: int, m: int | None = None) 
 
 
 def _chunk(m: int, tile: Tile, columns: int, sms: int) -> int:
-    """The most rows a program can walk with two programs left for every SM: longer walks leave fewer partial
-    sums."""
+    """The most rows a program can walk with two programs, or nearly, left for every SM: longer walks leave
+    fewer partial sums. Nearly: 256 programs on 132 SMs."""
     for rows in (4096, 2048, 1024, 512, 256, 128):
-        if ceil_div(m, rows) * ceil_div(columns, tile.cols) >= 2 * sms:
+        if ceil_div(m, rows) * ceil_div(columns, tile.cols) >= 2 * sms - sms // 8:
             return rows
     return max(64, tile.rows)
 
@@ -108,6 +112,19 @@ def choose_low_rank(
         epilogue=Tile(64, 128, 8, 1) if arch >= 80 and mode != "ieee" else Tile(32, 64, 8, 1),
         ranks=min(pad, 64 if mode == "native" and arch >= 80 else 16),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def beside_a_slab(found: LowRankConfig, n: int, itemsize: int, l2: int) -> LowRankConfig:
+    """The passes of dy [m, n] that share their launches with a slab's decoding, which fills the device: no
+    split contraction, and dyb beside dB while a chunk of dy's rows stays in the L2 between the two.
+
+    An eighth of the L2, as several chunks are under way at once. On an H100 (50 MB) two reads of dy took less
+    than one pass with its partial sums where a chunk has 2 MB (N = 4096), and more where it has 7 or 29: N =
+    14336, M = 2048 151 us against 120, M = 8192 251 against 236 (benchmarks/results/h100-80gb-hbm3).
+    """
+    shared = l2 >= SHARED_L2 and found.dy_rows * n * itemsize <= l2 // 8
+    return replace(found, xa_splits=1, fused=found.fused and not shared, sum_dyb=found.sum_dyb and not shared)
 
 
 def _tiles(pad: int, mode: str, arch: int) -> tuple[Tile, Tile, Tile]:
