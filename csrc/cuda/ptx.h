@@ -108,34 +108,6 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// Four 8x8 matrices of 16-bit numbers. Lane l gives the address (16-byte aligned, shared) of row l % 8 of
-// matrix l / 8; lane t gets of matrix j the elements (t / 4, 2 (t % 4)) and (t / 4, 2 (t % 4) + 1) in r[j],
-// the first in the low half.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-#if defined(PK_CUDA_EMULATION)
-  pk_emulated::load_matrices(r, row, false);
-#else
-  const uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(from)
-               : "memory");
-#endif
-}
-
-// The same, each matrix transposed: lane t gets the elements (2 (t % 4), t / 4) and (2 (t % 4) + 1, t / 4).
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-#if defined(PK_CUDA_EMULATION)
-  pk_emulated::load_matrices(r, row, true);
-#else
-  const uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(from)
-               : "memory");
-#endif
-}
-
 // c [16, 8] fp32 += a [16, 16] b [16, 8]. With g = lane / 4, t = lane % 4, halves low first:
 //   a[0] (g, 2t..)  a[1] (g + 8, 2t..)  a[2] (g, 2t + 8..)  a[3] (g + 8, 2t + 8..);  b[0] rows 2t.. of column
 //   g, b[1] rows 2t + 8..; c[0], c[1] (g, 2t..)  c[2], c[3] (g + 8, 2t..).

@@ -33,10 +33,6 @@ class Architecture:
     registers_per_thread: int = 255
     threads_per_block: int = 1024
 
-    @property
-    def threads_per_sm(self) -> int:
-        return 32 * self.warps_per_sm
-
 
 # CUDA programming guide, table "Technical Specifications per Compute Capability"; allocation units:
 # cuda_occupancy.h of CUDA 13.0.

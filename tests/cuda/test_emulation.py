@@ -105,21 +105,6 @@ def test_mma_against_a_triple_loop(lib: ctypes.CDLL, dtype: torch.dtype) -> None
     assert torch.equal(c, expected)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix_gives_each_lane_its_elements(lib: ctypes.CDLL, transposed: bool) -> None:
-    """PTX ISA, ldmatrix: thread t holds row t / 4, columns 2 (t % 4) and the next, of each matrix; of its
-    transpose with .trans."""
-    got = torch.full((32, 4, 2), -1, dtype=torch.int16)
-    assert lib.selftest_ldmatrix(pointer(got), transposed) == OK, _error(lib)
-    for t in range(32):
-        for j in range(4):
-            for h in range(2):
-                row, column = t // 4, 2 * (t % 4) + h
-                if transposed:
-                    row, column = column, row
-                assert got[t, j, h] == 64 * j + 8 * row + column
-
-
 def _pipeline(lib: ctypes.CDLL, fault: int) -> tuple[Tensor, Tensor]:
     a, b = torch.randint(-9, 10, (16, 16)).bfloat16(), torch.randint(-9, 10, (16, 8)).bfloat16()
     c = torch.full((16, 8), float("nan"))

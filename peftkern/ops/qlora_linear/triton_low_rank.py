@@ -38,7 +38,6 @@ __all__ = [
     "config_for",
     "dy_calls",
     "dy_pass",
-    "dyb_backward",
     "project_call",
     "reduce_calls",
     "reduce_partials",
@@ -330,16 +329,6 @@ def xa_forward(
     call, xa = project_call(x, lora_a, 1.0, dropout_p, seed, config, by_rank=True, arch=arch_of(x))
     run(call)
     return _whole(xa)
-
-
-def dyb_backward(
-    dy: Tensor, lora_b: Tensor, scaling: float, *, config: LowRankConfig | None = None
-) -> Tensor:
-    """dy [M, N], lora_b [N, R] -> dyb = s dy B, fp32 [M, R], for who needs no dB."""
-    config = config or config_for(dy, lora_b, dy.shape[0], dy.shape[1], dy.shape[1], lora_b.shape[1])
-    call, dyb = project_call(dy, lora_b, scaling, 0.0, None, config, by_rank=False, arch=arch_of(dy))
-    run(call)
-    return _whole(dyb)
 
 
 def dy_calls(

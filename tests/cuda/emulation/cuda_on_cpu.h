@@ -69,7 +69,6 @@ uint4 load16(const void* address);
 void copy_async16(void* shared, const void* global, bool valid);
 void copy_async_commit();
 void copy_async_wait(int newest);
-void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
 void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16);
 
 uint16_t half_bits(float value);

@@ -1,4 +1,4 @@
-// The operations of several lanes: shuffles, votes, matrix loads and products; and 16-bit numbers.
+// The operations of several lanes: shuffles, votes and products; and 16-bit numbers.
 #include "cuda_on_cpu.h"
 
 namespace pk_emulated {
@@ -13,26 +13,6 @@ void need_shared(const char* name, const void* p) {
 }
 
 namespace {
-
-struct Matrices {
-  const void* row;
-  bool transposed;
-  uint32_t* result;  // [4]
-};
-
-void combine_matrices(void* const lanes[32]) {
-  for (int l = 0; l < WARP; l++) {
-    const Matrices* mine = (const Matrices*)lanes[l];
-    for (int j = 0; j < 4; j++) {
-      uint16_t halves[2];
-      for (int h = 0; h < 2; h++) {
-        const int row = mine->transposed ? l % 4 * 2 + h : l / 4, column = mine->transposed ? l / 4 : l % 4 * 2 + h;
-        memcpy(&halves[h], (const uint16_t*)((const Matrices*)lanes[8 * j + row])->row + column, 2);
-      }
-      mine->result[j] = halves[0] | (uint32_t)halves[1] << 16;
-    }
-  }
-}
 
 struct Product {
   float* c;           // [4]
@@ -99,13 +79,6 @@ unsigned ballot(const char* name, unsigned mask, bool vote) {
 uint4 load16(const void* address) {
   need_aligned("a 16-byte load", address);
   return *(const uint4*)address;
-}
-
-void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
-  need_aligned("ldmatrix", row);
-  need_shared("ldmatrix", row);
-  Matrices m = {row, transposed, r};
-  collective(transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, true, &m, combine_matrices);
 }
 
 void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16) {

@@ -69,7 +69,7 @@ __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* c, bool 
   c[g * 8 + 2 * t] = fc[0], c[g * 8 + 2 * t + 1] = fc[1], c[(g + 8) * 8 + 2 * t] = fc[2], c[(g + 8) * 8 + 2 * t + 1] = fc[3];
 }
 
-// c [16, 8] = a [16, 16] b [16, 8], all row-major in memory, through cp.async, ldmatrix and mma.
+// c [16, 8] = a [16, 16] b [16, 8], all row-major in memory, through cp.async and mma.
 __global__ void pipeline_kernel(const uint16_t* a, const uint16_t* b, float* c, int fault) {
   uint16_t* tile = (uint16_t*)dynamic_shared();  // [32][16]: rows of a, then rows of b with 8 used
   const int lane = threadIdx.x;
@@ -80,29 +80,15 @@ __global__ void pipeline_kernel(const uint16_t* a, const uint16_t* b, float* c, 
   if (fault == 1) cp_async_wait<1>();
   else cp_async_wait<0>();
   __syncwarp();
-  uint32_t fa[4], fb[4];
-  ldmatrix_x4(fa, tile + lane % 16 * 16 + lane / 16 * 8);
-  ldmatrix_x4_trans(fb, tile + (16 + lane % 16) * 16);
-  float fc[4] = {0, 0, 0, 0};
-  const uint32_t both[2] = {fb[0], fb[1]};
-  mma_m16n8k16_bf16(fc, fa, both);
   const int g = lane / 4, t = lane % 4;
+  const auto pair = [&](int row, int column) { return *(const uint32_t*)(tile + row * 16 + column); };
+  const auto down = [&](int row) { return tile[row * 16 + g] | (uint32_t)tile[(row + 1) * 16 + g] << 16; };
+  const uint32_t fa[4] = {pair(g, 2 * t), pair(g + 8, 2 * t), pair(g, 2 * t + 8), pair(g + 8, 2 * t + 8)};
+  const uint32_t fb[2] = {down(16 + 2 * t), down(16 + 2 * t + 8)};
+  float fc[4] = {0, 0, 0, 0};
+  mma_m16n8k16_bf16(fc, fa, fb);
   c[g * 8 + 2 * t] = fc[0], c[g * 8 + 2 * t + 1] = fc[1], c[(g + 8) * 8 + 2 * t] = fc[2], c[(g + 8) * 8 + 2 * t + 1] = fc[3];
   if (fault == 1) cp_async_wait<0>();
-}
-
-// Which element every lane gets: matrices hold their own index, 64 j + 8 row + column.
-__global__ void ldmatrix_kernel(uint16_t* out, bool transposed) {
-  PK_SHARED(uint16_t, tile, [4][8][8]);
-  for (int i = threadIdx.x; i < 256; i += 32) (&tile[0][0][0])[i] = (uint16_t)i;
-  __syncwarp();
-  uint32_t r[4];
-  if (transposed) ldmatrix_x4_trans(r, tile[threadIdx.x / 8][threadIdx.x % 8]);
-  else ldmatrix_x4(r, tile[threadIdx.x / 8][threadIdx.x % 8]);
-  for (int j = 0; j < 4; j++) {
-    out[(threadIdx.x * 4 + j) * 2] = (uint16_t)r[j];
-    out[(threadIdx.x * 4 + j) * 2 + 1] = (uint16_t)(r[j] >> 16);
-  }
 }
 
 __global__ void misaligned_kernel(const unsigned char* in, uint4* out, bool stores) {
@@ -134,9 +120,6 @@ PK_API int selftest_mma(const uint16_t* a, const uint16_t* b, float* c, int bf16
 }
 PK_API int selftest_pipeline(const uint16_t* a, const uint16_t* b, float* c, int fault) {
   return launch(pipeline_kernel, {dim3(1), 32, 1024, nullptr}, a, b, c, fault);
-}
-PK_API int selftest_ldmatrix(uint16_t* out, int transposed) {
-  return launch(ldmatrix_kernel, {dim3(1), 32, 0, nullptr}, out, transposed != 0);
 }
 PK_API int selftest_misaligned(const unsigned char* in, uint4* out, int stores) {
   return launch(misaligned_kernel, {dim3(1), 1, 0, nullptr}, in, out, stores != 0);
