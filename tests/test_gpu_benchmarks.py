@@ -231,6 +231,7 @@ def test_targets_are_judged_by_the_worst_row() -> None:
         _line("bitsandbytes", 1.2, **decoding | dict(timed="eager")),
         _line(OURS, percent_bandwidth="69", **decoding),
         _line(OURS, what="launches", mode="linear, r 16, dropout 0", timed="", p50="7", unit="kernels"),
+        _line(OURS, what="launches", mode="linear, r 16, dropout 0.1", timed="", p50="9", unit="kernels"),
         _line(OURS, what="launches", mode="dequantize", timed="", p50="2", unit="operators"),
         _line(OURS, what="memory", mode="saved, r 16, dropout 0", timed="", p50="100"),
         _line(OURS, what="memory", mode="saved, r 16, dropout 0.1", timed="", p50="164"),
@@ -247,6 +248,7 @@ def test_targets_are_judged_by_the_worst_row() -> None:
     assert judged["decode ≥ 1.3 x bitsandbytes"] == ["1.5", "4096x4096 M=4", "1", "yes"]
     assert judged["decode ≥ 70 % of copy, M = 1 ... 8"][::3] == ["69", "NO (0 do)"]
     assert judged["launches forward + backward ≤ 7, dropout 0"][::3] == ["7", "yes"]
+    assert judged["launches forward + backward ≤ 8, dropout 0.1"][::3] == ["9", "NO (0 do)"]
     assert judged["dequantize in one launch"][3] == "not measured"  # operators of a CPU run are no launches
     assert judged["dropout saves no extra bytes (MB)"][::3] == ["64", "NO"]
     assert judged["dx ≥ 1.3 x bitsandbytes, M = 32 ... 256"][3] == "not measured"
