@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import peftkern
 from peftkern import environment
 from peftkern.runtime import backends, native_cuda
 
@@ -83,6 +85,10 @@ def test_rocm_is_not_taken_for_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.available("cuda")[1],
     ):  # explain prints the first
         assert "built for ROCm (6.4.2), for which peftkern has no kernels" in words
+    with FakeTensorMode():
+        x = torch.empty(4, 64, device="cuda:0", dtype=torch.bfloat16)
+    assert peftkern.explain(x, 64, 64).startswith("reference: ")
+    assert "built for ROCm (6.4.2)" in peftkern.explain(x, 64, 64)
     report = dict(environment._backends())
     assert report["backend triton"].startswith("no: ") and "ROCm (6.4.2)" in report["backend triton"]
     assert report["backend cuda"].startswith("no: ") and report["backend reference"].startswith("yes")
