@@ -7,8 +7,6 @@
 namespace pk {
 
 constexpr int64_t MOST_RANKS = 1 << 20;  // of a group's adapters together
-// More are taken as so many: a runtime that cannot start them ends the process.
-constexpr int MOST_THREADS = 4096;
 
 // Whether rows of `cols` elements, ld apart, lie one behind the other; a single row may have any ld.
 static inline bool rows_apart(int64_t rows, int64_t cols, int64_t ld) {

@@ -3,7 +3,7 @@
 #pragma once
 #include <math.h>
 
-#include "../include/peftkern.h"
+#include "kernels.h"
 #include "math_impl.h"
 
 namespace PK_NS {
@@ -167,27 +167,15 @@ static void cross_entropy_row(const Row& r, T* first, int64_t index, float row_s
 }
 
 template <typename T>
-static void cross_entropy_as(T* logits, int64_t m, int64_t n, int64_t width, const float* bias,
-                             const int64_t* labels, const float* row_scale, float softcap, float smoothing,
-                             float z_loss, float* loss, int backward, int threads) {
+static void cross_entropy_as(const pk::CrossEntropy& a, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < m; i++)
-    cross_entropy_row(Row{bias, n, width, m * width, labels[i], softcap, smoothing, z_loss}, logits, i,
-                      row_scale ? row_scale[i] : 1.0f, backward != 0, loss + i);
+  for (int64_t i = 0; i < a.m; i++)
+    cross_entropy_row(Row{a.bias, a.n, a.width, a.m * a.width, a.labels[i], a.softcap, a.smoothing, a.z_loss},
+                      (T*)a.logits, i, a.row_scale ? a.row_scale[i] : 1.0f, a.gradient, a.loss + i);
 }
 
-static void cross_entropy(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias,
-                          const int64_t* labels, const float* row_scale, float softcap, float smoothing,
-                          float z_loss, float* loss, int backward, int threads) {
-  if (dtype == PK_F32)
-    cross_entropy_as((float*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss,
-                     backward, threads);
-  else if (dtype == PK_BF16)
-    cross_entropy_as((bf16*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss,
-                     backward, threads);
-  else
-    cross_entropy_as((f16*)logits, m, n, width, bias, labels, row_scale, softcap, smoothing, z_loss, loss,
-                     backward, threads);
+static void cross_entropy(const pk::CrossEntropy& a, int threads) {
+  by_dtype(a.dtype, [&](auto value) { cross_entropy_as<decltype(value)>(a, threads); });
 }
 
 }  // namespace PK_NS

@@ -186,9 +186,8 @@ static void dequantize_as(const pk_weight& w, int64_t row, int64_t rows, int64_t
 
 static void dequantize(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out,
                        int dtype, int threads) {
-  if (dtype == PK_F32) dequantize_as(w, row, rows, col, cols, (float*)out, threads);
-  else if (dtype == PK_BF16) dequantize_as(w, row, rows, col, cols, (bf16*)out, threads);
-  else dequantize_as(w, row, rows, col, cols, (f16*)out, threads);
+  by_dtype(dtype,
+           [&](auto value) { dequantize_as(w, row, rows, col, cols, (decltype(value)*)out, threads); });
 }
 
 }  // namespace PK_NS

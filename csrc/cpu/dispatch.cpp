@@ -1,162 +1,16 @@
-// The C ABI: checks, picks the ISA once at load, calls its kernels.
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-#include <stdlib.h>
+// The C ABI: checks, and calls the kernels of the level in use.
 #include <string.h>
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#if defined(__x86_64__)
-#include <cpuid.h>
 #endif
 
 #include "checks.h"
-#include "kernels.h"
-#include "tile_plan.h"
+#include "levels.h"
+#include "scratch.h"
 
 namespace {
 
 using namespace pk;
-
-bool always() { return true; }
-#if defined(__x86_64__)
-// __builtin_cpu_supports asks the operating system too (xgetbv), so a level it confirms can be used. Clang's
-// does not know f16c, which needs of the system what AVX needs.
-bool has_f16c() {
-  unsigned a, b, c = 0, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-// With the byte permutes (VBMI), which Cooper Lake lacks: Zen 4, Sapphire Rapids and later.
-[[maybe_unused]] bool has_avx512bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
-}
-// The tiles' registers are 8 KB of state that Linux saves only for a process which asked for it. It refuses
-// where a thread's alternate signal stack would be too small.
-[[maybe_unused]] bool may_use_tiles() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#else
-  return false;
-#endif
-}
-[[maybe_unused]] bool has_amx() {
-#if defined(PK_SIMDE)
-  return true;
-#else
-  // leaf 7, EDX; older compilers' __builtin_cpu_supports has neither.
-  constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;
-  unsigned a, b, c, d = 0;
-  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE) && (d & BF16) &&
-         may_use_tiles();
-#endif
-}
-#endif
-
-struct Level {
-  const Kernels* kernels;
-  bool (*supported)();
-};
-const Level LEVELS[] = {
-    // lowest first
-    {&pk::kernels_baseline, always},
-#if defined(__x86_64__)
-    {&pk::kernels_avx2, has_avx2},
-    {&pk::kernels_avx512, has_avx512},
-#if !defined(PK_NO_AVX512BF16)  // the compiler does not know the flags (setup.py)
-    {&pk::kernels_avx512bf16, has_avx512bf16},
-#endif
-#if !defined(PK_NO_AMX)
-    {&pk::kernels_amx, has_amx},
-#endif
-#endif
-};
-
-const Kernels* best_level() {
-  const Kernels* best = LEVELS[0].kernels;
-  const char* forced = getenv("PEFTKERN_CPU_ISA");
-  for (const Level& level : LEVELS) {
-    if (!level.supported()) continue;
-    best = level.kernels;
-    if (forced && !strcmp(forced, best->name)) break;
-  }
-  return best;
-}
-const Kernels* current = best_level();
-
-int threads_or_default(int threads) {
-#if defined(_OPENMP)
-  const int wanted = threads > 0 ? threads : omp_get_max_threads();
-  return wanted < MOST_THREADS ? wanted : MOST_THREADS;
-#else
-  return 1;
-#endif
-}
-
-// Scratch begins at the next cache line, wherever the caller's does: its bytes hold as many more.
-constexpr int64_t LINE = 64;
-float* aligned(void* scratch) { return (float*)(((uintptr_t)scratch + LINE - 1) / LINE * LINE); }
-int64_t bytes_of(int64_t floats) { return floats * (int64_t)sizeof(float) + LINE - 1; }
-
-int64_t gemv_floats(int64_t m, int64_t n, int64_t k, int64_t r) {
-  return m * (k + gemv_ld(k)) + r * (k + n) + n;
-}
-
-int64_t group_floats(const Group& g, int64_t m, int threads) {
-  const int64_t forward = g.forward_plan(m, current->lanes, threads).total;
-  // A backward pass without dx runs on the plan without base products.
-  const int64_t with_dx = g.backward_plan(m, true, current->lanes, threads).total,
-                without = g.backward_plan(m, false, current->lanes, threads).total;
-  const int64_t most = largest(forward, largest(with_dx, without));
-  if (!current->tiles || !tiles_take(g)) return most;
-  return largest(most,
-                 largest(forward_tile_plan(g, m, threads).total, backward_tile_plan(g, m, threads).total));
-}
-
-// One linear as a group of one; without a base product where w is null.
-struct Single {
-  pk_member member{};
-  pk_adapter adapter{};
-  Single(const pk_weight* w, const pk_lora& lora, int64_t m, int64_t n, int64_t k) {
-    if (w) member.weight = *w;
-    member.weight.n = n, member.weight.k = k;
-    adapter.lora = lora;
-    adapter.row_end = m;
-  }
-  Group group() const { return {&member, 1, &adapter, adapter.lora.r ? 1 : 0}; }
-};
-
-// 0 for sizes that no call takes.
-int64_t single_scratch_bytes(bool base, int64_t m, int64_t n, int64_t k, int64_t r, int threads) {
-  if (n < 1 || k < 1 || bad_rank(r) || !matrix(m, n) || !matrix(m, k) || !matrix(n, k) ||
-      !matrix(largest(largest(m, n), k), r))
-    return 0;
-  static const float some = 0;
-  pk_weight w{};
-  w.data = w.code = &some;  // a 4-bit weight, so that there is room for either engine
-  w.blocksize = 64;
-  pk_lora lora{};
-  lora.r = r;
-  lora.dropout_threshold = r != 0;  // room for a mask
-  const int64_t gemv = base && m <= 64 ? gemv_floats(m, n, k, r) : 0;
-  return bytes_of(
-      largest(gemv, group_floats(Single(base ? &w : nullptr, lora, m, n, k).group(), m, threads)));
-}
-
-// single: one linear, whose caller was told a scratch by its sizes alone.
-int64_t needed_bytes(const Group& g, int64_t m, int threads, bool single) {
-  const int64_t r = g.adapter_count ? g.adapters[0].lora.r : 0;
-  return single ? single_scratch_bytes(g.base(), m, g.n(), g.k(), r, threads)
-                : bytes_of(group_floats(g, m, threads));
-}
 
 int group_forward(const Group& g, const void* x, int dtype, int64_t m, void* scratch, int64_t bytes,
                   int threads, bool single = false) {
@@ -265,21 +119,32 @@ int pk_qlora_group_bwd_cpu(const pk_member* members, int64_t count, const pk_ada
                         threads_or_default(threads));
 }
 
-static int lora_forward(const pk_weight* w, const pk_lora* lora, const void* x, int dtype, int64_t m,
-                        int64_t n, int64_t k, const void* bias, int bias_dtype, void* y, float* xa, int gemv,
-                        void* scratch, int64_t bytes, int threads) {
+// What a forward pass of one linear takes besides its weight and x.
+struct ForwardOperands {
+  const void* bias;
+  int bias_dtype;
+  void* y;
+  float* xa;
+  bool gemv;
+};
+
+static int lora_forward(const pk_weight* w, const pk_lora* lora, const ForwardOperands& of, const void* x,
+                        int dtype, int64_t m, int64_t n, int64_t k, void* scratch, int64_t bytes,
+                        int threads) {
   if (!lora) return PK_ERR_NULL;
-  if (m < 0 || n < 0 || k < 1 || (gemv && m > 64)) return PK_ERR_SHAPE;
+  if (m < 0 || n < 0 || k < 1 || (of.gemv && m > 64)) return PK_ERR_SHAPE;
   threads = threads_or_default(threads);
   Single one(w, *lora, m, n, k);
-  one.member.bias = bias, one.member.bias_dtype = bias_dtype, one.member.y = y, one.adapter.xa = xa;
-  if (!gemv) return group_forward(one.group(), x, dtype, m, scratch, bytes, threads, true);
+  one.member.bias = of.bias, one.member.bias_dtype = of.bias_dtype, one.member.y = of.y;
+  one.adapter.xa = of.xa;
+  if (!of.gemv) return group_forward(one.group(), x, dtype, m, scratch, bytes, threads, true);
   if (int bad = check_group(one.group(), m)) return bad;
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (m == 0 || n == 0) return PK_OK;
-  if (!x || !y || !scratch || (lora->r && !xa)) return PK_ERR_NULL;
+  if (!x || !of.y || !scratch || (lora->r && !of.xa)) return PK_ERR_NULL;
   if (bytes < bytes_of(gemv_floats(m, n, k, lora->r))) return PK_ERR_SCRATCH;
-  current->gemv(*w, *lora, x, dtype, m, bias, bias_dtype, y, xa, aligned(scratch), threads);
+  const FewRows few{*w, *lora, x, dtype, m, of.bias, of.bias_dtype, of.y, of.xa, aligned(scratch)};
+  current->gemv(few, threads);
   return PK_OK;
 }
 
@@ -287,42 +152,55 @@ int pk_qlora_linear_fwd_cpu(const pk_weight* w, const pk_lora* lora, const void*
                             const void* bias, int bias_dtype, void* y, float* xa, int gemv, void* scratch,
                             int64_t bytes, int threads) {
   if (int bad = check_weight(w)) return bad;
-  return lora_forward(w, lora, x, dtype, m, w->n, w->k, bias, bias_dtype, y, xa, gemv, scratch, bytes,
-                      threads);
+  const ForwardOperands of{bias, bias_dtype, y, xa, gemv != 0};
+  return lora_forward(w, lora, of, x, dtype, m, w->n, w->k, scratch, bytes, threads);
 }
 
 int pk_lora_fwd_cpu(const pk_lora* lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k,
                     const void* bias, int bias_dtype, void* y, float* xa, void* scratch, int64_t bytes,
                     int threads) {
-  return lora_forward(nullptr, lora, x, dtype, m, n, k, bias, bias_dtype, y, xa, 0, scratch, bytes, threads);
+  const ForwardOperands of{bias, bias_dtype, y, xa, false};
+  return lora_forward(nullptr, lora, of, x, dtype, m, n, k, scratch, bytes, threads);
 }
 
-static int lora_backward(const pk_weight* w, const pk_lora* lora, const void* dy, const void* x, int dtype,
-                         int64_t m, int64_t n, int64_t k, const float* xa, float* dyb, void* dx, void* d_a,
-                         void* d_b, float* d_bias, void* scratch, int64_t bytes, int threads) {
+// What a backward pass of one linear takes besides its weight and x.
+struct BackwardOperands {
+  const void* dy;
+  const float* xa;
+  float* dyb;
+  void* dx;
+  void* d_lora_a;
+  void* d_lora_b;
+  float* d_bias;
+};
+
+static int lora_backward(const pk_weight* w, const pk_lora* lora, const BackwardOperands& of, const void* x,
+                         int dtype, int64_t m, int64_t n, int64_t k, void* scratch, int64_t bytes,
+                         int threads) {
   if (int bad = check_lora(lora)) return bad;
-  if (((d_a || d_b) && !lora->r) || (lora->r && (dx || d_a) && !dyb)) return PK_ERR_NULL;
+  if ((of.d_lora_a || of.d_lora_b) && !lora->r) return PK_ERR_NULL;
+  if (lora->r && (of.dx || of.d_lora_a) && !of.dyb) return PK_ERR_NULL;
   if (m < 1 || n < 1 || k < 1) return PK_ERR_SHAPE;
   Single one(w, *lora, m, n, k);
-  one.member.dy = dy, one.member.d_bias = d_bias;
-  one.adapter.xa = const_cast<float*>(xa), one.adapter.dyb = dyb, one.adapter.d_lora_a = d_a,
-  one.adapter.d_lora_b = d_b;
-  return group_backward(one.group(), x, dtype, m, dx, scratch, bytes, threads_or_default(threads), true);
+  one.member.dy = of.dy, one.member.d_bias = of.d_bias;
+  one.adapter.xa = const_cast<float*>(of.xa), one.adapter.dyb = of.dyb;
+  one.adapter.d_lora_a = of.d_lora_a, one.adapter.d_lora_b = of.d_lora_b;
+  return group_backward(one.group(), x, dtype, m, of.dx, scratch, bytes, threads_or_default(threads), true);
 }
 
 int pk_qlora_linear_bwd_cpu(const pk_weight* w, const pk_lora* lora, const void* dy, const void* x, int dtype,
                             int64_t m, const float* xa, float* dyb, void* dx, void* d_a, void* d_b,
                             float* d_bias, void* scratch, int64_t bytes, int threads) {
   if (int bad = check_weight(w)) return bad;
-  return lora_backward(w, lora, dy, x, dtype, m, w->n, w->k, xa, dyb, dx, d_a, d_b, d_bias, scratch, bytes,
-                       threads);
+  const BackwardOperands of{dy, xa, dyb, dx, d_a, d_b, d_bias};
+  return lora_backward(w, lora, of, x, dtype, m, w->n, w->k, scratch, bytes, threads);
 }
 
 int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, int dtype, int64_t m, int64_t n,
                     int64_t k, const float* xa, float* dyb, void* dx, void* d_a, void* d_b, float* d_bias,
                     void* scratch, int64_t bytes, int threads) {
-  return lora_backward(nullptr, lora, dy, x, dtype, m, n, k, xa, dyb, dx, d_a, d_b, d_bias, scratch, bytes,
-                       threads);
+  const BackwardOperands of{dy, xa, dyb, dx, d_a, d_b, d_bias};
+  return lora_backward(nullptr, lora, of, x, dtype, m, n, k, scratch, bytes, threads);
 }
 
 int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads) {
@@ -354,24 +232,45 @@ int64_t pk_rms_norm_scratch_bytes(int64_t m, int64_t n, int with_d_weight) {
   if (n < 1 || !matrix(m, n)) return 0;
   return bytes_of(n * (1 + (with_d_weight ? norm_tasks(m) : 0)));
 }
-int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scratch, int64_t bytes,
-                        int threads) {
+
+// residual and s: of a norm of a sum (`sum`), else null.
+static int norm_forward(const pk_rms_norm* norm, bool sum, const void* residual, void* s, void* y,
+                        float* rstd, void* scratch, int64_t bytes, int threads) {
   if (int bad = check_norm(norm)) return bad;
   if (norm->m == 0) return PK_OK;
   if (!norm->x || !norm->weight || !y || !rstd || !scratch) return PK_ERR_NULL;
+  if (sum && (!residual || !s)) return PK_ERR_NULL;
   if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
-  current->rms_norm(*norm, nullptr, nullptr, y, rstd, aligned(scratch), threads_or_default(threads));
+  current->rms_norm(*norm, residual, s, y, rstd, aligned(scratch), threads_or_default(threads));
+  return PK_OK;
+}
+int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scratch, int64_t bytes,
+                        int threads) {
+  return norm_forward(norm, false, nullptr, nullptr, y, rstd, scratch, bytes, threads);
+}
+int pk_add_rms_norm_fwd_cpu(const pk_rms_norm* norm, const void* residual, void* s, void* y, float* rstd,
+                            void* scratch, int64_t bytes, int threads) {
+  return norm_forward(norm, true, residual, s, y, rstd, scratch, bytes, threads);
+}
+
+// ds: of a norm of a sum, whose dx is not optional.
+static int norm_backward(const pk_rms_norm* norm, bool sum, const void* dy, const void* ds, const float* rstd,
+                         void* dx, float* d_weight, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
+  if (!norm->x || !norm->weight || !dy || !rstd || !scratch) return PK_ERR_NULL;
+  if (sum && (!ds || !dx)) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
+  current->rms_norm_grad(*norm, dy, ds, rstd, dx, d_weight, aligned(scratch), threads_or_default(threads));
   return PK_OK;
 }
 int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight,
                         void* scratch, int64_t bytes, int threads) {
-  if (int bad = check_norm(norm)) return bad;
-  if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
-  if (!norm->x || !norm->weight || !dy || !rstd || !scratch) return PK_ERR_NULL;
-  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
-  current->rms_norm_grad(*norm, dy, nullptr, rstd, dx, d_weight, aligned(scratch),
-                         threads_or_default(threads));
-  return PK_OK;
+  return norm_backward(norm, false, dy, nullptr, rstd, dx, d_weight, scratch, bytes, threads);
+}
+int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void* ds, const float* rstd,
+                            void* d_sum, float* d_weight, void* scratch, int64_t bytes, int threads) {
+  return norm_backward(norm, true, dy, ds, rstd, d_sum, d_weight, scratch, bytes, threads);
 }
 
 int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq,
@@ -385,9 +284,8 @@ int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64
   if (batch == 0 || seq == 0 || dim == 0 || q->heads + k->heads == 0) return PK_OK;
   if ((q->heads && (!q->x || !q->y)) || (k->heads && (!k->x || !k->y)) || (rotary && (!cos || !sin)))
     return PK_ERR_NULL;
-  const pk_rope_heads both[2] = {*q, *k};
-  current->rope(both, dtype, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse,
-                threads_or_default(threads));
+  const Rope of{{*q, *k}, dtype, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse != 0};
+  current->rope(of, threads_or_default(threads));
   return PK_OK;
 }
 
@@ -400,8 +298,10 @@ int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t 
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   for (int64_t i = 0; i < m; i++)
     if (labels[i] < 0 || labels[i] >= n) return PK_ERR_SHAPE;
-  current->cross_entropy(logits, dtype, m, n, width < n ? width : n, bias, labels, row_scale, softcap,
-                         label_smoothing, z_loss, loss, gradient, threads_or_default(threads));
+  const CrossEntropy of{
+      logits,  dtype,           m,      n,    width < n ? width : n, bias, labels, row_scale,
+      softcap, label_smoothing, z_loss, loss, gradient != 0};
+  current->cross_entropy(of, threads_or_default(threads));
   return PK_OK;
 }
 
@@ -433,25 +333,6 @@ int pk_advise_huge_pages(void* data, int64_t bytes) {
   return PK_OK;
 }
 
-int pk_add_rms_norm_fwd_cpu(const pk_rms_norm* norm, const void* residual, void* s, void* y, float* rstd,
-                            void* scratch, int64_t bytes, int threads) {
-  if (int bad = check_norm(norm)) return bad;
-  if (norm->m == 0) return PK_OK;
-  if (!norm->x || !norm->weight || !residual || !s || !y || !rstd || !scratch) return PK_ERR_NULL;
-  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
-  current->rms_norm(*norm, residual, s, y, rstd, aligned(scratch), threads_or_default(threads));
-  return PK_OK;
-}
-int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void* ds, const float* rstd,
-                            void* d_sum, float* d_weight, void* scratch, int64_t bytes, int threads) {
-  if (int bad = check_norm(norm)) return bad;
-  if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
-  if (!norm->x || !norm->weight || !dy || !ds || !d_sum || !rstd || !scratch) return PK_ERR_NULL;
-  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
-  current->rms_norm_grad(*norm, dy, ds, rstd, d_sum, d_weight, aligned(scratch), threads_or_default(threads));
-  return PK_OK;
-}
-
 int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n,
                      int64_t r, float scaling, const float* squares, const float* magnitude, float* norm,
                      float* scale, int threads) {
@@ -459,8 +340,8 @@ int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, 
   if (bad_dtype(dtype)) return PK_ERR_DTYPE;
   if (n == 0) return PK_OK;
   if (!cross || !gram || !lora_b || !squares || !magnitude || !norm || !scale) return PK_ERR_NULL;
-  current->dora_norm(cross, gram, lora_b, dtype, n, r, scaling, squares, magnitude, norm, scale,
-                     threads_or_default(threads));
+  const DoraNorm of{cross, gram, lora_b, dtype, n, r, scaling, squares, magnitude, norm, scale};
+  current->dora_norm(of, threads_or_default(threads));
   return PK_OK;
 }
 int pk_row_squares_cpu(const pk_weight* w, float* squares, int threads) {

@@ -79,9 +79,9 @@ static void quantize_as(const T* w, int64_t numel, int32_t blocksize, const floa
 
 static void quantize(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code,
                      uint8_t* packed, float* absmax, int threads) {
-  if (dtype == PK_F32) quantize_as((const float*)w, numel, blocksize, code, packed, absmax, threads);
-  else if (dtype == PK_BF16) quantize_as((const bf16*)w, numel, blocksize, code, packed, absmax, threads);
-  else quantize_as((const f16*)w, numel, blocksize, code, packed, absmax, threads);
+  by_dtype(dtype, [&](auto value) {
+    quantize_as((const decltype(value)*)w, numel, blocksize, code, packed, absmax, threads);
+  });
 }
 
 static void quantize_absmax(const float* absmax, int64_t count, int32_t blocksize, const float* code,

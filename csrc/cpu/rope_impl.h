@@ -27,44 +27,25 @@ static inline void rope_head(const T* x, T* y, const A* cos, const A* sin, int64
 }
 
 template <typename T, typename A>
-static void rope_of(const pk_rope_heads* qk, int64_t batch, int64_t seq, int64_t dim, const A* cos,
-                    const A* sin, int64_t angle_batch, int64_t rotary, bool inverse, int threads) {
-#pragma omp parallel for schedule(static) \
-    num_threads(threads) if (batch * seq * (qk[0].heads + qk[1].heads) * dim >= ROPE_PARALLEL)
-  for (int64_t token = 0; token < batch * seq; token++) {
-    const int64_t b = token / seq, s = token % seq, angle = b * angle_batch + s * rotary;
-    for (int which = 0; which < 2; which++) {
-      const pk_rope_heads& h = qk[which];
+static void rope_of(const pk::Rope& a, int threads) {
+  const int64_t elements = a.batch * a.seq * (a.heads[0].heads + a.heads[1].heads) * a.dim;
+#pragma omp parallel for schedule(static) num_threads(threads) if (elements >= ROPE_PARALLEL)
+  for (int64_t token = 0; token < a.batch * a.seq; token++) {
+    const int64_t b = token / a.seq, s = token % a.seq, angle = b * a.angle_batch + s * a.rotary;
+    const A *cos = (const A*)a.cos + angle, *sin = (const A*)a.sin + angle;
+    for (const pk_rope_heads& h : a.heads) {
       const T* x = (const T*)h.x + b * h.x_batch + s * h.x_seq;
       T* y = (T*)h.y + b * h.y_batch + s * h.y_seq;
       for (int64_t head = 0; head < h.heads; head++)
-        rope_head(x + head * h.x_head, y + head * h.y_head, cos + angle, sin + angle, rotary, dim, inverse);
+        rope_head(x + head * h.x_head, y + head * h.y_head, cos, sin, a.rotary, a.dim, a.inverse);
     }
   }
 }
 
-template <typename T>
-static void rope_as(const pk_rope_heads* qk, int64_t batch, int64_t seq, int64_t dim, const void* cos,
-                    const void* sin, int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse,
-                    int threads) {
-  if (angle_dtype == PK_F32)
-    rope_of<T>(qk, batch, seq, dim, (const float*)cos, (const float*)sin, angle_batch, rotary, inverse,
-               threads);
-  else if (angle_dtype == PK_BF16)
-    rope_of<T>(qk, batch, seq, dim, (const bf16*)cos, (const bf16*)sin, angle_batch, rotary, inverse,
-               threads);
-  else
-    rope_of<T>(qk, batch, seq, dim, (const f16*)cos, (const f16*)sin, angle_batch, rotary, inverse, threads);
-}
-
-static void rope(const pk_rope_heads* qk, int dtype, int64_t batch, int64_t seq, int64_t dim, const void* cos,
-                 const void* sin, int angle_dtype, int64_t angle_batch, int64_t rotary, int inverse,
-                 int threads) {
-  if (dtype == PK_F32)
-    rope_as<float>(qk, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse, threads);
-  else if (dtype == PK_BF16)
-    rope_as<bf16>(qk, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse, threads);
-  else rope_as<f16>(qk, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse, threads);
+static void rope(const pk::Rope& a, int threads) {
+  by_dtype(a.dtype, [&](auto value) {
+    by_dtype(a.angle_dtype, [&](auto angle) { rope_of<decltype(value), decltype(angle)>(a, threads); });
+  });
 }
 
 }  // namespace PK_NS

@@ -7,6 +7,8 @@
 
 #include <utility>
 
+#include "../include/peftkern.h"
+
 #if defined(PK_AVX512) && !defined(PK_SIMDE)
 #include <immintrin.h>
 #elif defined(PK_AVX2)
@@ -37,6 +39,14 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+// f of a value of an operand's type, by which it knows the type.
+template <typename F>
+static inline void by_dtype(int dtype, F&& f) {
+  if (dtype == PK_F32) f(float{});
+  else if (dtype == PK_BF16) f(bf16{});
+  else f(f16{});
+}
 
 static inline vf load(const float* p) {
   vf v;

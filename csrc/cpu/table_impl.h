@@ -18,15 +18,19 @@ namespace PK_NS {
 // y = x W^T + scaling * (x A^T) B^T + bias for few rows: x prepared once, MAX_ROWS rows share a decode,
 // TASK_ROWS rows of W are a task.
 template <typename T>
-static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t m, const void* bias,
-                    int bias_dtype, T* y, float* xa, float* scratch, int threads) {
-  const int64_t n = w.n, k = w.k, r = lora.r, ld = pk::gemv_ld(k);
-  float *plain = scratch, *prepared = plain + m * k, *at = prepared + m * ld;
+static void gemv_as(const pk::FewRows& of, int threads) {
+  const pk_weight& w = of.w;
+  const pk_lora& lora = of.lora;
+  const T* x = (const T*)of.x;
+  T* y = (T*)of.y;
+  float* xa = of.xa;
+  const int64_t m = of.m, n = w.n, k = w.k, r = lora.r, ld = pk::gemv_ld(k);
+  float *plain = of.scratch, *prepared = plain + m * k, *at = prepared + m * ld;
   const Table table = w.code ? make_table(w.code) : Table{};
   const bool grouped = gemv_grouped(w);
   const float* a = as_float(lora.lora_a, lora.dtype, r * k, at);
   const float* b = as_float(lora.lora_b, lora.dtype, r * n, at + r * k);
-  const float* add = as_float(bias, bias_dtype, n, at + r * (k + n));
+  const float* add = as_float(of.bias, of.bias_dtype, n, at + r * (k + n));
   const Dropout d = make_dropout(lora.dropout_threshold, lora.seed);
   for (int64_t i = 0; i < m; i++) {
     prepare_x(x + i * k, k, grouped, prepared + i * ld);
@@ -57,12 +61,8 @@ static void gemv_as(const pk_weight& w, const pk_lora& lora, const T* x, int64_t
   }
 }
 
-static void gemv(const pk_weight& w, const pk_lora& l, const void* x, int dtype, int64_t m, const void* bias,
-                 int bias_dtype, void* y, float* xa, float* scratch, int threads) {
-  if (dtype == PK_F32) gemv_as(w, l, (const float*)x, m, bias, bias_dtype, (float*)y, xa, scratch, threads);
-  else if (dtype == PK_BF16)
-    gemv_as(w, l, (const bf16*)x, m, bias, bias_dtype, (bf16*)y, xa, scratch, threads);
-  else gemv_as(w, l, (const f16*)x, m, bias, bias_dtype, (f16*)y, xa, scratch, threads);
+static void gemv(const pk::FewRows& of, int threads) {
+  by_dtype(of.dtype, [&](auto value) { gemv_as<decltype(value)>(of, threads); });
 }
 
 static void forward(const pk::Group& g, const void* x, int dtype, int64_t m, float* scratch, int threads) {
@@ -70,9 +70,7 @@ static void forward(const pk::Group& g, const void* x, int dtype, int64_t m, flo
   if (dtype == PK_BF16 && pk::tiles_take(g)) return forward_tiles(g, (const bf16*)x, m, scratch, threads);
 #endif
   const pk::Plan p = g.forward_plan(m, LANES, threads);
-  if (dtype == PK_F32) forward_gemm(p, g, (const float*)x, m, scratch, threads);
-  else if (dtype == PK_BF16) forward_gemm(p, g, (const bf16*)x, m, scratch, threads);
-  else forward_gemm(p, g, (const f16*)x, m, scratch, threads);
+  by_dtype(dtype, [&](auto value) { forward_gemm(p, g, (const decltype(value)*)x, m, scratch, threads); });
 }
 
 static void backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, float* scratch,
@@ -82,9 +80,10 @@ static void backward(const pk::Group& g, const void* x, int dtype, int64_t m, vo
     return backward_tiles(g, (const bf16*)x, m, (bf16*)dx, scratch, threads);
 #endif
   const pk::Plan p = g.backward_plan(m, dx != nullptr, LANES, threads);
-  if (dtype == PK_F32) backward_all(p, g, (const float*)x, m, (float*)dx, scratch, threads);
-  else if (dtype == PK_BF16) backward_all(p, g, (const bf16*)x, m, (bf16*)dx, scratch, threads);
-  else backward_all(p, g, (const f16*)x, m, (f16*)dx, scratch, threads);
+  by_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    backward_all(p, g, (const T*)x, m, (T*)dx, scratch, threads);
+  });
 }
 
 static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads) {
