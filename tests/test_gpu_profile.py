@@ -72,7 +72,7 @@ def test_alternatives_select(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failing", [None, "tests", "warm"])
 def test_a_stage_that_fails_or_hangs_leaves_the_others(
-    failing: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    failing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     ran: list[str] = []
 
@@ -85,11 +85,20 @@ def test_a_stage_that_fails_or_hangs_leaves_the_others(
         return subprocess.CompletedProcess(words, 2 if part == failing else 0)
 
     monkeypatch.setattr(profile.subprocess, "run", fake)
-    assert profile.profile(_arguments("--device", "cpu", "--small")) == bool(failing)
+    words = ("--device", "cpu", "--small", "--out", str(tmp_path))
+    assert profile.profile(_arguments(*words)) == bool(failing)
     assert ran == [stage.part for stage in STAGES]
     said = capsys.readouterr()
     assert (f"not done: {failing} (" in said.err) == bool(failing) and "== linear: done" in said.out
     assert ("its rows so far are kept" in said.err) == (failing == "warm")
+
+
+def test_a_row_that_says_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    here = run.Run("tests", tmp_path, device="cpu")
+    here.add(run.Case("tests", "pytest -m gpu"), "seconds", note="error: exit status 1, see tests.log")
+    monkeypatch.setattr(profile.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 0))
+    assert profile.profile(_arguments("--device", "cpu", "--small", "--out", str(tmp_path), "--resume")) == 1
+    assert "not done: tests (rows with errors: 1)" in capsys.readouterr().err
 
 
 def test_a_stage_without_time_is_not_begun(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -10,6 +10,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from .run import read_rows
 
 __all__ = ["STAGES", "Stage", "command", "deadlines", "profile"]
 
@@ -63,17 +66,20 @@ def command(stage: Stage, args: argparse.Namespace, limit_s: float) -> list[str]
     words += ["--rounds", str(args.rounds or (2 if args.small else 9))]
     words += ["--budget", f"{max(1.0, limit_s - START_S):.0f}"]
     words += ["--small"] if args.small else ["--only", stage.only] if stage.only else []
-    return words + [f"--{name}" for name in ("interpret", "flush") if getattr(args, name)]
+    return words + [f"--{name}" for name in ("interpret", "flush", "resume") if getattr(args, name)]
 
 
 def profile(args: argparse.Namespace) -> int:
-    """Every stage in its turn, whatever became of the ones before; 1 where one failed or had no time."""
+    """Every stage in its turn, whatever became of the ones before; 1 where one failed, had no time, or has
+    rows that say error, such as tests that failed."""
     start, ends = time.monotonic(), deadlines(args.minutes)
     outcomes: dict[str, str] = {}
     for stage in STAGES:
         begun = time.monotonic()
         limit = start + ends[stage.part] - begun
         outcomes[stage.part] = _run(command(stage, args, limit), limit)
+        if outcomes[stage.part] == "done" and (count := _errors(args.out / f"{stage.part}.csv")):
+            outcomes[stage.part] = f"rows with errors: {count}"
         print(f"== {stage.part}: {outcomes[stage.part]}, {time.monotonic() - begun:.0f} s", flush=True)
     print(
         f"{time.monotonic() - start:.0f} s of {60 * args.minutes:.0f}; rows, logs and report.md in {args.out}"
@@ -82,6 +88,10 @@ def profile(args: argparse.Namespace) -> int:
     if failed:
         print(f"not done: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
+
+
+def _errors(path: Path) -> int:
+    return sum(row["note"].startswith("error") for row in read_rows(path))
 
 
 def _run(words: Sequence[str], limit_s: float) -> str:
