@@ -6,25 +6,28 @@ times an efficiency each (they are taken to overlap perfectly), plus a fixed cos
 once each: a last-level cache that keeps a slab or an activation between launches makes reality better than
 the model, products with few rows that leave SMs idle make it worse.
 
-Our launches are those of `peftkern/ops/qlora_linear/plan.py`. Of the peers only sums are known, launches and
-passes over x-like and y-like tensors, counted in their code for M > 1536: their extra passes are memory-bound
-launches of equal size here, whatever M is.
+Our launches are what the ops launch (`peftkern/runtime/plan.py`). Of the peers only sums are known, launches
+and passes over x-like and y-like tensors, counted in their code for M > 1536: their extra passes are bound by
+memory and of equal size here, whatever M is.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peftkern.ops.qlora_group.plan import decoder_layer_plan
-from peftkern.ops.qlora_linear import config, plan
-from peftkern.ops.qlora_linear.plan import Launch, Shape
+from peftkern.ops.qlora_linear import config, plan, tuned
+from peftkern.ops.qlora_linear.plan import Shape
+from peftkern.ops.sizes import weight_bytes
+from peftkern.runtime.plan import Device, Launch
 from peftkern.runtime.targets import CARDS, Card
 
+from .layer_plan import decoder_layer_plan
 from .pages import put
 from .shapes import LARGE
 
@@ -98,11 +101,21 @@ def seconds(launches: Iterable[Launch], card: Card, a: Assumptions, *, triton: b
     return sum(work_time + a.launch for work_time in work)
 
 
+def _bytes(s: Shape, rows: int, columns: int) -> int:
+    """Of a matrix of x's dtype."""
+    return rows * columns * s.dtype.itemsize
+
+
 def frozen(s: Shape) -> list[Launch]:
     """A frozen linear of x's dtype: y = x W^T and dx = dy W."""
-    weight = s.n * s.k * s.itemsize
-    flops = s.gemm(s.n, s.k)
-    return [Launch("y", s.x + weight, s.y, flops), Launch("dx", s.y + weight, s.x, flops)]
+    x, y, weight = _bytes(s, s.m, s.k), _bytes(s, s.m, s.n), _bytes(s, s.n, s.k)
+    flops = 2 * s.m * s.n * s.k
+    return [Launch("y", x + weight, y, flops), Launch("dx", y + weight, x, flops)]
+
+
+def _decode(s: Shape) -> Launch:
+    packed = weight_bytes(s.n * s.k, None if s.nested else 1, s.blocksize, 256)
+    return Launch("decode", packed, _bytes(s, s.n, s.k))
 
 
 def _passes(name: str, count: int, size: int) -> list[Launch]:
@@ -113,33 +126,37 @@ def _passes(name: str, count: int, size: int) -> list[Launch]:
 
 def peer(p: Peer, s: Shape) -> list[Launch]:
     """Its products, its decodings, and all else as memory-bound launches."""
-    decode = Launch("decode", s.weight(s.n * s.k), s.n * s.k * s.itemsize)
-    rest = p.launches - 2 - p.decodes
-    return [*frozen(s), *[decode] * p.decodes, *_passes("pass", rest, p.x_passes * s.x + p.y_passes * s.y)]
+    rest, moved = p.launches - 2 - p.decodes, _bytes(s, s.m, p.x_passes * s.k + p.y_passes * s.n)
+    return [*frozen(s), *[_decode(s)] * p.decodes, *_passes("pass", rest, moved)]
 
 
 def floor(s: Shape) -> list[Launch]:
     """What passes apart from the products cannot avoid: two decodings, x read once more forward (xa), dy
     (dyb, dB) and x (dA) backward; the low-rank products inside the passes that read their operands."""
     y, dx = frozen(s)
-    to_y, to_dx = s.gemm(s.n, s.r), s.gemm(s.k, s.r)
-    decode = s.weight(s.n * s.k) + s.n * s.k * s.itemsize
-    passes = Launch("decode, xa, dyb, dB, dA", 2 * decode + 2 * s.x + s.y, 0, 2 * (to_y + to_dx))
+    to_y, to_dx = 2 * s.m * s.n * s.r, 2 * s.m * s.k * s.r
+    decode = 2 * (_decode(s).reads + _decode(s).writes)
+    activations = _bytes(s, s.m, 2 * s.k + s.n)
+    passes = Launch("decode, xa, dyb, dB, dA", decode + activations, 0, 2 * (to_y + to_dx))
     return [replace(y, flops=y.flops + to_y), replace(dx, flops=dx.flops + to_dx), passes]
+
+
+def _device(card: Card) -> Device:
+    return Device(card.sm, card.sms, card.l2, cuda=True)
+
+
+def _row(card: Card, **limits: object) -> config.GPUConfig:
+    """The card's limits, some of them replaced."""
+    return replace(config.GPU_TABLE[config.nearest_arch(card.sm)], **limits)
 
 
 def ours(s: Shape, card: Card, gemm: str = "") -> tuple[list[Launch], bool]:
     """Our launches, forward then backward, as dispatched on the card or with `gemm` multiplying; whether that
     is Triton."""
-    choices = [
-        config.choose_gpu(
-            arch=card.sm, dtype="bfloat16", m=s.m, forward=forward, cuda=True, mma=True, dense=s.dense
-        )
-        for forward in (True, False)
-    ]
-    forward, backward = (replace(choice, gemm=gemm) if gemm and choice.gemm else choice for choice in choices)
-    triton = (backward.gemm or "triton") == "triton"
-    return [*plan.forward_plan(s, forward), *plan.backward_plan(s, backward)], triton
+    device = _device(card)
+    with tuned.use_row(_row(card, gemm=gemm)) if gemm else contextlib.nullcontext():
+        triton = (plan.choices(s, device)[1].gemm or "triton") == "triton"
+        return [*plan.forward_plan(s, device), *plan.backward_plan(s, device)], triton
 
 
 @dataclass(frozen=True)
@@ -235,22 +252,15 @@ def layers(cards: Sequence[Card], ms: Sequence[int], r: int, a: Assumptions, *, 
     ]
     for card in cards:
         for mib in (128, 256):
-            plans, gemms = [], set()
-            for m in ms:
-                choices = [
-                    config.choose_gpu(arch=card.sm, dtype="bfloat16", m=m, forward=way, cuda=True, mma=True)
-                    for way in (True, False)
-                ]
-                choices = [replace(choice, slab_bytes=mib << 20) for choice in choices]
-                plans.append(decoder_layer_plan(Shape(m, 1, 1, r, dropout=dropout), *choices))
-                gemms.add(choices[1].gemm)
+            row = _row(card, slab_bytes=mib << 20)
+            with tuned.use_row(row):
+                shapes = [Shape(m, 1, 1, r, dropout=dropout) for m in ms]
+                plans = [decoder_layer_plan(s, _device(card)) for s in shapes]
             cells = [
-                f"{1e3 * seconds(launches, card, a, triton='triton' in gemms):.1f}" for launches in plans
+                f"{1e3 * seconds(launches, card, a, triton=row.gemm == 'triton'):.1f}" for launches in plans
             ]
             counts = "/".join(dict.fromkeys(str(len(launches)) for launches in plans))
-            out.append(
-                f"| {card.name}, {'/'.join(sorted(gemms))}, {mib} MiB | {counts} | {' | '.join(cells)} |"
-            )
+            out.append(f"| {card.name}, {row.gemm}, {mib} MiB | {counts} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 

@@ -333,10 +333,11 @@ def _judge(p: Problem, call: Callable[..., Results], build: Callable, own: bool)
 
 
 def _planned_bytes(p: Problem) -> int:
-    """Bytes of our launch plan, forward and backward."""
-    from peftkern.ops.qlora_linear import gpu, plan
+    """Bytes of our launches on this device, forward and backward."""
+    from peftkern.ops.qlora_linear import plan
 
-    shape = plan.Shape(p.m, p.n, p.k, p.r, nested=p.w.packed.nested, dropout=p.dropout_p > 0)
-    sides = [gpu.choose(t, p.w.quant, p.n, p.k, forward=t is p.x) for t in (p.x, p.dy)]
-    launches = [*plan.forward_plan(shape, sides[0]), *plan.backward_plan(shape, sides[1])]
+    options = {"nested": p.w.packed.nested, "dropout": p.dropout_p > 0}
+    shape = plan.Shape(p.m, p.n, p.k, p.r, p.dtype, **options)
+    device = plan.device_for(p.x)
+    launches = [*plan.forward_plan(shape, device), *plan.backward_plan(shape, device)]
     return sum(launch.reads + launch.writes for launch in launches)

@@ -28,9 +28,9 @@ def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
     if backend == "cpu":
         choice = config.choose(dtype=dtype, isa=backends.native().isa(), m=m, n=n, k=k)
         return f"cpu: {reason}; {choice.regime} ({choice.why})"
-    from ..ops.qlora_linear import gpu
+    from ..ops.qlora_linear import plan
 
-    return f"{backend}: {reason}; {gpu.explain(x, m, n, k, r)}"
+    return f"{backend}: {reason}; {plan.explain(x, m, n, k, r)}"
 
 
 def _refusal(x: Tensor, n: int, k: int, r: int) -> str:

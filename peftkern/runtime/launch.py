@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import plan
 from .record import launched, unwatched
 from .specialization import Specialization
 
@@ -56,10 +57,13 @@ class Call:
 
 
 def run(call: Call) -> None:
-    """Launches on the current stream of the tensors' device."""
+    """Launches on the current stream of the tensors' device; a launch on tensors without storage is only
+    listed, in the plan that is being made."""
     flat = (part for v in call.arguments.values() for part in (v if isinstance(v, tuple) else (v,)))
     device = next(part.device for part in flat if isinstance(part, Tensor))
-    if device.type != "cuda":
+    if device.type == "meta":
+        plan.add(call)
+    elif device.type != "cuda":
         with unwatched():
             call.interpret(call.arguments)
         launched(call, None, None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .steps import Allocate, Drop, Interpreted, Launch, Operate, Place, bases_of, filled
+from .steps import Allocate, Compiled, Drop, Interpreted, Operate, Place, bases_of, filled
 
 __all__ = ["Record", "Recorder", "launched", "record", "recording", "unrecordable", "unwatched"]
 
@@ -141,7 +141,7 @@ class Recorder:
                 fixed[at] = None  # a record holds no tensor
                 parts = (self._address(part) if isinstance(part, Tensor) else (-1, part) for part in value)
                 tuples.append((at, tuple(parts)))
-        self.steps.append(Launch(compiled[(call.programs, 1, 1)], fixed, tuple(patches), tuple(tuples)))
+        self.steps.append(Compiled(compiled[(call.programs, 1, 1)], fixed, tuple(patches), tuple(tuples)))
 
     def _address(self, t: Tensor) -> tuple[int, int]:
         """The base and the offset; (-1, 0), the null pointer, of a tensor without elements."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Allocate", "Drop", "Interpreted", "Launch", "Operate", "Place", "bases_of", "filled"]
+__all__ = ["Allocate", "Compiled", "Drop", "Interpreted", "Operate", "Place", "bases_of", "filled"]
 
 
 class Place(NamedTuple):
@@ -70,7 +70,7 @@ class Allocate:
         yield self.base
 
 
-class Launch:
+class Compiled:
     """A compiled Triton kernel. values: its arguments in order; at the positions that `patches` names stands
     the address of a base plus an offset. `tuples`: positions whose value is a tuple of addresses and other
     values, of which (-1, value) is a value."""

@@ -32,6 +32,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
     import peftkern.ops.qlora_glu.gpu  # noqa: F401  # so that what they launch with is left out too
     import peftkern.ops.qlora_group.gpu as group
     from peftkern.ops.qlora_linear import gpu as single
+    from peftkern.runtime import plan
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -43,11 +44,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(single, "dequantize_slice", lambda *args: args[-1])
 
     def on(card: Card) -> Any:
-        from peftkern.ops.qlora_linear import triton_low_rank
-
-        monkeypatch.setattr(single, "_INTERPRETED_ARCH", card.arch)
-        monkeypatch.setattr(single, "_INTERPRETED_L2", card.l2)
-        monkeypatch.setattr(triton_low_rank, "_INTERPRETED_SMS", card.sms)
+        monkeypatch.setattr(plan, "INTERPRETED", plan.Device(card.arch, card.sms, card.l2))
         return group
 
     return on

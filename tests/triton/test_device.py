@@ -11,7 +11,7 @@ from peftkern.functional import dequantize_4bit, qlora_linear
 from peftkern.ops.qlora_linear import tuned
 from peftkern.runtime import backends
 
-from .test_gpu_plan import FUSED, NAMES, SLAB, _case, _ours
+from .test_gpu_linear import FUSED, NAMES, SLAB, _case, _ours
 
 pytestmark = [
     pytest.mark.gpu,

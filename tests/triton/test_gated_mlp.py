@@ -18,7 +18,7 @@ from peftkern.ops.qlora_linear import tuned  # noqa: E402
 from ..cases import each_choice  # noqa: E402
 from ..ops import test_gated_mlp as mlp  # noqa: E402
 from ..ops.bounds import FACTOR, relative_norm  # noqa: E402
-from .test_gpu_plan import ROWS  # noqa: E402
+from .test_gpu_linear import ROWS  # noqa: E402
 
 PLANS = {name: ROWS[name] for name in ("fused", "cublas", "triton", "triton, slices")}
 

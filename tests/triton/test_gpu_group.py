@@ -11,7 +11,7 @@ from peftkern.ops.qlora_linear import tuned
 from ..cases import each_choice
 from ..ops import test_qlora_group as group
 from ..ops.bounds import assert_as_accurate
-from .test_gpu_plan import ROWS
+from .test_gpu_linear import ROWS
 
 
 @pytest.mark.parametrize(("layout", "regime"), each_choice(group.LAYOUTS, ["cublas", "triton", "fused"]))

@@ -1,5 +1,5 @@
-"""The launches of a whole decoder layer: counted on the plan, which is compared with what a patched layer
-really launches."""
+"""The launches of a whole decoder layer: counted on the benchmarks' plan, which is compared with what a
+patched layer launches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.ops.qlora_group import plan
+from benchmarks.layer_plan import LLAMA_8B, Layer, decoder_layer_plan
 from peftkern.ops.qlora_linear import tuned
-from peftkern.ops.qlora_linear.config import Choice, choose_gpu
+from peftkern.ops.qlora_linear.config import GPU_TABLE
 from peftkern.ops.qlora_linear.plan import Shape
+from peftkern.runtime.plan import Device, Launch
 
 from ..patching import models
-from . import test_group_plan
-from .test_gpu_plan import SLAB
+from .conftest import Launched, kernels
+from .test_gpu_linear import SLAB
 
 MIB = 1 << 20
 TARGET = 40
@@ -31,9 +32,9 @@ COUNTS = {
 }
 
 
-def _layer(gemm: str, slab_bytes: int, layer: plan.Layer = plan.LLAMA_8B) -> list[plan.Launch]:
-    choice = Choice("slab", "", gemm, slab_bytes)
-    return plan.decoder_layer_plan(Shape(8192, 1, 1, 16, dropout=True), choice, choice, layer)
+def _layer(gemm: str, slab_bytes: int, layer: Layer = LLAMA_8B) -> list[Launch]:
+    with tuned.use_row(replace(SLAB[gemm], slab_bytes=slab_bytes)):
+        return decoder_layer_plan(Shape(8192, 1, 1, 16, dropout=True), layer=layer)
 
 
 @pytest.mark.parametrize("gemm, slab_bytes", COUNTS)
@@ -41,13 +42,20 @@ def test_the_launches_of_a_decoder_layer(gemm: str, slab_bytes: int) -> None:
     assert len(_layer(gemm, slab_bytes)) == COUNTS[gemm, slab_bytes]
 
 
-@pytest.mark.parametrize("arch", [86, 89, 120])
+@pytest.mark.parametrize("arch", [89, 120])
 def test_the_table_reaches_the_target_with_our_own_gemm(arch: int) -> None:
-    choices = [
-        choose_gpu(arch=arch, dtype="bfloat16", m=8192, forward=forward, cuda=True)
-        for forward in (True, False)
-    ]
-    assert len(plan.decoder_layer_plan(Shape(8192, 1, 1, 16, dropout=True), *choices)) <= TARGET
+    device = Device(arch, 128, 72 * MIB, cuda=True)
+    with tuned.use_row(GPU_TABLE[arch]):
+        launches = decoder_layer_plan(Shape(8192, 1, 1, 16, dropout=True), device)
+    assert len(launches) <= TARGET
+
+
+def test_a_small_l2_costs_a_launch_a_sum_of_dyb() -> None:
+    """Of each single linear, o and down: an RTX 3090 takes two launches more."""
+    shape = Shape(8192, 1, 1, 16, dropout=True)
+    with tuned.use_row(GPU_TABLE[86]):
+        launches = decoder_layer_plan(shape, Device(86, 82, 6 * MIB, cuda=True))
+    assert Counter(one.name for one in launches)["reduce"] == 4 + 2 and len(launches) == TARGET + 1
 
 
 def test_what_a_decoder_layer_below_the_target_consists_of() -> None:
@@ -62,44 +70,14 @@ def test_what_a_decoder_layer_below_the_target_consists_of() -> None:
     assert (rest["rms_norm"], rest["add_rms_norm"], rest["add"], rest["glu"], rest["rope"]) == (1, 3, 1, 2, 2)
     assert (
         rest.total() - 9 == 6
-        and len(_layer("triton", 256 * MIB, replace(plan.LLAMA_8B, kv_heads=32))) == TARGET - 3
+        and len(_layer("triton", 256 * MIB, replace(LLAMA_8B, kv_heads=32))) == TARGET - 3
     )
-
-
-_BLOCKS = {"_glu_fwd_kernel": "glu", "_glu_bwd_kernel": "d_glu", "_rope_kernel": "rope"}
-
-
-def _name(kernel: str, arguments: dict) -> str:
-    """The plan's name of a launch of a norm or another small op too."""
-    if kernel == "_rms_norm_fwd_kernel":
-        return "rms_norm" if arguments["residual_ptr"] is None else "add_rms_norm"
-    if kernel == "_rms_norm_bwd_kernel":
-        return "d_rms_norm" if arguments["ds_ptr"] is None else "d_add_rms_norm"
-    return _BLOCKS.get(kernel) or test_group_plan._name(kernel, arguments)
-
-
-@pytest.fixture
-def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every launch of the test, by the plan's names; none is run, as here only their order counts."""
-    if device != "cpu":
-        pytest.skip("the interpreter counts launches here")
-    from triton.runtime.interpreter import GridExecutor
-
-    names: list[str] = []
-    monkeypatch.setattr(
-        GridExecutor, "__call__", lambda self, **arguments: names.append(_name(self.fn.__name__, arguments))
-    )
-    return names
-
-
-_TORCHS = ("add", "sum", "mm")  # and attention: the interpreter sees our launches alone
 
 
 @pytest.mark.parametrize("gemm", SLAB)
 @pytest.mark.parametrize("slab_bytes", [1 << 27, 80 * 64 * 2], ids=["one slab", "gate and up apart"])
-def test_a_patched_layer_launches_what_the_plan_lists(
-    launches: list[str], gemm: str, slab_bytes: int
-) -> None:
+def test_a_patched_layer_launches_what_the_plan_lists(launched: Launched, gemm: str, slab_bytes: int) -> None:
+    """Triton's launches alone: torch's are made below the mode that would name them."""
     model = models.lora(models.llama(torch.bfloat16, layers=1))
     peftkern.patch(model)
     layer = next(module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer")
@@ -107,10 +85,5 @@ def test_a_patched_layer_launches_what_the_plan_lists(
     x, angles = torch.randn(2, 300, 64, dtype=torch.bfloat16, requires_grad=True), torch.rand(1, 300, 16)
     with peftkern.use_backend("triton"), tuned.use_row(replace(SLAB[gemm], slab_bytes=slab_bytes)):
         layer(x, position_embeddings=(angles.cos().bfloat16(), angles.sin().bfloat16())).sum().backward()
-    choice = Choice("slab", "", gemm, slab_bytes)
-    listed = plan.decoder_layer_plan(
-        Shape(600, 1, 1, 4), choice, choice, plan.Layer(64, 80, 4, 2, 16), seq=300
-    )
-    assert launches == [
-        one.name for one in listed if one.name not in _TORCHS and not one.name.startswith("flash")
-    ]
+        listed = decoder_layer_plan(Shape(600, 1, 1, 4), layer=Layer(64, 80, 4, 2, 16), seq=300)
+    assert launched.names == kernels([one for one in listed if one.call is not None])

@@ -14,7 +14,7 @@ from peftkern.patching import linears
 
 from ..ops.bounds import FACTOR, assert_as_accurate
 from ..patching import models
-from .test_gpu_plan import FUSED, SLAB
+from .test_gpu_linear import FUSED, SLAB
 
 
 def _on(device: str, **results: torch.Tensor) -> dict[str, torch.Tensor]:

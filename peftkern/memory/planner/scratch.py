@@ -1,8 +1,7 @@
 """What peftkern's operators allocate and free inside themselves, by device: no count from outside sees it.
 
-The same choosers that the launchers ask (`qlora_linear/config.py`, `low_rank_config.py`,
-`qlora_group/plan.py`) are asked here, so that a change of a limit changes the plan too. Every function
-returns bytes.
+The same choosers that the launchers ask (`qlora_linear/config.py`, `low_rank_config.py`) are asked here, so
+that a change of a limit changes the plan too. Every function returns bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...ops.qlora_group.plan import batches
 from ...ops.qlora_linear import config
 from ...ops.qlora_linear.low_rank_config import LowRankConfig, beside_a_slab, choose_low_rank, dot_mode
 from .cards import Card
@@ -120,7 +118,7 @@ class Operators:
         """The buffer that weights are decoded into."""
         sizes = [0 if one.dense else one.n * one.k * self.itemsize for one in members]
         if self._merged(members, choice):
-            return max(sum(sizes[i] for i in batch) for batch in batches(sizes, choice.slab_bytes))
+            return max(sum(sizes[i] for i in batch) for batch in config.batches(sizes, choice.slab_bytes))
         largest = 0
         for one in members:
             if one.dense:

@@ -3,17 +3,19 @@ stride."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.backends import gpu_arch
 from ...runtime.launch import Call, run
+from ...runtime.plan import DECODE_OPS, Launch, device_of, nbytes, work
 from ...runtime.specialization import Specialization
+from ..sizes import weight_bytes
 from ..triton_nf4 import absmax_of, decode, decode_method, decode_words, group_words, load_codes
 from ..triton_nf4 import absmax_value as absmax_value  # tests/cubins finds it here by name
 
@@ -22,6 +24,7 @@ __all__ = [
     "dequantize_tile",
     "dequantize_4bit",
     "dequantize_4bit_out",
+    "decode_work",
     "dequantize_slice",
     "specializations",
     "tiles",
@@ -194,6 +197,18 @@ def _dequantize_kernel(
         )
 
 
+@work(_dequantize_kernel)
+def _dequantize_work(a: Mapping[str, Any]) -> Launch:
+    return decode_work(a, a["out_ptr"])
+
+
+def decode_work(a: Mapping[str, Any], out: Tensor) -> Launch:
+    """Weights decoded into `out` once: their codes, their blocks' absmax, their values."""
+    count = a["units"] * max(8 * a["WORDS"], 1)
+    reads = weight_bytes(count, a["absmax_ptr"], a["BLOCKSIZE"], a["NESTED_BLOCKSIZE"])
+    return Launch("slab", reads, nbytes(out), 0, DECODE_OPS * count)
+
+
 def tiles(
     packed: Tensor, quant: tuple, k: int, rows: slice, cols: slice, out: Tensor, *, arch: int | None = None
 ) -> tuple[int, dict[str, object]]:
@@ -222,9 +237,7 @@ def tiles(
         "units": units,
     }
     method = (
-        decode_method(out.dtype, arch or (gpu_arch(out.device.index) if out.is_cuda else 0))
-        if words
-        else "PORTABLE"
+        decode_method(out.dtype, arch or (0 if out.is_cpu else device_of(out).arch)) if words else "PORTABLE"
     )
     constants = {
         "BLOCKSIZE": blocksize,

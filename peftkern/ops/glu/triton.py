@@ -3,7 +3,7 @@ once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import Call, run, specialization
+from ...runtime.plan import Launch, nbytes, work
 from ...runtime.replay import replayed
 from ...runtime.specialization import Specialization
 from ..rows import out_rows, rows_of
@@ -98,6 +99,17 @@ def _glu_bwd_kernel(
     tl.store(d_up_ptr + row * ld_d_up + col, round_to(dy * value, DTYPE), mask=inside)
     if h_ptr is not None:
         tl.store(h_ptr + row * n + col, round_to(value * up, DTYPE), mask=inside)
+
+
+@work(_glu_fwd_kernel)
+def _glu_fwd_work(a: Mapping[str, Any]) -> Launch:
+    return Launch("glu", nbytes(a["gate_ptr"], a["up_ptr"]), nbytes(a["h_ptr"]))
+
+
+@work(_glu_bwd_kernel)
+def _glu_bwd_work(a: Mapping[str, Any]) -> Launch:
+    reads = nbytes(a["dy_ptr"], a["gate_ptr"], a["up_ptr"])
+    return Launch("d_glu", reads, nbytes(a["d_gate_ptr"], a["d_up_ptr"], a["h_ptr"]))
 
 
 def _grid(*tensors: Tensor) -> tuple[int, int, int]:

@@ -7,7 +7,8 @@ data: rows without a label are multiplied along, with a gradient of zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import Call, run, specialization
+from ...runtime.plan import Launch, nbytes, work
 from ...runtime.specialization import Specialization
 from ..dequantize.triton import dequantize_slice
 from ..qlora_linear import config
@@ -124,6 +126,13 @@ def _cross_entropy_kernel(
                 tl.store(
                     logits_row_ptr + columns, round_to(nothing, logits_ptr.dtype.element_ty), mask=columns < V
                 )
+
+
+@work(_cross_entropy_kernel)
+def _cross_entropy_work(a: Mapping[str, Any]) -> Launch:
+    """The second pass, for the gradient, finds its row in L2."""
+    reads = nbytes(a["logits_ptr"], a["labels_ptr"], a["bias_ptr"], a["row_scale_ptr"])
+    return Launch("cross_entropy", reads, nbytes(a["loss_ptr"], a["logits_ptr"] if a["GRADIENT"] else None))
 
 
 def _call(

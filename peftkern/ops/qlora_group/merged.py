@@ -4,8 +4,7 @@ composes all other groups.
 cuBLAS. Forward: slabs || xa of all adapters, y = s xa B^T + bias of all members, a GEMM a member onto it.
 Backward: slabs || dyb, dB and dbias of all members, dx = the sum of drop(dyb A) with every dA, a GEMM a
 member onto dx, all partial sums. Our own GEMM: one launch for every y with all of it, one for the products of
-dx over all members. Members whose slabs do not fit the buffer together follow in further batches. `plan.py`
-lists the same as data.
+dx over all members. Members whose slabs do not fit the buffer together follow in further batches.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ...runtime.launch import run
+from ...runtime.plan import device_of
 from ..qlora_linear import gpu as single
-from ..qlora_linear.config import Choice
+from ..qlora_linear.config import Choice, batches
 from ..qlora_linear.low_rank_config import LowRankConfig
 from ..triton_nf4 import group_words
 from . import triton_passes as passes
 from . import triton_products as products
-from .plan import batches
 from .triton_passes import DyMember, Low
 
 __all__ = ["Group", "backward", "forward", "group_of"]
@@ -118,7 +117,7 @@ class _Slabs:
 
 def forward(group: Group, x: Tensor, biases: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
     """[y], [xa] in the order of the op's adapters; x and biases contiguous."""
-    arch, used = single.arch_of(x), range(len(group.n))
+    arch, used = device_of(x).arch, range(len(group.n))
     config, parts = group.passes(x, used), group.batches(used, x.element_size())
     y, slabs = [x.new_empty((x.shape[0], size)) for size in group.n], _Slabs(group, x, parts)
     low = [i for i in used if group.lows[i] is not None]
@@ -163,7 +162,7 @@ def backward(
     need_x, need_bias, need_a, need_b = needs
     used = [i for i, g in enumerate(dy) if g is not None]
     wide, low = dy[used[0]], {i: group.adapters[i] for i in used if group.adapters[i] is not None}
-    config, arch = group.passes(wide, used), single.arch_of(wide)
+    config, arch = group.passes(wide, used), device_of(wide).arch
     wanted = [
         DyMember(
             dy[i],

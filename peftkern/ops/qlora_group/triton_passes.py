@@ -8,7 +8,7 @@ of members are tuples, unrolled by the compiler: a group is never large. The bod
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import Call, specialization
+from ...runtime.plan import DECODE_OPS, PHILOX_OPS, Launch, nbytes, work
 from ...runtime.specialization import Specialization
 from ..dequantize.triton import RAGGED_WARPS, WARPS, tiles
 from ..qlora_linear.low_rank_config import LowRankConfig, Tile, choose_low_rank
@@ -34,7 +35,7 @@ from ..qlora_linear.triton_low_rank_bodies import (
     sum_of_chunks,
 )
 from ..qlora_linear.triton_slab import slab_body
-from ..sizes import ceil_div
+from ..sizes import ceil_div, weight_bytes
 from ..triton_numerics import round_to
 from ..triton_philox import dropout_keep, dropout_key, keep_factor
 
@@ -150,6 +151,30 @@ def _group_project_kernel(
         )
 
 
+@work(_group_project_kernel)
+def _xa_work(a: Mapping[str, Any]) -> Launch:
+    """x is read once for all adapters."""
+    xa, size = None, 2 * a["M"] * a["C"]
+    if a["ADAPTERS"]:
+        draws = PHILOX_OPS * a["M"] * a["C"] * sum(seed is not None for seed in a["seeds"])
+        reads = nbytes(a["x_ptr"], a["adapters"])
+        xa = Launch("xa", reads, nbytes(a["outs"]), size * sum(a["RANKS"]), draws)
+    return _beside_decoding(a, xa)
+
+
+def _beside_decoding(a: Mapping[str, Any], other: Launch | None) -> Launch:
+    """The members' weights decoded, if there are any, in the launch of `other`, if there is one."""
+    if not a["WEIGHTS"]:
+        return other
+    counts = [units * max(8 * a["WORDS"], 1) for units in a["units"]]
+    sizes = a["BLOCKSIZE"], a["NESTED_BLOCKSIZE"]
+    reads = sum(
+        weight_bytes(count, absmax, *sizes) for count, absmax in zip(counts, a["absmax"], strict=True)
+    )
+    decoded = Launch("slab", reads, nbytes(a["slab"]), 0, DECODE_OPS * sum(counts))
+    return decoded if other is None else decoded.beside(other)
+
+
 @triton.jit(do_not_specialize=("M", "first_programs"))
 def _group_dy_kernel(
     packed,
@@ -233,6 +258,17 @@ def _group_dy_kernel(
         )
 
 
+@work(_group_dy_kernel)
+def _dy_work(a: Mapping[str, Any]) -> Launch:
+    """Every dy is read once."""
+    flops = 0
+    for n, rank, *products in zip(a["N"], a["RANKS"], a["dybs"], a["d_lora_bs"], strict=True):
+        flops += 2 * a["M"] * n * rank * sum(out is not None for out in products)
+    reads = nbytes(a["dys"], a["xas"], a["adapters"])
+    writes = nbytes(a["dybs"], a["d_lora_bs"], a["d_biases"])
+    return _beside_decoding(a, Launch("dy_pass", reads, writes, flops))
+
+
 @triton.jit(do_not_specialize=("M",))
 def _group_y_kernel(
     ys,
@@ -261,6 +297,12 @@ def _group_y_kernel(
                 pid - first, *args, 1, RANKS[i], R_PAD, BLOCK_M, BLOCK_N, BLOCK_R, False, False, MODE
             )
         first += programs
+
+
+@work(_group_y_kernel)
+def _y_work(a: Mapping[str, Any]) -> Launch:
+    flops = sum(2 * a["M"] * n * rank for n, rank in zip(a["N"], a["RANKS"], strict=True))
+    return Launch("y_epilogue", nbytes(a["xas"], a["adapters"], a["biases"]), nbytes(a["ys"]), flops)
 
 
 @triton.jit
@@ -341,6 +383,18 @@ def _group_x_kernel(
         )
 
 
+@work(_group_x_kernel)
+def _x_work(a: Mapping[str, Any]) -> Launch:
+    """x is read once for all adapters."""
+    dx, size, flops, ops = a["dx_ptr"], a["M"] * a["K"], 0, 0
+    for rank, d_lora_a, seed in zip(a["RANKS"], a["d_lora_as"], a["seeds"], strict=True):
+        products = (d_lora_a is not None) + (dx is not None)
+        flops += 2 * size * rank * products
+        ops += PHILOX_OPS * size * products * (seed is not None)
+    reads = nbytes(a["x_ptr"], a["dybs"], None if dx is None else a["adapters"])
+    return Launch("x_pass", reads, nbytes(a["d_lora_as"], dx), flops, ops)
+
+
 @triton.jit
 def _group_reduce_kernel(
     partials, outs, chunks, numels, SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr
@@ -353,6 +407,11 @@ def _group_reduce_kernel(
         if (pid >= first) & (pid < first + programs):
             reduce_body(pid - first, partials[i], outs[i], chunks[i], numels[i], BLOCK, BLOCK_CHUNKS)
         first += programs
+
+
+@work(_group_reduce_kernel)
+def _reduce_work(a: Mapping[str, Any]) -> Launch:
+    return Launch("reduce", nbytes(a["partials"]), nbytes(a["outs"]))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ contractions in one, rounded once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import Call, specialization
+from ...runtime.plan import Launch, nbytes, work
 from ...runtime.specialization import Specialization
 from ..qlora_linear.triton_matmul import MatmulConfig, block_r, default_config, low_mode
 from ..qlora_linear.triton_matmul_bodies import finish, matmul_tile, weight_tile
@@ -150,6 +151,13 @@ def _contract(
     return acc
 
 
+@work(_group_y_matmul_kernel)
+def _y_work(a: Mapping[str, Any]) -> Launch:
+    reads = nbytes(a["x_ptr"], a["slabs"], a["biases"], a["xas"], a["adapters"])
+    flops = sum(2 * a["M"] * n * (a["K"] + rank) for n, rank in zip(a["N"], a["RANKS"], strict=True))
+    return Launch("matmul", reads, nbytes(a["ys"]), flops)
+
+
 @triton.jit(do_not_specialize=("M",))
 def _group_dx_matmul_kernel(
     dys,
@@ -180,6 +188,12 @@ def _group_dx_matmul_kernel(
     for i in tl.static_range(MEMBERS):
         acc = _contract(acc, dys[i], slabs[i], row0, col0, M, K, N[i], EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     finish(acc, None, dx_ptr, K, row0, col0, M, K, BLOCK_M, BLOCK_N)
+
+
+@work(_group_dx_matmul_kernel)
+def _dx_work(a: Mapping[str, Any]) -> Launch:
+    reads = nbytes(a["dys"], a["slabs"], a["dx_ptr"] if a["ACCUMULATE"] else None)
+    return Launch("matmul", reads, nbytes(a["dx_ptr"]), 2 * a["M"] * a["K"] * sum(a["N"]))
 
 
 def _config(x: Tensor, j: int, c: int, arch: int) -> MatmulConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .waves import RATES, fused_limit
@@ -15,6 +16,7 @@ __all__ = [
     "GPUConfig",
     "GPU_TABLE",
     "TABLE",
+    "batches",
     "choose",
     "choose_gpu",
     "nearest_arch",
@@ -250,3 +252,16 @@ def slices(total: int, width: int, itemsize: int, limit: int) -> list[slice]:
     step = -(-total // count)
     step = total if count == 1 else -(-step // 128) * 128
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of `sizes`, in order, in runs that sum up to at most `limit`, or are single."""
+    out: list[list[int]] = []
+    total = 0
+    for i, size in enumerate(sizes):
+        if not out or total + size > limit:
+            out.append([])
+            total = 0
+        out[-1].append(i)
+        total += size
+    return out

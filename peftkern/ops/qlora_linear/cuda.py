@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.backends import gpu_arch
 from ...runtime.native import DTYPES, address, dtype_of
 from ...runtime.native_cuda import native_cuda, stream_of, weight_view
+from ...runtime.plan import DECODE_OPS, PHILOX_OPS, Launch, device_of, listed, nbytes
+from ..sizes import weight_bytes
 
 __all__ = ["gemv_forward", "mma_forward", "mma_supported", "xa_forward"]
 
@@ -16,9 +17,12 @@ __all__ = ["gemv_forward", "mma_forward", "mma_supported", "xa_forward"]
 def mma_supported(x: Tensor, quant: tuple, n: int, k: int) -> bool:
     """Whether `mma_forward` takes this product: bf16 or fp16 x, K a multiple of 64, blocks of at least 64,
     sm_80 or newer."""
-    if quant[0] is None or x.dtype not in DTYPES or not x.is_cuda:
+    if quant[0] is None or x.dtype not in DTYPES or x.is_cpu:
         return False
-    return native_cuda().mma_4bit_supported(DTYPES[x.dtype], n, k, quant[6], gpu_arch(x.device.index))
+    arch = device_of(x).arch
+    if x.is_meta:  # a plan for a card, where nothing needs to be built; pk_mma_4bit_supported says the same
+        return x.dtype != torch.float32 and k % 64 == 0 and quant[6] >= 64 and arch >= 80
+    return native_cuda().mma_4bit_supported(DTYPES[x.dtype], n, k, quant[6], arch)
 
 
 def xa_forward(x: Tensor, lora_a: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -32,6 +36,10 @@ def xa_forward(x: Tensor, lora_a: Tensor, dropout_p: float, seed: Tensor | None)
     if seed is not None and seed.dtype != torch.int64:
         raise TypeError(f"seed: got {seed.dtype}, expected int64")
     xa = torch.empty((m, rank), dtype=torch.float32, device=x.device)
+    if x.is_meta:
+        draws = PHILOX_OPS * m * k * (seed is not None)
+        listed(Launch("xa", nbytes(x, lora_a), nbytes(xa), 2 * m * k * rank, draws))
+        return xa
     threshold = 0 if seed is None else round(dropout_p * 65536)
     lora = native_cuda().Lora(address(lora_a), 0, rank, dtype_of(lora_a), 1.0)
     native_cuda().xa(
@@ -55,7 +63,7 @@ def gemv_forward(
     `weight`: packed, with `quant` as in the op's schema; bias [N], lora_b [N, R] in any dtype; xa fp32 [M, R]
     as `xa_forward` gives it.
     """
-    return _forward(native_cuda().gemv_4bit, x, weight, quant, n, bias, lora_b, xa, scaling)
+    return _forward("gemv_4bit", x, weight, quant, n, bias, lora_b, xa, scaling)
 
 
 def mma_forward(
@@ -70,9 +78,7 @@ def mma_forward(
 ) -> Tensor:
     """As `gemv_forward`, on tensor cores and for any M; only where `mma_supported`. Unaligned x or weight
     (views) are copied."""
-    return _forward(
-        native_cuda().mma_4bit, _aligned(x), _aligned(weight), quant, n, bias, lora_b, xa, scaling
-    )
+    return _forward("mma_4bit", _aligned(x), _aligned(weight), quant, n, bias, lora_b, xa, scaling)
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -87,7 +93,7 @@ def _same_device(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: got device {t.device}, expected x's, {x.device}")
 
 
-def _forward(kernel, x, weight, quant, n, bias, lora_b, xa, scaling) -> Tensor:
+def _forward(kernel: str, x, weight, quant, n, bias, lora_b, xa, scaling) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     bias, lora_b, xa = (None if t is None else t.contiguous() for t in (bias, lora_b, xa))
     (m, k), rank = x.shape, 0 if lora_b is None else lora_b.shape[1]
@@ -107,11 +113,14 @@ def _forward(kernel, x, weight, quant, n, bias, lora_b, xa, scaling) -> Tensor:
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({n},)")
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if x.is_meta:
+        listed(_work(kernel, x, quant, bias, lora_b, xa, y))
+        return y
     view, lora = (
         weight_view(weight, quant, n, k),
         native_cuda().Lora(0, address(lora_b), rank, dtype_of(lora_b), scaling),
     )
-    kernel(
+    getattr(native_cuda(), kernel)(
         view,
         lora,
         address(x),
@@ -124,3 +133,15 @@ def _forward(kernel, x, weight, quant, n, bias, lora_b, xa, scaling) -> Tensor:
         *stream_of(x),
     )
     return y
+
+
+_MMA_ROWS = 64  # of x, for which the tensor-core kernel decodes a weight once
+
+
+def _work(kernel: str, x, quant, bias, lora_b, xa, y) -> Launch:
+    """A launch of `gemv_4bit` or `mma_4bit`."""
+    (m, k), n = x.shape, y.shape[1]
+    decodes = 1 if kernel == "gemv_4bit" else -(-m // _MMA_ROWS)
+    reads = nbytes(x, bias, lora_b, xa) + weight_bytes(n * k, quant[1], *quant[6:])
+    flops = 2 * m * n * (k + (0 if lora_b is None else lora_b.shape[1]))
+    return Launch(kernel.removesuffix("_4bit"), reads, nbytes(y), flops, DECODE_OPS * n * k * decodes)

@@ -1,5 +1,5 @@
-"""The QLoRA linear on a GPU: which kernels run in which order. `plan.py` lists the same launches as data, and
-a test compares the two.
+"""The QLoRA linear on a GPU: which kernels run in which order. `plan.py` runs the same functions on tensors
+without storage, which gives their launches as data.
 
 Large M, cuBLAS. Forward: 1 slab || xa, 2 y = s xa B^T + bias, 3 y += x W^T. Backward: 1 slab || dyb, dB, 2 dx
 = drop(dyb A) and dA, 3 dx += dy W, 4 the partial sums. Seven launches, to which a further slab adds a decode
@@ -9,14 +9,14 @@ product starts its accumulator, which spares the passes that write y and dx firs
 
 from __future__ import annotations
 
-import functools
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...runtime.backends import gpu_arch, use_cuda_kernels
+from ...runtime.backends import use_cuda_kernels
 from ...runtime.launch import Call, run
+from ...runtime.plan import device_of
 from ...runtime.replay import replayed
 from ..dequantize.triton import dequantize_slice
 from . import config, cuda, tuned
@@ -26,27 +26,21 @@ from .config import Choice
 from .low_rank_config import LowRankConfig, beside_a_slab
 from .triton_slab import slab_call
 
-__all__ = ["LateInput", "backward", "choose", "explain", "forward"]
+__all__ = ["LateInput", "backward", "choose", "forward"]
 
-_INTERPRETED_ARCH, _INTERPRETED_L2 = 89, 72 << 20  # the interpreter follows a 4090's plan
 _DENSE = (None,) * 6 + (64, 256)
 
 
 def choose(x: Tensor, quant: tuple, n: int, k: int, *, forward: bool) -> Choice:
     """The regime of one direction for x (or dy) [M, ...] on its device."""
-    arch = gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
-    row = tuned.forced() or (tuned.load(torch.cuda.get_device_name(x.device)) if x.is_cuda else None)
+    device = device_of(x)
+    row = tuned.forced() or (tuned.load(device.name) if device.name else None)
     shape = (n, k) if tuned.forced() is None else None  # a forced row's limits are meant as they stand
-    built = use_cuda_kernels(x)
+    built = device.cuda if x.is_meta else use_cuda_kernels(x)
     mma = built and forward and cuda.mma_supported(x, quant, n, k)
     dtype, dense = str(x.dtype).removeprefix("torch."), quant[0] is None
-    settings = {"arch": arch, "dtype": dtype, "m": x.shape[0], "forward": forward, "row": row, "shape": shape}
-    return config.choose_gpu(**settings, cuda=built, mma=mma, dense=dense)
-
-
-@functools.cache
-def _l2(index: int) -> int:
-    return torch.cuda.get_device_properties(index).L2_cache_size
+    settings = {"dtype": dtype, "m": x.shape[0], "forward": forward, "row": row, "shape": shape}
+    return config.choose_gpu(arch=device.arch, **settings, cuda=built, mma=mma, dense=dense)
 
 
 def low_rank_config_of(
@@ -57,12 +51,7 @@ def low_rank_config_of(
     found = low_rank.config_for(x, adapter, x.shape[0], n, k, max(rank, 1))
     if not slab:
         return found
-    l2 = _l2(x.device.index) if x.is_cuda else _INTERPRETED_L2
-    return beside_a_slab(found, n, x.element_size(), l2)
-
-
-def arch_of(x: Tensor) -> int:
-    return gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
+    return beside_a_slab(found, n, x.element_size(), device_of(x).l2)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -152,7 +141,7 @@ def _slab_forward(
     if rank:
         passes = low_rank_config_of(x, lora_a, n, k, rank, slab=True)
         beside, parts = low_rank.project_call(
-            x, lora_a, 1.0, dropout_p, seed, passes, by_rank=True, arch=arch_of(x)
+            x, lora_a, 1.0, dropout_p, seed, passes, by_rank=True, arch=device_of(x).arch
         )
         xa = parts[0]
     slabs = _Slabs(x, weight, quant, (n, k), choice, by_rows=True)
@@ -223,7 +212,7 @@ def backward(
     passes = low_rank_config_of(dy, lora_b, n, k, rank, slab=choice.regime == "slab")
     first, partials = None, low_rank.DyPartials(None, None, None)
     if (rank and (need_x or need_a or need_b)) or need_bias:
-        first, partials = low_rank.dy_calls(dy, xa, lora_b, scaling, needs, passes, arch=arch_of(dy))
+        first, partials = low_rank.dy_calls(dy, xa, lora_b, scaling, needs, passes, arch=device_of(dy).arch)
     dx, d_a = dy.new_empty((m, k)) if need_x else None, None
     if choice.regime == "slab" and need_x:
         d_a = _slab_backward(
@@ -271,23 +260,3 @@ def _slab_backward(
 
 def _formed(x: Tensor | LateInput, dx: Tensor | None) -> Tensor:
     return x if isinstance(x, Tensor) else x.before() if dx is None else x.after(dx)
-
-
-def explain(x: Tensor, m: int, n: int, k: int, r: int) -> str:
-    """The launches of forward and backward for x of m rows and a nested NF4 weight [n, k], and why these."""
-    from . import plan
-
-    rows = x.new_empty((m, 1))
-    quant = (x, None, x, x, x, x, 64, 256)
-    shape = plan.Shape(m, n, k, r, itemsize=x.element_size())
-    out = []
-    for name, launches, direction in (
-        ("forward", plan.forward_plan, True),
-        ("backward", plan.backward_plan, False),
-    ):
-        choice = choose(rows, quant, n, k, forward=direction)
-        listed = ", ".join(launch.name for launch in launches(shape, choice))
-        out.append(
-            f"{name} {choice.regime}{' with ' + choice.gemm if choice.gemm else ''} ({choice.why}): {listed}"
-        )
-    return "; ".join(out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.backends import gpu_arch
 from ...runtime.launch import UNSPECIALIZED, Call, run, specialization
+from ...runtime.plan import PHILOX_OPS, Launch, device_of, nbytes, work
 from ...runtime.specialization import Specialization
 from ..sizes import ceil_div, next_power_of_2
 from .low_rank_config import EXACT_ROWS, LowRankConfig, Tile, choose_low_rank, dot_mode
@@ -50,8 +50,6 @@ __all__ = [
     "y_epilogue",
 ]
 
-_INTERPRETED_ARCH, _INTERPRETED_SMS = 89, 128
-
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def project_kernel(
@@ -73,6 +71,15 @@ def project_kernel(
 ):
     args = (x_ptr, adapter_ptr, out_ptr, seed_ptr, threshold, scale, M, C, split_cols)
     project_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_C, BY_RANK, MODE)
+
+
+@work(project_kernel)
+def project_work(a: Mapping[str, Any]) -> Launch:
+    """One read of x."""
+    m, c, draws = a["M"], a["C"], a["seed_ptr"] is not None
+    reads, flops = nbytes(a["x_ptr"], a["adapter_ptr"]), 2 * m * c * a["R"]
+    name = "xa" if a["BY_RANK"] else "dyb"
+    return Launch(name, reads, nbytes(a["out_ptr"]), flops, PHILOX_OPS * m * c * draws)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -121,6 +128,15 @@ def dy_pair_kernel(
     dy_pair_body(tl.program_id(0), *args, R, R_PAD, BLOCK_M, BLOCK_N, DYB_BLOCK_M, DYB_BLOCK_N, MODE)
 
 
+@work(dy_pass_kernel, dy_pair_kernel)
+def dy_work(a: Mapping[str, Any]) -> Launch:
+    """One read of dy, from which dyb's programs and dB's both take it."""
+    products = (a["dyb_ptr"] is not None) + (a["d_lora_b_ptr"] is not None)
+    reads = nbytes(a["dy_ptr"], a["xa_ptr"], a["lora_b_ptr"])
+    writes = nbytes(a["dyb_ptr"], a["d_lora_b_ptr"], a["d_bias_ptr"])
+    return Launch("dy_pass", reads, writes, products * 2 * a["M"] * a["N"] * a["R"])
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _x_pass_kernel(
     x_ptr,
@@ -167,6 +183,16 @@ def _x_pass_kernel(
         )
 
 
+@work(_x_pass_kernel)
+def _x_pass_work(a: Mapping[str, Any]) -> Launch:
+    m, k, draws = a["M"], a["K"], a["seed_ptr"] is not None
+    products = (a["d_lora_a_ptr"] is not None) + (a["dx_ptr"] is not None)
+    reads = nbytes(a["x_ptr"], a["dyb_ptr"], a["lora_a_ptr"], a["dx_ptr"] if a["ACCUMULATE"] else None)
+    writes = nbytes(a["d_lora_a_ptr"], a["dx_ptr"])
+    flops, ops = products * 2 * m * k * a["R"], products * PHILOX_OPS * m * k * draws
+    return Launch("x_pass", reads, writes, flops, ops)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _y_epilogue_kernel(
     y_ptr,
@@ -187,6 +213,13 @@ def _y_epilogue_kernel(
 ):
     args = (y_ptr, xa_ptr, lora_b_ptr, bias_ptr, None, 0, scaling, M, N, y_stride)
     epilogue_body(tl.program_id(0), *args, 1, R, R_PAD, BLOCK_M, BLOCK_N, BLOCK_R, False, ACCUMULATE, MODE)
+
+
+@work(_y_epilogue_kernel)
+def _y_epilogue_work(a: Mapping[str, Any]) -> Launch:
+    low = nbytes(a["xa_ptr"], a["lora_b_ptr"], a["bias_ptr"], a["y_ptr"] if a["ACCUMULATE"] else None)
+    rank = 0 if a["lora_b_ptr"] is None else a["R"]
+    return Launch("y_epilogue", low, nbytes(a["y_ptr"]), 2 * a["M"] * a["N"] * rank)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -217,6 +250,12 @@ def _reduce_kernel(
         reduce_body(pid - first - second, partials2_ptr, out2_ptr, chunks2, numel2, BLOCK, BLOCK_CHUNKS)
 
 
+@work(_reduce_kernel)
+def _reduce_work(a: Mapping[str, Any]) -> Launch:
+    partials, outs = ([a[f"{name}{slot}_ptr"] for slot in range(3)] for name in ("partials", "out"))
+    return Launch("reduce", nbytes(partials), nbytes(outs))
+
+
 @dataclass(frozen=True)
 class DyPartials:
     """What one pass over dy left: dyb fp32 [chunks, M, R]; d_lora_b [chunks, N, R] and d_bias fp32 [chunks,
@@ -225,15 +264,6 @@ class DyPartials:
     dyb: Tensor | None
     d_lora_b: Tensor | None
     d_bias: Tensor | None
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def arch_of(x: Tensor) -> int:
-    return gpu_arch(x.device.index) if x.is_cuda else _INTERPRETED_ARCH
 
 
 def dot_mode_of(x: Tensor, adapter: Tensor | None, arch: int) -> str:
@@ -246,9 +276,10 @@ def config_for(
     x: Tensor, adapter: Tensor | None, m: int, n: int, k: int, r: int, *, arch: int | None = None
 ) -> LowRankConfig:
     """The device's configuration; `arch` in place of the device's own."""
-    sms = _multiprocessors(x.device.index) if x.is_cuda else _INTERPRETED_SMS
-    arch = arch or arch_of(x)
-    return choose_low_rank(m, n, k, r, mode=dot_mode_of(x, adapter, arch), sms=sms, arch=arch)
+    device = device_of(x)
+    arch = arch or device.arch
+    mode = dot_mode_of(x, adapter, arch)
+    return choose_low_rank(m, n, k, r, mode=mode, sms=device.multiprocessors, arch=arch)
 
 
 def call_of(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, arch: int) -> Call:
@@ -326,7 +357,7 @@ def xa_forward(
     """x [M, K], lora_a [R, K] -> xa = drop(x) A^T, fp32 [M, R]; two launches where the contraction is split
     (few rows), else one."""
     config = config or config_for(x, lora_a, x.shape[0], x.shape[1], x.shape[1], lora_a.shape[0])
-    call, xa = project_call(x, lora_a, 1.0, dropout_p, seed, config, by_rank=True, arch=arch_of(x))
+    call, xa = project_call(x, lora_a, 1.0, dropout_p, seed, config, by_rank=True, arch=device_of(x).arch)
     run(call)
     return _whole(xa)
 
@@ -397,7 +428,7 @@ def dy_pass(
     config = config or config_for(
         dy, lora_b, *dy.shape, dy.shape[1], 1 if lora_b is None else lora_b.shape[1]
     )
-    call, partials = dy_calls(dy, xa, lora_b, scaling, needs, config, arch=arch_of(dy))
+    call, partials = dy_calls(dy, xa, lora_b, scaling, needs, config, arch=device_of(dy).arch)
     run(call)
     return DyPartials(summed(partials.dyb, config), partials.d_lora_b, partials.d_bias)
 
@@ -483,7 +514,7 @@ def x_pass(
     wide = x if need_a else dx
     config = config or config_for(wide, lora_a, dyb.shape[1], lora_a.shape[1], lora_a.shape[1], dyb.shape[2])
     call, d_lora_a = x_call(
-        x, dyb, lora_a, dropout_p, seed, dx, need_a, config, arch=arch_of(dyb), accumulate=accumulate
+        x, dyb, lora_a, dropout_p, seed, dx, need_a, config, arch=device_of(dyb).arch, accumulate=accumulate
     )
     run(call)
     return d_lora_a
@@ -535,7 +566,7 @@ def y_epilogue(
     """y [M, N] += s xa B^T + bias in place, or y = without `accumulate`; columns contiguous, rows any stride;
     one launch."""
     config = config or config_for(y, lora_b, *y.shape, y.shape[1], 1 if lora_b is None else lora_b.shape[1])
-    run(y_call(y, xa, lora_b, scaling, bias, config, arch=arch_of(y), accumulate=accumulate))
+    run(y_call(y, xa, lora_b, scaling, bias, config, arch=device_of(y).arch, accumulate=accumulate))
 
 
 def reduce_calls(sums: Sequence[tuple[Tensor | None, torch.dtype]]) -> tuple[list[Call], list[Tensor | None]]:

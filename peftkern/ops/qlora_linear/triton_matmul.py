@@ -10,19 +10,19 @@ order.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.backends import gpu_arch
 from ...runtime.launch import Call, run, specialization
+from ...runtime.plan import DECODE_OPS, PHILOX_OPS, Launch, device_of, nbytes, work
 from ...runtime.specialization import Specialization
-from ..sizes import next_power_of_2
+from ..sizes import next_power_of_2, weight_bytes
 from ..triton_nf4 import absmax_value as absmax_value  # tests/cubins finds it here by name
 from ..triton_nf4 import decode_method, group_words
 from .triton_matmul_bodies import matmul_tile, reduce_tile
@@ -135,6 +135,29 @@ def _matmul_kernel(
     )
 
 
+@work(_matmul_kernel)
+def _matmul_work(a: Mapping[str, Any]) -> Launch:
+    """A 4-bit weight is read once and decoded for every block of rows; of a split contraction the second
+    launch does the rest."""
+    m, j, c, whole = a["M"], a["J"], a["C"], a["SPLIT_K"] == 1
+    reads, ops, name = nbytes(a["x_ptr"]), 0, "matmul"
+    if a["WORDS"] < 0:
+        reads += nbytes(a["weight_ptr"])
+    else:
+        reads += weight_bytes(j * c, a["absmax_ptr"], a["BLOCKSIZE"], a["NESTED_BLOCKSIZE"])
+        name, ops = "fused", DECODE_OPS * j * c * -(-m // a["BLOCK_M"])
+    end = _epilogue_work(a) if whole else Launch("", 0, 0)
+    flops = 2 * m * j * c + end.flops
+    return Launch(name, reads + end.reads, nbytes(a["out_ptr"]), flops, ops + end.ops)
+
+
+def _epilogue_work(a: Mapping[str, Any]) -> Launch:
+    """The low-rank product, its mask and the bias."""
+    reads = nbytes(a["low_ptr"], a["adapter_ptr"], a["bias_ptr"])
+    elements, draws = a["M"] * a["J"], a["seed_ptr"] is not None
+    return Launch("", reads, nbytes(a["out_ptr"]), 2 * elements * a["RANK"], PHILOX_OPS * elements * draws)
+
+
 @triton.jit(do_not_specialize=("M", "threshold"))
 def _matmul_reduce_kernel(
     partials_ptr,
@@ -185,6 +208,12 @@ def _matmul_reduce_kernel(
     )
 
 
+@work(_matmul_reduce_kernel)
+def _matmul_reduce_work(a: Mapping[str, Any]) -> Launch:
+    end = _epilogue_work(a)
+    return replace(end, name="matmul_reduce", reads=end.reads + nbytes(a["partials_ptr"]))
+
+
 def default_config(
     m: int,
     j: int,
@@ -228,11 +257,6 @@ def low_mode(x: Tensor, adapter: Tensor | None, arch: int) -> str:
     ):
         return "split"
     return "ieee" if arch < 80 or x.dtype == torch.float32 else "bf16x3"
-
-
-@functools.cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def block_r(rank: int, low: str) -> int:
@@ -352,9 +376,7 @@ def _launch(call: _Call, config: MatmulConfig | None) -> Tensor:
     m, j = call.out.shape
     if m == 0 or j == 0:
         return call.out
-    arch, programs = (
-        (gpu_arch(call.x.device.index), _multiprocessors(call.x.device.index)) if call.x.is_cuda else (0, 1)
-    )
+    arch, programs = (0, 1) if call.x.is_cpu else (device_of(call.x).arch, device_of(call.x).multiprocessors)
     if config is None:
         words, dtype = call.words(), call.x.dtype
         form = {"dense": words < 0, "ragged": words == 0, "programs": programs}

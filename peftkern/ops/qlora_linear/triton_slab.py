@@ -6,7 +6,7 @@ long programs run beside the decoding's short ones. The pass's programs come fir
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import UNSPECIALIZED, Call, specialization
+from ...runtime.plan import Launch, work
 from ...runtime.specialization import Specialization
-from ..dequantize.triton import dequantize_ragged_tile, dequantize_tile, tiles
+from ..dequantize.triton import decode_work, dequantize_ragged_tile, dequantize_tile, tiles
 from .low_rank_config import choose_low_rank, dot_mode
-from .triton_low_rank import dy_calls, dy_pair_kernel, dy_pass_kernel, project_call, project_kernel
+from .triton_low_rank import (
+    dy_calls,
+    dy_pair_kernel,
+    dy_pass_kernel,
+    dy_work,
+    project_call,
+    project_kernel,
+    project_work,
+)
 from .triton_low_rank_bodies import dy_pair_body, dy_pass_body, project_body
 
 __all__ = ["slab_call", "specializations"]
@@ -268,6 +277,16 @@ def _slab_dy_pair_kernel(
         slab_body(
             pid - first_programs, *weight, *place, BLOCKSIZE, NESTED_BLOCKSIZE, WORDS, UNITS, ONE_ROW, METHOD
         )
+
+
+@work(_slab_project_kernel)
+def _slab_project_work(a: Mapping[str, Any]) -> Launch:
+    return decode_work(a, a["slab_ptr"]).beside(project_work(a))
+
+
+@work(_slab_dy_pass_kernel, _slab_dy_pair_kernel)
+def _slab_dy_work(a: Mapping[str, Any]) -> Launch:
+    return decode_work(a, a["slab_ptr"]).beside(dy_work(a))
 
 
 _MERGED = {

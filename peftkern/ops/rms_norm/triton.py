@@ -7,7 +7,8 @@ launches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import UNSPECIALIZED, Call, run, specialization
+from ...runtime.plan import Launch, nbytes, work
 from ...runtime.replay import replayed
 from ...runtime.specialization import Specialization
 from ..rows import rows_of
@@ -119,6 +121,13 @@ def _terms(dy_ptr, x_ptr, weight_ptr, cols, inside, offset, n):
     return dy * (offset + weight), x
 
 
+@work(_rms_norm_fwd_kernel)
+def _forward_work(a: Mapping[str, Any]) -> Launch:
+    name = "rms_norm" if a["residual_ptr"] is None else "add_rms_norm"
+    reads = nbytes(a["x_ptr"], a["residual_ptr"], a["weight_ptr"])
+    return Launch(name, reads, nbytes(a["s_ptr"], a["y_ptr"], a["rstd_ptr"]))
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _rms_norm_bwd_kernel(
     dy_ptr,  # [M, n]
@@ -195,6 +204,18 @@ def _rms_norm_d_weight_kernel(
         normal = x * tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None]
         total += dy * (to_fp32(round_to(normal, x_ptr.dtype.element_ty)) if LLAMA else normal)
     tl.store(partial_ptr + chunk.to(tl.int64) * n + cols, tl.sum(total, axis=0)[None, :], mask=cols < n)
+
+
+@work(_rms_norm_bwd_kernel)
+def _backward_work(a: Mapping[str, Any]) -> Launch:
+    name = "d_rms_norm" if a["ds_ptr"] is None else "d_add_rms_norm"
+    reads = nbytes(a["dy_ptr"], a["ds_ptr"], a["x_ptr"], a["weight_ptr"], a["rstd_ptr"])
+    return Launch(name, reads, nbytes(a["dx_ptr"]))
+
+
+@work(_rms_norm_d_weight_kernel)
+def _d_weight_work(a: Mapping[str, Any]) -> Launch:
+    return Launch("d_weight", nbytes(a["dy_ptr"], a["x_ptr"], a["rstd_ptr"]), nbytes(a["partial_ptr"]))
 
 
 def _blocking(m: int, n: int) -> tuple[int, int, dict[str, object]]:

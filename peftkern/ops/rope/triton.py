@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import Call, run, specialization
+from ...runtime.plan import Launch, nbytes, work
 from ...runtime.replay import replayed
 from ...runtime.specialization import Specialization
 from ..sizes import next_power_of_2
@@ -136,6 +137,12 @@ def _rope_kernel(
             BLOCK_REST,
             INVERSE,
         )
+
+
+@work(_rope_kernel)
+def _rope_work(a: Mapping[str, Any]) -> Launch:
+    reads = nbytes(a["q_ptr"], a["k_ptr"], a["cos_ptr"], a["sin_ptr"])
+    return Launch("rope", reads, nbytes(a["q_out_ptr"], a["k_out_ptr"]))
 
 
 def call(

@@ -3,7 +3,7 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import Call, run, specialization
+from ...runtime.plan import DECODE_OPS, Launch, nbytes, work
 from ...runtime.specialization import Specialization
+from ..sizes import weight_bytes
 from ..triton_nf4 import absmax_of, decode, decode_words, group_words, load_codes
 from . import reference
 
@@ -69,6 +71,13 @@ def _row_squares_kernel(
             values = tl.reshape(decoded, [UNITS, 8 * WORDS])
         total += tl.where(inside[:, None], values * values, 0.0)
     tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
+
+
+@work(_row_squares_kernel)
+def _row_squares_work(a: Mapping[str, Any]) -> Launch:
+    count = a["out_ptr"].numel() * a["units"] * max(8 * a["WORDS"], 1)
+    reads = weight_bytes(count, a["absmax_ptr"], a["BLOCKSIZE"], a["NESTED_BLOCKSIZE"])
+    return Launch("row_squares", reads, nbytes(a["out_ptr"]), 0, DECODE_OPS * count)
 
 
 def row_squares_call(packed: Tensor, quant: tuple, n: int, k: int, out: Tensor) -> Call:

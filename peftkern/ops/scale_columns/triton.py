@@ -3,7 +3,7 @@ need no second pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.launch import Call, run, specialization
+from ...runtime.plan import Launch, nbytes, work
 from ...runtime.specialization import Specialization
 from ..sizes import ceil_div
 from ..triton_numerics import round_to, to_fp32
@@ -70,6 +71,17 @@ def _scale_columns_bwd_kernel(
         tl.store(d_scale_ptr + col, tl.sum(by_scale, 0)[None, :], mask=col < N)
     if d_bias_ptr is not None:
         tl.store(d_bias_ptr + col, tl.sum(by_bias, 0)[None, :], mask=col < N)
+
+
+@work(_scale_columns_fwd_kernel)
+def _forward_work(a: Mapping[str, Any]) -> Launch:
+    return Launch("scale_columns", nbytes(a["u_ptr"], a["scale_ptr"], a["bias_ptr"]), nbytes(a["y_ptr"]))
+
+
+@work(_scale_columns_bwd_kernel)
+def _backward_work(a: Mapping[str, Any]) -> Launch:
+    reads = nbytes(a["dy_ptr"], a["scale_ptr"], a["u_ptr"] if a["d_scale_ptr"] is not None else None)
+    return Launch("d_scale_columns", reads, nbytes(a["du_ptr"], a["d_scale_ptr"], a["d_bias_ptr"]))
 
 
 def forward_call(u: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> Call:

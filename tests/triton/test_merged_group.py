@@ -1,4 +1,4 @@
-"""A group's merged launches on a GPU: against fp64, and against the plan that counts them."""
+"""A group's merged launches on a GPU against fp64."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import use_backend
-from peftkern.functional.group import prepare
-from peftkern.ops.qlora_group import gpu, plan, split
-from peftkern.ops.qlora_linear import plan as single_plan
+from peftkern.ops.qlora_group import gpu
 from peftkern.ops.qlora_linear import tuned
-from peftkern.ops.qlora_linear.config import Choice
-from peftkern.ops.qlora_linear.plan import Shape
 
 from ..cases import each_choice, nightly
 from ..ops import test_qlora_group as group
 from ..ops.bounds import assert_as_accurate
-from .test_gpu_plan import _LAUNCHES as _SINGLE
-from .test_gpu_plan import SLAB
+from .test_gpu_linear import SLAB
 
 QKV = [(96, [(8, None, 0.0)]), (33, [(4, None, 0.0)]), (32, [(1, None, 0.0)])]
 DROPOUT = [(96, [(8, None, 0.25)]), (40, [(8, None, 0.0)]), (32, [(4, None, 0.5)])]
@@ -39,7 +33,6 @@ QUICK = [
 # A buffer for the first member of 96 rows of 16 bits, and for two of the others: batches, but no member that
 # would need slices.
 BATCHES = 96 * K * 2
-SLABS = {"one slab": 1 << 27, "batches": BATCHES, "composed": 1 << 14}
 OPTIONS = [
     {"bias": False},
     {"lora_dtype": torch.float32},
@@ -52,13 +45,6 @@ OPTIONS = [
 ONE_ROW = [
     pytest.param({"m": 1, "draws": 8}, gemm, marks=pytest.mark.slow, id=f"one row-{gemm}") for gemm in SLAB
 ]
-_GROUP = {
-    "_group_y_kernel": "y_epilogue",
-    "_group_x_kernel": "x_pass",
-    "_group_reduce_kernel": "reduce",
-    "_group_y_matmul_kernel": "matmul",
-    "_group_dx_matmul_kernel": "matmul",
-}
 
 
 def _check(
@@ -166,110 +152,3 @@ def test_what_needs_no_gradient_changes_no_other(device: str, frozen: str, gemm:
     for name, value in group._named(leaf, copies, outputs).items():
         missing = {"x": "dx", "lora_a": "d_lora_a", "lora_b": "d_lora_b"}[frozen]
         assert value is None if name.startswith(missing) else torch.equal(value, whole[name]), name
-
-
-class _Products(TorchDispatchMode):
-    """Names vendor products, and sums of two dx, as they are called."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        packets = {aten.mm: "mm", aten.addmm: "mm", aten.addmm_: "mm", aten.add_: "add"}
-        if func.overloadpacket in packets:
-            self.names.append(packets[func.overloadpacket])
-        return func(*args, **(kwargs or {}))
-
-
-def _name(kernel: str, arguments: dict) -> str:
-    """The plan's name of a launch; the group's kernels may decode, pass over an activation, or both."""
-    passes = {"_group_project_kernel": ("xa", "ADAPTERS"), "_group_dy_kernel": ("dy_pass", "MEMBERS")}
-    if kernel not in passes:
-        return {**_SINGLE, **_GROUP}[kernel]
-    name, count = passes[kernel]
-    return "+".join(["slab"] * (arguments["WEIGHTS"] > 0) + [name] * (arguments[count] > 0))
-
-
-@pytest.fixture
-def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every launch of the test, by the plan's names."""
-    if device != "cpu":
-        pytest.skip("the interpreter counts launches here")
-    from triton.runtime.interpreter import GridExecutor
-
-    names: list[str] = []
-    call = GridExecutor.__call__
-
-    def counted(self, *args, **kwargs):
-        names.append(_name(self.fn.__name__, kwargs))
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
-    return names
-
-
-LAUNCHED = [
-    ("qkv", "one slab", "triton"),
-    ("qkv", "batches", "cublas"),
-    ("partly", "batches", "triton"),
-    ("bare", "one slab", "cublas"),
-    ("bare", "composed", "triton"),
-    ("dense", "one slab", "cublas"),
-]
-
-
-def _run(x: torch.Tensor, members: list, dys: list[torch.Tensor]) -> None:
-    """Both directions for every gradient, below the op: a dispatch mode does not see what an op calls."""
-    x, spec, trainable = prepare(x, members, [str(i) for i in range(len(members))])
-    biases, a, b = split(spec, trainable)
-    y, xa = gpu.forward(x, *spec[:4], biases, a, b, *spec[4:])
-    needs = [True, *(bias is not None for bias in biases), *[True] * (len(a) + len(b))]
-    gpu.backward(dys, x, *spec[:3], *x.shape, a, b, *spec[4:], xa, needs)
-
-
-@pytest.mark.parametrize(
-    ("layout", "slabs", "gemm"), each_choice(["qkv", "partly", "bare", "dense"], SLABS, SLAB, quick=LAUNCHED)
-)
-def test_launches_are_the_plans(launches: list[str], layout: str, slabs: str, gemm: str) -> None:
-    m, dense, slab_bytes = 300, (0, 1, 2) if layout == "dense" else (), SLABS[slabs]
-    layout = [(n, [(r, None, 0.0) for r, _, _ in low]) for n, low in LAYOUTS.get(layout, QKV)]
-    x, members = group._case(layout, m, K, torch.float16, bias=False, dense=dense)
-    dys = [torch.randn(m, n).half() for n, _ in layout]
-    with (
-        use_backend("triton"),
-        tuned.use_row(replace(SLAB[gemm], slab_bytes=slab_bytes)),
-        _Products(launches),
-    ):
-        _run(x, members, dys)
-    shapes = [
-        Shape(m, n, K, low[0][0] if low else 0, dense=i in dense, nested=i % 2 == 0)
-        for i, (n, low) in enumerate(layout)
-    ]
-    choice = Choice("slab", "", gemm, slab_bytes)
-    assert plan.merges(shapes, choice) == (slab_bytes > 1 << 14 or bool(dense))
-    assert launches == [
-        one.name
-        for one in (*plan.group_forward_plan(shapes, choice), *plan.group_backward_plan(shapes, choice))
-    ]
-
-
-MIB = 1 << 20
-
-
-@pytest.mark.parametrize("gemm", SLAB)
-def test_merging_saves_launches_and_bytes_for_the_same_products(gemm: str) -> None:
-    for ns in ((4096, 1024, 1024), (14336, 14336)):
-        shapes, choice = (
-            [Shape(8192, n, 4096, 16, bias=True) for n in ns],
-            Choice("slab", "", gemm, 256 * MIB),
-        )
-        ours = plan.group_forward_plan(shapes, choice) + plan.group_backward_plan(shapes, choice)
-        theirs = [
-            one
-            for s in shapes
-            for one in single_plan.forward_plan(s, choice) + single_plan.backward_plan(s, choice)
-        ]
-        assert len(ours) < len(theirs) and sum(one.flops for one in ours) == sum(one.flops for one in theirs)
-        assert sum(one.reads + one.writes for one in ours) < sum(one.reads + one.writes for one in theirs)

@@ -1,5 +1,4 @@
-"""The whole QLoRA linear as a GPU runs it: every regime against fp64, and its launches against the plan that
-counts them."""
+"""The whole QLoRA linear as a GPU runs it: every regime against fp64."""
 
 from __future__ import annotations
 
@@ -7,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import qlora_linear
-from peftkern.ops.qlora_linear import config, plan, tuned
-from peftkern.ops.qlora_linear.config import GPU_TABLE, Choice
+from peftkern.ops.qlora_linear import tuned
+from peftkern.ops.qlora_linear.config import GPU_TABLE
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
 from ..cases import each_choice, nightly
@@ -109,98 +107,3 @@ def test_two_runs_give_the_same_bits(device: str, row: str) -> None:
     )
     first, second = (_ours(*case, 0.1, seed, ROWS[row]) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
-
-
-class _Products(TorchDispatchMode):
-    """Names vendor products as they are called."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            self.names.append("mm")
-        return func(*args, **(kwargs or {}))
-
-
-_LAUNCHES = {
-    "_slab_project_kernel": "slab+xa",
-    "_slab_dy_pass_kernel": "slab+dy_pass",
-    "_slab_dy_pair_kernel": "slab+dy_pass",
-    "_dequantize_kernel": "slab",
-    "project_kernel": "xa",
-    "dy_pass_kernel": "dy_pass",
-    "dy_pair_kernel": "dy_pass",
-    "_matmul_kernel": "matmul",
-    "_y_epilogue_kernel": "y_epilogue",
-    "_x_pass_kernel": "x_pass",
-    "_reduce_kernel": "reduce",
-}
-
-
-@pytest.fixture
-def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every launch of the test, by the plan's names."""
-    if device != "cpu":
-        pytest.skip("the interpreter counts launches here; on a device benchmarks.gpu --part launches does")
-    from triton.runtime.interpreter import GridExecutor
-
-    names: list[str] = []
-    call = GridExecutor.__call__
-
-    def counted(self, *args, **kwargs):
-        names.append(_LAUNCHES[self.fn.__name__])
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
-    return names
-
-
-LAUNCHED = [
-    ("lora", "nf4", "triton"),
-    ("lora", "nf4", "cublas, slices"),
-    ("lora", "dense", "triton, slices"),
-    ("bare", "nf4", "triton, slices"),
-    ("bare", "dense", "cublas"),
-]
-
-
-@pytest.mark.parametrize(
-    ("kind", "base", "row"),
-    each_choice(
-        ["lora", "bare"], ["nf4", "dense"], [name for name in ROWS if name != "fused"], quick=LAUNCHED
-    ),
-)
-def test_launches_are_the_plans(launches: list[str], kind: str, base: str, row: str) -> None:
-    from peftkern.ops.qlora_linear import gpu
-
-    m, n, k, r, dense, adapter = 600, 192, 256, 4, base == "dense", kind == "lora"
-    weight, x, a, b, _, dy = _case("cpu", m, n, k, r, torch.float16, torch.float16, dense)
-    w = weight
-    quant = (
-        (None,) * 6 + (64, 256)
-        if dense
-        else (w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset, 64, 256)
-    )
-    data, (a, b) = (w if dense else w.packed), (a, b) if adapter else (None, None)
-    with tuned.use_row(ROWS[row]), _Products(launches):
-        y, xa = gpu.forward(x, data, quant, n, None, a, b, 0.7, 0.0, None)
-        gpu.backward(dy, x, data, quant, k, a, b, xa, 0.7, 0.0, None, (True, False, adapter, adapter))
-    shape = plan.Shape(m, n, k, r if adapter else 0, dense=dense)
-    choice = Choice("slab", "", ROWS[row].gemm, ROWS[row].slab_bytes)
-    assert launches == [
-        launch.name for launch in (*plan.forward_plan(shape, choice), *plan.backward_plan(shape, choice))
-    ]
-
-
-@pytest.mark.parametrize("arch", GPU_TABLE)
-@pytest.mark.parametrize("m", [64, 512, 2048, 8192])
-@pytest.mark.parametrize("n", [1024, 4096, 14336])
-def test_at_most_seven_launches(arch: int, m: int, n: int) -> None:
-    shape = plan.Shape(m, n, 4096, 16, dropout=True)
-    choices = [
-        config.choose_gpu(arch=arch, dtype="bfloat16", m=m, forward=forward, cuda=True, mma=True)
-        for forward in (True, False)
-    ]
-    assert len(plan.forward_plan(shape, choices[0])) + len(plan.backward_plan(shape, choices[1])) <= 7
