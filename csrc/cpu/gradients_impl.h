@@ -16,6 +16,10 @@ template <typename T>
 struct Source {
   const T* data;
   int64_t cols, member;  // member ALL: x
+  // Of bf16 tiles, may be null: `low` of the adapters it takes as A, and the rows, packed, panels so far
+  // apart.
+  const T *slots = nullptr, *tiles = nullptr;
+  int64_t panel = 0;
   bool takes(const pk_adapter& a) const {
     return member == ALL ? a.d_lora_a != nullptr : a.member == member && a.d_lora_b;
   }
@@ -85,19 +89,39 @@ static void accumulate(const pk::Group& g, const Source<T>& src, const pk_adapte
 }
 
 #if defined(PK_AVX512BF16)
-// The same in tiles.
+// The same in tiles. What the products of a pass have left behind saves work where rows begin with a step.
 static void accumulate(const pk::Group& g, const Source<bf16>& src, const pk_adapter* only, const Mask& mask,
                        const bf16* rows, int64_t m0, int64_t count, int64_t width, float* buffer, float* c) {
   bf16 *a = (bf16*)buffer, *b = a + GRADIENT_STEPS * STEP;
+  const bf16* next = src.slots;
   for (int64_t i = 0; i < g.adapter_count; i++) {
     const pk_adapter& adapter = g.adapters[i];
-    if (!src.takes(adapter)) continue;
     const pk::Lanes span = pk::lanes_of(adapter, m0, count);
-    const int64_t r = adapter.lora.r, size = span.to - span.from;
+    const int64_t r = adapter.lora.r, size = span.to - span.from, row = m0 + span.from - adapter.row_begin;
+    const int64_t steps = pk::panels_of(adapter.row_end - adapter.row_begin),
+                  blocks = slot_blocks(adapter.lora);
+    const bf16* slots = next;
+    if (next) next += steps * blocks * STEP;
+    if (!src.takes(adapter)) continue;
     if (size > 0 && (only ? only == &adapter : !src.drops(adapter))) {
-      const float* low = src.low(adapter) + (m0 + span.from - adapter.row_begin) * r;
-      add_gradient(low, r, sum_pieces(adapter.lora.dtype), rows + span.from * src.cols, src.cols, size, width,
-                   only ? mask.bits : nullptr, mask.ld, only ? mask.scale : 1.0f, a, b, c, STRIP);
+      RowSource from = {rows + span.from * src.cols, src.cols, SIDE * src.cols, only ? mask.bits : nullptr,
+                        mask.ld};
+      int64_t panel = SIDE;
+      if (src.tiles && (m0 + span.from) % SIDE == 0) {
+        const int64_t c0 = rows - src.data - m0 * src.cols;
+        from.data = src.tiles + (m0 + span.from) / SIDE * src.panel + c0 / SIDE * STEP;
+        from.ld = SIDE, from.step = src.panel, panel = STEP;
+      }
+      const float scale = only ? mask.scale : 1.0f;
+      if (slots && row % SIDE == 0) {
+        const Slots packed = {slots + row / SIDE * STEP, steps * STEP, 0, blocks};
+        add_gradient(packed, adapter.lora, from, panel, size, width, scale, b, c, STRIP);
+      } else {
+        for (int64_t block = 0; block < blocks; block++) {
+          pack_slots(src.low(adapter) + row * r, size, r, sum_pieces(adapter.lora.dtype), block * SIDE, a);
+          add_gradient({a, 0, block * SIDE, 1}, adapter.lora, from, panel, size, width, scale, b, c, STRIP);
+        }
+      }
     }
     c += r * STRIP;
   }
@@ -160,29 +184,39 @@ static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, in
                                summed->d_bias ? summed->d_bias + c0 + q : nullptr);
 }
 
-// What is summed over rows, by strips of columns of x and of every dy.
+static inline int64_t strips_of(int64_t cols) { return pk::ceil_div(cols, STRIP); }
+
+// What is summed over rows, by strips of columns of x and of every dy, by the threads that call it together.
+// source(member): what the strips are of.
+template <typename T, typename F>
+static void column_strips(const Scratch& s, int64_t m, F source) {
+  const pk::Group& g = s.group;
+  const int64_t of_x = g.wants(&pk_adapter::d_lora_a) ? strips_of(g.k()) : 0;
+  int64_t total = of_x;
+  for (int64_t i = 0; g.wants_columns() && i < g.count; i++) total += strips_of(g.members[i].weight.n);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < total; task++) {
+    int64_t strip = task - of_x, member = 0;
+    if (strip < 0) {
+      gradient_strip(s, source(ALL), m, task * STRIP);
+      continue;
+    }
+    for (; strip >= strips_of(g.members[member].weight.n); member++)
+      strip -= strips_of(g.members[member].weight.n);
+    gradient_strip(s, source(member), m, strip * STRIP);
+  }
+}
+
 template <typename T>
 static void column_gradients(const Scratch& s, const T* x, int64_t m, int threads) {
   const pk::Group& g = s.group;
-  const auto strips = [](int64_t cols) { return (cols + STRIP - 1) / STRIP; };
-  const int64_t of_x = g.wants(&pk_adapter::d_lora_a) ? strips(g.k()) : 0;
-  int64_t total = of_x;
-  for (int64_t i = 0; g.wants_columns() && i < g.count; i++) total += strips(g.members[i].weight.n);
 #pragma omp parallel num_threads(threads)
   {
     tiles_for((T*)nullptr, true);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < total; task++) {
-      int64_t strip = task - of_x, member = 0;
-      if (strip < 0) {
-        gradient_strip(s, Source<T>{x, g.k(), ALL}, m, task * STRIP);
-        continue;
-      }
-      for (; strip >= strips(g.members[member].weight.n); member++)
-        strip -= strips(g.members[member].weight.n);
-      gradient_strip(s, Source<T>{(const T*)g.members[member].dy, g.members[member].weight.n, member}, m,
-                     strip * STRIP);
-    }
+    column_strips<T>(s, m, [&](int64_t i) {
+      if (i == ALL) return Source<T>{x, g.k(), ALL};
+      return Source<T>{(const T*)g.members[i].dy, g.members[i].weight.n, i};
+    });
     tiles_for((T*)nullptr, false);
   }
 }

@@ -15,7 +15,8 @@ constexpr int64_t MAX_BLOCK = 192;
 constexpr int64_t PACK_FLOATS = 5 << 18;  // 5 MB of packed activations at most, where that allows one panel
 // Rows of x a pass, so that a task's accumulators fit the second-level cache.
 constexpr int64_t MAX_ROWS_BLOCK = 512;
-constexpr int64_t STRIP_PANELS = 4;
+constexpr int64_t STRIP_PANELS = 4,
+                  STRIP_ROWS = KC + KC / 2;  // of a strip's columns; rows packed, in bf16 tiles two pieces
 // Dropout masks kept as bits from dx to dA, a call; what needs more is drawn twice.
 constexpr int64_t MASK_BYTES = 5 << 18;
 constexpr int64_t MAX_LANES = 32, ALIGN = 16;
@@ -64,7 +65,7 @@ static inline Plan make_plan(int64_t m, int64_t outputs, int64_t contraction, co
   p.c_size = round_up(p.block * p.ldc, ALIGN);
   p.tmp_size = 2 * KC * lanes;
   p.cross_ld = held.cross;
-  const int64_t gradient = held.r * STRIP_PANELS * lanes + KC * lanes;
+  const int64_t gradient = held.r * STRIP_PANELS * lanes + STRIP_ROWS * lanes;
   p.own_size =
       round_up(largest(p.decoded_size + p.c_size + p.tmp_size + p.block * p.cross_ld, gradient), ALIGN);
   int64_t at = 0;

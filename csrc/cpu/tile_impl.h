@@ -24,9 +24,13 @@ struct TileScratch {
     const pk_member& m = group.members[member];
     return !m.bias || m.bias_dtype == PK_F32 ? (const float*)m.bias : base + plan.bias_at + n_before;
   }
+  // xa (else dyb) of all adapters, as blocks of 32 slots by steps; null where the plan keeps none.
+  bf16* slots(bool of_xa) const {
+    return plan.slots_size ? (bf16*)(base + plan.slots_at) + (of_xa ? plan.slots_size : 0) : nullptr;
+  }
   float* own() const { return base + plan.own_at + thread_id() * plan.own_size; }
-  bf16* own_b(int64_t panel) const { return (bf16*)own() + panel * pk::CHUNK * STEP; }
-  bf16* own_low(int64_t panel) const { return (bf16*)(own() + plan.b_size) + panel * plan.low_panel; }
+  bf16* own_b() const { return (bf16*)own(); }
+  bf16* own_low() const { return (bf16*)(own() + plan.b_size); }
   float* own_c(int64_t panel) const { return own() + plan.b_size + plan.low_size + panel * plan.mc * SIDE; }
   float* own_sums() const { return own() + plan.b_size + plan.low_size + plan.c_size; }
   float* own_block() const { return own_sums() + (plan.sums_size - STEP - pk::PROJECT_STEPS * STEP / 2); }
@@ -187,11 +191,11 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
     for (int64_t q = 0; q < count; q++) {
       const ColumnPanel at = column_panel(g, from + q);
       const pk_member& member = g.members[at.member];
-      decode_columns(member.weight, at.n0, at.cols, step * SIDE, steps, s.own_b(q));
+      decode_columns(member.weight, at.n0, at.cols, step * SIDE, steps, s.own_b());
       if (last)
         for_each_adapter(g, true, [&](const pk_adapter& a, const TileCursor& cursor, int64_t) {
           if (a.member == at.member)
-            pack_low_columns(a.lora, at.n0, at.cols, s.own_low(q) + cursor.low * STEP);
+            pack_low_columns(a.lora, at.n0, at.cols, s.own_low() + cursor.low * STEP);
         });
       const float* bias = s.bias(at.member, at.n_before);
       for (int64_t p = 0; p < panels_of(rows); p++) {
@@ -202,7 +206,7 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
           return a.member == at.member && lanes.from < lanes.to;
         };
         const bf16* a = s.packed(p) + step * STEP;
-        product_with_adapters(s, true, a, s.own_b(q), steps, p, last ? s.own_low(q) : nullptr, c, step != 0,
+        product_with_adapters(s, true, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, step != 0,
                               takes);
         if (last)
           store_block(c, here, at.cols, bias ? bias + at.n0 : nullptr,
@@ -294,11 +298,10 @@ static void backward_task(const TileScratch& s, int64_t from, int64_t count, int
       const bool first = before + step == 0, last = before + step + steps == s.steps;
       for (int64_t q = 0; q < count; q++) {
         const int64_t k0 = (from + q) * SIDE;
-        decode_pairs(g.members[i].weight, step * SIDE, smaller(n - step * SIDE, steps * SIDE), k0,
-                     s.own_b(q));
+        decode_pairs(g.members[i].weight, step * SIDE, smaller(n - step * SIDE, steps * SIDE), k0, s.own_b());
         if (last)
           for_each_adapter(g, false, [&](const pk_adapter& a, const TileCursor& cursor, int64_t) {
-            pack_low_rows(a.lora, k, k0, s.own_low(q) + cursor.low * STEP);
+            pack_low_rows(a.lora, k, k0, s.own_low() + cursor.low * STEP);
           });
         for (int64_t p = 0; p < panels_of(rows); p++) {
           const int64_t row = m0 + p * SIDE, here = smaller(SIDE, m - row);
@@ -308,15 +311,54 @@ static void backward_task(const TileScratch& s, int64_t from, int64_t count, int
             return !a.lora.dropout_threshold && lanes.from < lanes.to;
           };
           const bf16* a = s.packed(p) + (before + step) * STEP;
-          product_with_adapters(s, false, a, s.own_b(q), steps, p, last ? s.own_low(q) : nullptr, c, !first,
+          product_with_adapters(s, false, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, !first,
                                 takes);
           if (!last) continue;
-          add_dropped(s, k0, row, here, p, s.own_low(q), c);
+          add_dropped(s, k0, row, here, p, s.own_low(), c);
           store_block(c, here, SIDE, nullptr, dx + row * k + k0, k);
         }
       }
     }
   }
+}
+
+// xa and dyb as operands of the gradients that are wanted, by one thread of those that call it together.
+static void pack_all_slots(const TileScratch& s) {
+  const pk::Group& g = s.group;
+  for (int64_t of_xa = 0; of_xa < 2; of_xa++) {
+    bf16* out = s.slots(of_xa);
+    for (int64_t i = 0; out && i < g.adapter_count; i++) {
+      const pk_adapter& a = g.adapters[i];
+      const int64_t rows = a.row_end - a.row_begin, r = a.lora.r;
+      const int64_t steps = panels_of(rows), count = steps * slot_blocks(a.lora);
+      const bool wanted = of_xa ? a.d_lora_b != nullptr : a.d_lora_a != nullptr;
+#pragma omp for schedule(static) nowait
+      for (int64_t j = 0; j < (wanted ? count : 0); j++) {
+        const int64_t step = j % steps, from = step * SIDE;
+        const float* low = (of_xa ? a.xa : a.dyb) + from * r;
+        pack_slots(low, smaller(SIDE, rows - from), r, sum_pieces(a.lora.dtype), j / steps * SIDE,
+                   out + j * STEP);
+      }
+      out += count * STEP;
+    }
+  }
+}
+
+// What is summed over rows. dy is read where it lies packed, if one pass held all of it.
+static void tile_gradients(const TileScratch& s, const bf16* x, int64_t m) {
+  const pk::Group& g = s.group;
+  pk::Plan strips{};
+  strips.own_at = s.plan.own_at, strips.own_size = s.plan.own_size;
+  pack_all_slots(s);
+#pragma omp barrier
+  column_strips<bf16>(Scratch{strips, g, s.base, g.operands().r}, m, [&](int64_t member) {
+    if (member == ALL) return Source<bf16>{x, g.k(), ALL, s.slots(false)};
+    int64_t before = 0;
+    for (int64_t i = 0; i < member; i++) before += panels_of(g.members[i].weight.n);
+    const bf16* tiles = m <= s.plan.mc ? s.packed(0) + before * STEP : nullptr;
+    const pk_member& own = g.members[member];
+    return Source<bf16>{(const bf16*)own.dy, own.weight.n, member, s.slots(true), tiles, s.steps * STEP};
+  });
 }
 
 static void backward_tiles(const pk::Group& g, const bf16* x, int64_t m, bf16* dx, float* scratch,
@@ -339,10 +381,9 @@ static void backward_tiles(const pk::Group& g, const bf16* x, int64_t m, bf16* d
         backward_task(s, task * plan.block, smaller(plan.block, columns - task * plan.block), m0, rows, m,
                       dx);
     }
+    tile_gradients(s, x, m);
     tiles_off();
   }
-  const pk::Plan strips = g.backward_plan(m, false, LANES, threads);
-  column_gradients(Scratch{strips, g, scratch, g.operands().r}, x, m, threads);
 }
 
 }  // namespace PK_NS

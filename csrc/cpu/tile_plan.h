@@ -23,17 +23,19 @@ static inline int64_t panels_of(int64_t count) { return ceil_div(count, SIDE); }
 // against what is left of a B that is not bf16.
 static inline int64_t low_steps(int64_t r) { return panels_of(PIECES * r); }
 
+constexpr int64_t SLOT_BYTES = 1 << 20;  // of xa and dyb as operands of the gradients, where that holds them
+
 struct TilePlan {
-  int64_t mc, chunk, block;                              // rows a pass; steps a chunk; column panels a task
-  int64_t low_panel;                                     // bf16 elements of a row panel's low-rank operands
-  int64_t pack_at, low_at, project_at, bias_at, own_at;  // offsets in floats
-  int64_t b_size, low_size, c_size, sums_size, own_size, total;
+  int64_t mc, chunk, block;  // rows a pass; steps a chunk; column panels a task
+  int64_t low_panel;         // bf16 elements of a row panel's low-rank operands
+  int64_t pack_at, low_at, project_at, bias_at, slots_at, own_at;  // offsets in floats
+  int64_t b_size, low_size, c_size, sums_size, slots_size, own_size, total;
 };
 
 // What the adapters of a call hold: `project` steps of 32 ranks times pieces, `low` steps of their low-rank
-// operands.
+// operands, backward `slots`, steps of xa or dyb against the columns of x or dy, and `total` ranks.
 struct TileRanks {
-  int64_t project, low, widest;
+  int64_t project, low, widest, slots, total;
 };
 
 static inline TilePlan make_tile_plan(int64_t m, int64_t steps, int64_t column_panels, const TileRanks& ranks,
@@ -47,11 +49,13 @@ static inline TilePlan make_tile_plan(int64_t m, int64_t steps, int64_t column_p
   const int64_t rounds = largest(1, ceil_div(column_panels, threads * COLUMN_PANELS));
   p.block = largest(1, ceil_div(column_panels, threads * rounds));
   p.low_panel = ranks.low * STEP;
-  p.b_size = p.block * CHUNK * STEP / 2;
-  p.low_size = p.block * ranks.low * STEP / 2;
+  p.b_size = CHUNK * STEP / 2;
+  p.low_size = ranks.low * STEP / 2;
   p.c_size = p.block * p.mc * SIDE;
   p.sums_size = (ranks.widest + 1) * STEP + PROJECT_STEPS * STEP / 2;
-  p.own_size = p.b_size + p.low_size + p.c_size + p.sums_size;
+  const int64_t strip = ranks.slots ? ranks.total * STRIP_PANELS * MAX_LANES + STRIP_ROWS * MAX_LANES : 0;
+  p.own_size = largest(p.b_size + p.low_size + p.c_size + p.sums_size, round_up(strip, ALIGN));
+  p.slots_size = ranks.slots * STEP * 4 <= SLOT_BYTES ? ranks.slots * STEP : 0;
   int64_t at = 0;
   auto take = [&at](int64_t size) {
     int64_t here = at;
@@ -62,18 +66,21 @@ static inline TilePlan make_tile_plan(int64_t m, int64_t steps, int64_t column_p
   p.low_at = take(p.mc / SIDE * p.low_panel / 2);
   p.project_at = take(ranks.project * STEP / 2);
   p.bias_at = take(bias);
+  p.slots_at = take(p.slots_size);
   p.own_at = take(p.own_size * threads);
   p.total = at;
   return p;
 }
 
 static inline TileRanks tile_ranks(const Group& g, bool forward) {
-  TileRanks ranks{0, 0, 1};
+  TileRanks ranks{0, 0, 1, 0, 0};
   for (int64_t i = 0; i < g.adapter_count; i++) {
     const int64_t r = g.adapters[i].lora.r, blocks = panels_of(r);
     ranks.project += PIECES * blocks * panels_of(forward ? g.k() : g.n_of(g.adapters[i]));
     ranks.low += low_steps(r);
     ranks.widest = largest(ranks.widest, blocks);
+    ranks.total += r;
+    if (!forward) ranks.slots += panels_of(g.adapters[i].row_end - g.adapters[i].row_begin) * low_steps(r);
   }
   return ranks;
 }

@@ -44,7 +44,8 @@ static inline void tiles_off() { _tile_release(); }
 // The compiler does not see what tile instructions read.
 static inline void memory_barrier() { __asm__ volatile("" ::: "memory"); }
 
-static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate) {
+// A block of C by steps: begun from zero or from c, a product a step, put down in c.
+static inline void begin_block(const float* c, bool accumulate) {
   constexpr int64_t ROW = 64;
   memory_barrier();
   if (accumulate) {
@@ -58,24 +59,35 @@ static void tile_product(const Segment* segments, int64_t count, float* c, bool 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t q = 0; q < count; q++) {
-    const bf16 *a = segments[q].a, *b = segments[q].b;
-    for (const bf16* end = a + segments[q].steps * STEP; a < end; a += STEP, b += STEP) {
-      _tile_loadd(4, a, ROW);
-      _tile_loadd(6, b, ROW);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + HALF, ROW);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + HALF, ROW);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
+}
+static inline void add_step(const bf16* a, const bf16* b, float*) {
+  constexpr int64_t ROW = 64;
+  memory_barrier();
+  _tile_loadd(4, a, ROW);
+  _tile_loadd(6, b, ROW);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, b + HALF, ROW);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, a + HALF, ROW);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+static inline void end_block(float* c) {
+  constexpr int64_t ROW = 64;
   _tile_stored(0, c, ROW);
   _tile_stored(1, c + 256, ROW);
   _tile_stored(2, c + 512, ROW);
   _tile_stored(3, c + 768, ROW);
   memory_barrier();
+}
+
+static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate) {
+  begin_block(c, accumulate);
+  for (int64_t q = 0; q < count; q++) {
+    const bf16 *a = segments[q].a, *b = segments[q].b;
+    for (const bf16* end = a + segments[q].steps * STEP; a < end; a += STEP, b += STEP) add_step(a, b, c);
+  }
+  end_block(c);
 }
 
 #else
@@ -116,6 +128,15 @@ static void rows_product(const Segment* segments, int64_t count, int64_t row, fl
 static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate) {
   for (int64_t row = 0; row < SIDE; row += 8) rows_product<8>(segments, count, row, c, accumulate);
 }
+
+static inline void begin_block(float* c, bool accumulate) {
+  if (!accumulate) memset(c, 0, STEP * sizeof(float));
+}
+static inline void add_step(const bf16* a, const bf16* b, float* c) {
+  const Segment part = {a, b, 1};
+  tile_product(&part, 1, c, true);
+}
+static inline void end_block(float*) {}
 
 #endif
 

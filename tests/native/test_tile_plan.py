@@ -18,12 +18,12 @@ int main(void) {
     pk_member member{};
     member.weight.n = n, member.weight.k = k;
     pk_adapter adapter{};
-    adapter.lora.r = r;
+    adapter.lora.r = r, adapter.row_end = m;
     const pk::Group g{&member, 1, &adapter, r ? 1 : 0};
     const pk::TilePlan p =
         forward ? pk::forward_tile_plan(g, m, (int)threads) : pk::backward_tile_plan(g, m, (int)threads);
-    const long fields[] = {p.mc, p.chunk, p.block, p.pack_at, p.low_at, p.project_at, p.bias_at, p.own_at,
-                           p.b_size, p.low_size, p.c_size, p.sums_size, p.own_size, p.total};
+    const long fields[] = {p.mc, p.chunk, p.block, p.pack_at, p.low_at, p.project_at, p.bias_at, p.slots_at,
+                           p.own_at, p.slots_size, p.b_size, p.low_size, p.c_size, p.sums_size, p.own_size, p.total};
     for (long field : fields) printf("%ld ", field);
     printf("\\n");
   }
@@ -31,8 +31,8 @@ int main(void) {
 }
 """
 FIELDS = [
-    *("mc", "chunk", "block", "pack_at", "low_at", "project_at", "bias_at", "own_at"),
-    *("b_size", "low_size", "c_size", "sums_size", "own_size", "total"),
+    *("mc", "chunk", "block", "pack_at", "low_at", "project_at", "bias_at", "slots_at", "own_at"),
+    *("slots_size", "b_size", "low_size", "c_size", "sums_size", "own_size", "total"),
 ]
 SIZES = [
     (1, 64, 64, 1),
@@ -76,9 +76,10 @@ def test_parts_do_not_overlap(plans: list) -> None:
             p["mc"] * low * 32 // 2,
             3 * blocks * contraction * 32 // 2,
             n if forward else 0,
+            p["slots_size"],
             p["own_size"] * threads,
         ]
-        starts = [p[name] for name in ("pack_at", "low_at", "project_at", "bias_at", "own_at", "total")]
+        starts = [p[name] for name in ("pack_at", "low_at", "project_at", "bias_at", "slots_at", "own_at", "total")]
         assert all(start % 16 == 0 for start in starts)
         for start, size, end in zip(starts, sizes, starts[1:], strict=False):
             assert start + size <= end
@@ -86,7 +87,19 @@ def test_parts_do_not_overlap(plans: list) -> None:
             p["own_size"] >= p["b_size"] + p["low_size"] + p["c_size"] + p["sums_size"]
             and p["own_size"] % 16 == 0
         )
-        assert p["c_size"] >= p["block"] * p["mc"] * 32 and p["b_size"] * 2 >= p["block"] * p["chunk"] * 1024
+        assert p["c_size"] >= p["block"] * p["mc"] * 32 and p["b_size"] * 2 >= p["chunk"] * 1024
+
+
+def test_gradients_have_room(plans: list) -> None:
+    """A strip of 128 columns: its sums, and three pieces of 256 rows in bf16; xa and dyb by blocks of 32 slots,
+    where a megabyte holds them."""
+    for (m, _, _, r, _, forward), p in plans:
+        if forward or not r:
+            assert p["slots_size"] == 0
+            continue
+        assert p["own_size"] >= r * 128 + 3 * 256 * 32 // 2
+        wanted = 2 * -(-m // 32) * -(-3 * r // 32) * 1024 // 2
+        assert p["slots_size"] == (wanted if 4 * wanted <= 1 << 20 else 0)
 
 
 def test_a_block_of_a_weight_lies_in_one_chunk(plans: list) -> None:
