@@ -32,19 +32,23 @@ static void prepare_wide(const T* x, int64_t k, float* out) {
 static inline void wide_scales(const pk_weight& w, int64_t block, int64_t count, float* out) {
   store(out + count, vf{});
   if (w.absmax) {
-    int64_t i = 0;
-    for (; i + VW <= count; i += VW) store(out + i, load(w.absmax + block + i));
-    for (; i < count; i++) out[i] = w.absmax[block + i];
+    memcpy(out, w.absmax + block, (size_t)count * sizeof(float));
     return;
   }
   const int shift = __builtin_ctz((unsigned)w.nested_blocksize);
   const uint8_t* codes = w.absmax_8bit + block;
-  const float *values = w.absmax_code, *nested = w.nested_absmax, offset = *w.absmax_offset;
-  for (int64_t i = 0; i < count; i++) out[i] = values[codes[i]];
+  const vf offset = set1(*w.absmax_offset);
   for (int64_t i = 0; i < count;) {  // a nested block at a time
-    const int64_t index = (block + i) >> shift, end = ((index + 1) << shift) - block,
-                  stop = end < count ? end : count;
-    for (const float scale = nested[index]; i < stop; i++) out[i] = pk::denested(out[i], scale, offset);
+    const int64_t index = (block + i) >> shift, end = ((index + 1) << shift) - block;
+    const int64_t stop = end < count ? end : count;
+    const vf scale = set1(w.nested_absmax[index]);
+    for (; i < stop; i += VW) {
+      const uint16_t some = stop - i < VW ? (uint16_t)((1u << (stop - i)) - 1) : (uint16_t)0xffff;
+      const __m512i indices = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, codes + i));
+      const vf values = (vf)_mm512_i32gather_ps(indices, w.absmax_code, 4);
+      _mm512_mask_storeu_ps(out + i, some, (__m512)(values * scale + offset));  // pk::denested of a vector
+    }
+    i = stop;
   }
 }
 

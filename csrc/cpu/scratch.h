@@ -14,7 +14,9 @@ float* aligned(void* scratch) { return (float*)(((uintptr_t)scratch + LINE - 1) 
 int64_t bytes_of(int64_t floats) { return floats * (int64_t)sizeof(float) + LINE - 1; }
 
 int64_t gemv_floats(int64_t m, int64_t n, int64_t k, int64_t r) {
-  return m * (k + gemv_ld(k)) + r * (k + n) + n;
+  // x in fp32 and as the product takes it: rows of fp32, or 16 columns of bf16 and their xa
+  const int64_t rows = m * gemv_ld(k), tiles = ceil_div(m, 16) * 16 * (round_up(k, 64) / 2 + r);
+  return m * k + round_up(r * (k + n) + n, ALIGN) + ALIGN + largest(rows, tiles);
 }
 
 int64_t group_floats(const Group& g, int64_t m, int threads) {

@@ -12,8 +12,50 @@
 #if defined(PK_AVX512BF16)
 #include "tile_impl.h"
 #endif
+#if defined(PK_AMX)
+#include "gemv_tile_impl.h"
+#endif
 
 namespace PK_NS {
+
+// What a product for few rows has in scratch: x in fp32, A, B and the bias where they are not, and room for x
+// as the product takes it.
+struct FewScratch {
+  const float *plain, *a, *b, *bias;
+  float* prepared;
+};
+
+// xa = drop(x) A^T, by the threads that call it together.
+static void few_xa(const FewScratch& s, int64_t m, int64_t k, int64_t r, float* xa) {
+#pragma omp for schedule(static)
+  for (int64_t j = 0; j < r; j++)
+    for (int64_t i = 0; i < m; i++) xa[i * r + j] = dot(s.a + j * k, s.plain + i * k, k);
+}
+
+#if defined(PK_AMX)
+static void gemv_tiles(const pk::FewRows& of, const FewScratch& s, int threads) {
+  const int64_t m = of.m, k = of.w.k, r = of.lora.r, columns = pk::ceil_div(m, 16), steps = k / SIDE;
+  bf16* tiles = (bf16*)s.prepared;
+  float* low = s.prepared + columns * steps * HALF / 2;
+  const TileRows rows = {of.w, m, r, tiles, low, s.b, s.bias};
+#pragma omp parallel num_threads(threads)
+  {
+    tiles_on();
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < columns * steps; i++)
+      pack_few((const bf16*)of.x, m, k, i / steps, i % steps, tiles + i * HALF);
+    few_xa(s, m, k, r, of.xa);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < columns * r * 16; i++) {
+      const int64_t row = i / r / 16 * 16 + i % 16, j = i / 16 % r;
+      low[i] = row < m ? of.lora.scaling * of.xa[row * r + j] : 0.0f;
+    }
+#pragma omp for schedule(static)
+    for (int64_t n0 = 0; n0 < of.w.n; n0 += 16) few_task(rows, n0, (bf16*)of.y);
+    tiles_off();
+  }
+}
+#endif
 
 // y = x W^T + scaling * (x A^T) B^T + bias for few rows: x prepared once, MAX_ROWS rows share a decode,
 // TASK_ROWS rows of W are a task.
@@ -25,36 +67,36 @@ static void gemv_as(const pk::FewRows& of, int threads) {
   T* y = (T*)of.y;
   float* xa = of.xa;
   const int64_t m = of.m, n = w.n, k = w.k, r = lora.r, ld = pk::gemv_ld(k);
-  float *plain = of.scratch, *prepared = plain + m * k, *at = prepared + m * ld;
-  const Table table = w.code ? make_table(w.code) : Table{};
-  const bool grouped = gemv_grouped(w);
-  const float* a = as_float(lora.lora_a, lora.dtype, r * k, at);
-  const float* b = as_float(lora.lora_b, lora.dtype, r * n, at + r * k);
-  const float* add = as_float(of.bias, of.bias_dtype, n, at + r * (k + n));
+  float *plain = of.scratch, *at = plain + m * k;
+  const FewScratch s{plain, as_float(lora.lora_a, lora.dtype, r * k, at),
+                     as_float(lora.lora_b, lora.dtype, r * n, at + r * k),
+                     as_float(of.bias, of.bias_dtype, n, at + r * (k + n)),
+                     at + pk::round_up(r * (k + n) + n, pk::ALIGN)};
   const Dropout d = make_dropout(lora.dropout_threshold, lora.seed);
-  for (int64_t i = 0; i < m; i++) {
-    prepare_x(x + i * k, k, grouped, prepared + i * ld);
-    if (!r) continue;
+  for (int64_t i = 0; r && i < m; i++) {
     if (d.threshold) apply_dropout(d, x + i * k, k, i, 0, 1, k, plain + i * k, k);
     else convert(x + i * k, k, plain + i * k);
   }
+#if defined(PK_AMX)
+  if (of.dtype == PK_BF16 && gemv_tiles_take(w, m)) return gemv_tiles(of, s, threads);
+#endif
+  const Table table = w.code ? make_table(w.code) : Table{};
+  for (int64_t i = 0; i < m; i++) prepare_x(x + i * k, k, gemv_grouped(w), s.prepared + i * ld);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int64_t j = 0; j < r; j++)
-      for (int64_t i = 0; i < m; i++) xa[i * r + j] = dot(a + j * k, plain + i * k, k);
+    few_xa(s, m, k, r, xa);
 #pragma omp for schedule(static)
     for (int64_t n0 = 0; n0 < n; n0 += TASK_ROWS)
       for (int64_t i = 0; i < m; i += MAX_ROWS) {
         const int64_t count = smaller(MAX_ROWS, m - i), rows = smaller(TASK_ROWS, n - n0);
         const float* xs[MAX_ROWS];
         float out[TASK_ROWS][MAX_ROWS];
-        for (int64_t q = 0; q < count; q++) xs[q] = prepared + (i + q) * ld;
+        for (int64_t q = 0; q < count; q++) xs[q] = s.prepared + (i + q) * ld;
         gemv_task_of<MAX_ROWS>((int)count, w, table, n0, rows, xs, out);
         for (int64_t row = n0; row < n0 + rows; row++)
           for (int64_t q = 0; q < count; q++) {
-            float v = out[row - n0][q] + (add ? add[row] : 0.0f);
-            if (r) v += lora.scaling * dot(xa + (i + q) * r, b + row * r, r);
+            float v = out[row - n0][q] + (s.bias ? s.bias[row] : 0.0f);
+            if (r) v += lora.scaling * dot(xa + (i + q) * r, s.b + row * r, r);
             from_float(v, &y[(i + q) * n + row]);
           }
       }

@@ -69,6 +69,39 @@ static inline __m256i pk_cvtps_ph(__m512 a) {
 #define _mm512_cvtps_ph(a, rounding) pk_cvtps_ph(a)
 #endif
 
+#ifndef _mm_maskz_loadu_epi8  // reads no byte that the mask leaves out
+static inline __m128i _mm_maskz_loadu_epi8(uint16_t mask, const void* from) {
+  uint8_t out[16] = {0};
+  for (int i = 0; i < 16; i++)
+    if (mask >> i & 1) out[i] = ((const uint8_t*)from)[i];
+  __m128i r;
+  memcpy(&r, out, sizeof out);
+  return r;
+}
+#endif
+
+#ifndef _mm512_mask_storeu_ps  // writes no lane that the mask leaves out
+static inline void _mm512_mask_storeu_ps(void* to, uint16_t mask, __m512 a) {
+  float in[16];
+  memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 16; i++)
+    if (mask >> i & 1) memcpy((char*)to + 4 * i, in + i, 4);
+}
+#endif
+
+#ifndef _mm512_i32gather_ps  // of floats, scale 4: the kernels ask for no other
+static inline __m512 pk_gather(__m512i indices, const float* from) {
+  int32_t in[16];
+  float out[16];
+  memcpy(in, &indices, sizeof in);
+  for (int i = 0; i < 16; i++) out[i] = from[in[i]];
+  __m512 r;
+  memcpy(&r, out, sizeof out);
+  return r;
+}
+#define _mm512_i32gather_ps(indices, from, scale) pk_gather(indices, from)
+#endif
+
 #ifndef _mm512_rcp14_ps  // as far off as its documentation allows: the inverse cut off behind 14 bits
 static inline __m512 _mm512_rcp14_ps(__m512 a) {
   float v[16];

@@ -45,6 +45,25 @@ def test_linear(lib: ctypes.CDLL, level: str, shape: tuple[int, int, int, int]) 
     check_case(lib, *shape, torch.bfloat16, gemv=False, level=level)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 33, 128, 3),
+        (16, 48, 64, 16),
+        (17, 97, 192, 16),
+        (40, 50, 320, 8),
+        (64, 20, 4224, 4),
+        (5, 40, 100, 4),
+    ],
+    ids=str,
+)
+def test_few_rows_in_tiles(lib: ctypes.CDLL, shape: tuple[int, int, int, int]) -> None:
+    """One to four tiles of x, none of them full, rows longer than the scales that are held, and one shape
+    that tiles leave."""
+    check_case(lib, *shape, torch.bfloat16, gemv=True, level="amx")
+    check_case(lib, *shape, torch.bfloat16, gemv=True, level="amx", nested=False, blocksize=128)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     "options", [{"nested": False}, {"blocksize": 256}, {"quant_type": "fp4"}, {"blocksize": 32}], ids=str

@@ -23,7 +23,8 @@ int main(void) {
     const pk::TilePlan p =
         forward ? pk::forward_tile_plan(g, m, (int)threads) : pk::backward_tile_plan(g, m, (int)threads);
     const long fields[] = {p.mc, p.chunk, p.block, p.pack_at, p.low_at, p.project_at, p.bias_at, p.slots_at,
-                           p.own_at, p.slots_size, p.b_size, p.low_size, p.c_size, p.sums_size, p.own_size, p.total};
+                           p.own_at, p.slots_size, p.b_size, p.low_size, p.c_size, p.sums_size, p.own_size,
+                           p.total};
     for (long field : fields) printf("%ld ", field);
     printf("\\n");
   }
@@ -79,7 +80,8 @@ def test_parts_do_not_overlap(plans: list) -> None:
             p["slots_size"],
             p["own_size"] * threads,
         ]
-        starts = [p[name] for name in ("pack_at", "low_at", "project_at", "bias_at", "slots_at", "own_at", "total")]
+        names = ("pack_at", "low_at", "project_at", "bias_at", "slots_at", "own_at", "total")
+        starts = [p[name] for name in names]
         assert all(start % 16 == 0 for start in starts)
         for start, size, end in zip(starts, sizes, starts[1:], strict=False):
             assert start + size <= end
@@ -91,8 +93,8 @@ def test_parts_do_not_overlap(plans: list) -> None:
 
 
 def test_gradients_have_room(plans: list) -> None:
-    """A strip of 128 columns: its sums, and three pieces of 256 rows in bf16; xa and dyb by blocks of 32 slots,
-    where a megabyte holds them."""
+    """A strip of 128 columns: its sums, and three pieces of 256 rows in bf16; xa and dyb by blocks of 32
+    slots, where a megabyte holds them."""
     for (m, _, _, r, _, forward), p in plans:
         if forward or not r:
             assert p["slots_size"] == 0

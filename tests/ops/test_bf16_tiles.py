@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from peftkern import NF4Weight
+from peftkern.formats.nf4 import operands
 from peftkern.functional import qlora_linear
+from peftkern.ops.qlora_linear import cpu
 from peftkern.runtime import backends
+from peftkern.runtime.native import weight_view
 
 TILED = [level for level in backends.native().isas() if level in ("avx512bf16", "amx")]
 
@@ -44,6 +47,43 @@ def test_one_hot_rows_bring_up_the_weight(level: str, n: int, k: int, blocksize:
     dy[:n] = torch.eye(n)
     _, dx = _results(torch.zeros(len(dy), k, dtype=torch.bfloat16), weight, dy)
     assert torch.equal(dx[:n], dense) and not dx[n:].any()
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 15, 16, 17, 32, 33, 48, 64])
+@pytest.mark.parametrize(
+    "n, k, options", [(33, 64, {}), (48, 4224, {}), (70, 512, {"blocksize": 256, "nested": False})]
+)
+def test_few_rows(level: str, m: int, n: int, k: int, options: dict) -> None:
+    """What the kernel for few rows gives at every number of rows it takes, whichever the table sends there:
+    dropout, an adapter and a bias, next to exact arithmetic on the decoded weight."""
+    weight = NF4Weight.from_dense(torch.randn(n, k) / k**0.5, **options)
+    x, bias = torch.randn(m, k).to(torch.bfloat16), torch.randn(n)
+    a, b = (torch.randn(5, k) / k**0.5).to(torch.bfloat16), torch.randn(n, 5).to(torch.bfloat16)
+    y, xa = torch.full((m, n), float("nan")).to(torch.bfloat16), torch.full((m, 5), float("nan"))
+    native, lora = backends.native(), cpu.lora_view(a, b, 0.5, 0.0, None)
+    size = native.scratch_bytes(m, n, k, 5)
+    buffer, quant = torch.empty(size, dtype=torch.uint8), operands(weight)[1]
+    view = weight_view(weight.packed, quant, n, k)
+    args = (
+        x.data_ptr(),
+        1,
+        m,
+        bias.data_ptr(),
+        0,
+        y.data_ptr(),
+        xa.data_ptr(),
+        True,
+        buffer.data_ptr(),
+        size,
+    )
+    native.qlora_linear_fwd(view, lora, *args)
+    exact_xa = x.double() @ a.double().t()
+    exact = x.double() @ weight.dequantize(torch.float32).double().t() + bias.double()
+    exact += 0.5 * exact_xa @ b.double().t()
+    torch.testing.assert_close(xa.double(), exact_xa, rtol=1e-5, atol=1e-5)
+    # y's rounding, and W's where tiles take bf16 numbers
+    assert (y.double() - exact).norm() <= 2.0**-8 * exact.norm()
+    assert ((y.double() - exact).abs() <= 2.0**-7 * exact.abs() + 2.0**-6).all()
 
 
 def test_numbers_below_the_normal_ones_are_zero(level: str) -> None:

@@ -33,7 +33,7 @@ class Config:
     slice_rows: rows decoded a slice there. dense_vendor: for a dense weight, the largest M a dtype takes to
     the vendor (None: any).
     tiles: for dtypes whose product with a 4-bit weight is that of csrc/cpu/tile_impl.h, where it takes the
-    shape, the largest M for the fused GEMV.
+    shape, the largest M for the fused GEMV, which has tiles of its own on `amx`.
     """
 
     gemv_max_m: int
@@ -68,15 +68,14 @@ TABLE = {
     # Not measured: who multiplies fp16 above that, and the dense weights' limits.
     "avx512": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
     "avx512bf16": Config(16, ("bfloat16",), 512, _FAST_BF16, "not measured", {"bfloat16": 8}),
-    # Emerald Rapids, one thread of a shared machine, median CPU time of 25 to 150 calls in turn, ms, bf16:
-    # the GEMV, the
-    # tiles, torch on a dense weight. 4096 x 4096 at M = 4 2.09, 3.13, 3.27, at M = 8 3.78, 3.32, 3.52, at M =
-    # 16 6.50, 3.45,
-    # 3.64, at M = 64 22.9, 4.77, 5.33; 1536 x 576 at M = 1 0.149, 0.186, 0.182, at M = 4 0.218, 0.186, 0.178,
-    # at M = 16
-    # 0.537, 0.193, 0.202. Through the vendor's GEMM 1536 x 576 took 6.3 forward and backward at M = 512, in
-    # tiles 4.1.
-    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 4}),
+    # Emerald Rapids, one thread of a shared machine, median CPU time of 25 to 150 calls in turn, ms, bf16,
+    # r = 16: few rows (in tiles from M = 3 on), the product of many rows, torch on a dense weight.
+    # 4096 x 4096 at M = 1 0.84, 2.60, 2.60, at M = 2 1.39, 3.10, 3.90, at M = 4 1.68, 3.28, 3.97, at M = 16
+    # 2.02, 3.51, 4.32, at M = 32 2.63, 3.68, 5.11, at M = 64 3.94, 4.69, 5.98; 1536 x 576 at M = 4 0.127,
+    # 0.154, 0.172, at M = 16 0.157, 0.185, 0.217, at M = 17 0.189, 0.161, 0.194; 576 x 576 at M = 16 0.068,
+    # 0.073, 0.079, at M = 17 0.076, 0.064, 0.070. Through the vendor's GEMM 1536 x 576 took 6.3 forward and
+    # backward at M = 512, in tiles 3.0.
+    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 16}),
 }
 
 
