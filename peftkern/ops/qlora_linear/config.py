@@ -95,6 +95,7 @@ class Choice:
     slab_bytes: int = 0
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(
     *,
     dtype: str,
