@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from ..formats.nf4 import NF4Weight
+from ..formats.nf4 import NF4Weight, operands
 from ..ops import lora_add as _lora_add
 from ..ops import qlora_linear as _qlora_linear
 from . import checks
 
-__all__ = ["linear_4bit", "lora_add", "qlora_linear"]
+__all__ = ["linear_4bit", "lora_add", "prepared", "qlora_linear"]
 
 
 def linear_4bit(x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,16 +57,55 @@ def qlora_linear(
     >>> qlora_linear(torch.randn(2, 5, 64), w, lora_a=a, lora_b=b, scaling=2.0).shape
     torch.Size([2, 5, 96])
     """
+    n, k = _check(x, weight, bias, lora_a, lora_b, dropout_p, seed)
+    seed = checks.seed(x, 0.0 if lora_a is None else dropout_p, seed)
+    flat = x.reshape(-1, k) if k else checks.flat(x)
+    held = (*operands(weight), n, bias, lora_a, lora_b, float(scaling), float(dropout_p))
+    return _qlora_linear.apply(flat, *held, seed).reshape(*x.shape[:-1], n)
+
+
+def prepared(
+    x: Tensor,
+    weight: NF4Weight | Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Callable[[Tensor], Tensor]:
+    """`qlora_linear` for repeated calls with tensors of x's dtype, device and last size: all else is checked
+    and described now. The tensors are held; their shapes, dtypes and devices must stay. Arguments and errors
+    as in `qlora_linear`."""
+    n, k = _check(x, weight, bias, lora_a, lora_b, dropout_p, None)
+    held, p = (*operands(weight), n, bias, lora_a, lora_b, float(scaling), float(dropout_p)), dropout_p
+    apply = _qlora_linear.apply
+
+    def call(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, k) if k else checks.flat(x)
+        seed = checks.seed(x, p, None) if p else None
+        return apply(flat, *held, seed).reshape(*x.shape[:-1], n)
+
+    return call
+
+
+def _check(
+    x: Tensor,
+    weight: NF4Weight | Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[int, int]:
+    """[N, K] of a linear whose arguments fit each other."""
     shape, device = checks.weight_shape(weight)
     checks.activation(x, shape, device)
     n, k = shape
     checks.vector("bias", bias, n, device)
     checks.adapter(lora_a, lora_b, n, k, device)
     checks.dropout(dropout_p, seed, x.device)
-    seed = checks.seed(x, 0.0 if lora_a is None else dropout_p, seed)
-    flat = x.reshape(-1, k) if k else checks.flat(x)
-    y = _qlora_linear.qlora_linear(flat, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
-    return y.reshape(*x.shape[:-1], n)
+    return n, k
 
 
 def lora_add(

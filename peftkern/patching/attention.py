@@ -81,7 +81,9 @@ class WideAttention(Rewrite):
 
     def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
         """As Rewrite's. The module's forward turns by our rotary function too, where `Rotary` found that."""
-        slow = context.shared(_SlowProducts).dtypes
+        slow = context.shared.get(WideAttention)
+        if slow is None:
+            slow = context.shared[WideAttention] = _slow_dtypes(context.model)
         if not slow or not uses(module, _FUNCTIONS) or context.excluded(name):
             return None
         reason = against_other_globals(module) or _no_interfaces(module)
@@ -93,13 +95,10 @@ class WideAttention(Rewrite):
         return Finding(module, row, AttentionForward, with_around(module, [*modes, WideMode(slow)]))
 
 
-class _SlowProducts:
+def _slow_dtypes(model: nn.Module) -> tuple[torch.dtype, ...]:
     """The 16-bit dtypes whose products are slow here, where the model has weights of one of them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        slow = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if slow_products(dtype))
-        used = any(p.dtype in slow and p.device.type == "cpu" for p in model.parameters())
-        self.dtypes = slow if used else ()
+    slow = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if slow_products(dtype))
+    return slow if any(p.dtype in slow and p.device.type == "cpu" for p in model.parameters()) else ()
 
 
 def _no_interfaces(module: nn.Module) -> str | None:

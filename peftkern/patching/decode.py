@@ -14,7 +14,7 @@ from ..functional import group
 from ..ops import unobserved
 from ..runtime import backends
 
-__all__ = ["Ready", "address_of"]
+__all__ = ["Ready"]
 
 _MOST_ROWS = (
     64  # the kernel for few rows takes no more; the table of ops/qlora_linear/config.py says where it is used
@@ -72,9 +72,3 @@ def _serves(x: Tensor) -> bool:
     if not shape or shape.numel() > _MOST_ROWS * shape[-1] or not x.is_cpu or not unobserved(x):
         return False
     return not torch.is_autocast_enabled("cpu") and backends.select(x) == "cpu"
-
-
-def address_of(tensor: Tensor | None) -> tuple | None:
-    """Where a tensor lies and how: a call that reads its address, and no copy of it, reads the same numbers
-    as long as this is equal."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous())

@@ -46,7 +46,7 @@ class Linears(Rewrite):
 
     def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
         """As Rewrite's."""
-        layers = context.shared(_Layers)
+        layers = _layers(context)
         if id(module) in layers.inside:
             return None
         if is_lora(module):
@@ -73,6 +73,12 @@ class _Layers:
         return self.weights.setdefault(id(base), WeightCache())
 
 
+def _layers(context: Context) -> _Layers:
+    if Linears not in context.shared:
+        context.shared[Linears] = _Layers(context.model)
+    return context.shared[Linears]
+
+
 def _adapter_modules(layer: nn.Module) -> list[nn.Module]:
     dicts = (child for name, child in layer.named_children() if name.startswith("lora_"))
     return [module for child in dicts for module in child.modules()]
@@ -90,7 +96,7 @@ def _wants_dense(module: nn.Module, dense: bool | None) -> bool:
 
 
 def _lora(name: str, layer: nn.Module, context: Context) -> Finding:
-    base, layers = layer.base_layer, context.shared(_Layers)
+    base, layers = layer.base_layer, _layers(context)
     static = context.excluded(name) or against_forward(layer)
     against_fusion = None if static else _fusion_reason(layer)
     note = "" if static or against_fusion else _prepare(base)
@@ -135,7 +141,7 @@ def _addition_reason(layer: nn.Module) -> str | None:
 
 
 def _linear(name: str, module: nn.Module, context: Context) -> Finding:
-    layers = context.shared(_Layers)
+    layers = _layers(context)
     reason = context.excluded(name) or against_base(module)
     note = "" if reason else _prepare(module)
     reason = reason or _weight_reason(module)

@@ -159,15 +159,17 @@ class DecoderLayers(Rewrite):
         mode = layer_mode(module, lambda norm: context.forward_of(norm, NormForward) is not None)
         if isinstance(mode, LayerMode):
             return Finding(module, block_row(name, "layer", "add_rms_norm"), LayerForward, mode)
-        if id(module) not in context.shared(_Listed).elements:
+        if DecoderLayers not in context.shared:
+            context.shared[DecoderLayers] = _listed(context.model)
+        if id(module) not in context.shared[DecoderLayers]:
             return None
         return Finding(module, block_row(name, "layer", "add_rms_norm", mode))
 
 
-class _Listed:
-    def __init__(self, model: nn.Module) -> None:
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        self.elements = {id(child) for module in lists for child in module.children()}
+def _listed(model: nn.Module) -> set[int]:
+    """The elements of the model's ModuleLists."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return {id(child) for module in lists for child in module.children()}
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -13,11 +13,11 @@ from .. import functional
 from ..ops import autocast_off
 from ..runtime import backends
 from . import dora, mixed
-from .decode import Ready, address_of
+from .decode import Ready
 from .forwards import Forward, served
 from .hooks import against, direct
 from .plans import DoraPlan, Plan, branch_operands, scaling_of
-from .weights import Operands, WeightCache, autocast_dtype, parameter
+from .weights import Operands, WeightCache, address_of, autocast_dtype, parameter
 
 __all__ = [
     "Adapter",
@@ -62,7 +62,7 @@ class PlannedForward(Forward):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not served(x):
-            return self.stock(x, *args, **kwargs)
+            return self.otherwise(x, *args, **kwargs)
         if torch.compiler.is_compiling():
             # what siblings leave for each other is a side effect, which no checkpointed region of a graph may
             # have
@@ -74,10 +74,33 @@ class PlannedForward(Forward):
                 part = self._few_rows(x)
             if part is not None:
                 return part
+            call = self.prepared(x) if group is None else None
+            if call is not None:
+                return call(x)
         plan = self.work(x)
         if plan is None:
             return self.stock(x)
         return self.run(x, plan) if group is None else group.run(self, x, plan)
+
+    def otherwise(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A call with more than a tensor that there are kernels for."""
+        return self.stock(x, *args, **kwargs)
+
+    def prepared(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """`run` of `work(x)`, checked and described for as long as nothing that it was made of has changed;
+        None where that cannot be told cheaply."""
+        if torch.is_autocast_enabled(x.device.type) or torch.is_autocast_enabled():
+            return None
+        part = self.signature()
+        if part is None:
+            return None
+        signature = (type(self), x.dtype, x.shape[-1:], x.device, part)
+        known, call = self.cache.prepared
+        if signature != known:
+            plan = self.work(x)
+            call = plan.prepare(x) if type(plan) is Plan else None
+            self.cache.prepared = signature, call
+        return call
 
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """With what an earlier call prepared; None where it does not serve."""
@@ -118,10 +141,12 @@ class LoraForward(PlannedForward):
 
     __slots__ = ()
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names, layer = kwargs.pop("adapter_names", None), self.module
+    def otherwise(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PlannedForward's; `adapter_names` names an adapter for each sample."""
+        layer, told = self.module, "adapter_names" in kwargs
+        names = kwargs.pop("adapter_names", None)
         if names is None:
-            return super().__call__(x, *args, **kwargs)
+            return self.stock(x, *args, **kwargs) if args or kwargs or not told else self(x)
         if (
             args
             or kwargs
@@ -200,7 +225,7 @@ class LoraForward(PlannedForward):
     def signature(self) -> tuple | None:
         layer, parts = self.module, self.module._modules
         base = parts["base_layer"]
-        if layer.merged or layer.disable_adapters or mixed.current(layer) is not None or not direct(base):
+        if layer.merged or layer.disable_adapters or mixed.SLOT in layer.__dict__ or not direct(base):
             return None
         found = [self.cache.signature(base)]
         if found[0] is None:
@@ -224,20 +249,22 @@ def _rounds_adapters(x: Tensor, compute: torch.dtype) -> bool:
 
 
 def _adapter_signature(layer: nn.Module, name: str) -> tuple | None:
-    """Of an adapter without dropout or a bias, which is scaled anew at every call."""
+    """Of an adapter without a bias, which is scaled anew at every call, and whose scaling is a number."""
     parts = layer._modules
     a, b = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
     dropout = parts["lora_dropout"]._modules[name]
-    if not (direct(a) and direct(b) and direct(dropout)) or (
-        dropout.training and type(dropout) is not nn.Identity
-    ):
+    if not (direct(a) and direct(b) and direct(dropout)):
+        return None
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor) and isinstance(scaling := scaling_of(layer, name), Tensor):
         return None
     of_a, of_b = a._parameters, b._parameters
     # See WeightCache.signature.
     if of_b.get("bias") is not None or "weight" not in of_a or "weight" not in of_b:
         return None
     lora_a, lora_b = address_of(of_a["weight"]), address_of(of_b["weight"])
-    return a, b, dropout, of_a.get("bias") is None, scaling_of(layer, name), lora_a, lora_b
+    acts = dropout.training and type(dropout) is not nn.Identity and getattr(dropout, "p", True)
+    return a, b, dropout, acts, of_a.get("bias") is None, scaling, lora_a, lora_b
 
 
 def _active(layer: nn.Module) -> list[functional.Adapter] | None:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BASE", "current", "label", "names", "own_adapters", "run", "stretches"]
+__all__ = ["BASE", "SLOT", "current", "label", "names", "own_adapters", "run", "stretches"]
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 ONE_TENSOR = "it has to map one tensor of samples to another; run each adapter's samples by themselves"
-_SLOT = "_peftkern_adapter_names"
+SLOT = "_peftkern_adapter_names"
 
 
 class _Choice(NamedTuple):
@@ -26,28 +26,28 @@ class _Choice(NamedTuple):
 
 def current(layer: nn.Module) -> list[str] | None:
     """The samples' adapters that the layer's next call mixes; None outside of that."""
-    choice = layer.__dict__.get(_SLOT)
+    choice = layer.__dict__.get(SLOT)
     return None if choice is None else choice.names
 
 
 def label(layer: nn.Module) -> str:
     """What an error calls the layer."""
-    choice = layer.__dict__.get(_SLOT)
+    choice = layer.__dict__.get(SLOT)
     return type(layer).__name__ if choice is None else choice.label
 
 
 @contextlib.contextmanager
 def names(layer: nn.Module, chosen: Sequence[str] | None, called: str | None = None) -> Iterator[None]:
     """Let one layer mix adapters, or with None run its active ones."""
-    before = layer.__dict__.pop(_SLOT, None)
+    before = layer.__dict__.pop(SLOT, None)
     if chosen is not None:
-        layer.__dict__[_SLOT] = _Choice(list(chosen), called or type(layer).__name__)
+        layer.__dict__[SLOT] = _Choice(list(chosen), called or type(layer).__name__)
     try:
         yield
     finally:
-        layer.__dict__.pop(_SLOT, None)
+        layer.__dict__.pop(SLOT, None)
         if before is not None:
-            layer.__dict__[_SLOT] = before
+            layer.__dict__[SLOT] = before
 
 
 def stretches(layer: nn.Module, chosen: Sequence[str], x: Tensor) -> list[tuple[str, tuple[int, int]]]:

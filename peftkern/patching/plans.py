@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..functional import linear
 
 __all__ = ["DoraPlan", "Plan", "branch_operands", "scaling_of"]
 
@@ -39,6 +40,20 @@ class Plan(NamedTuple):
         return functional.qlora_linear(
             x, member.weight, member.bias, a.lora_a, a.lora_b, scaling=a.scaling, dropout_p=a.dropout_p
         )
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The plan alone, for calls with tensors of x's dtype, device and last size; None where more than one
+        op would run."""
+        member, dtypes = self.member, {self.compute, self.base_result, self.result}
+        if dtypes != {x.dtype} or len(member.adapters) > 1:
+            return None
+        if not member.adapters:
+            return linear.prepared(x, member.weight, member.bias)
+        (a,) = member.adapters
+        if a.rows is not None or not (a.lora_a.is_leaf and a.lora_b.is_leaf):
+            return None  # tensors that lead to a graph must not be held
+        options = dict(scaling=a.scaling, dropout_p=a.dropout_p)
+        return linear.prepared(x, member.weight, member.bias, a.lora_a, a.lora_b, **options)
 
     @staticmethod
     def together(x: Tensor, plans: Sequence[Plan]) -> Sequence[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -13,8 +13,6 @@ from .forwards import Forward, install
 from .report import Row
 
 __all__ = ["Context", "Finding", "Rewrite", "excluded", "patterns_of"]
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,14 @@ class Finding:
 
 
 class Context:
-    """The model, what its owner wants left alone, and what has been found so far."""
+    """The model, what its owner wants left alone, and what has been found so far. shared: what a rewrite has
+    learned of the whole model."""
 
     def __init__(self, model: nn.Module, exclude: tuple[str, ...] = (), dense: bool | None = None) -> None:
         self.model, self.exclude, self.dense = model, exclude, dense
         self.findings: list[tuple[Rewrite, Finding]] = []
         self._by_module: dict[int, list[Finding]] = {}
-        self._shared: dict[type[Any], Any] = {}
+        self.shared: dict[type[Rewrite], Any] = {}
 
     def add(self, rewrite: Rewrite, finding: Finding) -> None:
         self.findings.append((rewrite, finding))
@@ -59,12 +58,6 @@ class Context:
     def excluded(self, name: str) -> str | None:
         """Which of the owner's patterns leaves a module as it is."""
         return excluded(name, self.exclude)
-
-    def shared(self, kind: type[_T]) -> _T:
-        """What the rewrites of one survey have in common: `kind(model)`, made once."""
-        if kind not in self._shared:
-            self._shared[kind] = kind(self.model)
-        return self._shared[kind]
 
 
 class Rewrite:

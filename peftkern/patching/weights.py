@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..formats.bnb_repacked import leaves_traces, restore
 from ..formats.nf4 import NF4Weight
-from .decode import address_of
 
 __all__ = [
     "FLOATS",
     "Operands",
     "WeightCache",
+    "address_of",
     "autocast_dtype",
     "forward_reason",
     "is_4bit",
@@ -117,7 +117,7 @@ class WeightCache:
     """Reads a base layer's weight; keeps the last 4-bit view. Shared by a LoRA layer and its base, dropped by
     pickle and deepcopy."""
 
-    __slots__ = ("_view", "_held", "_key", "_token", "_forward", "_usable")
+    __slots__ = ("_view", "_held", "_key", "_token", "_forward", "_usable", "prepared")
 
     def __init__(self) -> None:
         self._view: NF4Weight | None = None
@@ -126,6 +126,8 @@ class WeightCache:
         self._token: object = None  # another one for every view
         self._forward: Any = None
         self._usable = False
+        # For which signature, and the call that holds the weight: replaced together, dropped with the view.
+        self.prepared: tuple[Any, Any] = (None, None)
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
         return WeightCache, ()
@@ -167,12 +169,16 @@ class WeightCache:
     def view(self, base: nn.Module) -> NF4Weight | None:
         """The 4-bit weight, zero-copy; None where its bytes are not in the plain format."""
         if torch.compiler.is_compiling():
-            weight, state = _stored(base)
+            weight, state = parameter(base, "weight"), quant_state(base)
             return NF4Weight.from_bnb(base) if _plain(weight, state) else None
         return self._current(base)
 
     def _current(self, base: nn.Module) -> NF4Weight | None:
-        weight, state = _stored(base)
+        held = base._parameters
+        weight = held.get("weight")
+        if weight is None:
+            weight = base.weight
+        state = getattr(weight, "quant_state", None) or base.quant_state
         if state is None:
             return None
         held = (weight, state.absmax, state.code)
@@ -185,7 +191,7 @@ class WeightCache:
             key = (*map(id, held), *map(_ADDRESS, held), weight.numel(), *sizes)
         if key != self._key:
             self._view = _view(base) if _plain(weight, state) else None
-            self._held, self._token = held, object()
+            self._held, self._token, self.prepared = held, object(), (None, None)
             # A view that holds a copy (of an offset that is not fp32) does not see what is written to the
             # original.
             copied = self._view is not None and state.nested and self._view.absmax_offset is not state.offset
@@ -195,25 +201,21 @@ class WeightCache:
     def signature(self, base: nn.Module) -> tuple | None:
         """Equal as long as `operands` gives the same for one dtype of x, outside autocast and torch.compile;
         None where that cannot be told cheaply."""
-        held = base._parameters
-        if not is_4bit(base) or not self._computes(base):  # the kernel for few rows takes no dense weight
-            return None
-        if (
-            "weight" not in held or "bias" not in held
-        ):  # what stands in a parameter's place may be another tensor at every call
-            return None
+        held, state = base._parameters, base.__dict__
+        if type(base).forward is not self._forward:
+            self._computes(base)
+        if not self._usable or "quant_state" not in state or "compute_type_is_set" not in state:
+            return None  # of a dense weight nothing is prepared
+        if "weight" not in held or "bias" not in held:
+            return None  # what stands in a parameter's place may be another tensor at every call
         if self._current(base) is None:
             return None
-        return self._token, base.compute_type_is_set, base.compute_dtype, address_of(held["bias"])
+        bias = held["bias"]
+        place = None if bias is None else address_of(bias)
+        return self._token, state["compute_type_is_set"], base.compute_dtype, place
 
 
 _ADDRESS = Tensor.data_ptr
-
-
-def _stored(base: nn.Module) -> tuple[Tensor, Any]:
-    """The weight's parameter and its quantization state, None before quantization."""
-    weight = parameter(base, "weight")
-    return weight, getattr(weight, "quant_state", None) or base.quant_state
 
 
 def _plain(weight: Tensor, state: Any) -> bool:
@@ -243,3 +245,9 @@ def _operands_dense(base: nn.Module, x: Tensor) -> Operands | None:
             return None
         weight = weight.to(dtype)  # as autocast does, at every call
     return Operands(weight, parameter(base, "bias"), dtype, dtype)
+
+
+def address_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Which tensor it is, where it lies and how: a call that holds it, or reads its address and no copy of
+    it, reads the same numbers as long as this is equal."""
+    return id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous()

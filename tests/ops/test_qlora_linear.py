@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from peftkern import NF4Weight, use_backend
+from peftkern.formats.nf4 import operands
 from peftkern.functional import linear_4bit, qlora_linear
 from peftkern.ops.qlora_linear import config
 from peftkern.ops.qlora_linear.reference import dropout_scale
@@ -251,7 +252,7 @@ def test_bare_frozen_linear_saves_no_activation() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradcheck_of_the_reference(dropout_p: float) -> None:
-    from peftkern.ops.qlora_linear import qlora_linear as op
+    from peftkern.ops.qlora_linear import apply
 
     w = torch.randn(6, 10, dtype=torch.float64)
     x, bias, a, b = (
@@ -260,5 +261,5 @@ def test_gradcheck_of_the_reference(dropout_p: float) -> None:
     seed = torch.tensor([5]) if dropout_p else None
     with use_backend("reference"):
         assert torch.autograd.gradcheck(
-            lambda x, bias, a, b: op(x, w, bias, a, b, 0.7, dropout_p, seed), (x, bias, a, b)
+            lambda x, bias, a, b: apply(x, *operands(w), 6, bias, a, b, 0.7, dropout_p, seed), (x, bias, a, b)
         )

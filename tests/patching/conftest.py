@@ -36,6 +36,19 @@ def calls(monkeypatch):
     # `linear_4bit` calls it by the name in its own module.
     for module in (functional, functional.linear):
         monkeypatch.setattr(module, "qlora_linear", counted)
+    original_prepared = functional.linear.prepared
+
+    def counted_prepared(x, weight, bias=None, lora_a=None, lora_b=None, **options):
+        call = original_prepared(x, weight, bias, lora_a, lora_b, **options)
+
+        def counted_call(x):
+            counter["linear" if lora_a is None else "lora"] += 1
+            counter.dtype = x.dtype
+            return call(x)
+
+        return counted_call
+
+    monkeypatch.setattr(functional.linear, "prepared", counted_prepared)
     original_group = functional.qlora_group
     counter.groups = 0
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...formats.nf4 import NF4Weight, operands
 from ...runtime.backends import select
 from .. import LIBRARY, accumulation, autocast_off, backend, transformed, unobserved
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe
 from . import reference
 
-__all__ = ["qlora_linear"]
+__all__ = ["apply"]
 
 QUANT_SCHEMA = (
     "Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
@@ -130,9 +129,11 @@ class _QLoRALinear(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6)
 
 
-def qlora_linear(
+def apply(
     x: Tensor,
-    weight: NF4Weight | Tensor,
+    weight: Tensor,
+    quant: tuple,
+    n: int,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
@@ -140,13 +141,13 @@ def qlora_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """x [M, K] -> y [M, N]; `functional.qlora_linear` has checked the arguments."""
-    (data, quant), n = operands(weight), weight.shape[0]
+    """x [M, K] -> y [M, N]; weight, quant as `formats.nf4.operands` gives them. `functional.qlora_linear` has
+    checked the arguments."""
     if transformed():
-        return reference.forward(x, data, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+        return reference.forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
     observe()
-    if not torch.is_grad_enabled():
-        forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
-        return forward(x.contiguous(), data, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
-    args = (x.contiguous(), bias, lora_a, lora_b, data, quant, n, scaling, dropout_p, seed)
-    return _QLoRALinear.apply(*args)
+    if torch.is_grad_enabled():
+        args = (x.contiguous(), bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed)
+        return _QLoRALinear.apply(*args)
+    forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
+    return forward(x.contiguous(), weight, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]

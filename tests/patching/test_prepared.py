@@ -1,0 +1,164 @@
+"""Calls of a linear outside generation are checked and described once, and again when anything has changed:
+the bits and the gradients are those of calls that are described anew each time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftkern.functional import linear
+from peftkern.patching.forwards import find
+from peftkern.patching.linears import PlannedForward
+
+from .test_changes import adapted, sample
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each call that was described, how many rows its first tensor had."""
+    seen, original = [], linear.prepared
+
+    def prepared(x: Tensor, *args, **options) -> Callable[[Tensor], Tensor]:
+        seen.append(x[..., 0].numel())
+        return original(x, *args, **options)
+
+    monkeypatch.setattr(linear, "prepared", prepared)
+    return seen
+
+
+def trained(layer: nn.Module, rows: int = 24, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """y, dx and the gradients of what is trained; dropout's draws are the same each time."""
+    layer.zero_grad(set_to_none=True)
+    x = sample(rows).to(dtype).requires_grad_()
+    torch.manual_seed(5)
+    y = layer(x)
+    y.sin().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def anew(layer: nn.Module, rows: int = 24, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlannedForward, "prepared", lambda self, x: None)
+        return trained(layer, rows, dtype)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["nested", "plain"])
+def test_the_same_bits_and_described_once(kind: str, dropout: float, described: list[int]) -> None:
+    _, layer = adapted(kind, lora_dropout=dropout)
+    assert len(trained(layer)) == 4
+    for rows in (24, 1, 3):
+        assert same(trained(layer, rows), anew(layer, rows))
+    with torch.no_grad():
+        assert torch.equal(layer(sample(80)), layer.eval()(sample(80))) == (dropout == 0.0)
+    assert described == ([24] if dropout == 0.0 else [24, 80])  # without dropout, evaluation is the same call
+
+
+def _parameter(layer: nn.Module) -> None:
+    """Another parameter on the same storage, which is to get the gradient."""
+    part = layer.lora_A["default"]
+    part.weight = nn.Parameter(part.weight.data)
+
+
+def _data(layer: nn.Module) -> None:
+    part = layer.lora_B["default"]
+    part.weight.data = part.weight.data * 2
+
+
+def _wider(layer: nn.Module) -> None:
+    for part in (layer.lora_A["default"], layer.lora_B["default"]):
+        part.weight.data = part.weight.data.bfloat16()
+
+
+def _rank(layer: nn.Module) -> None:
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    a.weight.data, b.weight.data = a.weight.data[:2].clone(), b.weight.data[:, :2].clone()
+
+
+def _bias(layer: nn.Module) -> None:
+    """A trained one in place of a frozen one."""
+    layer.base_layer.bias = nn.Parameter(layer.base_layer.bias.data)
+
+
+def _frozen(layer: nn.Module) -> None:
+    layer.lora_A["default"].weight.requires_grad_(False)
+
+
+def _dropout(layer: nn.Module) -> None:
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+
+
+def _disabled(layer: nn.Module) -> None:
+    layer.enable_adapters(False)
+
+
+CHANGES = [_parameter, _data, _wider, _rank, _bias, _frozen, _dropout, _disabled]
+CHANGES.append(lambda layer: layer.scaling.update(default=3.0))
+CHANGES.append(lambda layer: layer.base_layer.weight.data.bitwise_xor_(0x35))
+CHANGES.append(lambda layer: layer.lora_A["default"].register_forward_hook(lambda *_: None))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change: Callable[[nn.Module], None]) -> None:
+    _, layer = adapted("nested")
+    before = trained(layer)
+    change(layer)
+    got, expected = trained(layer), anew(layer)
+    assert same(got, expected)
+    # The same numbers to another parameter; a hook that returns nothing.
+    assert same(got, before) == (change is _parameter) or change is CHANGES[-1]
+
+
+def test_autocast_is_described_anew(described: list[int]) -> None:
+    _, layer = adapted("nested")
+    trained(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = trained(layer)
+        assert same(inside, anew(layer))
+    assert described == [24] and not same(inside, trained(layer))
+
+
+def test_errors_are_those_of_any_call() -> None:
+    _, layer = adapted("nested")
+    trained(layer)
+    for x in (torch.ones(3, 63), torch.ones(())):  # the stock forward says what is wrong
+        with pytest.raises((RuntimeError, IndexError)):
+            layer(x)
+
+
+def test_what_leads_to_a_graph_is_not_held() -> None:
+    """Parameters that a step of meta-learning has computed are gone with it."""
+    model, layer = adapted("nested")
+    trained(layer)
+    names = {name: p * 1.5 for name, p in model.named_parameters() if "lora_" in name}
+    watched = weakref.ref(next(iter(names.values())))
+    x = sample(24)
+    y = _called(layer, names, x)
+    assert y.requires_grad
+    del y, names
+    gc.collect()
+    assert watched() is None
+
+
+def _called(layer: nn.Module, names: dict[str, Tensor], x: Tensor) -> Tensor:
+    own = {name.partition("linear.")[2]: value for name, value in names.items()}
+    return torch.func.functional_call(layer, own, (x,))
+
+
+def test_copies_describe_their_own(described: list[int]) -> None:
+    _, layer = adapted("nested")
+    trained(layer)
+    twin = copy.deepcopy(layer)
+    _data(twin)
+    assert same(trained(twin), anew(twin)) and not same(trained(twin), trained(layer))
+    assert len(described) == 2 and find(twin)[1].cache is not find(layer)[1].cache
