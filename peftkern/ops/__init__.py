@@ -22,6 +22,7 @@ __all__ = [
     "autocast_off",
     "backend",
     "entry",
+    "served",
     "serving",
     "transformed",
     "unobserved",
@@ -60,6 +61,14 @@ def transformed() -> bool:
         or _tracing() is not None
         or (_compiler._is_exporting_flag if _FLAGGED else _compiler.is_exporting())
     )
+
+
+def served(x: Tensor) -> bool:
+    """Whether there are kernels for x's device and torch can follow them; elsewhere the stock forward is
+    faster than our reference, or the only one that can be followed."""
+    if not isinstance(x, Tensor) or transformed():
+        return False
+    return x.is_cpu or (not x.is_meta and select(x) != "reference")
 
 
 def serving(x: Tensor, *weights: Tensor) -> str:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops import autocast_off
+from ..ops import autocast_off, served
 from . import mixed
-from .forwards import Forward, served
+from .forwards import Forward
 from .linears import Adapter, active_adapters, adapter_of
 from .plans import branch_operands
 from .weights import FLOATS, autocast_dtype

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops import served
 from ..ops.rms_norm import reference as rms_norm_reference
-from .forwards import Forward, served
+from .forwards import Forward
 from .reads import Reads, RecognizedForward, reads
 from .report import block_row
 from .rewrite import Context, Finding, Rewrite

@@ -9,11 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..ops import transformed
-from ..runtime import backends
 from .methods import Method, of_module
 
-__all__ = ["Forward", "find", "install", "remove", "served"]
+__all__ = ["Forward", "find", "install", "remove"]
 
 _SLOTS = ("forward", "_old_forward")  # accelerate's hooks call `_old_forward`; ours goes inside them
 
@@ -39,14 +37,6 @@ class Forward(Method):
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.module, self.previous, self.cache, self.group = state
         self.ready = self._unbound = None
-
-
-def served(x: Tensor) -> bool:
-    """Whether there are kernels for x's device and torch can follow them; elsewhere the stock forward is
-    faster than our reference, or the only one that can be followed."""
-    if not isinstance(x, Tensor) or transformed():
-        return False
-    return x.is_cpu or (not x.is_meta and backends.select(x) != "reference")
 
 
 def find(module: nn.Module) -> tuple[str, Forward] | None:

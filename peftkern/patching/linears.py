@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops import autocast_off
+from ..ops import autocast_off, served
 from ..runtime import backends
 from . import dora, mixed
 from .decode import Ready
-from .forwards import Forward, served
+from .forwards import Forward
 from .hooks import against, direct
 from .plans import DoraPlan, Plan, branch_operands, scaling_of
 from .weights import Operands, WeightCache, address_of, autocast_dtype, parameter

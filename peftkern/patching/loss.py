@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops import autocast_off
+from ..ops import autocast_off, served
 from ..ops.linear_cross_entropy.budget import logits_bytes
 from . import mixed
 from .detect import (
@@ -29,7 +29,7 @@ from .detect import (
     is_lora,
     replaced_on_instance,
 )
-from .forwards import Forward, served
+from .forwards import Forward
 from .hooks import against
 from .linears import Adapter, active_adapters
 from .logits import DeferredLogits, LogitForm, made

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..ops import autocast_off
+from ..ops import autocast_off, served
 from ..ops.qlora_glu import halves
 from .blocks import replacement
 from .decode import Ready
-from .forwards import served
 from .hooks import running
 from .linears import PlannedForward
 from .reads import Reads, RecognizedForward, reads

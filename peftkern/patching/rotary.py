@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops import served
 from ..ops.rope import reference as rope_reference
 from .attention import AttentionForward, against_other_globals, uses, with_around
 from .blocks import ON_CPU
-from .forwards import served
 from .report import block_row
 from .rewrite import Context, Finding, Rewrite
 from .weights import FLOATS
