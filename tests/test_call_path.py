@@ -69,7 +69,7 @@ def layer() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("rows", "grad", "files", "functions"), [(1, False, 8, 16), (1, True, 12, 31), (512, True, 12, 31)]
+    ("rows", "grad", "files", "functions"), [(1, False, 8, 16), (1, True, 11, 28), (512, True, 11, 28)]
 )
 def test_a_patched_linears_call(
     layer: torch.nn.Module, rows: int, grad: bool, files: int, functions: int
@@ -84,9 +84,10 @@ def test_a_patched_linears_call(
 
 
 def test_its_backward(layer: torch.nn.Module) -> None:
-    y = layer(torch.randn(512, 64, requires_grad=True)).sum()
-    found = trace(y.backward)
-    assert len(found.files) <= 9 and len(found.functions) <= 23 and not found.back, found
+    x = torch.randn(512, 64, requires_grad=True)
+    layer(x).sum().backward()
+    found = trace(layer(x).sum().backward)
+    assert len(found.files) <= 8 and len(found.functions) <= 20 and not found.back, found
 
 
 def test_patch_comes_back_to_no_file() -> None:
