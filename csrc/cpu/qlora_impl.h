@@ -1,5 +1,5 @@
-// QLoRA linears on one input, forward and dx, from the engine's pieces. See docs/kernels.md for the maths and
-// the order of passes.
+// QLoRA linears on one input, forward and dx, from the engine's pieces. See docs/math.md, and
+// docs/cpu-engine.md for the order of passes.
 #pragma once
 #if defined(_OPENMP)
 #include <omp.h>

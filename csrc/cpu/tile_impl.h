@@ -1,6 +1,6 @@
 // QLoRA linears on one input in bf16, forward and dx, as products of bf16 tiles. Rows of x and dy are rows of
 // A, decoded weights are B, and the low-rank part goes on with the contraction, so that every result is
-// summed in one place and rounded once. docs/kernels.md has the order of passes.
+// summed in one place and rounded once. docs/cpu-engine.md has the order of passes.
 #pragma once
 #include "gradients_impl.h"
 #include "tile_pack.h"

@@ -118,7 +118,7 @@ def test_threads_get_equal_tasks(plans: list) -> None:
 
 
 def test_large_linears_stay_within_8_megabytes(plans: list) -> None:
-    """Of the sizes that docs/kernels.md names: r = 16, two threads, and however many rows."""
+    """Of the sizes that docs/cpu-engine.md names: r = 16, two threads, and however many rows."""
     for a, p in plans:
         if a[3] == 16 and a[4] <= 2:
             assert 4 * p["total"] <= 8 << 20, (a, 4 * p["total"])
