@@ -9,6 +9,9 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Read when huggingface_hub is imported: what is not in the cache is told at once, not after its retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 _HOOK = os.environ.get("PEFTKERN_BNB_BACKEND")
 
 import torch  # noqa: E402
