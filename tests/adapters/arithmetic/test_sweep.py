@@ -48,7 +48,7 @@ def test_one_batched_pass_is_every_lambda_by_itself(rows: int | None) -> None:
     model = patched()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     result = sweep(model, "default", {"t": IDS}, values=VALUES, rows=rows, progress=False)
-    torch.testing.assert_close(result.losses["t"], one_by_one(model, VALUES), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.losses["t"], one_by_one(model, VALUES), rtol=1e-6, atol=1e-6)
     assert model.state_dict().keys() == state.keys(), "the names of the lambdas are gone"
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -57,7 +57,7 @@ def test_one_batched_pass_is_every_lambda_by_itself(rows: int | None) -> None:
 def test_other_kinds(kind: str) -> None:
     model = patched(kind)
     result = sweep(model, "default", {"t": IDS}, values=VALUES, progress=False)
-    torch.testing.assert_close(result.losses["t"], one_by_one(model, VALUES), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.losses["t"], one_by_one(model, VALUES), rtol=1e-6, atol=1e-6)
 
 
 def test_no_weight_is_copied() -> None:
@@ -77,12 +77,12 @@ def test_a_sum_of_two_adapters_is_swept(tmp_path: Path) -> None:
     peftkern.patch(model)
     losses = losses_by_adapter(model, ["__base__", "default", "sum"], IDS)
     with scaled_adapters(model, "sum", (0.0, 1.0)) as names:
-        torch.testing.assert_close(losses_by_adapter(model, names, IDS), losses[[0, 2]], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(losses_by_adapter(model, names, IDS), losses[[0, 2]], rtol=1e-6, atol=1e-6)
     model.set_adapter("sum")
     with torch.no_grad():
         logits = model(input_ids=IDS).logits
     expected = torch.stack([F.cross_entropy(row[:-1], own[1:]) for row, own in zip(logits, IDS, strict=True)])
-    torch.testing.assert_close(losses[2], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[2], expected, rtol=1e-6, atol=1e-6)
 
 
 def curve(target: list[float], control: list[float] | None = None, **options: object) -> Sweep:
