@@ -53,14 +53,18 @@ def pytest_collection_finish() -> None:
 # Their kernels have no code of their own on avx512bf16: what runs there is what runs on amx, compiled with
 # fewer flags.
 WITHOUT_PRODUCTS = ("add_rms_norm", "glu", "linear_cross_entropy", "lora_add", "rms_norm", "rope")
+# The level that a module of tests emulates: a CPU that has it runs the same kernels in every other test.
+EMULATED = {"test_avx512_emulated": "avx512"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is marked slow is deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where the CPU has AMX, the quick suite runs those kernels on the higher of the two levels alone."""
-    if "amx" not in backends.native().isas():
-        return
+    """What another test shows on this CPU is left to the nightly run: those kernels on the lower of two
+    levels, and the emulation of a level that is there."""
+    levels = backends.native().isas()
     for item in items:
         level = item.callspec.params.get("isa") if hasattr(item, "callspec") else None
-        if level == "avx512bf16" and item.path.stem.removeprefix("test_") in WITHOUT_PRODUCTS:
+        twice = "amx" in levels and level == "avx512bf16"
+        twice = twice and item.path.stem.removeprefix("test_") in WITHOUT_PRODUCTS
+        if twice or EMULATED.get(item.path.stem) in levels:
             item.add_marker(pytest.mark.slow)

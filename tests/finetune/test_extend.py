@@ -48,6 +48,7 @@ def test_extended_run_equals_one_of_that_length_from_the_start(
     assert extended.perplexity_before == first.perplexity_before
 
 
+@pytest.mark.slow
 def test_extension_follows_the_schedule_of_the_new_length(
     options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def test_extension_follows_the_schedule_of_the_new_length(
     assert run(options, steps=8, resume=True).steps == 8
 
 
+@pytest.mark.slow
 def test_extension_by_epochs(options: dict[str, Any]) -> None:
     first = run(options, steps=4)
     with pytest.raises(InputError, match=r"has trained 4 steps already, more than --epochs 0\.01"):
@@ -192,6 +194,7 @@ def test_interrupted_extension_is_gone_on_with(
     assert run(options, steps=8, resume=True).steps == 8
 
 
+@pytest.mark.slow
 def test_extension_given_up_before_its_first_checkpoint(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

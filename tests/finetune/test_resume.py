@@ -93,6 +93,7 @@ def unbroken(options: dict[str, Any], tmp_path: Path, unbroken_cache: dict[str, 
     return unbroken_cache
 
 
+@pytest.mark.slow
 def test_a_resumed_stock_run_equals_the_unbroken_one(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

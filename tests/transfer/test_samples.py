@@ -94,6 +94,7 @@ def test_texts_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert samples.pydoc_prose(held_out=True) == [row["text"] for row in sample.python_reference()]
 
 
+@pytest.mark.slow
 def test_code_pairs_are_functions_and_what_they_do() -> None:
     train, held_out = samples.code_pairs(held_out=False), samples.code_pairs(held_out=True)
     assert len(train) + len(held_out) > 4_000

@@ -25,10 +25,10 @@ K = 192
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 # The interpreter takes seconds for each: most combinations are left to the nightly run.
 QUICK = [
-    ("qkv", torch.float32, "cublas"),
-    ("dropout", torch.bfloat16, "triton"),
-    ("partly", torch.float32, "triton"),
-    ("bare", torch.float16, "cublas"),
+    ("qkv", torch.bfloat16, "cublas"),
+    ("dropout", torch.float16, "triton"),
+    ("partly", torch.bfloat16, "triton"),
+    ("bare", torch.float32, "cublas"),
 ]
 # A buffer for the first member of 96 rows of 16 bits, and for two of the others: batches, but no member that
 # would need slices.
