@@ -14,7 +14,7 @@ from ..formats.nf4 import NF4Weight, operands
 from ..ops import qlora_group as _op
 from . import checks
 
-__all__ = ["Adapter", "Member", "few_rows", "prepare", "qlora_group"]
+__all__ = ["Adapter", "Member", "few_rows", "prepare", "prepared", "qlora_group"]
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,44 @@ def few_rows(x: Tensor, members: Sequence[Member]) -> Callable[[Tensor], list[Te
     return _op.few_rows(flat, spec, trainable)
 
 
+def prepared(x: Tensor, members: Sequence[Member]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """`qlora_group` for repeated calls with tensors of x's dtype, device and last size: all else is checked
+    and described now. The members' tensors are held; their shapes, dtypes and devices must stay. No adapter
+    may name rows or a seed: both belong to one call."""
+    pairs = [(i, j, a) for i, member in enumerate(members) for j, a in enumerate(member.adapters)]
+    for i, j, adapter in pairs:
+        if adapter.rows is not None or adapter.seed is not None:
+            raise ValueError(
+                f"members[{i}].adapters[{j}]: got rows {adapter.rows}, seed {adapter.seed}, which belong "
+                "to one call; call qlora_group"
+            )
+    _, spec, trainable = _described(x, members, [f"members[{i}]" for i in range(len(members))])
+    before, (_, *between, _), adapters = spec[:5], spec[5:], [adapter for *_, adapter in pairs]
+    k, apply = x.shape[-1], _op.qlora_group
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        shape, flat = x.shape[:-1], x.reshape(-1, k) if k else checks.flat(x)
+        rows = (0, flat.shape[0]) * len(adapters)
+        now = _op.Spec(*before, rows, *between, _seeds(adapters, x.device))
+        return tuple(y.reshape(*shape, y.shape[1]) for y in apply(flat, now, trainable))
+
+    return call
+
+
 def prepare(
     x: Tensor, members: Sequence[Member], names: Sequence[str]
 ) -> tuple[Tensor, _op.Spec, tuple[Tensor | None, ...]]:
     """Checks all; x flattened, the op's description of the members, and the tensors that autograd sees:
     biases, A's, B's."""
+    flat, spec, trainable = _described(x, members, names)
+    seeds = _seeds([adapter for member in members for adapter in member.adapters], x.device)
+    return flat, spec._replace(seeds=seeds), trainable
+
+
+def _described(
+    x: Tensor, members: Sequence[Member], names: Sequence[str]
+) -> tuple[Tensor, _op.Spec, tuple[Tensor | None, ...]]:
+    """As `prepare`, without seeds: nothing is drawn."""
     shapes = [_check_member(x, name, member) for name, member in zip(names, members, strict=True)]
     flat = checks.flat(x)
     pairs = [(i, adapter) for i, member in enumerate(members) for adapter in member.adapters]
@@ -105,7 +138,7 @@ def prepare(
         tuple(bound for span in rows for bound in span),
         tuple(float(a.scaling) for _, a in pairs),
         tuple(float(a.dropout_p) for _, a in pairs),
-        _seeds([a for _, a in pairs], x.device),
+        (),
     )
     return (
         flat,

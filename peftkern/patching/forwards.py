@@ -77,7 +77,7 @@ def remove(module: nn.Module) -> bool:
     if forward is None:
         return False
     if forward.group is not None:
-        forward.group.dissolved = f"{type(module).__name__} was unpatched"
+        forward.group.dissolve(f"{type(module).__name__} was unpatched")
     forward.retire()
     if slot is None:
         return True  # inside a wrapper, which stays

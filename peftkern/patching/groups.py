@@ -8,7 +8,7 @@ calls alone and on nothing that a recomputation in the backward pass would find 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +71,7 @@ class _OfThread(threading.local):
 class Group:
     """Patched siblings. `dissolved`: why its members run alone, None while they do not."""
 
-    __slots__ = ("forwards", "dissolved", "places", "calling", "ready")
+    __slots__ = ("forwards", "dissolved", "places", "calling", "ready", "prepared")
 
     def __init__(self, forwards: list[PlannedForward]) -> None:
         self.__setstate__((forwards, None))
@@ -83,6 +83,12 @@ class Group:
         self.forwards, self.dissolved = state
         self.places = {id(forward): index for index, forward in enumerate(self.forwards)}
         self.calling, self.ready = _OfThread(), Ready(self.forwards)
+        # For which signature, and the call: replaced together, as threads share them.
+        self.prepared: tuple[Any, Callable[[Tensor], Sequence[Tensor]] | None] = None, None
+
+    def dissolve(self, why: str) -> None:
+        """From now on members run alone, each with what it has prepared for itself."""
+        self.dissolved, self.prepared, self.ready = why, (None, None), Ready(self.forwards)
 
     @property
     def stash(self) -> _Stash | None:
@@ -118,6 +124,26 @@ class Group:
         """As `run`, with what an earlier call of few rows prepared; None where that does not serve."""
         parts = self.ready(x) if self.calling.stash is None else None
         return None if parts is None else self._keep(self.places[id(forward)], x, dict(enumerate(parts)))
+
+    def prepared_part(self, forward: PlannedForward, x: Tensor) -> Tensor | None:
+        """As `run`, checked and described for as long as nothing that the members are made of has changed;
+        None where that cannot be told cheaply, or where not all members are computed together."""
+        autocast = torch.is_autocast_enabled(x.device.type) or torch.is_autocast_enabled()
+        if autocast or self.calling.stash is not None:
+            return None
+        signature: list[Any] = [x.dtype, x.shape[-1:], x.device]
+        for member in self.forwards:
+            part = member.signature()
+            if part is None:
+                return None
+            signature.append(part)
+        known, call = self.prepared
+        if signature != known:
+            call = Plan.prepare_together(x, [member.work(x) for member in self.forwards])
+            self.prepared = signature, call
+        if call is None:
+            return None
+        return self._keep(self.places[id(forward)], x, dict(enumerate(call(x))))
 
     def _keep(self, index: int, x: Tensor, parts: dict[int, Tensor]) -> Tensor:
         """One's own part; the others are kept for the siblings."""

@@ -74,9 +74,14 @@ class PlannedForward(Forward):
                 part = self._few_rows(x)
             if part is not None:
                 return part
-            call = self.prepared(x) if group is None else None
-            if call is not None:
-                return call(x)
+            if group is not None and group.dissolved is None:
+                part = group.prepared_part(self, x)
+                if part is not None:
+                    return part
+            else:
+                call = self.prepared(x)
+                if call is not None:
+                    return call(x)
         plan = self.work(x)
         if plan is None:
             return self.stock(x)

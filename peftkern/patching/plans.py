@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional import linear
+from ..functional import group, linear
 
 __all__ = ["DoraPlan", "Plan", "branch_operands", "scaling_of"]
 
@@ -42,18 +42,35 @@ class Plan(NamedTuple):
         )
 
     def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The plan alone, for calls with tensors of x's dtype, device and last size; None where more than one
-        op would run."""
-        member, dtypes = self.member, {self.compute, self.base_result, self.result}
-        if dtypes != {x.dtype} or len(member.adapters) > 1:
+        """The plan alone, for calls with tensors of x's dtype, device and last size; None where that has no
+        form of its own."""
+        member = self.member
+        if not self._can_be_held(x):
             return None
         if not member.adapters:
             return linear.prepared(x, member.weight, member.bias)
+        if len(member.adapters) > 1:
+            together = group.prepared(x, [member])
+            return lambda x: together(x)[0]
         (a,) = member.adapters
-        if a.rows is not None or not (a.lora_a.is_leaf and a.lora_b.is_leaf):
-            return None  # tensors that lead to a graph must not be held
         options = dict(scaling=a.scaling, dropout_p=a.dropout_p)
         return linear.prepared(x, member.weight, member.bias, a.lora_a, a.lora_b, **options)
+
+    def _can_be_held(self, x: Tensor) -> bool:
+        """Whether every call is in x's dtype and on all rows; tensors that lead to a graph must not be
+        held."""
+        return {self.compute, self.base_result, self.result} == {x.dtype} and all(
+            a.rows is None and a.lora_a.is_leaf and a.lora_b.is_leaf for a in self.member.adapters
+        )
+
+    @staticmethod
+    def prepare_together(
+        x: Tensor, plans: Sequence[Plan | DoraPlan | None]
+    ) -> Callable[[Tensor], Sequence[Tensor]] | None:
+        """As `prepare`, of plans that join; None where one does not."""
+        if any(type(plan) is not Plan or not plan._can_be_held(x) for plan in plans):
+            return None
+        return group.prepared(x, [plan.member for plan in plans])
 
     @staticmethod
     def together(x: Tensor, plans: Sequence[Plan]) -> Sequence[Tensor]:

@@ -25,6 +25,8 @@ from peftkern.finetune.signals import Interrupted
 
 from ..cases import nightly
 
+pytestmark = pytest.mark.any_isa
+
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 

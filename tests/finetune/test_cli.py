@@ -19,6 +19,8 @@ from peftkern.finetune.recipe import FinetuneResult
 
 from .conftest import write_jsonl
 
+pytestmark = pytest.mark.any_isa
+
 
 def arguments(options: dict[str, Any], **changes: Any) -> list[str]:
     return ["finetune", *FinetuneConfig(**(options | changes)).to_arguments()]

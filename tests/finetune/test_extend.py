@@ -17,6 +17,8 @@ from peftkern.finetune.base import base_changes, base_fingerprint
 
 from ..cases import each_choice
 
+pytestmark = pytest.mark.any_isa
+
 
 @pytest.fixture
 def options(options: dict[str, Any]) -> dict[str, Any]:

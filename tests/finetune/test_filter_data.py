@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.any_isa
+
 for _package in ("datasketch", "cleanlab"):
     pytest.importorskip(_package, reason=f"{_package} is not installed: pip install 'peftkern[data]'")
 

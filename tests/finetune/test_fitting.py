@@ -15,6 +15,8 @@ from peftkern.finetune.errors import InputError
 
 from .conftest import save_tiny_model
 
+pytestmark = pytest.mark.any_isa
+
 PATCHED = {"patch": True, "seq_length": 128, "batch_size": 1, "steps": 3, "save_steps": 3}
 
 

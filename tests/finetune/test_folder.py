@@ -22,6 +22,8 @@ from peftkern.finetune.folder import open_run
 
 from ..cases import nightly
 
+pytestmark = pytest.mark.any_isa
+
 
 def run(options: dict[str, Any], **changes: Any) -> Any:
     return finetune(FinetuneConfig(**(options | changes)), quiet=True)

@@ -20,8 +20,9 @@ Which libraries peftkern's tests of patching, recipe, ops, adapters and transfer
 Lines of about 5,100 tests are of runs before the tests of adapters and transfer belonged to it.
 
 "avx2" in the column *instructions* means that torch and oneDNN were held to AVX2 by `ATEN_CPU_CAPABILITY` and
-`ONEDNN_MAX_CPU_ISA`; "native" means that they took whatever the CPU has. peftkern's own kernels run on every
-level of the CPU in both.
+`ONEDNN_MAX_CPU_ISA`, and that tests which prove nothing about numbers (marked `any_isa`) were left out;
+"native" means that they took whatever the CPU has. peftkern's own kernels run on every level of the CPU in
+both.
 
 | torch | transformers | PEFT | bitsandbytes | TRL | Python | CPU | instructions \
 | passed | failed | skipped | minutes |

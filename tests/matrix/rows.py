@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "CAPPED",
+    "CAPPED_TESTS",
     "ISAS",
     "LIBRARIES",
     "NEWEST",
@@ -25,6 +26,7 @@ TORCHES = ("2.11.0", "2.13.0", NEWEST)
 LIBRARIES = ("peft", "bitsandbytes", "trl")
 ISAS = ("native", "avx2")
 CAPPED = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+CAPPED_TESTS = ("-m", "not slow and not gpu and not any_isa")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,20 @@ def calls(monkeypatch):
         return original_group(x, members)
 
     monkeypatch.setattr(functional, "qlora_group", counted_group)
+    original_prepared_group = group.prepared
+
+    def counted_prepared_group(x, members):
+        call = original_prepared_group(x, members)
+
+        def counted_call(x):
+            counter.groups += 1
+            counter.update("lora" if member.adapters else "linear" for member in members)
+            counter.dtype = x.dtype
+            return call(x)
+
+        return counted_call
+
+    monkeypatch.setattr(group, "prepared", counted_prepared_group)
     original_few_rows = group.few_rows
 
     def counted_few_rows(x, members):

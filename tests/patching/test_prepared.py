@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftkern.functional import linear
+import peftkern
+from peftkern.functional import Adapter, Member, group, linear
 from peftkern.patching.forwards import find
+from peftkern.patching.groups import Group
 from peftkern.patching.linears import PlannedForward
 
+from . import models
 from .test_changes import adapted, sample
 
 
@@ -49,6 +52,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 def anew(layer: nn.Module, rows: int = 24, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlannedForward, "prepared", lambda self, x: None)
+        patch.setattr(Group, "prepared_part", lambda self, forward, x: None)
         return trained(layer, rows, dtype)
 
 
@@ -162,3 +166,90 @@ def test_copies_describe_their_own(described: list[int]) -> None:
     _data(twin)
     assert same(trained(twin), anew(twin)) and not same(trained(twin), trained(layer))
     assert len(described) == 2 and find(twin)[1].cache is not find(layer)[1].cache
+
+
+class Queries(nn.Module):
+    """q, k and v of one LoRA model, and an output that needs all three."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.model = models.lora(models.llama(bias=True), **options)
+        peftkern.patch(self.model)
+        attention = next(module for module in self.model.modules() if hasattr(module, "q_proj"))
+        self.parts = attention.q_proj, attention.k_proj, attention.v_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+@pytest.fixture
+def described_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each call of a group that was described, how many rows its first tensor had."""
+    seen, original = [], group.prepared
+
+    def prepared(x: Tensor, members: list[Member]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        seen.append(x[..., 0].numel())
+        return original(x, members)
+
+    monkeypatch.setattr(group, "prepared", prepared)
+    return seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_siblings_give_the_same_bits_and_are_described_once(
+    dropout: float, described_groups: list[int]
+) -> None:
+    layer = Queries(lora_dropout=dropout).train()
+    assert len(trained(layer)) == 8
+    for rows in (24, 1, 3):
+        assert same(trained(layer, rows), anew(layer, rows))
+    assert described_groups == [24]
+
+
+def test_siblings_see_a_change_of_any_of_them() -> None:
+    layer = Queries().train()
+    for place, change in enumerate(CHANGES):
+        before = trained(layer)
+        change(layer.parts[place % 3])
+        got = trained(layer)
+        assert same(got, anew(layer))
+        assert same(got, before) == (change in (_parameter, CHANGES[-1])), change
+
+
+def test_siblings_that_part_run_alone_and_are_described_alone(
+    described: list[int], described_groups: list[int]
+) -> None:
+    layer = Queries().train()
+    together = trained(layer)
+    peftkern.unpatch(layer.parts[1])
+    apart = trained(layer), trained(layer)
+    assert same(*apart) and described_groups == [24] and described == [24, 24]  # q and v
+    torch.testing.assert_close(apart[0], together)
+
+
+def test_siblings_under_autocast_are_described_anew(described_groups: list[int]) -> None:
+    layer = Queries().train()
+    outside = trained(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = trained(layer)
+        assert same(inside, anew(layer))
+    assert described_groups == [24] and not same(inside, outside) and same(trained(layer), outside)
+
+
+def test_several_adapters_of_one_linear_are_one_prepared_call(described_groups: list[int]) -> None:
+    model, layer = adapted("nested")
+    model.add_adapter("second", models.peft.LoraConfig(r=2, target_modules=["linear"]))
+    models.randomize(model)
+    model.base_model.set_adapter(["default", "second"])
+    peftkern.patch(model)
+    for rows in (24, 5):
+        assert same(trained(layer, rows), anew(layer, rows))
+    assert described_groups == [24]
+
+
+def test_a_prepared_group_has_no_rows_and_no_seed_of_its_own() -> None:
+    weight, x = torch.randn(8, 4), torch.randn(3, 4)
+    low = torch.randn(2, 4), torch.randn(8, 2)
+    for own in ({"rows": (0, 2)}, {"seed": torch.zeros(1, dtype=torch.int64), "dropout_p": 0.5}):
+        with pytest.raises(ValueError, match=r"members\[1\].adapters\[0\]: got rows .* call qlora_group"):
+            group.prepared(x, [Member(weight), Member(weight, adapters=[Adapter(*low, **own)])])

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.any_isa
+
 for _package in ("cleanlab", "datasketch", "matplotlib"):
     pytest.importorskip(_package, reason=f"{_package} is not installed: pip install 'peftkern[data]'")
 

@@ -13,6 +13,8 @@ from peftkern.finetune.errors import InputError  # noqa: E402
 from peftkern.transfer.data.duplicates import bands, jaccard, near_duplicates, shingles, words  # noqa: E402
 from peftkern.transfer.data.overlap import overlap  # noqa: E402
 
+pytestmark = pytest.mark.any_isa
+
 
 def texts(count: int = 60, seed: int = 0) -> list[str]:
     """Texts of 40 to 80 random words."""

@@ -15,6 +15,8 @@ from peftkern.files import cache_dir
 from peftkern.finetune import sample
 from peftkern.finetune.errors import InputError
 
+pytestmark = pytest.mark.any_isa
+
 ROWS = {"movie": 10_072, "amazon": 2_985, "nyt": 2_970, "tweets": 3_432}
 
 

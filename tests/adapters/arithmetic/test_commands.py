@@ -14,6 +14,8 @@ from peftkern.adapters.arithmetic import combine, read_adapter
 from .kinds import KINDS, loaded, output, saved
 from .test_checkpoints import flat, read, save, tensors
 
+pytestmark = pytest.mark.any_isa
+
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
