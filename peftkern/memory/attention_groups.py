@@ -21,8 +21,11 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from ..patching.attention import around_of, release, surround, surroundable
+from ..patching.masks import masked, release_masks, surround_masks
 from ..patching.rewrite import excluded, patterns_of
 from ..patching.weights import autocast_dtype
+from .attention_eager import against_tiles, by_tiles
+from .attention_masks import LazyMask
 
 __all__ = ["AttentionReport", "GroupedAttention", "attention_by_groups", "attention_whole", "grouped_sdpa"]
 
@@ -217,13 +220,34 @@ class GroupedAttention:
     def __call__(
         self, function: Callable[..., Any], kind: str, module: nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
+        if kind == "eager" and not torch.compiler.is_compiling():
+            function = functools.partial(self._eager, function)
         inner = function if self.before is None else functools.partial(self.before, function, kind)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or kind == "eager":
             return inner(module, *args, **kwargs)
-        if kind == "eager":
-            self._refuse("its attention is the eager one, not SDPA")
         with _InGroups(self.groups, self._refuse):
             return inner(module, *args, **kwargs)
+
+    def _eager(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **options: Any,
+    ) -> Any:
+        """By tiles, with gradients or without; whole where that would give something else, or for a row."""
+        if query.shape[2] > 1:
+            tensors = query, key, value
+            reason = against_tiles(function, module, tensors, attention_mask, options, self.groups)
+            if reason is None:
+                return by_tiles(*tensors, attention_mask, options, self.groups)
+            self._refuse(reason)
+        if isinstance(attention_mask, LazyMask):
+            attention_mask = attention_mask.whole()
+        return function(module, query, key, value, attention_mask, **options)
 
     def _refuse(self, reason: str) -> None:
         if not self.whole[reason]:
@@ -236,18 +260,25 @@ class AttentionReport:
     """What `attention_by_groups` did.
 
     grouped  names of the attention modules whose backward runs by groups
-    refused  the others, each with the reason
+    tiled    those of them whose attention is the eager one, which runs by tiles of queries, forward too
+    masks    names of the modules that build the masks of these, by tiles as well
+    refused  the other attention modules, each with the reason
     whole    filled while the model runs: why calls ran whole, with how many did
     """
 
     grouped: tuple[str, ...]
     refused: dict[str, str]
+    tiled: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
     whole: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         count = len(self.grouped) + len(self.refused)
         served = f"{len(self.grouped)} of {count} attention modules"
         text = f"peftkern: {served} run backward by groups of key/value heads"
+        if self.tiled:
+            masks = "and their masks, " if self.masks else "their masks whole, "
+            text += f"; {len(self.tiled)} of them, {masks}by tiles of queries, forward too"
         reasons = Counter(self.refused.values())
         text += "".join(f"; {n} whole: {reason}" for reason, n in reasons.items())
         return text + "".join(f"; {n} calls whole: {reason}" for reason, n in self.whole.items())
@@ -287,13 +318,26 @@ def attention_by_groups(
         held = around_of(module)
         before = held.before if isinstance(held, GroupedAttention) else held
         surround(module, GroupedAttention(groups, before, whole))
-    return AttentionReport(tuple(name for name, _ in found), refused, whole)
+    tiled = tuple(name for name, module in found if _is_eager(module))
+    masks = _masks_by_tiles(model) if tiled else ()
+    return AttentionReport(tuple(name for name, _ in found), refused, tiled, masks, whole)
+
+
+def _is_eager(module: nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
+
+
+def _masks_by_tiles(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose masks are built by tiles from now on."""
+    builders = [(name, module) for name, module in model.named_modules() if masked(module)]
+    return tuple(name for name, module in builders if surround_masks(module, LazyMask))
 
 
 def attention_whole(model: nn.Module) -> int:
     """Undo `attention_by_groups`; returns how many modules it served."""
     count = 0
     for module in model.modules():
+        release_masks(module)
         held = around_of(module)
         if isinstance(held, GroupedAttention):
             count += 1

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .tiles import ROWS
 
@@ -119,7 +120,7 @@ class LazyMask:
         options |= {"q_length": rows.stop - rows.start, "kv_length": keys.stop - keys.start}
         options |= {"q_offset": options.get("q_offset", 0) + rows.start}
         options |= {"kv_offset": options.get("kv_offset", 0) + keys.start}
-        return self.function(**options)
+        return self.function(**options | {"allow_is_bidirectional_skip": False})
 
     def whole(self) -> Tensor:
         """[B, 1, S, S'], as transformers builds it."""
@@ -129,8 +130,25 @@ class LazyMask:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        plain = [_plain(value) for value in args]
-        return func(*plain, **{name: _plain(value) for name, value in (kwargs or {}).items()})
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+    @property
+    def shape(self) -> torch.Size:
+        options = self.options
+        return torch.Size((options["batch_size"], 1, options["q_length"], options["kv_length"]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.options.get("dtype", torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.get("device", "cpu"))
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself where a tensor would be itself, as hooks that move arguments ask of every layer's."""
+        sample = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self if sample.to(*args, **kwargs) is sample else self.whole().to(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("function", "options", "_spans", "_whole"):

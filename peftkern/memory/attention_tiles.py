@@ -45,20 +45,22 @@ def tiling_of(
     keys: int,
     *,
     groups: int | None = None,
-    budget: int = BUDGET,
+    budget: int | None = None,
 ) -> Tiling:
-    """The largest tile whose scores stay within `budget` in backward; `ROWS` rows where none does.
+    """The largest tile whose scores stay within `budget` bytes in backward; `ROWS` rows where none does.
 
     Rows come first, then heads, then samples: gradients of keys are added up once a tile.
 
     Args:
         batch, kv_heads: of the operands. queries_each: query heads of a key/value head. rows, keys: of one.
         groups: how many groups the key/value heads make, None for as few as the budget allows.
+        budget: None for `BUDGET`.
 
     >>> tiling_of(1, 4, 2, 131072, 131072), tiling_of(2, 4, 2, 128, 128)
     (Tiling(samples=1, heads=1, rows=64), Tiling(samples=2, heads=4, rows=128))
     """
     row = max(queries_each * keys * SCORE_BYTES, 1)
+    budget = BUDGET if budget is None else budget
     most = budget // row // ROWS * ROWS
     heads = kv_heads // groups if groups else 1
     fitting = max(most // heads // ROWS * ROWS, ROWS)

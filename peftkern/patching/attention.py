@@ -26,6 +26,7 @@ __all__ = [
     "WideMode",
     "against_other_globals",
     "around_of",
+    "hold_modes",
     "in_fp32",
     "release",
     "restore_surrounded",
@@ -38,6 +39,7 @@ __all__ = [
 
 _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 _AROUND = "_peftkern_around_attention"  # of the module, which holds what `surround` put there
+_HELD = "_peftkern_held_modes"  # of a module that is no attention, which holds what `hold_modes` put there
 
 
 class WideMode(NamedTuple):
@@ -213,17 +215,31 @@ def restore_surrounded(model: nn.Module) -> None:
     for module in model.modules():
         if _AROUND in module.__dict__ and not _modes(module):
             _install(module, [])
+        elif _HELD in module.__dict__ and not _modes(module):
+            install(module, AttentionForward, module.__dict__[_HELD])
 
 
 def surrounded_alone(module: nn.Module) -> bool:
     """Whether the module has a forward of ours for nothing but what stands around its attention function."""
     modes = _modes(module)
-    return _AROUND in module.__dict__ and len(modes) == 1 and not modes[0].slow
+    return _HELD in module.__dict__ or (
+        _AROUND in module.__dict__ and len(modes) == 1 and not getattr(modes[0], "slow", True)
+    )
 
 
 def around_of(module: nn.Module) -> Callable[..., Any] | None:
     """What `surround` has put around the module's attention function; None where nothing is."""
     return module.__dict__.get(_AROUND)
+
+
+def hold_modes(module: nn.Module, modes: tuple[NamedTuple, ...] | None) -> None:
+    """Let a module that is no attention see ours under the names of the modes, through `patch` and `unpatch`;
+    None takes them off."""
+    if modes is not None:
+        module.__dict__[_HELD] = modes
+        install(module, AttentionForward, modes)
+    elif module.__dict__.pop(_HELD, None) is not None:
+        remove(module)
 
 
 def surroundable(module: nn.Module) -> str | None:
@@ -255,8 +271,8 @@ def against_other_globals(module: nn.Module) -> str | None:
 
 
 class AttentionForward(WrappedForward):
-    """An attention module's own forward, whose code sees ours under the names of the modes in `cache`.
-    torch.compile traces into it."""
+    """A module's own forward, an attention's as a rule, whose code sees ours under the names of the modes in
+    `cache`. torch.compile traces into it."""
 
     __slots__ = ("_stock", "_code", "_names", "_replacements", "scope")
 

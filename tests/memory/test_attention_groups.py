@@ -254,13 +254,14 @@ def test_what_torch_does_not_run_by_flash_attention_is_refused() -> None:
         grouped_sdpa(*tensors, groups=3)
 
 
-def test_eager_attention_is_named() -> None:
+def test_eager_attention_runs_by_tiles() -> None:
+    """tests/memory/test_attention_eager.py says with what numbers."""
     model = models.lora(models.llama())
     model.get_base_model().set_attn_implementation("eager")
     report = attention_by_groups(model)
-    with pytest.warns(UserWarning, match="eager"):
-        models.run(model)
-    assert list(report.whole) == ["its attention is the eager one, not SDPA"]
+    models.run(model)
+    assert len(report.tiled) == 2 and not report.whole
+    assert "2 of them, and their masks, by tiles of queries" in str(report)
 
 
 def test_what_stood_around_attention_stays_there() -> None:
