@@ -7,7 +7,7 @@ import importlib
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as Late
 from pathlib import Path
@@ -65,27 +65,26 @@ def _specializations(module: str, arch: int) -> Iterator[Specialization]:
     yield from getattr(importlib.import_module(module), "specializations", lambda _: ())(arch)
 
 
-def _argument(kind: Any, divisible: bool) -> Any:
+def _argument(path: tuple[Any, ...], kind: Any, divisible: Collection[Any]) -> Any:
     """Something that Triton takes for an argument of this type; None and 1 in a tuple are constants."""
+    if isinstance(kind, tuple):
+        parts = [_argument((*path, i), part, divisible) for i, part in enumerate(kind)]
+        return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
     if not isinstance(kind, str):
         return kind
+    of_16 = (path if len(path) > 1 else path[0]) in divisible
     if kind.startswith("*"):
-        return Pointer(DTYPES[kind[1:]], divisible)
+        return Pointer(DTYPES[kind[1:]], of_16)
     if kind == "fp32":
         return 0.5
-    return (16 if divisible else 17) + (1 << 40 if kind == "i64" else 0)
+    return (16 if of_16 else 17) + (1 << 40 if kind == "i64" else 0)
 
 
 def arguments(spec: Specialization) -> dict[str, Any]:
     """Arguments of a launch that Triton compiles to this variant."""
     found: dict[str, Any] = dict(spec.constexprs)
-    for name, kind in spec.signature.items():
-        if isinstance(kind, tuple):
-            parts = enumerate(kind)
-            found[name] = tuple(_argument(part, (name, i) in spec.divisible_by_16) for i, part in parts)
-        else:
-            found[name] = _argument(kind, name in spec.divisible_by_16)
-    return found
+    divisible = frozenset(spec.divisible_by_16)
+    return found | {name: _argument((name,), kind, divisible) for name, kind in spec.signature.items()}
 
 
 def compile_variant(module: str, name: str, arch: int) -> None:

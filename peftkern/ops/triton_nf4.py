@@ -11,6 +11,8 @@ one. PORTABLE takes about 20 (1280 in a cubin for 64 weights, all included).
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ from .triton_numerics import INTERPRETED, round_to
 __all__ = [
     "LOOKUP",
     "TABLE",
+    "Packed",
     "absmax_of",
     "absmax_parts",
     "absmax_value",
@@ -152,27 +155,38 @@ def group_words(packed: Tensor, *sizes: int) -> int:
     )
 
 
+class Packed(NamedTuple):
+    """A 4-bit weight as kernels take it, in one argument; of the last five, those of its kind of absmax."""
+
+    packed: Any  # uint8 [N K / 2]
+    code: Any  # fp32 [16]
+    absmax: Any  # fp32 [blocks], or None where it is nested:
+    absmax_8bit: Any  # uint8 [blocks]
+    absmax_code: Any  # fp32 [256]
+    nested_absmax: Any  # fp32 [ceil(blocks / NESTED_BLOCKSIZE)]
+    absmax_offset: Any  # fp32 [1]
+
+
 @triton.jit
-def absmax_parts(block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE: tl.constexpr):
-    """What `absmax_value` makes a block's absmax of: the loads that depend on none, to be asked for
-    ahead."""
+def absmax_parts(block, mask, weight, NESTED_BLOCKSIZE: tl.constexpr):
+    """What `absmax_value` makes a block's absmax of: the loads that depend on none, to be asked for ahead.
+    weight: `Packed`."""
     other = None if mask is None else 0
-    if absmax_ptr is not None:
-        parts = tl.load(absmax_ptr + block, mask=mask, other=other), 0.0
+    if weight.absmax is not None:
+        parts = tl.load(weight.absmax + block, mask=mask, other=other), 0.0
     else:
-        index = tl.load(absmax_8bit_ptr + block, mask=mask, other=other)
-        parts = index, tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=mask, other=other)
+        index = tl.load(weight.absmax_8bit + block, mask=mask, other=other)
+        parts = index, tl.load(weight.nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=other)
     return parts
 
 
 @triton.jit
-def absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr):
-    """fp32 absmax; where it is nested absmax_ptr is None, and it is code * scale, rounded, + offset,
-    rounded."""
-    if absmax_ptr is not None:
+def absmax_value(parts, weight):
+    """fp32 absmax; a nested one is code * scale, rounded, + offset, rounded."""
+    if weight.absmax is not None:
         absmax = parts[0]
     else:
-        code, offset = tl.load(absmax_code_ptr + parts[0].to(tl.int32)), tl.load(absmax_offset_ptr)
+        code, offset = tl.load(weight.absmax_code + parts[0].to(tl.int32)), tl.load(weight.absmax_offset)
         if INTERPRETED:
             absmax = code * parts[1] + offset
         else:  # an explicit .rn keeps ptxas from fusing the two, and LLVM does not look into assembly
@@ -188,19 +202,9 @@ def absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr):
 
 
 @triton.jit
-def absmax_of(
-    block,
-    mask,
-    absmax_ptr,
-    absmax_8bit_ptr,
-    absmax_code_ptr,
-    nested_absmax_ptr,
-    absmax_offset_ptr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-):
+def absmax_of(block, mask, weight, NESTED_BLOCKSIZE: tl.constexpr):
     """fp32 absmax of blocks, in `block`'s shape."""
-    parts = absmax_parts(block, mask, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE)
-    return absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
+    return absmax_value(absmax_parts(block, mask, weight, NESTED_BLOCKSIZE), weight)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from . import plan
 from .record import launched, unwatched
-from .specialization import Specialization
+from .specialization import Specialization, mapped
 
 __all__ = ["UNSPECIALIZED", "Call", "run", "specialization"]
 
 # Integers whose value must not make a variant of its own: such kernels have
 # @triton.jit(do_not_specialize=UNSPECIALIZED).
-UNSPECIALIZED = ("M", "threshold", "first_programs", "chunks0", "chunks1", "chunks2")
+# In a tuple Triton compiles for values whatever a kernel says: an odd number there makes one variant alone.
+UNSPECIALIZED = ("M", "threshold", "first_programs")
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -31,8 +33,9 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One launch of `programs` programs in one dimension, with every argument of the kernel by name; a tuple
-    is an argument for several members of a group, indexed by constants in the kernel.
+    """One launch of `programs` programs in one dimension, with every argument of the kernel by name. A tuple
+    of several members is indexed by constants in the kernel; a named tuple is several operands in one
+    argument; either may hold the other.
 
     max_registers: a thread may have; left to itself ptxas may spill a few for the sake of one more block an
     SM.
@@ -59,8 +62,7 @@ class Call:
 def run(call: Call) -> None:
     """Launches on the current stream of the tensors' device; a launch on tensors without storage is only
     listed, in the plan that is being made."""
-    flat = (part for v in call.arguments.values() for part in (v if isinstance(v, tuple) else (v,)))
-    device = next(part.device for part in flat if isinstance(part, Tensor))
+    device = next(_tensors(call.arguments.values())).device
     if device.type == "meta":
         plan.add(call)
     elif device.type != "cuda":
@@ -72,6 +74,14 @@ def run(call: Call) -> None:
     else:
         with torch.cuda.device(device):
             _launch(call, device.index)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
 
 
 # Compiled kernels by what they were compiled for: Triton finds them too, but takes longer over thirty
@@ -107,18 +117,15 @@ def _bind(call: Call, device: int) -> tuple[list[Any], tuple]:
     for name, constant, specialized in _parameters(call.kernel):
         value = call.arguments[name]
         values.append(value)
-        if constant or value is None:
-            key.append(value)
-        elif isinstance(value, tuple):
-            key.append(tuple(_kind(part, specialized) for part in value))
-        else:
-            key.append(_kind(value, specialized))
+        key.append(value if constant or value is None else _kind(value, specialized))
     return values, tuple(key)
 
 
 def _kind(value: Any, specialized: bool) -> Any:
     if isinstance(value, Tensor):
         return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
+    if isinstance(value, tuple):
+        return tuple([_kind(part, True) for part in value])
     if type(value) is int:
         if specialized and (value == 1 or value % 16 == 0):
             return (value == 1, -(1 << 31) <= value < 1 << 31)
@@ -134,12 +141,27 @@ def _parameters(kernel: Any) -> tuple[tuple[str, bool, bool], ...]:
 
 
 def _type(part: Any) -> Any:
-    """Of a tuple's member: its type at run time, or the constant itself."""
+    """An argument's type at run time, or None, which Triton makes a constant."""
     if isinstance(part, Tensor):
         return _POINTERS[part.dtype]
     if isinstance(part, float):
         return "fp32"
-    return part if part is None or part == 1 else "i32" if abs(part) < 2**31 else "i64"
+    return part if part is None else "i32" if abs(part) < 2**31 else "i64"
+
+
+def _type_or_one(part: Any) -> Any:
+    """As `_type`; or 1, which Triton makes a constant too where it compiles for values."""
+    return part if type(part) is int and part == 1 else _type(part)
+
+
+def _divisible(path: Any, value: Any, specialized: bool) -> Iterator[Any]:
+    """The argument, or the paths to parts of a tuple, that are multiples of 16, as tensors' addresses are."""
+    if isinstance(value, tuple):
+        start = path if isinstance(path, tuple) else (path,)
+        for i, part in enumerate(value):
+            yield from _divisible((*start, i), part, True)
+    elif isinstance(value, Tensor) or (specialized and type(value) is int and value % 16 == 0):
+        yield path
 
 
 def specialization(name: str, call: Call, **promises: Any) -> Specialization:
@@ -149,25 +171,14 @@ def specialization(name: str, call: Call, **promises: Any) -> Specialization:
     # the interpreter's kernels have no other description
     parameters = inspect.signature(call.kernel.fn).parameters
     for key, value in call.arguments.items():
-        constant = "constexpr" in str(parameters[key].annotation) or value is None
-        if constant or (type(value) is int and value == 1 and key not in UNSPECIALIZED):
+        constant, specialized = "constexpr" in str(parameters[key].annotation), key not in UNSPECIALIZED
+        whole = specialized or isinstance(value, tuple)
+        kind = None if constant else mapped(value, _type_or_one if whole else _type)
+        if kind is None or kind == 1:
             constexprs[key] = value
-        elif isinstance(value, tuple):
-            signature[key] = tuple(_type(part) for part in value)
-            divisible += [
-                (key, i)
-                for i, part in enumerate(value)
-                if isinstance(part, Tensor) or (type(part) is int and part % 16 == 0)
-            ]
-        elif isinstance(value, Tensor):
-            signature[key] = _POINTERS[value.dtype]
-            divisible.append(key)
-        elif isinstance(value, float):
-            signature[key] = "fp32"
         else:
-            signature[key] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and key not in UNSPECIALIZED:
-                divisible.append(key)
+            signature[key] = kind
+            divisible += _divisible(key, value, specialized)
     stages = {"num_warps": call.num_warps, "num_stages": call.num_stages, "divisible_by_16": tuple(divisible)}
     return Specialization(
         name, call.kernel, signature, constexprs, **stages, options=call.options, **promises

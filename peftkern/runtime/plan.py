@@ -118,12 +118,12 @@ def states(kernel: Any) -> bool:
 
 
 def nbytes(*values: Any) -> int:
-    """Bytes of tensors, of tuples of them, and of None."""
+    """Bytes of tensors, also within tuples and lists, whose other parts count nothing."""
     found = 0
     for value in values:
         if isinstance(value, Tensor):
             found += value.numel() * value.element_size()
-        elif value is not None:
+        elif isinstance(value, (tuple, list)):
             found += nbytes(*value)
     return found
 

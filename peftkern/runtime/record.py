@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .steps import Allocate, Compiled, Drop, Interpreted, Operate, Place, bases_of, filled
+from .specialization import mapped
+from .steps import Addressed, Allocate, Compiled, Drop, Interpreted, Operate, Place, bases_of, filled
 
 __all__ = ["Record", "Recorder", "launched", "record", "recording", "unrecordable", "unwatched"]
 
@@ -126,31 +127,32 @@ class Recorder:
     def launch(self, call: Any, compiled: Any, values: list[Any] | None) -> None:
         """A Triton kernel has been launched; see `launched`."""
         if compiled is None:
-            arguments = {name: self._tensors(value) for name, value in call.arguments.items()}
+            arguments = {name: mapped(value, self._tensor) for name, value in call.arguments.items()}
             self.steps.append(Interpreted(call.interpret, arguments))
             return
-        fixed, patches, tuples = [], [], []
-        for at, value in enumerate(values):
-            fixed.append(value)
+        self.steps.append(Compiled(compiled[(call.programs, 1, 1)], self._addressed(values)))
+
+    def _addressed(self, values: Iterable[Any]) -> Addressed:
+        """The values with addresses in the tensors' stead: a record holds no tensor."""
+        fixed, patches, tuples = list(values), [], []
+        for at, value in enumerate(fixed):
             if isinstance(value, Tensor):
-                base, offset = self._address(value)
-                fixed[at] = offset
+                base, fixed[at] = self._address(value)
                 if base >= 0:
-                    patches.append((at, base, offset))
-            elif type(value) is tuple and any(isinstance(part, Tensor) for part in value):
-                fixed[at] = None  # a record holds no tensor
-                parts = (self._address(part) if isinstance(part, Tensor) else (-1, part) for part in value)
-                tuples.append((at, tuple(parts)))
-        self.steps.append(Compiled(compiled[(call.programs, 1, 1)], fixed, tuple(patches), tuple(tuples)))
+                    patches.append((at, base, fixed[at]))
+            elif isinstance(value, tuple):
+                parts = self._addressed(value)
+                fixed[at] = tuple(parts.values)
+                if parts.patches or parts.tuples:
+                    tuples.append((at, parts))
+        return Addressed(fixed, tuple(patches), tuple(tuples))
 
     def _address(self, t: Tensor) -> tuple[int, int]:
         """The base and the offset; (-1, 0), the null pointer, of a tensor without elements."""
         return self.place(t)[:2] if t.numel() else (-1, 0)
 
-    def _tensors(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.operand(value) if value.numel() else value
-        return tuple(map(self._tensors, value)) if type(value) is tuple else value
+    def _tensor(self, value: Any) -> Any:
+        return self.operand(value) if isinstance(value, Tensor) and value.numel() else value
 
 
 class _Watch(TorchDispatchMode):

@@ -3,18 +3,18 @@ without a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Specialization"]
+__all__ = ["Specialization", "mapped"]
 
 
 @dataclass(frozen=True, eq=False)
 class Specialization:
     """One variant of a kernel as one of our launchers compiles it, and what its machine code must look like.
 
-    A module `triton*.py` under peftkern/ops that launches kernels has
+    A module `triton*.py` under peftkern/ops, of a kernel or beside its module, has
 
         def specializations(arch: int) -> Iterable[Specialization]
 
@@ -38,25 +38,21 @@ class Specialization:
     name: unique in its module; letters, digits and dashes.
     kernel: the `@triton.jit` function.
     signature: type of each argument that is passed at run time ("*bf16", "*fp16", "*fp32", "*u8", "*i64",
-    "i32", "i64", "fp32"); of a tuple
-        a tuple of its members' types, where None or 1 stands for a member that Triton makes a constant.
+        "i32", "i64", "fp32"); of a tuple a tuple of its members' types, named and nested as it is, where None
+        or 1 stands for a member that Triton makes a constant.
     constexprs: every other argument: the tl.constexpr ones, and None for a pointer that is not given (Triton
-    makes those constants, as it
-        does with an integer that equals 1). Each argument of the kernel is in exactly one of the two; the
-        order does not matter.
-    divisible_by_16: arguments, or (argument, index) of a tuple, that Triton finds divisible by 16 at the
-    launch: pointers that are aligned
-        to 16 bytes (all of torch's own tensors, not every slice of one) and integers such as K that are a
-        multiple of 16. Without it no load is 16 bytes wide.
+        makes those constants, as it does with an integer that equals 1). Each argument of the kernel is in
+        exactly one of the two; the order does not matter.
+    divisible_by_16: arguments, or (argument, index, ...) within a tuple, that Triton finds divisible by 16 at
+        the launch: pointers that are aligned to 16 bytes (all of torch's own tensors, not every slice of one)
+        and integers such as K that are a multiple of 16. Without it no load is 16 bytes wide.
     options: what else goes into the launch (`enable_fp_fusion`, `maxnreg`, ...).
     expects_mma: the kernel has a product that must run on tensor cores. Triton uses none on sm_75 (3.6 and
-    3.9 lower tl.dot to FFMA there):
-        say `arch >= 80`.
+        3.9 lower tl.dot to FFMA there): say `arch >= 80`.
     wide_loads: pointers, by the name they have on the source line of their `tl.load(...)`, whose global loads
-    must all be 16 bytes wide; at
-        least one of them must be loaded.
+        must all be 16 bytes wide; at least one of them must be loaded.
     unfused: names of `@triton.jit` device functions on whose source lines no multiplication may have been
-    fused with an addition.
+        fused with an addition.
     """
 
     name: str
@@ -70,3 +66,11 @@ class Specialization:
     expects_mma: bool = False
     wide_loads: tuple[str, ...] = ()
     unfused: tuple[str, ...] = ()
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with what is not a tuple in it changed; tuples, named ones too, keep their kind."""
+    if not isinstance(value, tuple):
+        return change(value)
+    parts = [mapped(part, change) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

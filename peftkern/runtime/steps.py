@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Allocate", "Compiled", "Drop", "Interpreted", "Operate", "Place", "bases_of", "filled"]
+__all__ = [
+    "Addressed",
+    "Allocate",
+    "Compiled",
+    "Drop",
+    "Interpreted",
+    "Operate",
+    "Place",
+    "bases_of",
+    "filled",
+]
 
 
 class Place(NamedTuple):
@@ -39,6 +49,8 @@ def filled(template: Any, bases: list[Any]) -> Any:
         return kind([filled(part, bases) for part in template])
     if kind is dict:
         return {name: filled(part, bases) for name, part in template.items()}
+    if isinstance(template, tuple):
+        return kind(*[filled(part, bases) for part in template])
     return template
 
 
@@ -46,7 +58,7 @@ def bases_of(template: Any) -> Iterator[int]:
     """The numbers of the bases that a template needs."""
     if type(template) is Place:
         yield template.base
-    elif type(template) in (tuple, list):
+    elif isinstance(template, (tuple, list)):
         for part in template:
             yield from bases_of(part)
     elif type(template) is dict:
@@ -70,33 +82,41 @@ class Allocate:
         yield self.base
 
 
-class Compiled:
-    """A compiled Triton kernel. values: its arguments in order; at the positions that `patches` names stands
-    the address of a base plus an offset. `tuples`: positions whose value is a tuple of addresses and other
-    values, of which (-1, value) is a value."""
+class Addressed(NamedTuple):
+    """Values among which addresses stand. patches: (position, base, offset) of the addresses; tuples: the
+    positions whose value is a tuple with addresses in it."""
 
-    __slots__ = ("runner", "values", "patches", "tuples")
+    values: list[Any]
+    patches: tuple[tuple[int, int, int], ...]
+    tuples: tuple[tuple[int, Addressed], ...]
 
-    def __init__(
-        self,
-        runner: Callable[..., None],
-        values: list[Any],
-        patches: tuple[tuple[int, int, int], ...],
-        tuples: tuple[tuple[int, tuple[tuple[int, Any], ...]], ...],
-    ) -> None:
-        self.runner, self.values, self.patches, self.tuples = runner, values, patches, tuples
-
-    def __call__(self, bases: list[Any], pointers: list[int], stream: int) -> None:
+    def filled(self, pointers: list[int]) -> list[Any]:
         values = self.values.copy()
         for at, base, offset in self.patches:
             values[at] = pointers[base] + offset
         for at, parts in self.tuples:
-            values[at] = tuple([value if base < 0 else pointers[base] + value for base, value in parts])
-        self.runner(*values, stream=stream)
+            values[at] = tuple(parts.filled(pointers))
+        return values
 
     def used(self) -> Iterator[int]:
         yield from (base for _, base, _ in self.patches)
-        yield from (base for _, parts in self.tuples for base, _ in parts if base >= 0)
+        for _, parts in self.tuples:
+            yield from parts.used()
+
+
+class Compiled:
+    """A compiled Triton kernel, with its arguments in order."""
+
+    __slots__ = ("runner", "arguments")
+
+    def __init__(self, runner: Callable[..., None], arguments: Addressed) -> None:
+        self.runner, self.arguments = runner, arguments
+
+    def __call__(self, bases: list[Any], pointers: list[int], stream: int) -> None:
+        self.runner(*self.arguments.filled(pointers), stream=stream)
+
+    def used(self) -> Iterator[int]:
+        return self.arguments.used()
 
 
 class Interpreted:

@@ -11,10 +11,12 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from peftkern.runtime.specialization import mapped
 
 from . import ptx, sass
 
@@ -80,12 +82,9 @@ def start() -> None:
 
 
 def _path(kernel: Any, name: Any) -> tuple[int, ...]:
-    """Of an argument, or of (argument, index) in a tuple."""
-    return (
-        (kernel.arg_names.index(name),)
-        if isinstance(name, str)
-        else (kernel.arg_names.index(name[0]), name[1])
-    )
+    """Of an argument, or of (argument, index, ...) within a tuple."""
+    first, *inside = (name,) if isinstance(name, str) else name
+    return kernel.arg_names.index(first), *inside
 
 
 def _attributes(kernel: Any, divisible: Iterable[Any]) -> dict[tuple[int, ...], list[list[Any]]]:
@@ -94,15 +93,19 @@ def _attributes(kernel: Any, divisible: Iterable[Any]) -> dict[tuple[int, ...], 
 
 def _constants(spec: Any) -> dict[Any, Any]:
     """By name, those inside tuples by path."""
-    inside = (
-        (name, i, part)
-        for name, parts in spec.signature.items()
-        if isinstance(parts, tuple)
-        for i, part in enumerate(parts)
-    )
+    inside = (leaf for name, parts in spec.signature.items() for leaf in _leaves((name,), parts))
     return dict(spec.constexprs) | {
-        _path(spec.kernel, (name, i)): part for name, i, part in inside if not isinstance(part, str)
+        _path(spec.kernel, path): part for path, part in inside if not isinstance(part, str)
     }
+
+
+def _leaves(path: tuple[Any, ...], kind: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """What stands in a tuple, and in those in it, with its path."""
+    if not isinstance(kind, tuple):
+        yield path, kind
+        return
+    for i, part in enumerate(kind):
+        yield from _leaves((*path, i), part)
 
 
 def _signature(spec: Any) -> dict[str, Any]:
@@ -121,8 +124,8 @@ def _signature(spec: Any) -> dict[str, Any]:
     if stray := {name if isinstance(name, str) else name[0] for name in spec.divisible_by_16} - given:
         raise ValueError(f"{spec.name}: divisible_by_16 names {sorted(stray)}, which signature does not have")
     found = {name: spec.signature.get(name, "constexpr") for name in names}
-    of = lambda parts: tuple(part if isinstance(part, str) else "constexpr" for part in parts)  # noqa: E731
-    return {name: of(kind) if isinstance(kind, tuple) else kind for name, kind in found.items()}
+    of = lambda kind: mapped(kind, lambda part: part if isinstance(part, str) else "constexpr")  # noqa: E731
+    return {name: of(kind) for name, kind in found.items()}
 
 
 def _compile(spec: Any, arch: int) -> Any:

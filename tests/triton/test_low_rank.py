@@ -15,7 +15,7 @@ from ..ops.bounds import assert_as_accurate, products_of_many_rows
 
 pytest.importorskip("triton")
 
-from peftkern.ops.qlora_linear import triton_low_rank as low_rank  # noqa: E402
+from peftkern.ops.qlora_linear import low_rank  # noqa: E402
 
 SCALING = 0.7
 # The interpreter sums a tile's products one after the other: 32 of them are a chain as short as the house's

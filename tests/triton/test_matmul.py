@@ -15,7 +15,8 @@ from tests.ops.bounds import assert_as_accurate, products_of_many_rows, relative
 
 pytest.importorskip("triton")
 
-from peftkern.ops.qlora_linear.triton_matmul import MatmulConfig, default_config, matmul_dx, matmul_forward  # noqa: E402
+from peftkern.ops.qlora_linear.matmul_calls import matmul_dx, matmul_forward  # noqa: E402
+from peftkern.ops.qlora_linear.matmul_config import MatmulConfig, default_config  # noqa: E402
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = MatmulConfig(16, 64, 32, num_stages=2)

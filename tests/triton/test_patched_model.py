@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.ops.qlora_linear import triton_low_rank as low_rank
-from peftkern.ops.qlora_linear import tuned
+from peftkern.ops.qlora_linear import low_rank, tuned
 from peftkern.patching import linears
 
 from ..ops.bounds import FACTOR, assert_as_accurate

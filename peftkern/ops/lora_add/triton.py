@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..qlora_linear import triton_low_rank as low_rank
+from ..qlora_linear import low_rank
 
 __all__ = ["backward", "forward"]
 

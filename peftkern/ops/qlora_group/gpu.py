@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...runtime.replay import replayed
 from ..qlora_linear import gpu as single
-from ..qlora_linear import triton_low_rank as low_rank
-from ..qlora_linear import tuned
+from ..qlora_linear import low_rank, tuned
+from ..qlora_linear.low_rank_calls import config_for
 from . import merged
 from .spec import split_needs
 
@@ -140,7 +140,7 @@ def _further(
     dy, x, dx, lora_a, lora_b, xa, scaling, dropout_p, seed, need_a, need_b
 ) -> tuple[Tensor | None, Tensor | None]:
     """One more adapter on some rows: dx += drop(dyb A), its gradients."""
-    passes = low_rank.config_for(dy, lora_b, *dy.shape, lora_a.shape[1], lora_a.shape[0])
+    passes = config_for(dy, lora_b, *dy.shape, lora_a.shape[1], lora_a.shape[0])
     partials = low_rank.dy_pass(
         dy, xa, lora_b, scaling, (dx is not None, False, need_a, need_b), config=passes
     )

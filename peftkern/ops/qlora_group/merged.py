@@ -10,20 +10,22 @@ dx over all members. Members whose slabs do not fit the buffer together follow i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...runtime.launch import run
 from ...runtime.plan import device_of
+from ..dequantize.triton import Format, Rectangle, decode_call, rectangle
 from ..qlora_linear import gpu as single
+from ..qlora_linear import low_rank_calls as passes
 from ..qlora_linear.config import Choice, batches
+from ..qlora_linear.low_rank_calls import DyMember, Low
 from ..qlora_linear.low_rank_config import LowRankConfig
+from ..qlora_linear.matmul_calls import DENSE, Product, dx_sum_call, group_call
+from ..qlora_linear.triton_low_rank import YOperands
 from ..triton_nf4 import group_words
-from . import triton_passes as passes
-from . import triton_products as products
-from .triton_passes import DyMember, Low
 
 __all__ = ["Group", "backward", "forward", "group_of"]
 
@@ -41,10 +43,11 @@ class Group:
     choice: Choice
 
     def passes(self, x: Tensor, used: Sequence[int]) -> LowRankConfig:
-        """The tiles of the widest adapter, chunks of all members' columns."""
+        """The tiles of the widest adapter, chunks of all members' columns; dyb by programs of its own."""
         lows = [self.lows[i] for i in used if self.lows[i] is not None]
         total, rank = sum(self.n[i] for i in used), max((low.rank for low in lows), default=0)
-        return single.low_rank_config_of(x, lows[0].b if lows else None, total, self.k, rank, slab=True)
+        found = single.low_rank_config_of(x, lows[0].b if lows else None, total, self.k, rank, slab=True)
+        return replace(found, fused=False)
 
     def batches(self, used: Sequence[int], itemsize: int) -> list[list[int]]:
         """Members whose slabs share the buffer at a time."""
@@ -102,7 +105,7 @@ class _Slabs:
         """Elements to decode, up to a multiple of 128: every slab begins on a border of 256 bytes or more."""
         return 0 if self.group.quants[i][0] is None else -(-self.group.n[i] * self.group.k // 128) * 128
 
-    def of(self, batch: list[int]) -> tuple[dict[int, Tensor], list[tuple[Tensor, tuple, Tensor]]]:
+    def of(self, batch: list[int]) -> tuple[dict[int, Tensor], list[tuple[Rectangle, Format]]]:
         """Every member's dense weight, and what has to be decoded for it."""
         group, found, todo, at = self.group, {}, [], 0
         for i in batch:
@@ -110,7 +113,8 @@ class _Slabs:
                 found[i] = group.weights[i].to(self.dtype)
                 continue
             found[i] = self.buffer[at : at + group.n[i] * group.k].view(group.n[i], group.k)
-            todo.append((group.weights[i], group.quants[i], found[i]))
+            whole = slice(0, group.n[i]), slice(0, group.k)
+            todo.append(rectangle(group.weights[i], group.quants[i], group.k, *whole, found[i]))
             at += self._size(i)
         return found, todo
 
@@ -125,23 +129,32 @@ def forward(group: Group, x: Tensor, biases: list[Tensor | None]) -> tuple[list[
     for index, batch in enumerate(parts):
         dense, todo = slabs.of(batch)
         beside = low if index == 0 else []
-        if beside or todo:
-            call, found = passes.xa_call(x, [group.lows[i] for i in beside], todo, config, arch=arch)
-            run(call)
-            xa |= dict(zip(beside, found, strict=True))
+        if beside:
+            call, found = passes.xa_call(x, [group.lows[i] for i in beside], config, arch=arch)
+            run(passes.beside_decoding(call, todo))
+            xa |= {i: parts[0] for i, parts in zip(beside, found, strict=True)}
+        elif todo:
+            run(decode_call(todo))
         if group.choice.gemm == "triton":
-            each = [[of[i] for i in batch] for of in (dense, biases, group.lows)]
-            run(products.y_call(x, *each, [xa.get(i) for i in batch], [y[i] for i in batch], arch=arch))
+            products = [_product_of(dense[i], y[i], xa.get(i), group.lows[i], biases[i]) for i in batch]
+            run(group_call(x, products, arch=arch))
             continue
         if beside:
-            run(
-                passes.y_call(
-                    *([of[i] for i in low] for of in (y, xa, group.lows, biases)), config, arch=arch
-                )
-            )
+            members = [_y_operands(y[i], xa[i], group.lows[i], biases[i]) for i in low]
+            run(passes.y_call(members, config, arch=arch))
         for i in batch:
             _product(x, dense[i], biases[i], y[i], accumulate=i in xa)
     return y, [xa[i] for i in sorted(low, key=lambda i: group.adapters[i])]
+
+
+def _y_operands(y: Tensor, xa: Tensor, low: Low, bias: Tensor | None) -> YOperands:
+    return passes.y_operands(y, xa, low.b, low.scaling, bias)
+
+
+def _product_of(dense: Tensor, y: Tensor, xa: Tensor | None, low: Low | None, bias: Tensor | None) -> Product:
+    if low is None:
+        return Product(dense, DENSE, y, bias)
+    return Product(dense, DENSE, y, bias, xa, low.b, low.scaling)
 
 
 def _product(x: Tensor, dense: Tensor, bias: Tensor | None, y: Tensor, *, accumulate: bool) -> None:
@@ -180,7 +193,7 @@ def backward(
         if member.need_dyb or member.need_b or member.need_bias
     ]
     of = dict(zip(used, wanted, strict=True))
-    first = _First(config, [of[i] for i in asked], group.k, arch)
+    first = _First(config, [of[i] for i in asked], arch)
     dx = wide.new_empty((wide.shape[0], group.k)) if need_x else None
     with_dyb = [i for i in asked if of[i].need_dyb]
     d_a = _dx(group, dy, x, dx, used, with_dyb, [need_a[low[i]] for i in with_dyb], first, asked)
@@ -190,8 +203,8 @@ def backward(
         + [(p.d_lora_b, dtype) for p in first.parts]
         + [(p.d_bias, torch.float32) for p in first.parts]
     )
-    call, found = passes.reduce_call(sums)
-    if call is not None:
+    calls, found = passes.reduce_calls(sums)
+    for call in calls:
         run(call)
     grads_a, grads_b, grads_bias = [None] * len(xa), [None] * len(xa), [None] * len(dy)
     for at, i in enumerate(with_dyb):
@@ -206,20 +219,15 @@ def backward(
 class _First:
     """The launch over every dy, beside the first batch's decoding; `parts` is what it left."""
 
-    def __init__(self, config: LowRankConfig, members: list[DyMember], k: int, arch: int) -> None:
-        self.config, self.members, self.k, self.arch, self.parts = config, members, k, arch, []
+    def __init__(self, config: LowRankConfig, members: list[DyMember], arch: int) -> None:
+        self.config, self.members, self.arch, self.parts = config, members, arch, []
 
-    def launch(self, todo: list) -> None:
+    def launch(self, todo: list[tuple[Rectangle, Format]]) -> None:
         if self.members:
-            call, self.parts = passes.dy_call(self.members, todo, self.k, self.config, arch=self.arch)
-            run(call)
+            call, self.parts = passes.dy_call(self.members, self.config, arch=self.arch)
+            run(passes.beside_decoding(call, todo))
         elif todo:
-            _decode(todo, self.k, self.config, self.arch)
-
-
-def _decode(todo: list[tuple[Tensor, tuple, Tensor]], k: int, config: LowRankConfig, arch: int) -> None:
-    slab = todo[0][2]
-    run(passes.xa_call(slab[:0], [], todo, config, arch=arch)[0])
+            run(decode_call(todo))
 
 
 def _dx(group, dy, x, dx, used, low, need_a, first, asked) -> list[Tensor | None]:
@@ -234,18 +242,15 @@ def _dx(group, dy, x, dx, used, low, need_a, first, asked) -> list[Tensor | None
         if index == 0:
             first.launch(todo)
         elif todo:
-            _decode(todo, group.k, first.config, arch)
+            run(decode_call(todo))
         if index == 0 and low:
             dybs = [first.parts[asked.index(i)].dyb for i in low]
             call, d_a = passes.x_call(x, dx, lows, dybs, need_a, first.config, arch=arch)
             run(call)
             started = True
         if group.choice.gemm == "triton":
-            run(
-                products.dx_call(
-                    [dy[i] for i in batch], [dense[i] for i in batch], dx, accumulate=started, arch=arch
-                )
-            )
+            operands = [dy[i] for i in batch], [dense[i] for i in batch], dx
+            run(dx_sum_call(*operands, accumulate=started, arch=arch))
             started = True
             continue
         for i in batch:

@@ -18,17 +18,14 @@ from ...runtime.backends import use_cuda_kernels
 from ...runtime.launch import Call, run
 from ...runtime.plan import device_of
 from ...runtime.replay import replayed
-from ..dequantize.triton import dequantize_slice
-from . import config, cuda, tuned
-from . import triton_low_rank as low_rank
-from . import triton_matmul as matmul
+from ..dequantize.triton import dequantize_slice, rectangle
+from . import config, cuda, low_rank, tuned
+from . import matmul_calls as matmul
 from .config import Choice
+from .low_rank_calls import DyPartials, Low, beside_decoding, config_for, dy_call, xa_call
 from .low_rank_config import LowRankConfig, beside_a_slab
-from .triton_slab import slab_call
 
 __all__ = ["LateInput", "backward", "choose", "forward"]
-
-_DENSE = (None,) * 6 + (64, 256)
 
 
 def choose(x: Tensor, quant: tuple, n: int, k: int, *, forward: bool) -> Choice:
@@ -48,7 +45,7 @@ def low_rank_config_of(
 ) -> LowRankConfig:
     """Beside a slab's decoding the device is full already: no split contraction; and with a large L2 dyb
     needs no partial sums."""
-    found = low_rank.config_for(x, adapter, x.shape[0], n, k, max(rank, 1))
+    found = config_for(x, adapter, x.shape[0], n, k, max(rank, 1))
     if not slab:
         return found
     return beside_a_slab(found, n, x.element_size(), device_of(x).l2)
@@ -98,7 +95,7 @@ class _Slabs:
         out = self.buffer[: height * width].view(height, width)
         if beside is None:
             return dequantize_slice(self.weight, self.quant, n, k, rows, cols, out)
-        run(slab_call(self.weight, self.quant, k, rows, cols, out, beside))
+        run(beside_decoding(beside, [rectangle(self.weight, self.quant, k, rows, cols, out)]))
         return out
 
 
@@ -140,9 +137,8 @@ def _slab_forward(
     y, xa, beside = x.new_empty((m, n)), x.new_empty((m, 0), dtype=torch.float32), None
     if rank:
         passes = low_rank_config_of(x, lora_a, n, k, rank, slab=True)
-        beside, parts = low_rank.project_call(
-            x, lora_a, 1.0, dropout_p, seed, passes, by_rank=True, arch=device_of(x).arch
-        )
+        low = Low(lora_a, dropout_p=dropout_p, seed=seed)
+        beside, (parts,) = xa_call(x, [low], passes, arch=device_of(x).arch)
         xa = parts[0]
     slabs = _Slabs(x, weight, quant, (n, k), choice, by_rows=True)
     for index, rows in enumerate(slabs.parts):
@@ -152,7 +148,7 @@ def _slab_forward(
             matmul.matmul_forward(
                 x,
                 slab,
-                _DENSE,
+                matmul.DENSE,
                 slab.shape[0],
                 part_bias,
                 lora_b[rows] if rank else None,
@@ -210,9 +206,10 @@ def backward(
         )
     choice = choose(dy, quant, n, k, forward=False)
     passes = low_rank_config_of(dy, lora_b, n, k, rank, slab=choice.regime == "slab")
-    first, partials = None, low_rank.DyPartials(None, None, None)
+    first, partials = None, DyPartials(None, None, None)
     if (rank and (need_x or need_a or need_b)) or need_bias:
-        first, partials = low_rank.dy_calls(dy, xa, lora_b, scaling, needs, passes, arch=device_of(dy).arch)
+        member = low_rank.dy_member(dy, xa, lora_b, scaling, needs)
+        first, (partials,) = dy_call([member], passes, arch=device_of(dy).arch)
     dx, d_a = dy.new_empty((m, k)) if need_x else None, None
     if choice.regime == "slab" and need_x:
         d_a = _slab_backward(
@@ -244,7 +241,16 @@ def _slab_backward(
         if choice.gemm == "triton":
             adapter = lora_a[:, cols] if rank else None
             matmul.matmul_dx(
-                dy, slab, _DENSE, slab.shape[1], adapter, dyb, dropout_p, seed, out, first_col=cols.start
+                dy,
+                slab,
+                matmul.DENSE,
+                slab.shape[1],
+                adapter,
+                dyb,
+                dropout_p,
+                seed,
+                out,
+                first_col=cols.start,
             )
             continue
         if index == 0 and rank:

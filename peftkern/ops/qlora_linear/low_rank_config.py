@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from ...runtime.targets import nearest
 from ..sizes import ceil_div, next_power_of_2
 
-__all__ = ["EXACT_ROWS", "SHARED_L2", "LowRankConfig", "Tile", "beside_a_slab", "choose_low_rank", "dot_mode"]
+__all__ = [
+    "EXACT_ROWS",
+    "SHARED_L2",
+    "LowRankConfig",
+    "Ranks",
+    "Tile",
+    "beside_a_slab",
+    "choose_low_rank",
+    "dot_mode",
+]
 
 # The programs of dyb and of dB read the same rows of dy out of an L2 of at least so many bytes; below, one
 # program does both. Derived, not measured.
@@ -49,6 +58,18 @@ class LowRankConfig:
     x_rows: int
     epilogue: Tile
     ranks: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What the passes' kernels are compiled for of their adapters. each: the ranks; padded: the largest
+    rounded up to a power of two of at least 16; step: the epilogue's, over ranks; mode: `dot_mode`'s
+    answer."""
+
+    each: tuple[int, ...]
+    padded: int
+    step: int
+    mode: str
 
 
 # fp32 operands of up to so many rows are multiplied outside the tensor cores, whose three TF32 products err

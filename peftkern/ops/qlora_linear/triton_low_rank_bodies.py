@@ -1,14 +1,17 @@
 """The low-rank passes' kernels as device functions that take their program id, so that a launch can hold two
 of them side by side.
 
+TILE, DYB_TILE (`Tile`) and RANKS (`Ranks`) are frozen dataclasses of `low_rank_config.py`; a list, as of a
+shape, and tl.static_range take no attribute of theirs, only a local constexpr.
+
 Operands of a product are a wide tile (x or dy, in the activations' dtype) and a narrow one (adapters, xa,
-dyb). MODE says how they meet:
+dyb). MODE, or RANKS.mode, says how they meet:
     "native"  both in the wide tile's 16-bit dtype: the narrow one is rounded to it in registers, as plain
     PyTorch rounds it in memory; "split"   wide bf16, narrow fp32 as a sum of three bf16 terms, 24 bits: exact
     products on 16-bit tensor cores, no fp32 tile; otherwise both in fp32, MODE being tl.dot's
     input_precision.
-Sums are fp32; those of "split" and of fp32 operands are rounded once a tile, see `dot_fresh`. R_PAD is R
-rounded up to a power of two of at least 16; what is padded is loaded as zero.
+Sums are fp32; those of "split" and of fp32 operands are rounded once a tile, see `dot_fresh`. RANKS.padded is
+R rounded up to a power of two of at least 16; what is padded is loaded as zero.
 """
 
 from __future__ import annotations
@@ -113,16 +116,17 @@ def project_body(
     scale,  # of the result: 1 for xa, s for dyb
     M,
     C,
-    split_cols,  # columns that one program contracts, a multiple of BLOCK_C
+    split_cols,  # columns that one program contracts, a multiple of TILE.cols
     R: tl.constexpr,
-    R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
+    RANKS: tl.constexpr,
     BY_RANK: tl.constexpr,
-    MODE: tl.constexpr,
 ):
     """out = scale * drop(x) @ adapter, one program a block of rows and a split of the contraction: x is read
     once."""
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_C: tl.constexpr = TILE.cols
+    R_PAD: tl.constexpr = RANKS.padded
     row_blocks = tl.cdiv(M, BLOCK_M)
     row0, split = (pid % row_blocks) * BLOCK_M, pid // row_blocks
     rows, ranks = row0 + tl.arange(0, BLOCK_M), tl.arange(0, R_PAD)
@@ -139,7 +143,7 @@ def project_body(
         adapter = adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, R_PAD]
         if seed_ptr is not None:
             x = tl.where(dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C), x, 0.0)
-        acc = _dot_right(x, _terms(adapter, x, MODE), acc, MODE)
+        acc = _dot_right(x, _terms(adapter, x, RANKS.mode), acc, RANKS.mode)
     out = out_ptr + (tl.cast(split, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
     tl.store(out, acc * scale, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
@@ -147,38 +151,34 @@ def project_body(
 @triton.jit
 def dy_pass_body(
     pid,
-    dy_ptr,  # [M, N]
-    xa_ptr,  # fp32 [M, R]
-    lora_b_ptr,  # [N, R]
+    member,  # `DyOperands`
     dyb_ptr,  # fp32 [column chunks, M, R], or None
-    d_lora_b_ptr,  # [row chunks, N, R], or None
-    d_bias_ptr,  # [row chunks, N], or None
-    scaling,
     M,
-    N,
-    chunk_rows,  # rows that one program walks, a multiple of BLOCK_M
+    chunk_rows,  # rows that one program walks, a multiple of TILE.rows
     R: tl.constexpr,
-    R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MODE: tl.constexpr,
+    TILE: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
-    """A program owns chunk_rows x BLOCK_N of dy, read once: its share of dyb, and what it adds to dB and
+    """A program owns chunk_rows x TILE.cols of dy, read once: its share of dyb, and what it adds to dB and
     d_bias, held in registers.
 
-    Beside dy's bytes (2 an element) the partial sums, written and read, move 8 R / (2 BLOCK_N) for dyb and 8
-    R / (2 chunk_rows) for dB: with R = 16 and 512 of each, an eighth of dy each, where a second pass over dy
-    would move all of it.
+    Beside dy's bytes (2 an element) the partial sums, written and read, move 8 R / (2 TILE.cols) for dyb and
+    8 R / (2 chunk_rows) for dB: with R = 16 and 512 of each, an eighth of dy each, where a second pass over
+    dy would move all of it.
     """
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.cols
+    R_PAD: tl.constexpr = RANKS.padded
+    dy_ptr, N = member.dy, member.columns
     column_chunks = tl.cdiv(N, BLOCK_N)
     column_chunk, row_chunk = pid % column_chunks, pid // column_chunks
     cols, ranks = column_chunk * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, R_PAD)
     adapter_mask = (cols < N)[:, None] & (ranks < R)[None, :]
     if dyb_ptr is not None:
-        lora_b = tl.load(
-            lora_b_ptr + cols.to(tl.int64)[:, None] * R + ranks[None, :], mask=adapter_mask, other=0.0
-        )
-        b_terms = _terms(lora_b, tl.zeros([1], dy_ptr.dtype.element_ty), MODE)  # [BLOCK_N, R_PAD] each
+        adapter = member.adapter + cols.to(tl.int64)[:, None] * R + ranks[None, :]
+        lora_b = tl.load(adapter, mask=adapter_mask, other=0.0)
+        # [BLOCK_N, R_PAD] each
+        b_terms = _terms(lora_b, tl.zeros([1], dy_ptr.dtype.element_ty), RANKS.mode)
     d_lora_b = tl.zeros([BLOCK_N, R_PAD], tl.float32)
     d_bias = tl.zeros([BLOCK_N], tl.float32)
     first = row_chunk * chunk_rows
@@ -190,90 +190,79 @@ def dy_pass_body(
         # pipeline the load.
         dy = tl.where(mask, dy, 0.0)
         rank_mask = (rows < M)[:, None] & (ranks < R)[None, :]
-        if d_lora_b_ptr is not None:
+        if member.d_lora_b is not None:
             xa = tl.load(
-                xa_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0
+                member.xa + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0
             )  # [BLOCK_M, R_PAD]
-            d_lora_b = _dot_right(tl.trans(dy), _terms(xa, dy, MODE), d_lora_b, MODE)
+            d_lora_b = _dot_right(tl.trans(dy), _terms(xa, dy, RANKS.mode), d_lora_b, RANKS.mode)
         if dyb_ptr is not None:
-            dyb = _dot_right(dy, b_terms, tl.zeros([BLOCK_M, R_PAD], tl.float32), MODE) * scaling
+            dyb = _dot_right(dy, b_terms, tl.zeros([BLOCK_M, R_PAD], tl.float32), RANKS.mode) * member.scaling
             out = dyb_ptr + (tl.cast(column_chunk, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
             tl.store(out, dyb, mask=rank_mask)
-        if d_bias_ptr is not None:
+        if member.d_bias is not None:
             d_bias += tl.sum(to_fp32(dy), axis=0)
     row_of_out = tl.cast(row_chunk, tl.int64) * N + cols
-    if d_lora_b_ptr is not None:
-        out = d_lora_b_ptr + row_of_out[:, None] * R + ranks[None, :]
-        tl.store(out, round_to(d_lora_b * scaling, d_lora_b_ptr.dtype.element_ty), mask=adapter_mask)
-    if d_bias_ptr is not None:
-        tl.store(d_bias_ptr + row_of_out, d_bias, mask=cols < N)
+    if member.d_lora_b is not None:
+        out = member.d_lora_b + row_of_out[:, None] * R + ranks[None, :]
+        d_lora_b = round_to(d_lora_b * member.scaling, member.d_lora_b.dtype.element_ty)
+        tl.store(out, d_lora_b, mask=adapter_mask)
+    if member.d_bias is not None:
+        tl.store(member.d_bias + row_of_out, d_bias, mask=cols < N)
 
 
 @triton.jit
 def dy_pair_body(
     pid,
-    dy_ptr,  # as in `dy_pass_body`, but one chunk of dyb
-    xa_ptr,
-    lora_b_ptr,
-    dyb_ptr,
-    d_lora_b_ptr,
-    d_bias_ptr,
-    scaling,
+    member,  # `DyOperands`, with one chunk of dyb
     M,
-    N,
     chunk_rows,
     R: tl.constexpr,
-    R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DYB_BLOCK_M: tl.constexpr,
-    DYB_BLOCK_N: tl.constexpr,
-    MODE: tl.constexpr,
+    TILE: tl.constexpr,
+    DYB_TILE: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """Per chunk of rows first its programs for dyb, then those for dB and d_bias: neighbours in time read the
     same rows."""
-    row_programs = chunk_rows // DYB_BLOCK_M
-    per_chunk = row_programs + tl.cdiv(N, BLOCK_N)
+    N = member.columns
+    row_programs = chunk_rows // DYB_TILE.rows
+    per_chunk = row_programs + tl.cdiv(N, TILE.cols)
     chunk, inner = pid // per_chunk, pid % per_chunk
     if inner < row_programs:
         block = chunk * row_programs + inner
-        if block * DYB_BLOCK_M < M:
-            args = (dy_ptr, lora_b_ptr, dyb_ptr, None, 0, scaling, M, N, N)
-            project_body(block, *args, R, R_PAD, DYB_BLOCK_M, DYB_BLOCK_N, False, MODE)
+        if block * DYB_TILE.rows < M:
+            args = (member.dy, member.adapter, member.dyb, None, 0, member.scaling, M, N, N)
+            project_body(block, *args, R, DYB_TILE, RANKS, False)
     else:
-        args = (dy_ptr, xa_ptr, lora_b_ptr, None, d_lora_b_ptr, d_bias_ptr, scaling, M, N, chunk_rows)
-        dy_pass_body(
-            chunk * tl.cdiv(N, BLOCK_N) + inner - row_programs, *args, R, R_PAD, BLOCK_M, BLOCK_N, MODE
-        )
+        column = chunk * tl.cdiv(N, TILE.cols) + inner - row_programs
+        dy_pass_body(column, member, None, M, chunk_rows, R, TILE, RANKS)
 
 
 @triton.jit
 def d_lora_a_body(
     pid,
     x_ptr,  # [M, K]
-    dyb_ptr,  # fp32 [CHUNKS, M, R]
-    d_lora_a_ptr,  # [row chunks, R, K]
-    seed_ptr,  # int64 [1], or None: no dropout
+    low,  # `XOperands`
     threshold,
     M,
     K,
-    chunk_rows,  # rows that one program walks, a multiple of BLOCK_M
+    chunk_rows,  # rows that one program walks, a multiple of TILE.rows
     CHUNKS: tl.constexpr,
     R: tl.constexpr,
-    R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MODE: tl.constexpr,
+    TILE: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
-    """A program owns chunk_rows x BLOCK_K of x, read once, and holds what it adds to dA = dyb^T drop(x) in
+    """A program owns chunk_rows x TILE.cols of x, read once, and holds what it adds to dA = dyb^T drop(x) in
     registers."""
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_K: tl.constexpr = TILE.cols
+    R_PAD: tl.constexpr = RANKS.padded
     column_chunks = tl.cdiv(K, BLOCK_K)
     column_chunk, row_chunk = pid % column_chunks, pid // column_chunks
     col0, first = column_chunk * BLOCK_K, row_chunk * chunk_rows
     cols, ranks = col0 + tl.arange(0, BLOCK_K), tl.arange(0, R_PAD)
     factor = 1.0
-    if seed_ptr is not None:
-        key_low, key_high = dropout_key(seed_ptr)
+    if low.seed is not None:
+        key_low, key_high = dropout_key(low.seed)
         factor = keep_factor(threshold)
     d_lora_a = tl.zeros([R_PAD, BLOCK_K], tl.float32)
     for row0 in range(first, tl.minimum(M, first + chunk_rows), BLOCK_M):
@@ -282,66 +271,65 @@ def d_lora_a_body(
         x = tl.load(
             x_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0
         )  # [BLOCK_M, BLOCK_K]
-        if seed_ptr is not None:
+        if low.seed is not None:
             x = tl.where(dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_K), x, 0.0)
-        dyb = sum_of_chunks(dyb_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, R_PAD]
-        d_lora_a = _dot_left(_terms(tl.trans(dyb), x, MODE), x, d_lora_a, MODE)
-    out = d_lora_a_ptr + (tl.cast(row_chunk, tl.int64) * R + ranks)[:, None] * K + cols[None, :]
-    tl.store(
-        out,
-        round_to(d_lora_a * factor, d_lora_a_ptr.dtype.element_ty),
-        mask=(ranks < R)[:, None] & (cols < K)[None, :],
-    )
+        dyb = sum_of_chunks(low.left, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, R_PAD]
+        d_lora_a = _dot_left(_terms(tl.trans(dyb), x, RANKS.mode), x, d_lora_a, RANKS.mode)
+    out = low.d_lora_a + (tl.cast(row_chunk, tl.int64) * R + ranks)[:, None] * K + cols[None, :]
+    d_lora_a = round_to(d_lora_a * factor, low.d_lora_a.dtype.element_ty)
+    tl.store(out, d_lora_a, mask=(ranks < R)[:, None] & (cols < K)[None, :])
 
 
 @triton.jit
 def epilogue_body(
     pid,
-    y_ptr,  # [M, C], rows y_stride apart: y or dx; without ACCUMULATE it is written, not added to
-    left_ptr,  # fp32 [CHUNKS, M, R]: xa, or dyb
-    adapter_ptr,  # BY_RANK: lora_a [R, C]; else lora_b [C, R]; None: bias alone
-    bias_ptr,  # [C], or None
-    seed_ptr,  # int64 [1], or None: no dropout
-    threshold,
+    out_ptr,  # [M, C], rows out_stride apart: y or dx; without ACCUMULATE it is written, not added to
+    out_stride,
+    lows,  # `XOperands` where BY_RANK, else one `YOperands`: left fp32 [CHUNKS, M, R], adapter or None, seed
+    thresholds,
     scale,
+    bias_ptr,  # [C], or None
     M,
     C,
-    y_stride,
+    FIRST: tl.constexpr,  # the first one's place among RANKS.each
     CHUNKS: tl.constexpr,
-    R: tl.constexpr,
-    R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    TILE: tl.constexpr,
+    RANKS: tl.constexpr,
     BY_RANK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    MODE: tl.constexpr,
 ):
-    """y += drop(scale * left @ adapter) + bias, a tile a program."""
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    """out += the sum of drop(scale * left @ adapter) + bias, a tile a program, written once. The adapters are
+    lora_a [R, C] where BY_RANK, else lora_b [C, R]."""
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_C: tl.constexpr = TILE.cols
+    COUNT: tl.constexpr = len(RANKS.each) if BY_RANK else 1
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     column_blocks = tl.cdiv(C, BLOCK_C)
     row0, col0 = (pid // column_blocks) * BLOCK_M, (pid % column_blocks) * BLOCK_C
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_C)
     mask = (rows < M)[:, None] & (cols < C)[None, :]
-    y_tile = y_ptr + rows.to(tl.int64)[:, None] * y_stride + cols[None, :]
-    y = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if ACCUMULATE:
-        y = to_fp32(tl.load(y_tile, mask=mask, other=0.0))
-    if adapter_ptr is not None:
-        acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        for rank0 in range(0, R_PAD, BLOCK_R):
-            ranks = rank0 + tl.arange(0, BLOCK_R)
-            left = sum_of_chunks(left_ptr, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, BLOCK_R]
-            adapter = adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, BLOCK_R]
-            acc = dot_narrow(left, tl.trans(adapter), acc, DTYPE, MODE)
-        if seed_ptr is not None:
-            key_low, key_high = dropout_key(seed_ptr)
-            keep = dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C)
-            acc = tl.where(keep, acc * keep_factor(threshold), 0.0)
-        y += acc * scale
+        out_tile = out_ptr + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
+        out = to_fp32(tl.load(out_tile, mask=mask, other=0.0))
+    for j in tl.static_range(COUNT):
+        if lows[j].adapter is not None:
+            acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+            for rank0 in range(0, RANKS.padded, RANKS.step):
+                ranks = rank0 + tl.arange(0, RANKS.step)
+                # [BLOCK_M, step] and [BLOCK_C, step]
+                left = sum_of_chunks(lows[j].left, rows, ranks, M, CHUNKS, RANKS.each[FIRST + j])
+                adapter = adapter_tile(lows[j].adapter, cols, ranks, C, RANKS.each[FIRST + j], BY_RANK)
+                acc = dot_narrow(left, tl.trans(adapter), acc, DTYPE, RANKS.mode)
+            if lows[j].seed is not None:
+                key_low, key_high = dropout_key(lows[j].seed)
+                keep = dropout_keep(key_low, key_high, thresholds[j], row0, col0, BLOCK_M, BLOCK_C)
+                acc = tl.where(keep, acc * keep_factor(thresholds[j]), 0.0)
+            out += acc * scale
     if bias_ptr is not None:
-        y += to_fp32(tl.load(bias_ptr + cols, mask=cols < C, other=0.0))[None, :]
-    tl.store(y_tile, round_to(y, DTYPE), mask=mask)
+        out += to_fp32(tl.load(bias_ptr + cols, mask=cols < C, other=0.0))[None, :]
+    out_tile = out_ptr + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
+    tl.store(out_tile, round_to(out, DTYPE), mask=mask)
 
 
 @triton.jit

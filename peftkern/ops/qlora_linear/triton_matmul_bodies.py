@@ -1,11 +1,5 @@
-"""The base product's kernels as device functions that take their program id; `triton_matmul.py` launches them
-and says what they compute.
-
-WORDS says how the weight is read: 4 or 1 words of eight codes at a time, all of one block; 0: code by code,
-rows may start within a byte;
--1: dense, in x's dtype. LOW says how the fp32 rows of xa or dyb meet an adapter: "split" as a high and a low
-term of the 16-bit dtype that x and the adapter share (bf16: 16 bits are kept, and the tile is multiplied
-twice); otherwise in fp32, LOW being tl.dot's input_precision.
+"""The own products' device functions, which take their program id; `triton_matmul.py` says what they compute.
+FORM, FACTORS and TILES are those of `matmul_config.py`.
 """
 
 from __future__ import annotations
@@ -17,45 +11,40 @@ from ..triton_nf4 import absmax_of, absmax_parts, absmax_value, decode, decode_w
 from ..triton_numerics import dot, dot_fresh, round_to, to_fp32
 from ..triton_philox import dropout_scale_tile
 
-__all__ = ["matmul_tile", "reduce_tile"]
+__all__ = ["contract", "finish", "matmul_tile", "place_of", "reduce_tile"]
 
 
 @triton.jit
 def _low_rank(
     acc,
-    low_ptr,
-    adapter_ptr,
-    adapter_stride,
+    m,  # `ProductOperands`
     rows,
     cols,
     M,
-    J,
-    scaling,
+    R: tl.constexpr,
     DTYPE: tl.constexpr,
+    FACTORS: tl.constexpr,
     FORWARD: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    LOW: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] + scaling * low [M, RANK] @ adapter, lora_b [J, RANK] where FORWARD, else lora_a
-    [RANK, J]."""
-    for rank0 in tl.range(0, RANK, BLOCK_R, num_stages=1):
-        ranks = rank0 + tl.arange(0, BLOCK_R)
-        offsets = rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
-        mask = (rows < M)[:, None] & (ranks < RANK)[None, :]
-        low = tl.load(low_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_R]
+    """acc [BLOCK_M, BLOCK_N] + scaling * low [M, R] @ adapter, lora_b [J, R] where FORWARD, else lora_a [R,
+    J]."""
+    CHUNKS: tl.constexpr = FACTORS.chunks
+    for rank0 in tl.range(0, R, FACTORS.step, num_stages=1):
+        ranks = rank0 + tl.arange(0, FACTORS.step)
+        offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        mask = (rows < M)[:, None] & (ranks < R)[None, :]
+        low = tl.load(m.low + offsets, mask=mask, other=0.0)  # [BLOCK_M, step]
         for chunk in tl.static_range(1, CHUNKS):
-            low += tl.load(low_ptr + tl.cast(M, tl.int64) * (chunk * RANK) + offsets, mask=mask, other=0.0)
-        low = low * scaling
+            low += tl.load(m.low + tl.cast(M, tl.int64) * (chunk * R) + offsets, mask=mask, other=0.0)
+        low = low * m.scaling
         if FORWARD:
-            adapter_ptrs = adapter_ptr + cols.to(tl.int64)[None, :] * adapter_stride + ranks[:, None]
+            adapter_ptrs = m.adapter + cols.to(tl.int64)[None, :] * m.adapter_stride + ranks[:, None]
         else:
-            adapter_ptrs = adapter_ptr + ranks.to(tl.int64)[:, None] * adapter_stride + cols[None, :]
+            adapter_ptrs = m.adapter + ranks.to(tl.int64)[:, None] * m.adapter_stride + cols[None, :]
         adapter = tl.load(
-            adapter_ptrs, mask=(ranks < RANK)[:, None] & (cols < J)[None, :], other=0.0
-        )  # [BLOCK_R, BLOCK_N]
-        if LOW == "split":
+            adapter_ptrs, mask=(ranks < R)[:, None] & (cols < m.columns)[None, :], other=0.0
+        )  # [step, BLOCK_N]
+        if FACTORS.mode == "split":
             if tl.float16 == DTYPE:
                 low = tl.minimum(
                     tl.maximum(low, -65504.0), 65504.0
@@ -64,55 +53,31 @@ def _low_rank(
             acc = dot(round_to(low - to_fp32(high), DTYPE), adapter, acc)
             acc = dot(high, adapter, acc)
         else:
-            acc = dot_fresh(low, to_fp32(adapter), acc, LOW)
+            acc = dot_fresh(low, to_fp32(adapter), acc, FACTORS.mode)
     return acc
 
 
 @triton.jit
 def _start(
     acc,
-    low_ptr,
-    adapter_ptr,
-    adapter_stride,
-    seed_ptr,
+    m,
     threshold,
-    scaling,
     row0,
     col0,
     M,
-    J,
-    first_col,
+    R: tl.constexpr,
     DTYPE: tl.constexpr,
+    FACTORS: tl.constexpr,
     FORWARD: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    LOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The low-rank product on top of zeros, masked where dx has dropout."""
-    if RANK > 0:
+    if R > 0:
         rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-        acc = _low_rank(
-            acc,
-            low_ptr,
-            adapter_ptr,
-            adapter_stride,
-            rows,
-            cols,
-            M,
-            J,
-            scaling,
-            DTYPE,
-            FORWARD,
-            RANK,
-            BLOCK_R,
-            CHUNKS,
-            LOW,
-        )
-        if seed_ptr is not None:
-            acc = acc * dropout_scale_tile(seed_ptr, threshold, row0, first_col + col0, BLOCK_M, BLOCK_N)
+        acc = _low_rank(acc, m, rows, cols, M, R, DTYPE, FACTORS, FORWARD)
+        if m.seed is not None:
+            acc = acc * dropout_scale_tile(m.seed, threshold, row0, m.first_col + col0, BLOCK_M, BLOCK_N)
     return acc
 
 
@@ -138,43 +103,31 @@ def _weight_absmax(
     col0,
     N,
     K,
-    absmax_ptr,
-    absmax_8bit_ptr,
-    nested_absmax_ptr,
-    BLOCKSIZE: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    WORDS: tl.constexpr,
+    weight,  # `Packed`
+    FORM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """`absmax_parts` [ROWS, COLS / (8 WORDS)] of a tile's groups; past the weight's edges those of its last
+    """`absmax_parts` [ROWS, COLS / (8 words)] of a tile's groups; past the weight's edges those of its last
     row or group."""
-    WIDTH: tl.constexpr = 8 * WORDS
+    WIDTH: tl.constexpr = 8 * FORM.words
     row = tl.minimum(row0 + tl.arange(0, ROWS), N - 1)
     group = tl.minimum(col0 // WIDTH + tl.arange(0, COLS // WIDTH), K // WIDTH - 1)
-    block = (row[:, None] * (K // WIDTH) + group[None, :]) // (BLOCKSIZE // WIDTH)
-    return absmax_parts(block, None, absmax_ptr, absmax_8bit_ptr, nested_absmax_ptr, NESTED_BLOCKSIZE)
+    block = (row[:, None] * (K // WIDTH) + group[None, :]) // (FORM.blocksize // WIDTH)
+    return absmax_parts(block, None, weight, FORM.nested_blocksize)
 
 
 @triton.jit
-def weight_tile(
+def _weight_tile(
     row0,
     col0,
     N,
     K,
-    weight_ptr,
+    weight,  # `Packed`, or the first of dense [N, K]
     weight_stride,
     codes,
     absmax,
-    absmax_ptr,
-    absmax_8bit_ptr,
-    absmax_code_ptr,
-    nested_absmax_ptr,
-    absmax_offset_ptr,
-    BLOCKSIZE: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    WORDS: tl.constexpr,
-    METHOD: tl.constexpr,
+    FORM: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -187,38 +140,31 @@ def weight_tile(
     """
     rows = row0 + tl.arange(0, ROWS)
     rows = rows if INSIDE == 0 else tl.minimum(rows, N - 1)
-    if WORDS > 0:
-        WIDTH: tl.constexpr = 8 * WORDS
+    if FORM.words > 0:
+        WORDS: tl.constexpr = FORM.words
+        WIDTH: tl.constexpr = 8 * FORM.words
         # Loaded as rows of words, so that neighbouring lanes read neighbouring words; only then by groups.
         first = rows.to(tl.int64) * (K // WIDTH) + col0 // WIDTH  # [ROWS]
         word = tl.arange(0, COLS // 8)
         words_ptrs = (
-            weight_ptr.to(tl.pointer_type(tl.int32)) + (first * WORDS)[:, None] + word[None, :]
+            weight.packed.to(tl.pointer_type(tl.int32)) + (first * WORDS)[:, None] + word[None, :]
         )  # [ROWS, COLS / 8]
         inside = (col0 // WIDTH + word // WORDS < K // WIDTH)[None, :]
         words = tl.load(words_ptrs) if INSIDE == 1 else tl.load(words_ptrs, mask=inside, other=0)
         words = tl.reshape(words, [ROWS, COLS // WIDTH, WORDS])
-        tile = tl.reshape(decode_words(words, absmax[:, :, None], codes, DTYPE, METHOD), [ROWS, COLS])
+        tile = decode_words(words, absmax[:, :, None], codes, DTYPE, FORM.method)
+        tile = tl.reshape(tile, [ROWS, COLS])
     else:
         cols = col0 + tl.arange(0, COLS)
-        if WORDS == 0:
+        if FORM.words == 0:
             cols = tl.minimum(cols, K - 1)
             index = rows.to(tl.int64)[:, None] * K + cols[None, :]  # [ROWS, COLS]
-            byte = tl.load(weight_ptr + index // 2).to(tl.int32)
+            byte = tl.load(weight.packed + index // 2).to(tl.int32)
             nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
-            scale = absmax_of(
-                index // BLOCKSIZE,
-                None,
-                absmax_ptr,
-                absmax_8bit_ptr,
-                absmax_code_ptr,
-                nested_absmax_ptr,
-                absmax_offset_ptr,
-                NESTED_BLOCKSIZE,
-            )
+            scale = absmax_of(index // FORM.blocksize, None, weight, FORM.nested_blocksize)
             tile = decode(nibble, scale, codes, DTYPE)
         else:
-            weight_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + cols[None, :]
+            weight_ptrs = weight + rows.to(tl.int64)[:, None] * weight_stride + cols[None, :]
             tile = (
                 tl.load(weight_ptrs)
                 if INSIDE == 1
@@ -228,241 +174,148 @@ def weight_tile(
 
 
 @triton.jit
-def matmul_tile(
-    pid,
+def place_of(tile, M, J, TILES: tl.constexpr):
+    """The first row and column of out's tile: group_m blocks of rows by all columns, column after column; a
+    weight tile serves group_m programs in a row."""
+    GROUP_M: tl.constexpr = TILES.group_m
+    row_blocks, col_blocks = tl.cdiv(M, TILES.block_m), tl.cdiv(J, TILES.block_n)
+    first_block = tile // (GROUP_M * col_blocks) * GROUP_M
+    height = tl.minimum(row_blocks - first_block, GROUP_M)
+    row0 = (first_block + tile % (GROUP_M * col_blocks) % height) * TILES.block_m
+    col0 = tile % (GROUP_M * col_blocks) // height * TILES.block_n
+    return row0, col0
+
+
+@triton.jit
+def contract(
+    acc,
     x_ptr,  # [M, C]: x, C = K; or dy, C = N
-    weight_ptr,  # uint8 [N K / 2], or dense [N, K]
-    code_ptr,  # fp32 [16], with the absmax as in `absmax_of`; None where the weight is dense
-    absmax_ptr,
-    absmax_8bit_ptr,
-    absmax_code_ptr,
-    nested_absmax_ptr,
-    absmax_offset_ptr,
-    bias_ptr,  # [J], or None
-    low_ptr,  # fp32 [CHUNKS, M, RANK]: xa or dyb, summed over the chunks; or None
-    adapter_ptr,  # lora_b [J, RANK] where FORWARD, else lora_a [RANK, J]
-    seed_ptr,  # int64 [1], or None: no dropout
-    threshold,
-    scaling,
-    out_ptr,  # [M, J] of x's dtype; where SPLIT_K > 1 fp32 [SPLIT_K, M, J], the bare products
+    x_stride,
+    weight,  # `Packed`, or the first of dense [N, K], whose rows are weight_stride apart
+    weight_stride,
+    row0,
+    col0,
     M,
     J,
     C,
-    x_stride,
-    weight_stride,
-    adapter_stride,
-    out_stride,  # elements from a row to the next
-    first_col,  # of out within dx, for the mask
-    split_steps,  # contraction steps that one program takes, a multiple of BLOCK_K
-    BLOCKSIZE: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    WORDS: tl.constexpr,
-    METHOD: tl.constexpr,
-    FORWARD: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN: tl.constexpr,  # BLOCK_K divides C
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    start,
+    stop,
+    FORM: tl.constexpr,
+    TILES: tl.constexpr,
 ):
+    """acc [BLOCK_M, BLOCK_N] + x times a weight tile, over the contraction steps from `start` to `stop`."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    FORWARD: tl.constexpr = FORM.forward
+    BLOCK_K: tl.constexpr = TILES.block_k
+    ROWS: tl.constexpr = TILES.block_n if FORM.forward else TILES.block_k  # of a weight tile, rows being n
+    COLS: tl.constexpr = TILES.block_k if FORM.forward else TILES.block_n
+    INSIDE: tl.constexpr = (1 if FORM.forward else 0) if FORM.even else -1
+    FP32: tl.constexpr = tl.float32 == DTYPE
     N, K = (J, C) if FORWARD else (C, J)
-    row_blocks, col_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_N)
-    split, tile = pid // (row_blocks * col_blocks), pid % (row_blocks * col_blocks)
-    # GROUP_M blocks of rows by all columns, column after column: a weight tile serves GROUP_M programs in a
-    # row.
-    first_block = tile // (GROUP_M * col_blocks) * GROUP_M
-    height = tl.minimum(row_blocks - first_block, GROUP_M)
-    row0 = (first_block + tile % (GROUP_M * col_blocks) % height) * BLOCK_M
-    col0 = tile % (GROUP_M * col_blocks) // height * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if SPLIT_K == 1:
-        acc = _start(
-            acc,
-            low_ptr,
-            adapter_ptr,
-            adapter_stride,
-            seed_ptr,
-            threshold,
-            scaling,
-            row0,
-            col0,
-            M,
-            J,
-            first_col,
-            DTYPE,
-            FORWARD,
-            RANK,
-            BLOCK_R,
-            CHUNKS,
-            LOW,
-            BLOCK_M,
-            BLOCK_N,
-        )
-    codes = load_codes(code_ptr) if WORDS >= 0 else 0
-    ROWS: tl.constexpr = BLOCK_N if FORWARD else BLOCK_K  # of a weight tile, rows being n
-    COLS: tl.constexpr = BLOCK_K if FORWARD else BLOCK_N
-    INSIDE: tl.constexpr = (1 if FORWARD else 0) if EVEN else -1
-    start = split * split_steps
-    stop = tl.minimum(C, start + split_steps)
-    x_ptrs = x_ptr + tl.minimum(row0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None] * x_stride
+    codes = load_codes(weight.code) if FORM.words >= 0 else 0
+    x_rows = tl.minimum(row0 + tl.arange(0, TILES.block_m), M - 1)
+    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride
     absmax = 0.0
-    # Steps from an absmax's loads to its use. Nested it takes a load that waits for another, which would
-    # stall every step: two. Plain one,
-    # as Triton does not pipeline a loop that only hands a value on.
-    AHEAD: tl.constexpr = 2 if absmax_ptr is None else 1
-    if WORDS > 0:
-        parts = _weight_absmax(
-            col0 if FORWARD else start,
-            start if FORWARD else col0,
-            N,
-            K,
-            absmax_ptr,
-            absmax_8bit_ptr,
-            nested_absmax_ptr,
-            BLOCKSIZE,
-            NESTED_BLOCKSIZE,
-            WORDS,
-            ROWS,
-            COLS,
-        )
-        absmax = absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
+    if FORM.words > 0:
+        # Steps from an absmax's loads to its use. Nested it takes a load that waits for another, which would
+        # stall every step: two. Plain one, as Triton does not pipeline a loop that only hands a value on.
+        AHEAD: tl.constexpr = 2 if weight.absmax is None else 1
+        w_row0 = col0 if FORWARD else start
+        w_col0 = start if FORWARD else col0
+        parts = _weight_absmax(w_row0, w_col0, N, K, weight, FORM, ROWS, COLS)
+        absmax = absmax_value(parts, weight)
         if AHEAD == 2:
             following = start + BLOCK_K
-            parts = _weight_absmax(
-                col0 if FORWARD else following,
-                following if FORWARD else col0,
-                N,
-                K,
-                absmax_ptr,
-                absmax_8bit_ptr,
-                nested_absmax_ptr,
-                BLOCKSIZE,
-                NESTED_BLOCKSIZE,
-                WORDS,
-                ROWS,
-                COLS,
-            )
+            w_row0 = col0 if FORWARD else following
+            w_col0 = following if FORWARD else col0
+            parts = _weight_absmax(w_row0, w_col0, N, K, weight, FORM, ROWS, COLS)
     for step in range(start, stop, BLOCK_K):
         steps = step + tl.arange(0, BLOCK_K)
         # [BLOCK_M, BLOCK_K]
         x = (
             tl.load(x_ptrs + steps[None, :])
-            if EVEN
+            if FORM.even
             else tl.load(x_ptrs + steps[None, :], mask=(steps < C)[None, :], other=0.0)
         )
-        weight = weight_tile(
-            col0 if FORWARD else step,
-            step if FORWARD else col0,
-            N,
-            K,
-            weight_ptr,
-            weight_stride,
-            codes,
-            absmax,
-            absmax_ptr,
-            absmax_8bit_ptr,
-            absmax_code_ptr,
-            nested_absmax_ptr,
-            absmax_offset_ptr,
-            BLOCKSIZE,
-            NESTED_BLOCKSIZE,
-            WORDS,
-            METHOD,
-            DTYPE,
-            ROWS,
-            COLS,
-            INSIDE,
+        w_row0 = col0 if FORWARD else step
+        w_col0 = step if FORWARD else col0
+        tile = _weight_tile(
+            w_row0, w_col0, N, K, weight, weight_stride, codes, absmax, FORM, DTYPE, ROWS, COLS, INSIDE
         )
-        if WORDS > 0:
+        if FORM.words > 0:
             # The next step's: bytes cannot go through the asynchronous copies.
             if AHEAD == 2:
-                absmax = absmax_value(parts, absmax_ptr, absmax_code_ptr, absmax_offset_ptr)
+                absmax = absmax_value(parts, weight)
             following = step + AHEAD * BLOCK_K
-            parts = _weight_absmax(
-                col0 if FORWARD else following,
-                following if FORWARD else col0,
-                N,
-                K,
-                absmax_ptr,
-                absmax_8bit_ptr,
-                nested_absmax_ptr,
-                BLOCKSIZE,
-                NESTED_BLOCKSIZE,
-                WORDS,
-                ROWS,
-                COLS,
-            )
+            w_row0 = col0 if FORWARD else following
+            w_col0 = following if FORWARD else col0
+            parts = _weight_absmax(w_row0, w_col0, N, K, weight, FORM, ROWS, COLS)
             if AHEAD == 1:
                 absmax = parts[0]
-        weight = tl.trans(weight) if FORWARD else weight
-        FP32: tl.constexpr = tl.float32 == DTYPE
-        acc = dot_fresh(x, weight, acc, PRECISION) if FP32 else dot(x, weight, acc, PRECISION)
-    if SPLIT_K == 1:
-        finish(acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)
+        tile = tl.trans(tile) if FORWARD else tile
+        acc = dot_fresh(x, tile, acc, "ieee") if FP32 else dot(x, tile, acc, "ieee")
+    return acc
+
+
+@triton.jit
+def matmul_tile(
+    pid,
+    x_ptr,  # [M, C]
+    x_stride,
+    m,  # `ProductOperands`; where split_k > 1 its `out` is fp32 [split_k, M, J], the bare products
+    threshold,
+    M,
+    C,
+    split_steps,  # contraction steps that one program takes, a multiple of block_k
+    R: tl.constexpr,
+    FACTORS: tl.constexpr,
+    FORM: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """A tile of out [M, J] = x times the weight, with the low-rank product and the bias."""
+    BLOCK_M: tl.constexpr = TILES.block_m
+    BLOCK_N: tl.constexpr = TILES.block_n
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    J = m.columns
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_N)
+    split, tile = pid // tiles, pid % tiles
+    row0, col0 = place_of(tile, M, J, TILES)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if TILES.split_k == 1:
+        acc = _start(acc, m, threshold, row0, col0, M, R, DTYPE, FACTORS, FORM.forward, BLOCK_M, BLOCK_N)
+    start = split * split_steps
+    steps = (start, tl.minimum(C, start + split_steps))
+    acc = contract(acc, x_ptr, x_stride, m.weight, m.weight_stride, row0, col0, M, J, C, *steps, FORM, TILES)
+    if TILES.split_k == 1:
+        finish(acc, m.bias, m.out, m.out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)
     else:
-        finish(acc, None, out_ptr + split.to(tl.int64) * M * J, J, row0, col0, M, J, BLOCK_M, BLOCK_N)
+        finish(acc, None, m.out + split.to(tl.int64) * M * J, J, row0, col0, M, J, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def reduce_tile(
     pid,
-    partials_ptr,  # fp32 [SPLIT_K, M, J]; the rest as above
-    bias_ptr,
-    low_ptr,
-    adapter_ptr,
-    seed_ptr,
+    partials_ptr,  # fp32 [SPLIT_K, M, J]
+    m,  # `ProductOperands`
     threshold,
-    scaling,
-    out_ptr,
     M,
-    J,
-    adapter_stride,
-    out_stride,
-    first_col,
+    R: tl.constexpr,
+    FACTORS: tl.constexpr,
     FORWARD: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    LOW: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """out = the partial sums, added in order, with the low-rank product and the bias."""
+    DTYPE: tl.constexpr = m.out.dtype.element_ty
+    J = m.columns
     col_blocks = tl.cdiv(J, BLOCK_N)
     row0, col0 = pid // col_blocks * BLOCK_M, pid % col_blocks * BLOCK_N
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-    acc = _start(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
-        low_ptr,
-        adapter_ptr,
-        adapter_stride,
-        seed_ptr,
-        threshold,
-        scaling,
-        row0,
-        col0,
-        M,
-        J,
-        first_col,
-        out_ptr.dtype.element_ty,
-        FORWARD,
-        RANK,
-        BLOCK_R,
-        CHUNKS,
-        LOW,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = _start(acc, m, threshold, row0, col0, M, R, DTYPE, FACTORS, FORWARD, BLOCK_M, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < J)[None, :]
     partial_ptrs = partials_ptr + rows.to(tl.int64)[:, None] * J + cols[None, :]  # [BLOCK_M, BLOCK_N]
     for split in tl.static_range(SPLIT_K):
         acc += tl.load(partial_ptrs + tl.cast(M, tl.int64) * J * split, mask=mask, other=0.0)
-    finish(acc, bias_ptr, out_ptr, out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)
+    finish(acc, m.bias, m.out, m.out_stride, row0, col0, M, J, BLOCK_M, BLOCK_N)

@@ -39,7 +39,7 @@ RATES = {90: Rates(132, 9.7, 0.33, 0.91, 6.0, 3.0, 780.0)}
 
 def fused_us(m: int, columns: int, contraction: int, rates: Rates) -> float:
     """Of out [m, columns], the weight decoded in the product: programs beyond one an SM take their turn, and
-    where there are fewer they share the contraction (`triton_matmul.default_config`)."""
+    where there are fewer they share the contraction (`matmul_config.default_config`)."""
     rows, width = (max(16, next_power_of_2(m)), 64) if m <= 64 else (128, 128)
     tiles = ceil_div(m, rows) * ceil_div(columns, width)
     splits = max(1, min(contraction // 1024, 8, rates.sms // tiles))

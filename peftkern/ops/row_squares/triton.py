@@ -15,7 +15,7 @@ from ...runtime.launch import Call, run, specialization
 from ...runtime.plan import DECODE_OPS, Launch, nbytes, work
 from ...runtime.specialization import Specialization
 from ..sizes import weight_bytes
-from ..triton_nf4 import absmax_of, decode, decode_words, group_words, load_codes
+from ..triton_nf4 import Packed, absmax_of, decode, decode_words, group_words, load_codes
 from . import reference
 
 __all__ = ["row_squares", "row_squares_call", "specializations"]
@@ -27,13 +27,7 @@ RAGGED_WEIGHTS = 1024
 
 @triton.jit
 def _row_squares_kernel(
-    packed_ptr,  # uint8 [N * K / 2]
-    code_ptr,  # fp32 [16]
-    absmax_ptr,  # fp32 [blocks], or None where it is nested:
-    absmax_8bit_ptr,  # uint8 [blocks]
-    absmax_code_ptr,  # fp32 [256]
-    nested_absmax_ptr,  # fp32 [ceil(blocks / NESTED_BLOCKSIZE)]
-    absmax_offset_ptr,  # fp32 [1]
+    weight,  # `Packed`
     out_ptr,  # fp32 [N]
     units,  # of a row: groups of WORDS words, all of one block, or single weights
     BLOCKSIZE: tl.constexpr,
@@ -43,30 +37,22 @@ def _row_squares_kernel(
 ):
     """The row of the program's number."""
     first = tl.program_id(0).to(tl.int64) * units
-    codes = load_codes(code_ptr)
+    codes = load_codes(weight.code)
     total = tl.zeros((UNITS, 8 * WORDS if WORDS else 1), tl.float32)
     for start in range(0, units, UNITS):
         unit = start + tl.arange(0, UNITS)  # [UNITS]
         inside = unit < units
         source = first + unit
         block = source // BLOCKSIZE if WORDS == 0 else source // (BLOCKSIZE // (8 * WORDS))
-        absmax = absmax_of(  # [UNITS]; outside, a nested one is not 0
-            block,
-            inside,
-            absmax_ptr,
-            absmax_8bit_ptr,
-            absmax_code_ptr,
-            nested_absmax_ptr,
-            absmax_offset_ptr,
-            NESTED_BLOCKSIZE,
-        )
+        absmax = absmax_of(block, inside, weight, NESTED_BLOCKSIZE)  # [UNITS]; outside, a nested one is not 0
         if WORDS == 0:
-            byte = tl.load(packed_ptr + source // 2, mask=inside, other=0).to(tl.int32)
+            byte = tl.load(weight.packed + source // 2, mask=inside, other=0).to(tl.int32)
             nibble = tl.where(source % 2 == 0, byte >> 4, byte & 15)
             values = decode(nibble, absmax, codes, tl.float32)[:, None]
         else:
             offsets = source[:, None] * WORDS + tl.arange(0, WORDS)[None, :]  # [UNITS, WORDS]
-            words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=inside[:, None], other=0)
+            words_ptrs = weight.packed.to(tl.pointer_type(tl.int32)) + offsets
+            words = tl.load(words_ptrs, mask=inside[:, None], other=0)
             decoded = decode_words(words, absmax[:, None], codes, tl.float32, "PORTABLE")
             values = tl.reshape(decoded, [UNITS, 8 * WORDS])
         total += tl.where(inside[:, None], values * values, 0.0)
@@ -76,17 +62,15 @@ def _row_squares_kernel(
 @work(_row_squares_kernel)
 def _row_squares_work(a: Mapping[str, Any]) -> Launch:
     count = a["out_ptr"].numel() * a["units"] * max(8 * a["WORDS"], 1)
-    reads = weight_bytes(count, a["absmax_ptr"], a["BLOCKSIZE"], a["NESTED_BLOCKSIZE"])
+    reads = weight_bytes(count, a["weight"].absmax, a["BLOCKSIZE"], a["NESTED_BLOCKSIZE"])
     return Launch("row_squares", reads, nbytes(a["out_ptr"]), 0, DECODE_OPS * count)
 
 
 def row_squares_call(packed: Tensor, quant: tuple, n: int, k: int, out: Tensor) -> Call:
     """packed: W [n, k]; quant: as `nf4.operands` gives it; out: fp32 [n]."""
-    code, *absmax, blocksize, nested_blocksize = quant
+    *tables, blocksize, nested_blocksize = quant
     words = group_words(packed, k)
-    names = ("absmax_ptr", "absmax_8bit_ptr", "absmax_code_ptr", "nested_absmax_ptr", "absmax_offset_ptr")
-    arguments: dict[str, Any] = {"packed_ptr": packed, "code_ptr": code, "out_ptr": out}
-    arguments |= zip(names, absmax, strict=True)
+    arguments: dict[str, Any] = {"weight": Packed(packed, *tables), "out_ptr": out}
     unit, weights = (8 * words, WEIGHTS) if words else (1, RAGGED_WEIGHTS)
     arguments |= {"units": k // unit, "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize}
     arguments |= {"WORDS": words, "UNITS": weights // unit}
@@ -120,6 +104,6 @@ def specializations(arch: int) -> Iterator[Specialization]:
     )
     for name, absmax, k in variants:
         call = row_squares_call(packed, (meta(16), *absmax, 64, 256), 4096, k, out)
-        wide = ("packed_ptr",) if k == 4096 else ()
+        wide = ("words_ptrs",) if k == 4096 else ()
         unfused = () if absmax is plain else ("absmax_value",)
         yield specialization(f"row-squares-{name}", call, wide_loads=wide, unfused=unfused)
