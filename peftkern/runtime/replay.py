@@ -135,7 +135,7 @@ def _describe(args: tuple | list, tensors: list[Tensor], addresses: dict[int, in
         elif value is None or type(value) in (int, float, bool, str):
             # 1, 1.0 and True are equal, and their code is not.
             found.append(value if value is None else (type(value), value))
-        elif type(value) is list or type(value) is tuple:
+        elif isinstance(value, (list, tuple)):
             found.append(len(value))
             if not _describe(value, tensors, addresses, found):
                 return False

@@ -74,6 +74,7 @@ def _word_units(pid, r, FORMAT: tl.constexpr):
     UNITS: tl.constexpr = FORMAT.units
     WORDS: tl.constexpr = FORMAT.words
     WIDTH: tl.constexpr = 8 * FORMAT.words
+    METHOD: tl.constexpr = FORMAT.method
     unit = pid * UNITS + tl.arange(0, UNITS)  # [UNITS]
     inside = unit < r.units
     row = tl.zeros_like(unit) if FORMAT.one_row else unit // r.col_units
@@ -85,7 +86,7 @@ def _word_units(pid, r, FORMAT: tl.constexpr):
     words_ptrs = r.weight.packed.to(tl.pointer_type(tl.int32)) + offsets
     words = tl.load(words_ptrs, mask=inside[:, None], other=0)
     codes = load_codes(r.weight.code)
-    values = decode_words(words, absmax[:, None], codes, r.out.dtype.element_ty, FORMAT.method)
+    values = decode_words(words, absmax[:, None], codes, r.out.dtype.element_ty, METHOD)
     values = tl.reshape(values, [UNITS, WIDTH])
     # [UNITS, WIDTH]
     target = (row.to(tl.int64) * r.out_stride + col * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]

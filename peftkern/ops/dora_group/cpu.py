@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...runtime.native import address, dtype_of, empty, native, scratch
 from ..qlora_group import cpu as group_cpu
+from ..qlora_group.spec import Adapters
 from ..qlora_linear import config
 from ..qlora_linear import cpu as single
 from ..scale_columns import cpu as columns
@@ -118,7 +119,7 @@ def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magni
             du[i], d_scale[i], d_bias[i] = columns.backward(
                 dy[i], dy[i] if u[i] is None else u[i], scales[i], wanted
             )
-        rest = (m, k, *low, xa, [need_x, *[False] * count, *need_a, *need_b])
+        rest = (m, k, Adapters(*low), xa, [need_x, *[False] * count, *need_a, *need_b])
         dx, _, d_a, d_b = group_cpu.backward(du, x, weights, quants, blocksizes, *rest)
     else:
         dx = empty((m, k), dtype=first.dtype) if need_x else None

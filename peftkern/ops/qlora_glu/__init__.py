@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, library
 
 from .. import LIBRARY, autocast_off, backend, entry, serving
-from ..qlora_group import ADAPTERS_SCHEMA, WEIGHTS_SCHEMA, arguments, asked
+from ..qlora_group import ADAPTERS_SCHEMA, WEIGHTS_SCHEMA, arguments, asked, with_adapters
 
 __all__ = ["gradients", "halves"]
 
@@ -41,9 +41,9 @@ def _bwd(dy, hidden, gate_first, activation, weights, *args):
     parts = (*halves(hidden, gate_first), activation, *halves(d_hidden, gate_first))
     with autocast_off(dy):
         if name in ("cuda", "triton"):
-            _, *lists = backend("qlora_glu", name).backward(dy, *parts, weights, *args)
+            _, *lists = backend("qlora_glu", name).backward(dy, *parts, weights, *with_adapters(args))
         else:
-            lists = _composed(name, dy, *parts, weights, *args)
+            lists = _composed(name, dy, *parts, weights, *with_adapters(args))
     return d_hidden, *([dy.new_empty(0) if g is None else g for g in grads] for grads in lists)
 
 

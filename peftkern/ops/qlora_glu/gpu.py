@@ -37,29 +37,9 @@ class _Product:
 
 
 @replayed(tuned.settings)
-def backward(
-    dy,
-    gate,
-    up,
-    activation,
-    d_gate,
-    d_up,
-    weights,
-    quants,
-    blocksizes,
-    m,
-    k,
-    lora_a,
-    lora_b,
-    members,
-    rows,
-    scalings,
-    dropout_ps,
-    seeds,
-    xa,
-    needs,
-):
+def backward(dy, gate, up, activation, d_gate, d_up, weights, quants, blocksizes, m, k, adapters, xa, needs):
     """As composed of the references; fills d_gate and d_up."""
+    lora_a, lora_b, members, rows, scalings, dropout_ps, seeds = adapters
     product = _Product(gate, up, activation, d_gate, d_up)
     if len(members) == 1 and tuple(rows) == (0, m):
         _, (need_bias,), (need_a,), (need_b,) = split_needs(needs, 1, 1)
@@ -68,7 +48,7 @@ def backward(
         dx, *lists = single.backward(dy, product, weights[0], (*quants, *blocksizes), k, *adapter, wanted)
         lists = [[one] for one in lists]
     else:
-        adapters = lora_a, lora_b, members, rows, scalings, dropout_ps, seeds, xa, needs
-        dx, *lists = group.backward([dy], product.before(), weights, quants, blocksizes, m, k, *adapters)
+        rest = weights, quants, blocksizes, m, k, adapters, xa, needs
+        dx, *lists = group.backward([dy], product.before(), *rest)
     product.differentiate(dx)
     return dx, *lists

@@ -12,7 +12,7 @@ from .. import LIBRARY, accumulation, autocast_off, backend, serving, transforme
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe
 from . import cpu, reference
-from .spec import Spec, split, split_needs
+from .spec import Adapters, Spec, split, split_needs
 
 __all__ = [
     "Spec",
@@ -28,6 +28,7 @@ __all__ = [
     "split_needs",
     "trainable_again",
     "wants_x",
+    "with_adapters",
 ]
 
 # Lists run over members (weights, six quantization tensors and two block sizes each, n, biases) or adapters
@@ -59,9 +60,15 @@ def _fwd(x, weights, *args):
 def _bwd(dy, x, weights, *args):
     first = next(g for g in dy if g is not None)
     with autocast_off(first):
-        dx, *lists = backend("qlora_group", serving(first, *weights)).backward(dy, x, weights, *args)
+        run = backend("qlora_group", serving(first, *weights)).backward
+        dx, *lists = run(dy, x, weights, *with_adapters(args))
     empty = first.new_empty
     return empty(0) if dx is None else dx, *([empty(0) if g is None else g for g in grads] for grads in lists)
+
+
+def with_adapters(args: tuple) -> tuple:
+    """A backward op's arguments behind `weights`, its lists of adapters as one."""
+    return *args[:4], Adapters(*args[4:11]), *args[11:]
 
 
 @library.register_fake("peftkern::qlora_group_fwd", lib=LIBRARY)
@@ -75,24 +82,8 @@ def _(x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, 
 
 
 @library.register_fake("peftkern::qlora_group_bwd", lib=LIBRARY)
-def _(
-    dy,
-    x,
-    weights,
-    quants,
-    blocksizes,
-    m,
-    k,
-    lora_a,
-    lora_b,
-    members,
-    rows,
-    scalings,
-    dropout_ps,
-    seeds,
-    xa,
-    needs,
-):
+def _(dy, x, weights, *args):
+    _, _, m, k, (lora_a, lora_b, members, *_), _, needs = with_adapters(args)
     first = next(g for g in dy if g is not None)
     need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(lora_a))
     empty, used = first.new_empty, [dy[member] is not None for member in members]

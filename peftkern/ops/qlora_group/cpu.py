@@ -180,25 +180,9 @@ class FewRows:
         return results
 
 
-def backward(
-    dy,
-    x,
-    weights,
-    quants,
-    blocksizes,
-    m,
-    k,
-    lora_a,
-    lora_b,
-    members,
-    rows,
-    scalings,
-    dropout_ps,
-    seeds,
-    xa,
-    needs,
-):
+def backward(dy, x, weights, quants, blocksizes, m, k, adapters, xa, needs):
     """As the reference."""
+    lora_a, lora_b, members = adapters[:3]
     used = [i for i, g in enumerate(dy) if g is not None]
     first = dy[used[0]]
     need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(members))
@@ -214,9 +198,7 @@ def backward(
     if m == 0:
         return dx, d_bias, d_a, d_b
     n = [0 if g is None else g.shape[1] for g in dy]
-    group = NativeGroup(
-        m, k, n, weights, quants, blocksizes, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
-    )
+    group = NativeGroup(m, k, n, weights, quants, blocksizes, *adapters)
     x, dy = None if x is None else x.contiguous(), contiguous(dy)
     vendor = group.choice(first).regime == "vendor"
     if vendor and need_x:

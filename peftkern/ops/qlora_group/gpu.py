@@ -71,26 +71,10 @@ def forward(
 
 
 @replayed(tuned.settings)
-def backward(
-    dy,
-    x,
-    weights,
-    quants,
-    blocksizes,
-    m,
-    k,
-    lora_a,
-    lora_b,
-    members,
-    rows,
-    scalings,
-    dropout_ps,
-    seeds,
-    xa,
-    needs,
-):
+def backward(dy, x, weights, quants, blocksizes, m, k, adapters, xa, needs):
     """As the reference; dx is rounded at most once a member and once for the adapters, as autograd's own sum
     over them is."""
+    lora_a, lora_b, members, rows, scalings, dropout_ps, seeds = adapters
     rows = _spans(rows)
     need_x, need_bias, need_a, need_b = split_needs(needs, len(weights), len(members))
     lora_a, lora_b = [t.contiguous() for t in lora_a], [t.contiguous() for t in lora_b]

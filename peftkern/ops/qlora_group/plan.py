@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ...runtime.plan import INTERPRETED, Device, Launch, planning
 from ..qlora_linear.plan import Operands, Shape
+from .spec import Adapters
 
 __all__ = [
     "backward_arguments",
@@ -44,10 +45,10 @@ def forward_arguments(shapes: Sequence[Shape], place: str = "meta") -> tuple:
 def backward_arguments(shapes: Sequence[Shape], place: str = "meta") -> tuple:
     """What the op's backward pass gets where every gradient is wanted."""
     members = [Operands.of(s, place) for s in shapes]
-    a, b, *rest = _adapters(shapes, members)
+    adapters = Adapters(*_adapters(shapes, members))
     inputs = [o.dy for o in members], members[0].x, *_weights(members), shapes[0].m, shapes[0].k
-    needs = [True, *(s.bias for s in shapes), *[True] * (len(a) + len(b))]
-    return *inputs, a, b, *rest, [o.xa for o in members if o.xa is not None], needs
+    needs = [True, *(s.bias for s in shapes), *[True] * 2 * len(adapters.lora_a)]
+    return *inputs, adapters, [o.xa for o in members if o.xa is not None], needs
 
 
 def _weights(members: Sequence[Operands]) -> tuple[list, list, list]:

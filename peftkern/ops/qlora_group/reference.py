@@ -44,27 +44,11 @@ def forward(
     return [part.to(x.dtype) for part in y], xa
 
 
-def backward(
-    dy,
-    x,
-    weights,
-    quants,
-    blocksizes,
-    m,
-    k,
-    lora_a,
-    lora_b,
-    members,
-    rows,
-    scalings,
-    dropout_ps,
-    seeds,
-    xa,
-    needs,
-):
+def backward(dy, x, weights, quants, blocksizes, m, k, adapters, xa, needs):
     """dy_i [M, N_i] (None: not used) -> dx [M, K], fp32 d_bias_i, d_lora_a, d_lora_b; None unless `needs`
-    names it."""
-    count, adapters = len(weights), len(members)
+    names it. adapters: `spec.Adapters`."""
+    lora_a, lora_b, members, rows, scalings, dropout_ps, seeds = adapters
+    count = len(weights)
     first = next(g for g in dy if g is not None)
     acc = torch.float64 if first.dtype == torch.float64 else torch.float32
     wide = [None if g is None else g.to(acc) for g in dy]
@@ -73,7 +57,7 @@ def backward(
         if needs[0] and g is not None:
             dx += g @ single.dense_weight(weights[i], quant_of(quants, blocksizes, i), g.shape[1], k).to(acc)
     d_bias = [g.sum(0) if g is not None and needs[1 + i] else None for i, g in enumerate(wide)]
-    d_a, d_b = [None] * adapters, [None] * adapters
+    d_a, d_b = [None] * len(members), [None] * len(members)
     for j, member in enumerate(members):
         if wide[member] is None:
             continue
@@ -86,6 +70,6 @@ def backward(
         if needs[1 + count + j]:
             part = x[begin:end].to(acc)
             d_a[j] = (dyb.t() @ (part if keep is None else part * keep)).to(lora_a[j].dtype)
-        if needs[1 + count + adapters + j]:
+        if needs[1 + count + len(members) + j]:
             d_b[j] = (scalings[j] * (g.t() @ xa[j])).to(lora_b[j].dtype)
     return None if dx is None else dx.to(first.dtype), d_bias, d_a, d_b

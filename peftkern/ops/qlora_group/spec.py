@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Spec", "split", "split_needs"]
+__all__ = ["Adapters", "Spec", "split", "split_needs"]
 
 
 class Spec(NamedTuple):
@@ -22,6 +23,18 @@ class Spec(NamedTuple):
     scalings: tuple[float, ...]
     dropout_ps: tuple[float, ...]
     seeds: tuple[Tensor | None, ...]
+
+
+class Adapters(NamedTuple):
+    """The adapters of a group's backward pass; lists as in the schema, in its order."""
+
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    members: Sequence[int]
+    rows: Sequence[int]
+    scalings: Sequence[float]
+    dropout_ps: Sequence[float]
+    seeds: Sequence[Tensor | None]
 
 
 def split_needs(

@@ -107,11 +107,11 @@ def project_kernel(
     TILE: tl.constexpr,
     RANKS: tl.constexpr,
     BY_RANK: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FORMAT: tl.constexpr,  # of the rectangles, or None
 ):
     """xa of every adapter, or dyb of one. Neighbouring programs take the same rows of x."""
     pid = tl.program_id(0)
-    if rectangles is None:
+    if FORMAT is None:
         _project(pid, x_ptr, lows, thresholds, scale, M, C, split_cols, TILE, RANKS, BY_RANK)
     else:
         if pid < first_programs:
@@ -154,11 +154,11 @@ def dy_kernel(
     TILE: tl.constexpr,
     DYB_TILE: tl.constexpr,  # of dyb's own programs beside dB's; None: one read of dy gives both
     RANKS: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FORMAT: tl.constexpr,  # of the rectangles, or None
 ):
     """dyb, dB and d_bias of every member."""
     pid = tl.program_id(0)
-    if rectangles is None:
+    if FORMAT is None:
         _dy(pid, members, M, chunk_rows, TILE, DYB_TILE, RANKS)
     else:
         if pid < first_programs:

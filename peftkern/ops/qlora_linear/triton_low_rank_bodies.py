@@ -1,8 +1,9 @@
 """The low-rank passes' kernels as device functions that take their program id, so that a launch can hold two
 of them side by side.
 
-TILE, DYB_TILE (`Tile`) and RANKS (`Ranks`) are frozen dataclasses of `low_rank_config.py`; a list, as of a
-shape, and tl.static_range take no attribute of theirs, only a local constexpr.
+TILE, DYB_TILE (`Tile`) and RANKS (`Ranks`) are frozen dataclasses of `low_rank_config.py`. What is a
+string, stands in a list (a shape) or goes to tl.static_range is read into a local constexpr: Triton 3.6 and
+3.7 take no attribute there.
 
 Operands of a product are a wide tile (x or dy, in the activations' dtype) and a narrow one (adapters, xa,
 dyb). MODE, or RANKS.mode, says how they meet:
@@ -125,6 +126,7 @@ def project_body(
     """out = scale * drop(x) @ adapter, one program a block of rows and a split of the contraction: x is read
     once."""
     BLOCK_M: tl.constexpr = TILE.rows
+    MODE: tl.constexpr = RANKS.mode
     BLOCK_C: tl.constexpr = TILE.cols
     R_PAD: tl.constexpr = RANKS.padded
     row_blocks = tl.cdiv(M, BLOCK_M)
@@ -143,7 +145,7 @@ def project_body(
         adapter = adapter_tile(adapter_ptr, cols, ranks, C, R, BY_RANK)  # [BLOCK_C, R_PAD]
         if seed_ptr is not None:
             x = tl.where(dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_C), x, 0.0)
-        acc = _dot_right(x, _terms(adapter, x, RANKS.mode), acc, RANKS.mode)
+        acc = _dot_right(x, _terms(adapter, x, MODE), acc, MODE)
     out = out_ptr + (tl.cast(split, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
     tl.store(out, acc * scale, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
@@ -167,6 +169,7 @@ def dy_pass_body(
     dy would move all of it.
     """
     BLOCK_M: tl.constexpr = TILE.rows
+    MODE: tl.constexpr = RANKS.mode
     BLOCK_N: tl.constexpr = TILE.cols
     R_PAD: tl.constexpr = RANKS.padded
     dy_ptr, N = member.dy, member.columns
@@ -178,7 +181,7 @@ def dy_pass_body(
         adapter = member.adapter + cols.to(tl.int64)[:, None] * R + ranks[None, :]
         lora_b = tl.load(adapter, mask=adapter_mask, other=0.0)
         # [BLOCK_N, R_PAD] each
-        b_terms = _terms(lora_b, tl.zeros([1], dy_ptr.dtype.element_ty), RANKS.mode)
+        b_terms = _terms(lora_b, tl.zeros([1], dy_ptr.dtype.element_ty), MODE)
     d_lora_b = tl.zeros([BLOCK_N, R_PAD], tl.float32)
     d_bias = tl.zeros([BLOCK_N], tl.float32)
     first = row_chunk * chunk_rows
@@ -194,9 +197,9 @@ def dy_pass_body(
             xa = tl.load(
                 member.xa + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0
             )  # [BLOCK_M, R_PAD]
-            d_lora_b = _dot_right(tl.trans(dy), _terms(xa, dy, RANKS.mode), d_lora_b, RANKS.mode)
+            d_lora_b = _dot_right(tl.trans(dy), _terms(xa, dy, MODE), d_lora_b, MODE)
         if dyb_ptr is not None:
-            dyb = _dot_right(dy, b_terms, tl.zeros([BLOCK_M, R_PAD], tl.float32), RANKS.mode) * member.scaling
+            dyb = _dot_right(dy, b_terms, tl.zeros([BLOCK_M, R_PAD], tl.float32), MODE) * member.scaling
             out = dyb_ptr + (tl.cast(column_chunk, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
             tl.store(out, dyb, mask=rank_mask)
         if member.d_bias is not None:
@@ -254,6 +257,7 @@ def d_lora_a_body(
     """A program owns chunk_rows x TILE.cols of x, read once, and holds what it adds to dA = dyb^T drop(x) in
     registers."""
     BLOCK_M: tl.constexpr = TILE.rows
+    MODE: tl.constexpr = RANKS.mode
     BLOCK_K: tl.constexpr = TILE.cols
     R_PAD: tl.constexpr = RANKS.padded
     column_chunks = tl.cdiv(K, BLOCK_K)
@@ -274,7 +278,7 @@ def d_lora_a_body(
         if low.seed is not None:
             x = tl.where(dropout_keep(key_low, key_high, threshold, row0, col0, BLOCK_M, BLOCK_K), x, 0.0)
         dyb = sum_of_chunks(low.left, rows, ranks, M, CHUNKS, R)  # [BLOCK_M, R_PAD]
-        d_lora_a = _dot_left(_terms(tl.trans(dyb), x, RANKS.mode), x, d_lora_a, RANKS.mode)
+        d_lora_a = _dot_left(_terms(tl.trans(dyb), x, MODE), x, d_lora_a, MODE)
     out = low.d_lora_a + (tl.cast(row_chunk, tl.int64) * R + ranks)[:, None] * K + cols[None, :]
     d_lora_a = round_to(d_lora_a * factor, low.d_lora_a.dtype.element_ty)
     tl.store(out, d_lora_a, mask=(ranks < R)[:, None] & (cols < K)[None, :])
@@ -301,6 +305,7 @@ def epilogue_body(
     """out += the sum of drop(scale * left @ adapter) + bias, a tile a program, written once. The adapters are
     lora_a [R, C] where BY_RANK, else lora_b [C, R]."""
     BLOCK_M: tl.constexpr = TILE.rows
+    MODE: tl.constexpr = RANKS.mode
     BLOCK_C: tl.constexpr = TILE.cols
     COUNT: tl.constexpr = len(RANKS.each) if BY_RANK else 1
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -320,7 +325,7 @@ def epilogue_body(
                 # [BLOCK_M, step] and [BLOCK_C, step]
                 left = sum_of_chunks(lows[j].left, rows, ranks, M, CHUNKS, RANKS.each[FIRST + j])
                 adapter = adapter_tile(lows[j].adapter, cols, ranks, C, RANKS.each[FIRST + j], BY_RANK)
-                acc = dot_narrow(left, tl.trans(adapter), acc, DTYPE, RANKS.mode)
+                acc = dot_narrow(left, tl.trans(adapter), acc, DTYPE, MODE)
             if lows[j].seed is not None:
                 key_low, key_high = dropout_key(lows[j].seed)
                 keep = dropout_keep(key_low, key_high, thresholds[j], row0, col0, BLOCK_M, BLOCK_C)

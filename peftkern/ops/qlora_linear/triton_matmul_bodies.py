@@ -29,6 +29,7 @@ def _low_rank(
     """acc [BLOCK_M, BLOCK_N] + scaling * low [M, R] @ adapter, lora_b [J, R] where FORWARD, else lora_a [R,
     J]."""
     CHUNKS: tl.constexpr = FACTORS.chunks
+    MODE: tl.constexpr = FACTORS.mode
     for rank0 in tl.range(0, R, FACTORS.step, num_stages=1):
         ranks = rank0 + tl.arange(0, FACTORS.step)
         offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
@@ -44,7 +45,7 @@ def _low_rank(
         adapter = tl.load(
             adapter_ptrs, mask=(ranks < R)[:, None] & (cols < m.columns)[None, :], other=0.0
         )  # [step, BLOCK_N]
-        if FACTORS.mode == "split":
+        if MODE == "split":
             if tl.float16 == DTYPE:
                 low = tl.minimum(
                     tl.maximum(low, -65504.0), 65504.0
@@ -53,7 +54,7 @@ def _low_rank(
             acc = dot(round_to(low - to_fp32(high), DTYPE), adapter, acc)
             acc = dot(high, adapter, acc)
         else:
-            acc = dot_fresh(low, to_fp32(adapter), acc, FACTORS.mode)
+            acc = dot_fresh(low, to_fp32(adapter), acc, MODE)
     return acc
 
 
@@ -143,6 +144,7 @@ def _weight_tile(
     if FORM.words > 0:
         WORDS: tl.constexpr = FORM.words
         WIDTH: tl.constexpr = 8 * FORM.words
+        METHOD: tl.constexpr = FORM.method
         # Loaded as rows of words, so that neighbouring lanes read neighbouring words; only then by groups.
         first = rows.to(tl.int64) * (K // WIDTH) + col0 // WIDTH  # [ROWS]
         word = tl.arange(0, COLS // 8)
@@ -152,7 +154,7 @@ def _weight_tile(
         inside = (col0 // WIDTH + word // WORDS < K // WIDTH)[None, :]
         words = tl.load(words_ptrs) if INSIDE == 1 else tl.load(words_ptrs, mask=inside, other=0)
         words = tl.reshape(words, [ROWS, COLS // WIDTH, WORDS])
-        tile = decode_words(words, absmax[:, :, None], codes, DTYPE, FORM.method)
+        tile = decode_words(words, absmax[:, :, None], codes, DTYPE, METHOD)
         tile = tl.reshape(tile, [ROWS, COLS])
     else:
         cols = col0 + tl.arange(0, COLS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -68,31 +68,50 @@ def _rope_tile(
         )
 
 
+class Turned(NamedTuple):
+    """q or k [batch, heads, seq, dim] and what it becomes, with their strides."""
+
+    x: Any
+    out: Any
+    heads: Any
+    batch: Any
+    head: Any
+    seq: Any
+    out_batch: Any
+    out_head: Any
+    out_seq: Any
+
+
+@triton.jit
+def _turn(
+    t,  # `Turned`
+    b,
+    s,
+    first,  # of the program's heads
+    cos_ptr,  # [2 * HALF], the token's
+    sin_ptr,
+    dim,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    x_ptr, y_ptr = t.x + b * t.batch + s * t.seq, t.out + b * t.out_batch + s * t.out_seq
+    head = first + tl.arange(0, HEADS)
+    args = (x_ptr, y_ptr, cos_ptr, sin_ptr, head, t.heads, t.head, t.out_head, dim)
+    _rope_tile(*args, HALF, BLOCK_HALF, BLOCK_REST, INVERSE)
+
+
 @triton.jit
 def _rope_kernel(
-    q_ptr,  # [batch, q_heads, seq, dim], strides below
-    k_ptr,
-    q_out_ptr,
-    k_out_ptr,
+    q,  # `Turned`
+    k,
     cos_ptr,  # [batch or 1, seq, 2 * HALF]
     sin_ptr,
-    q_heads,
-    k_heads,
     seq,
     dim,
     angle_batch,  # 0: one for all
-    q_batch,
-    q_head,
-    q_seq,
-    k_batch,
-    k_head,
-    k_seq,
-    q_out_batch,
-    q_out_head,
-    q_out_seq,
-    k_out_batch,
-    k_out_head,
-    k_out_seq,
     q_groups,  # programs of a token for q, and for q and k
     groups,
     HEADS: tl.constexpr,
@@ -105,44 +124,22 @@ def _rope_kernel(
     group = tl.program_id(0) % groups
     b, s = token // seq, token % seq
     angle = b * angle_batch + s * (2 * HALF)
+    cos, sin = cos_ptr + angle, sin_ptr + angle
     if group < q_groups:
-        _rope_tile(
-            q_ptr + b * q_batch + s * q_seq,
-            q_out_ptr + b * q_out_batch + s * q_out_seq,
-            cos_ptr + angle,
-            sin_ptr + angle,
-            group * HEADS + tl.arange(0, HEADS),
-            q_heads,
-            q_head,
-            q_out_head,
-            dim,
-            HALF,
-            BLOCK_HALF,
-            BLOCK_REST,
-            INVERSE,
-        )
+        _turn(q, b, s, group * HEADS, cos, sin, dim, HEADS, HALF, BLOCK_HALF, BLOCK_REST, INVERSE)
     else:
-        _rope_tile(
-            k_ptr + b * k_batch + s * k_seq,
-            k_out_ptr + b * k_out_batch + s * k_out_seq,
-            cos_ptr + angle,
-            sin_ptr + angle,
-            (group - q_groups) * HEADS + tl.arange(0, HEADS),
-            k_heads,
-            k_head,
-            k_out_head,
-            dim,
-            HALF,
-            BLOCK_HALF,
-            BLOCK_REST,
-            INVERSE,
-        )
+        first = (group - q_groups) * HEADS
+        _turn(k, b, s, first, cos, sin, dim, HEADS, HALF, BLOCK_HALF, BLOCK_REST, INVERSE)
 
 
 @work(_rope_kernel)
 def _rope_work(a: Mapping[str, Any]) -> Launch:
-    reads = nbytes(a["q_ptr"], a["k_ptr"], a["cos_ptr"], a["sin_ptr"])
-    return Launch("rope", reads, nbytes(a["q_out_ptr"], a["k_out_ptr"]))
+    reads = nbytes(a["q"].x, a["k"].x, a["cos_ptr"], a["sin_ptr"])
+    return Launch("rope", reads, nbytes(a["q"].out, a["k"].out))
+
+
+def _turned(x: Tensor, out: Tensor) -> Turned:
+    return Turned(x, out, x.shape[1], *x.stride()[:3], *out.stride()[:3])
 
 
 def call(
@@ -150,29 +147,24 @@ def call(
 ) -> Call:
     """The op's arguments, each with a contiguous last dimension, cos and sin contiguous."""
     (b, q_heads, s, d), k_heads, rotary = q.shape, k.shape[1], cos.shape[2]
+    q_groups = -(-q_heads // HEADS)
+    groups = q_groups + -(-k_heads // HEADS)
     arguments: dict[str, Any] = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "q_out_ptr": rotated_q,
-        "k_out_ptr": rotated_k,
+        "q": _turned(q, rotated_q),
+        "k": _turned(k, rotated_k),
         "cos_ptr": cos,
         "sin_ptr": sin,
-    }
-    arguments |= {
-        "q_heads": q_heads,
-        "k_heads": k_heads,
         "seq": s,
         "dim": d,
         "angle_batch": cos.stride(0) if cos.shape[0] > 1 else 0,
+        "q_groups": q_groups,
+        "groups": groups,
+        "HEADS": HEADS,
+        "HALF": rotary // 2,
+        "BLOCK_HALF": next_power_of_2(max(rotary // 2, 1)),
+        "BLOCK_REST": next_power_of_2(d - rotary) if d > rotary else 0,
+        "INVERSE": inverse,
     }
-    for name, x in (("q", q), ("k", k), ("q_out", rotated_q), ("k_out", rotated_k)):
-        arguments |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_seq"), x.stride()[:3], strict=True))
-    q_groups = -(-q_heads // HEADS)
-    groups = q_groups + -(-k_heads // HEADS)
-    rest = next_power_of_2(d - rotary) if d > rotary else 0
-    block_half = next_power_of_2(max(rotary // 2, 1))
-    arguments |= {"q_groups": q_groups, "groups": groups, "HEADS": HEADS, "HALF": rotary // 2}
-    arguments |= {"BLOCK_HALF": block_half, "BLOCK_REST": rest, "INVERSE": inverse}
     return Call(_rope_kernel, b * s * groups, arguments, WARPS, 1)
 
 
