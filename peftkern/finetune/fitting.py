@@ -112,7 +112,7 @@ def _limits(config: FinetuneConfig, card: Card) -> Limits:
 
 def _said(config: FinetuneConfig, shape: Shape, options: RunOptions, limits: Limits, card: Card) -> str:
     found = plan(shape, options, limits, card)
-    how = "; ".join(described(options, shape.layers))
+    how = "; ".join(described(options, shape))
     run = f"{in_bytes(found.device_bytes)} planned for {options.batch} × {options.length:,} tokens"
     text = f"--fit {config.fit}: {run}: {how}."
     return "\n".join([text, *(f"  note: {warning}." for warning in found.warnings)])

@@ -6,7 +6,7 @@ scores again from two numbers a row that forward kept, its greatest score and it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,60 +17,9 @@ from torch.autograd.function import once_differentiable
 from ..ops import autocast_off
 from ..patching.weights import autocast_dtype
 from .attention_masks import CausalMask, DenseMask, TileMask
-from .tiles import ROWS
+from .tiles import Tiling, fitted_tiling
 
-__all__ = ["BUDGET", "SCORE_BYTES", "Tiling", "against_shapes", "capped_attention", "tiled", "tiling_of"]
-
-BUDGET = 64 << 20  # bytes of a tile's scores in backward, beyond which a tile has fewer rows
-SCORE_BYTES = 14  # of a score in backward: its tanh, p and dp in fp32, and dp as a 16-bit product gives it
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """What is computed at a time.
-
-    samples: of the batch. heads: key/value heads, with the queries' that they serve. rows: queries of each.
-    """
-
-    samples: int
-    heads: int
-    rows: int
-
-
-def tiling_of(
-    batch: int,
-    kv_heads: int,
-    queries_each: int,
-    rows: int,
-    keys: int,
-    *,
-    groups: int | None = None,
-    budget: int | None = None,
-) -> Tiling:
-    """The largest tile whose scores stay within `budget` bytes in backward; `ROWS` rows where none does.
-
-    Rows come first, then heads, then samples: gradients of keys are added up once a tile.
-
-    Args:
-        batch, kv_heads: of the operands. queries_each: query heads of a key/value head. rows, keys: of one.
-        groups: how many groups the key/value heads make, None for as few as the budget allows.
-        budget: None for `BUDGET`.
-
-    >>> tiling_of(1, 4, 2, 131072, 131072), tiling_of(2, 4, 2, 128, 128)
-    (Tiling(samples=1, heads=1, rows=64), Tiling(samples=2, heads=4, rows=128))
-    """
-    row = max(queries_each * keys * SCORE_BYTES, 1)
-    budget = BUDGET if budget is None else budget
-    most = budget // row // ROWS * ROWS
-    heads = kv_heads // groups if groups else 1
-    fitting = max(most // heads // ROWS * ROWS, ROWS)
-    if fitting < rows:
-        return Tiling(1, heads, fitting)
-    if not groups:
-        divisors = (n for n in range(kv_heads, 0, -1) if kv_heads % n == 0)
-        heads = next(n for n in divisors if n == 1 or n * rows * row <= budget)
-    together = heads == kv_heads and batch * heads * rows * row <= budget
-    return Tiling(batch if together else 1, heads, rows)
+__all__ = ["against_shapes", "capped_attention", "tiled"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +43,9 @@ class _ByTiles(torch.autograd.Function):
             for tile, keys in task.mask.spans(task.tiling.rows):
                 where = at, of_q, tile
                 mask = task.mask.tile(tile, keys)
-                found = _tile_forward(q[where], k[at, of_k, keys], v[at, of_k, keys], mask, at, of_q, task)
-                for total, part in zip((out, *rows[..., None]), found, strict=True):
-                    total[where] = part.view_as(total[where])
+                operands = q[where], k[at, of_k, keys], v[at, of_k, keys]
+                places = [t[where] for t in (out, *rows[..., None])]
+                _put(places, _tile_forward(*operands, mask, at, of_q, task))
         ctx.save_for_backward(q, k, v, rows)
         ctx.task = task
         return out
@@ -119,10 +68,8 @@ def _backward(
             where = at, of_q, tile
             operands = q[where], k[at, of_k, keys], v[at, of_k, keys], d_out[where]
             mask = task.mask.tile(tile, keys)
-            found = _tile_backward(operands, rows[:, at, of_q, tile], mask, at, of_q, task)
-            dq[where] = found[0].view_as(dq[where])
-            for total, part in zip(sums, found[1:], strict=True):
-                total[:, :, keys].add_(part.view_as(total[:, :, keys]))
+            places = dq[where], *(t[:, :, keys] for t in sums)
+            _add(*places, *_tile_backward(operands, rows[:, at, of_q, tile], mask, at, of_q, task))
         dk[at, of_k], dv[at, of_k] = sums
     return dq, dk, dv
 
@@ -160,6 +107,18 @@ def _tile_backward(
     del bent
     ds = ds.mul_(task.scale).to(q.dtype)
     return torch.bmm(ds, k), torch.bmm(ds.mT, q), dv
+
+
+def _put(places: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """A tile's results; whoever called has none of them left when the next tile begins."""
+    for place, result in zip(places, results, strict=True):
+        place.copy_(result.view(place.shape))
+
+
+def _add(dq: Tensor, dk_sum: Tensor, dv_sum: Tensor, *results: Tensor) -> None:
+    _put([dq], results[:1])
+    for place, result in zip((dk_sum, dv_sum), results[1:], strict=True):
+        place.add_(result.view(place.shape))
 
 
 def _groups(q: Tensor, k: Tensor, tiling: Tiling) -> Iterator[tuple[slice, slice, slice]]:
@@ -218,8 +177,8 @@ def tiled(
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = (t.to(dtype) for t in (q, k, v))
-    each = q.shape[1] // k.shape[1]
-    tiling = tiling_of(q.shape[0], k.shape[1], each, q.shape[2], _most_keys(mask, k), groups=groups)
+    sizes = q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    tiling, _ = fitted_tiling(lambda rows: _most_keys(mask, rows), *sizes, groups=groups)
     if rows is not None:
         tiling = replace(tiling, rows=rows)
     task = _Task(mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap, tiling)
@@ -227,9 +186,9 @@ def tiled(
         return _ByTiles.apply(q, k, v, task)
 
 
-def _most_keys(mask: TileMask, k: Tensor) -> int:
-    """The keys that a tile reads at the most."""
-    return max(keys.stop - keys.start for _, keys in mask.spans(ROWS))
+def _most_keys(mask: TileMask, rows: int) -> int:
+    """The keys that a tile of so many queries reads at the most."""
+    return max(keys.stop - keys.start for _, keys in mask.spans(rows))
 
 
 def capped_attention(
@@ -257,7 +216,7 @@ def capped_attention(
         softcap: None for no cap. is_causal: row i reads the keys up to i. window: and of these the last
             `window`; other keys are not read. scale: None for 1 / sqrt(d).
         groups: how many groups the key/value heads make; divides nKV. rows: queries of a tile. None: by a
-            budget of `BUDGET` bytes.
+            budget of 64 MiB.
     Returns: [B, nH, S, e]. Saved for backward: q, k, v and two numbers a row.
     Raises: ValueError for operands that do not go together.
     Source: FlashAttention-2 (Dao, 2023), section 3, whose tiles these are; the soft cap is Gemma 2's (2024).

@@ -17,6 +17,7 @@ from peftkern.memory import attention_tiles
 from peftkern.memory.attention_groups import attention_by_groups, attention_whole
 from peftkern.memory.attention_masks import LazyMask
 from peftkern.memory.count import MemoryCount
+from peftkern.memory.tiles import Tiling
 
 from ..ops.bounds import assert_as_accurate
 from ..patching import models, zoo
@@ -38,9 +39,8 @@ def gemma2(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 rows, so that 30 tokens have several."""
-    for module in ("attention_tiles", "attention_masks"):
-        monkeypatch.setattr(f"peftkern.memory.{module}.ROWS", 8)
-    monkeypatch.setattr(attention_tiles, "tiling_of", lambda *a, **k: attention_tiles.Tiling(1, 1, 8))
+    monkeypatch.setattr("peftkern.memory.attention_masks.ROWS", 4)
+    monkeypatch.setattr(attention_tiles, "fitted_tiling", lambda *a, **k: (Tiling(1, 1, 8), 30))
 
 
 def step(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def peak(length: int, by_tiles: bool) -> tuple[int, int]:
 
 
 def test_no_matrix_of_queries_by_keys_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_tiles, "BUDGET", 1)  # tiles of 64 rows
+    monkeypatch.setattr("peftkern.memory.tiles._SCORES", 1)  # tiles of 64 rows
     small, middle, large = (peak(length, True) for length in (256, 512, 768))
     assert abs((large[0] - middle[0]) - (middle[0] - small[0])) < 0.01 * small[0]
     assert large[1] <= 2 * 64 * 768 * 4

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from peftkern.memory.attention_reference import reference
-from peftkern.memory.attention_tiles import Tiling, capped_attention, tiling_of
+from peftkern.memory.attention_tiles import capped_attention
 from peftkern.memory.count import MemoryCount
+from peftkern.memory.tiles import Tiling, attention_tiling, fitted_tiling
 
 from ..ops.bounds import assert_as_accurate
 
@@ -128,11 +129,13 @@ def test_two_numbers_a_row_are_saved_beside_the_operands() -> None:
 
 
 def test_a_tile_stays_within_its_budget() -> None:
-    assert tiling_of(1, 8, 4, 4096, 4096, budget=1 << 26) == Tiling(1, 1, 256)
-    assert tiling_of(1, 8, 4, 1 << 20, 1 << 20) == Tiling(1, 1, 64)
-    assert tiling_of(3, 8, 4, 100, 100, budget=1 << 40) == Tiling(3, 8, 100)
-    assert tiling_of(3, 8, 4, 100, 100, budget=8 << 20) == Tiling(1, 8, 100)
-    assert tiling_of(3, 8, 4, 100, 100, groups=2, budget=1 << 40) == Tiling(1, 4, 100)
+    assert attention_tiling(1, 8, 4, 4096, 4096, budget=1 << 26) == Tiling(1, 1, 256)
+    assert attention_tiling(1, 8, 4, 1 << 20, 1 << 20) == Tiling(1, 1, 64)
+    assert attention_tiling(3, 8, 4, 100, 100, budget=1 << 40) == Tiling(3, 8, 100)
+    assert attention_tiling(3, 8, 4, 100, 100, budget=8 << 20) == Tiling(1, 8, 100)
+    assert attention_tiling(3, 8, 4, 100, 100, groups=2, budget=1 << 40) == Tiling(1, 4, 100)
+    tiling, keys = fitted_tiling(lambda rows: rows + 1023, 1, 8, 4, 1 << 20)
+    assert keys == tiling.rows + 1023 and 0.5 < tiling.rows * 4 * keys * 14 / (64 << 20) <= 1
 
 
 @pytest.mark.parametrize(

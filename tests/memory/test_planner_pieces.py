@@ -20,13 +20,16 @@ from peftkern.memory import (
 )
 from peftkern.memory.count import MemoryCount
 from peftkern.memory.planner.budgets import Limits
-from peftkern.memory.planner.cards import CPU
+from peftkern.memory.planner.cards import CPU, card_of
+from peftkern.memory.planner.choose import changes, choose
 from peftkern.memory.planner.options import RunOptions
 from peftkern.memory.planner.parts import fixed_parts, host_parts
+from peftkern.memory.planner.plan import longest, plan
 from peftkern.memory.planner.shapes import shape_of
 from peftkern.memory.planner.step import Step
+from peftkern.memory.planner.table import lines
 
-from .build import build, config
+from .build import build, config, transformers
 from .test_planner_count import PHASES, checkpointed, counted, predicted, quantization_tensors
 
 
@@ -35,6 +38,7 @@ def nightly(value: Any) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
 
 
+BF16 = torch.bfloat16
 SIZES = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 448}
 
 
@@ -81,6 +85,71 @@ def test_attention_by_groups_and_norms_again(name: str, checkpointing: bool) -> 
     count, plan = counted(model, 768).peaks, predicted(shape, 768, 1, options)
     for phase in PHASES:
         assert plan[phase] == pytest.approx(count[phase], rel=0.02), phase
+
+
+GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
+
+
+@pytest.mark.parametrize("checkpointing", [True, nightly(False)])
+@pytest.mark.parametrize(
+    ("by_tiles", "batch", "dtype"),
+    [
+        (True, 1, BF16),
+        (False, 1, BF16),
+        pytest.param(True, 3, torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_attention_with_a_soft_cap(
+    by_tiles: bool, batch: int, dtype: torch.dtype, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tiles with a slope of its own; eager, with scores and masks that grow with the square."""
+    if batch == 1:
+        monkeypatch.setattr("peftkern.memory.tiles._SCORES", 1)  # tiles of 64 rows, heads one by one
+    sizes = SIZES | dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=320, pad_token_id=0)
+    settings = transformers.Gemma2Config(**sizes | GEMMA2)
+    model, shape = build(settings, dtype=dtype), shape_of(settings)
+    if by_tiles:
+        assert attention_by_groups(model).masks == ("base_model.model.model",)
+    if checkpointing:
+        checkpointed(model)
+    counted(model, 64)
+    options = {
+        "rank": 4,
+        "checkpointing": checkpointing,
+        "kv_groups": by_tiles,
+        "dtype_bytes": dtype.itemsize,
+    }
+    slopes: list[list[int]] = []
+    for length in (384, 640):
+        count, plan = counted(model, length, batch).peaks, predicted(shape, length, batch, options)
+        if by_tiles and checkpointing:  # a tile's forward is not told from its backward when computed again
+            for peaks in (count, plan):
+                peaks["mlp_backward"] = max(peaks["mlp_backward"], peaks["attention_backward"])
+        for phase in PHASES:
+            assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length)
+        slopes.append([count["attention_backward"], plan["attention_backward"]])
+    count, plan = (after - before for before, after in zip(*slopes, strict=True))
+    if batch == 1:  # else tiles have fewer rows at the greater length
+        assert plan == pytest.approx(count, rel=0.05)
+
+
+def test_a_plan_of_a_soft_cap_is_by_tiles_and_refused_without() -> None:
+    shape = shape_of(transformers.Gemma2Config(num_hidden_layers=2))
+    card, limits = card_of("24"), Limits(23 << 30, 64 << 30, 48 << 30, 0)
+    asked = RunOptions(length=32768)
+    whole = plan(shape, asked, limits, card)
+    assert any("eager attention at 32,768 tokens" in text for text in whole.refusals) and not whole.fits
+    chosen = plan(shape, choose(shape, asked, limits, card), limits, card)
+    assert chosen.options.kv_groups and chosen.fits and not chosen.refusals
+    text = "\n".join(lines(chosen))
+    assert "eager attention, for a soft cap on its scores, by key/value heads and tiles of queries" in text
+    assert "no fused kernel of PyTorch has a soft cap" in text and "padded batches" not in text
+    assert any(
+        one.text == "attention by key/value heads and tiles of queries"
+        for one in changes(shape, asked, limits, card)
+    )
+    grows = [longest(shape, chosen.options, Limits(n << 30, 64 << 30, 48 << 30, 0), card) for n in (12, 23)]
+    assert grows[1] > grows[0] > 8192
 
 
 @pytest.mark.parametrize("kept", [1, nightly(2)])

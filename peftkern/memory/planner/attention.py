@@ -1,22 +1,92 @@
-"""What an attention kernel allocates for its backward pass, by backend, and the dense scores of the one
-without."""
+"""What an attention kernel allocates beside its results, by backend; the dense scores of one without a fused
+kernel, and what attention by tiles has in their place."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..tiles import fitted_tiling
+
 if TYPE_CHECKING:
     from .step import Step
 
-__all__ = ["attention_workspace", "dq_copies", "score_bytes"]
+__all__ = ["attention_workspace", "dq_copies", "forward_workspace", "mask_bytes", "score_bytes"]
 
 
 def score_bytes(step: Step) -> int:
-    """What the math backend saves: the softmax of the scores in fp32, S² a head; 0 of the others."""
+    """What is saved S² a head: by the math backend the softmax in fp32, by the eager function of a model with
+    a soft cap tanh, softmax and weights (with keys and values of every query head); 0 of the others."""
     options = step.options
+    if step.shape.dense_attention:
+        if step.by_tiles:
+            return 0
+        repeated = 2 * step.q if step.shape.kv_heads < step.shape.heads else 0
+        return 8 * _scores(step) + repeated
     if options.attention != "math" or not step.card.is_gpu:
         return 0
-    return 4 * options.batch * step.shape.heads * options.length**2
+    return 4 * _scores(step)
+
+
+def mask_bytes(step: Step) -> int:
+    """The masks that transformers builds for eager attention, one a kind of layer: the window's, and the
+    other."""
+    if not step.shape.dense_attention or step.by_tiles:
+        return 0
+    return step.shape.mask_kinds * step.e * step.options.batch * step.options.length**2
+
+
+def forward_workspace(step: Step, *, saved: bool) -> int:
+    """Bytes that live while attention's output is made, without it and `score_bytes`; saved: for backward."""
+    if not step.shape.dense_attention:
+        return 0
+    if not step.by_tiles:  # the scores, these and their softmax in fp32, and tanh where it is saved
+        most = (step.e + 4 + 4 if step.e < 4 else 4 + 4) + (step.e if saved else 0)
+        return (most - 8) * _scores(step)
+    return max(_tile_forward(step, window) for window in _windows(step))
+
+
+def _scores(step: Step) -> int:
+    return step.options.batch * step.shape.heads * step.options.length**2
+
+
+def _windows(step: Step) -> tuple[int | None, ...]:
+    """Of the layers' kinds."""
+    return (None,) if step.shape.window is None else (None, step.shape.window)
+
+
+def _tile(step: Step, window: int | None) -> tuple[int, int, int, int]:
+    """What attention by tiles has at a time: rows of all its query heads, scores, its mask's bytes, its
+    key/value heads."""
+    shape, options = step.shape, step.options
+    each, length = shape.heads // shape.kv_heads, options.length
+    keys = (lambda rows: length) if window is None else (lambda rows: min(length, rows + window - 1))
+    tiling, most = fitted_tiling(keys, options.batch, shape.kv_heads, each, length)
+    units = tiling.samples * tiling.heads
+    rows = units * each * tiling.rows
+    return rows, rows * most, step.e * options.batch * tiling.rows * most, units
+
+
+def _tile_forward(step: Step, window: int | None) -> int:
+    """Scores in fp32 and, narrower, for their product with v; the mask; the output and its rows' numbers."""
+    rows, scores, mask, _ = _tile(step, window)
+    each = 4 + (step.e if step.e < 4 else 0)
+    return each * scores + mask + rows * (step.e * step.shape.head_dim + 8)
+
+
+def _tile_backward(step: Step, window: int | None) -> int:
+    """tanh and p in fp32, dp in the operands' dtype and in fp32; the mask; copies of the tile's q and dout,
+    of its rows' numbers; its dv; and the fp32 sums of dk and dv of the heads at work."""
+    rows, scores, mask, units = _tile(step, window)
+    each, width, length = 12 + (step.e if step.e < 4 else 0), step.shape.head_dim, step.options.length
+    part = scores // rows * units * width * step.e
+    return each * scores + mask + rows * (2 * step.e * width + 8) + part + 2 * 4 * units * length * width
+
+
+def _dense_workspace(step: Step) -> int:
+    """The gradients of the weights and of the softmax, in fp32, when the weights and the repeated values are
+    gone, and before dq, dk and dv are there."""
+    later = step.q + 2 * step.k + (step.q if step.shape.kv_heads < step.shape.heads else 0)
+    return max((8 - (step.e if step.e < 4 else 0)) * _scores(step) - later, 0)
 
 
 def dq_copies(step: Step) -> int:
@@ -35,6 +105,10 @@ def attention_workspace(step: Step) -> int:
     none.
     """
     shape, options = step.shape, step.options
+    if shape.dense_attention:
+        if not step.by_tiles:
+            return _dense_workspace(step)
+        return max(_tile_backward(step, window) for window in _windows(step))
     groups = shape.kv_heads if options.kv_groups else 1
     # A group's gradients, and those of the group before it until they are replaced.
     apart = 2 * (step.q + 2 * step.k) // groups if groups > 1 else 0

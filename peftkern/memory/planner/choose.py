@@ -93,12 +93,16 @@ def changes(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> li
 
 
 def _candidates(shape: Shape, options: RunOptions, card: Card) -> Iterator[RunOptions]:
-    """Combinations, in which checkpoints have not been placed yet. A CPU's host is the device itself."""
+    """Combinations, in which checkpoints have not been placed yet. A CPU's host is the device itself.
+    Attention that has no fused kernel runs by tiles in all of them."""
+    options = options.but(kv_groups=options.kv_groups or shape.dense_attention)
     yield options.but(checkpointing=False, keep_layers=None, disk_layers=0, layers_on_host=False)
     one = card.is_gpu and options.cards == 1
     hosts = (False,) if shape.tied or not one else (False, True)
     streams = (False, True) if one else (False,)
     less = ((False, False), (True, False)) + (((True, True),) if shape.kv_heads > 1 else ())
+    if shape.dense_attention:
+        less = (False, True), (True, True)
     for (tile, _), (rebuilt, grouped), looked_up, streamed, kept in itertools.product(
         _TILES, less, hosts, streams, (None, 1)
     ):
@@ -181,8 +185,8 @@ def _single(shape: Shape, options: RunOptions, card: Card) -> Iterator[tuple[str
             break
     if not options.rebuild_norms:
         yield "norms' outputs computed again in backward", options.but(rebuild_norms=True)
-    if not options.kv_groups and shape.kv_heads > 1:
-        yield "attention's backward by key/value heads", options.but(kv_groups=True)
+    if not options.kv_groups and (shape.kv_heads > 1 or shape.dense_attention):
+        yield _by_groups(shape), options.but(kv_groups=True)
     one = card.is_gpu and options.cards == 1
     if one and not options.embedding_on_host and not shape.tied:
         yield "the embedding on the host", options.but(embedding_on_host=True)
@@ -195,6 +199,12 @@ def _single(shape: Shape, options: RunOptions, card: Card) -> Iterator[tuple[str
         yield f"a batch of 1, {rows} times a step", options.but(batch=1, accumulation=rows)
     if options.rank > 8:
         yield f"rank {options.rank // 2}", options.but(rank=options.rank // 2)
+
+
+def _by_groups(shape: Shape) -> str:
+    if shape.dense_attention:
+        return "attention by key/value heads and tiles of queries"
+    return "attention's backward by key/value heads"
 
 
 def _described(before: RunOptions, after: RunOptions, shape: Shape) -> str:
@@ -214,7 +224,7 @@ def _described(before: RunOptions, after: RunOptions, shape: Shape) -> str:
         parts.append(f"{after.disk_layers} of them on the disk")
     names = (
         ("rebuild_norms", "norms' outputs computed again in backward"),
-        ("kv_groups", "attention's backward by key/value heads"),
+        ("kv_groups", _by_groups(shape)),
         ("embedding_on_host", "the embedding on the host"),
         ("layers_on_host", "the packed layers streamed from the host"),
     )

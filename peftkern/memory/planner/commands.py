@@ -71,7 +71,7 @@ def _add_memory(group: Any) -> None:
     group.add_argument("--checkpointing", action=switch, help="keep layers' inputs alone")
     group.add_argument("--keep-layers", type=int, help="checkpoints that stay on the card")
     group.add_argument("--mlp-tile", type=int, help="tokens of the MLP at a time; 0: all")
-    group.add_argument("--kv-groups", action=switch, help="attention's backward by key/value heads")
+    group.add_argument("--kv-groups", action=switch, help="attention by key/value heads")
     group.add_argument("--embedding-on-host", action=switch)
     group.add_argument("--layers-on-host", action=switch, help="packed layers streamed from the host")
 

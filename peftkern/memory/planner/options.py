@@ -25,7 +25,8 @@ class RunOptions:
     of these inputs stay on the device, the last layers', None for all; the last one always does. disk_layers:
     how many of the others go to a file, the first layers'; what is left goes to the host.
     mlp_tile: tokens of the MLP at a time, None for all. loss_tile: rows of logits at a time, None for the
-    library's own choice. kv_groups: attention's backward a key/value head at a time. rebuild_norms: the
+    library's own choice. kv_groups: attention's backward a key/value head at a time; where
+    attention has no fused kernel, forward and backward by tiles of queries too. rebuild_norms: the
     norms' outputs are computed again in backward.
     embedding_on_host: the embedding is a lookup on the host. layers_on_host: packed layers are streamed from
     the host through `layer_slots` slots.

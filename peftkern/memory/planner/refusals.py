@@ -16,31 +16,42 @@ _LONG = 8192  # tokens from which a dense mask or dense scores are refused
 def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
     """One sentence each."""
     options, card, shape = step.options, step.card, step.shape
-    if shape.dense_attention and options.length >= _LONG:
-        yield "a soft cap on attention's scores has no fused kernel in PyTorch: scores are dense, S² a head"
+    if shape.dense_attention and not step.by_tiles and options.length >= _LONG:
+        yield (
+            f"eager attention at {options.length:,} tokens (no fused kernel of PyTorch has a soft cap) keeps"
+            f" {in_bytes(score_bytes(step))} of scores a layer (S² a head): take it by key/value heads and"
+            " tiles of queries (--kv-groups)"
+        )
     if options.cards > 1 and (options.layers_on_host or options.embedding_on_host):
         yield "layers or an embedding on the host are not served for a model in shards: drop one of them"
     if options.cards > 1 and options.optimizer != "adamw":
         yield f"{options.optimizer} takes no parameters in shards: plan with --optimizer adamw"
-    if card.is_gpu and options.attention == "math" and options.length >= _LONG:
+    if card.is_gpu and not shape.dense_attention:
+        yield from _of_kernel(step)
+
+
+def _of_kernel(step: Step) -> Iterator[str]:
+    """What the attention asked for does not do on this card, or for this model."""
+    options, card, shape = step.options, step.card, step.shape
+    if options.attention == "math" and options.length >= _LONG:
         nbytes = in_bytes(score_bytes(step))
         yield (
             f"dense attention at {options.length:,} tokens keeps {nbytes} of scores a layer (S² a head):"
             " use FlashAttention (sdpa without a mask: no padding, no 4-D mask)"
         )
-    if card.is_gpu and options.attention == "flash" and not card.flash:
+    if options.attention == "flash" and not card.flash:
         yield (
             f"{card.name} (sm_{card.arch}) has no FlashAttention: its kernels need sm_80 or newer; plan with"
             " attention efficient (equal numbers of heads) or math"
         )
-    if card.is_gpu and options.attention == "efficient" and shape.kv_heads < shape.heads:
+    if options.attention == "efficient" and shape.kv_heads < shape.heads:
         yield (
             "PyTorch's memory-efficient attention takes no fewer key/value heads than query heads: this model"
             " would run dense attention (S² a head)"
         )
-    if options.attention == "flash" and options.dtype_bytes == 4 and card.is_gpu:
+    if options.attention == "flash" and options.dtype_bytes == 4:
         yield "FlashAttention takes 16-bit tensors alone: use bf16 or fp16, or attention efficient"
-    if options.attention == "flash" and shape.head_dim > 256 and card.is_gpu:
+    if options.attention == "flash" and shape.head_dim > 256:
         yield f"FlashAttention takes heads of at most 256 elements, this model's have {shape.head_dim}"
 
 
@@ -53,19 +64,25 @@ def warnings_of(step: Step, limits: Limits) -> Iterator[str]:
     pins = options.layers_on_host or options.away(layers) > options.on_disk(layers)
     if card.is_gpu and pins and in_wsl():
         yield "WSL pins about 1 GB in all: what should be pinned becomes pageable, and its copies wait"
-    if card.is_gpu and (options.deterministic or _deterministic()):
+    fused = card.is_gpu and not step.shape.dense_attention
+    if fused and (options.deterministic or _deterministic()):
         splits = dq_copies(step)
         counted = "which is counted" if options.deterministic else "which is not counted here"
         yield f"deterministic attention keeps its fp32 sums of dq {splits} times, {counted}"
-    if options.length >= _LONG and card.is_gpu:
+    if options.length >= _LONG and card.is_gpu and not step.by_tiles:
         yield (
             "padded batches build a dense mask of S² bytes: give rows of equal length, a batch of one, or"
             " packing with document boundaries in the position ids"
         )
     if options.embedding_on_host and step.shape.tied:
         yield "the embedding is the head's weight too and stays on the card: nothing is spared by a host copy"
-    if step.shape.dense_attention:
-        yield "attention with a soft cap keeps dense scores, which are not counted here"
+    if step.by_tiles:
+        yield (
+            "no fused kernel of PyTorch has a soft cap: attention is its plain products by tiles, slower than"
+            " the step time expects (not measured on a GPU)"
+        )
+    elif step.shape.dense_attention:
+        yield "eager attention keeps its scores, S² a head, and masks: take it by tiles (--kv-groups)"
     if options.attention == "cudnn":
         yield "cuDNN does not say what it allocates: its workspace is taken to be FlashAttention's"
     yield from step.shape.notes

@@ -9,7 +9,7 @@ product.
 
 from __future__ import annotations
 
-from .attention import attention_workspace, score_bytes
+from .attention import attention_workspace, forward_workspace, mask_bytes, score_bytes
 from .ledger import Ledger
 from .step import Step
 
@@ -49,6 +49,7 @@ class _Walk:
             ledger.keep("gradients", grads, "adapters' elements, of the batches before", "gradients")
         ledger.keep("tokens", step.ids, "32 B a token", "other")
         ledger.keep("rotary tables", step.rope, "2·length·d", "other")
+        ledger.keep("masks", mask_bytes(step), "batch·S² each", "other")
         ledger.group = _LAYER
         apart = step.options.cards > 1 and not step.shape.tied  # a unit of its own, gathered for its lookup
         table = step.shape.embedding * step.e if apart else 0
@@ -178,10 +179,9 @@ class _Walk:
                 ledger.free("q0", "k0", "rstd_heads")
         ledger.make(phase, "rotation", q=(step.q, "q"), kr=(step.k, "k"))
         ledger.free(*(("qn", "kn") if shape.query_norms else ("q0", "k0")))
-        work = score_bytes(step)
-        ledger.make(
-            phase, "attention", out=(step.q, "q"), lse=(step.lse, "4·heads"), scores=(work, "S²·heads")
-        )
+        work = forward_workspace(step, saved=saved), "scores at work"
+        rows, scores = (step.lse, "4·heads"), (score_bytes(step), "S²·heads")
+        ledger.make(phase, "attention", scratch=work, out=(step.q, "q"), lse=rows, scores=scores)
         if not saved:
             ledger.free("lse", "scores")
         u = step.h if step.options.dora else 0
@@ -195,6 +195,8 @@ class _Walk:
         ledger.make(phase, "second norm", s=(step.h, "h"), n2=(step.h, "h"), rstd2=(step.rstd, "4 B"))
         if saved and not step.keeps_norm("qkv"):
             ledger.free("n1")
+        if extra and not saved:  # its norm's result has taken the place of it
+            ledger.free("o_y")
 
     def attention_backward(self) -> None:
         step, ledger, phase = self.step, self.ledger, "attention_backward"
@@ -202,7 +204,7 @@ class _Walk:
         scratch = step.ops.backward(step.members("o"), step.m), "a slab and partial sums"
         self._gradients("o")
         ledger.make(phase, "o", scratch=scratch, d_out=(step.q, "q"))
-        ledger.free("xa_o", "u_o", "extra_norms")
+        ledger.free("xa_o", "u_o", "extra_norms", *(("out",) if step.shape.dense_attention else ()))
         work = attention_workspace(step), f"{options.attention} attention's own"
         ledger.make(phase, "attention", scratch=work, dq=(step.q, "q"), dk=(step.k, "k"), dv=(step.k, "k"))
         ledger.free("q", "kr", "v", "qkv", "out", "lse", "scores", "d_out")
@@ -233,7 +235,7 @@ class _Walk:
         step, ledger = self.step, self.ledger
         ledger.group = "loss"
         ledger.make("forward", "last norm", nf=(step.h, "h"), rstd_f=(step.rstd, "4 B"))
-        ledger.free("embedded tokens")
+        ledger.free("embedded tokens", *(() if step.options.checkpointing else ("masks",)))
         if step.options.fused_loss:
             size = step.ops.loss(step.m, step.shape.vocab, step.options.loss_tile)
             tile = size, f"{size // (step.shape.vocab * step.ops.logit_bytes)} rows × V"

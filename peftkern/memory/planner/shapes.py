@@ -51,7 +51,8 @@ class Shape:
     differ). layer_weights: elements of all layers' linears together. other: elements of everything that is
     neither a linear of a layer nor embedding or head (norms, biases, expert tensors). query_norms: whether
     queries and keys have norms of their own. extra_norms: norms of a layer beyond two. experts,
-    active_experts: of a mixture. dense_attention: whether its attention has no fused kernel (a soft cap).
+    active_experts: of a mixture. dense_attention: whether its attention has no fused kernel (a soft cap);
+    mask_kinds: how many masks its layers have between them then; window: of those that have one.
     notes: what of the model the formulas do not know.
     """
 
@@ -72,6 +73,8 @@ class Shape:
     experts: int = 0
     active_experts: int = 0
     dense_attention: bool = False
+    mask_kinds: int = 1
+    window: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -166,6 +169,7 @@ def _measured(model: nn.Module, config: Any, name: str) -> Shape:
     inner = max((one.n // (2 if "gate_up" in one.name else 1) for one in gates), default=0)
     norms = _norms(layer)
     query_norms = any(key.startswith(("q_norm", "k_norm", "query_layernorm")) for key in norms)
+    kinds = set(getattr(config, "layer_types", None) or ())
     outer = sum(not key.startswith(("q_norm", "k_norm", "query_", "key_")) for key in norms)
     return Shape(
         name=name,
@@ -185,6 +189,8 @@ def _measured(model: nn.Module, config: Any, name: str) -> Shape:
         experts=experts,
         active_experts=active if experts else 0,
         dense_attention=getattr(config, "attn_logit_softcapping", None) is not None,
+        mask_kinds=len(kinds) or 1,
+        window=config.sliding_window if "sliding_attention" in kinds else None,
         notes=tuple(_notes(stack, linears, experts, outer)),
     )
 

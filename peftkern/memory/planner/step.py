@@ -55,8 +55,15 @@ class Step:
         return 4 * self.m
 
     @property
+    def by_tiles(self) -> bool:
+        """Whether attention without a fused kernel runs by tiles: `attention_by_groups`."""
+        return self.shape.dense_attention and self.options.kv_groups
+
+    @property
     def lse(self) -> int:
-        return 4 * self.m * self.shape.heads
+        """A row's log-sum-exp; by tiles its greatest score and its sum; eager attention keeps neither."""
+        numbers = (2 if self.by_tiles else 0) if self.shape.dense_attention else 1
+        return 4 * numbers * self.m * self.shape.heads
 
     def xa(self, part: str) -> int:
         """xa of all adapters of a part of the layer."""

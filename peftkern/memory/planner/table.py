@@ -10,6 +10,7 @@ from .choose import Change
 from .ledger import Part
 from .options import RunOptions
 from .plan import PhasePeak, Plan
+from .shapes import Shape
 from .step import Step
 
 __all__ = ["PHASE_NAMES", "described", "lines", "name_of", "part_lines", "short_name"]
@@ -59,6 +60,7 @@ _NAMES = {
     "nf": "last norm's output",
     "d_nf": "gradient of the last norm's output",
     "lse": "attention's row sums",
+    "masks": "attention's masks",
     "scores": "attention's scores",
     "xa_qkv": "low-rank products of q, k, v",
     "xa_o": "low-rank product of o",
@@ -87,7 +89,7 @@ def lines(plan: Plan, changes: Sequence[Change] = ()) -> list[str]:
         f"{short_name(shape.name)}: {shape.parameters / 1e9:.2f} B parameters, {run}, on {plan.card.name}",
         "",
     ]
-    found += [f"  {text}" for text in described(options, shape.layers)]
+    found += [f"  {text}" for text in described(options, shape)]
     found += [
         "",
         *_verdict(plan),
@@ -109,8 +111,9 @@ def lines(plan: Plan, changes: Sequence[Change] = ()) -> list[str]:
     return found
 
 
-def described(options: RunOptions, layers: int) -> list[str]:
+def described(options: RunOptions, shape: Shape) -> list[str]:
     """How the run uses memory, one line a choice."""
+    layers = shape.layers
     if not options.checkpointing:
         found = ["no gradient checkpointing"]
     else:
@@ -123,8 +126,12 @@ def described(options: RunOptions, layers: int) -> list[str]:
             + ", ".join(places + ([f"{disk} on disk"] if disk else []))
         ]
     found.append(f"the MLP in tiles of {options.mlp_tile:,} tokens" if options.mlp_tile else "the MLP whole")
-    by_heads = ", its backward by key/value heads" if options.kv_groups else ""
-    found.append(f"{options.attention} attention{by_heads}")
+    if shape.dense_attention:
+        by_tiles = ", by key/value heads and tiles of queries" if options.kv_groups else ""
+        found.append(f"eager attention, for a soft cap on its scores{by_tiles}")
+    else:
+        by_heads = ", its backward by key/value heads" if options.kv_groups else ""
+        found.append(f"{options.attention} attention{by_heads}")
     if options.cards > 1:
         found.append(f"the model divided among {options.cards} cards (FSDP2), each with batches of its own")
     if options.rebuild_norms:
