@@ -8,6 +8,9 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -49,6 +52,46 @@ struct Adapter : pk_adapter {
                    at<float>(xa), at<float>(dyb), at<void>(d_lora_a), at<void>(d_lora_b)} {}
 };
 
+// How Python passes an argument of the C ABI: descriptors as objects, other pointers as addresses.
+template <typename T>
+struct Passed {
+  using Type = std::conditional_t<std::is_pointer_v<T>, Address, T>;
+  static T given(Type value) {
+    if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(value);
+    else return value;
+  }
+};
+template <typename Struct, typename Object>
+struct Described {
+  using Type = const Object&;
+  static const Struct* given(const Object& value) { return &value; }
+};
+template <>
+struct Passed<const pk_weight*> : Described<pk_weight, Weight> {};
+template <>
+struct Passed<const pk_lora*> : Described<pk_lora, Lora> {};
+template <>
+struct Passed<const pk_rms_norm*> : Described<pk_rms_norm, pk_rms_norm> {};
+template <>
+struct Passed<const pk_rope_heads*> : Described<pk_rope_heads, pk_rope_heads> {};
+
+// A kernel under a name in Python: its arguments but the last one, the number of threads.
+template <auto function, typename... Types, size_t... i>
+static void define(py::module_& m, const char* name, int (*)(Types...), std::index_sequence<i...>) {
+  using All = std::tuple<Types...>;
+  m.def(
+      name,
+      [](typename Passed<std::tuple_element_t<i, All>>::Type... values) {
+        check(function(Passed<std::tuple_element_t<i, All>>::given(values)..., threads()));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+template <auto function, typename... Types>
+static void define(py::module_& m, const char* name, int (*of)(Types...)) {
+  define<function>(m, name, of, std::make_index_sequence<sizeof...(Types) - 1>());
+}
+#define KERNEL(name) define<pk_##name##_cpu>(m, #name, pk_##name##_cpu)
+
 PYBIND11_MODULE(_C, m) {
   using nogil = py::call_guard<py::gil_scoped_release>;
   m.attr("abi_version") = pk_abi_version();
@@ -65,66 +108,25 @@ PYBIND11_MODULE(_C, m) {
                     int>());
   py::class_<Lora>(m, "Lora").def(py::init<Address, Address, int64_t, int, float, uint32_t, Address>());
 
-  m.def(
-      "quantize_4bit",
-      [](Address w, int dtype, int64_t numel, int blocksize, Address code, Address packed, Address absmax) {
-        check(pk_quantize_4bit_cpu(at<void>(w), dtype, numel, blocksize, at<float>(code), at<uint8_t>(packed),
-                                   at<float>(absmax), threads()));
-      },
-      nogil());
-  m.def(
-      "quantize_absmax",
-      [](Address absmax, int64_t count, int blocksize, Address code, Address out, Address nested) {
-        check(pk_quantize_absmax_cpu(at<float>(absmax), count, blocksize, at<float>(code), at<uint8_t>(out),
-                                     at<float>(nested), threads()));
-      },
-      nogil());
-  m.def(
-      "dequantize_4bit",
-      [](const Weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, Address out, int dtype) {
-        check(pk_dequantize_4bit_cpu(&w, row, rows, col, cols, at<void>(out), dtype, threads()));
-      },
-      nogil());
+  KERNEL(quantize_4bit);
+  KERNEL(quantize_absmax);
+  KERNEL(dequantize_4bit);
+  KERNEL(qlora_linear_fwd);
+  KERNEL(qlora_linear_bwd);
+  KERNEL(lora_fwd);
+  KERNEL(lora_bwd);
+  KERNEL(cross_entropy);
+  KERNEL(scale_columns_fwd);
+  KERNEL(scale_columns_bwd);
+  KERNEL(dora_norm);
+  KERNEL(row_squares);
+
   m.def("scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) {
     return pk_qlora_linear_scratch_bytes(m_, n, k, r, threads());
   });
   m.def("lora_scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) {
     return pk_lora_scratch_bytes(m_, n, k, r, threads());
   });
-  m.def(
-      "qlora_linear_fwd",
-      [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype,
-         Address y, Address xa, bool gemv, Address scratch, int64_t bytes) {
-        check(pk_qlora_linear_fwd_cpu(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype,
-                                      at<void>(y), at<float>(xa), gemv, at<void>(scratch), bytes, threads()));
-      },
-      nogil());
-  m.def(
-      "qlora_linear_bwd",
-      [](const Weight& w, const Lora& lora, Address dy, Address x, int dtype, int64_t m_, Address xa,
-         Address dyb, Address dx, Address d_a, Address d_b, Address d_bias, Address scratch, int64_t bytes) {
-        check(pk_qlora_linear_bwd_cpu(&w, &lora, at<void>(dy), at<void>(x), dtype, m_, at<float>(xa),
-                                      at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b),
-                                      at<float>(d_bias), at<void>(scratch), bytes, threads()));
-      },
-      nogil());
-  m.def(
-      "lora_fwd",
-      [](const Lora& lora, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address bias,
-         int bias_dtype, Address y, Address xa, Address scratch, int64_t bytes) {
-        check(pk_lora_fwd_cpu(&lora, at<void>(x), dtype, m_, n, k, at<void>(bias), bias_dtype, at<void>(y),
-                              at<float>(xa), at<void>(scratch), bytes, threads()));
-      },
-      nogil());
-  m.def(
-      "lora_bwd",
-      [](const Lora& lora, Address dy, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address xa,
-         Address dyb, Address dx, Address d_a, Address d_b, Address d_bias, Address scratch, int64_t bytes) {
-        check(pk_lora_bwd_cpu(&lora, at<void>(dy), at<void>(x), dtype, m_, n, k, at<float>(xa),
-                              at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b), at<float>(d_bias),
-                              at<void>(scratch), bytes, threads()));
-      },
-      nogil());
   py::class_<Member>(m, "Member")
       .def(py::init<const Weight&, Address, int, Address, Address, Address, Address, Address, Address,
                     Address, Address, Address>(),
@@ -200,86 +202,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm_scratch_bytes", [](int64_t m_, int64_t n, bool with_d_weight) {
     return pk_rms_norm_scratch_bytes(m_, n, with_d_weight);
   });
-  m.def(
-      "rms_norm_fwd",
-      [](const pk_rms_norm& norm, Address y, Address rstd, Address scratch, int64_t bytes) {
-        check(pk_rms_norm_fwd_cpu(&norm, at<void>(y), at<float>(rstd), at<void>(scratch), bytes, threads()));
-      },
-      nogil());
-  m.def(
-      "rms_norm_bwd",
-      [](const pk_rms_norm& norm, Address dy, Address rstd, Address dx, Address d_weight, Address scratch,
-         int64_t bytes) {
-        check(pk_rms_norm_bwd_cpu(&norm, at<void>(dy), at<float>(rstd), at<void>(dx), at<float>(d_weight),
-                                  at<void>(scratch), bytes, threads()));
-      },
-      nogil());
+  KERNEL(rms_norm_fwd);
+  KERNEL(rms_norm_bwd);
+  KERNEL(add_rms_norm_fwd);
+  KERNEL(add_rms_norm_bwd);
   py::class_<pk_rope_heads>(m, "RopeHeads")
       .def(py::init([](Address x, Address y, int64_t heads, int64_t x_batch, int64_t x_head, int64_t x_seq,
                        int64_t y_batch, int64_t y_head, int64_t y_seq) {
         return pk_rope_heads{at<void>(x), at<void>(y), heads, x_batch, x_head, x_seq, y_batch, y_head, y_seq};
       }));
-  m.def(
-      "rope",
-      [](const pk_rope_heads& q, const pk_rope_heads& k, int dtype, int64_t batch, int64_t seq, int64_t dim,
-         Address cos, Address sin, int angle_dtype, int64_t angle_batch, int64_t rotary, bool inverse) {
-        check(pk_rope_cpu(&q, &k, dtype, batch, seq, dim, at<void>(cos), at<void>(sin), angle_dtype,
-                          angle_batch, rotary, inverse, threads()));
-      },
-      nogil());
-  m.def(
-      "cross_entropy",
-      [](Address logits, int dtype, int64_t m_, int64_t n, int64_t width, Address bias, Address labels,
-         Address row_scale, float softcap, float label_smoothing, float z_loss, Address loss, bool gradient) {
-        check(pk_cross_entropy_cpu(at<void>(logits), dtype, m_, n, width, at<float>(bias),
-                                   at<int64_t>(labels), at<float>(row_scale), softcap, label_smoothing,
-                                   z_loss, at<float>(loss), gradient, threads()));
-      },
-      nogil());
-  m.def(
-      "scale_columns_fwd",
-      [](Address u, int dtype, int64_t m_, int64_t n, Address scale, Address bias, Address y) {
-        check(pk_scale_columns_fwd_cpu(at<void>(u), dtype, m_, n, at<float>(scale), at<float>(bias),
-                                       at<void>(y), threads()));
-      },
-      nogil());
-  m.def(
-      "scale_columns_bwd",
-      [](Address dy, Address u, int dtype, int64_t m_, int64_t n, Address scale, Address du, Address d_scale,
-         Address d_bias) {
-        check(pk_scale_columns_bwd_cpu(at<void>(dy), at<void>(u), dtype, m_, n, at<float>(scale),
-                                       at<void>(du), at<float>(d_scale), at<float>(d_bias), threads()));
-      },
-      nogil());
+  KERNEL(rope);
   m.def("advise_huge_pages",
         [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
-  m.def(
-      "add_rms_norm_fwd",
-      [](const pk_rms_norm& norm, Address residual, Address sum, Address y, Address rstd, Address scratch,
-         int64_t bytes) {
-        check(pk_add_rms_norm_fwd_cpu(&norm, at<void>(residual), at<void>(sum), at<void>(y), at<float>(rstd),
-                                      at<void>(scratch), bytes, threads()));
-      },
-      nogil());
-  m.def(
-      "add_rms_norm_bwd",
-      [](const pk_rms_norm& norm, Address dy, Address ds, Address rstd, Address d_sum, Address d_weight,
-         Address scratch, int64_t bytes) {
-        check(pk_add_rms_norm_bwd_cpu(&norm, at<void>(dy), at<void>(ds), at<float>(rstd), at<void>(d_sum),
-                                      at<float>(d_weight), at<void>(scratch), bytes, threads()));
-      },
-      nogil());
-  m.def(
-      "dora_norm",
-      [](Address cross, Address gram, Address lora_b, int dtype, int64_t n, int64_t r, float scaling,
-         Address squares, Address magnitude, Address norm, Address scale) {
-        check(pk_dora_norm_cpu(at<float>(cross), at<float>(gram), at<void>(lora_b), dtype, n, r, scaling,
-                               at<float>(squares), at<float>(magnitude), at<float>(norm), at<float>(scale),
-                               threads()));
-      },
-      nogil());
-  m.def(
-      "row_squares",
-      [](const Weight& w, Address squares) { check(pk_row_squares_cpu(&w, at<float>(squares), threads())); },
-      nogil());
 }
