@@ -1,10 +1,9 @@
 """Causal attention of grouped queries, forward + backward, in the forms a model can ask torch for: which of
 them is fastest on this device.
 
-Attention stays torch's. `patch` leaves it as transformers calls it, but for 16-bit operands on CPUs whose
-16-bit products torch computes
-by naive loops: there the same function gets fp32 operands. FlexAttention has no backward on a CPU (torch
-2.13), and is measured where it has one.
+`patch` leaves attention as transformers calls it, but on CPUs: with AMX bf16 heads are multiplied in tiles of
+our own, and where torch computes 16-bit products by naive loops the same function gets fp32 operands.
+FlexAttention has no backward on a CPU (torch 2.13), and is measured where it has one.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftkern.patching.attention import in_fp32
+from peftkern.patching.cpu_attention import in_fp32, in_tiles
 from peftkern.patching.weights import slow_products
 
 from .harness import OURS, Provider, Spec, main
@@ -63,6 +62,11 @@ def _stock(q: Tensor, k: Tensor, v: Tensor, wrap: Callable = lambda function: fu
 
 def _wide(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _stock(q, k, v, lambda function: partial(in_fp32, function, (q.dtype,)))
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In tiles where the kernel serves the call."""
+    return _stock(q, k, v, lambda function: partial(in_tiles, function))
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ def build(spec: Spec) -> list[Provider]:
         for name, value in _both_ways(_products, [x.float() for x in (q, k, v)], dy)().items()
     }
     slow = slow_products(dtype)
-    ways: dict[str, Attention] = {OURS: _wide if slow else _stock, "SDPA as transformers calls it": _stock}
+    ways: dict[str, Attention] = {OURS: _wide if slow else _tiled, "SDPA as transformers calls it": _stock}
     ways |= {"SDPA, keys repeated": _repeated, "SDPA, a mask": _masked, "products and softmax": _products}
     if torch.cuda.is_available():
         ways["FlexAttention"] = _flex()

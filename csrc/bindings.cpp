@@ -74,6 +74,12 @@ template <>
 struct Passed<const pk_rms_norm*> : Described<pk_rms_norm, pk_rms_norm> {};
 template <>
 struct Passed<const pk_rope_heads*> : Described<pk_rope_heads, pk_rope_heads> {};
+template <>
+struct Passed<const pk_heads*> : Described<pk_heads, pk_heads> {};
+template <>
+struct Passed<const pk_attention*> : Described<pk_attention, pk_attention> {};
+template <>
+struct Passed<const pk_attention_grad*> : Described<pk_attention_grad, pk_attention_grad> {};
 
 // A kernel under a name in Python: its arguments but the last one, the number of threads.
 template <auto function, typename... Types, size_t... i>
@@ -212,6 +218,26 @@ PYBIND11_MODULE(_C, m) {
         return pk_rope_heads{at<void>(x), at<void>(y), heads, x_batch, x_head, x_seq, y_batch, y_head, y_seq};
       }));
   KERNEL(rope);
+  py::class_<pk_heads>(m, "Heads").def(py::init([](Address data, int64_t batch, int64_t head, int64_t row) {
+    return pk_heads{at<void>(data), batch, head, row};
+  }));
+  py::class_<pk_attention>(m, "Attention")
+      .def(py::init([](const pk_heads& q, const pk_heads& k, const pk_heads& v, int64_t batch, int64_t heads,
+                       int64_t kv_heads, int64_t seq, int64_t keys, int64_t dim, float scale, bool causal,
+                       Address mask, int64_t mask_batch, int64_t mask_row) {
+        return pk_attention{q,          k,       v,   batch, heads,  kv_heads,
+                            seq,        keys,    dim, scale, causal, at<uint8_t>(mask),
+                            mask_batch, mask_row};
+      }));
+  py::class_<pk_attention_grad>(m, "AttentionGrad")
+      .def(py::init([](const pk_heads& y, const pk_heads& dy, const pk_heads& dq, const pk_heads& dk,
+                       const pk_heads& dv) { return pk_attention_grad{y, dy, dq, dk, dv}; }));
+  m.def("attention_served", [] { return pk_attention_served() != 0; });
+  m.def("attention_scratch_bytes", [](const pk_attention& a, bool backward) {
+    return pk_attention_scratch_bytes(&a, backward, threads());
+  });
+  KERNEL(attention_fwd);
+  KERNEL(attention_bwd);
   m.def("advise_huge_pages",
         [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
 }

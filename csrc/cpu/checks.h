@@ -2,6 +2,7 @@
 #pragma once
 #include "../checks.h"
 #include "../philox.h"
+#include "attention_plan.h"
 #include "group.h"
 
 namespace pk {
@@ -105,6 +106,28 @@ static inline int check_heads(const pk_rope_heads& h, int64_t batch, int64_t seq
   const bool x = reaches(batch, h.x_batch) && reaches(h.heads, h.x_head) && reaches(seq, h.x_seq);
   return x && reaches(batch, h.y_batch) && reaches(h.heads, h.y_head) && reaches(seq, h.y_seq) ? PK_OK
                                                                                                : PK_ERR_SHAPE;
+}
+
+static inline bool heads_lie(const pk_heads& x, int64_t batch, int64_t heads, int64_t rows) {
+  return reaches(batch, x.batch) && reaches(heads, x.head) && reaches(rows, x.row);
+}
+
+static inline int check_attention(const pk_attention* a) {
+  if (!a) return PK_ERR_NULL;
+  if (a->dim < 1 || a->dim > MOST_HEAD_DIM || a->kv_heads < 1 || a->heads < 1 || a->heads % a->kv_heads)
+    return PK_ERR_SHAPE;
+  if (!matrix(a->batch, a->heads) || !matrix(a->batch * a->heads, a->dim) || !matrix(a->seq, a->keys) ||
+      !matrix(a->batch * a->heads * a->dim, largest(a->seq, a->keys)) || (a->causal && a->seq != a->keys) ||
+      !(a->scale > 0.0f))
+    return PK_ERR_SHAPE;
+  if (!heads_lie(a->q, a->batch, a->heads, a->seq) || !heads_lie(a->k, a->batch, a->kv_heads, a->keys) ||
+      !heads_lie(a->v, a->batch, a->kv_heads, a->keys))
+    return PK_ERR_SHAPE;
+  if (a->mask && (!matrix(a->batch, a->seq) || !matrix(a->batch * a->seq, a->keys) ||
+                  !reaches(a->batch, a->mask_batch) || !reaches(a->seq, a->mask_row)))
+    return PK_ERR_SHAPE;
+  const bool queries = a->batch && a->seq, keys = a->batch && a->keys;
+  return (queries && !a->q.data) || (keys && (!a->k.data || !a->v.data)) ? PK_ERR_NULL : PK_OK;
 }
 
 static inline int check_scale(const void* u, int dtype, int64_t m, int64_t n, const float* scale) {

@@ -1,5 +1,7 @@
 // The C ABI: checks, and calls the kernels of the level in use.
 #include <string.h>
+
+#include <initializer_list>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -347,6 +349,44 @@ int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, 
 int pk_row_squares_cpu(const pk_weight* w, float* squares, int threads) {
   if (int bad = check_row_squares(w, squares)) return bad;
   current->row_squares(*w, squares, threads_or_default(threads));
+  return PK_OK;
+}
+
+int pk_attention_served(void) { return current->attention != nullptr; }
+int64_t pk_attention_scratch_bytes(const pk_attention* a, int backward, int threads) {
+  if (check_attention(a) != PK_OK) return 0;
+  return bytes_of(attention_plan(*a, backward != 0, threads_or_default(threads)).total);
+}
+static int attention_status(const pk_attention* a, bool backward, const void* scratch, int64_t bytes,
+                            int threads) {
+  if (!current->attention) return PK_ERR_ISA;
+  if (int bad = check_attention(a)) return bad;
+  if (!scratch) return PK_ERR_NULL;
+  return bytes < pk_attention_scratch_bytes(a, backward, threads) ? PK_ERR_SCRATCH : PK_OK;
+}
+int pk_attention_fwd_cpu(const pk_attention* a, const pk_heads* y, float* lse, void* scratch, int64_t bytes,
+                         int threads) {
+  if (int bad = attention_status(a, false, scratch, bytes, threads)) return bad;
+  if (!y || !heads_lie(*y, a->batch, a->heads, a->seq)) return y ? PK_ERR_SHAPE : PK_ERR_NULL;
+  if (a->batch == 0 || a->seq == 0) return PK_OK;
+  if (!y->data || !lse) return PK_ERR_NULL;
+  current->attention(*a, *y, lse, aligned(scratch), threads_or_default(threads));
+  return PK_OK;
+}
+int pk_attention_bwd_cpu(const pk_attention* a, const pk_attention_grad* grad, const float* lse,
+                         void* scratch, int64_t bytes, int threads) {
+  if (int bad = attention_status(a, true, scratch, bytes, threads)) return bad;
+  if (!grad) return PK_ERR_NULL;
+  for (const pk_heads* x : {&grad->y, &grad->dy, &grad->dq}) {
+    if (!heads_lie(*x, a->batch, a->heads, a->seq)) return PK_ERR_SHAPE;
+    if (a->batch && a->seq && !x->data) return PK_ERR_NULL;
+  }
+  for (const pk_heads* x : {&grad->dk, &grad->dv}) {
+    if (!heads_lie(*x, a->batch, a->kv_heads, a->keys)) return PK_ERR_SHAPE;
+    if (a->batch && a->keys && !x->data) return PK_ERR_NULL;
+  }
+  if (a->batch && a->seq && !lse) return PK_ERR_NULL;
+  if (a->batch) current->attention_grad(*a, *grad, lse, aligned(scratch), threads_or_default(threads));
   return PK_OK;
 }
 

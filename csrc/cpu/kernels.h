@@ -86,6 +86,10 @@ struct Kernels {
                              const float* scale, void* du, float* d_scale, float* d_bias, int threads);
   void (*dora_norm)(const DoraNorm& operands, int threads);
   void (*row_squares)(const pk_weight& w, float* squares, int threads);
+  // Null where the level has no bf16 products.
+  void (*attention)(const pk_attention& a, const pk_heads& y, float* lse, float* scratch, int threads);
+  void (*attention_grad)(const pk_attention& a, const pk_attention_grad& grad, const float* lse,
+                         float* scratch, int threads);
 };
 
 // Rows of a task of the normalization's backward: a function of m alone, so that the order of sums does not

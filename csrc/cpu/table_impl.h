@@ -10,6 +10,7 @@
 #include "scale_impl.h"
 #include "squares_impl.h"
 #if defined(PK_AVX512BF16)
+#include "attention_gradients.h"
 #include "tile_impl.h"
 #endif
 #if defined(PK_AMX)
@@ -138,8 +139,12 @@ static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed
 
 #if defined(PK_AVX512BF16)
 #define PK_TILES true
+#define PK_ATTENTION PK_NS::attention
+#define PK_ATTENTION_GRAD PK_NS::attention_grad
 #else
 #define PK_TILES false
+#define PK_ATTENTION nullptr
+#define PK_ATTENTION_GRAD nullptr
 #endif
 #define PK_KERNELS(isa_name)  \
   {isa_name,                  \
@@ -160,4 +165,6 @@ static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed
    PK_NS::scale_columns,      \
    PK_NS::scale_columns_grad, \
    PK_NS::dora_norm,          \
-   PK_NS::row_squares}
+   PK_NS::row_squares,        \
+   PK_ATTENTION,              \
+   PK_ATTENTION_GRAD}

@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 6
+#define PEFTKERN_ABI_VERSION 7
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
@@ -280,6 +280,39 @@ PK_API int pk_dora_norm_cpu(const float* cross, const float* gram, const void* l
 /* squares [n] = ||W||^2 of each row, fp32, of a 4-bit or dense weight; the same bits for any number of
    threads. */
 PK_API int pk_row_squares_cpu(const pk_weight* w, float* squares, int threads);
+
+/* Heads [batch, heads, rows, dim] of bf16, in elements from one index to the next; dim is contiguous. */
+typedef struct {
+  void* data;
+  int64_t batch, head, row;
+} pk_heads;
+
+/* Softmax attention: query i of a head sees key j of its head of keys where j <= i (`causal`, seq == keys
+ * then) and mask [batch or 1, seq, keys] has a byte that is not 0. dim from 1 to 256; heads a multiple of
+ * kv_heads; scale > 0. A query that sees no key gives 0. */
+typedef struct {
+  pk_heads q, k, v;
+  int64_t batch, heads, kv_heads, seq, keys, dim;
+  float scale;
+  int32_t causal;
+  const uint8_t* mask; /* or NULL; its keys are contiguous */
+  int64_t mask_batch, mask_row;
+} pk_attention;
+
+typedef struct {
+  pk_heads y, dy;      /* y as the forward pass gave it */
+  pk_heads dq, dk, dv; /* written */
+} pk_attention_grad;
+
+/* Whether the level in use has the kernel: bf16 products. */
+PK_API int pk_attention_served(void);
+/* Bytes of scratch of a pass; 0 for sizes that no call takes. */
+PK_API int64_t pk_attention_scratch_bytes(const pk_attention* a, int backward, int threads);
+/* y of q's sizes; lse fp32 [batch, heads, seq], the logarithm of the sum of exp(scale * scores). */
+PK_API int pk_attention_fwd_cpu(const pk_attention* a, const pk_heads* y, float* lse, void* scratch,
+                                int64_t scratch_bytes, int threads);
+PK_API int pk_attention_bwd_cpu(const pk_attention* a, const pk_attention_grad* grad, const float* lse,
+                                void* scratch, int64_t scratch_bytes, int threads);
 
 #ifdef __cplusplus
 }

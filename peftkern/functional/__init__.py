@@ -1,6 +1,6 @@
 """Public functions: they validate, flatten and dispatch; the ops below them trust what they get."""
 
-from .attention import prefix_attention, prefix_gated
+from .attention import prefix_attention, prefix_gated, scaled_dot_product_attention
 from .dora import dora_group, dora_linear, dora_norm, row_squares
 from .glu import glu
 from .group import Adapter, Member, qlora_group
@@ -33,4 +33,5 @@ __all__ = [
     "rms_norm",
     "row_squares",
     "rope",
+    "scaled_dot_product_attention",
 ]

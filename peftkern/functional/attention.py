@@ -1,17 +1,56 @@
-"""The public functions of attention with a learned prefix; reached as `peftkern.functional.prefix_attention`
-and so on.
+"""The public functions of attention, also with a learned prefix; reached as
+`peftkern.functional.scaled_dot_product_attention` and so on.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import attention as _attention
 from ..ops import prefix_attention as _prefix_attention
 
-__all__ = ["prefix_attention", "prefix_gated"]
+__all__ = ["prefix_attention", "prefix_gated", "scaled_dot_product_attention"]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def scaled_dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention: y = softmax(scale q k^T + mask) v.
+
+    On CPUs with AMX bf16 heads are multiplied in tiles of our own (`ops/attention/config.py` says which
+    calls); others, and graphs of torch.compile, take torch's function of this name.
+
+    Args:
+        q: [B, H, S, D]; k, v: [B, Hkv, T, D], of one floating dtype, H a multiple of Hkv.
+        mask: [1 or B, 1 or H, S, T], bool (True is seen) or floating (added); or None.
+        causal: query i sees the keys 0 ... i; S = T then, and no mask.
+        scale: 1 / sqrt(D) by default.
+    Returns: [B, H, S, D]; from our kernel in memory [B, S, H, D]. Saved for backward: q, k, v, y, and fp32
+    [B, H, S].
+    Raises: TypeError, ValueError naming the argument, what was got and what was expected.
+    Source: Vaswani et al. (2017), equation 1; FlashAttention-2 (Dao, 2023).
+
+    >>> q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16)
+    >>> scaled_dot_product_attention(q, k, v, causal=True).shape
+    torch.Size([2, 4, 5, 16])
+    """
+    _check_keys(q, k, v)
+    _check_mask(mask, causal, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not torch.compiler.is_compiling() and _attention.config.native(q, k, v, mask, scale):
+        return _attention.attention(q, k, v, mask, causal, scale)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
 
 
 def prefix_attention(

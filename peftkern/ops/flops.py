@@ -115,7 +115,20 @@ def _cross_entropy(x: _Shape, weight: _Shape, *args, **_) -> int:
     return flops
 
 
+def _attention(q: _Shape, k: _Shape, *args, **_) -> int:
+    """As torch counts its own: whole products, also of what a mask hides."""
+    b, h, s, d = q
+    return 4 * b * h * s * k[2] * d
+
+
+def _attention_gradients(dy: _Shape, q: _Shape, k: _Shape, *args, **_) -> int:
+    """The scores again, and two products for each of the two forward."""
+    return _attention(q, k) // 2 * 5
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
+    "attention_fwd": _attention,
+    "attention_bwd": _attention_gradients,
     "qlora_linear_fwd": _linear,
     "qlora_linear_bwd": _linear_gradients,
     "lora_add_fwd": _add,

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..runtime import backends
-from .attention import WideAttention, restore_surrounded, surrounded_alone
+from .attention import CpuAttention, restore_surrounded, surrounded_alone
 from .blocks import Norms
 from .detect import Linears
 from .forwards import remove
@@ -28,7 +28,7 @@ __all__ = ["PatchReport", "Row", "mixed_adapters", "patch", "unpatch"]
 
 # In this order: a later one asks what its children will run.
 _LINEARS: tuple[Rewrite, ...] = (Linears(), Merging(), Siblings())
-_BLOCKS: tuple[Rewrite, ...] = (GatedMLPs(), Norms(), Rotary(), WideAttention(), DecoderLayers())
+_BLOCKS: tuple[Rewrite, ...] = (GatedMLPs(), Norms(), Rotary(), CpuAttention(), DecoderLayers())
 _LOSS: tuple[Rewrite, ...] = (Loss(),)
 
 

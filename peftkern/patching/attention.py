@@ -1,5 +1,5 @@
 """Attention modules, patched per instance through the global names their class's forward looks up: rotary
-embeddings, and attention itself in fp32 where torch multiplies 16-bit matrices in naive loops."""
+embeddings, and on CPUs attention itself (cpu_attention.py)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops import autocast_off, transformed
+from ..ops import attention as attention_op
+from ..ops import transformed
 from .blocks import replacement
+from .cpu_attention import in_fp32, in_tiles
 from .forwards import find, install, remove
 from .report import block_row
 from .rewrite import Context, Finding, Rewrite
-from .weights import autocast_dtype, slow_products
+from .weights import slow_products
 from .wrappers import UNKNOWN, WrappedForward, innermost
 
 __all__ = [
     "AttentionForward",
-    "WideAttention",
-    "WideMode",
+    "CpuAttention",
+    "AttentionMode",
     "against_other_globals",
     "around_of",
     "hold_modes",
-    "in_fp32",
     "release",
     "restore_surrounded",
     "surround",
@@ -42,18 +43,24 @@ _AROUND = "_peftkern_around_attention"  # of the module, which holds what `surro
 _HELD = "_peftkern_held_modes"  # of a module that is no attention, which holds what `hold_modes` put there
 
 
-class WideMode(NamedTuple):
-    """The dtypes in whose place attention is computed in fp32; and what stands around the attention function,
-    as `surround` takes it."""
+class AttentionMode(NamedTuple):
+    """The dtypes in whose place attention is computed in fp32; what stands around the attention function, as
+    `surround` takes it; and whether torch's SDPA becomes ours where that serves a call."""
 
-    slow: tuple[torch.dtype, ...]
+    slow: tuple[torch.dtype, ...] = ()
     around: Callable[..., Any] | None = None
+    tiled: bool = False
 
     name = _FUNCTIONS
 
+    @property
+    def patched(self) -> bool:
+        """Whether there is more to it than `around`."""
+        return bool(self.slow) or self.tiled
+
     def replace(self, stock: Any) -> Any:
         """What the module's forward finds under `name`."""
-        return _Interfaces(stock, self.slow, self.around)
+        return _Interfaces(stock, self)
 
 
 def _install(module: nn.Module, modes: list[NamedTuple]) -> None:
@@ -65,42 +72,46 @@ def with_around(module: nn.Module, modes: list[NamedTuple]) -> tuple[NamedTuple,
     around = module.__dict__.get(_AROUND)
     if around is None:
         return tuple(modes)
-    slow = next((mode.slow for mode in modes if isinstance(mode, WideMode)), ())
-    return (*(mode for mode in modes if not isinstance(mode, WideMode)), WideMode(slow, around))
+    own = next((mode for mode in modes if isinstance(mode, AttentionMode)), AttentionMode())
+    others = (mode for mode in modes if not isinstance(mode, AttentionMode))
+    return (*others, own._replace(around=around))
 
 
-# ---- attention in fp32
+# ---- attention on a CPU
 
 
-class WideAttention(Rewrite):
-    """Modules whose class's forward asks transformers' `ALL_ATTENTION_FUNCTIONS` for its function; none where
-    torch's 16-bit products are fast, or no weight is in 16 bits.
+class CpuAttention(Rewrite):
+    """Modules whose class's forward asks transformers' `ALL_ATTENTION_FUNCTIONS` for its function, where
+    torch's 16-bit attention is slow: in bf16 tiles of our own on CPUs with AMX, else in fp32 where torch's
+    16-bit products are naive loops. None where no weight is in 16 bits.
 
-    On a CPU without AVX-512's bf16 instructions scaled_dot_product_attention's backward takes 75 ms in bf16
-    and 12 ms in fp32 (2 x 256 tokens, 9 heads of 64, 3 of keys; Zen 3, one thread); `python -m
-    benchmarks.bench_attention`.
+    2 x 256 tokens, 9 heads of 64, 3 of keys, forward and backward, one thread: 12 ms of torch's bf16 are 2.9
+    in tiles (Emerald Rapids); 75 ms are 12 in fp32 (Zen 3); `python -m benchmarks.bench_attention`.
     """
 
     def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:
         """As Rewrite's. The module's forward turns by our rotary function too, where `Rotary` found that."""
-        slow = context.shared.get(WideAttention)
-        if slow is None:
-            slow = context.shared[WideAttention] = _slow_dtypes(context.model)
-        if not slow or not uses(module, _FUNCTIONS) or context.excluded(name):
+        mode = context.shared.get(CpuAttention)
+        if mode is None:
+            mode = context.shared[CpuAttention] = _mode_of(context.model)
+        if not mode.patched or not uses(module, _FUNCTIONS) or context.excluded(name):
             return None
         reason = against_other_globals(module) or _no_interfaces(module)
-        row = block_row(name, "attention", "fp32_attention", reason)
+        row = block_row(name, "attention", "tiled_attention" if mode.tiled else "fp32_attention", reason)
         if reason:
             return Finding(module, row)
         rotary = context.forward_of(module, AttentionForward)
-        modes = [mode for mode in (rotary.made_of if rotary else ()) if not isinstance(mode, WideMode)]
-        return Finding(module, row, AttentionForward, with_around(module, [*modes, WideMode(slow)]))
+        modes = [each for each in (rotary.made_of if rotary else ()) if not isinstance(each, AttentionMode)]
+        return Finding(module, row, AttentionForward, with_around(module, [*modes, mode]))
 
 
-def _slow_dtypes(model: nn.Module) -> tuple[torch.dtype, ...]:
-    """The 16-bit dtypes whose products are slow here, where the model has weights of one of them."""
+def _mode_of(model: nn.Module) -> AttentionMode:
+    """What attention in the 16-bit dtypes of the model's weights on the CPU is to become."""
+    there = {p.dtype for p in model.parameters() if p.device.type == "cpu"}
+    if torch.bfloat16 in there and attention_op.config.available():
+        return AttentionMode(tiled=True)
     slow = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if slow_products(dtype))
-    return slow if any(p.dtype in slow and p.device.type == "cpu" for p in model.parameters()) else ()
+    return AttentionMode(slow if there & set(slow) else ())
 
 
 def _no_interfaces(module: nn.Module) -> str | None:
@@ -111,22 +122,20 @@ def _no_interfaces(module: nn.Module) -> str | None:
 
 
 class _Interfaces:
-    """transformers' attention functions, the eager and the SDPA one in fp32, `around` around each; all else
-    of it as it is."""
+    """transformers' attention functions as a mode says: the eager and the SDPA one in fp32, torch's SDPA
+    ours, something around each; all else of it as it is."""
 
-    def __init__(
-        self, stock: Any, slow: tuple[torch.dtype, ...], around: Callable[..., Any] | None = None
-    ) -> None:
-        self._stock, self._slow, self._around = stock, slow, around
+    def __init__(self, stock: Any, mode: AttentionMode) -> None:
+        self._stock, self._mode = stock, mode
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        function = self._stock.get_interface(name, default)
+        function, mode = self._stock.get_interface(name, default), self._mode
         kind = "eager" if function is default else "sdpa" if _is_sdpa(name, function) else "other"
-        if self._around is not None:
-            function = functools.partial(self._around, function, kind)
-        return (
-            functools.partial(in_fp32, function, self._slow) if self._slow and kind != "other" else function
-        )
+        if mode.tiled and kind == "sdpa":
+            function = functools.partial(in_tiles, function)
+        if mode.around is not None:
+            function = functools.partial(mode.around, function, kind)
+        return functools.partial(in_fp32, function, mode.slow) if mode.slow and kind != "other" else function
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stock, name)
@@ -137,47 +146,6 @@ class _Interfaces:
 
 def _is_sdpa(name: str, function: Callable[..., Any]) -> bool:
     return name == "sdpa" and function.__module__.startswith("transformers.")
-
-
-def in_fp32(
-    function: Callable[..., tuple[Tensor, Tensor | None]],
-    slow: tuple[torch.dtype, ...],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`function` on fp32 operands, its results rounded to what it would have returned."""
-    result = autocast_dtype(query) or query.dtype
-    if (
-        result not in slow
-        or not _pays(query, key, value)
-        or kwargs.get("dropout")
-        or kwargs.get("cache") is not None
-    ):
-        return function(module, query, key, value, attention_mask, **kwargs)
-    operands = [_wide(each) for each in (query, key, value, attention_mask)]
-    with autocast_off(query):
-        output, weights = function(module, *operands, **{name: _wide(each) for name, each in kwargs.items()})
-    return output.to(result), None if weights is None else weights.to(result)
-
-
-def _pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """One token against a cache, without gradients, reads the keys once: casting them would take as long."""
-    if not (
-        query.device.type == key.device.type == value.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype
-    ):
-        return False
-    return query.shape[2] > 1 or (
-        torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    )
-
-
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 # ---- something around the attention function
@@ -203,9 +171,12 @@ def release(module: nn.Module) -> None:
     """Undo `surround`; what `patch` did stays."""
     if module.__dict__.pop(_AROUND, None) is None:
         return
-    modes = [mode for mode in _modes(module) if not isinstance(mode, WideMode) or mode.slow]
+    alone = [
+        mode._replace(around=None) if isinstance(mode, AttentionMode) else mode for mode in _modes(module)
+    ]
+    modes = [mode for mode in alone if not isinstance(mode, AttentionMode) or mode.patched]
     if modes:
-        _install(module, [WideMode(mode.slow) if isinstance(mode, WideMode) else mode for mode in modes])
+        _install(module, modes)
     else:
         remove(module)
 
@@ -223,7 +194,7 @@ def surrounded_alone(module: nn.Module) -> bool:
     """Whether the module has a forward of ours for nothing but what stands around its attention function."""
     modes = _modes(module)
     return _HELD in module.__dict__ or (
-        _AROUND in module.__dict__ and len(modes) == 1 and not getattr(modes[0], "slow", True)
+        _AROUND in module.__dict__ and len(modes) == 1 and not getattr(modes[0], "patched", True)
     )
 
 
@@ -279,7 +250,7 @@ class AttentionForward(WrappedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._refresh()
-        surrounded = any(isinstance(mode, WideMode) and mode.around is not None for mode in self.cache)
+        surrounded = any(isinstance(mode, AttentionMode) and mode.around is not None for mode in self.cache)
         if self._function is None and surrounded:
             raise RuntimeError(
                 f"{type(self.module).__name__}.forward was replaced since something was put around its "
@@ -322,8 +293,8 @@ class AttentionForward(WrappedForward):
         for (name, stock, ours), mode in zip(self._replacements, self.cache, strict=True):
             if source[name] is stock:
                 scope[name] = ours
-            elif isinstance(mode, WideMode) and mode.around is not None:
-                scope[name] = WideMode((), mode.around).replace(source[name])
+            elif isinstance(mode, AttentionMode) and mode.around is not None:
+                scope[name] = AttentionMode(around=mode.around).replace(source[name])
 
 
 def _global_names(code: types.CodeType) -> frozenset[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from .compiled import link_shared, load
+from .compiled_attention import attention, exact_attention, heads
 from .emulation import MISSING, emulated_objects, simde_missing
 from .test_avx512_emulated import SHAPES, Case, check_case
 
@@ -96,3 +97,15 @@ def test_both_levels_give_the_same_bits(lib: ctypes.CDLL) -> None:
     case.b.zero_()
     dot, amx = (case.run(lib, level, gemv=False) for level in LEVELS)
     assert torch.equal(dot["y"], amx["y"]) and torch.equal(dot["dx"], amx["dx"])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 70, 70, 64), (2, 2, 2, 33, 33, 20)], ids=str)
+def test_attention(lib: ctypes.CDLL, level: str, masked: bool, shape: tuple[int, ...]) -> None:
+    inputs = heads(shape)
+    mask = torch.rand(shape[0], shape[3], shape[4]) > 0.3 if masked else None
+    got, exact = attention(lib, level, inputs, mask), exact_attention(inputs, mask)
+    for name, value in got.items():
+        error = (value.double() - exact[name]).norm() / exact[name].norm()
+        assert error < 2**-8, name  # a rounding of probabilities and one of results

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.ops import attention as attention_op
 from peftkern.patching.attention import (
     AttentionForward,
-    WideAttention,
-    WideMode,
+    AttentionMode,
+    CpuAttention,
 )
 from peftkern.patching.forwards import find, remove
 from peftkern.patching.rotary import Rotary
 from peftkern.patching.weights import slow_products
 from peftkern.patching.wrappers import innermost
+from peftkern.runtime import backends
 
 from ..ops.bounds import FACTOR
 from . import models, zoo
@@ -51,6 +53,7 @@ IDS = zoo.TEXT
 def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU whose 16-bit products are slow, whatever this one's are."""
     monkeypatch.setattr("peftkern.patching.attention.slow_products", lambda dtype: dtype in LOW)
+    monkeypatch.setattr("peftkern.ops.attention.config.FASTER", ())
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def llama(dtype: torch.dtype = torch.bfloat16, implementation: str = "sdpa", **o
 
 
 def widened(model: nn.Module) -> nn.Module:
-    assert installed(model, WideAttention()) > 0
+    assert installed(model, CpuAttention()) > 0
     return model
 
 
@@ -99,9 +102,9 @@ def padding(rows: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("name", ATTENDING)
 def test_which_modules_attend(name: str) -> None:
-    found = surveyed(zoo.build(name, dtype=torch.bfloat16), WideAttention())
+    found = surveyed(zoo.build(name, dtype=torch.bfloat16), CpuAttention())
     assert [(block.row.got, block.made_of, block.row.reason) for block in found] == [
-        ("fp32_attention", (WideMode(LOW),), None)
+        ("fp32_attention", (AttentionMode(LOW),), None)
     ] * ATTENDING[name]
 
 
@@ -208,12 +211,102 @@ def test_autocast(seen: list[torch.dtype]) -> None:
     assert seen == [torch.float32] * 2
 
 
+@pytest.fixture
+def tiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A CPU whose own kernel is the faster one; the sizes of queries it got."""
+    level = backends.native().isa()
+    if level not in ("avx512bf16", "amx"):
+        pytest.skip("no bf16 products here")
+    monkeypatch.setattr(attention_op.config, "FASTER", (level,))
+    monkeypatch.setattr(attention_op.config, "FEWEST_QUERIES", 2)
+    original, found = attention_op.attention, []
+
+    def recorded(q: Tensor, *args: Any) -> Tensor:
+        found.append(tuple(q.shape))
+        return original(q, *args)
+
+    monkeypatch.setattr(attention_op, "attention", recorded)
+    return found
+
+
+@pytest.mark.parametrize("mask", [None, padding()], ids=["causal", "padded"])
+def test_in_tiles_models_err_no_more_than_stock_ones(
+    mask: Tensor | None, tiled: list[tuple[int, ...]]
+) -> None:
+    stock = llama()
+    inputs = {} if mask is None else {"attention_mask": mask}
+    ours = run(widened(copy.deepcopy(stock)), **inputs)
+    assert tiled == [(2, 4, 12, 16)] * 2
+    plain, exact = run(stock, **inputs), run(models.in_fp64(stock), **inputs)
+    assert len(tiled) == 2
+    for name in exact:
+        error, allowed = (
+            (got[name].double() - exact[name]).norm() / exact[name].norm() for got in (ours, plain)
+        )
+        assert error <= max(FACTOR * allowed, torch.finfo(torch.bfloat16).eps), name
+
+
+def test_tiles_are_reported_and_taken_off(tiled: list[tuple[int, ...]]) -> None:
+    report = peftkern.patch(model := models.lora(llama()), dense=False)
+    assert report.counts["tiled_attention"] == 2 and "fp32_attention" not in report.counts
+    model(IDS, use_cache=False)
+    assert len(tiled) == 2
+    peftkern.unpatch(model)
+    model(IDS, use_cache=False)
+    assert len(tiled) == 2
+
+
+def test_which_calls_are_in_tiles(tiled: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one token against a cache, not with dropout, and nothing on a level where torch is faster."""
+    model = widened(llama(attention_dropout=0.5))
+    made = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    assert len(tiled) == 2 and made.shape[1] == IDS.shape[1] + 4  # of the prompt alone
+    model.train()(IDS, use_cache=False)
+    assert len(tiled) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        model.eval()(IDS, use_cache=False)
+    assert len(tiled) == 4
+    monkeypatch.setattr(attention_op.config, "FASTER", ())
+    model(IDS, use_cache=False)
+    assert len(tiled) == 4
+
+
+def test_fp32_under_autocast_is_in_tiles(tiled: list[tuple[int, ...]]) -> None:
+    """Where some weight is in bf16; as torch's SDPA, which autocast gives bf16 operands."""
+    model = llama(torch.float32)
+    model.lm_head.bfloat16()
+    stock = copy.deepcopy(model)
+    widened(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = (each(IDS, use_cache=False).logits for each in (model, stock))
+    assert len(tiled) == 2
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
+def test_in_tiles_what_is_recomputed_is_the_same(tiled: list[tuple[int, ...]]) -> None:
+    model = widened(llama())
+    expected = run(model)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    got = run(model)
+    assert len(tiled) == 6 and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_compiled_model_attends_as_torch_does(tiled: list[tuple[int, ...]]) -> None:
+    torch._dynamo.reset()
+    model = widened(llama())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got, expected = compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits
+    assert len(tiled) == 2
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
 def test_where_nothing_is_gained_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not surveyed(llama(torch.float32), WideAttention()) and not surveyed(
-        llama().to("meta"), WideAttention()
+    assert not surveyed(llama(torch.float32), CpuAttention()) and not surveyed(
+        llama().to("meta"), CpuAttention()
     )
     monkeypatch.setattr("peftkern.patching.attention.slow_products", lambda dtype: False)
-    assert not surveyed(llama(), WideAttention())
+    assert not surveyed(llama(), CpuAttention())
 
 
 def test_what_torch_says_of_this_cpu_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +337,7 @@ def test_beside_rope_and_when_others_change_the_functions(
     import transformers.models.llama.modeling_llama as defining
 
     model = llama()
-    assert installed(model, Rotary(), WideAttention()) == 2
+    assert installed(model, Rotary(), CpuAttention()) == 2
     held = find(model.model.layers[0].self_attn)[1]
     assert type(held) is AttentionForward and len(held.cache) == 2
     run(model)
@@ -252,7 +345,7 @@ def test_beside_rope_and_when_others_change_the_functions(
     installed(model, Rotary())  # of less: what is no longer wanted is gone
     run(model)
     assert seen[2:] == [torch.bfloat16] * 2
-    installed(model, WideAttention())
+    installed(model, CpuAttention())
     calls = []
 
     class Theirs(transformers.AttentionInterface):
