@@ -18,6 +18,8 @@ ROOMS = {
     "runtime": set(),
     "ops": {"runtime", "formats", "files"},
     "functional": {"ops", "formats", "runtime"},
+    "patching": {"functional", "merging", "ops", "formats", "runtime"},
+    "memory": {"patching", "functional", "ops", "formats", "runtime", "errors", "files"},
 }
 EXTENSIONS = {"_C", "_C_cuda"}  # compiled modules of the package
 

@@ -69,7 +69,7 @@ def _form_help() -> str:
 
 def _main(args: argparse.Namespace) -> int:
     """Run the command; what the user can mend is one message and status 2."""
-    from ..finetune.errors import exit_status, require
+    from ..errors import exit_status, require
 
     def run() -> None:
         require(*_EXTRA)
@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be told before anything is loaded."""
-    from ..finetune.errors import InputError
+    from ..errors import InputError
 
     if args.rank < 1:
         raise InputError(f"--rank must be at least 1, got {args.rank}")
@@ -131,8 +131,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _same_base(args: argparse.Namespace, model: LoadedModel) -> None:
     """Refuse a base that differs from the one a run's adapter was trained on."""
+    from ..errors import InputError
     from ..finetune.base import base_changes
-    from ..finetune.errors import InputError
 
     file = Path(args.adapter) / "run.json"
     if args.other_base or not file.is_file():
@@ -173,7 +173,7 @@ def _merge(args: argparse.Namespace, model: LoadedModel) -> None:
 
 
 def _chosen(comparison: MergeComparison) -> tuple[str, str]:
-    from ..finetune.errors import InputError
+    from ..errors import InputError
 
     if comparison.best is None:
         raise InputError(f"--form auto finds none to take. {comparison.verdict} Or name a form yourself")
@@ -187,8 +187,8 @@ def _tokens(args: argparse.Namespace, model: LoadedModel, option: str) -> list[A
         return None
     import torch
 
+    from ..errors import InputError
     from ..finetune.data import evaluation_names, load_data
-    from ..finetune.errors import InputError
     from ..finetune.inputs import prepare_evaluations
     from ..finetune.trainer import spread
 
@@ -205,7 +205,7 @@ def _tokens(args: argparse.Namespace, model: LoadedModel, option: str) -> list[A
 
 def _original(args: argparse.Namespace, model: LoadedModel) -> str | None:
     """The folder of the base's own weights; None where it has none and none is needed."""
-    from ..finetune.errors import InputError
+    from ..errors import InputError
     from ..finetune.model import resolve_model
 
     path = resolve_model(model.config.model)
@@ -233,7 +233,7 @@ def _in_cache(model: str) -> str | None:
 
 
 def _check_space(args: argparse.Namespace, model: LoadedModel, form: str) -> None:
-    from ..finetune.errors import InputError
+    from ..errors import InputError
     from .merge_save import bytes_on_disk
 
     needed = int(1.05 * bytes_on_disk(model.model, form)) + (16 << 20)

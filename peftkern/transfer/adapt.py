@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..finetune.errors import InputError, exit_status, require
+from ..errors import InputError, exit_status, require
 from .adapt_config import METHODS, AdaptConfig, AdaptReport
 
 __all__ = ["METHODS", "AdaptConfig", "AdaptReport", "adapt", "add_commands"]

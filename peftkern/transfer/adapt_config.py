@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from .dann import DomainProbe

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .dann import reversal_weight
 from .features import pool_mean
 from .mmd import MMDLoss

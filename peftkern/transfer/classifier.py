@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .adapt_config import AdaptConfig, AdaptReport
 from .alignment import MMDAlignment
 from .dann import DANNLoss, annealed_rate

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .depth import below
 
 __all__ = ["copy_first", "matched_random", "shuffled"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .alignment import Alignment, FeatureTap, backbone, divides_loss, rows_of_step, unlabelled
 from .features import pool_mean
 

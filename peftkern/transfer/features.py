@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .depth import layer_stacks
 from .pooling import POOLS, pool_last, pool_mean
 from .tap import Tap, count_calls

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from ..finetune.loading import load_errors
 from ..finetune.model import resolve_model
 from ..finetune.readers import read_rows

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 
 __all__ = ["Lexicon", "TextRate", "bits_per_byte", "fertility", "lexicon", "passages", "surface"]
 

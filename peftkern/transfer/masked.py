@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .alignment import divides_loss, step_seed
 from .windows import windows
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .alignment import step_seed
 from .pretraining import DocumentBits
 from .windows import windows

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from ..errors import InputError
 from ..files import atomic_files, write_json
 from ..finetune.adapters import add_lora, is_lora
 from ..finetune.arguments import shared_arguments
@@ -23,7 +24,6 @@ from ..finetune.base import base_fingerprint
 from ..finetune.checkpoints import Checkpoint, newest_sound
 from ..finetune.config import FinetuneConfig
 from ..finetune.data import fingerprint
-from ..finetune.errors import InputError
 from ..finetune.folder import RunFolder, open_run, read_record
 from ..finetune.inputs import load_rows
 from ..finetune.layer_rates import install_rates

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..finetune.errors import InputError, exit_status, require
+from ..errors import InputError, exit_status, require
 
 __all__ = ["add_commands"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .controls import copy_first, matched_random, shuffled
 from .intervals import Interval, over_runs, paired_runs
 from .tasks import Score, Task

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError, exit_status, require
 from ..finetune.config import FinetuneConfig
-from ..finetune.errors import InputError, exit_status, require
 
 if TYPE_CHECKING:
     from ..finetune.recipe import FinetuneResult

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .intervals import Interval
 
 __all__ = ["MASKED_BITS", "DocumentBits", "PretrainingReport", "document_bits"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .extras import require_transfer
 from .grouped_ridge import choose_penalty
 from .intervals import Interval, cross_validated

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .extras import require_transfer
 from .features import Features, pooled_features
 from .intervals import Interval, cross_validated

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .calibration import brier_score, expected_calibration_error
 
 __all__ = ["Score", "Task", "classification", "language_modelling"]

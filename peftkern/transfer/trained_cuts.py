@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .cut import StepCost, step_cost
 from .depth import below
 from .features import layer_stack

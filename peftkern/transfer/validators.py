@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 from .extras import require_transfer
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..finetune.errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

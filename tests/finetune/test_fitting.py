@@ -227,3 +227,27 @@ def test_segments_grow_unless_the_user_says_otherwise(
     allocator.grow_segments()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+
+
+def test_attention_with_a_soft_cap_is_fitted_by_tiles(
+    options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Gemma 2, on packed documents: the losses of eager attention, whose scores are no longer kept."""
+    import transformers
+
+    folder = save_tiny_model(tmp_path / "gemma2")
+    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
+    sizes |= dict(
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=0, pad_token_id=0, sliding_window=32
+    )
+    caps = dict(attn_logit_softcapping=1.0, query_pre_attn_scalar=16, bos_token_id=None)
+    transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes | caps)).save_pretrained(folder)
+    options = options | {"model": str(folder)}
+    plain = run(options)
+    roomy = needed(options, checkpointing=False, kv_groups=True)
+    assert roomy < needed(options, checkpointing=False)
+    fitted = run(options, output=str(tmp_path / "fitted"), fit=f"{roomy + 1}B")
+    said = capfd.readouterr().err
+    assert "no gradient checkpointing" in said and "by key/value heads and tiles of queries" in said
+    assert "2 of them, and their masks, by tiles of queries" in said and "runs whole" not in said
+    assert losses(fitted) == pytest.approx(losses(plain), rel=1e-5)

@@ -132,7 +132,7 @@ def _add_sweep(group: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Run the command; what the user can mend is one message and status 2."""
-    from ...finetune.errors import exit_status
+    from ...errors import exit_status
 
     def run() -> None:
         _require("peft", "safetensors", "numpy", "tqdm")

@@ -30,7 +30,7 @@ def swept(args: argparse.Namespace) -> str:
 
     Raises: ValueError, OSError, ModuleNotFoundError for what the user can mend.
     """
-    from ...finetune.errors import require
+    from ...errors import require
 
     require("transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl", "matplotlib")
     variable, values = _values(args.sweep)

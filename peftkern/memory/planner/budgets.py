@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 from .cards import Card
 
 __all__ = ["Limits", "bytes_of", "in_bytes", "limits_of"]

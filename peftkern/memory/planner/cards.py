@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 
 __all__ = ["CARDS", "CPU", "GIB", "Card", "card_of", "generic_card", "this_card"]
 

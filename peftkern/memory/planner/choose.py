@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 from .budgets import Limits, in_bytes
 from .cards import Card
 from .options import RunOptions

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...finetune.errors import InputError, exit_status, require
+from ...errors import InputError, exit_status, require
 
 __all__ = ["add_commands"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 
 __all__ = ["ATTENTION", "OPTIMIZERS", "RunOptions"]
 

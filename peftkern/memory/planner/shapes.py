@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn

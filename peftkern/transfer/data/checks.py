@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import InputError
 from ...files import atomic_files
-from ...finetune.errors import InputError
 from .duplicates import Duplicates, near_duplicates
 from .labels import LabelNoise
 from .losses import RowLosses

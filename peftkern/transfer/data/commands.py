@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...finetune.errors import InputError, exit_status
+from ...errors import InputError, exit_status
 
 __all__ = ["add_commands"]
 
@@ -213,8 +213,8 @@ def _features(name: str, texts: tuple[str, ...]) -> Any:
 
 
 def _losses(args: argparse.Namespace) -> Any:
+    from ...errors import require
     from ...finetune.data import load_data
-    from ...finetune.errors import require
     from ...finetune.inference import loaded
     from ...finetune.tokens import tokenize
     from .losses import row_losses

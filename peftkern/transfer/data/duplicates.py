@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 from .extras import require_data
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

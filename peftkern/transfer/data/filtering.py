@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ...errors import InputError
 from ...finetune.constants import FILTERS
-from ...finetune.errors import InputError
 from ...finetune.rows import decode_row
 from .duplicates import near_duplicates
 from .overlap import overlap

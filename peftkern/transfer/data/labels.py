@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 from ..probes import check_labels, splits
 from .extras import require_data
 

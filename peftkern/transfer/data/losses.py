@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...finetune.errors import InputError
+from ...errors import InputError
 from .duplicates import words
 
 if TYPE_CHECKING:

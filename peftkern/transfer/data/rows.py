@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...errors import InputError
 from ...finetune.constants import SAMPLE
-from ...finetune.errors import InputError
 from ...finetune.readers import read_rows
 from ...finetune.rows import check_row
 from ...finetune.sample import sample_text

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...errors import InputError, require
 from ...finetune.config import FinetuneConfig
-from ...finetune.errors import InputError, require
 from ..extras import require_transfer
 from .data_section import DataFound, check_data, data_section
 from .page import Line, Page, Section, check_path, write_page

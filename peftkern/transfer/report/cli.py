@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ...errors import exit_status
 from ...finetune.config import SAMPLE, FinetuneConfig
-from ...finetune.errors import exit_status
 
 __all__ = ["add_commands"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...errors import InputError
 from ...files import TEMP_PREFIX, atomic_directory
-from ...finetune.errors import InputError
 
 __all__ = ["Line", "Page", "Plot", "Section", "check_path", "write_page"]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...finetune.config import FinetuneConfig
-from ...finetune.errors import InputError
 from ...finetune.rows import decode_row
 
 if TYPE_CHECKING:
