@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -216,13 +216,19 @@ class _Compiled:
         return lambda *values, stream=None: self.launches.append((grid, *values))
 
 
+class Operands(NamedTuple):
+    x: Tensor | None
+    size: int
+
+
 def test_a_launch_gets_the_addresses_of_this_call() -> None:
     compiled = _Compiled()
 
     @replayed()
     def launch(x: Tensor, packed: Tensor) -> Tensor:
         scratch = x.new_empty(16)
-        values = [scratch[4:], x, None, 3, (packed[8:], 2.5, packed[:0], None), x[:0]]
+        members = (packed[8:], 2.5, packed[:0], None), (Operands(x, 4), Operands(None, 5))
+        values = [scratch[4:], x, None, 3, *members, x[:0]]
         launched(SimpleNamespace(programs=7), compiled, values)
         return scratch
 
@@ -231,8 +237,8 @@ def test_a_launch_gets_the_addresses_of_this_call() -> None:
     assert not compiled.launches  # the function itself launches nothing here
     x, packed = torch.empty(4), torch.empty(16, dtype=torch.uint8)
     scratch = launch(x, packed)
-    members = (packed.data_ptr() + 8, 2.5, 0, None)
-    assert compiled.launches == [((7, 1, 1), scratch.data_ptr() + 16, x.data_ptr(), None, 3, members, 0)]
+    members = (packed.data_ptr() + 8, 2.5, 0, None), ((x.data_ptr(), 4), (None, 5))
+    assert compiled.launches == [((7, 1, 1), scratch.data_ptr() + 16, x.data_ptr(), None, 3, *members, 0)]
 
 
 def _reachable(root: Any) -> list[Any]:
@@ -255,7 +261,7 @@ def test_a_record_holds_no_tensor() -> None:
     @replayed()
     def launch(x: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
         y = x.new_empty(4)
-        launched(SimpleNamespace(programs=1), compiled, [x, (y, low, 1.0)])
+        launched(SimpleNamespace(programs=1), compiled, [x, (y, Operands(low, 1), 1.0)])
         return torch.mm(x[None], low[:, None]), y
 
     for _ in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -60,7 +61,16 @@ OTHER = [
     {"x": (torch.zeros(4), None)},
     {"n": (48, 1)},
     {"n": (48, 48)},
+    {"m": (7,)},
 ]
+
+
+class Operands(NamedTuple):
+    x: torch.Tensor | None
+    size: int
+
+
+NESTED = (Operands(torch.zeros(64), 48), Operands(None, 7))
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +96,27 @@ def test_the_same_machine_code_is_launched_again(changes: dict) -> None:
 @pytest.mark.parametrize("changes", OTHER, ids=str)
 def test_other_machine_code_is_compiled(changes: dict) -> None:
     assert _compiled_twice(changes)
+
+
+@pytest.mark.parametrize(
+    ("members", "other"),
+    [
+        ((Operands(torch.ones(32), 64), Operands(None, 9)), False),
+        ((Operands(torch.zeros(64), 48), Operands(torch.zeros(4), 7)), True),
+        ((Operands(torch.zeros(64)[1:], 48), Operands(None, 7)), True),
+        ((Operands(torch.zeros(64), 49), Operands(None, 7)), True),
+        ((Operands(torch.zeros(64), 48), Operands(None, 1)), True),
+        (NESTED[:1], True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["n", "m"])
+def test_operands_within_tuples(
+    monkeypatch: pytest.MonkeyPatch, name: str, members: tuple, other: bool
+) -> None:
+    """Triton compiles for the integers of a tuple, whatever the kernel says of the argument."""
+    monkeypatch.setitem(BASE, name, NESTED)
+    assert _compiled_twice({name: members}) == other
 
 
 @pytest.mark.parametrize("options", [{"num_warps": 8}, {"num_stages": 3}, {"max_registers": 128}], ids=str)
