@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .specialization import mapped
-from .steps import Addressed, Allocate, Compiled, Drop, Interpreted, Operate, Place, bases_of, filled
+from .steps import Address, Allocate, Compiled, Drop, Interpreted, Operate, Place, bases_of, filled
 
 __all__ = ["Record", "Recorder", "launched", "record", "recording", "unrecordable", "unwatched"]
 
@@ -130,26 +130,14 @@ class Recorder:
             arguments = {name: mapped(value, self._tensor) for name, value in call.arguments.items()}
             self.steps.append(Interpreted(call.interpret, arguments))
             return
-        self.steps.append(Compiled(compiled[(call.programs, 1, 1)], self._addressed(values)))
+        values = [mapped(value, self._address) for value in values]
+        self.steps.append(Compiled(compiled[(call.programs, 1, 1)], values))
 
-    def _addressed(self, values: Iterable[Any]) -> Addressed:
-        """The values with addresses in the tensors' stead: a record holds no tensor."""
-        fixed, patches, tuples = list(values), [], []
-        for at, value in enumerate(fixed):
-            if isinstance(value, Tensor):
-                base, fixed[at] = self._address(value)
-                if base >= 0:
-                    patches.append((at, base, fixed[at]))
-            elif isinstance(value, tuple):
-                parts = self._addressed(value)
-                fixed[at] = tuple(parts.values)
-                if parts.patches or parts.tuples:
-                    tuples.append((at, parts))
-        return Addressed(fixed, tuple(patches), tuple(tuples))
-
-    def _address(self, t: Tensor) -> tuple[int, int]:
-        """The base and the offset; (-1, 0), the null pointer, of a tensor without elements."""
-        return self.place(t)[:2] if t.numel() else (-1, 0)
+    def _address(self, value: Any) -> Any:
+        """A tensor's address, 0, the null pointer, of one without elements: a record holds no tensor."""
+        if not isinstance(value, Tensor):
+            return value
+        return Address(*self.place(value)[:2]) if value.numel() else 0
 
     def _tensor(self, value: Any) -> Any:
         return self.operand(value) if isinstance(value, Tensor) and value.numel() else value

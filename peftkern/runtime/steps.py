@@ -7,14 +7,15 @@ addresses, `pointers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "Addressed",
+    "Address",
     "Allocate",
     "Compiled",
     "Drop",
@@ -82,41 +83,62 @@ class Allocate:
         yield self.base
 
 
-class Addressed(NamedTuple):
-    """Values among which addresses stand. patches: (position, base, offset) of the addresses; tuples: the
-    positions whose value is a tuple with addresses in it."""
+class Address(NamedTuple):
+    """The address `offset` bytes behind that of base number `base`."""
 
-    values: list[Any]
-    patches: tuple[tuple[int, int, int], ...]
-    tuples: tuple[tuple[int, Addressed], ...]
+    base: int
+    offset: int
 
-    def filled(self, pointers: list[int]) -> list[Any]:
-        values = self.values.copy()
-        for at, base, offset in self.patches:
-            values[at] = pointers[base] + offset
-        for at, parts in self.tuples:
-            values[at] = tuple(parts.filled(pointers))
-        return values
 
-    def used(self) -> Iterator[int]:
-        yield from (base for _, base, _ in self.patches)
-        for _, parts in self.tuples:
-            yield from parts.used()
+def _holds_address(value: Any) -> bool:
+    if type(value) is Address:
+        return True
+    return isinstance(value, tuple) and any(map(_holds_address, value))
+
+
+def _picker(indices: list[int]) -> Callable[[list[Any]], tuple]:
+    """What gives the tuple of a list's members at these indices."""
+    if len(indices) == 1:
+        (index,) = indices
+        return lambda pool: (pool[index],)
+    return itemgetter(*indices)
 
 
 class Compiled:
-    """A compiled Triton kernel, with its arguments in order."""
+    """A compiled Triton kernel. values: its arguments in order, `Address`es in them, also within tuples.
 
-    __slots__ = ("runner", "arguments")
+    A call's pool has what never changes, the addresses, and the tuples that hold some, innermost first; the
+    arguments, like each of those tuples, are picked out of it.
+    """
 
-    def __init__(self, runner: Callable[..., None], arguments: Addressed) -> None:
-        self.runner, self.arguments = runner, arguments
+    __slots__ = ("runner", "constants", "addresses", "tuples", "arguments")
+
+    def __init__(self, runner: Callable[..., None], values: Sequence[Any]) -> None:
+        pools: tuple[list[Any], ...] = ([], [], [])
+
+        def place(value: Any) -> tuple[int, int]:
+            """The pool that has the value, and where."""
+            kind = 1 if type(value) is Address else 2 if _holds_address(value) else 0
+            pools[kind].append([place(part) for part in value] if kind == 2 else value)
+            return kind, len(pools[kind]) - 1
+
+        places = [place(value) for value in values]
+        self.runner, (self.constants, self.addresses, tuples) = runner, pools
+        starts = 0, len(self.constants), len(self.constants) + len(self.addresses)
+
+        def picker(parts: list[tuple[int, int]]) -> Callable[[list[Any]], tuple]:
+            return _picker([starts[kind] + at for kind, at in parts])
+
+        self.tuples, self.arguments = [picker(parts) for parts in tuples], picker(places)
 
     def __call__(self, bases: list[Any], pointers: list[int], stream: int) -> None:
-        self.runner(*self.arguments.filled(pointers), stream=stream)
+        pool = self.constants + [pointers[base] + offset for base, offset in self.addresses]
+        for pick in self.tuples:
+            pool.append(pick(pool))
+        self.runner(*self.arguments(pool), stream=stream)
 
     def used(self) -> Iterator[int]:
-        return self.arguments.used()
+        return (address.base for address in self.addresses)
 
 
 class Interpreted:
