@@ -22,8 +22,12 @@ def _finetune(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from peftkern import tuning
+    import torch
 
+    from peftkern import tuning, tuning_cpu
+
+    if args.cpu or not torch.cuda.is_available():
+        return tuning_cpu.tune(forget=args.forget, busy=args.busy)
     return tuning.main(args)
 
 
@@ -58,8 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "env", help="versions, instruction sets, threads and backends, for a bug report"
     )
     env.set_defaults(run=_env)
-    tune = commands.add_parser("tune", help="measure on this GPU where each kernel pays, and keep the limits")
-    tune.add_argument("--forget", action="store_true", help="drop the measured limits of this GPU")
+    tune = commands.add_parser(
+        "tune", help="measure on this GPU or CPU where each kernel pays, and keep the limits"
+    )
+    tune.add_argument("--cpu", action="store_true", help="the CPU, where there is a GPU too")
+    tune.add_argument("--busy", action="store_true", help="on a CPU: also while other processes run")
+    tune.add_argument("--forget", action="store_true", help="drop the measured limits")
     tune.set_defaults(run=_tune)
     args = parser.parse_args(arguments)
     return args.run(args) or 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.qlora_linear import config
+from ..ops.qlora_linear import cpu_rows
 from ..runtime import backends
 from . import checks
 
@@ -26,7 +26,7 @@ def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
     if backend == "reference":
         return f"reference: {reason}"
     if backend == "cpu":
-        choice = config.choose(dtype=dtype, isa=backends.native().isa(), m=m, n=n, k=k)
+        choice = cpu_rows.choose(dtype=dtype, isa=backends.native().isa(), m=m, n=n, k=k)
         return f"cpu: {reason}; {choice.regime} ({choice.why})"
     from ..ops.qlora_linear import plan
 

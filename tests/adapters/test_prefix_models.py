@@ -176,7 +176,7 @@ def test_attention_in_fp32_on_cpus_without_16_bit_products(monkeypatch: pytest.M
     model = prefix_model(dense(dtype=torch.bfloat16), config(), text=TEXT)
     want = results(model)
     monkeypatch.setattr(attention, "slow_products", lambda dtype: dtype == torch.bfloat16)
-    monkeypatch.setattr("peftkern.ops.attention.config.FASTER", ())
+    monkeypatch.setattr("peftkern.ops.attention.config.available", lambda: False)
     peftkern.patch(model, dense=True)
     assert any(
         isinstance(mode, attention.AttentionMode) and mode.slow

@@ -38,7 +38,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         pytest.skip("no bf16 products here; tests/native/test_bf16_emulated.py emulates the kernel")
     before = backends.native().isa()
     backends.native().set_isa(request.param)
-    monkeypatch.setattr(config, "FASTER", (request.param,))
+    monkeypatch.setattr(config, "available", lambda: True)
     monkeypatch.setattr(config, "FEWEST_QUERIES", 1)
     yield request.param
     backends.native().set_isa(before)

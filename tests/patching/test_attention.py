@@ -53,7 +53,7 @@ IDS = zoo.TEXT
 def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU whose 16-bit products are slow, whatever this one's are."""
     monkeypatch.setattr("peftkern.patching.attention.slow_products", lambda dtype: dtype in LOW)
-    monkeypatch.setattr("peftkern.ops.attention.config.FASTER", ())
+    monkeypatch.setattr("peftkern.ops.attention.config.available", lambda: False)
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def tiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     level = backends.native().isa()
     if level not in ("avx512bf16", "amx"):
         pytest.skip("no bf16 products here")
-    monkeypatch.setattr(attention_op.config, "FASTER", (level,))
+    monkeypatch.setattr(attention_op.config, "available", lambda: True)
     monkeypatch.setattr(attention_op.config, "FEWEST_QUERIES", 2)
     original, found = attention_op.attention, []
 
@@ -266,7 +266,7 @@ def test_which_calls_are_in_tiles(tiled: list[tuple[int, ...]], monkeypatch: pyt
     with torch.autocast("cpu", torch.bfloat16):
         model.eval()(IDS, use_cache=False)
     assert len(tiled) == 4
-    monkeypatch.setattr(attention_op.config, "FASTER", ())
+    monkeypatch.setattr(attention_op.config, "available", lambda: False)
     model(IDS, use_cache=False)
     assert len(tiled) == 4
 

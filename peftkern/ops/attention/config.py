@@ -6,22 +6,21 @@ import torch
 from torch import Tensor
 
 from ...runtime import backends
+from ..qlora_linear import cpu_rows
 
-__all__ = ["FASTER", "FEWEST_QUERIES", "MOST_SCRATCH", "MOST_WIDTH", "available", "native"]
+__all__ = ["FEWEST_QUERIES", "MOST_SCRATCH", "MOST_WIDTH", "available", "native"]
 
-# Levels on which forward and backward together take less time than torch's. Emerald Rapids, one thread's CPU
-# time, 9 heads of 64, 3 of keys: amx 4.1 times less for 2 x 256 tokens, 2.7 for 2 x 1,024. vdpbf16ps, which
-# has half of fp32's rate there, takes 1.0 to 1.9 times torch's time; it has twice fp32's on Zen 4, which is
-# not measured.
-FASTER = ("amx",)
 FEWEST_QUERIES = 16  # a tile has 32 rows; of one query torch reads the keys once
 MOST_WIDTH = 256
 MOST_SCRATCH = 1 << 28  # bytes: packed operands of a head of keys with its heads of queries
 
 
 def available() -> bool:
-    """Whether the level in use of this CPU has the kernel, and it is the faster one there."""
-    return backends.available("cpu")[0] and backends.native().isa() in FASTER
+    """Whether the level in use of this CPU has the kernel, and it is the faster one there (the row's
+    `attention` in ops/qlora_linear/config.py, or what `peftkern tune` measured)."""
+    if not backends.available("cpu")[0]:
+        return False
+    return backends.native().attention_served() and cpu_rows.row(backends.native().isa()).attention
 
 
 def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> bool:

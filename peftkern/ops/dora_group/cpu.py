@@ -9,8 +9,8 @@ from torch import Tensor
 from ...runtime.native import address, dtype_of, empty, native, scratch
 from ..qlora_group import cpu as group_cpu
 from ..qlora_group.spec import Adapters
-from ..qlora_linear import config
 from ..qlora_linear import cpu as single
+from ..qlora_linear import cpu_rows
 from ..scale_columns import cpu as columns
 from .spec import split_needs
 
@@ -36,7 +36,8 @@ def _norm(
     r, dense = len(a), group.quants[i][0] is None
     cross, buffer = empty((r, n)), scratch(native().scratch_bytes(r, n, group.k, 0))
     gemv = (
-        config.choose(dtype="float32", isa=native().isa(), m=r, n=n, k=group.k, dense=dense).regime == "gemv"
+        cpu_rows.choose(dtype="float32", isa=native().isa(), m=r, n=n, k=group.k, dense=dense).regime
+        == "gemv"
     )
     native().qlora_linear_fwd(
         group.views[i], none, address(a), 0, r, 0, 0, address(cross), 0, gemv, address(buffer), buffer.numel()

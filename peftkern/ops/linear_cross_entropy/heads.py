@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.native import address, empty, native, reused, scratch, weight_view, zeros
-from ..qlora_linear import config
+from ..qlora_linear import cpu_rows
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]
 
@@ -61,7 +61,7 @@ def served_by_vendor(x: Tensor, weight: Tensor, quant: tuple, n: int, rows: int,
     summed in fp32: the engine's."""
     if quant[0] is not None or weight.dtype != x.dtype or (trained and x.dtype != torch.float32):
         return False
-    found = config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=rows, n=n, k=x.shape[1], dense=True)
+    found = cpu_rows.choose(dtype=str(x.dtype)[6:], isa=native().isa(), m=rows, n=n, k=x.shape[1], dense=True)
     return found.regime == "vendor"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
-from ..qlora_linear import config
+from ..qlora_linear import config, cpu_rows
 from ..qlora_linear import cpu as single
 from .spec import Spec, split_needs
 
@@ -66,7 +66,7 @@ class NativeGroup:
             dense=all(dense),
             blocksize=min(quant[6] for quant in self.quants),
         )
-        return config.choose(
+        return cpu_rows.choose(
             dtype=str(x.dtype)[6:], isa=native().isa(), tiles=tiles and not any(dense), **sizes
         )
 

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared as one thing: `choose` keeps its answers by the row
 class Config:
     """Limits of one ISA.
 
@@ -34,6 +34,7 @@ class Config:
     the vendor (None: any).
     tiles: for dtypes whose product with a 4-bit weight is that of csrc/cpu/tile_impl.h, where it takes the
     shape, the largest M for the fused GEMV, which has tiles of its own on `amx`.
+    attention: bf16 attention in tiles of our own is faster than torch's.
     """
 
     gemv_max_m: int
@@ -42,6 +43,7 @@ class Config:
     dense_vendor: dict[str, int | None]
     measured: str
     tiles: dict[str, int] = field(default_factory=dict)
+    attention: bool = False
 
     def few(self, dtype: str, *, dense: bool, k: int, blocksize: int, tiles: bool = True) -> int:
         """The largest M for the fused GEMV; `tiles` as for `choose`."""
@@ -75,7 +77,10 @@ TABLE = {
     # 0.154, 0.172, at M = 16 0.157, 0.185, 0.217, at M = 17 0.189, 0.161, 0.194; 576 x 576 at M = 16 0.068,
     # 0.073, 0.079, at M = 17 0.076, 0.064, 0.070. Through the vendor's GEMM 1536 x 576 took 6.3 forward and
     # backward at M = 512, in tiles 3.0.
-    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 16}),
+    # Attention, forward and backward, 9 heads of 64, 3 of keys: 4.1 times less time than torch's for 2 x 256
+    # tokens, 2.7 for 2 x 1,024. By vdpbf16ps, which has half of fp32's rate there, it takes 1.0 to 1.9 times
+    # torch's time; it has twice fp32's on Zen 4, which is not measured.
+    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 16}, True),
 }
 
 
@@ -106,13 +111,15 @@ def choose(
     dense: bool = False,
     blocksize: int = 64,
     tiles: bool = True,
+    row: Config | None = None,
 ) -> Choice:
-    """The regime for x [m, k] of `dtype` ("bfloat16", ...) on `isa`; an unknown ISA takes the baseline's row.
+    """The regime for x [m, k] of `dtype` ("bfloat16", ...) on `isa` by `row`, else by the table's; an unknown
+    ISA takes the baseline's.
 
     blocksize: the smallest of the weights'; tiles: whether the call is one that bf16 tiles serve (DoRA's is
     not).
     """
-    row = TABLE.get(isa, TABLE["baseline"])
+    row = row or TABLE.get(isa, TABLE["baseline"])
     if dense:
         limit = row.dense_vendor[dtype]
         if limit is None or m <= limit:

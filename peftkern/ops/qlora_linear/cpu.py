@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
-from . import config
+from . import config, cpu_rows
 
 __all__ = [
     "backward",
@@ -25,7 +25,7 @@ __all__ = [
 
 def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int) -> config.Choice:
     sizes = dict(m=m, n=n, k=k, dense=quant[0] is None, blocksize=quant[6])
-    return config.choose(dtype=str(x.dtype)[6:], isa=native().isa(), **sizes)
+    return cpu_rows.choose(dtype=str(x.dtype)[6:], isa=native().isa(), **sizes)
 
 
 def lora_view(
