@@ -46,8 +46,8 @@ def tune(*, forget: bool = False, busy: bool = False) -> int:
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     if load > MOST_LOAD and not busy:
         print(
-            f"peftkern tune: other processes are busy (load {load:.1f} in the last minute), which makes parallel "
-            "calls wait for one another; try again when they are done, or measure nevertheless: --busy"
+            f"peftkern tune: other processes are busy (load {load:.1f} in the last minute), which makes "
+            "parallel calls wait; try again when they are done, or measure nevertheless: --busy"
         )
         return 1
     print(f"{cpu_rows.cpu_name()}, {isa}, {threads} threads: measuring, a few minutes", flush=True)

@@ -44,6 +44,7 @@ def test_every_variant_takes_its_own_kernels(isa: str, monkeypatch: pytest.Monke
         taken.append("tiles")
         return attend(*args)
 
+    recorded.cache_clear = choose.cache_clear
     monkeypatch.setattr(cpu_rows, "choose", recorded)
     monkeypatch.setattr(attention_op, "attention", attended)
     monkeypatch.setattr(tuning_cpu, "_too_slow", lambda *_: False)
@@ -77,8 +78,8 @@ def test_every_variant_takes_its_own_kernels(isa: str, monkeypatch: pytest.Monke
 
 
 def times(**found: tuple[float, ...]) -> dict[str, float]:
-    """few: gemv and many by M of 1, 4, 16, of two shapes; large: ours (tiles of bf16) and the vendor's; dense:
-    gemm, vendor by M."""
+    """few: gemv and many by M of 1, 4, 16, of two shapes; large: ours (tiles of bf16) and the vendor's;
+    dense: gemm, vendor by M."""
     out = {}
     for dtype in tuning_cpu.DTYPES:
         for shape, gemv in zip(("8x8", "9x9"), (found["gemv"], found["other"]), strict=True):
