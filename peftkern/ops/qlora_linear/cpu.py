@@ -117,8 +117,8 @@ def few_rows(x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | Non
     """
     k, extension = x.shape[-1], native()
     m = x.numel() // k
-    row = config.TABLE.get(extension.isa())
-    if row is None or not 0 < m <= row.few(str(x.dtype)[6:], dense=False, k=k, blocksize=quant[6]):
+    limits = cpu_rows.row(extension.isa())
+    if not 0 < m <= limits.few(str(x.dtype)[6:], dense=False, k=k, blocksize=quant[6]):
         return None
     y = x.new_empty((*x.shape[:-1], n))
     buffer = scratch(extension.scratch_bytes(m, n, k, 0))
@@ -133,7 +133,7 @@ def slices(total: int, width: int, dtype: torch.dtype) -> tuple[list[slice], Ten
     """Slices of `total` rows (or columns) of `width` elements, the configured number or what 5 MB hold, and a
     reused buffer for one."""
     step = min(
-        total, config.TABLE[native().isa()].slice_rows, (5 << 20) // (width * dtype.itemsize) // 32 * 32
+        total, cpu_rows.row(native().isa()).slice_rows, (5 << 20) // (width * dtype.itemsize) // 32 * 32
     )
     step = max(step, min(total, 32))
     buffer = scratch(step * width * dtype.itemsize, "slice")[: step * width * dtype.itemsize]
