@@ -148,7 +148,7 @@ def _backends() -> list[tuple[str, str]]:
 
     with contextlib.suppress(Exception):  # its import runs the entry point; without it the state says so
         importlib.import_module("bitsandbytes")
-    rows = [("isa", _isa())]
+    rows = [("isa", _isa()), ("limits of this CPU", _limits())]
     for name in backends.BACKENDS:
         rows += [(f"backend {name}{where}", answer) for where, answer in _answers(name)]
     registered, reason = bnb_backend.state()
@@ -173,6 +173,13 @@ def _isa() -> str:
     native = backends.native()
     levels: Callable[[], Any] | None = getattr(native, "isas", None)
     return f"{native.isa()}" + (f" (of {', '.join(levels())})" if levels is not None else "")
+
+
+def _limits() -> str:
+    """Where the CPU's choice between kernels comes from."""
+    from .ops.qlora_linear import cpu_rows
+
+    return cpu_rows.row(backends.native().isa()).measured if backends.available("cpu")[0] else "none"
 
 
 def _variables() -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ def test_report_names_what_a_bug_report_needs():
         "cpu",
         "threads",
         "isa",
+        "limits of this CPU",
         "bitsandbytes hook",
     } <= found.keys()
     for name in backends.BACKENDS:

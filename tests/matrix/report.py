@@ -17,7 +17,7 @@ _HEAD = """# Compatibility
 
 Which libraries peftkern's tests of patching, recipe, ops, adapters and transfer really ran with.
 `python -m tests.matrix` wrote this page and `compatibility.csv` beside it.
-Lines of about 5,100 tests are of runs before the tests of adapters and transfer belonged to it.
+Lines are of the commit of their day, which is why the numbers of tests differ.
 
 "avx2" in the column *instructions* means that torch and oneDNN were held to AVX2 by `ATEN_CPU_CAPABILITY` and
 `ONEDNN_MAX_CPU_ISA`, and that tests which prove nothing about numbers (marked `any_isa`) were left out;
