@@ -27,7 +27,14 @@ __all__ = ["Live", "MemoryCount", "SavedCount", "training_phase"]
 # where the one before them did.
 _LOSS = ("linear_cross_entropy", "_log_softmax", "nll_loss", "cross_entropy")
 _MLP = ("qlora_glu", "glu_fwd", "glu_bwd", "tiled_mlp", "silu", "gelu")
-_ATTENTION = ("scaled_dot_product", "flash_attention", "attention_backward", "efficient_attention", "bmm")
+_ATTENTION = (
+    "scaled_dot_product",
+    "flash_attention",
+    "attention_backward",
+    "attention_bwd",
+    "efficient_attention",
+    "bmm",
+)
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,26 @@ def test_other_families(family: str, checkpointing: bool) -> None:
         assert plan[phase] == pytest.approx(count[phase], rel=0.02), phase
 
 
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["MistralConfig", pytest.param("Gemma3TextConfig", marks=pytest.mark.slow)]
+)
+def test_the_mask_of_a_window_is_counted(family: str, checkpointing: bool) -> None:
+    sizes = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, vocab_size=320, pad_token_id=0, head_dim=16, sliding_window=256)
+    if family == "Gemma3TextConfig":
+        sizes |= dict(layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16)
+    settings = getattr(transformers, family)(**sizes)
+    model, shape = build(settings), shape_of(settings)
+    if checkpointing:
+        checkpointed(model)
+    options = {"rank": 4, "checkpointing": checkpointing}
+    for length in (192, 768) if family == "MistralConfig" else (768,):  # within the window there is none
+        count, plan = counted(model, length).peaks, predicted(shape, length, 1, options)
+        for phase in PHASES:
+            assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length)
+
+
 def test_saved_bytes_of_a_layer_are_what_hooks_count() -> None:
     settings = config(num_hidden_layers=3)
     model, shape = build(settings), shape_of(settings)

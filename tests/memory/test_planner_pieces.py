@@ -71,8 +71,10 @@ PIECES = {
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("name", [nightly("groups"), nightly("norms"), "all"])
 def test_attention_by_groups_and_norms_again(name: str, checkpointing: bool) -> None:
+    """In fp32, for which a CPU has torch's kernel alone."""
     settings, options = config(**SIZES), PIECES[name] | {"rank": 4, "checkpointing": checkpointing}
-    model, shape = build(settings), shape_of(settings)
+    options |= {"dtype_bytes": 4}
+    model, shape = build(settings, dtype=torch.float32), shape_of(settings)
     if "rebuild_norms" in options:
         rebuild_norms(model)
     if "mlp_tile" in options:

@@ -15,24 +15,34 @@ __all__ = ["attention_workspace", "dq_copies", "forward_workspace", "mask_bytes"
 
 def score_bytes(step: Step) -> int:
     """What is saved S² a head: by the math backend the softmax in fp32, by the eager function of a model with
-    a soft cap tanh, softmax and weights (with keys and values of every query head); 0 of the others."""
+    a soft cap tanh, softmax and weights. The latter, and SDPA under a mask, save keys and values of every
+    query head with it."""
     options = step.options
     if step.shape.dense_attention:
         if step.by_tiles:
             return 0
         repeated = 2 * step.q if step.shape.kv_heads < step.shape.heads else 0
         return 8 * _scores(step) + repeated
+    repeated = _repeated(step) if step.masked else 0
     if options.attention != "math" or not step.card.is_gpu:
-        return 0
-    return 4 * _scores(step)
+        return repeated
+    return 4 * _scores(step) + repeated
+
+
+def _repeated(step: Step) -> int:
+    """Keys and values of every query head, beside those that there are: transformers repeats them for SDPA
+    with a mask. Of a layer, in the mean."""
+    return int(2 * (step.q - step.k) * step.shape.windowed)
 
 
 def mask_bytes(step: Step) -> int:
-    """The masks that transformers builds for eager attention, one a kind of layer: the window's, and the
-    other."""
-    if not step.shape.dense_attention or step.by_tiles:
-        return 0
-    return step.shape.mask_kinds * step.e * step.options.batch * step.options.length**2
+    """The masks that transformers builds, [batch, 1, S, S]: for eager attention one a kind of layer, in the
+    dtype of activations; for SDPA that of a window no longer than the sequence, of truth values."""
+    shape, options = step.shape, step.options
+    square = options.batch * options.length**2
+    if shape.dense_attention:
+        return 0 if step.by_tiles else shape.mask_kinds * step.e * square
+    return square if step.masked else 0
 
 
 def forward_workspace(step: Step, *, saved: bool) -> int:
@@ -112,8 +122,10 @@ def attention_workspace(step: Step) -> int:
     groups = shape.kv_heads if options.kv_groups else 1
     # A group's gradients, and those of the group before it until they are replaced.
     apart = 2 * (step.q + 2 * step.k) // groups if groups > 1 else 0
-    if not step.card.is_gpu:
-        return apart
+    if step.masked:  # such a call runs whole; the gradients of repeated keys and values
+        groups, apart = 1, 2 * (step.q - step.k)
+    if not step.card.is_gpu:  # our own kernel in bf16 tiles keeps nothing, and takes no groups
+        return apart if step.isa != "amx" or step.e != 2 or step.masked else 0
     rows = options.batch * (-(-options.length // 128) * 128)
     width = -(-shape.head_dim // 32) * 32
     if options.attention == "math":

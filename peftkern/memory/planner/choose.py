@@ -103,6 +103,8 @@ def _candidates(shape: Shape, options: RunOptions, card: Card) -> Iterator[RunOp
     less = ((False, False), (True, False)) + (((True, True),) if shape.kv_heads > 1 else ())
     if shape.dense_attention:
         less = (False, True), (True, True)
+    if shape.extra_norms:  # a layer whose additions are not inside its norms: rebuild_norms refuses it
+        less = tuple((False, grouped) for grouped in dict.fromkeys(grouped for _, grouped in less))
     for (tile, _), (rebuilt, grouped), looked_up, streamed, kept in itertools.product(
         _TILES, less, hosts, streams, (None, 1)
     ):
@@ -183,7 +185,7 @@ def _single(shape: Shape, options: RunOptions, card: Card) -> Iterator[tuple[str
         if tile < options.tokens and (options.mlp_tile is None or tile < options.mlp_tile):
             yield f"the MLP in tiles of {tile:,} tokens", options.but(mlp_tile=tile)
             break
-    if not options.rebuild_norms:
+    if not options.rebuild_norms and not shape.extra_norms:
         yield "norms' outputs computed again in backward", options.but(rebuild_norms=True)
     if not options.kv_groups and (shape.kv_heads > 1 or shape.dense_attention):
         yield _by_groups(shape), options.but(kv_groups=True)

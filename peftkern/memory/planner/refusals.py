@@ -69,6 +69,11 @@ def warnings_of(step: Step, limits: Limits) -> Iterator[str]:
         splits = dq_copies(step)
         counted = "which is counted" if options.deterministic else "which is not counted here"
         yield f"deterministic attention keeps its fp32 sums of dq {splits} times, {counted}"
+    if step.masked:
+        yield (
+            f"layers with a window of {step.shape.window:,} tokens are given a mask of S² bytes, with which"
+            " PyTorch runs no FlashAttention: what it runs in its place is counted as that is"
+        )
     if options.length >= _LONG and card.is_gpu and not step.by_tiles:
         yield (
             "padded batches build a dense mask of S² bytes: give rows of equal length, a batch of one, or"

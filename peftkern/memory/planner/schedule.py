@@ -229,13 +229,17 @@ class _Walk:
         """Those of a part join the others; of a second batch they are added and go."""
         self.mlp.gradients(part)
 
+    def _masks_go(self) -> bool:
+        """Whether forward's masks are there for forward alone: eager attention does not save them."""
+        return self.step.shape.dense_attention and not self.step.options.checkpointing
+
     # ---- loss
 
     def loss(self) -> None:
         step, ledger = self.step, self.ledger
         ledger.group = "loss"
         ledger.make("forward", "last norm", nf=(step.h, "h"), rstd_f=(step.rstd, "4 B"))
-        ledger.free("embedded tokens", *(() if step.options.checkpointing else ("masks",)))
+        ledger.free("embedded tokens", *(("masks",) if self._masks_go() else ()))
         if step.options.fused_loss:
             size = step.ops.loss(step.m, step.shape.vocab, step.options.loss_tile)
             tile = size, f"{size // (step.shape.vocab * step.ops.logit_bytes)} rows × V"

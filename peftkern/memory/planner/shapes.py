@@ -52,7 +52,8 @@ class Shape:
     neither a linear of a layer nor embedding or head (norms, biases, expert tensors). query_norms: whether
     queries and keys have norms of their own. extra_norms: norms of a layer beyond two. experts,
     active_experts: of a mixture. dense_attention: whether its attention has no fused kernel (a soft cap);
-    mask_kinds: how many masks its layers have between them then; window: of those that have one.
+    mask_kinds: how many masks its layers have between them then. window: keys that a query of some layers
+    reads at the most, None where all read all before it; windowed: the share of these layers.
     notes: what of the model the formulas do not know.
     """
 
@@ -75,6 +76,7 @@ class Shape:
     dense_attention: bool = False
     mask_kinds: int = 1
     window: int | None = None
+    windowed: float = 1.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -169,7 +171,7 @@ def _measured(model: nn.Module, config: Any, name: str) -> Shape:
     inner = max((one.n // (2 if "gate_up" in one.name else 1) for one in gates), default=0)
     norms = _norms(layer)
     query_norms = any(key.startswith(("q_norm", "k_norm", "query_layernorm")) for key in norms)
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds = list(getattr(config, "layer_types", None) or ())
     outer = sum(not key.startswith(("q_norm", "k_norm", "query_", "key_")) for key in norms)
     return Shape(
         name=name,
@@ -189,10 +191,18 @@ def _measured(model: nn.Module, config: Any, name: str) -> Shape:
         experts=experts,
         active_experts=active if experts else 0,
         dense_attention=getattr(config, "attn_logit_softcapping", None) is not None,
-        mask_kinds=len(kinds) or 1,
-        window=config.sliding_window if "sliding_attention" in kinds else None,
+        mask_kinds=len(set(kinds)) or 1,
+        window=_window(config, kinds),
+        windowed=kinds.count("sliding_attention") / len(kinds) if kinds else 1.0,
         notes=tuple(_notes(stack, linears, experts, outer)),
     )
+
+
+def _window(config: Any, kinds: list[str]) -> int | None:
+    """Of the layers that have one; models without kinds of layers have it in all."""
+    if kinds and "sliding_attention" not in kinds or not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _linears(layer: nn.Module) -> tuple[LinearShape, ...]:

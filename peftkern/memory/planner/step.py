@@ -60,6 +60,12 @@ class Step:
         return self.shape.dense_attention and self.options.kv_groups
 
     @property
+    def masked(self) -> bool:
+        """Whether layers have a window no longer than the sequence, which SDPA is given a mask for."""
+        window = self.shape.window
+        return window is not None and self.options.length >= window and not self.shape.dense_attention
+
+    @property
     def lse(self) -> int:
         """A row's log-sum-exp; by tiles its greatest score and its sum; eager attention keeps neither."""
         numbers = (2 if self.by_tiles else 0) if self.shape.dense_attention else 1
