@@ -312,9 +312,9 @@ def epilogue_body(
     column_blocks = tl.cdiv(C, BLOCK_C)
     row0, col0 = (pid // column_blocks) * BLOCK_M, (pid % column_blocks) * BLOCK_C
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_C)
-    mask = (rows < M)[:, None] & (cols < C)[None, :]
     out = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if ACCUMULATE:
+        mask = (rows < M)[:, None] & (cols < C)[None, :]
         out_tile = out_ptr + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
         out = to_fp32(tl.load(out_tile, mask=mask, other=0.0))
     for j in tl.static_range(COUNT):
@@ -333,6 +333,8 @@ def epilogue_body(
             out += acc * scale
     if bias_ptr is not None:
         out += to_fp32(tl.load(bias_ptr + cols, mask=cols < C, other=0.0))[None, :]
+    # Formed here, where they are used: before the loop they would hold registers in it.
+    mask = (rows < M)[:, None] & (cols < C)[None, :]
     out_tile = out_ptr + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
     tl.store(out_tile, round_to(out, DTYPE), mask=mask)
 
