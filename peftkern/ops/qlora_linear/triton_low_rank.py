@@ -272,7 +272,7 @@ def reduce_kernel(sums, BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
     pid = tl.program_id(0)
     first = 0
     for i in tl.static_range(len(sums)):
-        args = (sums[i].partials, sums[i].out, sums[i].odd_chunks >> 1, sums[i].numel)
+        args = (sums[i].partials, sums[i].out, sums[i].odd_chunks // 2, sums[i].numel)
         if len(sums) == 1:
             reduce_body(pid, *args, BLOCK, BLOCK_CHUNKS)
         else:
