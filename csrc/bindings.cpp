@@ -120,7 +120,16 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(qlora_linear_fwd);
   KERNEL(qlora_linear_bwd);
   KERNEL(lora_fwd);
-  KERNEL(lora_bwd);
+  m.def(
+      "lora_bwd",
+      [](const Lora& lora, Address dy, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address xa,
+         Address dyb, Address dx, Address d_a, Address d_b, Address d_bias, Address scratch, int64_t bytes) {
+        const pk_lora_grad grad{at<void>(dy),  at<float>(xa), at<float>(dyb),   at<void>(dx),
+                                at<void>(d_a), at<void>(d_b), at<float>(d_bias)};
+        check(
+            pk_lora_bwd_cpu(&lora, &grad, at<void>(x), dtype, m_, n, k, at<void>(scratch), bytes, threads()));
+      },
+      nogil());
   KERNEL(cross_entropy);
   KERNEL(scale_columns_fwd);
   KERNEL(scale_columns_bwd);

@@ -165,18 +165,7 @@ int pk_lora_fwd_cpu(const pk_lora* lora, const void* x, int dtype, int64_t m, in
   return lora_forward(nullptr, lora, of, x, dtype, m, n, k, scratch, bytes, threads);
 }
 
-// What a backward pass of one linear takes besides its weight and x.
-struct BackwardOperands {
-  const void* dy;
-  const float* xa;
-  float* dyb;
-  void* dx;
-  void* d_lora_a;
-  void* d_lora_b;
-  float* d_bias;
-};
-
-static int lora_backward(const pk_weight* w, const pk_lora* lora, const BackwardOperands& of, const void* x,
+static int lora_backward(const pk_weight* w, const pk_lora* lora, const pk_lora_grad& of, const void* x,
                          int dtype, int64_t m, int64_t n, int64_t k, void* scratch, int64_t bytes,
                          int threads) {
   if (int bad = check_lora(lora)) return bad;
@@ -194,15 +183,14 @@ int pk_qlora_linear_bwd_cpu(const pk_weight* w, const pk_lora* lora, const void*
                             int64_t m, const float* xa, float* dyb, void* dx, void* d_a, void* d_b,
                             float* d_bias, void* scratch, int64_t bytes, int threads) {
   if (int bad = check_weight(w)) return bad;
-  const BackwardOperands of{dy, xa, dyb, dx, d_a, d_b, d_bias};
+  const pk_lora_grad of{dy, xa, dyb, dx, d_a, d_b, d_bias};
   return lora_backward(w, lora, of, x, dtype, m, w->n, w->k, scratch, bytes, threads);
 }
 
-int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, int dtype, int64_t m, int64_t n,
-                    int64_t k, const float* xa, float* dyb, void* dx, void* d_a, void* d_b, float* d_bias,
-                    void* scratch, int64_t bytes, int threads) {
-  const BackwardOperands of{dy, xa, dyb, dx, d_a, d_b, d_bias};
-  return lora_backward(nullptr, lora, of, x, dtype, m, n, k, scratch, bytes, threads);
+int pk_lora_bwd_cpu(const pk_lora* lora, const pk_lora_grad* grad, const void* x, int dtype, int64_t m,
+                    int64_t n, int64_t k, void* scratch, int64_t bytes, int threads) {
+  if (!grad) return PK_ERR_NULL;
+  return lora_backward(nullptr, lora, *grad, x, dtype, m, n, k, scratch, bytes, threads);
 }
 
 int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads) {

@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 7
+#define PEFTKERN_ABI_VERSION 8
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
@@ -117,10 +117,19 @@ PK_API int64_t pk_lora_scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t r,
 PK_API int pk_lora_fwd_cpu(const pk_lora* lora, const void* x, int dtype, int64_t m, int64_t n, int64_t k,
                            const void* bias, int bias_dtype, void* y, float* xa, void* scratch,
                            int64_t scratch_bytes, int threads);
+/* Of a backward pass: dy [m, n], xa as the forward pass gave it, dyb as workspace, and what is wanted. */
+typedef struct {
+  const void* dy;
+  const float* xa;
+  float* dyb;
+  void* dx;
+  void* d_lora_a;
+  void* d_lora_b;
+  float* d_bias;
+} pk_lora_grad;
 /* bwd: as pk_qlora_linear_bwd_cpu, but dx += drop(dyb A). */
-PK_API int pk_lora_bwd_cpu(const pk_lora* lora, const void* dy, const void* x, int dtype, int64_t m,
-                           int64_t n, int64_t k, const float* xa, float* dyb, void* dx, void* d_lora_a,
-                           void* d_lora_b, float* d_bias, void* scratch, int64_t scratch_bytes, int threads);
+PK_API int pk_lora_bwd_cpu(const pk_lora* lora, const pk_lora_grad* grad, const void* x, int dtype, int64_t m,
+                           int64_t n, int64_t k, void* scratch, int64_t scratch_bytes, int threads);
 
 /* Linears that share their input x [m, k] (q, k, v; gate, up; one linear with several adapters; a batch of
  * mixed adapters): one read of x, one dx. The single linear's functions above are a group of one. */
