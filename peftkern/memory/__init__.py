@@ -24,6 +24,7 @@ _HOMES = {
     "adamw": "optimizers",
     "attention_by_groups": "attention_groups",
     "attention_whole": "attention_groups",
+    "capped_attention": "attention_tiles",
     "checkpoint_layers": "checkpoint",
     "ddp": "sharding",
     "embedding_on_host": "embedding",

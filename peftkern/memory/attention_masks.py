@@ -41,12 +41,12 @@ class CausalMask:
     device: torch.device
 
     def spans(self, rows: int) -> list[Span]:
-        found = []
-        for tile in _tiles(self.queries, rows):
-            last = min(tile.stop, self.keys) if self.causal else self.keys
-            first = 0 if self.window is None else min(max(tile.start - self.window + 1, 0), last)
-            found.append((tile, slice(first, last)))
-        return found
+        return [(tile, self._keys(tile)) for tile in _tiles(self.queries, rows)]
+
+    def _keys(self, tile: slice) -> slice:
+        last = min(tile.stop, self.keys) if self.causal else self.keys
+        first = 0 if self.window is None else min(max(tile.start - self.window + 1, 0), last)
+        return slice(first, last)
 
     def tile(self, rows: slice, keys: slice) -> Tensor | None:
         ahead = self.causal and keys.stop > rows.start + 1

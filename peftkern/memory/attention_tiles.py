@@ -123,10 +123,10 @@ def _add(dq: Tensor, dk_sum: Tensor, dv_sum: Tensor, *results: Tensor) -> None:
 
 def _groups(q: Tensor, k: Tensor, tiling: Tiling) -> Iterator[tuple[slice, slice, slice]]:
     """Samples, query heads and key/value heads that are computed together."""
-    each = q.shape[1] // k.shape[1]
+    sharing = q.shape[1] // k.shape[1]
     for sample in range(0, q.shape[0], tiling.samples):
         for head in range(0, k.shape[1], tiling.heads):
-            of_q = slice(head * each, (head + tiling.heads) * each)
+            of_q = slice(head * sharing, (head + tiling.heads) * sharing)
             yield slice(sample, sample + tiling.samples), of_q, slice(head, head + tiling.heads)
 
 

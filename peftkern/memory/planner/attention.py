@@ -68,28 +68,28 @@ def _tile(step: Step, window: int | None) -> tuple[int, int, int, int]:
     """What attention by tiles has at a time: rows of all its query heads, scores, its mask's bytes, its
     key/value heads."""
     shape, options = step.shape, step.options
-    each, length = shape.heads // shape.kv_heads, options.length
+    sharing, length = shape.heads // shape.kv_heads, options.length
     keys = (lambda rows: length) if window is None else (lambda rows: min(length, rows + window - 1))
-    tiling, most = fitted_tiling(keys, options.batch, shape.kv_heads, each, length)
+    tiling, most = fitted_tiling(keys, options.batch, shape.kv_heads, sharing, length)
     units = tiling.samples * tiling.heads
-    rows = units * each * tiling.rows
+    rows = units * sharing * tiling.rows
     return rows, rows * most, step.e * options.batch * tiling.rows * most, units
 
 
 def _tile_forward(step: Step, window: int | None) -> int:
     """Scores in fp32 and, narrower, for their product with v; the mask; the output and its rows' numbers."""
     rows, scores, mask, _ = _tile(step, window)
-    each = 4 + (step.e if step.e < 4 else 0)
-    return each * scores + mask + rows * (step.e * step.shape.head_dim + 8)
+    a_score = 4 + (step.e if step.e < 4 else 0)
+    return a_score * scores + mask + rows * (step.e * step.shape.head_dim + 8)
 
 
 def _tile_backward(step: Step, window: int | None) -> int:
     """tanh and p in fp32, dp in the operands' dtype and in fp32; the mask; copies of the tile's q and dout,
     of its rows' numbers; its dv; and the fp32 sums of dk and dv of the heads at work."""
     rows, scores, mask, units = _tile(step, window)
-    each, width, length = 12 + (step.e if step.e < 4 else 0), step.shape.head_dim, step.options.length
+    a_score, width, length = 12 + (step.e if step.e < 4 else 0), step.shape.head_dim, step.options.length
     part = scores // rows * units * width * step.e
-    return each * scores + mask + rows * (2 * step.e * width + 8) + part + 2 * 4 * units * length * width
+    return a_score * scores + mask + rows * (2 * step.e * width + 8) + part + 2 * 4 * units * length * width
 
 
 def _dense_workspace(step: Step) -> int:
