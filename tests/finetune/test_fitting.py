@@ -235,6 +235,8 @@ def test_attention_with_a_soft_cap_is_fitted_by_tiles(
     """Gemma 2, on packed documents: the losses of eager attention, whose scores are no longer kept."""
     import transformers
 
+    if transformers.Gemma2ForCausalLM._supports_sdpa:
+        pytest.skip("this transformers runs Gemma 2 by SDPA, which leaves out the soft cap")
     folder = save_tiny_model(tmp_path / "gemma2")
     sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
     sizes |= dict(

@@ -29,7 +29,8 @@ def gemma2(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """A Gemma 2 of a sliding layer and a full one, whose caps bend most of its scores."""
     sizes = zoo.GEMMA | dict(attn_logit_softcapping=1.5, final_logit_softcapping=None) | options
     torch.manual_seed(0)
-    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes))
+    config = transformers.Gemma2Config(**sizes, attn_implementation="eager")  # 5.17 has another default
+    model = transformers.Gemma2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if "proj" in name:
             nn.init.normal_(parameter, std=0.2)

@@ -89,7 +89,7 @@ def test_attention_by_groups_and_norms_again(name: str, checkpointing: bool) -> 
         assert plan[phase] == pytest.approx(count[phase], rel=0.02), phase
 
 
-GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
+GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "attn_implementation": "eager"}
 
 
 @pytest.mark.parametrize("checkpointing", [True, nightly(False)])
@@ -136,7 +136,7 @@ def test_attention_with_a_soft_cap(
 
 
 def test_a_plan_of_a_soft_cap_is_by_tiles_and_refused_without() -> None:
-    shape = shape_of(transformers.Gemma2Config(num_hidden_layers=2))
+    shape = shape_of(transformers.Gemma2Config(num_hidden_layers=2, attn_implementation="eager"))
     card, limits = card_of("24"), Limits(23 << 30, 64 << 30, 48 << 30, 0)
     asked = RunOptions(length=32768)
     whole = plan(shape, asked, limits, card)

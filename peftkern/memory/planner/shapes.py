@@ -172,6 +172,7 @@ def _measured(model: nn.Module, config: Any, name: str) -> Shape:
     norms = _norms(layer)
     query_norms = any(key.startswith(("q_norm", "k_norm", "query_layernorm")) for key in norms)
     kinds = list(getattr(config, "layer_types", None) or ())
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
     outer = sum(not key.startswith(("q_norm", "k_norm", "query_", "key_")) for key in norms)
     return Shape(
         name=name,
@@ -190,11 +191,11 @@ def _measured(model: nn.Module, config: Any, name: str) -> Shape:
         extra_norms=max(outer - 2, 0),
         experts=experts,
         active_experts=active if experts else 0,
-        dense_attention=getattr(config, "attn_logit_softcapping", None) is not None,
+        dense_attention=capped and model.config._attn_implementation == "eager",
         mask_kinds=len(set(kinds)) or 1,
         window=_window(config, kinds),
         windowed=kinds.count("sliding_attention") / len(kinds) if kinds else 1.0,
-        notes=tuple(_notes(stack, linears, experts, outer)),
+        notes=(*_notes(stack, linears, experts, outer), *_cap_notes(model, capped)),
     )
 
 
@@ -256,6 +257,16 @@ def _notes(stack: nn.ModuleList, linears: tuple[LinearShape, ...], experts: int,
     if norms > 2:
         notes.append(f"{norms} norms a layer: those beyond two are counted as saving their input")
     return notes
+
+
+def _cap_notes(model: nn.Module, capped: bool) -> list[str]:
+    runs = model.config._attn_implementation
+    if not capped or runs != "sdpa":
+        return []
+    return [
+        f"this transformers runs {type(model).__name__} by SDPA, which leaves out the soft cap on attention's"
+        " scores: load it with attn_implementation='eager', or take a newer transformers"
+    ]
 
 
 def dense_linears(hidden: int, intermediate: int, q: int, kv: int) -> tuple[LinearShape, ...]:
