@@ -119,7 +119,17 @@ def _said(config: FinetuneConfig, shape: Shape, options: RunOptions, limits: Lim
 
 
 def install_fit(model: nn.Module, fit: Fit) -> list[Any]:
-    """Put the choice on a patched model; the handles that hold memory, to be kept as long as the model is."""
+    """Put the choice on a patched model; the handles that hold memory, to be kept as long as the model is.
+
+    Raises: InputError where the model refuses a piece that the planner took it to allow.
+    """
+    try:
+        return _installed(model, fit)
+    except ValueError as error:
+        raise InputError(f"--fit: {error}; run without --fit, or give more memory") from error
+
+
+def _installed(model: nn.Module, fit: Fit) -> list[Any]:
     from ..memory import attention_by_groups, embedding_on_host, layers_on_host, rebuild_norms, tile_mlps
 
     options, handles = fit.options, []

@@ -253,3 +253,12 @@ def test_attention_with_a_soft_cap_is_fitted_by_tiles(
     assert "no gradient checkpointing" in said and "by key/value heads and tiles of queries" in said
     assert "2 of them, and their masks, by tiles of queries" in said and "runs whole" not in said
     assert losses(fitted) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_a_piece_that_the_model_refuses_is_one_message() -> None:
+    from peftkern.memory.planner.cards import CPU
+    from peftkern.memory.planner.options import RunOptions
+
+    fit = fitting.Fit(None, RunOptions(kv_groups=True), None, CPU)
+    with pytest.raises(InputError, match="--fit: model: Linear: no attention module .* without --fit"):
+        fitting.install_fit(torch.nn.Linear(2, 2), fit)
