@@ -47,7 +47,7 @@ def specializations(arch: int) -> Iterator[Specialization]:
     dys, slabs = [_new(M, n, dtype=half) for n in NS], [_new(n, K, dtype=half) for n in NS]
     for accumulate in (True, False):
         call = dx_sum_call(dys, slabs, _new(M, K, dtype=half), accumulate=accumulate, arch=arch)
-        yield specialization(f"dx-{str(half)[6:]}-{'onto' if accumulate else 'bare'}", call, **promises)
+        yield specialization(f"group-dx-{str(half)[6:]}-{'onto' if accumulate else 'bare'}", call, **promises)
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,24 +82,24 @@ def _passes(arch: int, x_dtype: torch.dtype, dtype: torch.dtype, r: int) -> Iter
     low_mma = {"expects_mma": arch >= 80}
     decodes = {"wide_loads": ("words_ptrs",), "unfused": ("absmax_value",)}
     call, xas = xa_call(x, lows, config, arch=arch)
-    yield specialization(f"xa-{title}", beside_decoding(call, todo), **low_mma, **decodes)
+    yield specialization(f"group-xa-{title}", beside_decoding(call, todo), **low_mma, **decodes)
     members = [DyMember(dy, low, xa[0], True, True, True) for dy, low, xa in zip(ys, lows, xas, strict=True)]
     call, parts = dy_call(members, config, arch=arch)
-    yield specialization(f"dy-{title}", beside_decoding(call, todo), **low_mma, **decodes)
+    yield specialization(f"group-dy-{title}", beside_decoding(call, todo), **low_mma, **decodes)
     biases = [_new(n, dtype=x_dtype) for n in NS]
     operands = [
         y_operands(y, xa[0], low.b, low.scaling, bias)
         for y, xa, low, bias in zip(ys, xas, lows, biases, strict=True)
     ]
-    yield specialization(f"y-{title}", y_call(operands, config, arch=arch), **low_mma)
+    yield specialization(f"group-y-{title}", y_call(operands, config, arch=arch), **low_mma)
     dybs, dx = [part.dyb for part in parts], _new(M, K, dtype=x_dtype)
     call, d_lora_a = x_call(x, dx, lows, dybs, [True] * 3, config, arch=arch)
-    yield specialization(f"x-dx-{title}", call, **low_mma)
+    yield specialization(f"group-x-dx-{title}", call, **low_mma)
     call, _ = x_call(x, None, lows, dybs, [True] * 3, config, arch=arch)
-    yield specialization(f"x-{title}", call, **low_mma)
+    yield specialization(f"group-x-{title}", call, **low_mma)
     sums = [(part, dtype) for part in d_lora_a] + [(part.d_lora_b, dtype) for part in parts]
     sums += [(part.d_bias, torch.float32) for part in parts]
-    yield specialization(f"sums-{title}", reduce_calls(sums)[0][0])
+    yield specialization(f"group-sums-{title}", reduce_calls(sums)[0][0])
 
 
 def _products(arch: int, dtype: torch.dtype, low_dtype: torch.dtype, p: float) -> Iterator[Specialization]:
@@ -118,4 +118,4 @@ def _products(arch: int, dtype: torch.dtype, low_dtype: torch.dtype, p: float) -
     title = f"{str(dtype)[6:]}-{str(low_dtype)[6:]}-p{round(100 * p)}"
     promises = {"expects_mma": arch >= 80, "wide_loads": ("weight_ptrs",) if arch >= 80 else ()}
     call = group_call(_new(M, K, dtype=dtype), products, arch=arch)
-    yield specialization(f"y-{title}", call, **promises)
+    yield specialization(f"group-y-{title}", call, **promises)
