@@ -54,7 +54,17 @@ def load_base(path: str, config: FinetuneConfig, *, on_host: bool = False) -> Pr
     unused = require_all_weights(config.model, base, report)
     if unused:
         say(unused)
+    _keep_the_soft_cap(base)
     return base
+
+
+def _keep_the_soft_cap(base: PreTrainedModel) -> None:
+    """torch's SDPA has no soft cap on scores; where transformers (5.17, Gemma 2) takes it nevertheless, the
+    cap would be left out without a word."""
+    config = base.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        base.set_attn_implementation("eager")
+        say("Attention runs eager: this transformers would leave out the model's soft cap on scores.")
 
 
 def _fetched(path: str) -> str:

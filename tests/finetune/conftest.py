@@ -21,6 +21,20 @@ CHAT_TEMPLATE = (
 )
 
 
+def save_tiny_gemma2(folder: Path) -> Path:
+    """As save_tiny_model, a random Gemma 2, whose scores have a soft cap that tells."""
+    import transformers
+
+    save_tiny_model(folder)
+    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
+    sizes |= dict(
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=0, pad_token_id=0, sliding_window=32
+    )
+    caps = dict(attn_logit_softcapping=1.0, query_pre_attn_scalar=16, bos_token_id=None)
+    transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes | caps)).save_pretrained(folder)
+    return folder
+
+
 def save_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, dtype: Any = None) -> Path:
     """Write a random Llama and a byte-level tokenizer with a chat template to `folder`."""
     import torch

@@ -13,7 +13,7 @@ import torch
 from peftkern.finetune import FinetuneConfig, finetune, fitting
 from peftkern.finetune.errors import InputError
 
-from .conftest import save_tiny_model
+from .conftest import save_tiny_gemma2, save_tiny_model
 
 pytestmark = pytest.mark.any_isa
 
@@ -233,17 +233,7 @@ def test_attention_with_a_soft_cap_is_fitted_by_tiles(
     options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     """Gemma 2, on packed documents: the losses of eager attention, whose scores are no longer kept."""
-    import transformers
-
-    if transformers.Gemma2ForCausalLM._supports_sdpa:
-        pytest.skip("this transformers runs Gemma 2 by SDPA, which leaves out the soft cap")
-    folder = save_tiny_model(tmp_path / "gemma2")
-    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
-    sizes |= dict(
-        num_attention_heads=4, num_key_value_heads=2, eos_token_id=0, pad_token_id=0, sliding_window=32
-    )
-    caps = dict(attn_logit_softcapping=1.0, query_pre_attn_scalar=16, bos_token_id=None)
-    transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes | caps)).save_pretrained(folder)
+    folder = save_tiny_gemma2(tmp_path / "gemma2")
     options = options | {"model": str(folder)}
     plain = run(options)
     roomy = needed(options, checkpointing=False, kv_groups=True)

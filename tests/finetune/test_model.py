@@ -15,7 +15,7 @@ from peftkern.finetune import FinetuneConfig, InputError
 from peftkern.finetune.model import compute_dtype, load_model, resolve_model
 from peftkern.memory.stored_weights import StoredTensor
 
-from .conftest import save_tiny_model
+from .conftest import save_tiny_gemma2, save_tiny_model
 
 # Peak of the anonymous memory while loading: pages of the mapped weight file are the page cache's, and can be
 # dropped at any time.
@@ -118,3 +118,20 @@ def test_dtype_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_gguf() -> None:
     with pytest.raises(FileNotFoundError, match=r"--model nowhere\.gguf: no such file"):
         resolve_model("nowhere.gguf")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_soft_cap_on_scores_is_never_left_out(
+    quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where transformers gives such a model torch's SDPA, as 5.17 does."""
+    transformers = pytest.importorskip("transformers")
+    folder, losses = save_tiny_gemma2(tmp_path / "gemma2"), []
+    for sdpa in (False, True):
+        monkeypatch.setattr(transformers.Gemma2PreTrainedModel, "_supports_sdpa", sdpa)
+        options = {"model": str(folder), "quantization": quantization, "dtype": "fp32"}
+        model = load_model(str(folder), FinetuneConfig(**options).resolved()).eval()
+        assert model.config._attn_implementation == "eager"
+        ids = torch.arange(1, 41)[None]
+        losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert losses[0] == losses[1] and "soft cap on scores" in "".join(capsys.readouterr())

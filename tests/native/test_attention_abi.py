@@ -37,7 +37,7 @@ def call(**changes) -> Attention:
     found = Attention(place, place, place, *sizes.values(), 0.5, 0, None, 0, 0)
     for name, value in changes.items():
         if name not in SIZES:
-            setattr(found, name, value)
+            setattr(found, name, Heads(*value) if isinstance(value, tuple) else value)
     return found
 
 
@@ -67,9 +67,9 @@ def forward(lib: ctypes.CDLL, of: Attention | None, *, y: int | None = AT, lse=A
         ({"scale": 0.0}, SHAPE),
         ({"scale": float("nan")}, SHAPE),
         ({"causal": 1, "keys": 5}, SHAPE),
-        ({"q": Heads(AT, 64, 2**62, 8)}, SHAPE),
-        ({"k": Heads(None, 64, 32, 8)}, NULL),
-        ({"v": Heads(None, 64, 32, 8)}, NULL),
+        ({"q": (AT, 64, 2**62, 8)}, SHAPE),
+        ({"k": (None, 64, 32, 8)}, NULL),
+        ({"v": (None, 64, 32, 8)}, NULL),
         ({}, SCRATCH),
     ],
     ids=str,
