@@ -88,7 +88,12 @@ class Group:
 
     def dissolve(self, why: str) -> None:
         """From now on members run alone, each with what it has prepared for itself."""
-        self.dissolved, self.prepared, self.ready = why, (None, None), Ready(self.forwards)
+        self.dissolved = why
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Of what calls have prepared."""
+        self.prepared, self.ready = (None, None), Ready(self.forwards)
 
     @property
     def stash(self) -> _Stash | None:

@@ -42,6 +42,12 @@ class PlannedForward(Forward):
         super().__setstate__(state)
         self.ready = Ready([self])
 
+    def let_go(self) -> None:
+        """Of what calls have prepared, alone or with the group, which holds weights until the next call."""
+        self.ready = Ready([self])
+        if self.group is not None:
+            self.group.let_go()
+
     def plan(self, x: Tensor) -> Plan | None:
         """What to compute for x; None where only the stock forward can."""
         raise NotImplementedError

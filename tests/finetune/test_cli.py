@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from peftkern import errors as errors_module
 from peftkern.__main__ import main
 from peftkern.finetune import FinetuneConfig, InputError
-from peftkern.finetune import errors as errors_module
 from peftkern.finetune import recipe as recipe_module
 from peftkern.finetune.recipe import FinetuneResult
 

@@ -13,6 +13,7 @@ import torch
 from peftkern.memory.count import MemoryCount
 from peftkern.memory.planner.cards import CARDS, Card
 from peftkern.memory.planner.scratch import Member, Operators
+from peftkern.ops.qlora_group.spec import Adapters
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -79,6 +80,7 @@ def test_groups_on_a_gpu(launchers: Any, card: str, tokens: int, part: str) -> N
     group, sizes = launchers(found), LARGE[part[6:]] if part.startswith("large") else LLAMA[part]
     frozen, (a, b, members) = group_arguments(sizes, rank)
     rows, options = [0, tokens] * len(sizes), ([2.0] * len(sizes), [0.0] * len(sizes), [None] * len(sizes))
+    adapters = Adapters(a, b, members, rows, *options)
     k, operators = sizes[0][1], Operators(found)
     as_planned = [Member(n, k, rank) for n, _ in sizes]
 
@@ -94,9 +96,7 @@ def test_groups_on_a_gpu(launchers: Any, card: str, tokens: int, part: str) -> N
         [torch.empty(tokens, rank) for _ in sizes],
         [True, *[False] * len(sizes), *[True] * 2 * len(sizes)],
     )
-    inside = peak_inside(
-        lambda: group.backward(dy, x, *frozen, tokens, k, a, b, members, rows, *options, xa, needs)
-    )
+    inside = peak_inside(lambda: group.backward(dy, x, *frozen, tokens, k, adapters, xa, needs))
     assert operators.backward(as_planned, tokens) == pytest.approx(inside, rel=0.02, abs=1 << 20)
 
 
@@ -112,7 +112,8 @@ def test_the_second_half_of_a_gated_mlp_on_a_gpu(
     frozen, (a, b, members) = group_arguments([(4096, inner)], rank)
     dy, xa = torch.empty(tokens, 4096, dtype=BF16), [torch.empty(tokens, rank)]
     gate, up, d_gate, d_up = (torch.empty(tokens, inner, dtype=BF16) for _ in range(4))
-    state = a, b, members, [0, tokens], [2.0], [0.0], [None], xa, [True, False, True, True]
+    adapters = Adapters(a, b, members, [0, tokens], [2.0], [0.0], [None])
+    state = adapters, xa, [True, False, True, True]
     inside = peak_inside(
         lambda: glu.backward(dy, gate, up, "silu", d_gate, d_up, *frozen, tokens, inner, *state)[1:]
     )
@@ -142,18 +143,19 @@ def test_the_loss_on_a_gpu(launchers: Any) -> None:
 def test_groups_on_the_cpu(part: str, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from peftkern.memory.planner.cards import CPU
     from peftkern.ops.qlora_group import cpu as group
-    from peftkern.ops.qlora_linear import config
+    from peftkern.ops.qlora_linear import config, cpu_rows
     from peftkern.runtime.backends import native
 
     pytest.importorskip("peftkern._C", reason="the native kernels are not built")
     if isa is not None:  # without tiles the vendor multiplies decoded slices
-        choose = config.choose
-        monkeypatch.setattr(config, "choose", lambda **sizes: choose(**sizes | {"tiles": False, "isa": isa}))
+        other = {"tiles": False, "isa": isa}
+        monkeypatch.setattr(cpu_rows, "choose", lambda **sizes: config.choose(**sizes | other))
     sizes, rank, tokens = [(n // 8, k // 8) for n, k in LLAMA[part]], 8, 1024
     frozen, (a, b, members) = group_arguments(sizes, rank)
     for tensor in (*frozen[0], *(t for t in frozen[1] if t is not None), *a, *b):
         tensor.zero_()
     rows, options = [0, tokens] * len(sizes), ([2.0] * len(sizes), [0.0] * len(sizes), [None] * len(sizes))
+    adapters = Adapters(a, b, members, rows, *options)
     k, n, operators = sizes[0][1], [size[0] for size in sizes], Operators(CPU, isa=isa or native().isa())
     as_planned = [Member(n, k, rank) for n, _ in sizes]
     x = torch.zeros(tokens, k, dtype=BF16)
@@ -164,7 +166,7 @@ def test_groups_on_the_cpu(part: str, isa: str | None, monkeypatch: pytest.Monke
         return group.forward(x, *frozen, n, [None] * len(sizes), a, b, members, rows, *options)
 
     def backward() -> Any:
-        return group.backward(dy, x, *frozen, tokens, k, a, b, members, rows, *options, xa, needs)
+        return group.backward(dy, x, *frozen, tokens, k, adapters, xa, needs)
 
     forward(), backward()  # whose reused buffers, of some megabytes, are there from now on
     assert operators.forward(as_planned, tokens) == pytest.approx(peak_inside(forward), rel=0.05, abs=1 << 12)

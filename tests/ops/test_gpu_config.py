@@ -260,11 +260,13 @@ def test_derive_keeps_a_limit_for_each_shape_and_the_tensor_core_kernel_s_last_r
 
 
 def test_tune_without_a_gpu_says_what_it_needs(capsys: pytest.CaptureFixture) -> None:
+    from types import SimpleNamespace
+
     import torch
 
-    from peftkern.__main__ import main
+    from peftkern import tuning
 
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is present")
-    assert main(["tune"]) == 1
+    assert tuning.main(SimpleNamespace(forget=False)) == 1
     assert "needs a CUDA device" in capsys.readouterr().err

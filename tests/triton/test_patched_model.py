@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.ops.qlora_linear import low_rank, tuned
+from peftkern.ops.qlora_linear import low_rank_calls, tuned
 from peftkern.patching import linears
 
 from ..ops.bounds import FACTOR, assert_as_accurate
@@ -46,8 +46,8 @@ def test_autocast_rounds_fp32_adapters_as_stock_does(
 ) -> None:
     """Of many rows; either way the result is as accurate as autocast's products in bf16 are."""
     monkeypatch.setattr(linears, "_ROUNDED_FROM", rounded_from)
-    used, mode_of = set(), low_rank.dot_mode_of
-    monkeypatch.setattr(low_rank, "dot_mode_of", lambda *args: (used.add(mode := mode_of(*args)), mode)[1])
+    used, mode_of = set(), low_rank_calls.dot_mode
+    monkeypatch.setattr(low_rank_calls, "dot_mode", lambda *args: (used.add(mode := mode_of(*args)), mode)[1])
     layer = models.first(models.lora(models.llama(torch.float32, layers=1))).to(device)
     x, dy = torch.randn(40, 64, device=device), torch.randn(40, 64, device=device)
     trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
