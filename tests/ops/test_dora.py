@@ -21,7 +21,7 @@ from peftkern.functional import (
     row_squares,
 )
 from peftkern.ops import dora_group as op
-from peftkern.ops.qlora_linear import config
+from peftkern.ops.qlora_linear import config, cpu_rows
 from peftkern.ops.scale_columns import scale_columns
 from peftkern.runtime.native import native, weight_view
 
@@ -232,7 +232,7 @@ def test_every_regime_serves_the_same_call(
     if regime == "composed":
         monkeypatch.setattr(op, "served", lambda x: False)
     else:
-        monkeypatch.setattr(config, "choose", lambda **_: config.Choice(regime, "the test says so"))
+        monkeypatch.setattr(cpu_rows, "choose", lambda **_: config.Choice(regime, "the test says so"))
     for four_bit in (True, False):
         runs = [_case(8, four_bit, dtype) for _ in range(8)]
         _judge(runs)
@@ -463,7 +463,7 @@ def test_a_group_in_every_regime(
     if regime == "composed":
         monkeypatch.setattr(op, "served", lambda x: False)
     elif regime != "gemv" or kind == "nf4":
-        monkeypatch.setattr(config, "choose", lambda **_: config.Choice(regime, "the test says so"))
+        monkeypatch.setattr(cpu_rows, "choose", lambda **_: config.Choice(regime, "the test says so"))
     _judge([_group_case(8, kind, dtype) for _ in range(8)])
 
 

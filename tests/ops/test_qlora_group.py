@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import Adapter, Member, qlora_group, qlora_linear
-from peftkern.ops.qlora_linear import config
+from peftkern.ops.qlora_linear import config, cpu_rows
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
 from ..cases import each_choice
@@ -167,7 +167,7 @@ def test_every_number_of_rows(isa: str, m: int) -> None:
 def test_every_regime_serves_the_same_call(
     isa: str, regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "choose", lambda **_: config.Choice(regime, "forced by the test"))
+    monkeypatch.setattr(cpu_rows, "choose", lambda **_: config.Choice(regime, "forced by the test"))
     _check(ALL, 37, 192, dtype)
     _check([(600, [(4, None, 0.0)]), (64, [])], 37, 192, dtype, dense=(1,))
     _check([(64, [(4, None, 0.0)]), (32, [])], 37, 192, dtype, dense=(0, 1))

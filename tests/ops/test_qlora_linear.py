@@ -9,7 +9,7 @@ import torch
 from peftkern import NF4Weight, use_backend
 from peftkern.formats.nf4 import operands
 from peftkern.functional import linear_4bit, qlora_linear
-from peftkern.ops.qlora_linear import config
+from peftkern.ops.qlora_linear import config, cpu_rows
 from peftkern.ops.qlora_linear.reference import dropout_scale
 
 from .bounds import assert_as_accurate, products_of_many_rows
@@ -163,7 +163,7 @@ def test_few_rows_of_blocks_that_end_within_a_step(
 ) -> None:
     """A level that takes several blocks and rows of W at once meets rows that are not a multiple of
     either."""
-    monkeypatch.setattr(config, "choose", lambda **_: config.Choice("gemv", "forced by the test"))
+    monkeypatch.setattr(cpu_rows, "choose", lambda **_: config.Choice("gemv", "forced by the test"))
     weight = NF4Weight.from_dense(torch.randn(37, k), **quant)
     dense, xs = weight.dequantize(torch.float32), [torch.randn(m, k) for m in range(1, 10)]
     ours = torch.cat([qlora_linear(x, weight) for x in xs])
@@ -187,7 +187,7 @@ def test_dense_base(isa: str, weight_dtype: torch.dtype, m: int) -> None:
 def test_every_regime_serves_the_same_call(isa: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits between regimes are a matter of speed alone; forward and backward of all three pass the same
     bounds."""
-    monkeypatch.setattr(config, "choose", lambda **_: config.Choice(regime, "forced by the test"))
+    monkeypatch.setattr(cpu_rows, "choose", lambda **_: config.Choice(regime, "forced by the test"))
     _check(4, 600, 192, 8, torch.float32, dropout_p=0.25)
     _check(4, 600, 192, 8, torch.bfloat16, bias=False)
 
