@@ -63,8 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     levels, and the emulation of a level that is there."""
     levels = backends.native().isas()
     for item in items:
-        level = item.callspec.params.get("isa") if hasattr(item, "callspec") else None
-        twice = "amx" in levels and level == "avx512bf16"
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        twice = "amx" in levels and parameters.get("isa") == "avx512bf16"
         twice = twice and item.path.stem.removeprefix("test_") in WITHOUT_PRODUCTS
-        if twice or EMULATED.get(item.path.stem) in levels:
+        emulated = [EMULATED.get(item.path.stem)]
+        emulated += [v.removesuffix(" emulated") for v in parameters.values() if str(v).endswith(" emulated")]
+        if twice or not set(levels).isdisjoint(emulated):
             item.add_marker(pytest.mark.slow)
