@@ -191,7 +191,7 @@ def _measured(model: nn.Module, config: Any, name: str) -> Shape:
         extra_norms=max(outer - 2, 0),
         experts=experts,
         active_experts=active if experts else 0,
-        dense_attention=capped and model.config._attn_implementation == "eager",
+        dense_attention=capped and model.config._attn_implementation in ("eager", "sdpa"),  # see _cap_notes
         mask_kinds=len(set(kinds)) or 1,
         window=_window(config, kinds),
         windowed=kinds.count("sliding_attention") / len(kinds) if kinds else 1.0,
@@ -264,8 +264,8 @@ def _cap_notes(model: nn.Module, capped: bool) -> list[str]:
     if not capped or runs != "sdpa":
         return []
     return [
-        f"this transformers runs {type(model).__name__} by SDPA, which leaves out the soft cap on attention's"
-        " scores: load it with attn_implementation='eager', or take a newer transformers"
+        f"this transformers gives {type(model).__name__} SDPA, which leaves out the soft cap on attention's"
+        " scores: counted as `peftkern finetune` loads it, with attn_implementation='eager'"
     ]
 
 
