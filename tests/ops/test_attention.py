@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from peftkern import functional, use_backend
 from peftkern.ops import attention as op
@@ -229,9 +229,9 @@ def test_backward_can_be_differentiated(tiles: str) -> None:
 
 def test_opcheck(tiles: str) -> None:
     q, k, v, dy = case((1, 2, 1, 33, 33, 16))
-    torch.library.opcheck(torch.ops.peftkern.attention_fwd, (q, k, v, None, True, 0.2))
+    library.opcheck(torch.ops.peftkern.attention_fwd, (q, k, v, None, True, 0.2))
     y, lse = torch.ops.peftkern.attention_fwd(q, k, v, None, True, 0.2)
-    torch.library.opcheck(torch.ops.peftkern.attention_bwd, (dy, q, k, v, y, lse, None, True, 0.2))
+    library.opcheck(torch.ops.peftkern.attention_bwd, (dy, q, k, v, y, lse, None, True, 0.2))
 
 
 def test_in_a_graph_it_is_torch_s(tiles: str) -> None:
