@@ -115,7 +115,6 @@ static inline Seen seen_words(const AttentionCall& c, int64_t batch, int64_t que
 static inline vf where(uint16_t mask, vf yes, vf no) {
   return (vf)_mm512_mask_mov_ps((__m512)no, mask, (__m512)yes);
 }
-static inline float* row_of_block(float* block, int64_t i) { return block + i / 16 * 512 + i % 16 * 16; }
 static inline vf2 both_halves(const float* row) { return {load(row), load(row + 256)}; }
 
 static inline vf2 probability(vf2 scores, vf2 scale, vf2 less) {

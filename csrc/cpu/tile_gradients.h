@@ -97,13 +97,11 @@ static void add_gradient(const Slots& slots, const pk_lora& lora, const RowSourc
   for (int64_t q = 0; q < width; q += SIDE) {
     for (int64_t i = 0; i < slots.blocks; i++)
       for (int64_t start = 0; start < steps; start += chain) {
-        begin_block(block, false);
-        for (int64_t s = start; s < smaller(start + chain, steps); s++) {
-          add_step(slots.data + i * slots.block + s * STEP, b + s * STEP, block);
-          if (!i && q + SIDE < width) pack(q + SIDE, s, next);
-        }
-        end_block(block);
-        const int64_t first = slots.first + i * SIDE;
+        const int64_t first = slots.first + i * SIDE, done = smaller(chain, steps - start);
+        const Segment part = {slots.data + i * slots.block + start * STEP, b + start * STEP, done};
+        product_beside(part, block, smaller(SIDE, all - first), [&](int64_t s) {
+          if (!i && q + SIDE < width) pack(q + SIDE, start + s, next);
+        });
         for (int64_t j = 0; j < smaller(SIDE, all - first); j++) {
           float *to = c + (first + j) % lora.r * ld + q, *sum = block + j / 16 * 512 + j % 16 * 16;
           store(to, fma(set1(scale), load(sum), load(to)));

@@ -77,7 +77,6 @@ static void pack_projections(const TileScratch& s, bool forward) {
 static void project_panel(const TileScratch& s, const pk_adapter& a, int64_t project_at, int64_t steps,
                           const bf16* rows, int64_t row, const pk::Lanes& lanes, bool dropped, float* sums) {
   const int64_t blocks = panels_of(a.lora.r), pieces = pieces_of(a.lora.dtype);
-  float* block_sums = s.own_block();
   clear(sums, blocks * STEP);
   for (int64_t from = 0; from < steps; from += pk::PROJECT_STEPS) {
     const int64_t count = smaller(pk::PROJECT_STEPS, steps - from);
@@ -90,17 +89,12 @@ static void project_panel(const TileScratch& s, const pk_adapter& a, int64_t pro
       mask_tiles(operand, count, bits, lanes.from, lanes.to, s.own_masked());
       operand = s.own_masked();
     }
-    for (int64_t block = 0; block < blocks; block++)
-      for (int64_t step = 0; step < count; step += CHAIN_STEPS) {
-        Segment parts[pk::PIECES];
-        for (int64_t piece = 0; piece < pieces; piece++)  // the smallest first, while sums are small
-          parts[pieces - 1 - piece] = {operand + step * STEP,
-                                       s.project(project_at + (piece * blocks + block) * steps + from + step),
-                                       smaller(CHAIN_STEPS, count - step)};
-        tile_product(parts, pieces, block_sums, false);
-        for (int64_t i = 0; i < STEP; i += VW)
-          store(sums + block * STEP + i, load(sums + block * STEP + i) + load(block_sums + i));
-      }
+    for (int64_t block = 0; block < blocks; block++) {
+      const bf16* factors[pk::PIECES];
+      for (int64_t piece = 0; piece < pieces; piece++)  // the smallest first, while sums are small
+        factors[pieces - 1 - piece] = s.project(project_at + (piece * blocks + block) * steps + from);
+      add_chains(operand, factors, pieces, count, a.lora.r - block * SIDE, sums + block * STEP);
+    }
   }
 }
 
@@ -161,11 +155,9 @@ constexpr int64_t MOST_SEGMENTS = 64;  // of one product; further adapters are a
 // c = (or, `accumulate`, +=) the packed rows from `a` on times `b`, and, where low [adapters] is wanted, the
 // low-rank products of the adapters for which `takes` says so.
 template <typename F>
-static inline __attribute__((always_inline)) void product_with_adapters(const TileScratch& s, bool forward,
-                                                                        const bf16* a, const bf16* b,
-                                                                        int64_t steps, int64_t panel,
-                                                                        const bf16* low_factors, float* c,
-                                                                        bool accumulate, F takes) {
+static inline __attribute__((always_inline)) void product_with_adapters(
+    const TileScratch& s, bool forward, const bf16* a, const bf16* b, int64_t steps, int64_t panel,
+    const bf16* low_factors, float* c, bool accumulate, int64_t rows, F takes) {
   Segment parts[MOST_SEGMENTS];
   parts[0].a = a, parts[0].b = b, parts[0].steps = steps;
   int64_t count = 1;
@@ -173,12 +165,12 @@ static inline __attribute__((always_inline)) void product_with_adapters(const Ti
     for_each_adapter(s.group, forward, [&](const pk_adapter& a, const TileCursor& at, int64_t) {
       if (!takes(a)) return;
       if (count == MOST_SEGMENTS) {
-        tile_product(parts, count, c, accumulate);
+        tile_product(parts, count, c, accumulate, rows);
         count = 0, accumulate = true;
       }
       parts[count++] = {s.low(panel, at.low), low_factors + at.low * STEP, panels_of(low_length(a.lora))};
     });
-  tile_product(parts, count, c, accumulate);
+  tile_product(parts, count, c, accumulate, rows);
 }
 
 // Column panels [from, from + count) of y for the rows [m0, m0 + rows).
@@ -207,7 +199,7 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
         };
         const bf16* a = s.packed(p) + step * STEP;
         product_with_adapters(s, true, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, step != 0,
-                              takes);
+                              here, takes);
         if (last)
           store_block(c, here, at.cols, bias ? bias + at.n0 : nullptr,
                       (bf16*)member.y + row * member.weight.n + at.n0, member.weight.n);
@@ -268,7 +260,7 @@ static void add_dropped(const TileScratch& s, int64_t k0, int64_t row, int64_t r
     if (!a.lora.dropout_threshold || lanes.from >= lanes.to) return;
     const Segment part = {s.low(panel, at.low), low_factors + at.low * STEP, panels_of(low_length(a.lora))};
     float* block = s.own_block();
-    tile_product(&part, 1, block, false);
+    tile_product(&part, 1, block, false, rows);
     const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
     uint8_t bits[SIDE * 8];  // a draw is 64 elements
     draw_bits(d, row + lanes.from - a.row_begin, k0, lanes.to - lanes.from, SIDE, bits, 8);
@@ -312,7 +304,7 @@ static void backward_task(const TileScratch& s, int64_t from, int64_t count, int
           };
           const bf16* a = s.packed(p) + (before + step) * STEP;
           product_with_adapters(s, false, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, !first,
-                                takes);
+                                here, takes);
           if (!last) continue;
           add_dropped(s, k0, row, here, p, s.own_low(), c);
           store_block(c, here, SIDE, nullptr, dx + row * k + k0, k);

@@ -18,12 +18,21 @@ struct Segment {
   int64_t steps;
 };
 
+// Of a block: row i's first 16 columns; the others lie 256 further on.
+static inline float* row_of_block(float* block, int64_t i) { return block + i / 16 * 512 + i % 16 * 16; }
+
 // Steps of a chain in the low-rank products. A tile sums 32 terms of a step in one go.
 #if defined(PK_AMX)
 constexpr int64_t CHAIN_STEPS = pk::PROJECT_STEPS;
 #else
 constexpr int64_t CHAIN_STEPS = 1;
 #endif
+
+// On either level:
+//   tile_product   c = (or, `accumulate`, +=) the segments' products; of c's rows the first `rows` are wanted
+//   product_beside c = one product, with `other(step)` called once a step, beside it where that is faster
+//   add_chains     sums += a times each of the pieces of a factor [steps], summed in chains of CHAIN_STEPS
+//                  steps, in the order of b; of sums' columns the first `columns` are wanted
 
 #if defined(PK_AMX)
 
@@ -60,7 +69,7 @@ static inline void begin_block(const float* c, bool accumulate) {
     _tile_zero(3);
   }
 }
-static inline void add_step(const bf16* a, const bf16* b, float*) {
+static inline void add_step(const bf16* a, const bf16* b) {
   constexpr int64_t ROW = 64;
   memory_barrier();
   _tile_loadd(4, a, ROW);
@@ -81,13 +90,35 @@ static inline void end_block(float* c) {
   memory_barrier();
 }
 
-static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate) {
+static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate, int64_t = SIDE) {
   begin_block(c, accumulate);
   for (int64_t q = 0; q < count; q++) {
     const bf16 *a = segments[q].a, *b = segments[q].b;
-    for (const bf16* end = a + segments[q].steps * STEP; a < end; a += STEP, b += STEP) add_step(a, b, c);
+    for (const bf16* end = a + segments[q].steps * STEP; a < end; a += STEP, b += STEP) add_step(a, b);
   }
   end_block(c);
+}
+
+template <typename F>
+static inline void product_beside(const Segment& part, float* c, int64_t, F other) {
+  begin_block(c, false);
+  for (int64_t s = 0; s < part.steps; s++) {
+    add_step(part.a + s * STEP, part.b + s * STEP);
+    other(s);
+  }
+  end_block(c);
+}
+
+static void add_chains(const bf16* a, const bf16* const* b, int64_t pieces, int64_t steps, int64_t,
+                       float* sums) {
+  alignas(64) float chain[STEP];
+  for (int64_t step = 0; step < steps; step += CHAIN_STEPS) {
+    Segment parts[pk::PIECES];
+    for (int64_t i = 0; i < pieces; i++)
+      parts[i] = {a + step * STEP, b[i] + step * STEP, pk::smaller(CHAIN_STEPS, steps - step)};
+    tile_product(parts, pieces, chain, false);
+    for (int64_t i = 0; i < STEP; i += VW) store(sums + i, load(sums + i) + load(chain + i));
+  }
 }
 
 #else
@@ -99,44 +130,88 @@ static inline vf dot_pairs(vf sum, __m512i a, __m512i b) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
-// Rows [row, row + ROWS) of a block, all of one half: 16 sums, so that their latency is covered.
+static inline __m512i both_of(const bf16* pair) {
+  int32_t two;
+  memcpy(&two, pair, sizeof two);
+  return _mm512_set1_epi32(two);
+}
+
+// Rows [row, row + ROWS) of a block: 16 sums, so that their latency is covered. Unrolled, they never leave
+// the registers.
 template <int ROWS>
 static void rows_product(const Segment* segments, int64_t count, int64_t row, float* c, bool accumulate) {
-  const int64_t half = row / 16, at = half * HALF + row % 16 * SIDE;
-  float* out[2] = {c + half * 512 + row % 16 * 16, c + half * 512 + 256 + row % 16 * 16};
-  vf sums[ROWS][2] = {};
-  for (int r = 0; accumulate && r < ROWS; r++)
-    for (int h = 0; h < 2; h++) sums[r][h] = load(out[h] + r * 16);
+  float* out = row_of_block(c, row);
+  vf sums[ROWS][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) {
+    sums[r][0] = accumulate ? load(out + r * 16) : vf{};
+    sums[r][1] = accumulate ? load(out + 256 + r * 16) : vf{};
+  }
   for (int64_t q = 0; q < count; q++) {
-    const bf16 *a = segments[q].a + at, *b = segments[q].b;
+    const bf16 *a = segments[q].a + row * SIDE, *b = segments[q].b;
     for (const bf16* end = a + segments[q].steps * STEP; a < end; a += STEP, b += STEP)
       for (int pair = 0; pair < 16; pair++) {
         const __m512i b0 = _mm512_loadu_si512(b + pair * 32), b1 = _mm512_loadu_si512(b + HALF + pair * 32);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-          int32_t two;
-          memcpy(&two, a + r * SIDE + 2 * pair, sizeof two);
-          const __m512i both = _mm512_set1_epi32(two);
+          const __m512i both = both_of(a + r * SIDE + 2 * pair);
           sums[r][0] = dot_pairs(sums[r][0], both, b0);
           sums[r][1] = dot_pairs(sums[r][1], both, b1);
         }
       }
   }
-  for (int r = 0; r < ROWS; r++)
-    for (int h = 0; h < 2; h++) store(out[h] + r * 16, sums[r][h]);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) {
+    store(out + r * 16, sums[r][0]);
+    store(out + 256 + r * 16, sums[r][1]);
+  }
 }
 
-static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate) {
-  for (int64_t row = 0; row < SIDE; row += 8) rows_product<8>(segments, count, row, c, accumulate);
+static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate,
+                         int64_t rows = SIDE) {
+  for (int64_t row = 0; row < rows; row += 8) rows_product<8>(segments, count, row, c, accumulate);
 }
 
-static inline void begin_block(float* c, bool accumulate) {
-  if (!accumulate) memset(c, 0, STEP * sizeof(float));
+template <typename F>
+static inline void product_beside(const Segment& part, float* c, int64_t rows, F other) {
+  for (int64_t s = 0; s < part.steps; s++) other(s);
+  tile_product(&part, 1, c, false, rows);
 }
-static inline void add_step(const bf16* a, const bf16* b, float* c) {
-  const Segment part = {a, b, 1};
-  tile_product(&part, 1, c, true);
+
+// Rows [row, row + 8) of 16 columns. A chain is every other pair of a step, so that 16 sums are under way.
+static void add_eight_chains(const bf16* a, const bf16* const* b, int64_t pieces, int64_t steps,
+                             float* sums) {
+  vf totals[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r++) totals[r] = load(sums + r * 16);
+  for (int64_t s = 0; s < steps; s++) {
+    vf chains[8][2] = {};
+    for (int64_t i = 0; i < pieces; i++)
+      for (int pair = 0; pair < 16; pair += 2) {
+        const bf16 *at = b[i] + s * STEP + pair * 32, *of = a + s * STEP + 2 * pair;
+        const __m512i b0 = _mm512_loadu_si512(at), b1 = _mm512_loadu_si512(at + 32);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+          chains[r][0] = dot_pairs(chains[r][0], both_of(of + r * SIDE), b0);
+          chains[r][1] = dot_pairs(chains[r][1], both_of(of + r * SIDE + 2), b1);
+        }
+      }
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) totals[r] += chains[r][0] + chains[r][1];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r++) store(sums + r * 16, totals[r]);
 }
-static inline void end_block(float*) {}
+
+static void add_chains(const bf16* a, const bf16* const* b, int64_t pieces, int64_t steps, int64_t columns,
+                       float* sums) {
+  for (int64_t half = 0; half < (columns > 16 ? 2 : 1); half++) {
+    const bf16* of_half[pk::PIECES];
+    for (int64_t i = 0; i < pieces; i++) of_half[i] = b[i] + half * HALF;
+    for (int64_t row = 0; row < SIDE; row += 8)
+      add_eight_chains(a + row * SIDE, of_half, pieces, steps, row_of_block(sums, row) + half * 256);
+  }
+}
 
 #endif
 

@@ -78,8 +78,9 @@ def decode_rows(weight: NF4Weight, start: int, stop: int) -> Tensor:
 
 
 def dense_rows(weight: NF4Weight | Tensor) -> Rows:
-    """The rows of a weight as fp32; fp64 where the weight is fp64, which is what tests compare with."""
+    """The rows of a weight as fp32; fp64 where the weight is fp64, which is what tests compare with. They lie
+    one behind the other: a product onto a transposed matrix is summed in another order on some CPUs."""
     if isinstance(weight, NF4Weight):
         return lambda start, stop: decode_rows(weight, start, stop)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return lambda start, stop: weight[start:stop].to(dtype)
+    return lambda start, stop: weight[start:stop].to(dtype).contiguous()

@@ -22,7 +22,7 @@ from peftkern.ops import dora_group as op
 from peftkern.ops.qlora_linear import config, cpu_rows
 
 from ..cases import nightly
-from .bounds import assert_as_accurate, products_of_many_rows, relative_norm
+from .bounds import assert_as_accurate, in_other_orders, products_of_many_rows, relative_norm
 from .test_dora_pieces import frozen_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -121,10 +121,12 @@ def _case(m: int, four_bit: bool, dtype: torch.dtype, r: int = 8):
 
 
 def _judge(runs: list) -> None:
+    """Each: ours, plain PyTorch's and the exact values, and perhaps plain PyTorch's in other orders."""
     for name in runs[0][2]:
-        ours, plain, exact = (torch.cat([run[i][name].flatten() for run in runs]) for i in range(3))
+        columns = ([run[i][name].flatten() for run in runs] for i in range(len(runs[0])))
+        ours, plain, exact, *others = map(torch.cat, columns)
         assert ours.dtype == plain.dtype, name
-        assert_as_accurate(name, ours, plain, exact)
+        assert_as_accurate(name, ours, plain, exact, others)
 
 
 def _inputs(m: int = 12) -> tuple:
@@ -260,8 +262,9 @@ def test_the_reference_is_the_definition() -> None:
 WIDTHS = (70, 33, 48)  # of three members, whose tasks share rows of two
 
 
-def _group_case(m: int, kind: str, dtype: torch.dtype):
-    """Ours, plain PyTorch's and the exact values; q has a bias, v no gradient of its magnitude."""
+def _group_case(m: int, kind: str, dtype: torch.dtype, composed: bool = False):
+    """Ours, plain PyTorch's and the exact values; q has a bias, v no gradient of its magnitude. composed:
+    ours are torch's products too, of as few rows."""
     made = [
         frozen_weight(n, 192, kind == "nf4" or (kind == "mixed" and i == 1), dtype)
         for i, n in enumerate(WIDTHS)
@@ -294,7 +297,10 @@ def _group_case(m: int, kind: str, dtype: torch.dtype):
         names = ("x", "bias", *(f"{name}{i}" for name in ("a", "b") for i in range(3)), "m0", "m1")
         return {f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(names, grads, strict=True))
 
-    return run(dtype, True), products_of_many_rows(run)(dtype, False), run(torch.float64, False)
+    ours, exact = run(dtype, True), run(torch.float64, False)
+    if composed:
+        return ours, run(dtype, False), exact, *in_other_orders(run)(dtype, False)
+    return ours, products_of_many_rows(run)(dtype, False), exact
 
 
 # Where the table says so: the vendor's product never serves a decoded weight in fp32.
@@ -327,7 +333,7 @@ def test_a_group_in_every_regime(
         monkeypatch.setattr(op, "served", lambda x: False)
     elif regime != "gemv" or kind == "nf4":
         monkeypatch.setattr(cpu_rows, "choose", lambda **_: config.Choice(regime, "the test says so"))
-    _judge([_group_case(8, kind, dtype) for _ in range(8)])
+    _judge([_group_case(8, kind, dtype, regime == "composed") for _ in range(8)])
 
 
 @pytest.mark.parametrize("m", nightly([1, 3, 37, 600, 1100], quick=[3, 37, 600, 1100]))

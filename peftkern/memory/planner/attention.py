@@ -16,14 +16,14 @@ __all__ = ["attention_workspace", "dq_copies", "forward_workspace", "mask_bytes"
 def score_bytes(step: Step) -> int:
     """What is saved S² a head: by the math backend the softmax in fp32, by the eager function of a model with
     a soft cap tanh, softmax and weights. The latter, and SDPA under a mask, save keys and values of every
-    query head with it."""
+    query head with it; SDPA also the mask in the dtype of activations, which it makes of truth values."""
     options = step.options
     if step.shape.dense_attention:
         if step.by_tiles:
             return 0
         repeated = 2 * step.q if step.shape.kv_heads < step.shape.heads else 0
         return 8 * _scores(step) + repeated
-    repeated = _repeated(step) if step.masked else 0
+    repeated = _repeated(step) + _added_mask(step) if step.masked else 0
     if options.attention != "math" or not step.card.is_gpu:
         return repeated
     return 4 * _scores(step) + repeated
@@ -31,8 +31,21 @@ def score_bytes(step: Step) -> int:
 
 def _repeated(step: Step) -> int:
     """Keys and values of every query head, beside those that there are: transformers repeats them for SDPA
-    with a mask. Of a layer, in the mean."""
-    return int(2 * (step.q - step.k) * step.shape.windowed)
+    with a mask."""
+    return int(2 * (step.q - step.k) * _share(step))
+
+
+def _added_mask(step: Step) -> int:
+    """What torch's SDPA adds to the scores under a mask of truth values: [batch, 1, S, S], made by every call
+    whatever the backend."""
+    square = step.options.batch * step.options.length**2
+    return 0 if step.own_attention else int(step.e * square * _share(step))
+
+
+def _share(step: Step) -> float:
+    """What has a window of one layer, in the mean; of those computed again one at a time, of the one that has
+    it."""
+    return 1.0 if step.options.checkpointing else step.shape.windowed
 
 
 def mask_bytes(step: Step) -> int:
@@ -125,7 +138,7 @@ def attention_workspace(step: Step) -> int:
     if step.masked:  # such a call runs whole; the gradients of repeated keys and values
         groups, apart = 1, 2 * (step.q - step.k)
     if not step.card.is_gpu:  # our own kernel in bf16 tiles keeps nothing, and takes no groups
-        return apart if step.isa != "amx" or step.e != 2 or step.masked else 0
+        return apart if step.masked or not step.own_attention else 0
     rows = options.batch * (-(-options.length // 128) * 128)
     width = -(-shape.head_dim // 32) * 32
     if options.attention == "math":

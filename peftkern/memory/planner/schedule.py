@@ -61,6 +61,8 @@ class _Walk:
         saved = not step.options.checkpointing
         for layer in self._strides():
             self._layer_forward(layer, saved)
+        if saved and step.masked and not step.own_attention:  # what SDPA made of it is saved in its place
+            ledger.free("masks")
 
     def _strides(self) -> list[int]:
         """The layers that are walked through: the first two, and the last two."""

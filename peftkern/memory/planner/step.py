@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...ops.qlora_linear import cpu_rows
 from .cards import Card
 from .options import RunOptions
 from .scratch import Member, Operators
@@ -64,6 +65,11 @@ class Step:
         """Whether layers have a window no longer than the sequence, which SDPA is given a mask for."""
         window = self.shape.window
         return window is not None and self.options.length >= window and not self.shape.dense_attention
+
+    @property
+    def own_attention(self) -> bool:
+        """Whether this CPU runs our kernel of attention in bf16 tiles, which reads a mask as it is."""
+        return not self.card.is_gpu and self.e == 2 and bool(self.isa) and cpu_rows.row(self.isa).attention
 
     @property
     def lse(self) -> int:

@@ -48,15 +48,16 @@ def _fwd(q, k, v, mask, prefix_k, prefix_v, causal, scale):
 @library.impl(LIBRARY, "prefix_attention_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, q, k, v, mask, prefix_k, prefix_v, y, lse, causal, scale):
     with autocast_off(q):
-        dq, dk, dv = own.backward(dy, q, k, v, mask, y, lse, causal, scale)
         tokens, grads = _tokens_first(q), _tokens_first(dy)
-        delta = _rows((grads * _tokens_first(y)).sum(-1, keepdim=True))
         weights, prefix_lse = _softmax(_scores(tokens, prefix_k, scale))
         # As softmax times the prefix's share, which is exactly 1 where a query sees nothing else: the lse is
         # rounded.
         weights.mul_((prefix_lse - lse.transpose(0, 1).reshape(prefix_lse.shape)).exp_())
         d_prefix_v = _summed(weights, grads, prefix_v)
         d_weights = _rows(grads) @ _of_heads(prefix_v, q).transpose(1, 2)
+        others = (weights * d_weights).sum(-1).view(q.shape[1], q.shape[0], q.shape[2]).transpose(0, 1)
+        dq, dk, dv, delta = own.backward(dy, q, k, v, mask, y, lse, causal, scale, others)
+        delta = delta.transpose(0, 1).reshape(prefix_lse.shape)
         d_scores = weights.mul_(d_weights.sub_(delta)).mul_(scale)
         d_prefix_k = _summed(d_scores, tokens, prefix_k)
         dq = _product(d_scores, prefix_k, q).add_(dq.transpose(1, 2)).to(q.dtype).transpose(1, 2)

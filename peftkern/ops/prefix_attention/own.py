@@ -53,9 +53,19 @@ def backward(
     lse: Tensor,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv for the output y and the lse [B, H, S] over these keys and any others."""
-    return _kernels(q, k, v, mask)[1](dy, q, k, v, _additive(mask, q), y, lse, causal, scale)
+    others: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv for the output y and the lse [B, H, S] over these keys and any others, and what is taken off
+    each gradient of a weight: the sum of dy y, [B, H, S] in the accumulation dtype.
+
+    others: that sum's part of the other keys, their weights times the weights' gradients. The fused kernels
+    take it with y, which is rounded; plain products take the sum of both parts.
+    """
+    run = _kernels(q, k, v, mask)[1]
+    arguments = (dy, q, k, v, _additive(mask, q), y, lse, causal, scale)
+    if run is _plain_backward:
+        return _plain_backward(*arguments, others)
+    return *run(*arguments), (dy.to(lse.dtype) * y).sum(-1)
 
 
 def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -225,7 +235,8 @@ def _trusted(name: str, device: torch.device, dtype: torch.dtype, masked: bool, 
         lse = lse[..., :40]
         theirs = (y, lse, *_CUDA[name][1](dy, q, k, v, mask, y, lse, not masked, 0.1))
         y, lse = _plain(q, k, v, mask, not masked, 0.1)
-        ours = (y, lse, *_plain_backward(dy, q, k, v, mask, y, lse, not masked, 0.1))
+        none = torch.zeros_like(lse)
+        ours = (y, lse, *_plain_backward(dy, q, k, v, mask, y, lse, not masked, 0.1, none)[:3])
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         _log.debug("%s attention on %s is not used: %s", name, device, error)
         return False
@@ -246,17 +257,18 @@ def _plain(q, k, v, mask, causal, scale):
     return y.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
-def _plain_backward(dy, q, k, v, mask, y, lse, causal, scale):
+def _plain_backward(dy, q, k, v, mask, y, lse, causal, scale, others):
     grouped, grads = _grouped(q, k), _grouped(dy, k)
     wide_k, wide_v = k.to(grouped.dtype)[:, :, None], v.to(grouped.dtype)[:, :, None]
     weights = (
         _scores(grouped, k, mask, causal, scale) - lse.unflatten(1, grouped.shape[1:3])[..., None]
     ).exp_()
     dv = (weights.transpose(-1, -2) @ grads).sum(2)
-    delta = (grads * _grouped(y, k)).sum(-1, keepdim=True)
-    d_scores = weights * (grads @ wide_v.transpose(-1, -2) - delta) * scale
+    d_weights = grads @ wide_v.transpose(-1, -2)
+    delta = (weights * d_weights).sum(-1) + others.unflatten(1, grouped.shape[1:3])
+    d_scores = weights * (d_weights - delta[..., None]) * scale
     dq, dk = (d_scores @ wide_k).flatten(1, 2), (d_scores.transpose(-1, -2) @ grouped).sum(2)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), delta.flatten(1, 2)
 
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
