@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -83,7 +83,7 @@ def measure(
     tokens: tuple[tuple[int, int], ...] = TOKENS,
     print_row: Callable[[str], object] = lambda _: None,
 ) -> dict[str, float]:
-    """Milliseconds by "what/M/variant", of each dtype: few (gemv, many), large (gemm or tiles, vendor), dense
+    """Milliseconds by "what/M/variant", of each dtype: few (gemv, many), large (tiles, gemm, vendor), dense
     (gemm, vendor); attention (tiles, torch), whose M is the tokens of a sequence."""
     out: dict[str, float] = {}
 
@@ -125,12 +125,12 @@ def measure(
 
 
 def _regimes(base: Config, dtype: str) -> dict[str, Config]:
-    """Rows by which many rows take our product, which is the tiles' where the level has them, or the
-    vendor's."""
-    vendor = {"vendor": replace(base, vendor=(dtype,), tiles={})}
+    """Rows by which many rows take our product, the tiles' where the level has them, or the vendor's. Beside
+    tiles one of the other two serves what they do not: blocks of 32, DoRA."""
+    found = {"gemm": replace(base, vendor=(), tiles={}), "vendor": replace(base, vendor=(dtype,), tiles={})}
     if dtype in base.tiles:
-        return {"tiles": replace(base, vendor=(), tiles={dtype: NEVER}), **vendor}
-    return {"gemm": replace(base, vendor=(), tiles={}), **vendor}
+        return {"tiles": replace(base, vendor=(), tiles={dtype: NEVER}), **found}
+    return found
 
 
 def _gemv(row: Config, dtype: str) -> Config:
@@ -140,7 +140,7 @@ def _gemv(row: Config, dtype: str) -> Config:
 def _too_slow(isa: str, regimes: Mapping[str, Config], dtype: str) -> bool:
     """Whether the vendor's product is out of the question: naive loops may take a minute for a large one."""
     step = _step((512, 512), 32, dtype, dense=False, backward=True)
-    ours, vendor = (wall_timer({"": _under(isa, row, step)}, 0.05)[""] for row in regimes.values())
+    ours, *_, vendor = (wall_timer({"": _under(isa, row, step)}, 0.05)[""] for row in regimes.values())
     return vendor > 4 * ours
 
 
@@ -185,8 +185,11 @@ def _attention(isa: str, base: Config, batch: int, length: int) -> dict[str, Cal
     return {name: _under(isa, row, step) for name, row in rows.items()}
 
 
-def _fastest(timings: Mapping[str, float], prefix: str) -> str:
-    """The variant that takes the least time over all shapes, each against its shape's best."""
+def _fastest(timings: Mapping[str, float], prefix: str, among: Collection[str] = ()) -> str:
+    """The variant (of those `among`, if any) that takes the least time over all shapes, each against its
+    shape's best."""
+    if among:
+        timings = {key: ms for key, ms in timings.items() if key.rpartition("/")[2] in among}
     total: dict[str, float] = {}
     for what in dict.fromkeys(key.rpartition("/")[0] for key in timings if key.startswith(prefix)):
         of_shape = {
@@ -218,7 +221,9 @@ def derive(timings: Mapping[str, float], table: Config, threads: int) -> Config:
         ]
         return min(found, default=default)
 
-    best = {dtype: _fastest(timings, f"large {dtype} ") for dtype in DTYPES if by(f"large {dtype} ")}
+    measured = [dtype for dtype in DTYPES if by(f"large {dtype} ")]
+    best = {dtype: _fastest(timings, f"large {dtype} ") for dtype in measured}
+    untiled = {dtype: _fastest(timings, f"large {dtype} ", ("gemm", "vendor")) for dtype in measured}
     dense = dict(table.dense_vendor)
     for dtype in DTYPES:
         rows = by(f"dense {dtype}").get(f"dense {dtype}", {})
@@ -228,7 +233,7 @@ def derive(timings: Mapping[str, float], table: Config, threads: int) -> Config:
     of_attention = by("attention").get("attention", {})
     return Config(
         gemv_max_m=limit("float32", table.gemv_max_m),
-        vendor=tuple(d for d in DTYPES if (best[d] == "vendor" if d in best else d in table.vendor)),
+        vendor=tuple(d for d in DTYPES if (untiled[d] == "vendor" if d in best else d in table.vendor)),
         slice_rows=table.slice_rows,
         dense_vendor=dense,
         measured=f"measured on this CPU with {threads} threads" if timings else table.measured,

@@ -78,16 +78,16 @@ def test_every_variant_takes_its_own_kernels(isa: str, monkeypatch: pytest.Monke
 
 
 def times(**found: tuple[float, ...]) -> dict[str, float]:
-    """few: gemv and many by M of 1, 4, 16, of two shapes; large: ours (tiles of bf16) and the vendor's;
-    dense: gemm, vendor by M."""
+    """few: gemv and many by M of 1, 4, 16, of two shapes; large: tiles of bf16, gemm, vendor; dense: gemm,
+    vendor by M."""
     out = {}
     for dtype in tuning_cpu.DTYPES:
         for shape, gemv in zip(("8x8", "9x9"), (found["gemv"], found["other"]), strict=True):
             for m, ours, many in zip((1, 4, 16), gemv, found["many"], strict=True):
                 out |= {f"few {dtype} {shape}/{m}/gemv": ours, f"few {dtype} {shape}/{m}/many": many}
-            own = "tiles" if dtype == "bfloat16" else "gemm"
-            for name, ms in zip((own, "vendor"), found["large"], strict=True):
-                out[f"large {dtype} {shape}/512/{name}"] = ms
+            for name, ms in zip(("tiles", "gemm", "vendor"), found["large"], strict=True):
+                if name != "tiles" or dtype == "bfloat16":
+                    out[f"large {dtype} {shape}/512/{name}"] = ms
         for m, (ours, vendor) in zip((1, 16, 512), found["dense"], strict=True):
             out |= {f"dense {dtype}/{m}/gemm": ours, f"dense {dtype}/{m}/vendor": vendor}
     tiles, torchs = found["attention"]
@@ -98,16 +98,20 @@ def test_limits_follow_from_the_times() -> None:
     few = dict(gemv=(1.0, 2.0, 9.0), other=(1.0, 4.0, 9.0), many=(3.0, 3.0, 3.0))
     dense = ((1.0, 0.5), (1.0, 0.5), (1.0, 5.0))
     row = tuning_cpu.derive(
-        times(**few, large=(3.0, 2.0), dense=dense, attention=(1.0, 2.0)), TABLE["amx"], 2
+        times(**few, large=(2.5, 3.0, 2.0), dense=dense, attention=(1.0, 2.0)), TABLE["amx"], 2
     )
     assert row.gemv_max_m == 1 and row.attention  # of the shape that ends first
     assert row.vendor == tuning_cpu.DTYPES and row.tiles == {}
     assert row.dense_vendor == dict.fromkeys(tuning_cpu.DTYPES, 16)
     row = tuning_cpu.derive(
-        times(**few, large=(1.0, 2.0), dense=((1.0, 2.0),) * 3, attention=(2.0, 1.0)), TABLE["amx"], 2
+        times(**few, large=(1.5, 1.0, 2.0), dense=((1.0, 2.0),) * 3, attention=(2.0, 1.0)), TABLE["amx"], 2
     )
-    assert row.vendor == () and row.tiles == {"bfloat16": 1} and not row.attention
+    assert row.vendor == () and row.tiles == {} and not row.attention
     assert row.dense_vendor == dict.fromkeys(tuning_cpu.DTYPES, 0)
+    row = tuning_cpu.derive(
+        times(**few, large=(1.0, 3.0, 2.0), dense=dense, attention=(2.0, 1.0)), TABLE["amx"], 2
+    )
+    assert row.tiles == {"bfloat16": 1} and row.vendor == tuning_cpu.DTYPES  # for what has no tiles
     assert asdict(tuning_cpu.derive({}, TABLE["amx"], 2)) == asdict(TABLE["amx"])
 
 

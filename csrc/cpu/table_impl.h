@@ -15,6 +15,8 @@
 #endif
 #if defined(PK_AMX)
 #include "gemv_tile_impl.h"
+#elif defined(PK_AVX512BF16)
+#include "gemv_pair_impl.h"
 #endif
 
 namespace PK_NS {
@@ -54,6 +56,38 @@ static void gemv_tiles(const pk::FewRows& of, const FewScratch& s, int threads) 
 #pragma omp for schedule(static)
     for (int64_t n0 = 0; n0 < of.w.n; n0 += 16) few_task(rows, n0, (bf16*)of.y);
     tiles_off();
+  }
+}
+#elif defined(PK_AVX512BF16)
+static void gemv_pairs(const pk::FewRows& of, int threads) {
+  const int64_t m = of.m, k = of.w.k, n = of.w.n, ld = pk::gemv_ld(k), r = of.lora.r;
+  const Dropout d = make_dropout(of.lora.dropout_threshold, of.lora.seed);
+  const bf16* x = (const bf16*)of.x;
+  const bool as_bf16 = of.lora.dtype == PK_BF16 && !d.threshold;
+  float *plain = of.scratch, *at = plain + m * k;
+  const float* a = as_bf16 ? nullptr : as_float(of.lora.lora_a, of.lora.dtype, r * k, at);
+  bf16* prepared = (bf16*)(at + pk::round_up(r * (k + n) + n, pk::ALIGN));
+  const NestedCode code(of.w.absmax_code);
+  const PairRows rows = {of, of.w, code, ld, prepared};
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m; i++) {
+      const int64_t place = i % MOST_PAIR_ROWS, first = i - place;
+      const int64_t together = smaller(MOST_PAIR_ROWS, m - first);
+      prepare_pairs(x + i * k, k, together * WIDE, prepared + first * ld + place * WIDE);
+      if (r && d.threshold) apply_dropout(d, x + i * k, k, i, 0, 1, k, plain + i * k, k);
+      else if (r && !as_bf16) convert(x + i * k, k, plain + i * k);
+    }
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < r; j++)
+      for (int64_t i = 0; i < m; i++)
+        of.xa[i * r + j] = as_bf16 ? dot((const bf16*)of.lora.lora_a + j * k, x + i * k, k)
+                                   : dot(a + j * k, plain + i * k, k);
+#pragma omp for schedule(static)
+    for (int64_t n0 = 0; n0 < n; n0 += PAIR_TASK)
+      for (int64_t i = 0; i < m; i += MOST_PAIR_ROWS)
+        pair_task_of<MOST_PAIR_ROWS>(smaller(MOST_PAIR_ROWS, m - i), rows, n0, i);
   }
 }
 #endif
@@ -105,6 +139,9 @@ static void gemv_as(const pk::FewRows& of, int threads) {
 }
 
 static void gemv(const pk::FewRows& of, int threads) {
+#if defined(PK_AVX512BF16) && !defined(PK_AMX)
+  if (of.dtype == PK_BF16 && gemv_pairs_take(of.w)) return gemv_pairs(of, threads);
+#endif
   by_dtype(of.dtype, [&](auto value) { gemv_as<decltype(value)>(of, threads); });
 }
 

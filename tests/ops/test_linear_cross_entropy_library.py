@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import linear_cross_entropy
 from peftkern.ops import backend
-from peftkern.ops.linear_cross_entropy import cpu
+from peftkern.ops.linear_cross_entropy import cpu, heads
 
 from .test_linear_cross_entropy import leaf, make, named
 
@@ -241,13 +241,18 @@ def test_every_output_is_written(m: int, monkeypatch: pytest.MonkeyPatch) -> Non
         torch.use_deterministic_algorithms(False)
 
 
-def test_nothing_is_computed_for_gradients_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftkern.ops.linear_cross_entropy import heads
+@pytest.fixture(params=["VendorHead", "EngineHead"])
+def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """Who multiplies, whichever this CPU would take."""
+    monkeypatch.setattr(cpu, "served_by_vendor", lambda *_: request.param == "VendorHead")
+    return getattr(heads, request.param)
 
+
+def test_nothing_is_computed_for_gradients_nobody_wants(head: type, monkeypatch: pytest.MonkeyPatch) -> None:
     def unwanted(*_):
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(heads.VendorHead, "gradients", unwanted)
+    monkeypatch.setattr(head, "gradients", unwanted)
     x, weight, labels, *_ = make(5, 30, 16, 0, torch.float32)
     with torch.no_grad():
         linear_cross_entropy(x.clone().requires_grad_(), weight, labels)
@@ -256,13 +261,9 @@ def test_nothing_is_computed_for_gradients_nobody_wants(monkeypatch: pytest.Monk
         linear_cross_entropy(x.requires_grad_(), weight, labels)
 
 
-def test_rows_without_a_label_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftkern.ops.linear_cross_entropy import heads
-
-    seen, original = [], heads.VendorHead.logits
-    monkeypatch.setattr(
-        heads.VendorHead, "logits", lambda self, x, out: (seen.append(len(x)), original(self, x, out))[1]
-    )
+def test_rows_without_a_label_are_not_multiplied(head: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = [], head.logits
+    monkeypatch.setattr(head, "logits", lambda self, x, out: (seen.append(len(x)), original(self, x, out))[1])
     x, weight, labels, *_ = make(50, 30, 16, 0, torch.float32, ignored=0.5)
     linear_cross_entropy(x, weight, labels)
     assert sum(seen) == (labels != -100).sum() < 50

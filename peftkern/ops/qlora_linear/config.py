@@ -69,7 +69,23 @@ TABLE = {
     # fp32 at M = 16 0.161, 0.163, at M = 24 0.231, 0.164.
     # Not measured: who multiplies fp16 above that, and the dense weights' limits.
     "avx512": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
-    "avx512bf16": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Zen 5", {"bfloat16": 8}, True),
+    # Zen 5, 2 threads of an idle machine, medians in ms, r = 16: few rows, the product of many rows. 4096 x
+    # 4096 bf16 at M = 1 0.17, 0.75, at M = 8 0.57, 0.76, at M = 12 0.80, 1.04, at M = 16 1.15, 1.05; 1536 x
+    # 576 at M = 12 0.094, 0.109, at M = 16 0.119, 0.110; fp16 4096 x 4096 at M = 24 2.93, 3.09, at M = 32
+    # 4.37, 3.39; 1536 x 576 at M = 16 0.215, 0.223, at M = 24 0.307, 0.232. Forward and backward at M = 512,
+    # tiles and decoded slices through the vendor's GEMM: 39.4, 44.5 and 2.4, 3.0. A dense fp32 1536 x 576,
+    # forward and backward, ours and the vendor's: at M = 1 about equal, at M = 16 0.42, 0.53, at M = 512 5.0,
+    # 9.7. Attention, forward and backward, 9 heads of 64, 3 of keys, ours and torch's: 2 x 256 tokens 2.0,
+    # 7.3, 2 x 1,024 16.2, 53.5. Zen 4 is not measured.
+    "avx512bf16": Config(
+        16,
+        ("bfloat16",),
+        512,
+        {"float32": 1, "bfloat16": None, "float16": 1},
+        "measured on Zen 5",
+        {"bfloat16": 12},
+        True,
+    ),
     # Emerald Rapids, one thread of a shared machine, median CPU time of 25 to 150 calls in turn, ms, bf16,
     # r = 16: few rows (in tiles from M = 3 on), the product of many rows, torch on a dense weight.
     # 4096 x 4096 at M = 1 0.84, 2.60, 2.60, at M = 2 1.39, 3.10, 3.90, at M = 4 1.68, 3.28, 3.97, at M = 16
@@ -79,7 +95,7 @@ TABLE = {
     # backward at M = 512, in tiles 3.0.
     # Attention, forward and backward, 9 heads of 64, 3 of keys: 4.1 times less time than torch's for 2 x 256
     # tokens, 2.7 for 2 x 1,024. By vdpbf16ps, which has half of fp32's rate there, it takes 1.0 to 1.9 times
-    # torch's time; it has twice fp32's on Zen 4, which is not measured.
+    # torch's time; it has twice fp32's on Zen 5.
     "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 16}, True),
 }
 

@@ -1,0 +1,233 @@
+// The fused linear for few rows of bf16 by vdpbf16ps: 128 codes of a row of W are 32 words of four; a shift
+// and a lookup in a table of two blocks' 16 numbers bring up 32 of them, one of each word, as bf16 pairs.
+#pragma once
+#include "gemv_impl.h"
+#include "tile_pack.h"
+
+namespace PK_NS {
+
+constexpr int MOST_PAIR_ROWS = 16;  // of x, that share a decode
+constexpr int PAIR_TASK = 16;       // rows of W, whose sums are one vector of each row of y
+
+static inline bool gemv_pairs_take(const pk_weight& w) {
+  return w.code && w.blocksize >= 64 && w.k % 64 == 0;
+}
+
+// A row of x in steps of WIDE, `apart` elements from each other, zeros after its end: vector q of a step
+// holds elements (q ^ 1), 4 + (q ^ 1), ..., nibble q of each word of codes. The rows' same steps lie
+// together: a power of two apart they would share a set of the first-level cache.
+static void prepare_pairs(const bf16* x, int64_t k, int64_t apart, bf16* out) {
+  __m512i first = _mm512_setzero_si512();  // every fourth of 64 elements, in the lower half
+  alignas(64) uint16_t fourth[32] = {};
+  for (int i = 0; i < 16; i++) fourth[i] = (uint16_t)(4 * i);
+  first = _mm512_load_si512(fourth);
+  for (int64_t g = 0; g < k; g += WIDE, out += apart) {
+    __m512i v[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm512_maskz_loadu_epi16(first_words(k - g - 32 * i), x + g + 32 * i);
+    for (int q = 0; q < 4; q++) {
+      const __m512i at = _mm512_add_epi16(first, _mm512_set1_epi16((int16_t)(q ^ 1)));
+      const __m512i low = _mm512_permutex2var_epi16(v[0], at, v[1]);
+      const __m512i high = _mm512_permutex2var_epi16(v[2], at, v[3]);
+      store_words(out + 32 * q, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
+    }
+  }
+}
+
+// The sum of a b over `count` elements, as four chains.
+static inline float dot(const bf16* a, const bf16* b, int64_t count) {
+  vf sums[4] = {};
+  for (int64_t i = 0; i < count; i += 128)
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; q++) {
+      const uint32_t some = first_words(count - i - 32 * q);
+      sums[q] = dot_pairs(sums[q], _mm512_maskz_loadu_epi16(some, a + i + 32 * q),
+                          _mm512_maskz_loadu_epi16(some, b + i + 32 * q));
+    }
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The 256 numbers of a nested absmax's code by bytes, so that 64 are looked up at a time: byte b of each, in
+// order. A gather of 16 takes as long as what is then done with their 1,024 codes.
+struct NestedCode {
+  alignas(64) uint8_t planes[4][256];
+  explicit NestedCode(const float* code) {
+    for (int i = 0; code && i < 256; i++)
+      for (int b = 0; b < 4; b++) planes[b][i] = ((const uint8_t*)(code + i))[b];
+  }
+  // The numbers of 64 codes.
+  void look_up(__m512i codes, vf* out) const {
+    // Codes 4 l ... 4 l + 3 of the vectors' four go to lane l, where the planes are put together.
+    alignas(64) static constexpr uint8_t TO_LANES[64] = {
+        0,  1,  2,  3,  16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51, 4,  5,  6,  7,  20, 21,
+        22, 23, 36, 37, 38, 39, 52, 53, 54, 55, 8,  9,  10, 11, 24, 25, 26, 27, 40, 41, 42, 43,
+        56, 57, 58, 59, 12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
+    codes = _mm512_permutexvar_epi8(_mm512_load_si512(TO_LANES), codes);
+    const __mmask64 upper = _mm512_movepi8_mask(codes);  // which of 128 and more
+    __m512i bytes[4];
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; b++) {
+      const __m512i* plane = (const __m512i*)planes[b];
+      const __m512i low = _mm512_permutex2var_epi8(plane[0], codes, plane[1]);
+      bytes[b] = _mm512_mask_mov_epi8(low, upper, _mm512_permutex2var_epi8(plane[2], codes, plane[3]));
+    }
+    const __m512i a = _mm512_unpacklo_epi8(bytes[0], bytes[1]), b = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
+    const __m512i c = _mm512_unpacklo_epi8(bytes[2], bytes[3]), d = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
+    out[0] = (vf)_mm512_unpacklo_epi16(a, c), out[1] = (vf)_mm512_unpackhi_epi16(a, c);
+    out[2] = (vf)_mm512_unpacklo_epi16(b, d), out[3] = (vf)_mm512_unpackhi_epi16(b, d);
+  }
+};
+
+// The scales of `count` blocks of 64 from `block` on, out of a nested absmax -> out, and up to a vector more.
+static void nested_scales(const pk_weight& w, const NestedCode& code, int64_t block, int64_t count,
+                          float* out) {
+  const int shift = __builtin_ctz((unsigned)w.nested_blocksize);
+  const vf offset = set1(*w.absmax_offset);
+  for (int64_t i = 0; i < count; i += 64) {
+    const int64_t some = smaller(64, count - i);
+    const uint64_t there = some == 64 ? ~0ull : (1ull << some) - 1;
+    vf values[4];
+    code.look_up(_mm512_maskz_loadu_epi8(there, w.absmax_8bit + block + i), values);
+    for (int64_t v = 0; v * VW < some; v++) {
+      const int64_t first = block + i + v * VW, here = smaller(VW, some - v * VW);
+      vf scale = set1(w.nested_absmax[first >> shift]);
+      for (int64_t j = 1; (first + here - 1) >> shift != first >> shift && j < here; j++)
+        scale[j] = w.nested_absmax[(first + j) >> shift];
+      store(out + i + v * VW, values[v] * scale + offset);  // pk::denested of a vector
+    }
+  }
+}
+
+// What the tasks share. x: as `prepare_pairs` lays it out, up to MOST_PAIR_ROWS rows together, `ld` elements
+// a row.
+struct PairRows {
+  const pk::FewRows& of;
+  const pk_weight& w;
+  const NestedCode& code;
+  int64_t ld;
+  const bf16* x;
+};
+
+// The scales of `count` runs of 64 columns of a row, from element `start` of W on, and one more that counts
+// for nothing.
+static inline void run_scales(const pk_weight& w, const NestedCode& code, int64_t start, int64_t count,
+                              float* out) {
+  const int shift = __builtin_ctz((unsigned)w.blocksize);
+  if (w.blocksize != 64)
+    for (int64_t i = 0; i < count; i++) out[i] = pk::absmax_of(w, (start + 64 * i) >> shift);
+  else if (w.absmax) memcpy(out, w.absmax + (start >> shift), (size_t)count * sizeof(float));
+  else nested_scales(w, code, start >> shift, count, out);
+  out[count] = 0.0f;
+}
+
+// Columns a pass over R rows of x: 16 KB of these, or 32.
+template <int R>
+constexpr int64_t PAIR_STEP = R > 8 ? 1024 : 8192 / R / WIDE * WIDE;
+
+// total[q][r] += W[row + q][from ... from + count) x[r][...], q < ROWS rows of W that share each load of x.
+template <int ROWS, int R>
+static void pair_piece(const PairRows& f, int64_t row, const bf16* x, int64_t from, int64_t count,
+                       vf (*total)[R]) {
+  constexpr int CHAINS = ROWS * R <= 8 ? 2 : 1;  // or the products wait for one another
+  const vf codes = load(f.w.code);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const int64_t bytes = f.w.k / 2;
+  const uint8_t* packed = (const uint8_t*)f.w.data + row * bytes + from / 2;
+  float scales[ROWS][PAIR_STEP<R> / 64 + VW + 1];
+  vf sums[CHAINS][ROWS][R];
+#pragma GCC unroll 4
+  for (int q = 0; q < ROWS; q++) {
+    run_scales(f.w, f.code, (row + q) * f.w.k + from, count / 64, scales[q]);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      sums[CHAINS - 1][q][r] = vf{};
+      sums[0][q][r] = total[q][r];
+    }
+  }
+  for (int64_t i = 0; i < count; i += WIDE) {
+    const uint32_t there = first_words((count - i) / 4);  // words of four codes
+    __m512i words[ROWS], table[ROWS];
+#pragma GCC unroll 4
+    for (int q = 0; q < ROWS; q++) {
+      words[q] = _mm512_maskz_loadu_epi16(there, packed + q * bytes + i / 2);
+      // A piece is too short for the hardware's streams.
+      __builtin_prefetch(packed + (q + ROWS) * bytes + i / 2);
+      table[q] = round_both(codes * set1(scales[q][i / 64]), codes * set1(scales[q][i / 64 + 1]));
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; s++) {
+      __m512i values[ROWS];
+#pragma GCC unroll 4
+      for (int q = 0; q < ROWS; q++) {
+        // (word & 15) | 16 of the second block's
+        const __m512i index =
+            _mm512_ternarylogic_epi32(_mm512_srli_epi16(words[q], 4 * s), nibble, second, 0xea);
+        values[q] = _mm512_permutexvar_epi16(index, table[q]);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const __m512i columns = load_words(x + i * R + r * WIDE + 32 * s);
+#pragma GCC unroll 4
+        for (int q = 0; q < ROWS; q++)
+          sums[s % CHAINS][q][r] = dot_pairs(sums[s % CHAINS][q][r], values[q], columns);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < ROWS; q++)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+      total[q][r] = CHAINS == 2 ? sums[0][q][r] + sums[CHAINS - 1][q][r] : sums[0][q][r];
+}
+
+// Up to 16 numbers of a dtype of adapters, those from `count` on zero.
+static inline vf some_of(const void* src, int dtype, int64_t at, int64_t count) {
+  if (dtype == PK_F32) return some_of((const float*)src + at, count);
+  if (dtype == PK_F16) return some_of((const f16*)src + at, count);
+  const __m256i words = _mm256_maskz_loadu_epi16((uint16_t)first_words(count), (const bf16*)src + at);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+}
+
+// Rows [n0, n0 + rows) of W times rows [m0, m0 + R) of x, with the low-rank part and the bias -> y.
+template <int R>
+static void pair_task(const PairRows& f, int64_t n0, int64_t rows, int64_t m0) {
+  constexpr int ROWS = R <= 4 ? 4 : R <= 8 ? 2 : 1;
+  vf total[PAIR_TASK][R] = {};
+  for (int64_t from = 0; from < f.w.k; from += PAIR_STEP<R>) {
+    const int64_t count = smaller(PAIR_STEP<R>, f.w.k - from);
+    const bf16* x = f.x + m0 * f.ld + from * R;
+    int64_t i = 0;
+    for (; i + ROWS <= rows; i += ROWS) pair_piece<ROWS, R>(f, n0 + i, x, from, count, total + i);
+    for (; i < rows; i++) pair_piece<1, R>(f, n0 + i, x, from, count, total + i);
+  }
+  const pk_lora& lora = f.of.lora;
+  for (int64_t j = 0; j < lora.r; j += VW) {
+    const int64_t some = smaller(VW, lora.r - j);
+    vf low[R];
+    for (int r = 0; r < R; r++) low[r] = set1(lora.scaling) * some_of(f.of.xa + (m0 + r) * lora.r + j, some);
+    for (int64_t i = 0; i < rows; i++) {
+      const vf b = some_of(lora.lora_b, lora.dtype, (n0 + i) * lora.r + j, some);
+      for (int r = 0; r < R; r++) total[i][r] = fma(low[r], b, total[i][r]);
+    }
+  }
+  const vf bias = f.of.bias ? some_of(f.of.bias, f.of.bias_dtype, n0, rows) : vf{};
+  for (int r = 0; r < R; r++) {
+    vf sums[PAIR_TASK], result = bias;
+    for (int i = 0; i < PAIR_TASK; i++) sums[i] = total[i][r];
+    transpose(sums);
+    for (int i = 0; i < PAIR_TASK; i++) result += sums[i];
+    bf16* out = (bf16*)f.of.y + (m0 + r) * f.w.n + n0;
+    if (rows == PAIR_TASK) storex(out, result);
+    else _mm512_mask_storeu_epi16(out, first_words(rows), round_both(result, result));
+  }
+}
+
+template <int R>
+static void pair_task_of(int64_t count, const PairRows& f, int64_t n0, int64_t m0) {
+  if constexpr (R > 0) {
+    if (count == R) pair_task<R>(f, n0, smaller(PAIR_TASK, f.w.n - n0), m0);
+    else pair_task_of<R - 1>(count, f, n0, m0);
+  }
+}
+
+}  // namespace PK_NS
