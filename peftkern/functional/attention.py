@@ -27,7 +27,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Softmax attention: y = softmax(scale q k^T + mask) v.
 
-    On CPUs with AMX bf16 heads are multiplied in tiles of our own (`ops/attention/config.py` says which
+    On CPUs with bf16 products (AVX-512-BF16, AMX) bf16 heads are multiplied in tiles of our own (`ops/attention/config.py` says which
     calls); others, and graphs of torch.compile, take torch's function of this name.
 
     Args:

@@ -1,4 +1,4 @@
-"""`python -m tests.matrix`: patching, recipe, ops, adapters and transfer with the oldest and the newest
+"""`python -m tests.matrix`: patching, recipe, ops, adapters, memory and transfer with the oldest and the newest
 libraries.
 
 Makes an environment for each combination of torch, transformers and {PEFT, bitsandbytes, TRL} (oldest
@@ -38,6 +38,7 @@ TESTS = (
     "tests/finetune",
     "tests/ops",
     "tests/adapters",
+    "tests/memory",
     "tests/transfer",
     "tests/test_bnb_backend.py",
     "tests/test_bnb_repacking.py",

@@ -15,7 +15,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Result)]
 _NUMBERS = {"passed": int, "failed": int, "skipped": int, "minutes": float}
 _HEAD = """# Compatibility
 
-Which libraries peftkern's tests of patching, recipe, ops, adapters and transfer really ran with.
+Which libraries peftkern's tests of patching, recipe, ops, adapters, memory and transfer really ran with.
 `python -m tests.matrix` wrote this page and `compatibility.csv` beside it.
 Lines are of the commit of their day, which is why the numbers of tests differ.
 
