@@ -1,8 +1,9 @@
 """Causal attention of grouped queries, forward + backward, in the forms a model can ask torch for: which of
 them is fastest on this device.
 
-`patch` leaves attention as transformers calls it, but on CPUs: with bf16 products bf16 heads are multiplied in tiles of
-our own, and where torch computes 16-bit products by naive loops the same function gets fp32 operands.
+`patch` leaves attention as transformers calls it, but on CPUs: with bf16 products bf16 heads are multiplied
+in tiles of our own, and where torch computes 16-bit products by naive loops the same function gets fp32
+operands.
 FlexAttention has no backward on a CPU (torch 2.13), and is measured where it has one.
 """
 

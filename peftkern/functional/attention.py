@@ -27,8 +27,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Softmax attention: y = softmax(scale q k^T + mask) v.
 
-    On CPUs with bf16 products (AVX-512-BF16, AMX) bf16 heads are multiplied in tiles of our own (`ops/attention/config.py` says which
-    calls); others, and graphs of torch.compile, take torch's function of this name.
+    On CPUs with bf16 products (AVX-512-BF16, AMX) bf16 heads are multiplied in tiles of our own
+    (`ops/attention/config.py` says which calls); others, and graphs of torch.compile, take torch's function
+    of this name.
 
     Args:
         q: [B, H, S, D]; k, v: [B, Hkv, T, D], of one floating dtype, H a multiple of Hkv.

@@ -82,11 +82,12 @@ def with_around(module: nn.Module, modes: list[NamedTuple]) -> tuple[NamedTuple,
 
 class CpuAttention(Rewrite):
     """Modules whose class's forward asks transformers' `ALL_ATTENTION_FUNCTIONS` for its function, where
-    torch's 16-bit attention is slow: in bf16 tiles of our own on CPUs with bf16 products, else in fp32 where torch's
-    16-bit products are naive loops. None where no weight is in 16 bits.
+    torch's 16-bit attention is slow: in bf16 tiles of our own on CPUs with bf16 products, else in fp32 where
+    torch's 16-bit products are naive loops. None where no weight is in 16 bits.
 
     2 x 256 tokens, 9 heads of 64, 3 of keys, forward and backward, one thread: 12 ms of torch's bf16 are 2.9
-    in tiles (Emerald Rapids), 13 are 3.4 (Zen 5); 75 ms are 12 in fp32 (Zen 3); `python -m benchmarks.bench_attention`.
+    in tiles (Emerald Rapids), 13 are 3.4 (Zen 5); 75 ms are 12 in fp32 (Zen 3); `python -m
+    benchmarks.bench_attention`.
     """
 
     def survey(self, name: str, module: nn.Module, context: Context) -> Finding | None:

@@ -1,5 +1,5 @@
-"""`python -m tests.matrix`: patching, recipe, ops, adapters, memory and transfer with the oldest and the newest
-libraries.
+"""`python -m tests.matrix`: patching, recipe, ops, adapters, memory and transfer with the oldest and the
+newest libraries.
 
 Makes an environment for each combination of torch, transformers and {PEFT, bitsandbytes, TRL} (oldest
 supported: the lower bounds of pyproject.toml), runs the tests in each, with torch's instruction sets as they
