@@ -71,10 +71,24 @@ def decodes(shape: tuple[int, ...], blocksize: int, quant_type: str, dtype: torc
 
 
 @functools.cache
-def quantizes(shape: tuple[int, ...], blocksize: int) -> bool:
-    """Whether bitsandbytes itself takes such weights: before 0.50 an odd number of values, or too few for a
-    block, were an error."""
-    return _alone("quantize_4bit", torch.ones(shape), blocksize, "nf4", torch.uint8) is not None
+def quantizes(
+    shape: tuple[int, ...],
+    blocksize: int,
+    quant_type: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+    zeros: bool = False,
+) -> bool:
+    """Whether bitsandbytes itself quantizes such weights rightly: before 0.50 an odd number of values, or too
+    few for a block, were an error, or the last one was lost. zeros: also where the second block is zero,
+    whose codes, of no consequence, are others there."""
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    dense.view(-1)[blocksize : 2 * blocksize if zeros else blocksize] = 0
+    got = _alone("quantize_4bit", dense, blocksize, quant_type, torch.uint8)
+    wanted = quantized(dense, blocksize, quant_type)
+    return got is not None and all(
+        a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+        for a, b in zip(got, wanted, strict=True)
+    )
 
 
 def _alone(op: str, *args: Any) -> Any:

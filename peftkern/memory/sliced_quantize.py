@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..formats.codes import code_tensor, dynamic_map
+from ..ops import quantize
 from .stored_weights import SLICE
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
 
 __all__ = ["dense_slices", "quantize_slices", "staging_bytes"]
+
+_NESTED = 256  # the block of an absmax that is quantized itself
 
 
 def quantize_slices(
@@ -54,7 +59,10 @@ def dense_slices(weight: Tensor) -> Iterable[tuple[int, Tensor]]:
 def _code(part: Tensor, start: int, packed: Tensor, absmax: Tensor, like: Params4bit) -> None:
     """Put the bytes and the absmax of a slice where they belong."""
     size = like.blocksize
-    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(part, size, like.quant_type, torch.uint8)
+    if part.is_cpu and part.numel() % 2:  # of which bitsandbytes 0.48 loses the last
+        codes, scales = quantize.quantize_4bit(part, size, code_tensor(like.quant_type))
+    else:
+        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(part, size, like.quant_type, torch.uint8)
     packed[start // 2 : start // 2 + codes.numel()] = codes.reshape(-1)
     absmax[start // size : start // size + scales.numel()] = scales.reshape(-1)
 
@@ -69,6 +77,21 @@ def staging_bytes(numel: int, itemsize: int, *, nested: bool, blocksize: int) ->
     return max(slice_bytes + absmax, 2 * absmax)
 
 
+def _nested(centred: Tensor) -> tuple[Tensor, QuantState]:
+    """An absmax, less its mean, in 8 bits with its state, by bitsandbytes. By our kernel where a block is all
+    zeros, as that of a weight of one block is, and bitsandbytes is 0.48, whose CPU kernel ends the
+    process then."""
+    from bitsandbytes import __version__, functional
+    from packaging.version import Version  # which bitsandbytes needs
+
+    safe = Version(__version__) >= Version("0.50") or not centred.is_cpu
+    if safe or all(block.any() for block in centred.split(_NESTED)):
+        return functional.quantize_blockwise(centred, blocksize=_NESTED)
+    code = dynamic_map(centred.device)
+    codes, absmax = quantize.quantize_absmax(centred, code, _NESTED)
+    return codes, functional.QuantState(absmax=absmax, code=code, blocksize=_NESTED, dtype=centred.dtype)
+
+
 def _parameter(
     packed: Tensor, absmax: Tensor, like: Params4bit, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Params4bit:
@@ -81,7 +104,7 @@ def _parameter(
     )
     if like.compress_statistics:
         offset = absmax.mean()
-        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=256)
+        absmax, state2 = _nested(absmax - offset)
         parts |= dict(offset=offset, state2=state2)
     state = functional.QuantState(absmax=absmax, **parts)
     module = like.module

@@ -229,6 +229,10 @@ def _tensors(state: Any) -> list[torch.Tensor]:
     return [tensor for tensor in own if tensor is not None] + _tensors(state.state2)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
+    reason="the fake tensors of torch 2.11 know no parameter of a class of its own",
+)
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("name", ["8b", *(pytest.param(n, marks=pytest.mark.slow) for n in list(SHAPES)[1:])])
 def test_large_shapes_on_fake_tensors(
