@@ -66,9 +66,7 @@ def cxx_command():
 
 
 def leave_out_unknown_levels():
-    """Drops the levels whose flags the compiler does not know (GCC before 11, Clang before 12); the
-    dispatcher's macros for that."""
-    missing = []
+    """Drops the levels whose flags the compiler does not know (GCC before 11, Clang before 12)."""
     for level in ("avx512bf16", "amx"):
         if (
             level in LEVELS
@@ -78,9 +76,7 @@ def leave_out_unknown_levels():
                 check=False,
             ).returncode
         ):
-            missing.append(f"-DPK_NO_{level.upper()}")
             del LEVELS[level]
-    return missing
 
 
 def check_compiler():
@@ -202,7 +198,7 @@ class Build(build_ext):
         for source in ext.sources:
             stem = Path(source).stem
             flags = LEVELS.get(stem.removeprefix("kernels_"), [])
-            level = flags + (quiet if "-mavx512f" in flags else []) + (MISSING if stem == "dispatch" else [])
+            level = flags + (quiet if "-mavx512f" in flags else [])
             obj = tmp / f"{stem}.o"
             jobs.append((source, obj, [*cxx, "-fPIC", "-fopenmp", *COMMON, *level, *includes]))
         self._compile(jobs, tmp)
@@ -276,10 +272,9 @@ def switch(name, *values):
 
 
 extensions = []
-MISSING = []
 if switch("PEFTKERN_CPU", "0", "1") != "0":
     if BUILDS & set(sys.argv) and shutil.which(cxx_command()[0]):
-        MISSING = leave_out_unknown_levels()
+        leave_out_unknown_levels()
     sources = [
         "csrc/bindings.cpp",
         str(CPU / "dispatch.cpp"),

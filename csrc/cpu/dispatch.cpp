@@ -59,12 +59,12 @@ int pk_abi_version(void) { return PEFTKERN_ABI_VERSION; }
 const char* pk_isa(void) { return current->name; }
 const char* pk_isa_name(int i) {
   for (const Level& level : LEVELS)
-    if (level.supported() && i-- == 0) return level.kernels->name;
+    if (level.usable() && i-- == 0) return level.kernels->name;
   return nullptr;
 }
 int pk_set_isa(const char* name) {
   for (const Level& level : LEVELS)
-    if (name && !strcmp(name, level.kernels->name) && level.supported()) {
+    if (name && level.usable() && !strcmp(name, level.kernels->name)) {
       current = level.kernels;
       return PK_OK;
     }

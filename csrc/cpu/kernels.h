@@ -97,6 +97,4 @@ struct Kernels {
 static inline int64_t norm_rows(int64_t m) { return m <= 8 * 64 ? 8 : (m + 63) / 64; }
 static inline int64_t norm_tasks(int64_t m) { return (m + norm_rows(m) - 1) / norm_rows(m); }
 
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
-
 }  // namespace pk

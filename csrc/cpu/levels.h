@@ -16,6 +16,15 @@
 
 #include "kernels.h"
 
+namespace pk {
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+// A compiler that does not know a level's flags leaves its unit out.
+extern const Kernels kernels_avx2 __attribute__((weak)), kernels_avx512 __attribute__((weak)),
+    kernels_avx512bf16 __attribute__((weak)), kernels_amx __attribute__((weak));
+#endif
+}  // namespace pk
+
 namespace {
 
 using namespace pk;
@@ -34,7 +43,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 // With the byte permutes (VBMI), which Cooper Lake lacks: Zen 4, Sapphire Rapids and later.
-[[maybe_unused]] bool has_avx512bf16() {
+bool has_avx512bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
 }
 // The tiles' registers are 8 KB of state that Linux saves only for a process which asked for it. It refuses
@@ -47,7 +56,7 @@ bool has_avx512() {
   return false;
 #endif
 }
-[[maybe_unused]] bool has_amx() {
+bool has_amx() {
 #if defined(PK_SIMDE)
   return true;
 #else
@@ -61,8 +70,9 @@ bool has_avx512() {
 #endif
 
 struct Level {
-  const Kernels* kernels;
+  const Kernels* kernels;  // null where the unit was left out
   bool (*supported)();
+  bool usable() const { return kernels && supported(); }
 };
 const Level LEVELS[] = {
     // lowest first
@@ -70,12 +80,8 @@ const Level LEVELS[] = {
 #if defined(__x86_64__)
     {&pk::kernels_avx2, has_avx2},
     {&pk::kernels_avx512, has_avx512},
-#if !defined(PK_NO_AVX512BF16)  // the compiler does not know the flags (setup.py)
     {&pk::kernels_avx512bf16, has_avx512bf16},
-#endif
-#if !defined(PK_NO_AMX)
     {&pk::kernels_amx, has_amx},
-#endif
 #endif
 };
 
@@ -83,7 +89,7 @@ const Kernels* best_level() {
   const Kernels* best = LEVELS[0].kernels;
   const char* forced = getenv("PEFTKERN_CPU_ISA");
   for (const Level& level : LEVELS) {
-    if (!level.supported()) continue;
+    if (!level.usable()) continue;
     best = level.kernels;
     if (forced && !strcmp(forced, best->name)) break;
   }

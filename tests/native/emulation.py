@@ -15,16 +15,8 @@ MISSING = (
     "the compiler finds no simde/x86/avx512.h: SIMDe is not installed (Debian and Ubuntu: apt install "
     "libsimde-dev)"
 )
-# The dispatcher asks the CPU for each level: here it has all of them. The AVX2 level is an empty row that is
-# never chosen.
+# The dispatcher asks the CPU for each level: here it has all those that are linked.
 EVERY_LEVEL = ["-D__builtin_cpu_supports(feature)=1", "-DPK_SIMDE"]
-AVX512_ALONE = ["-DPK_NO_AVX512BF16", "-DPK_NO_AMX"]
-AVX2_STUB = """#include "kernels.h"
-namespace pk {
-extern const Kernels kernels_avx2;
-const Kernels kernels_avx2 = {"none", 0, 0, 0, 0, 0, 0, 0, 0};
-}
-"""
 
 
 def simde_missing() -> bool:
@@ -44,15 +36,12 @@ def simde_missing() -> bool:
 def emulated_objects(folder: Path, *, bf16: bool = False) -> list[Path]:
     """Objects of baseline, emulated AVX-512 and the dispatcher, `bf16`: and the two levels with bf16
     products; no flag asks for more than the plain architecture."""
-    stub = folder / "kernels_avx2_stub.cpp"
-    stub.write_text(AVX2_STUB)
     emulated = ["-O1", "-DPK_SIMDE", "-include", str(HERE / "simde_missing.h")]
     levels = ("avx512", "avx512bf16", "amx") if bf16 else ("avx512",)
     jobs = [
         *((CSRC / "cpu" / f"kernels_{level}.cpp", emulated) for level in levels),
         (CSRC / "cpu" / "kernels_baseline.cpp", ["-O2"]),
-        (CSRC / "cpu" / "dispatch.cpp", ["-O1", *EVERY_LEVEL, *([] if bf16 else AVX512_ALONE)]),
-        (stub, ["-O1", f"-I{CSRC / 'cpu'}"]),
+        (CSRC / "cpu" / "dispatch.cpp", ["-O1", *EVERY_LEVEL]),
     ]
     return compile_objects(folder, jobs)
 
