@@ -59,8 +59,8 @@ def test_every_variant_takes_its_own_kernels(isa: str, monkeypatch: pytest.Monke
                 assert not taken
             elif name == "many":
                 assert taken and "gemv" not in taken
-            else:
-                assert taken and set(taken) == {name}, name
+            else:  # y of a dense fp32 weight is the vendor's, whoever makes dx
+                assert taken[-1] == name and set(taken) - {"vendor"} <= {name}, name
             compared.append(name)
         return {name: float(i + 1) for i, name in enumerate(functions)}
 
@@ -143,7 +143,7 @@ def test_kernels_follow_the_row() -> None:
     for most, regime in ((3, "gemv"), (2, "gemm")):
         limits = config.Config(most, (), 512, row.dense_vendor, "test")
         with cpu_rows.use_row(isa, limits):
-            assert cpu._choose(x, quant, 3, 64, 64).regime == regime
+            assert cpu._choose(x, quant, 3, 64, 64, forward=True).regime == regime
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

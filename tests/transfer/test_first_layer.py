@@ -108,21 +108,19 @@ def test_what_is_saved_does_not_depend_on_the_layers_below_the_cut(kind: dict | 
 
 
 def test_a_step_is_faster_with_a_cut() -> None:
-    """7 of 8 layers have no backward: at best (8 + 2) / 24 of the time."""
-
-    def seconds(cut: int) -> float:
-        model = lora(llama(layers=8, hidden=128)).train()
+    """7 of 8 layers have no backward: at best (8 + 2) / 24 of the time. In turn: others use the machine."""
+    models = {cut: lora(llama(layers=8, hidden=128)).train() for cut in (7, 0)}
+    for cut, model in models.items():
         model.enable_input_require_grads()
         if cut:
             freeze_below(model, cut)
-        times = []
-        for _ in range(5):
+    seconds: dict[int, list[float]] = {cut: [] for cut in models}
+    for _ in range(12):
+        for cut, model in models.items():
             start = time.perf_counter()
             model(input_ids=tokens(4, 48), labels=tokens(4, 48)).loss.backward()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert seconds(7) < 0.75 * seconds(0)
+            seconds[cut].append(time.perf_counter() - start)
+    assert min(seconds[7]) < 0.75 * min(seconds[0])
 
 
 def test_it_holds_when_a_trainer_switches_checkpointing_on_afterwards() -> None:

@@ -55,7 +55,7 @@ def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, ma
     n, low = [b.shape[0] for b in lora_b], _adapters(m, lora_a, lora_b, scalings)
     group = group_cpu.NativeGroup(m, k, n, weights, quants, blocksizes, *low)
     magnitudes, squares = ([t.float().contiguous() for t in tensors] for tensors in (magnitudes, squares))
-    if m == 0 or group.choice(x, tiles=False).regime != "gemm":
+    if m == 0 or group.choice(x, forward=True, tiles=False).regime != "gemm":
         made = [_norm(group, i, scalings[i], magnitudes[i], squares[i]) for i in range(len(n))]
         norms, scales = map(list, zip(*made, strict=True))
         args = (weights, quants, blocksizes, n, biases, *low)
@@ -113,7 +113,7 @@ def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magni
     low = _adapters(m, lora_a, lora_b, scalings)
     group = group_cpu.NativeGroup(m, k, [b.shape[0] for b in lora_b], weights, quants, blocksizes, *low)
     d_bias, d_a, d_b, d_scale = ([None] * count for _ in range(4))
-    if m == 0 or group.choice(first, tiles=False).regime != "gemm":
+    if m == 0 or group.choice(first, forward=False, tiles=False).regime != "gemm":
         du: list[Tensor | None] = [None] * count
         for i in used:
             wanted = [True, need_magnitude[i], need_bias[i]]

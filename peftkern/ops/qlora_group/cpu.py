@@ -56,8 +56,9 @@ class NativeGroup:
         options = zip(self.lora_a, self.lora_b, scalings, dropout_ps, seeds, strict=True)
         self.loras = [single.lora_view(a, b, scaling, p, seed) for a, b, scaling, p, seed in options]
 
-    def choice(self, x: Tensor, *, tiles: bool = True) -> config.Choice:
-        """tiles: whether bf16 tiles serve the call where they serve each of its weights."""
+    def choice(self, x: Tensor, *, forward: bool, tiles: bool = True) -> config.Choice:
+        """forward: whether y is made; tiles: whether bf16 tiles serve the call where they serve each of its
+        weights."""
         dense = [quant[0] is None for quant in self.quants]
         sizes = dict(
             m=self.m,
@@ -65,6 +66,7 @@ class NativeGroup:
             k=self.k,
             dense=all(dense),
             blocksize=min(quant[6] for quant in self.quants),
+            forward=forward,
         )
         return cpu_rows.choose(
             dtype=str(x.dtype)[6:], isa=native().isa(), tiles=tiles and not any(dense), **sizes
@@ -85,7 +87,7 @@ def forward(
     )
     y = [x.new_empty((group.m, size)) for size in n]
     xa = [empty((end - begin, a.shape[0])) for (begin, end), a in zip(group.rows, lora_a, strict=True)]
-    regime = group.choice(x).regime
+    regime = group.choice(x, forward=True).regime
     if regime == "gemm":
         _low_level_forward(group, x, y, xa, biases, range(len(members)), group.views)
         return y, xa
@@ -150,7 +152,7 @@ def few_rows(x: Tensor, spec: Spec, biases, lora_a, lora_b) -> FewRows | None:
     group = NativeGroup(
         *x.shape, spec.n, spec.weights, spec.quants, spec.blocksizes, lora_a, lora_b, *spec[4:]
     )
-    return FewRows(group, x.dtype, biases) if group.choice(x).regime == "gemv" else None
+    return FewRows(group, x.dtype, biases) if group.choice(x, forward=True).regime == "gemv" else None
 
 
 class FewRows:
@@ -200,7 +202,7 @@ def backward(dy, x, weights, quants, blocksizes, m, k, adapters, xa, needs):
     n = [0 if g is None else g.shape[1] for g in dy]
     group = NativeGroup(m, k, n, weights, quants, blocksizes, *adapters)
     x, dy = None if x is None else x.contiguous(), contiguous(dy)
-    vendor = group.choice(first).regime == "vendor"
+    vendor = group.choice(first, forward=False).regime == "vendor"
     if vendor and need_x:
         _vendor_backward(group, dy, used, dx)
     if vendor and not live and not any(need_bias):

@@ -127,15 +127,18 @@ def choose(
     dense: bool = False,
     blocksize: int = 64,
     tiles: bool = True,
+    forward: bool = False,
     row: Config | None = None,
 ) -> Choice:
     """The regime for x [m, k] of `dtype` ("bfloat16", ...) on `isa` by `row`, else by the table's; an unknown
     ISA takes the baseline's.
 
     blocksize: the smallest of the weights'; tiles: whether the call is one that bf16 tiles serve (DoRA's is
-    not).
+    not); forward: whether it makes y, which of a dense fp32 weight is to have the bits of torch's own linear.
     """
     row = row or TABLE.get(isa, TABLE["baseline"])
+    if dense and forward and dtype == "float32":
+        return Choice("vendor", "y of a dense fp32 weight has the bits of torch's own linear")
     if dense:
         limit = row.dense_vendor[dtype]
         if limit is None or m <= limit:

@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 
-def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int) -> config.Choice:
-    sizes = dict(m=m, n=n, k=k, dense=quant[0] is None, blocksize=quant[6])
+def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int, *, forward: bool) -> config.Choice:
+    sizes = dict(m=m, n=n, k=k, dense=quant[0] is None, blocksize=quant[6], forward=forward)
     return cpu_rows.choose(dtype=str(x.dtype)[6:], isa=native().isa(), **sizes)
 
 
@@ -67,7 +67,7 @@ def forward(
     lora, view, choice = (
         lora_view(lora_a, lora_b, scaling, dropout_p, seed),
         weight_view(weight, quant, n, k),
-        _choose(x, quant, m, n, k),
+        _choose(x, quant, m, n, k, forward=True),
     )
     if choice.regime != "vendor":
         size = native().scratch_bytes(m, n, k, rank)
@@ -198,7 +198,7 @@ def backward(
         return dx, d_bias, d_a, d_b
     lora, view = lora_view(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k)
     dyb = empty((m, rank))
-    vendor = _choose(dy, quant, m, n, k).regime == "vendor"
+    vendor = _choose(dy, quant, m, n, k, forward=False).regime == "vendor"
     buffer = scratch((native().lora_scratch_bytes if vendor else native().scratch_bytes)(m, n, k, rank))
     tail = (
         address(xa),
