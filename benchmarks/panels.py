@@ -39,18 +39,23 @@ PANELS = (
         dict(kernel=("step",), mode=("all linears, r 16",), provider=("peft+bitsandbytes", "peft dense")),
         ("dtype",),
     ),
-    Panel("Generating with SmolLM2-135M and an adapter", "the others", dict(kernel=("generate",)), ()),
     Panel(
-        "One QLoRA linear, 512 rows, forward and backward, float32",
-        "a dense one and PEFT's 4-bit one",
-        dict(
-            kernel=("qlora_linear",),
-            mode=("dropout 0",),
-            dtype=("float32",),
-            M=("512",),
-            provider=("dense float32", "peft+bitsandbytes"),
-        ),
-        ("shape",),
+        "Generating with SmolLM2-135M and an adapter", "the others", dict(kernel=("generate",)), ("dtype",)
+    ),
+    *(
+        Panel(
+            f"One QLoRA linear, 512 rows, forward and backward, {dtype}",
+            "a dense one and PEFT's 4-bit one",
+            dict(
+                kernel=("qlora_linear",),
+                mode=("dropout 0",),
+                dtype=(dtype,),
+                M=("512",),
+                provider=(f"dense {dtype}", "peft+bitsandbytes"),
+            ),
+            ("shape",),
+        )
+        for dtype in ("bfloat16", "float32")
     ),
     Panel(
         "A 4-bit weight of 4096 x 4096 times few rows, bfloat16",
