@@ -7,9 +7,10 @@
 namespace PK_NS {
 
 constexpr int64_t LEAST_TILE_ROWS = 3;  // of x, from which on this beats codes looked up for each row of x
+constexpr int64_t MOST_TILE_ROWS = 64;
 
 static inline bool gemv_tiles_take(const pk_weight& w, int64_t m) {
-  return m >= LEAST_TILE_ROWS && w.code && w.blocksize >= 64 && w.k % 64 == 0;
+  return m >= LEAST_TILE_ROWS && m <= MOST_TILE_ROWS && w.code && w.blocksize >= 64 && w.k % 64 == 0;
 }
 
 // What the tasks share: tiles of 16 columns [columns][steps], and xa times the scaling [columns][r][16].
