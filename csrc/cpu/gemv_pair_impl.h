@@ -62,7 +62,7 @@ struct NestedCode {
         22, 23, 36, 37, 38, 39, 52, 53, 54, 55, 8,  9,  10, 11, 24, 25, 26, 27, 40, 41, 42, 43,
         56, 57, 58, 59, 12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
     codes = _mm512_permutexvar_epi8(_mm512_load_si512(TO_LANES), codes);
-    const __mmask64 upper = _mm512_movepi8_mask(codes);  // which of 128 and more
+    const uint64_t upper = _mm512_movepi8_mask(codes);  // which of 128 and more
     __m512i bytes[4];
 #pragma GCC unroll 4
     for (int b = 0; b < 4; b++) {

@@ -8,6 +8,26 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef _mm512_maskz_loadu_epi8
+static inline __m512i _mm512_maskz_loadu_epi8(uint64_t mask, const void* p) {
+  uint8_t out[64];
+  for (int i = 0; i < 64; i++) out[i] = mask >> i & 1 ? ((const uint8_t*)p)[i] : 0;
+  __m512i r;
+  memcpy(&r, out, sizeof out);
+  return r;
+}
+#endif
+
+#ifndef _mm256_maskz_loadu_epi16
+static inline __m256i _mm256_maskz_loadu_epi16(uint16_t mask, const void* p) {
+  uint16_t out[16];
+  for (int i = 0; i < 16; i++) out[i] = mask >> i & 1 ? ((const uint16_t*)p)[i] : 0;
+  __m256i r;
+  memcpy(&r, out, sizeof out);
+  return r;
+}
+#endif
+
 #ifndef _mm512_cvtepu16_epi32
 static inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
   uint16_t in[16];
