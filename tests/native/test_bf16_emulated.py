@@ -58,11 +58,12 @@ def test_linear(lib: ctypes.CDLL, level: str, shape: tuple[int, int, int, int]) 
     ],
     ids=str,
 )
-def test_few_rows_in_tiles(lib: ctypes.CDLL, shape: tuple[int, int, int, int]) -> None:
-    """One to four tiles of x, none of them full, rows longer than the scales that are held, and one shape
-    that tiles leave."""
-    check_case(lib, *shape, torch.bfloat16, gemv=True, level="amx")
-    check_case(lib, *shape, torch.bfloat16, gemv=True, level="amx", nested=False, blocksize=128)
+@pytest.mark.parametrize("level", LEVELS)
+def test_few_rows(lib: ctypes.CDLL, shape: tuple[int, int, int, int], level: str) -> None:
+    """By tiles (amx), one to four of x, none of them full, and by pairs, up to 16 rows of x at a time and the
+    rest; rows longer than the scales that are held, and one shape that both leave."""
+    check_case(lib, *shape, torch.bfloat16, gemv=True, level=level)
+    check_case(lib, *shape, torch.bfloat16, gemv=True, level=level, nested=False, blocksize=128)
 
 
 @pytest.mark.parametrize("level", LEVELS)
