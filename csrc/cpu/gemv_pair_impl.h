@@ -17,10 +17,9 @@ static inline bool gemv_pairs_take(const pk_weight& w) {
 // holds elements (q ^ 1), 4 + (q ^ 1), ..., nibble q of each word of codes. The rows' same steps lie
 // together: a power of two apart they would share a set of the first-level cache.
 static void prepare_pairs(const bf16* x, int64_t k, int64_t apart, bf16* out) {
-  __m512i first = _mm512_setzero_si512();  // every fourth of 64 elements, in the lower half
-  alignas(64) uint16_t fourth[32] = {};
+  alignas(64) uint16_t fourth[32] = {};  // every fourth of 64 elements, in the lower half
   for (int i = 0; i < 16; i++) fourth[i] = (uint16_t)(4 * i);
-  first = _mm512_load_si512(fourth);
+  const __m512i first = _mm512_load_si512(fourth);
   for (int64_t g = 0; g < k; g += WIDE, out += apart) {
     __m512i v[4];
     for (int i = 0; i < 4; i++) v[i] = _mm512_maskz_loadu_epi16(first_words(k - g - 32 * i), x + g + 32 * i);
