@@ -90,34 +90,38 @@ class Step:
     def __init__(self, provider: str, dtype: torch.dtype, small: bool, **options: Any) -> None:
         self.model = build_model(provider, dtype, small, **options)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=True)  # as the Trainer's
         torch.manual_seed(2)
         self.ids = torch.randint(0, self.model.config.vocab_size, (2, 32 if small else 256))
 
-    def __call__(self) -> dict[str, torch.Tensor]:
+    def __call__(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Loss and gradients."""
         self.optimizer.zero_grad()
         loss = self.model(input_ids=self.ids, labels=self.ids).loss
         loss.backward()
         self.optimizer.step()
-        return {
-            "loss": loss.detach().float(),
-            "grad": torch.cat([p.grad.flatten().float() for p in self.parameters]),
-        }
+        return loss.detach(), [p.grad for p in self.parameters]
 
 
-def _check(stock: Callable[[], dict] | None, dtype: torch.dtype) -> Callable[[dict], None]:
+def _flat(found: tuple[torch.Tensor, list[torch.Tensor]]) -> tuple[float, torch.Tensor]:
+    loss, gradients = found
+    return loss.item(), torch.cat([gradient.flatten().float() for gradient in gradients])
+
+
+def _check(stock: Step | None, dtype: torch.dtype) -> Callable[[tuple], None]:
     """Loss and gradients of the patched model beside those of the stock one: two roundings of one model."""
     allowed = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
 
-    def check(got: dict[str, torch.Tensor]) -> None:
-        if not torch.isfinite(got["loss"]) or not torch.isfinite(got["grad"]).all():
+    def check(got: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+        loss, gradient = _flat(got)
+        if not math.isfinite(loss) or not torch.isfinite(gradient).all():
             raise AssertionError("loss or gradients are not finite")
         if stock is None:
             return
-        expected = stock()
-        if abs(got["loss"] - expected["loss"]) > 0.01 * abs(expected["loss"]):
-            raise AssertionError(f"loss {got['loss']:.5f}, stock has {expected['loss']:.5f}")
-        error = peers.relative(got["grad"], expected["grad"])
+        stock_loss, expected = _flat(stock())
+        if abs(loss - stock_loss) > 0.01 * abs(stock_loss):
+            raise AssertionError(f"loss {loss:.5f}, stock has {stock_loss:.5f}")
+        error = peers.relative(gradient, expected)
         if error > allowed:
             raise AssertionError(f"gradients differ from stock's by {error:.3f}, more than {allowed}")
 
