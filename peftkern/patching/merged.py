@@ -107,7 +107,11 @@ class LayerMerge(Ours):
             return self._stock(safe_merge=safe_merge, adapter_names=names)
         every = [*layer.merged_adapters, *names]
         origin = before or Unmerged.of(layer)
-        put_weight(layer, origin, *_merged(layer, origin, every, safe_merge))
+        try:
+            merged = _merged(layer, origin, every, safe_merge)
+        except NotFinite as error:  # in the words that callers of PEFT's own know it by
+            raise ValueError(f"NaNs detected in the merged weights: {error}") from None
+        put_weight(layer, origin, *merged)
         if before is None and not is_4bit(origin.base):
             _collect(origin.weight)
         layer.merged_adapters[:] = every
@@ -205,8 +209,12 @@ def base_weight(origin: Unmerged, layer: nn.Module) -> NF4Weight | Tensor:
     return origin.weight.data.t() if getattr(layer, "fan_in_fan_out", False) else origin.weight.data
 
 
+class NotFinite(ValueError):
+    """Of an adapter that holds NaN or inf, or a merged weight beyond its dtype."""
+
+
 def branches_of(layer: nn.Module, names: Sequence[str]) -> list[Branch]:
-    """The adapters as they run, in this order; raises ValueError where one holds NaN or inf."""
+    """The adapters as they run, in this order; raises NotFinite where one holds NaN or inf."""
     found = []
     for name in names:
         scaling = scaling_of(layer, name)
@@ -222,7 +230,7 @@ def branches_of(layer: nn.Module, names: Sequence[str]) -> list[Branch]:
             )
         parts = [part for part in (a, b, bias, magnitude) if part is not None]
         if not all(bool(torch.isfinite(part).all()) for part in parts):
-            raise ValueError(f"adapter {name!r} holds NaN or inf; load an earlier checkpoint")
+            raise NotFinite(f"adapter {name!r} holds NaN or inf; load an earlier checkpoint")
         work = torch.promote_types(b.dtype, torch.float32)
         up = b.detach().to(work) * scaling
         own = None if bias is None else bias.detach().to(work) * scaling
@@ -295,7 +303,7 @@ def _merged(
         merge_dense(weight, branches, out=merged.t() if getattr(layer, "fan_in_fan_out", False) else merged)
         if check and not bool(torch.isfinite(merged).all()):
             told = f"the weight merged with {', '.join(names)}"
-            raise ValueError(f"{told} is beyond the range of {merged.dtype}")
+            raise NotFinite(f"{told} is beyond the range of {merged.dtype}")
     has_bias = any(branch.bias is not None for branch in branches)
     return merged, folded_bias(weight, branches, origin.bias.data) if has_bias else None
 
