@@ -15,6 +15,9 @@
 
 #include "bindings.h"
 
+#define PK_LISTS_ALONE
+#include "cpu/ops.h"
+
 namespace py = pybind11;
 
 // The framework's number of threads. A build by Clang brings an OpenMP runtime of its own, which does not
@@ -96,7 +99,6 @@ template <auto function, typename... Types>
 static void define(py::module_& m, const char* name, int (*of)(Types...)) {
   define<function>(m, name, of, std::make_index_sequence<sizeof...(Types) - 1>());
 }
-#define KERNEL(name) define<pk_##name##_cpu>(m, #name, pk_##name##_cpu)
 
 PYBIND11_MODULE(_C, m) {
   using nogil = py::call_guard<py::gil_scoped_release>;
@@ -114,12 +116,6 @@ PYBIND11_MODULE(_C, m) {
                     int>());
   py::class_<Lora>(m, "Lora").def(py::init<Address, Address, int64_t, int, float, uint32_t, Address>());
 
-  KERNEL(quantize_4bit);
-  KERNEL(quantize_absmax);
-  KERNEL(dequantize_4bit);
-  KERNEL(qlora_linear_fwd);
-  KERNEL(qlora_linear_bwd);
-  KERNEL(lora_fwd);
   m.def(
       "lora_bwd",
       [](const Lora& lora, Address dy, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address xa,
@@ -130,11 +126,6 @@ PYBIND11_MODULE(_C, m) {
             pk_lora_bwd_cpu(&lora, &grad, at<void>(x), dtype, m_, n, k, at<void>(scratch), bytes, threads()));
       },
       nogil());
-  KERNEL(cross_entropy);
-  KERNEL(scale_columns_fwd);
-  KERNEL(scale_columns_bwd);
-  KERNEL(dora_norm);
-  KERNEL(row_squares);
 
   m.def("scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) {
     return pk_qlora_linear_scratch_bytes(m_, n, k, r, threads());
@@ -217,16 +208,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm_scratch_bytes", [](int64_t m_, int64_t n, bool with_d_weight) {
     return pk_rms_norm_scratch_bytes(m_, n, with_d_weight);
   });
-  KERNEL(rms_norm_fwd);
-  KERNEL(rms_norm_bwd);
-  KERNEL(add_rms_norm_fwd);
-  KERNEL(add_rms_norm_bwd);
   py::class_<pk_rope_heads>(m, "RopeHeads")
       .def(py::init([](Address x, Address y, int64_t heads, int64_t x_batch, int64_t x_head, int64_t x_seq,
                        int64_t y_batch, int64_t y_head, int64_t y_seq) {
         return pk_rope_heads{at<void>(x), at<void>(y), heads, x_batch, x_head, x_seq, y_batch, y_head, y_seq};
       }));
-  KERNEL(rope);
   py::class_<pk_heads>(m, "Heads").def(py::init([](Address data, int64_t batch, int64_t head, int64_t row) {
     return pk_heads{at<void>(data), batch, head, row};
   }));
@@ -241,12 +227,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<pk_attention_grad>(m, "AttentionGrad")
       .def(py::init([](const pk_heads& y, const pk_heads& dy, const pk_heads& dq, const pk_heads& dk,
                        const pk_heads& dv) { return pk_attention_grad{y, dy, dq, dk, dv}; }));
+#define PK_DEFINED(name) define<pk_##name##_cpu>(m, #name, pk_##name##_cpu);
+  PK_EACH_FUNCTION(PK_DEFINED)
+#undef PK_DEFINED
   m.def("attention_served", [] { return pk_attention_served() != 0; });
   m.def("attention_scratch_bytes", [](const pk_attention& a, bool backward) {
     return pk_attention_scratch_bytes(&a, backward, threads());
   });
-  KERNEL(attention_fwd);
-  KERNEL(attention_bwd);
   m.def("advise_huge_pages",
         [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
 }

@@ -129,11 +129,12 @@ static void key_gradients(const AttentionCall& c, int64_t head, int64_t block, c
   store_heads(own.more, ones, rows, a.dim, (bf16*)c.row_of(dv, batch, kv_head, row), dv.row);
 }
 
-static void attention_grad(const pk_attention& a, const pk_attention_grad& of, const float* lse,
-                           float* scratch, int threads) {
+static void attention_grad(const pk::AttentionGrad& call, int threads) {
+  const pk_attention& a = call.a;
+  const pk_attention_grad& of = call.grad;
   const pk::AttentionPlan plan = pk::attention_plan(a, true, threads);
   attention_rounds(
-      a, plan, scratch,
+      a, plan, call.scratch,
       [&](const AttentionCall& c, int64_t heads) {
         const int64_t dims = plan.dim_blocks, blocks = plan.key_blocks, queries = plan.query_blocks;
         const int64_t q_heads = heads * plan.group;
@@ -149,7 +150,7 @@ static void attention_grad(const pk_attention& a, const pk_attention_grad& of, c
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < q_heads * queries; i++)
           pack_query_block(c, i / queries / plan.group, i / queries % plan.group, i % queries, of.y, of.dy,
-                           lse);
+                           call.lse);
     // The longest first: with a causal mask the first keys are seen most, the last queries see most.
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < heads * blocks; i++) key_gradients(c, i % heads, i / heads, of.dk, of.dv);

@@ -5,7 +5,7 @@
 #pragma once
 #include <math.h>
 
-#include "attention_plan.h"
+#include "attention.h"
 #include "math_impl.h"
 #include "qlora_impl.h"
 #include "tile_gradients.h"
@@ -263,10 +263,11 @@ static void attention_rounds(const pk_attention& a, const pk::AttentionPlan& pla
   }
 }
 
-static void attention(const pk_attention& a, const pk_heads& y, float* lse, float* scratch, int threads) {
+static void attention(const pk::Attention& of, int threads) {
+  const pk_attention& a = of.a;
   const pk::AttentionPlan plan = pk::attention_plan(a, false, threads);
   attention_rounds(
-      a, plan, scratch,
+      a, plan, of.scratch,
       [&](const AttentionCall& c, int64_t heads) {
         const int64_t dims = plan.dim_blocks, blocks = plan.key_blocks, queries = plan.query_blocks;
 #pragma omp for schedule(dynamic, 1)
@@ -281,7 +282,8 @@ static void attention(const pk_attention& a, const pk_heads& y, float* lse, floa
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < heads * plan.group * queries; i++) {
           const int64_t head = i % (heads * plan.group);
-          attend(c, head / plan.group, head % plan.group, queries - 1 - i / (heads * plan.group), y, lse);
+          attend(c, head / plan.group, head % plan.group, queries - 1 - i / (heads * plan.group), of.y,
+                 of.lse);
         }
       },
       threads);

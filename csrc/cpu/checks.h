@@ -1,8 +1,8 @@
-// What a call of the CPU's functions is refused for, besides ../checks.h.
+// What a call of the CPU's functions is refused for, besides ../checks.h; what one op alone is
+// refused for stands with it.
 #pragma once
 #include "../checks.h"
 #include "../philox.h"
-#include "attention_plan.h"
 #include "group.h"
 
 namespace pk {
@@ -17,11 +17,6 @@ static inline bool rows_apart(int64_t rows, int64_t cols, int64_t ld) {
 // Whether `count` steps of a stride of any sign stay within what can exist.
 static inline bool reaches(int64_t count, int64_t stride) {
   return count <= 1 || (stride >= -MOST_ELEMENTS && matrix(count, stride < 0 ? -stride : stride));
-}
-
-static inline int check_row_squares(const pk_weight* w, const float* squares) {
-  if (int bad = check_weight(w)) return bad;
-  return w->n && !squares ? PK_ERR_NULL : PK_OK;
 }
 
 static inline int check_lora(const pk_lora* l) {
@@ -75,65 +70,6 @@ static inline int check_group(const Group& g, int64_t m) {
     if (!matrix(n, g.k()) || !matrix(m, n)) return PK_ERR_SHAPE;
   }
   return check_adapters(g, m, n);
-}
-
-static inline int check_glu(const pk_glu* a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n,
-                            int activation) {
-  if (!a) return PK_ERR_NULL;
-  if (!matrix(m, n) || activation < PK_SILU || activation > PK_GELU_TANH) return PK_ERR_SHAPE;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
-  if (m == 0 || n == 0) return PK_OK;
-  if (!a->gate || !a->up || (d && (!d->d_gate || !d->d_up))) return PK_ERR_NULL;
-  const bool apart = rows_apart(m, n, a->ld_gate) && rows_apart(m, n, a->ld_up);
-  return apart && (!d || (rows_apart(m, n, d->ld_d_gate) && rows_apart(m, n, d->ld_d_up))) ? PK_OK
-                                                                                           : PK_ERR_SHAPE;
-}
-
-static inline int check_norm(const pk_rms_norm* a) {
-  if (!a) return PK_ERR_NULL;
-  if (a->n < 1 || !matrix(a->m, a->n) || !rows_apart(a->m, a->n, a->ld_x)) return PK_ERR_SHAPE;
-  if (a->cast != PK_CAST_LLAMA && a->cast != PK_CAST_GEMMA) return PK_ERR_SHAPE;
-  if (bad_dtype(a->dtype) || bad_dtype(a->weight_dtype) || (a->y_dtype != a->dtype && a->y_dtype != PK_F32))
-    return PK_ERR_DTYPE;
-  return PK_OK;
-}
-
-// Of one of rope's operands, in a batch of `seq` tokens with heads of `dim`.
-static inline int check_heads(const pk_rope_heads& h, int64_t batch, int64_t seq, int64_t dim) {
-  if (!matrix(batch, seq) || !matrix(batch * seq, dim) || !matrix(h.heads, dim) ||
-      !matrix(batch * seq, h.heads * dim))
-    return PK_ERR_SHAPE;
-  const bool x = reaches(batch, h.x_batch) && reaches(h.heads, h.x_head) && reaches(seq, h.x_seq);
-  return x && reaches(batch, h.y_batch) && reaches(h.heads, h.y_head) && reaches(seq, h.y_seq) ? PK_OK
-                                                                                               : PK_ERR_SHAPE;
-}
-
-static inline bool heads_lie(const pk_heads& x, int64_t batch, int64_t heads, int64_t rows) {
-  return reaches(batch, x.batch) && reaches(heads, x.head) && reaches(rows, x.row);
-}
-
-static inline int check_attention(const pk_attention* a) {
-  if (!a) return PK_ERR_NULL;
-  if (a->dim < 1 || a->dim > MOST_HEAD_DIM || a->kv_heads < 1 || a->heads < 1 || a->heads % a->kv_heads)
-    return PK_ERR_SHAPE;
-  if (!matrix(a->batch, a->heads) || !matrix(a->batch * a->heads, a->dim) || !matrix(a->seq, a->keys) ||
-      !matrix(a->batch * a->heads * a->dim, largest(a->seq, a->keys)) || (a->causal && a->seq != a->keys) ||
-      !(a->scale > 0.0f))
-    return PK_ERR_SHAPE;
-  if (!heads_lie(a->q, a->batch, a->heads, a->seq) || !heads_lie(a->k, a->batch, a->kv_heads, a->keys) ||
-      !heads_lie(a->v, a->batch, a->kv_heads, a->keys))
-    return PK_ERR_SHAPE;
-  if (a->mask && (!matrix(a->batch, a->seq) || !matrix(a->batch * a->seq, a->keys) ||
-                  !reaches(a->batch, a->mask_batch) || !reaches(a->seq, a->mask_row)))
-    return PK_ERR_SHAPE;
-  const bool queries = a->batch && a->seq, keys = a->batch && a->keys;
-  return (queries && !a->q.data) || (keys && (!a->k.data || !a->v.data)) ? PK_ERR_NULL : PK_OK;
-}
-
-static inline int check_scale(const void* u, int dtype, int64_t m, int64_t n, const float* scale) {
-  if (!matrix(m, n)) return PK_ERR_SHAPE;
-  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
-  return m && n && (!u || !scale) ? PK_ERR_NULL : PK_OK;
 }
 
 }  // namespace pk

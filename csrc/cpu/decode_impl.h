@@ -2,6 +2,7 @@
 // dequantization.
 #pragma once
 #include "../formats.h"
+#include "linear.h"
 #include "simd.h"
 
 namespace PK_NS {
@@ -184,10 +185,10 @@ static void dequantize_as(const pk_weight& w, int64_t row, int64_t rows, int64_t
   }
 }
 
-static void dequantize(const pk_weight& w, int64_t row, int64_t rows, int64_t col, int64_t cols, void* out,
-                       int dtype, int threads) {
-  by_dtype(dtype,
-           [&](auto value) { dequantize_as(w, row, rows, col, cols, (decltype(value)*)out, threads); });
+static void dequantize(const pk::Window& a, int threads) {
+  by_dtype(a.dtype, [&](auto value) {
+    dequantize_as(a.w, a.row, a.rows, a.col, a.cols, (decltype(value)*)a.out, threads);
+  });
 }
 
 }  // namespace PK_NS

@@ -1,7 +1,7 @@
 // The adapters', biases' and scales' gradients, and the whole backward pass of a group.
 #pragma once
 #include "qlora_impl.h"
-#include "scale_impl.h"
+#include "scale_columns.h"
 #if defined(PK_AVX512BF16)
 #include "tile_gradients.h"
 #endif

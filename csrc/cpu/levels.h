@@ -14,7 +14,7 @@
 #include <cpuid.h>
 #endif
 
-#include "kernels.h"
+#include "ops.h"
 
 namespace pk {
 extern const Kernels kernels_baseline;

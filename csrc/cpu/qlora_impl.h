@@ -5,7 +5,7 @@
 #include <omp.h>
 #endif
 
-#include "dora_impl.h"
+#include "dora_norm.h"
 #include "gemm_impl.h"
 #include "gemv_impl.h"
 #include "group.h"

@@ -1,16 +1,9 @@
 // The ISA's entry points, by dtype, gathered into its row of the dispatcher's table.
 #pragma once
-#include "cross_entropy_impl.h"
-#include "glu_impl.h"
+#include "ops.h"
+
 #include "gradients_impl.h"
-#include "kernels.h"
-#include "norm_impl.h"
-#include "quantize_impl.h"
-#include "rope_impl.h"
-#include "scale_impl.h"
-#include "squares_impl.h"
 #if defined(PK_AVX512BF16)
-#include "attention_gradients.h"
 #include "tile_impl.h"
 #endif
 #if defined(PK_AMX)
@@ -145,63 +138,42 @@ static void gemv(const pk::FewRows& of, int threads) {
   by_dtype(of.dtype, [&](auto value) { gemv_as<decltype(value)>(of, threads); });
 }
 
-static void forward(const pk::Group& g, const void* x, int dtype, int64_t m, float* scratch, int threads) {
+static void forward(const pk::Forward& of, int threads) {
+  const pk::Group& g = of.group;
 #if defined(PK_AVX512BF16)
-  if (dtype == PK_BF16 && pk::tiles_take(g)) return forward_tiles(g, (const bf16*)x, m, scratch, threads);
+  if (of.dtype == PK_BF16 && pk::tiles_take(g))
+    return forward_tiles(g, (const bf16*)of.x, of.m, of.scratch, threads);
 #endif
-  const pk::Plan p = g.forward_plan(m, LANES, threads);
-  by_dtype(dtype, [&](auto value) { forward_gemm(p, g, (const decltype(value)*)x, m, scratch, threads); });
+  const pk::Plan p = g.forward_plan(of.m, LANES, threads);
+  by_dtype(of.dtype,
+           [&](auto value) { forward_gemm(p, g, (const decltype(value)*)of.x, of.m, of.scratch, threads); });
 }
 
-static void backward(const pk::Group& g, const void* x, int dtype, int64_t m, void* dx, float* scratch,
-                     int threads) {
+static void backward(const pk::Backward& of, int threads) {
+  const pk::Group& g = of.group;
 #if defined(PK_AVX512BF16)
-  if (dx && dtype == PK_BF16 && pk::tiles_take(g))
-    return backward_tiles(g, (const bf16*)x, m, (bf16*)dx, scratch, threads);
+  if (of.dx && of.dtype == PK_BF16 && pk::tiles_take(g))
+    return backward_tiles(g, (const bf16*)of.x, of.m, (bf16*)of.dx, of.scratch, threads);
 #endif
-  const pk::Plan p = g.backward_plan(m, dx != nullptr, LANES, threads);
-  by_dtype(dtype, [&](auto value) {
+  const pk::Plan p = g.backward_plan(of.m, of.dx != nullptr, LANES, threads);
+  by_dtype(of.dtype, [&](auto value) {
     using T = decltype(value);
-    backward_all(p, g, (const T*)x, m, (T*)dx, scratch, threads);
+    backward_all(p, g, (const T*)of.x, of.m, (T*)of.dx, of.scratch, threads);
   });
 }
 
-static void dropout_mask(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask, int threads) {
-  const Dropout d = make_dropout(threshold, seed);
+static void dropout_mask(const pk::DropoutMask& of, int threads) {
+  const Dropout d = make_dropout(of.threshold, of.seed);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < m; i++) dropout_row(d, i, 0, k, mask + i * k);
+  for (int64_t i = 0; i < of.m; i++) dropout_row(d, i, 0, of.k, of.mask + i * of.k);
 }
 
 }  // namespace PK_NS
 
 #if defined(PK_AVX512BF16)
 #define PK_TILES true
-#define PK_ATTENTION PK_NS::attention
-#define PK_ATTENTION_GRAD PK_NS::attention_grad
 #else
 #define PK_TILES false
-#define PK_ATTENTION nullptr
-#define PK_ATTENTION_GRAD nullptr
 #endif
-#define PK_KERNELS(isa_name)  \
-  {isa_name,                  \
-   PK_NS::LANES,              \
-   PK_TILES,                  \
-   PK_NS::quantize,           \
-   PK_NS::quantize_absmax,    \
-   PK_NS::dequantize,         \
-   PK_NS::gemv,               \
-   PK_NS::forward,            \
-   PK_NS::backward,           \
-   PK_NS::dropout_mask,       \
-   PK_NS::glu,                \
-   PK_NS::rms_norm,           \
-   PK_NS::rms_norm_grad,      \
-   PK_NS::rope,               \
-   PK_NS::cross_entropy,      \
-   PK_NS::scale_columns,      \
-   PK_NS::scale_columns_grad, \
-   PK_NS::dora_norm,          \
-   PK_NS::row_squares,        \
-   PK_ATTENTION,              \
-   PK_ATTENTION_GRAD}
+#define PK_ENTRY(kernel, Operands) PK_NS::kernel,
+#define PK_KERNELS(isa_name) {isa_name, PK_NS::LANES, PK_TILES, PK_EACH_KERNEL(PK_ENTRY)}

@@ -1,9 +1,26 @@
 // Cross-entropy over a block of rows of logits, and its gradient in their place: one read for the maximum and
 // the sum of exponentials, one read and write for the gradient.
 #pragma once
-#include <math.h>
+#include "ops.h"
 
-#include "kernels.h"
+namespace pk {
+
+struct CrossEntropy {
+  void* logits;  // [m, n] of `dtype`, in slices of `width` columns
+  int dtype;
+  int64_t m, n, width;
+  const float* bias;       // [n], or null
+  const int64_t* labels;   // [m]
+  const float* row_scale;  // [m], or null
+  float softcap, smoothing, z_loss;
+  float* loss;  // [m]
+  bool gradient;
+};
+
+}  // namespace pk
+
+#if defined(PK_NS)  // the kernel, compiled once a level
+#include <math.h>
 #include "math_impl.h"
 
 namespace PK_NS {
@@ -179,3 +196,27 @@ static void cross_entropy(const pk::CrossEntropy& a, int threads) {
 }
 
 }  // namespace PK_NS
+
+#else  // the C function, compiled once, in dispatch.cpp
+#include "entry.h"
+
+extern "C" {
+
+int pk_cross_entropy_cpu(void* logits, int dtype, int64_t m, int64_t n, int64_t width, const float* bias,
+                         const int64_t* labels, const float* row_scale, float softcap, float label_smoothing,
+                         float z_loss, float* loss, int gradient, int threads) {
+  if (n < 1 || width < 1 || !matrix(m, n)) return PK_ERR_SHAPE;
+  if (m == 0) return PK_OK;
+  if (!logits || !labels || !loss) return PK_ERR_NULL;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  for (int64_t i = 0; i < m; i++)
+    if (labels[i] < 0 || labels[i] >= n) return PK_ERR_SHAPE;
+  const CrossEntropy of{
+      logits,  dtype,           m,      n,    width < n ? width : n, bias, labels, row_scale,
+      softcap, label_smoothing, z_loss, loss, gradient != 0};
+  current->cross_entropy(of, threads_or_default(threads));
+  return PK_OK;
+}
+
+}  // extern "C"
+#endif

@@ -1,7 +1,25 @@
 // Rotary position embedding of q and k in one pass: a token's angles serve all its heads. fp32 inside, one
 // rounding.
 #pragma once
-#include "kernels.h"
+#include "ops.h"
+
+namespace pk {
+
+struct Rope {
+  pk_rope_heads heads[2];  // of q and of k
+  int dtype;
+  int64_t batch, seq, dim;
+  const void* cos;  // [batch or 1, seq, rotary] of `angle_dtype`
+  const void* sin;
+  int angle_dtype;
+  int64_t angle_batch;  // 0: one for all
+  int64_t rotary;
+  bool inverse;
+};
+
+}  // namespace pk
+
+#if defined(PK_NS)  // the kernel, compiled once a level
 #include "math_impl.h"
 
 namespace PK_NS {
@@ -49,3 +67,41 @@ static void rope(const pk::Rope& a, int threads) {
 }
 
 }  // namespace PK_NS
+
+#else  // the C function, compiled once, in dispatch.cpp
+#include "entry.h"
+
+namespace pk {
+
+// Of one of rope's operands, in a batch of `seq` tokens with heads of `dim`.
+static inline int check_heads(const pk_rope_heads& h, int64_t batch, int64_t seq, int64_t dim) {
+  if (!matrix(batch, seq) || !matrix(batch * seq, dim) || !matrix(h.heads, dim) ||
+      !matrix(batch * seq, h.heads * dim))
+    return PK_ERR_SHAPE;
+  const bool x = reaches(batch, h.x_batch) && reaches(h.heads, h.x_head) && reaches(seq, h.x_seq);
+  return x && reaches(batch, h.y_batch) && reaches(h.heads, h.y_head) && reaches(seq, h.y_seq) ? PK_OK
+                                                                                               : PK_ERR_SHAPE;
+}
+
+}  // namespace pk
+
+extern "C" {
+
+int pk_rope_cpu(const pk_rope_heads* q, const pk_rope_heads* k, int dtype, int64_t batch, int64_t seq,
+                int64_t dim, const void* cos, const void* sin, int angle_dtype, int64_t angle_batch,
+                int64_t rotary, int inverse, int threads) {
+  if (!q || !k) return PK_ERR_NULL;
+  if (rotary < 0 || rotary > dim || rotary % 2 || !reaches(batch, angle_batch)) return PK_ERR_SHAPE;
+  if (int bad = check_heads(*q, batch, seq, dim)) return bad;
+  if (int bad = check_heads(*k, batch, seq, dim)) return bad;
+  if (bad_dtype(dtype) || bad_dtype(angle_dtype)) return PK_ERR_DTYPE;
+  if (batch == 0 || seq == 0 || dim == 0 || q->heads + k->heads == 0) return PK_OK;
+  if ((q->heads && (!q->x || !q->y)) || (k->heads && (!k->x || !k->y)) || (rotary && (!cos || !sin)))
+    return PK_ERR_NULL;
+  const Rope of{{*q, *k}, dtype, batch, seq, dim, cos, sin, angle_dtype, angle_batch, rotary, inverse != 0};
+  current->rope(of, threads_or_default(threads));
+  return PK_OK;
+}
+
+}  // extern "C"
+#endif

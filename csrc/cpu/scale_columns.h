@@ -1,5 +1,31 @@
 // y = u * scale + bias by columns (DoRA's magnitudes), and its gradients in one read of dy and u.
 #pragma once
+#include "ops.h"
+
+namespace pk {
+
+struct ScaleColumns {
+  const void* u;  // [m, n] of `dtype`, as y
+  int dtype;
+  int64_t m, n;
+  const float* scale;  // [n]
+  const float* bias;   // [n], or null
+  void* y;
+};
+
+struct ScaleColumnsGrad {
+  const void* dy;  // [m, n] of `dtype`, as u and du
+  const void* u;
+  int dtype;
+  int64_t m, n;
+  const float* scale;       // [n]
+  void* du;                 // these three may be null
+  float *d_scale, *d_bias;  // [n]
+};
+
+}  // namespace pk
+
+#if defined(PK_NS)  // the kernel, compiled once a level
 #include "column_sum.h"
 
 namespace PK_NS {
@@ -93,21 +119,54 @@ static void scale_columns_grad_as(const T* dy, const T* u, int64_t m, int64_t n,
   }
 }
 
-static void scale_columns(const void* u, int dtype, int64_t m, int64_t n, const float* scale,
-                          const float* bias, void* y, int threads) {
-  if (dtype == PK_F32) scale_columns_as((const float*)u, m, n, scale, bias, (float*)y, threads);
-  else if (dtype == PK_BF16) scale_columns_as((const bf16*)u, m, n, scale, bias, (bf16*)y, threads);
-  else scale_columns_as((const f16*)u, m, n, scale, bias, (f16*)y, threads);
+static void scale_columns(const pk::ScaleColumns& a, int threads) {
+  by_dtype(a.dtype, [&](auto value) {
+    using T = decltype(value);
+    scale_columns_as((const T*)a.u, a.m, a.n, a.scale, a.bias, (T*)a.y, threads);
+  });
 }
 
-static void scale_columns_grad(const void* dy, const void* u, int dtype, int64_t m, int64_t n,
-                               const float* scale, void* du, float* d_scale, float* d_bias, int threads) {
-  if (dtype == PK_F32)
-    scale_columns_grad_as((const float*)dy, (const float*)u, m, n, scale, (float*)du, d_scale, d_bias,
+static void scale_columns_grad(const pk::ScaleColumnsGrad& a, int threads) {
+  by_dtype(a.dtype, [&](auto value) {
+    using T = decltype(value);
+    scale_columns_grad_as((const T*)a.dy, (const T*)a.u, a.m, a.n, a.scale, (T*)a.du, a.d_scale, a.d_bias,
                           threads);
-  else if (dtype == PK_BF16)
-    scale_columns_grad_as((const bf16*)dy, (const bf16*)u, m, n, scale, (bf16*)du, d_scale, d_bias, threads);
-  else scale_columns_grad_as((const f16*)dy, (const f16*)u, m, n, scale, (f16*)du, d_scale, d_bias, threads);
+  });
 }
 
 }  // namespace PK_NS
+
+#else  // the C function, compiled once, in dispatch.cpp
+#include "entry.h"
+
+namespace pk {
+
+static inline int check_scale(const void* u, int dtype, int64_t m, int64_t n, const float* scale) {
+  if (!matrix(m, n)) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  return m && n && (!u || !scale) ? PK_ERR_NULL : PK_OK;
+}
+
+}  // namespace pk
+
+extern "C" {
+
+int pk_scale_columns_fwd_cpu(const void* u, int dtype, int64_t m, int64_t n, const float* scale,
+                             const float* bias, void* y, int threads) {
+  if (int bad = check_scale(u, dtype, m, n, scale)) return bad;
+  if (m == 0 || n == 0) return PK_OK;
+  if (!y) return PK_ERR_NULL;
+  current->scale_columns({u, dtype, m, n, scale, bias, y}, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_scale_columns_bwd_cpu(const void* dy, const void* u, int dtype, int64_t m, int64_t n,
+                             const float* scale, void* du, float* d_scale, float* d_bias, int threads) {
+  if (int bad = check_scale(u, dtype, m, n, scale)) return bad;
+  if (n == 0) return PK_OK;
+  if (m && !dy) return PK_ERR_NULL;
+  current->scale_columns_grad({dy, u, dtype, m, n, scale, du, d_scale, d_bias}, threads_or_default(threads));
+  return PK_OK;
+}
+
+}  // extern "C"
+#endif

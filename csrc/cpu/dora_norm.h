@@ -1,7 +1,26 @@
 // DoRA's norm in closed form, ||W + s B A||^2 = ||W||^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B by rows.
 #pragma once
+#include "ops.h"
+
+namespace pk {
+
+struct DoraNorm {
+  const float* cross;  // [r, n] = A W^T
+  const float* gram;   // [r, r] = A A^T
+  const void* lora_b;  // [n, r] of `dtype`
+  int dtype;
+  int64_t n, r;
+  float scaling;
+  const float* squares;    // [n]
+  const float* magnitude;  // [n]
+  float* norm;             // [n]
+  float* scale;            // [n]
+};
+
+}  // namespace pk
+
+#if defined(PK_NS)  // the kernel, compiled once a level
 #include "../checks.h"
-#include "kernels.h"
 #include "simd.h"
 
 namespace PK_NS {
@@ -36,3 +55,23 @@ static void dora_norm(const pk::DoraNorm& a, int threads) {
 }
 
 }  // namespace PK_NS
+
+#else  // the C function, compiled once, in dispatch.cpp
+#include "entry.h"
+
+extern "C" {
+
+int pk_dora_norm_cpu(const float* cross, const float* gram, const void* lora_b, int dtype, int64_t n,
+                     int64_t r, float scaling, const float* squares, const float* magnitude, float* norm,
+                     float* scale, int threads) {
+  if (r < 1 || bad_rank(r) || !matrix(n, r)) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (n == 0) return PK_OK;
+  if (!cross || !gram || !lora_b || !squares || !magnitude || !norm || !scale) return PK_ERR_NULL;
+  const DoraNorm of{cross, gram, lora_b, dtype, n, r, scaling, squares, magnitude, norm, scale};
+  current->dora_norm(of, threads_or_default(threads));
+  return PK_OK;
+}
+
+}  // extern "C"
+#endif

@@ -1,5 +1,31 @@
 // Quantization: the absmax of each block, then for each element the number of thresholds below it.
 #pragma once
+#include "ops.h"
+
+namespace pk {
+
+struct Quantize {
+  const void* w;  // [numel] of `dtype`
+  int dtype;
+  int64_t numel;
+  int32_t blocksize;
+  const float* code;  // [16]
+  uint8_t* packed;    // [(numel + 1) / 2]
+  float* absmax;      // one a block
+};
+
+struct QuantizeAbsmax {
+  const float* absmax;  // [count]
+  int64_t count;
+  int32_t blocksize;
+  const float* code;  // [256]
+  uint8_t* out;       // [count]
+  float* nested;      // one a block
+};
+
+}  // namespace pk
+
+#if defined(PK_NS)  // the kernel, compiled once a level
 #include "../formats.h"
 #include "simd.h"
 
@@ -77,25 +103,45 @@ static void quantize_as(const T* w, int64_t numel, int32_t blocksize, const floa
   }
 }
 
-static void quantize(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code,
-                     uint8_t* packed, float* absmax, int threads) {
-  by_dtype(dtype, [&](auto value) {
-    quantize_as((const decltype(value)*)w, numel, blocksize, code, packed, absmax, threads);
+static void quantize(const pk::Quantize& a, int threads) {
+  by_dtype(a.dtype, [&](auto value) {
+    quantize_as((const decltype(value)*)a.w, a.numel, a.blocksize, a.code, a.packed, a.absmax, threads);
   });
 }
 
-static void quantize_absmax(const float* absmax, int64_t count, int32_t blocksize, const float* code,
-                            uint8_t* out, float* nested, int threads) {
+static void quantize_absmax(const pk::QuantizeAbsmax& a, int threads) {
   float thresholds[pk::ABSMAX_CODES];  // 255 of them
-  for (int i = 0; i < 255; i++) thresholds[i] = pk::threshold_between(code[i], code[i + 1]);
-  const int64_t blocks = (count + blocksize - 1) / blocksize;
+  for (int i = 0; i < 255; i++) thresholds[i] = pk::threshold_between(a.code[i], a.code[i + 1]);
+  const int64_t blocks = (a.count + a.blocksize - 1) / a.blocksize;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < blocks; b++) {
-    int64_t start = b * blocksize, stop = start + blocksize < count ? start + blocksize : count;
-    nested[b] = block_absmax(absmax + start, stop - start);
-    const float inverse = pk::inverse_of(nested[b]);
-    for (int64_t i = start; i < stop; i++) out[i] = (uint8_t)pk::rank_of(thresholds, absmax[i] * inverse);
+    int64_t start = b * a.blocksize, stop = start + a.blocksize < a.count ? start + a.blocksize : a.count;
+    a.nested[b] = block_absmax(a.absmax + start, stop - start);
+    const float inverse = pk::inverse_of(a.nested[b]);
+    for (int64_t i = start; i < stop; i++) a.out[i] = (uint8_t)pk::rank_of(thresholds, a.absmax[i] * inverse);
   }
 }
 
 }  // namespace PK_NS
+
+#else  // the C function, compiled once, in dispatch.cpp
+#include "entry.h"
+
+extern "C" {
+
+int pk_quantize_4bit_cpu(const void* w, int dtype, int64_t numel, int32_t blocksize, const float* code,
+                         uint8_t* packed, float* absmax, int threads) {
+  if (int bad = check_quantize(w, dtype, numel, blocksize, code, packed, absmax)) return bad;
+  current->quantize({w, dtype, numel, blocksize, code, packed, absmax}, threads_or_default(threads));
+  return PK_OK;
+}
+
+int pk_quantize_absmax_cpu(const float* absmax, int64_t count, int32_t blocksize, const float* code,
+                           uint8_t* out, float* nested, int threads) {
+  if (int bad = check_quantize_absmax(absmax, count, blocksize, code, out, nested)) return bad;
+  current->quantize_absmax({absmax, count, blocksize, code, out, nested}, threads_or_default(threads));
+  return PK_OK;
+}
+
+}  // extern "C"
+#endif

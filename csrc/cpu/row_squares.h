@@ -1,6 +1,18 @@
 // ||w||^2 of each row of a weight, 4-bit or dense: a piece of the row is decoded into the first-level cache
 // and squared there, so that no more than its bytes are read from memory.
 #pragma once
+#include "ops.h"
+
+namespace pk {
+
+struct RowSquares {
+  const pk_weight& w;
+  float* squares;  // [n]
+};
+
+}  // namespace pk
+
+#if defined(PK_NS)  // the kernel, compiled once a level
 #include "decode_impl.h"
 
 namespace PK_NS {
@@ -29,11 +41,26 @@ static float row_square(const pk_weight& w, const Table& table, int64_t row) {
   return sum(total);
 }
 
-// -> squares [n]
-static void row_squares(const pk_weight& w, float* squares, int threads) {
+static void row_squares(const pk::RowSquares& of, int threads) {
+  const pk_weight& w = of.w;
   const Table table = w.code ? make_table(w.code) : Table{};
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < w.n; row++) squares[row] = row_square(w, table, row);
+  for (int64_t row = 0; row < w.n; row++) of.squares[row] = row_square(w, table, row);
 }
 
 }  // namespace PK_NS
+
+#else  // the C function, compiled once, in dispatch.cpp
+#include "entry.h"
+
+extern "C" {
+
+int pk_row_squares_cpu(const pk_weight* w, float* squares, int threads) {
+  if (int bad = check_weight(w)) return bad;
+  if (w->n && !squares) return PK_ERR_NULL;
+  current->row_squares({*w, squares}, threads_or_default(threads));
+  return PK_OK;
+}
+
+}  // extern "C"
+#endif

@@ -2,7 +2,36 @@
 // With a residual stream: the sum is formed row by row before its norm, and the stream's gradient is added
 // where the norm's is in registers.
 #pragma once
-#include "kernels.h"
+#include "ops.h"
+
+namespace pk {
+
+struct RmsNorm {
+  const pk_rms_norm& norm;
+  const void* residual;  // these two of a norm of a sum, else null
+  void* s;
+  void* y;
+  float *rstd, *scratch;
+};
+
+struct RmsNormGrad {
+  const pk_rms_norm& norm;
+  const void* dy;
+  const void* ds;  // of a norm of a sum, else null
+  const float* rstd;
+  void* dx;         // may be null, as d_weight
+  float* d_weight;  // [n]
+  float* scratch;
+};
+
+// Rows of a task of the normalization's backward: a function of m alone, so that the order of sums does not
+// depend on the threads.
+static inline int64_t norm_rows(int64_t m) { return m <= 8 * 64 ? 8 : (m + 63) / 64; }
+static inline int64_t norm_tasks(int64_t m) { return (m + norm_rows(m) - 1) / norm_rows(m); }
+
+}  // namespace pk
+
+#if defined(PK_NS)  // the kernel, compiled once a level
 #include "math_impl.h"
 #include "qlora_impl.h"
 
@@ -136,42 +165,102 @@ static void rms_norm_grad_of(const pk_rms_norm& a, const T* x, const Y* dy, cons
     for (int64_t i = 0; i < n; i++) d_weight[i] += partial[task * n + i];
 }
 
-template <typename T, typename Y>
-static void rms_norm_as(const pk_rms_norm& a, const void* residual, void* s, Y* y, float* rstd,
-                        float* scratch, int threads) {
-  if (a.cast == PK_CAST_LLAMA)
-    rms_norm_of<true>(a, (const T*)a.x, (const T*)residual, (T*)s, y, rstd, scratch, threads);
-  else rms_norm_of<false>(a, (const T*)a.x, (const T*)residual, (T*)s, y, rstd, scratch, threads);
-}
-template <typename T, typename Y>
-static void rms_norm_grad_as(const pk_rms_norm& a, const Y* dy, const void* ds, const float* rstd, void* dx,
-                             float* d_weight, float* scratch, int threads) {
-  if (a.cast == PK_CAST_LLAMA)
-    rms_norm_grad_of<true>(a, (const T*)a.x, dy, (const T*)ds, rstd, (T*)dx, d_weight, scratch, threads);
-  else rms_norm_grad_of<false>(a, (const T*)a.x, dy, (const T*)ds, rstd, (T*)dx, d_weight, scratch, threads);
+// By the dtypes of x and of y (or dy), which is x's or fp32.
+template <typename F>
+static void by_norm_dtypes(const pk_rms_norm& a, F run) {
+  by_dtype(a.dtype, [&](auto value) {
+    if (a.y_dtype == PK_F32) run(value, 0.0f);
+    else run(value, value);
+  });
 }
 
-static void rms_norm(const pk_rms_norm& a, const void* residual, void* s, void* y, float* rstd,
-                     float* scratch, int threads) {
-  if (a.dtype == PK_F32) rms_norm_as<float>(a, residual, s, (float*)y, rstd, scratch, threads);
-  else if (a.dtype == PK_BF16 && a.y_dtype == PK_F32)
-    rms_norm_as<bf16>(a, residual, s, (float*)y, rstd, scratch, threads);
-  else if (a.dtype == PK_BF16) rms_norm_as<bf16>(a, residual, s, (bf16*)y, rstd, scratch, threads);
-  else if (a.y_dtype == PK_F32) rms_norm_as<f16>(a, residual, s, (float*)y, rstd, scratch, threads);
-  else rms_norm_as<f16>(a, residual, s, (f16*)y, rstd, scratch, threads);
+static void rms_norm(const pk::RmsNorm& of, int threads) {
+  by_norm_dtypes(of.norm, [&](auto value, auto out) {
+    using T = decltype(value);
+    using Y = decltype(out);
+    const T *x = (const T*)of.norm.x, *residual = (const T*)of.residual;
+    const bool llama = of.norm.cast == PK_CAST_LLAMA;
+    if (llama) rms_norm_of<true>(of.norm, x, residual, (T*)of.s, (Y*)of.y, of.rstd, of.scratch, threads);
+    else rms_norm_of<false>(of.norm, x, residual, (T*)of.s, (Y*)of.y, of.rstd, of.scratch, threads);
+  });
 }
 
-static void rms_norm_grad(const pk_rms_norm& a, const void* dy, const void* ds, const float* rstd, void* dx,
-                          float* d_weight, float* scratch, int threads) {
-  if (a.dtype == PK_F32)
-    rms_norm_grad_as<float>(a, (const float*)dy, ds, rstd, dx, d_weight, scratch, threads);
-  else if (a.dtype == PK_BF16 && a.y_dtype == PK_F32)
-    rms_norm_grad_as<bf16>(a, (const float*)dy, ds, rstd, dx, d_weight, scratch, threads);
-  else if (a.dtype == PK_BF16)
-    rms_norm_grad_as<bf16>(a, (const bf16*)dy, ds, rstd, dx, d_weight, scratch, threads);
-  else if (a.y_dtype == PK_F32)
-    rms_norm_grad_as<f16>(a, (const float*)dy, ds, rstd, dx, d_weight, scratch, threads);
-  else rms_norm_grad_as<f16>(a, (const f16*)dy, ds, rstd, dx, d_weight, scratch, threads);
+static void rms_norm_grad(const pk::RmsNormGrad& of, int threads) {
+  by_norm_dtypes(of.norm, [&](auto value, auto out) {
+    using T = decltype(value);
+    const T *x = (const T*)of.norm.x, *ds = (const T*)of.ds;
+    const auto* dy = (const decltype(out)*)of.dy;
+    const bool llama = of.norm.cast == PK_CAST_LLAMA;
+    if (llama)
+      rms_norm_grad_of<true>(of.norm, x, dy, ds, of.rstd, (T*)of.dx, of.d_weight, of.scratch, threads);
+    else rms_norm_grad_of<false>(of.norm, x, dy, ds, of.rstd, (T*)of.dx, of.d_weight, of.scratch, threads);
+  });
 }
 
 }  // namespace PK_NS
+
+#else  // the C function, compiled once, in dispatch.cpp
+#include "entry.h"
+
+namespace pk {
+
+static inline int check_norm(const pk_rms_norm* a) {
+  if (!a) return PK_ERR_NULL;
+  if (a->n < 1 || !matrix(a->m, a->n) || !rows_apart(a->m, a->n, a->ld_x)) return PK_ERR_SHAPE;
+  if (a->cast != PK_CAST_LLAMA && a->cast != PK_CAST_GEMMA) return PK_ERR_SHAPE;
+  if (bad_dtype(a->dtype) || bad_dtype(a->weight_dtype) || (a->y_dtype != a->dtype && a->y_dtype != PK_F32))
+    return PK_ERR_DTYPE;
+  return PK_OK;
+}
+
+}  // namespace pk
+
+extern "C" {
+
+int64_t pk_rms_norm_scratch_bytes(int64_t m, int64_t n, int with_d_weight) {
+  if (n < 1 || !matrix(m, n)) return 0;
+  return bytes_of(n * (1 + (with_d_weight ? norm_tasks(m) : 0)));
+}
+
+// residual and s: of a norm of a sum (`sum`), else null.
+static int norm_forward(const pk_rms_norm* norm, bool sum, const void* residual, void* s, void* y,
+                        float* rstd, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return PK_OK;
+  if (!norm->x || !norm->weight || !y || !rstd || !scratch) return PK_ERR_NULL;
+  if (sum && (!residual || !s)) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, 0)) return PK_ERR_SCRATCH;
+  current->rms_norm({*norm, residual, s, y, rstd, aligned(scratch)}, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_rms_norm_fwd_cpu(const pk_rms_norm* norm, void* y, float* rstd, void* scratch, int64_t bytes,
+                        int threads) {
+  return norm_forward(norm, false, nullptr, nullptr, y, rstd, scratch, bytes, threads);
+}
+int pk_add_rms_norm_fwd_cpu(const pk_rms_norm* norm, const void* residual, void* s, void* y, float* rstd,
+                            void* scratch, int64_t bytes, int threads) {
+  return norm_forward(norm, true, residual, s, y, rstd, scratch, bytes, threads);
+}
+
+// ds: of a norm of a sum, whose dx is not optional.
+static int norm_backward(const pk_rms_norm* norm, bool sum, const void* dy, const void* ds, const float* rstd,
+                         void* dx, float* d_weight, void* scratch, int64_t bytes, int threads) {
+  if (int bad = check_norm(norm)) return bad;
+  if (norm->m == 0) return d_weight ? PK_ERR_SHAPE : PK_OK;
+  if (!norm->x || !norm->weight || !dy || !rstd || !scratch) return PK_ERR_NULL;
+  if (sum && (!ds || !dx)) return PK_ERR_NULL;
+  if (bytes < pk_rms_norm_scratch_bytes(norm->m, norm->n, d_weight != nullptr)) return PK_ERR_SCRATCH;
+  current->rms_norm_grad({*norm, dy, ds, rstd, dx, d_weight, aligned(scratch)}, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const float* rstd, void* dx, float* d_weight,
+                        void* scratch, int64_t bytes, int threads) {
+  return norm_backward(norm, false, dy, nullptr, rstd, dx, d_weight, scratch, bytes, threads);
+}
+int pk_add_rms_norm_bwd_cpu(const pk_rms_norm* norm, const void* dy, const void* ds, const float* rstd,
+                            void* d_sum, float* d_weight, void* scratch, int64_t bytes, int threads) {
+  return norm_backward(norm, true, dy, ds, rstd, d_sum, d_weight, scratch, bytes, threads);
+}
+
+}  // extern "C"
+#endif

@@ -1,7 +1,23 @@
 // Gated linear units, h = act(gate) * up, and their backward: one pass over the operands, fp32 inside, one
 // rounding.
 #pragma once
-#include "kernels.h"
+#include "ops.h"
+
+namespace pk {
+
+struct Glu {
+  const pk_glu& operands;
+  const pk_glu_grad* grads;  // null: forward
+  int dtype;
+  int64_t m, n;
+  int activation;
+  const void* dy;  // [m, n] of `dtype`, as h; backward h may be null
+  void* h;
+};
+
+}  // namespace pk
+
+#if defined(PK_NS)  // the kernel, compiled once a level
 #include "math_impl.h"
 
 namespace PK_NS {
@@ -96,21 +112,62 @@ static void glu_backward_of(const pk_glu& a, const pk_glu_grad& d, int64_t m, in
 }
 
 template <typename T>
-static void glu_of(const pk_glu& a, const pk_glu_grad* d, int64_t m, int64_t n, int activation, const T* dy,
-                   T* h, int threads) {
-  if (d && activation == PK_SILU) glu_backward_of<PK_SILU>(a, *d, m, n, dy, h, threads);
-  else if (d && activation == PK_GELU) glu_backward_of<PK_GELU>(a, *d, m, n, dy, h, threads);
-  else if (d) glu_backward_of<PK_GELU_TANH>(a, *d, m, n, dy, h, threads);
-  else if (activation == PK_SILU) glu_forward_of<PK_SILU>(a, m, n, h, threads);
-  else if (activation == PK_GELU) glu_forward_of<PK_GELU>(a, m, n, h, threads);
-  else glu_forward_of<PK_GELU_TANH>(a, m, n, h, threads);
+static void glu_of(const pk::Glu& of, int threads) {
+  const pk_glu& a = of.operands;
+  const pk_glu_grad* d = of.grads;
+  const T* dy = (const T*)of.dy;
+  T* h = (T*)of.h;
+  if (d && of.activation == PK_SILU) glu_backward_of<PK_SILU>(a, *d, of.m, of.n, dy, h, threads);
+  else if (d && of.activation == PK_GELU) glu_backward_of<PK_GELU>(a, *d, of.m, of.n, dy, h, threads);
+  else if (d) glu_backward_of<PK_GELU_TANH>(a, *d, of.m, of.n, dy, h, threads);
+  else if (of.activation == PK_SILU) glu_forward_of<PK_SILU>(a, of.m, of.n, h, threads);
+  else if (of.activation == PK_GELU) glu_forward_of<PK_GELU>(a, of.m, of.n, h, threads);
+  else glu_forward_of<PK_GELU_TANH>(a, of.m, of.n, h, threads);
 }
 
-static void glu(const pk_glu& a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n, int activation,
-                const void* dy, void* h, int threads) {
-  if (dtype == PK_F32) glu_of(a, d, m, n, activation, (const float*)dy, (float*)h, threads);
-  else if (dtype == PK_BF16) glu_of(a, d, m, n, activation, (const bf16*)dy, (bf16*)h, threads);
-  else glu_of(a, d, m, n, activation, (const f16*)dy, (f16*)h, threads);
+static void glu(const pk::Glu& of, int threads) {
+  by_dtype(of.dtype, [&](auto value) { glu_of<decltype(value)>(of, threads); });
 }
 
 }  // namespace PK_NS
+
+#else  // the C function, compiled once, in dispatch.cpp
+#include "entry.h"
+
+namespace pk {
+
+static inline int check_glu(const pk_glu* a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n,
+                            int activation) {
+  if (!a) return PK_ERR_NULL;
+  if (!matrix(m, n) || activation < PK_SILU || activation > PK_GELU_TANH) return PK_ERR_SHAPE;
+  if (bad_dtype(dtype)) return PK_ERR_DTYPE;
+  if (m == 0 || n == 0) return PK_OK;
+  if (!a->gate || !a->up || (d && (!d->d_gate || !d->d_up))) return PK_ERR_NULL;
+  const bool apart = rows_apart(m, n, a->ld_gate) && rows_apart(m, n, a->ld_up);
+  return apart && (!d || (rows_apart(m, n, d->ld_d_gate) && rows_apart(m, n, d->ld_d_up))) ? PK_OK
+                                                                                           : PK_ERR_SHAPE;
+}
+
+}  // namespace pk
+
+extern "C" {
+
+static int glu_status(const pk_glu* a, const pk_glu_grad* d, int dtype, int64_t m, int64_t n, int activation,
+                      const void* dy, void* h, int threads) {
+  if (int bad = check_glu(a, d, dtype, m, n, activation)) return bad;
+  if (m == 0 || n == 0) return PK_OK;
+  if (d ? !dy : !h) return PK_ERR_NULL;
+  current->glu({*a, d, dtype, m, n, activation, dy, h}, threads_or_default(threads));
+  return PK_OK;
+}
+int pk_glu_fwd_cpu(const pk_glu* operands, int dtype, int64_t m, int64_t n, int activation, void* h,
+                   int threads) {
+  return glu_status(operands, nullptr, dtype, m, n, activation, nullptr, h, threads);
+}
+int pk_glu_bwd_cpu(const pk_glu* operands, const pk_glu_grad* grads, int dtype, int64_t m, int64_t n,
+                   int activation, const void* dy, void* h, int threads) {
+  return grads ? glu_status(operands, grads, dtype, m, n, activation, dy, h, threads) : PK_ERR_NULL;
+}
+
+}  // extern "C"
+#endif
