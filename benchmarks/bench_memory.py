@@ -6,7 +6,7 @@ import torch
 
 from peftkern import NF4Weight, explain
 from peftkern.functional import qlora_linear
-from peftkern.ops.qlora_linear import cpu as launcher
+from peftkern.ops.linear import cpu as launcher
 from peftkern.runtime import backends
 
 from .harness import OURS, Row, force_isa, parser, write_csv

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from peftkern.ops.qlora_group.plan import backward_arguments, group_backward_plan, group_forward_plan
-from peftkern.ops.qlora_linear.plan import Shape, backward_plan, forward_plan
+from peftkern.ops.linear.group.plan import backward_arguments, group_backward_plan, group_forward_plan
+from peftkern.ops.linear.plan import Shape, backward_plan, forward_plan
 from peftkern.runtime.plan import INTERPRETED, Device, Launch, planning
 
 __all__ = ["LLAMA_8B", "Layer", "decoder_layer_plan"]
@@ -98,7 +98,7 @@ def _product(shape: Shape, width: int, device: Device) -> list[Launch]:
 
 def _down_backward(s: Shape, device: Device) -> list[Launch]:
     """The MLP's last linear and its input's gradients."""
-    from peftkern.ops.qlora_glu import gpu
+    from peftkern.ops.linear.glu import gpu
 
     (dy,), _, *linear = backward_arguments([s])
     gate = torch.empty((s.m, s.k), dtype=s.dtype, device="meta")

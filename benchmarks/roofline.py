@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peftkern.ops.qlora_linear import config, plan, tuned
-from peftkern.ops.qlora_linear.plan import Shape
+from peftkern.ops.linear import config, plan, tuned
+from peftkern.ops.linear.plan import Shape
 from peftkern.ops.sizes import weight_bytes
 from peftkern.runtime.plan import Device, Launch
 from peftkern.runtime.targets import CARDS, Card

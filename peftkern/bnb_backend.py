@@ -31,7 +31,7 @@ from .formats import nf4
 from .formats.bnb_repacked import codes_in_row_order, is_repacked, plain_absmax
 from .formats.nf4 import NF4Weight
 from .ops import quantize as _quantize
-from .ops.qlora_linear import cpu
+from .ops.linear import cpu
 from .runtime import backends
 
 __all__ = ["register", "state", "suspended", "unregister"]

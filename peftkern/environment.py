@@ -177,7 +177,7 @@ def _isa() -> str:
 
 def _limits() -> str:
     """Where the CPU's choice between kernels comes from."""
-    from .ops.qlora_linear import cpu_rows
+    from .ops.linear import cpu_rows
 
     return cpu_rows.row(backends.native().isa()).measured if backends.available("cpu")[0] else "none"
 

@@ -13,8 +13,8 @@ import torch
 
 from . import functional
 from .formats.nf4 import NF4Weight
-from .ops.qlora_linear import config, tuned
-from .ops.qlora_linear.config import GPUConfig
+from .ops.linear import config, tuned
+from .ops.linear.config import GPUConfig
 from .runtime import backends
 
 __all__ = ["derive", "main", "measure"]

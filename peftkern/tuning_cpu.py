@@ -14,8 +14,8 @@ import torch
 from . import functional
 from .formats.nf4 import NF4Weight
 from .functional.attention import scaled_dot_product_attention
-from .ops.qlora_linear import config, cpu_rows, tuned
-from .ops.qlora_linear.config import Config
+from .ops.linear import config, cpu_rows, tuned
+from .ops.linear.config import Config
 from .runtime import backends
 
 __all__ = ["derive", "measure", "tune", "wall_timer"]

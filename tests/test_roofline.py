@@ -12,7 +12,7 @@ import pytest
 from benchmarks import roofline
 from benchmarks.pages import put
 from benchmarks.roofline import PEAKS, PEERS, Assumptions, frozen, ours, peer, rows, seconds
-from peftkern.ops.qlora_linear.plan import Shape
+from peftkern.ops.linear.plan import Shape
 from peftkern.runtime.plan import Launch
 from peftkern.runtime.targets import ARCHITECTURES, CARDS, nearest, occupancy
 

@@ -14,8 +14,8 @@ import torch
 from peftkern import tuning_cpu
 from peftkern.__main__ import main
 from peftkern.ops import attention as attention_op
-from peftkern.ops.qlora_linear import config, cpu, cpu_rows
-from peftkern.ops.qlora_linear.config import TABLE
+from peftkern.ops.linear import config, cpu, cpu_rows
+from peftkern.ops.linear.config import TABLE
 from peftkern.runtime import backends
 
 SMALL = dict(shapes=((64, 64), (32, 128)), few=(1, 2, 4), rows=(1, 16, 40), tokens=((1, 32),))

@@ -163,7 +163,7 @@ def _coverage(run: Run, found: Mapping[str, object]) -> None:
 
 def tune(run: Run) -> None:
     """`peftkern tune`: its output, its file, and its timings as rows."""
-    from peftkern.ops.qlora_linear import tuned
+    from peftkern.ops.linear import tuned
 
     case = Case("tune", "limits", timed="")
     status, output = _command(

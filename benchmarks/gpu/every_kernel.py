@@ -41,7 +41,7 @@ from peftkern.functional import (
     rope,
     row_squares,
 )
-from peftkern.ops.qlora_linear import low_rank_config, tuned
+from peftkern.ops.linear import low_rank_config, tuned
 from peftkern.runtime import backends
 
 from .forcing import ALWAYS, NEVER, gpu_row
@@ -185,8 +185,8 @@ def _formats(device: str, dtype: torch.dtype, nested: bool) -> int:
 
 def _split(device: str) -> int:
     """The product of few rows whose contraction several programs share, as of a K from 2,048 on."""
-    from peftkern.ops.qlora_linear.matmul_calls import matmul_dx, matmul_forward
-    from peftkern.ops.qlora_linear.matmul_config import MatmulConfig
+    from peftkern.ops.linear.matmul_calls import matmul_dx, matmul_forward
+    from peftkern.ops.linear.matmul_config import MatmulConfig
 
     weight, config = quantize_4bit(torch.randn(130, 192, device=device)), MatmulConfig(16, 64, 32, split_k=3)
     x, dy = (torch.randn(5, size, device=device) for size in (192, 130))

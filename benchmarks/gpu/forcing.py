@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peftkern.ops.qlora_linear import config
+from peftkern.ops.linear import config
 from peftkern.runtime import backends
 
 __all__ = ["ALWAYS", "NEVER", "gpu_row"]

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from peftkern import NF4Weight
 from peftkern.functional import qlora_linear
 from peftkern.ops.dequantize import reference
-from peftkern.ops.qlora_linear import tuned
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.linear import tuned
+from peftkern.ops.philox import dropout_scale
 from peftkern.runtime import backends
 
 from ..harness import OURS
@@ -334,7 +334,7 @@ def _judge(p: Problem, call: Callable[..., Results], build: Callable, own: bool)
 
 def _planned_bytes(p: Problem) -> int:
     """Bytes of our launches on this device, forward and backward."""
-    from peftkern.ops.qlora_linear import plan
+    from peftkern.ops.linear import plan
 
     options = {"nested": p.w.packed.nested, "dropout": p.dropout_p > 0}
     shape = plan.Shape(p.m, p.n, p.k, p.r, p.dtype, **options)

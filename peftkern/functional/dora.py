@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats.nf4 import NF4Weight, operands
-from ..ops import dora_group as _op
+from ..ops.linear import dora as _op
 from ..ops.row_squares import row_squares as _squares
 from ..ops.scale_columns import scale_columns
 from . import checks

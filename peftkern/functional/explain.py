@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.qlora_linear import cpu_rows
+from ..ops.linear import cpu_rows
 from ..runtime import backends
 from . import checks
 
@@ -28,7 +28,7 @@ def explain(x: Tensor, n: int, k: int, r: int = 16) -> str:
     if backend == "cpu":
         choice = cpu_rows.choose(dtype=dtype, isa=backends.native().isa(), m=m, n=n, k=k)
         return f"cpu: {reason}; {choice.regime} ({choice.why})"
-    from ..ops.qlora_linear import plan
+    from ..ops.linear import plan
 
     return f"{backend}: {reason}; {plan.explain(x, m, n, k, r)}"
 

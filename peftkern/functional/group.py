@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats.nf4 import NF4Weight, operands
-from ..ops import qlora_group as _op
+from ..ops.linear import group as _op
 from . import checks
 
 __all__ = ["Adapter", "Member", "few_rows", "prepare", "prepared", "qlora_group"]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..formats.nf4 import NF4Weight, operands
-from ..ops import lora_add as _lora_add
-from ..ops import qlora_linear as _qlora_linear
+from ..ops import linear as _qlora_linear
+from ..ops.linear import lora_add as _lora_add
 from . import checks
 
 __all__ = ["linear_4bit", "lora_add", "prepared", "qlora_linear"]

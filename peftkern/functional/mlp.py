@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..ops import glu as _glu
-from ..ops import qlora_glu, transformed
-from ..ops import qlora_group as group
+from ..ops import transformed
 from ..ops.derivatives import derived, known_input, twice_differentiable
 from ..ops.flops import observe
 from ..ops.glu import reference as _glu_reference
-from ..ops.qlora_glu import halves
+from ..ops.linear import glu as qlora_glu
+from ..ops.linear import group as group
+from ..ops.linear.glu import halves
 from .group import Member, prepare
 
 __all__ = ["gated_mlp", "gated_mlp_packed"]

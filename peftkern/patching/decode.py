@@ -17,7 +17,7 @@ from ..runtime import backends
 __all__ = ["Ready"]
 
 _MOST_ROWS = (
-    64  # the kernel for few rows takes no more; the table of ops/qlora_linear/config.py says where it is used
+    64  # the kernel for few rows takes no more; the table of ops/linear/config.py says where it is used
 )
 
 

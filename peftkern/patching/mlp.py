@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..ops import autocast_off, served
-from ..ops.qlora_glu import halves
+from ..ops.linear.glu import halves
 from .blocks import replacement
 from .decode import Ready
 from .hooks import running

@@ -15,7 +15,7 @@ from torch import Tensor
 from peftkern import NF4Weight
 from peftkern.formats.nf4 import code_tensor
 from peftkern.ops.dequantize import reference as dequantize
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.philox import dropout_scale
 
 from ..native.compiled import CSRC, DTYPES, c_lora, c_weight, i64, once, pointer
 from ..ops.bounds import assert_as_accurate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkern.formats.nf4 import code_tensor
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.philox import dropout_scale
 
 from ..native.compiled import pointer
 from .linear import load_probes

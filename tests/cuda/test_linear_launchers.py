@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern.ops.qlora_linear import cuda
+from peftkern.ops.linear import cuda
 
 from ..ops.bounds import assert_as_accurate
 from .linear import FLOATS, Case, exact, make_case, plain

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from triton.runtime import interpreter  # noqa: E402
 
 from benchmarks.gpu import every_kernel  # noqa: E402
-from peftkern.ops.qlora_linear import cuda, gpu  # noqa: E402
+from peftkern.ops.linear import cuda, gpu  # noqa: E402
 from peftkern.runtime import backends  # noqa: E402
 from peftkern.runtime.native import DTYPES  # noqa: E402
 

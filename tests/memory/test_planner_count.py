@@ -17,7 +17,7 @@ from peftkern.memory.planner.options import RunOptions
 from peftkern.memory.planner.schedule import run_step
 from peftkern.memory.planner.shapes import Shape, shape_of
 from peftkern.memory.planner.step import Step
-from peftkern.ops.qlora_linear import cpu_rows
+from peftkern.ops.linear import cpu_rows
 from peftkern.runtime.backends import native
 
 from .build import SHAPES, build, config, transformers

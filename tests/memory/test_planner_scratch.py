@@ -13,7 +13,7 @@ import torch
 from peftkern.memory.count import MemoryCount
 from peftkern.memory.planner.cards import CARDS, Card
 from peftkern.memory.planner.scratch import Member, Operators
-from peftkern.ops.qlora_group.spec import Adapters
+from peftkern.ops.linear.group.spec import Adapters
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -29,10 +29,9 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The GPU launchers on the CPU, as on a given card."""
-    import peftkern.ops.linear_cross_entropy.triton
-    import peftkern.ops.qlora_glu.gpu  # noqa: F401  # so that what they launch with is left out too
-    import peftkern.ops.qlora_group.gpu as group
-    from peftkern.ops.qlora_linear import gpu as single
+    import peftkern.ops.linear.glu.gpu  # noqa: F401  # so that what they launch with is left out too
+    import peftkern.ops.linear.group.gpu as group
+    from peftkern.ops.linear import gpu as single
     from peftkern.runtime import plan
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -105,7 +104,7 @@ def test_groups_on_a_gpu(launchers: Any, card: str, tokens: int, part: str) -> N
 def test_the_second_half_of_a_gated_mlp_on_a_gpu(
     launchers: Any, card: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peftkern.ops.qlora_glu import gpu as glu
+    from peftkern.ops.linear.glu import gpu as glu
 
     found, rank, inner = CARDS[card], 32, 14336
     launchers(found)
@@ -142,8 +141,8 @@ def test_the_loss_on_a_gpu(launchers: Any) -> None:
 @pytest.mark.parametrize("part", ["qkv", "o", "gate_up"])
 def test_groups_on_the_cpu(part: str, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from peftkern.memory.planner.cards import CPU
-    from peftkern.ops.qlora_group import cpu as group
-    from peftkern.ops.qlora_linear import config, cpu_rows
+    from peftkern.ops.linear import config, cpu_rows
+    from peftkern.ops.linear.group import cpu as group
     from peftkern.runtime.backends import native
 
     pytest.importorskip("peftkern._C", reason="the native kernels are not built")

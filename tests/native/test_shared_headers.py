@@ -12,7 +12,7 @@ import torch
 
 from peftkern import NF4Weight
 from peftkern.formats.nf4 import code_tensor
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.philox import dropout_scale
 from peftkern.ops.quantize import reference
 
 from .compiled import CSRC, c_weight, compile_objects, i64, link_shared, pointer

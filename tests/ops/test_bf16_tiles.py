@@ -13,7 +13,7 @@ from torch import Tensor
 from peftkern import NF4Weight
 from peftkern.formats.nf4 import operands
 from peftkern.functional import qlora_linear
-from peftkern.ops.qlora_linear import cpu
+from peftkern.ops.linear import cpu
 from peftkern.runtime import backends
 from peftkern.runtime.native import weight_view
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from peftkern import NF4Weight, functional
 from peftkern.functional import Adapter, Member
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.philox import dropout_scale
 
 K, N = 64, 24
 

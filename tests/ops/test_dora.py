@@ -18,8 +18,8 @@ from peftkern.functional import (
     dora_linear,
     row_squares,
 )
-from peftkern.ops import dora_group as op
-from peftkern.ops.qlora_linear import config, cpu_rows
+from peftkern.ops.linear import config, cpu_rows
+from peftkern.ops.linear import dora as op
 
 from ..cases import nightly
 from .bounds import assert_as_accurate, in_other_orders, products_of_many_rows, relative_norm

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import Adapter, Member, gated_mlp, gated_mlp_packed
 from peftkern.ops.glu import ACTIVATIONS
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.philox import dropout_scale
 
 from .bounds import FACTOR, assert_as_accurate, relative_norm
 from .test_glu import ACTS, DTYPES

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from peftkern import tuning
-from peftkern.ops.qlora_linear import tuned, waves
-from peftkern.ops.qlora_linear.config import GPU_TABLE, choose_gpu, nearest_arch, slices
-from peftkern.ops.qlora_linear.low_rank_config import LowRankConfig, beside_a_slab, choose_low_rank
+from peftkern.ops.linear import tuned, waves
+from peftkern.ops.linear.config import GPU_TABLE, choose_gpu, nearest_arch, slices
+from peftkern.ops.linear.low_rank_config import LowRankConfig, beside_a_slab, choose_low_rank
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import library
 import peftkern
 from peftkern import NF4Weight, functional, use_backend
 from peftkern.formats import nf4
-from peftkern.ops.qlora_linear import config
+from peftkern.ops.linear import config
 
 
 def _quant(w: NF4Weight) -> tuple:
@@ -134,7 +134,7 @@ def test_checkpointing_repeats_the_dropout_mask() -> None:
 
 
 def test_dropout_statistics_and_seeds() -> None:
-    from peftkern.ops.qlora_linear.reference import dropout_scale
+    from peftkern.ops.philox import dropout_scale
 
     mask = dropout_scale(512, 1000, 0.1, torch.tensor([1]))
     kept = (mask > 0).double().mean().item()
@@ -147,7 +147,7 @@ def test_dropout_statistics_and_seeds() -> None:
 
 def test_philox_known_answer() -> None:
     """Random123's published vectors for philox4x32-10."""
-    from peftkern.ops.qlora_linear.reference import philox_4x32
+    from peftkern.ops.philox import philox_4x32
 
     zero, ones = torch.zeros((), dtype=torch.int64), torch.tensor(0xFFFFFFFF)
     assert [int(v) for v in philox_4x32([zero] * 4, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
@@ -160,7 +160,7 @@ def test_philox_known_answer() -> None:
 
 
 def test_native_mask_equals_the_reference(isa: str) -> None:
-    from peftkern.ops.qlora_linear.reference import dropout_scale
+    from peftkern.ops.philox import dropout_scale
 
     for m, k, seed in ((3, 1, 5), (40, 257, -7), (5, 1000, 2**62)):
         mask, key = torch.full((m, k), float("nan")), torch.tensor([seed])

@@ -8,7 +8,7 @@ from torch import library
 
 from peftkern import functional, use_backend
 from peftkern.functional import lora_add
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.philox import dropout_scale
 
 from ..cases import each_choice
 from .bounds import assert_as_accurate, products_of_many_rows
@@ -157,7 +157,7 @@ def test_the_gradient_reaches_a_trainable_base() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradcheck_of_the_reference(dropout_p: float) -> None:
-    from peftkern.ops.lora_add import lora_add as op
+    from peftkern.ops.linear.lora_add import lora_add as op
 
     shapes = ((4, 6), (4, 10), (3, 10), (6, 3), (6,))
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import Adapter, Member, qlora_group, qlora_linear
-from peftkern.ops.qlora_linear import config, cpu_rows
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.linear import config, cpu_rows
+from peftkern.ops.philox import dropout_scale
 
 from ..cases import each_choice
 from .bounds import assert_as_accurate, products_of_many_rows

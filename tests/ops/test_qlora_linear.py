@@ -9,8 +9,8 @@ import torch
 from peftkern import NF4Weight, use_backend
 from peftkern.formats.nf4 import operands
 from peftkern.functional import linear_4bit, qlora_linear
-from peftkern.ops.qlora_linear import config, cpu_rows
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.linear import config, cpu_rows
+from peftkern.ops.philox import dropout_scale
 
 from .bounds import assert_as_accurate, products_of_many_rows
 
@@ -252,7 +252,7 @@ def test_bare_frozen_linear_saves_no_activation() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradcheck_of_the_reference(dropout_p: float) -> None:
-    from peftkern.ops.qlora_linear import apply
+    from peftkern.ops.linear import apply
 
     w = torch.randn(6, 10, dtype=torch.float64)
     x, bias, a, b = (

@@ -8,7 +8,7 @@ import torch
 
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import dequantize_4bit, qlora_linear
-from peftkern.ops.qlora_linear import tuned
+from peftkern.ops.linear import tuned
 from peftkern.runtime import backends
 
 from .test_gpu_linear import FUSED, NAMES, SLAB, _case, _ours

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from peftkern import use_backend  # noqa: E402
 from peftkern.functional import Adapter, Member  # noqa: E402
 from peftkern.ops.glu import triton as glu  # noqa: E402
-from peftkern.ops.qlora_linear import tuned  # noqa: E402
+from peftkern.ops.linear import tuned  # noqa: E402
 
 from ..cases import each_choice  # noqa: E402
 from ..ops import test_gated_mlp as mlp  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftkern import use_backend
-from peftkern.ops.qlora_linear import tuned
+from peftkern.ops.linear import tuned
 
 from ..cases import each_choice
 from ..ops import test_qlora_group as group

@@ -9,9 +9,9 @@ import torch
 
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import qlora_linear
-from peftkern.ops.qlora_linear import tuned
-from peftkern.ops.qlora_linear.config import GPU_TABLE
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.linear import tuned
+from peftkern.ops.linear.config import GPU_TABLE
+from peftkern.ops.philox import dropout_scale
 
 from ..cases import each_choice, nightly
 from ..ops.bounds import assert_as_accurate, products_of_many_rows

@@ -11,9 +11,9 @@ import torch
 
 import peftkern
 from benchmarks.layer_plan import LLAMA_8B, Layer, decoder_layer_plan
-from peftkern.ops.qlora_linear import tuned
-from peftkern.ops.qlora_linear.config import GPU_TABLE
-from peftkern.ops.qlora_linear.plan import Shape
+from peftkern.ops.linear import tuned
+from peftkern.ops.linear.config import GPU_TABLE
+from peftkern.ops.linear.plan import Shape
 from peftkern.runtime.plan import Device, Launch
 
 from ..patching import models

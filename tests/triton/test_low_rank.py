@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peftkern.ops.qlora_linear.low_rank_config import LowRankConfig, Tile, choose_low_rank, dot_mode
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.linear.low_rank_config import LowRankConfig, Tile, choose_low_rank, dot_mode
+from peftkern.ops.philox import dropout_scale
 
 from ..ops.bounds import assert_as_accurate, products_of_many_rows
 
 pytest.importorskip("triton")
 
-from peftkern.ops.qlora_linear import low_rank  # noqa: E402
+from peftkern.ops.linear import low_rank  # noqa: E402
 
 SCALING = 0.7
 # The interpreter sums a tile's products one after the other: 32 of them are a chain as short as the house's

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from peftkern import NF4Weight, use_backend
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.philox import dropout_scale
 from tests.cases import each_choice, nightly
 from tests.ops.bounds import assert_as_accurate, products_of_many_rows, relative_norm
 
 pytest.importorskip("triton")
 
-from peftkern.ops.qlora_linear.matmul_calls import matmul_dx, matmul_forward  # noqa: E402
-from peftkern.ops.qlora_linear.matmul_config import MatmulConfig, default_config  # noqa: E402
+from peftkern.ops.linear.matmul_calls import matmul_dx, matmul_forward  # noqa: E402
+from peftkern.ops.linear.matmul_config import MatmulConfig, default_config  # noqa: E402
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = MatmulConfig(16, 64, 32, num_stages=2)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from peftkern import use_backend
-from peftkern.ops.qlora_group import gpu
-from peftkern.ops.qlora_linear import tuned
+from peftkern.ops.linear import tuned
+from peftkern.ops.linear.group import gpu
 
 from ..cases import each_choice, nightly
 from ..ops import test_qlora_group as group

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.ops.qlora_linear import low_rank_calls, tuned
+from peftkern.ops.linear import low_rank_calls, tuned
 from peftkern.patching import linears
 
 from ..ops.bounds import FACTOR, assert_as_accurate

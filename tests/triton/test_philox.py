@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern.ops.qlora_linear.reference import dropout_scale
+from peftkern.ops.philox import dropout_scale
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -50,7 +50,7 @@ def test_every_probability(device: str, p: float) -> None:
 
 def test_rows_beyond_31_bits(device: str) -> None:
     """A counter word is the row's low 32 bits; nothing overflows on the way."""
-    from peftkern.ops.qlora_linear.reference import philox_4x32
+    from peftkern.ops.philox import philox_4x32
 
     row0, seed = 2**31 - 8, torch.tensor([99])
     row, column = torch.arange(row0, row0 + 16)[:, None].expand(-1, 2), torch.arange(2).expand(16, -1)

@@ -12,16 +12,16 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 import peftkern.ops
-from peftkern.ops.qlora_group import gpu
-from peftkern.ops.qlora_group.plan import (
+from peftkern.ops.linear import plan, tuned
+from peftkern.ops.linear.config import GPU_TABLE
+from peftkern.ops.linear.group import gpu
+from peftkern.ops.linear.group.plan import (
     backward_arguments,
     forward_arguments,
     group_backward_plan,
     group_forward_plan,
 )
-from peftkern.ops.qlora_linear import plan, tuned
-from peftkern.ops.qlora_linear.config import GPU_TABLE
-from peftkern.ops.qlora_linear.plan import Shape, backward_plan, forward_plan
+from peftkern.ops.linear.plan import Shape, backward_plan, forward_plan
 from peftkern.runtime.plan import Device, Launch, states
 from peftkern.runtime.targets import CARDS
 

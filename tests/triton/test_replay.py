@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peftkern import NF4Weight, use_backend
 from peftkern.functional import Adapter, Member, add_rms_norm, glu, qlora_group, qlora_linear, rms_norm, rope
-from peftkern.ops.qlora_linear import tuned
-from peftkern.ops.qlora_linear.config import GPU_TABLE, GPUConfig
+from peftkern.ops.linear import tuned
+from peftkern.ops.linear.config import GPU_TABLE, GPUConfig
 from peftkern.runtime import replay
 from peftkern.runtime.record import Record
 

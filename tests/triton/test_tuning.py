@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from peftkern import tuning, use_backend
-from peftkern.ops.qlora_linear import gpu
-from peftkern.ops.qlora_linear.config import GPU_TABLE
+from peftkern.ops.linear import gpu
+from peftkern.ops.linear.config import GPU_TABLE
 
 
 def test_every_variant_runs_in_its_own_regime(device: str, monkeypatch) -> None:

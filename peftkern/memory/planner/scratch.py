@@ -1,6 +1,6 @@
 """What peftkern's operators allocate and free inside themselves, by device: no count from outside sees it.
 
-The same choosers that the launchers ask (`qlora_linear/config.py`, `low_rank_config.py`) are asked here, so
+The same choosers that the launchers ask (`ops/linear/config.py`, `low_rank_config.py`) are asked here, so
 that a change of a limit changes the plan too. Every function returns bytes.
 """
 
@@ -10,15 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...ops.qlora_linear import config
-from ...ops.qlora_linear.low_rank_config import LowRankConfig, beside_a_slab, choose_low_rank, dot_mode
+from ...ops.linear import config
+from ...ops.linear.low_rank_config import LowRankConfig, beside_a_slab, choose_low_rank, dot_mode
 from .cards import Card
 
 __all__ = ["Member", "Operators"]
 
 _LOGITS = 128 << 20  # linear_cross_entropy/triton.py
 _CPU_LOGITS, _CPU_MOST, _CPU_LEAST = 48 << 20, 512, 16  # linear_cross_entropy/cpu.py
-_CPU_SLICE = 5 << 20  # qlora_linear/cpu.py
+_CPU_SLICE = 5 << 20  # ops/linear/cpu.py
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...ops.qlora_linear import cpu_rows
+from ...ops.linear import cpu_rows
 from .cards import Card
 from .options import RunOptions
 from .scratch import Member, Operators

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import backends
-from ..qlora_linear import cpu_rows
+from ..linear import cpu_rows
 
 __all__ = ["FEWEST_QUERIES", "MOST_SCRATCH", "MOST_WIDTH", "available", "native"]
 
@@ -17,7 +17,7 @@ MOST_SCRATCH = 1 << 28  # bytes: packed operands of a head of keys with its head
 
 def available() -> bool:
     """Whether the level in use of this CPU has the kernel, and it is the faster one there (the row's
-    `attention` in ops/qlora_linear/config.py, or what `peftkern tune` measured)."""
+    `attention` in ops/linear/config.py, or what `peftkern tune` measured)."""
     if not backends.available("cpu")[0]:
         return False
     return backends.native().attention_served() and cpu_rows.row(backends.native().isa()).attention

@@ -10,7 +10,7 @@ from ...formats.nf4 import NF4Weight, operands
 from .. import LIBRARY, accumulation, autocast_off, backend, serving, transformed
 from ..derivatives import twice_differentiable
 from ..flops import observe
-from ..qlora_linear import QUANT_SCHEMA
+from ..linear import QUANT_SCHEMA
 from . import reference
 
 __all__ = ["linear_cross_entropy"]

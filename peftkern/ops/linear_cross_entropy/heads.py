@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.native import address, empty, native, reused, scratch, weight_view, zeros
-from ..qlora_linear import cpu_rows
+from ..linear import cpu_rows
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]
 

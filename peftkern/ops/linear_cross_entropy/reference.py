@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..qlora_linear.reference import dense_weight
+from ..linear.reference import dense_weight
 
 __all__ = ["linear_cross_entropy", "losses"]
 

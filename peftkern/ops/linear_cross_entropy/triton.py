@@ -19,7 +19,7 @@ from ...runtime.launch import Call, run, specialization
 from ...runtime.plan import Launch, nbytes, work
 from ...runtime.specialization import Specialization
 from ..dequantize.triton import dequantize_slice
-from ..qlora_linear import config
+from ..linear import config
 from ..sizes import next_power_of_2
 from ..triton_numerics import round_to, to_fp32
 from .budget import given

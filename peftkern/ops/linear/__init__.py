@@ -1,0 +1,153 @@
+"""The QLoRA linear: a frozen 4-bit (or dense) linear with its trainable low-rank branch, one op per
+direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, library
+
+from ...runtime.backends import select
+from .. import LIBRARY, accumulation, autocast_off, backend, transformed, unobserved
+from ..derivatives import derived, known_input, stand_in, twice_differentiable
+from ..flops import observe
+from . import reference
+
+__all__ = ["apply"]
+
+QUANT_SCHEMA = (
+    "Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
+    "Tensor? absmax_offset, "
+)
+QUANT_SCHEMA += "int blocksize, int nested_blocksize"
+
+LIBRARY.define(
+    f"qlora_linear_fwd(Tensor x, Tensor weight, {QUANT_SCHEMA}, SymInt n, Tensor? bias, Tensor? lora_a, "
+    "Tensor? lora_b, "
+    "float scaling, float dropout_p, Tensor? seed) -> (Tensor y, Tensor xa)"
+)
+LIBRARY.define(
+    f"qlora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, {QUANT_SCHEMA}, SymInt k, Tensor? lora_a, "
+    "Tensor? lora_b, Tensor? xa, "
+    "float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> (Tensor dx, Tensor d_bias, Tensor "
+    "d_lora_a, Tensor d_lora_b)"
+)
+
+
+@library.impl(LIBRARY, "qlora_linear_fwd", "CompositeExplicitAutograd")
+def _fwd(x, weight, *args):
+    quant, rest = args[:8], args[8:]
+    with autocast_off(x):
+        return backend("linear", select(x) if weight.numel() else "reference").forward(
+            x, weight, quant, *rest
+        )
+
+
+@library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
+def _bwd(dy, x, weight, *args):
+    quant, rest = args[:8], args[8:]
+    with autocast_off(dy):
+        grads = backend("linear", select(dy) if weight.numel() else "reference").backward(
+            dy, x, weight, quant, *rest
+        )
+    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+
+
+@library.register_fake("peftkern::qlora_linear_fwd", lib=LIBRARY)
+def _(x, weight, *args):
+    n, lora_a = args[8], args[10]
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], rank), dtype=accumulation(x))
+
+
+@library.register_fake("peftkern::qlora_linear_bwd", lib=LIBRARY)
+def _(dy, x, weight, *args):
+    k, lora_a, lora_b, needs = args[8], args[9], args[10], args[-1]
+    like = (
+        lambda: dy.new_empty((dy.shape[0], k)),
+        lambda: dy.new_empty(dy.shape[1], dtype=accumulation(dy)),
+        lambda: torch.empty_like(lora_a, memory_format=torch.contiguous_format),
+        lambda: torch.empty_like(lora_b, memory_format=torch.contiguous_format),
+    )
+    return tuple(make() if need else dy.new_empty(0) for make, need in zip(like, needs, strict=True))
+
+
+def _again(ctx, dy):
+    x, weight, *quant, lora_a, lora_b, _, seed = ctx.saved_tensors
+    needs, (m, n) = ctx.needs_input_grad[:4], dy.shape
+    x = known_input("qlora_linear", x, dy, (m, ctx.k), needs[3])
+    bias = stand_in(dy, (n,), ctx.bias_dtype) if needs[1] else None
+    quant = (*quant, ctx.blocksize, ctx.nested_blocksize)
+
+    def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
+        return [reference.forward(x, weight, quant, n, *trainable, ctx.scaling, ctx.dropout_p, seed)[0]]
+
+    return (*derived(plain, (x, bias, lora_a, lora_b), needs, (dy,)), *(None,) * 6)
+
+
+class _QLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed):
+        run = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
+        y, xa = run(x, weight, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        need_a, need_b = (
+            (lora_a is not None and lora_a.requires_grad),
+            (lora_b is not None and lora_b.requires_grad),
+        )
+        code, *absmax, ctx.blocksize, ctx.nested_blocksize = quant
+        # x is wanted by dA alone, xa by dB alone: what no gradient needs is not kept.
+        ctx.save_for_backward(
+            x if need_a else None, weight, code, *absmax, lora_a, lora_b, xa if need_b else None, seed
+        )
+        ctx.k, ctx.scaling, ctx.dropout_p = x.shape[1], scaling, dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @twice_differentiable(_again)
+    def backward(ctx, dy):
+        x, weight, *quant, lora_a, lora_b, xa, seed = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        if not any(needs):
+            return (None,) * 10
+        dx, d_bias, d_a, d_b = (_bwd if unobserved(dy) else torch.ops.peftkern.qlora_linear_bwd)(
+            dy.contiguous(),
+            x,
+            weight,
+            *quant,
+            ctx.blocksize,
+            ctx.nested_blocksize,
+            ctx.k,
+            lora_a,
+            lora_b,
+            xa,
+            ctx.scaling,
+            ctx.dropout_p,
+            seed,
+            needs,
+        )
+        grads = (dx, d_bias.to(ctx.bias_dtype) if needs[1] else None, d_a, d_b)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6)
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    quant: tuple,
+    n: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """x [M, K] -> y [M, N]; weight, quant as `formats.nf4.operands` gives them. `functional.qlora_linear` has
+    checked the arguments."""
+    if transformed():
+        return reference.forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+    observe()
+    if torch.is_grad_enabled():
+        args = (x.contiguous(), bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed)
+        return _QLoRALinear.apply(*args)
+    forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
+    return forward(x.contiguous(), weight, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
