@@ -16,6 +16,7 @@ from peftkern.__main__ import main
 from peftkern.ops import attention as attention_op
 from peftkern.ops.linear import config, cpu, cpu_rows
 from peftkern.ops.linear.config import TABLE
+from peftkern.ops.linear.problem import Linear
 from peftkern.runtime import backends
 
 SMALL = dict(shapes=((64, 64), (32, 128)), few=(1, 2, 4), rows=(1, 16, 40), tokens=((1, 32),))
@@ -139,11 +140,12 @@ def test_a_measured_row_is_kept_and_used(caplog: pytest.LogCaptureFixture) -> No
 def test_kernels_follow_the_row() -> None:
     isa = backends.native().isa()
     x, quant = torch.empty(3, 64), (torch.empty(16),) + (None,) * 5 + (64, 256)
+    packed = torch.empty(2048, dtype=torch.uint8)
     row = TABLE[isa]
     for most, regime in ((3, "gemv"), (2, "gemm")):
         limits = config.Config(most, (), 512, row.dense_vendor, "test")
         with cpu_rows.use_row(isa, limits):
-            assert cpu._choose(x, quant, 3, 64, 64, forward=True).regime == regime
+            assert cpu._choose(x, Linear(packed, quant, 64, 64), forward=True).regime == regime
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from .. import LIBRARY, accumulation, autocast_off, backend, transformed, unobse
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe
 from . import reference
+from .problem import Linear, Needs
 
 __all__ = ["apply"]
 
@@ -33,22 +34,31 @@ LIBRARY.define(
 )
 
 
+def _forward(x: Tensor, one: Linear) -> tuple[Tensor, Tensor]:
+    with autocast_off(x):
+        name = select(x) if one.weight.numel() else "reference"
+        return backend("linear", name).forward(x, one)
+
+
+def _backward(
+    dy: Tensor, x: Tensor | None, one: Linear, xa: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    with autocast_off(dy):
+        return backend("linear", select(dy) if one.weight.numel() else "reference").backward(
+            dy, x, one, xa, needs
+        )
+
+
 @library.impl(LIBRARY, "qlora_linear_fwd", "CompositeExplicitAutograd")
 def _fwd(x, weight, *args):
-    quant, rest = args[:8], args[8:]
-    with autocast_off(x):
-        return backend("linear", select(x) if weight.numel() else "reference").forward(
-            x, weight, quant, *rest
-        )
+    return _forward(x, Linear(weight, args[:8], args[8], x.shape[1], *args[9:]))
 
 
 @library.impl(LIBRARY, "qlora_linear_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, weight, *args):
-    quant, rest = args[:8], args[8:]
-    with autocast_off(dy):
-        grads = backend("linear", select(dy) if weight.numel() else "reference").backward(
-            dy, x, weight, quant, *rest
-        )
+    quant, (k, lora_a, lora_b, xa, scaling, dropout_p, seed, needs) = args[:8], args[8:]
+    one = Linear(weight, quant, dy.shape[1], k, None, lora_a, lora_b, scaling, dropout_p, seed)
+    grads = _backward(dy, x, one, xa, Needs(*needs))
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
@@ -79,7 +89,8 @@ def _again(ctx, dy):
     quant = (*quant, ctx.blocksize, ctx.nested_blocksize)
 
     def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
-        return [reference.forward(x, weight, quant, n, *trainable, ctx.scaling, ctx.dropout_p, seed)[0]]
+        one = Linear(weight, quant, n, ctx.k, *trainable, ctx.scaling, ctx.dropout_p, seed)
+        return [reference.forward(x, one)[0]]
 
     return (*derived(plain, (x, bias, lora_a, lora_b), needs, (dy,)), *(None,) * 6)
 
@@ -87,8 +98,11 @@ def _again(ctx, dy):
 class _QLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed):
-        run = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
-        y, xa = run(x, weight, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        rest = bias, lora_a, lora_b, scaling, dropout_p, seed
+        if unobserved(x):
+            y, xa = _forward(x, Linear(weight, quant, n, x.shape[1], *rest))
+        else:
+            y, xa = torch.ops.peftkern.qlora_linear_fwd(x, weight, *quant, n, *rest)
         need_a, need_b = (
             (lora_a is not None and lora_a.requires_grad),
             (lora_b is not None and lora_b.requires_grad),
@@ -106,25 +120,17 @@ class _QLoRALinear(torch.autograd.Function):
     @twice_differentiable(_again)
     def backward(ctx, dy):
         x, weight, *quant, lora_a, lora_b, xa, seed = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:4])
+        needs = ctx.needs_input_grad[:4]
         if not any(needs):
             return (None,) * 10
-        dx, d_bias, d_a, d_b = (_bwd if unobserved(dy) else torch.ops.peftkern.qlora_linear_bwd)(
-            dy.contiguous(),
-            x,
-            weight,
-            *quant,
-            ctx.blocksize,
-            ctx.nested_blocksize,
-            ctx.k,
-            lora_a,
-            lora_b,
-            xa,
-            ctx.scaling,
-            ctx.dropout_p,
-            seed,
-            needs,
-        )
+        dy, quant = dy.contiguous(), (*quant, ctx.blocksize, ctx.nested_blocksize)
+        low = ctx.scaling, ctx.dropout_p, seed
+        if unobserved(dy):
+            one = Linear(weight, quant, dy.shape[1], ctx.k, None, lora_a, lora_b, *low)
+            dx, d_bias, d_a, d_b = _backward(dy, x, one, xa, Needs(*needs))
+        else:
+            args = (dy, x, weight, *quant, ctx.k, lora_a, lora_b, xa, *low, needs)
+            dx, d_bias, d_a, d_b = torch.ops.peftkern.qlora_linear_bwd(*args)
         grads = (dx, d_bias.to(ctx.bias_dtype) if needs[1] else None, d_a, d_b)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6)
 
@@ -144,10 +150,15 @@ def apply(
     """x [M, K] -> y [M, N]; weight, quant as `formats.nf4.operands` gives them. `functional.qlora_linear` has
     checked the arguments."""
     if transformed():
-        return reference.forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+        one = Linear(weight, quant, n, x.shape[1], bias, lora_a, lora_b, scaling, dropout_p, seed)
+        return reference.forward(x, one)[0]
     observe()
     if torch.is_grad_enabled():
         args = (x.contiguous(), bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed)
         return _QLoRALinear.apply(*args)
-    forward = _fwd if unobserved(x) else torch.ops.peftkern.qlora_linear_fwd
-    return forward(x.contiguous(), weight, *quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+    x = x.contiguous()
+    if unobserved(x):
+        one = Linear(weight, quant, n, x.shape[1], bias, lora_a, lora_b, scaling, dropout_p, seed)
+        return _forward(x, one)[0]
+    rest = bias, lora_a, lora_b, scaling, dropout_p, seed
+    return torch.ops.peftkern.qlora_linear_fwd(x, weight, *quant, n, *rest)[0]

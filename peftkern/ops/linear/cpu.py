@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...runtime.native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
 from . import config, cpu_rows
+from .problem import Linear, Needs
 
 __all__ = [
     "backward",
@@ -23,9 +24,10 @@ __all__ = [
 ]
 
 
-def _choose(x: Tensor, quant: tuple, m: int, n: int, k: int, *, forward: bool) -> config.Choice:
-    sizes = dict(m=m, n=n, k=k, dense=quant[0] is None, blocksize=quant[6], forward=forward)
-    return cpu_rows.choose(dtype=str(x.dtype)[6:], isa=native().isa(), **sizes)
+def _choose(x: Tensor, one: Linear, *, forward: bool) -> config.Choice:
+    """For x (or dy) [M, ...]."""
+    sizes = dict(m=x.shape[0], n=one.n, k=one.k, dense=one.quant[0] is None, blocksize=one.quant[6])
+    return cpu_rows.choose(dtype=str(x.dtype)[6:], isa=native().isa(), forward=forward, **sizes)
 
 
 def lora_view(
@@ -47,27 +49,17 @@ def decode_slice(quant: tuple, view: object, rows: slice, cols: slice, out: Tens
     return part
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    quant: tuple,
-    n: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, one: Linear) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    weight, quant, n, k, bias, lora_a, lora_b, *options = one
     x, weight = x.contiguous(), weight.contiguous()
     lora_a, lora_b, bias = (None if t is None else t.contiguous() for t in (lora_a, lora_b, bias))
-    (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
+    m, rank = x.shape[0], 0 if lora_a is None else lora_a.shape[0]
     y, xa = empty((m, n), dtype=x.dtype), empty((m, rank))
     lora, view, choice = (
-        lora_view(lora_a, lora_b, scaling, dropout_p, seed),
+        lora_view(lora_a, lora_b, *options),
         weight_view(weight, quant, n, k),
-        _choose(x, quant, m, n, k, forward=True),
+        _choose(x, one, forward=True),
     )
     if choice.regime != "vendor":
         size = native().scratch_bytes(m, n, k, rank)
@@ -172,33 +164,23 @@ def vendor_backward(dy: Tensor, weight: Tensor, quant: tuple, view: object, dx: 
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    quant: tuple,
-    k: int,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    xa: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    dy: Tensor, x: Tensor | None, one: Linear, xa: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
+    weight, quant, n, k, _, lora_a, lora_b, *options = one
     dy, weight = dy.contiguous(), weight.contiguous()
     x, lora_a, lora_b = (None if t is None else t.contiguous() for t in (x, lora_a, lora_b))
-    (m, n), rank = dy.shape, 0 if lora_a is None else lora_a.shape[0]
+    m, rank = dy.shape[0], 0 if lora_a is None else lora_a.shape[0]
     make = torch.empty if m and n else torch.zeros
-    dx = make((m, k), dtype=dy.dtype) if needs[0] else None
-    d_bias = make(n, dtype=torch.float32) if needs[1] else None
-    d_a = make(lora_a.shape, dtype=lora_a.dtype) if needs[2] else None
-    d_b = make(lora_b.shape, dtype=lora_b.dtype) if needs[3] else None
+    dx = make((m, k), dtype=dy.dtype) if needs.x else None
+    d_bias = make(n, dtype=torch.float32) if needs.bias else None
+    d_a = make(lora_a.shape, dtype=lora_a.dtype) if needs.lora_a else None
+    d_b = make(lora_b.shape, dtype=lora_b.dtype) if needs.lora_b else None
     if m == 0 or n == 0:
         return dx, d_bias, d_a, d_b
-    lora, view = lora_view(lora_a, lora_b, scaling, dropout_p, seed), weight_view(weight, quant, n, k)
+    lora, view = lora_view(lora_a, lora_b, *options), weight_view(weight, quant, n, k)
     dyb = empty((m, rank))
-    vendor = _choose(dy, quant, m, n, k, forward=False).regime == "vendor"
+    vendor = _choose(dy, one, forward=False).regime == "vendor"
     buffer = scratch((native().lora_scratch_bytes if vendor else native().scratch_bytes)(m, n, k, rank))
     tail = (
         address(xa),
@@ -213,7 +195,7 @@ def backward(
     if not vendor:
         native().qlora_linear_bwd(view, lora, address(dy), address(x), dtype_of(dy), m, *tail)
         return dx, d_bias, d_a, d_b
-    if needs[0]:
+    if needs.x:
         vendor_backward(dy, weight, quant, view, dx)
     if any(needs[1:]) or rank:
         native().lora_bwd(lora, address(dy), address(x), dtype_of(dy), m, n, k, *tail)

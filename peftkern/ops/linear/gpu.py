@@ -24,6 +24,7 @@ from . import matmul_calls as matmul
 from .config import Choice
 from .low_rank_calls import DyPartials, Low, beside_decoding, config_for, dy_call, xa_call
 from .low_rank_config import LowRankConfig, beside_a_slab
+from .problem import Linear, Needs
 
 __all__ = ["LateInput", "backward", "choose", "forward"]
 
@@ -99,28 +100,21 @@ class _Slabs:
         return out
 
 
+def _contiguous(one: Linear) -> Linear:
+    return Linear(*(t.contiguous() if isinstance(t, Tensor) else t for t in one))
+
+
 @replayed(tuned.settings)
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    quant: tuple,
-    n: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, one: Linear) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    x, weight = x.contiguous(), weight.contiguous()
-    bias, lora_a, lora_b = (None if t is None else t.contiguous() for t in (bias, lora_a, lora_b))
-    (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
+    one = _contiguous(one)
+    weight, quant, n, k, bias, lora_a, lora_b, scaling, dropout_p, seed = one
+    x, m, rank = x.contiguous(), x.shape[0], 0 if lora_a is None else lora_a.shape[0]
     if m == 0 or n == 0:
         return x.new_empty((m, n)), x.new_empty((m, rank), dtype=torch.float32)
     choice = choose(x, quant, n, k, forward=True)
     if choice.regime == "slab":
-        return _slab_forward(x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed, choice)
+        return _slab_forward(x, one, choice)
     kernels = low_rank if choice.regime == "fused" else cuda
     xa = kernels.xa_forward(x, lora_a, dropout_p, seed) if rank else None
     product = (
@@ -130,10 +124,9 @@ def forward(
     return y, x.new_empty((m, 0), dtype=torch.float32) if xa is None else xa
 
 
-def _slab_forward(
-    x, weight, quant, n, bias, lora_a, lora_b, scaling, dropout_p, seed, choice
-) -> tuple[Tensor, Tensor]:
-    (m, k), rank = x.shape, 0 if lora_a is None else lora_a.shape[0]
+def _slab_forward(x: Tensor, one: Linear, choice: Choice) -> tuple[Tensor, Tensor]:
+    weight, quant, n, k, bias, lora_a, lora_b, scaling, dropout_p, seed = one
+    m, rank = x.shape[0], 0 if lora_a is None else lora_a.shape[0]
     y, xa, beside = x.new_empty((m, n)), x.new_empty((m, 0), dtype=torch.float32), None
     if rank:
         passes = low_rank_config_of(x, lora_a, n, k, rank, slab=True)
@@ -179,23 +172,12 @@ class LateInput(Protocol):
 
 @replayed(tuned.settings)
 def backward(
-    dy: Tensor,
-    x: Tensor | LateInput | None,
-    weight: Tensor,
-    quant: tuple,
-    k: int,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    xa: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    dy: Tensor, x: Tensor | LateInput | None, one: Linear, xa: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
-    dy, weight = dy.contiguous(), weight.contiguous()
-    x, lora_a, lora_b = (t.contiguous() if isinstance(t, Tensor) else t for t in (x, lora_a, lora_b))
-    (m, n), rank = dy.shape, 0 if lora_a is None else lora_a.shape[0]
+    dy, x, one = dy.contiguous(), x.contiguous() if isinstance(x, Tensor) else x, _contiguous(one)
+    weight, quant, n, k, _, lora_a, lora_b, scaling, dropout_p, seed = one
+    m, rank = dy.shape[0], 0 if lora_a is None else lora_a.shape[0]
     need_x, need_bias, need_a, need_b = needs
     if m == 0 or n == 0:
         return (
@@ -212,9 +194,7 @@ def backward(
         first, (partials,) = dy_call([member], passes, arch=device_of(dy).arch)
     dx, d_a = dy.new_empty((m, k)) if need_x else None, None
     if choice.regime == "slab" and need_x:
-        d_a = _slab_backward(
-            dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes, first, partials, dx, need_a
-        )
+        d_a = _slab_backward(dy, x, one, choice, passes, first, partials, dx, need_a)
     else:
         if first is not None:
             run(first)
@@ -228,12 +208,11 @@ def backward(
     return dx, d_bias, d_a, d_b
 
 
-def _slab_backward(
-    dy, x, weight, quant, lora_a, dropout_p, seed, choice, passes, first, partials, dx, need_a
-) -> Tensor | None:
+def _slab_backward(dy, x, one: Linear, choice: Choice, passes, first, partials, dx, need_a) -> Tensor | None:
     """Fills dx; partial sums of dA where needed."""
+    lora_a, dropout_p, seed = one.lora_a, one.dropout_p, one.seed
     rank, d_a, dyb = 0 if lora_a is None else lora_a.shape[0], None, None
-    slabs = _Slabs(dy, weight, quant, (dy.shape[1], dx.shape[1]), choice, by_rows=False)
+    slabs = _Slabs(dy, one.weight, one.quant, (one.n, one.k), choice, by_rows=False)
     for index, cols in enumerate(slabs.parts):
         slab, out = slabs.slab(index, first if index == 0 else None), dx[:, cols]
         if index == 0 and rank:

@@ -16,6 +16,7 @@ from ...runtime.backends import use_cuda_kernels
 from ...runtime.plan import INTERPRETED, Device, Launch, device_of, planning
 from ..sizes import ceil_div
 from .config import Choice
+from .problem import Linear, Needs
 
 __all__ = ["Operands", "Shape", "backward_plan", "choices", "device_for", "explain", "forward_plan"]
 
@@ -53,6 +54,12 @@ class Operands:
     dropout_p: float
     seed: Tensor | None
 
+    @property
+    def linear(self) -> Linear:
+        n, k = self.dy.shape[1], self.x.shape[1]
+        adapter = self.lora_a, self.lora_b, 1.0, self.dropout_p, self.seed
+        return Linear(self.weight, self.quant, n, k, self.bias, *adapter)
+
     @classmethod
     def of(cls, s: Shape, place: str = "meta") -> Operands:
         """On `place`, uninitialized."""
@@ -87,8 +94,7 @@ def forward_plan(shape: Shape, device: Device = INTERPRETED) -> list[Launch]:
 
     o = Operands.of(shape)
     with planning(device) as launches:
-        low = o.lora_a, o.lora_b, 1.0, o.dropout_p, o.seed
-        gpu.forward(o.x, o.weight, o.quant, shape.n, o.bias, *low)
+        gpu.forward(o.x, o.linear)
     return launches
 
 
@@ -98,9 +104,7 @@ def backward_plan(shape: Shape, device: Device = INTERPRETED) -> list[Launch]:
 
     o, adapter = Operands.of(shape), shape.r > 0
     with planning(device) as launches:
-        low = o.lora_a, o.lora_b, o.xa, 1.0, o.dropout_p, o.seed
-        needs = True, shape.bias, adapter, adapter
-        gpu.backward(o.dy, o.x, o.weight, o.quant, shape.k, *low, needs)
+        gpu.backward(o.dy, o.x, o.linear, o.xa, Needs(True, shape.bias, adapter, adapter))
     return launches
 
 

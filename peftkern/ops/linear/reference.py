@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .. import accumulation
 from ..dequantize.reference import dequantize_4bit
 from ..philox import dropout_scale
+from .problem import Linear, Needs
 
 __all__ = ["backward", "dense_weight", "forward", "group_backward", "group_forward", "quant_of"]
 
@@ -92,54 +93,31 @@ def group_backward(dy, x, weights, quants, blocksizes, m, k, adapters, xa, needs
     return None if dx is None else dx.to(first.dtype), d_bias, d_a, d_b
 
 
-def _as_group(weight: Tensor, quant: tuple) -> tuple[list[Tensor], tuple, tuple]:
-    return [weight], quant[:6], quant[6:]
+def _as_group(one: Linear) -> tuple[list[Tensor], tuple, tuple]:
+    return [one.weight], one.quant[:6], one.quant[6:]
 
 
-def _as_adapters(m: int, lora_a, lora_b, scaling, dropout_p, seed) -> tuple[list, ...]:
+def _as_adapters(one: Linear, m: int) -> tuple[list, ...]:
     """A group's lists of adapters; empty without one."""
-    if lora_a is None:
+    if one.lora_a is None:
         return ([],) * 7
-    return [lora_a], [lora_b], [0], [0, m], [scaling], [dropout_p], [seed]
+    return [one.lora_a], [one.lora_b], [0], [0, m], [one.scaling], [one.dropout_p], [one.seed]
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    quant: tuple,
-    n: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, one: Linear) -> tuple[Tensor, Tensor]:
     """x [M, K] -> y [M, N] in x's dtype, xa fp32 [M, R] (empty without an adapter)."""
-    adapters = _as_adapters(x.shape[0], lora_a, lora_b, scaling, dropout_p, seed)
-    (y,), xa = group_forward(x, *_as_group(weight, quant), [n], [bias], *adapters)
-    return y, xa[0] if xa else x.new_empty((x.shape[0], 0), dtype=accumulation(x))
+    m = x.shape[0]
+    (y,), xa = group_forward(x, *_as_group(one), [one.n], [one.bias], *_as_adapters(one, m))
+    return y, xa[0] if xa else x.new_empty((m, 0), dtype=accumulation(x))
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    quant: tuple,
-    k: int,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    xa: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    dy: Tensor, x: Tensor | None, one: Linear, xa: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy [M, N] -> dx [M, K], d_bias fp32 [N], d_lora_a [R, K], d_lora_b [N, R]; each None unless `needs`
-    names it (in that order)."""
-    m, one = dy.shape[0], lora_a is not None
-    adapters = _as_adapters(m, lora_a, lora_b, scaling, dropout_p, seed)
-    dx, (d_bias,), d_a, d_b = group_backward(
-        [dy], x, *_as_group(weight, quant), m, k, adapters, [xa] * one, needs if one else needs[:2]
-    )
+    names it. x is read for d_lora_a, xa (the forward pass's) for d_lora_b; no bias is read."""
+    m, adapter = dy.shape[0], one.lora_a is not None
+    wanted = needs if adapter else needs[:2]
+    group = (*_as_group(one), m, one.k, _as_adapters(one, m), [xa] * adapter, wanted)
+    dx, (d_bias,), d_a, d_b = group_backward([dy], x, *group)
     return dx, d_bias, *(d_a or [None]), *(d_b or [None])

@@ -12,6 +12,7 @@ from .. import gpu as single
 from .. import tuned
 from ..group import gpu as group
 from ..group.spec import split_needs
+from ..problem import Linear, Needs
 
 __all__ = ["backward"]
 
@@ -43,10 +44,11 @@ def backward(dy, gate, up, activation, d_gate, d_up, weights, quants, blocksizes
     product = _Product(gate, up, activation, d_gate, d_up)
     if len(members) == 1 and tuple(rows) == (0, m):
         _, (need_bias,), (need_a,), (need_b,) = split_needs(needs, 1, 1)
-        adapter = lora_a[0], lora_b[0], xa[0], scalings[0], dropout_ps[0], seeds[0]
-        wanted = (True, need_bias, need_a, need_b)
-        dx, *lists = single.backward(dy, product, weights[0], (*quants, *blocksizes), k, *adapter, wanted)
-        lists = [[one] for one in lists]
+        adapter = lora_a[0], lora_b[0], scalings[0], dropout_ps[0], seeds[0]
+        one = Linear(weights[0], (*quants, *blocksizes), dy.shape[1], k, None, *adapter)
+        wanted = Needs(True, need_bias, need_a, need_b)
+        dx, *found = single.backward(dy, product, one, xa[0], wanted)
+        lists = [[gradient] for gradient in found]
     else:
         rest = weights, quants, blocksizes, m, k, adapters, xa, needs
         dx, *lists = group.backward([dy], product.before(), *rest)

@@ -10,6 +10,7 @@ from ....runtime.replay import replayed
 from .. import gpu as single
 from .. import low_rank, tuned
 from ..low_rank_calls import config_for
+from ..problem import Linear, Needs
 from . import merged
 from .spec import split_needs
 
@@ -53,12 +54,9 @@ def forward(
     )
     primaries = _primaries(len(weights), x.shape[0], members, rows)
     for i, j in enumerate(primaries):
-        adapter = (
-            (None, None, 1.0, 0.0, None)
-            if j is None
-            else (lora_a[j], lora_b[j], scalings[j], dropout_ps[j], seeds[j])
-        )
-        out, low = single.forward(x, weights[i], _quant(quants, blocksizes, i), n[i], biases[i], *adapter)
+        adapter = () if j is None else (lora_a[j], lora_b[j], scalings[j], dropout_ps[j], seeds[j])
+        one = Linear(weights[i], each[i], n[i], x.shape[1], biases[i], *adapter)
+        out, low = single.forward(x, one)
         y.append(out)
         if j is not None:
             xa[j] = low
@@ -94,16 +92,11 @@ def backward(dy, x, weights, quants, blocksizes, m, k, adapters, xa, needs):
     for i, j in enumerate(primaries):
         if dy[i] is None:
             continue
-        adapter = (
-            (None,) * 3 + (1.0, 0.0, None)
-            if j is None
-            else (lora_a[j], lora_b[j], xa[j], scalings[j], dropout_ps[j], seeds[j])
-        )
-        wanted = (need_x, need_bias[i], j is not None and need_a[j], j is not None and need_b[j])
+        adapter = () if j is None else (lora_a[j], lora_b[j], scalings[j], dropout_ps[j], seeds[j])
+        wanted = Needs(need_x, need_bias[i], j is not None and need_a[j], j is not None and need_b[j])
         if any(wanted):
-            part, d_bias[i], a, b = single.backward(
-                dy[i], x, weights[i], _quant(quants, blocksizes, i), k, *adapter, wanted
-            )
+            one = Linear(weights[i], each[i], dy[i].shape[1], k, None, *adapter)
+            part, d_bias[i], a, b = single.backward(dy[i], x, one, None if j is None else xa[j], wanted)
             dx = part if dx is None else dx.add_(part)
             if j is not None:
                 d_a[j], d_b[j] = a, b
