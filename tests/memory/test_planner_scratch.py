@@ -29,8 +29,9 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The GPU launchers on the CPU, as on a given card."""
-    import peftkern.ops.linear.glu.gpu  # noqa: F401  # so that what they launch with is left out too
+    import peftkern.ops.linear.glu.gpu
     import peftkern.ops.linear.group.gpu as group
+    import peftkern.ops.linear_cross_entropy.triton  # noqa: F401  # what any of them launches with is left out
     from peftkern.ops.linear import gpu as single
     from peftkern.runtime import plan
 
