@@ -112,8 +112,14 @@ _GROUPS: dict[str, dict[str, tuple[Any, str]]] = {
             "24GiB, say: choose checkpointing, its tiers and the tiles so that the run fits (see "
             "`peftkern plan`)",
         ),
-        "fit_ram": (str, "host memory that --fit may use; default: what is available"),
-        "fit_disk": (str, "room on the disk that --fit may use for checkpoints; default: none"),
+        "fit_ram": (
+            str,
+            "host memory that --fit may use, of all processes of a machine; default: what is available",
+        ),
+        "fit_disk": (
+            str,
+            "room on the disk that --fit may use for checkpoints, of all processes; default: none",
+        ),
         "longest_first": (
             bool,
             "before training run the longest batch once, for memory to run out then if it does",

@@ -5,7 +5,6 @@ and what the planner says when memory has run out.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,16 @@ from torch import nn
 
 from ..memory.planner.budgets import bytes_of, in_bytes, limits_of
 from ..memory.planner.cards import CPU, Card, this_card
-from ..memory.planner.choose import changes, choose
+from ..memory.planner.choose import changes
 from ..memory.planner.options import RunOptions
 from ..memory.planner.plan import Plan, plan
 from ..memory.planner.shapes import Shape, read_shape
 from ..memory.planner.table import described, name_of
 from .adapters import is_lora
+from .agreement import Need, agree
 from .constants import ALL_LINEAR
 from .errors import InputError
+from .processes import local_process_count, process_count, say
 from .resolve import compute_dtype, resolve_model
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _LAYERS, _CHANGES = 6, 3  # parts and changes that a message names
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What was chosen: the shape, the options, and the limits that they keep to."""
+    """What was chosen: the shape, the options, and the limits that they keep to, of each process."""
 
     shape: Shape
     options: RunOptions
@@ -66,11 +67,14 @@ def run_options(config: FinetuneConfig, shape: Shape, length: int) -> RunOptions
         checkpointing=config.gradient_checkpointing,
         optimizer=config.optimizer or "adamw",
         attention="flash" if flash else "math",
+        cards=process_count() if config.shard else 1,
+        replicas=1 if config.shard else process_count(),
     )
 
 
 def choose_fit(config: FinetuneConfig, path: str, lengths: Iterable[int], packed: bool) -> Fit | None:
-    """What --fit chooses for the longest batch of a run; None without --fit.
+    """What --fit chooses for the longest batch of a run; None without --fit. In several processes all call
+    it, and get the same options.
 
     Raises: InputError with the least that the run needs, where nothing fits; and for what the planner does
     not know.
@@ -80,13 +84,13 @@ def choose_fit(config: FinetuneConfig, path: str, lengths: Iterable[int], packed
     _require_known(config)
     shape, card = read_shape(path, trust_remote_code=config.trust_remote_code), this_card()
     options = run_options(config, shape, _longest(config, lengths, packed))
-    limits = _limits(config, card)
     try:
-        chosen = choose(shape, options, limits, card)
+        found = agree(shape, Need(options, _limits(config, card), card))
     except InputError as error:
         raise InputError(f"--fit {config.fit}: {error}") from None
-    print(_said(config, shape, chosen, limits, card), file=sys.stderr)
-    return Fit(shape, chosen, limits, card)
+    fit = Fit(shape, found.options, found.limits, card)
+    say(_said(config, fit))
+    return fit
 
 
 def _require_known(config: FinetuneConfig) -> None:
@@ -103,17 +107,19 @@ def _longest(config: FinetuneConfig, lengths: Iterable[int], packed: bool) -> in
 
 
 def _limits(config: FinetuneConfig, card: Card) -> Limits:
+    """Of this process: --fit is each one's, host memory and disk are divided among those of this machine."""
     asked = bytes_of(config.fit, "--fit")
     room = int(min(asked, card.memory) * _SHARE) if card.is_gpu else asked
     ram = None if config.fit_ram is None else bytes_of(config.fit_ram, "--fit-ram")
     disk = 0 if config.fit_disk is None else bytes_of(config.fit_disk, "--fit-disk")
-    return limits_of(card, ram=ram, disk=disk, room=room)
+    return limits_of(card, ram=ram, disk=disk, room=room, processes=local_process_count())
 
 
-def _said(config: FinetuneConfig, shape: Shape, options: RunOptions, limits: Limits, card: Card) -> str:
-    found = plan(shape, options, limits, card)
-    how = "; ".join(described(options, shape))
+def _said(config: FinetuneConfig, fit: Fit) -> str:
+    found, options = plan(fit.shape, fit.options, fit.limits, fit.card), fit.options
+    how = "; ".join(described(options, fit.shape))
     run = f"{in_bytes(found.device_bytes)} planned for {options.batch} × {options.length:,} tokens"
+    run += f" in each of {options.processes} processes" if options.processes > 1 else ""
     text = f"--fit {config.fit}: {run}: {how}."
     return "\n".join([text, *(f"  note: {warning}." for warning in found.warnings)])
 
@@ -147,7 +153,7 @@ def _installed(model: nn.Module, fit: Fit) -> list[Any]:
     ]
     for wanted, install in steps:
         if wanted:
-            print(install(), file=sys.stderr)
+            say(str(install()))
     if options.away(fit.shape.layers):
         handles.append(_checkpoints(model, fit, device))
     return handles
@@ -210,7 +216,8 @@ def _explained(config: FinetuneConfig) -> str:
     card = this_card()
     shape = read_shape(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
     options = run_options(config, shape, config.seq_length)
-    limits = limits_of(card) if config.fit is None else _limits(config, card)
+    processes = local_process_count()
+    limits = limits_of(card, processes=processes) if config.fit is None else _limits(config, card)
     found = plan(shape, options, limits, card)
     others = [
         change for change in changes(shape, options, limits, card) if change.device < found.device_bytes

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FollowedFolder",
     "is_first",
+    "local_process_count",
     "lost_processes",
     "open_shared",
     "process_count",
@@ -35,6 +36,12 @@ _LOST = ("gloo", "connection closed", "connection reset", "nccl", "tcpstore", "b
 def process_count() -> int:
     """How many processes the launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_process_count() -> int:
+    """How many of them are on this machine, and share its host memory and disk; all, where the launcher does
+    not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", process_count()))
 
 
 def is_first() -> bool:
@@ -77,7 +84,7 @@ def process_group(config: FinetuneConfig) -> Iterator[None]:
 def _require_served(config: FinetuneConfig) -> None:
     """What reads or writes by itself in the middle of a step, or changes what is trained under
     DistributedDataParallel."""
-    for name in ("row_losses", "source_data", "unfreeze", "compare", "fit"):
+    for name in ("row_losses", "source_data", "unfreeze", "compare"):
         if getattr(config, name):
             raise InputError(
                 f"--{name.replace('_', '-')} works in one process only, and the launcher has started"

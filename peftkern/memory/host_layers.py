@@ -18,7 +18,7 @@ from .host import host_available, pinned_limit
 from .pinning import pin, unpin, whole_pages
 from .streams import Streams, streams_for
 
-__all__ = ["HostLayers", "layers_on_host"]
+__all__ = ["HostLayers", "is_streamed", "layers_on_host"]
 
 _ALIGN = 256
 MIN_BYTES = 64 << 10
@@ -265,6 +265,11 @@ class _Hook:
         raise TypeError(
             "a model whose layers are on the host is neither copied nor pickled; call remove() first"
         )
+
+
+def is_streamed(layer: nn.Module) -> bool:
+    """Whether a HostLayers streams the layer's weights."""
+    return any(isinstance(hook, _Hook) for hook in layer._forward_pre_hooks.values())
 
 
 def _in_backward() -> bool:

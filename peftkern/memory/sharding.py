@@ -16,6 +16,7 @@ from torch import distributed, nn
 
 from ..patching.weights import is_4bit, repacked, unpack
 from .checkpoint import stacks_of
+from .host_layers import is_streamed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -118,9 +119,11 @@ def shard(
         options: of `fully_shard` (mp_policy, offload_policy, reshard_after_forward).
     Returns: how many bytes this process holds.
     Raises: ValueError where no process group is initialized, where there are no layers, where this torch
-        cannot shard the weights' storage, or where trained parameters of a unit differ in dtype.
+        cannot shard the weights' storage, where trained parameters of a unit differ in dtype, or where layers
+        or the embedding are on the host.
     """
     _require_group()
+    _require_on_device(model)
     units = list(layers) if layers is not None else [layer for stack in stacks_of(model) for layer in stack]
     if not units:
         raise ValueError(
@@ -220,6 +223,18 @@ def _check_storage(linears: list[nn.Module], absmax: bool) -> None:
             f" {torch.__version__} cannot shard; use torch >= 2.12, or load the model with"
             " BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16) and call shard(model, absmax=False)"
         )
+
+
+def _require_on_device(model: nn.Module) -> None:
+    """FSDP2 gathers a layer into memory of its own, where neither slots nor a lookup on the host reach."""
+    for name, module in model.named_modules():
+        looked_up = type(module) is nn.Embedding and "forward" in module.__dict__
+        if looked_up or is_streamed(module):
+            what = "layers_on_host" if is_streamed(module) else "embedding_on_host"
+            raise ValueError(
+                f"model: {name} was put on the host by {what}, and FSDP2 gathers shards on the device alone:"
+                " remove() it before shard(model), or keep the model whole in each process, with ddp(model)"
+            )
 
 
 def _check_dtypes(units: list[nn.Module]) -> None:

@@ -157,7 +157,7 @@ def test_rows_of_a_step_are_those_of_all_processes() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"row_losses": True}, {"unfreeze": "2"}, {"compare": True}, {"fit": "24GiB"}]
+    "changes", [{"row_losses": True}, {"unfreeze": "2"}, {"compare": True}, {"source_data": "x.txt"}]
 )
 def test_what_one_process_alone_can_do(
     changes: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -70,7 +70,7 @@ def test_a_70b_on_two_cards_by_the_formula() -> None:
     (optimizer,) = [peak for peak in plan(shape, options, Limits(0), step.card).peaks if "opt" in peak.phase]
     assert bytes_of(optimizer.parts, "gradients") == 4 * a // 2
     (load,) = [part for part in host_parts(step, Limits(0)) if part.phases == ("load",)]
-    assert load.nbytes == pytest.approx(2 * (w / 2 + w / 64 + w / 4096 + 2 * head), rel=1e-3)
+    assert load.nbytes == pytest.approx(w / 2 + w / 64 + w / 4096 + 2 * head, rel=1e-3)
     # A layer is received twice, its half, the gradients once.
     moved = w / 2 + w / 64 + 4 * a + head
     assert gathered_bytes(step) == pytest.approx((2 * moved + 4 * a) / 2, rel=1e-3)
@@ -79,8 +79,8 @@ def test_a_70b_on_two_cards_by_the_formula() -> None:
 def test_more_cards_take_longer_sequences() -> None:
     shape, card = shape_of(config(**SHAPES["70b"])), card_of("rtx 4090")
     options = RunOptions(length=2048, rank=8, optimizer="adamw", keep_layers=1, mlp_tile=4096, kv_groups=True)
-    limits = limits_of(card, ram=256 << 30)
-    found = [plan(shape, options.but(cards=cards), limits, card) for cards in (1, 2, 3, 4)]
+    limits = [limits_of(card, ram=256 << 30, processes=cards) for cards in (1, 2, 3, 4)]
+    found = [plan(shape, options.but(cards=n + 1), limits[n], card) for n in range(4)]
     assert [one.fits for one in found] == [False, False, True, True]
     assert found[3].longest > found[2].longest > 2048
     peaks = [one.device_bytes for one in found]

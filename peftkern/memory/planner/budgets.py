@@ -30,8 +30,8 @@ _SHARE = 0.97  # of what a card has for torch: the rest is lost between blocks
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that a run may use. gpu: with the CUDA context; host: pinned and pageable memory together;
-    pinned: of that, the most that can be pinned; disk: for checkpoints.
+    """Bytes that one process of a run may use. gpu: with the CUDA context; host: pinned and pageable memory
+    together; pinned: of that, the most that can be pinned; disk: for checkpoints.
     """
 
     gpu: int
@@ -72,22 +72,24 @@ def limits_of(
     pinned: int | None = None,
     disk: int | None = None,
     room: int | None = None,
+    processes: int = 1,
 ) -> Limits:
-    """The limits of a card and of this machine, where they are not given. room: bytes of the card that may be
-    used; default: all that torch can have, less 3 % for the gaps between blocks.
+    """The limits of one process: of its card, and its part of this machine's host memory and disk.
+
+    ram, pinned, disk: of the whole machine; read from it where they are not given. room: bytes of the card
+    that may be used; default: all that torch can have, less 3 % for the gaps between blocks. processes: of
+    the run on this machine, which share its host memory and disk evenly.
     """
     from ..host import host_available, pinned_limit
 
-    host = host_available() if ram is None else ram
+    ram = host_available() if ram is None else ram
+    pinned = pinned_limit(ram) if pinned is None else pinned
+    disk = _disk() if disk is None else disk
+    host = ram // processes
     gpu = int(card.memory * _SHARE) if room is None else room
     if not card.is_gpu:
         gpu = room or host
-    return Limits(
-        gpu,
-        host,
-        min(pinned_limit(host) if pinned is None else pinned, host),
-        _disk() if disk is None else disk,
-    )
+    return Limits(gpu, host, min(pinned // processes, host), disk // processes)
 
 
 def _disk() -> int:

@@ -250,7 +250,7 @@ def _too_small(shape: Shape, options: RunOptions, limits: Limits, card: Card) ->
         most = longest(shape, how, limits, card)
         return text + f"shorten the sequences (to {most:,} tokens), or give a larger card"
     host = host_parts(Step(shape, how, card), limits)
-    need = total(host, "pinned") + total(host, "host")
+    need = total(host, "pinned", "host")
     return (
         f"{run} fits the card with {in_bytes(least)}, but then needs {in_bytes(need)} of host memory, of"
         f" which {in_bytes(limits.host)} may be used, and a disk for what is left ({in_bytes(limits.disk)}"

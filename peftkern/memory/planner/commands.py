@@ -39,7 +39,13 @@ def _add_machine(group: Any) -> None:
     group.add_argument(
         "--cards", type=int, default=1, help="so many of them, the model in shards (FSDP2; default: 1)"
     )
-    group.add_argument("--ram", help="host memory that may be used, as 64GB; default: what is available here")
+    group.add_argument(
+        "--replicas", type=int, default=1, help="so many processes, the whole model in each (default: 1)"
+    )
+    group.add_argument(
+        "--ram",
+        help="host memory that all processes may use, as 64GB; default: what is available here",
+    )
     group.add_argument("--pinned", help="of that, what may be pinned; default: four fifths")
     group.add_argument("--disk", help="room for checkpoints on the disk, as 100GB; default: none")
 
@@ -88,7 +94,8 @@ def _plan(args: argparse.Namespace) -> None:
     card = card_of(args.gpu) if args.gpu else this_card()
     sizes = {name: getattr(args, name) for name in ("ram", "pinned", "disk")}
     given = {name: None if text is None else bytes_of(text, f"--{name}") for name, text in sizes.items()}
-    limits = limits_of(card, **given | {"disk": given["disk"] or 0})
+    processes = max(args.cards * args.replicas, 1)
+    limits = limits_of(card, processes=processes, **given | {"disk": given["disk"] or 0})
     _calm()
     shape = read_shape(_resolved(args.model), trust_remote_code=args.trust_remote_code)
     options = _options(args, shape, limits, card)
@@ -124,6 +131,7 @@ def _options(args: argparse.Namespace, shape: Any, limits: Any, card: Any) -> An
         nested=args.double_quant,
         dora=args.dora,
         cards=args.cards,
+        replicas=args.replicas,
         optimizer=args.optimizer or ("paged_adamw_8bit" if card.is_gpu and args.cards == 1 else "adamw"),
         attention=args.attention,
     )

@@ -31,6 +31,7 @@ class RunOptions:
     embedding_on_host: the embedding is a lookup on the host. layers_on_host: packed layers are streamed from
     the host through `layer_slots` slots.
     cards: the model is divided among so many by FSDP2 (`peftkern.memory.shard`), each with its own batches.
+    replicas: so many processes have the whole model each, whose gradients DistributedDataParallel averages.
     optimizer: one of OPTIMIZERS. accumulation: batches of a step. attention: one of ATTENTION.
     fused_loss: no logits are kept. deterministic: torch.use_deterministic_algorithms is on.
     """
@@ -57,6 +58,7 @@ class RunOptions:
     layers_on_host: bool = False
     layer_slots: int = 2
     cards: int = 1
+    replicas: int = 1
     optimizer: str = "paged_adamw_8bit"
     accumulation: int = 1
     attention: str = "flash"
@@ -64,7 +66,7 @@ class RunOptions:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch", "accumulation", "layer_slots", "cards"):
+        for name in ("length", "batch", "accumulation", "layer_slots", "cards", "replicas"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("mlp_tile", "loss_tile"):
@@ -81,6 +83,11 @@ class RunOptions:
         for name in ("keep_layers", "disk_layers"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 0")
+        if self.cards > 1 and self.replicas > 1:
+            raise InputError(
+                f"cards: got {self.cards} with replicas {self.replicas}: a model is divided among the"
+                " processes or whole in each of them; give one of the two"
+            )
         if self.rank < 0:
             raise InputError(f"rank: got {self.rank}, expected at least 0")
 
@@ -100,6 +107,11 @@ class RunOptions:
     def tokens(self) -> int:
         """Of one batch."""
         return self.length * self.batch
+
+    @property
+    def processes(self) -> int:
+        """Of the run, each with batches of its own."""
+        return self.cards * self.replicas
 
     def kept(self, layers: int) -> int:
         """Checkpoints that stay on the device."""

@@ -12,7 +12,7 @@ from .cards import GIB
 from .ledger import PHASES, Part
 from .options import RunOptions
 from .shapes import LinearShape, Shape
-from .shards import divided, loading_part
+from .shards import bucket_part, divided, loading_part
 from .step import Step
 
 __all__ = [
@@ -60,6 +60,7 @@ def fixed_parts(step: Step) -> list[Part]:
                     group="optimizer",
                 )
             )
+    parts += [bucket_part(step)] if options.replicas > 1 else []
     if card.is_gpu:
         parts.append(
             Part(
@@ -193,8 +194,8 @@ def host_parts(step: Step, limits: Limits) -> list[Part]:
     return found
 
 
-def total(parts: list[Part], tier: str) -> int:
-    """Bytes of a tier, of its fullest phase."""
+def total(parts: list[Part], *tiers: str) -> int:
+    """Bytes of these tiers together, in their fullest phase."""
     return max(
-        sum(part.nbytes for part in parts if part.tier == tier and phase in part.phases) for phase in PHASES
+        sum(part.nbytes for part in parts if part.tier in tiers and phase in part.phases) for phase in PHASES
     )

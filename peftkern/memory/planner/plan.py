@@ -167,12 +167,11 @@ def fits(shape: Shape, options: RunOptions, limits: Limits, card: Card) -> bool:
 
 
 def _shortages(device: int, host: list[Part], limits: Limits) -> dict[str, int]:
-    pinned, pageable, disk = (total(host, tier) for tier in ("pinned", "host", "disk"))
     missing = {
         "gpu": device - limits.gpu,
-        "host": pinned + pageable - limits.host,
-        "pinned": pinned - limits.pinned,
-        "disk": disk - limits.disk,
+        "host": total(host, "pinned", "host") - limits.host,
+        "pinned": total(host, "pinned") - limits.pinned,
+        "disk": total(host, "disk") - limits.disk,
     }
     return {name: nbytes for name, nbytes in missing.items() if nbytes > 0}
 

@@ -1,5 +1,6 @@
-"""A model divided among cards by FSDP2 (`peftkern.memory.shard`): what of it lies on each, and what is
-gathered beside that while a step runs."""
+"""A model in several processes. Divided among cards by FSDP2 (`peftkern.memory.shard`): what of it lies on
+each, and what is gathered beside that while a step runs. Whole in each (DistributedDataParallel): the buckets
+in which gradients are averaged."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .shapes import Shape
     from .step import Step
 
-__all__ = ["divided", "gathered_bytes", "loading_part", "replicated_bytes"]
+__all__ = ["averaged_bytes", "bucket_part", "divided", "gathered_bytes", "loading_part", "replicated_bytes"]
 
 # The layer at work, the next one, and the buffer in which that is gathered.
 _GATHERED = 3
@@ -60,12 +61,25 @@ def gathered_bytes(step: Step) -> int:
 
 
 def loading_part(step: Step) -> Part:
-    """The 4-bit base in the host memory of every process, before it is divided."""
+    """The 4-bit base in a process's host memory, whole before it is divided."""
     shape, options = step.shape, step.options
     tables = shape.embedding * options.dtype_bytes * (1 if shape.tied else 2)
     base = sum(base_bytes(shape, options)) + tables + shape.other * options.dtype_bytes
-    formula = f"{options.cards} processes × the base"
-    return Part("the base as it loads", options.cards * base, "host", ("load",), formula, _SOURCE, "host")
+    return Part("the base as it loads", base, "host", ("load",), "the whole base", _SOURCE, "host")
+
+
+def bucket_part(step: Step) -> Part:
+    """Of DistributedDataParallel: each gradient once more, in the buckets that are sent."""
+    nbytes, phases = step.shape.layers * step.layer_gradient, (*_STEP, "optimizer")
+    source = "counted: tests/memory"
+    return Part("gradients' buckets", nbytes, "device", phases, "adapters' elements", source, "gradients")
+
+
+def averaged_bytes(step: Step) -> int:
+    """Bytes that a replica receives in a step: the gradients, added up and spread in a ring, once for all its
+    batches."""
+    replicas = step.options.replicas
+    return 2 * step.shape.layers * step.layer_gradient * (replicas - 1) // replicas
 
 
 def _gathered(step: Step) -> list[Part]:

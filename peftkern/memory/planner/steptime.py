@@ -30,7 +30,7 @@ def step_time(step: Step) -> StepTime:
     """Products at the card's rate, and copies that the products of a layer do not hide."""
     shape, options, card = step.shape, step.options, step.card
     from .parts import adapter_elements, base_bytes
-    from .shards import gathered_bytes
+    from .shards import averaged_bytes, gathered_bytes
 
     m, layers = step.m, shape.layers
     width = shape.heads * shape.head_dim
@@ -54,7 +54,7 @@ def step_time(step: Step) -> StepTime:
     rate = card.link * 1e9
     over_link = (copies + streamed) / 2 / rate if rate else 0.0  # each direction has a lane of its own
     from_disk = on_disk / (card.disk * 1e9)
-    between = gathered_bytes(step) if options.cards > 1 else 0
+    between = gathered_bytes(step) if options.cards > 1 else averaged_bytes(step)
     over_cards = between / rate if rate else 0.0
     bound, slowest = "products", seconds
     for name, needed in (("PCIe", over_link), ("disk", from_disk), ("the cards' link", over_cards)):

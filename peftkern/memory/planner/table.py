@@ -134,6 +134,8 @@ def described(options: RunOptions, shape: Shape) -> list[str]:
         found.append(f"{options.attention} attention{by_heads}")
     if options.cards > 1:
         found.append(f"the model divided among {options.cards} cards (FSDP2), each with batches of its own")
+    if options.replicas > 1:
+        found.append(f"the whole model in each of {options.replicas} processes, whose gradients are averaged")
     if options.rebuild_norms:
         found.append("norms' outputs computed again in backward")
     if options.embedding_on_host:
@@ -196,7 +198,9 @@ def _host(plan: Plan) -> list[str]:
     rows = [
         f"  {in_bytes(part.nbytes):>12}  {part.tier:<8} {part.name}: {part.formula}" for part in plan.host
     ]
-    return ["Beside the card:", *rows]
+    processes = plan.options.processes
+    whose = f", of each of {processes} processes" if processes > 1 else ""
+    return [f"Beside the card{whose}:", *rows]
 
 
 def _reach(plan: Plan) -> list[str]:
@@ -209,7 +213,7 @@ def _reach(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     time = plan.time
-    rate = plan.options.tokens * plan.options.accumulation * plan.options.cards / time.seconds
+    rate = plan.options.tokens * plan.options.accumulation * plan.options.processes / time.seconds
     found = [
         f"A step is expected to take {time.seconds:,.1f} s ({rate:,.0f} tokens/s), bound by {time.bound}:"
         f" {time.flops / 1e15:,.2f} PFLOP, {in_bytes(time.link_bytes)} over PCIe,"
