@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import bottleneck, prefix
 from .errors import InputError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from ..memory.planner.shapes import Shape
     from .config import FinetuneConfig
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "check_adapter",
     "is_lora",
     "load_adapter",
+    "planned_adapter",
 ]
 
 DEFAULT = "lora"
@@ -51,8 +53,9 @@ class Kind:
 
     title: in model cards; peft_type: as adapter_config.json names it; loader: the function that reads its
     folder in Python; add(base, config): the base with a new adapter, InputError where it does not fit;
-    load(base, folder): the base with a saved one; check(config): raises InputError for a value of --adapter
-    that it cannot read, or an option that does not apply.
+    load(base, folder): the base with a saved one; planned(config, shape): what the planner's RunOptions say
+    of it, InputError for what the planner does not know; check(config): raises InputError for a value of
+    --adapter that it cannot read, or an option that does not apply.
     """
 
     title: str
@@ -60,6 +63,7 @@ class Kind:
     loader: str = "peft.PeftModel.from_pretrained"
     add: Callable[[PreTrainedModel, FinetuneConfig], PeftModel]
     load: Callable[[PreTrainedModel, Path], PeftModel]
+    planned: Callable[[FinetuneConfig, Shape], dict[str, Any]]
     check: Callable[[FinetuneConfig], None] = lambda config: None
 
 
@@ -90,6 +94,14 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     peft_type = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
     kind = next((kind for kind in _KINDS.values() if kind.peft_type == peft_type), _KINDS[DEFAULT])
     return kind.load(base, folder)
+
+
+def planned_adapter(config: FinetuneConfig, shape: Shape) -> dict[str, Any]:
+    """What the planner's RunOptions say of the adapter on a model of this shape.
+
+    Raises: InputError for an adapter that the planner does not know, with the reason.
+    """
+    return _kind(config.adapter).planned(config, shape)
 
 
 def adapter_title(config: FinetuneConfig) -> str:
@@ -180,6 +192,12 @@ def _targets(base: PreTrainedModel, config: FinetuneConfig) -> str | list[str]:
     return list(config.targets)
 
 
+def _planned_lora(config: FinetuneConfig, shape: Shape) -> dict[str, Any]:
+    words, names = [t.rpartition(".")[2] for t in config.targets], {linear.name for linear in shape.linears}
+    targets = tuple(words) if set(words) <= names else None  # all linears
+    return {"rank": config.r, "targets": targets, "dora": config.dora, "dropout": config.dropout > 0}
+
+
 def _load_peft(base: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel
 
@@ -187,7 +205,7 @@ def _load_peft(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 _KINDS: dict[str, Kind] = {
-    DEFAULT: Kind(title="LoRA", peft_type="LORA", add=add_lora, load=_load_peft),
+    DEFAULT: Kind(title="LoRA", peft_type="LORA", add=add_lora, load=_load_peft, planned=_planned_lora),
     **dict.fromkeys(
         bottleneck.NAMES,
         Kind(
@@ -196,6 +214,7 @@ _KINDS: dict[str, Kind] = {
             loader="peftkern.adapters.bottleneck.BottleneckModel.from_pretrained",
             add=bottleneck.add,
             load=bottleneck.load,
+            planned=bottleneck.planned,
             check=bottleneck.check,
         ),
     ),
@@ -205,6 +224,7 @@ _KINDS: dict[str, Kind] = {
         loader="peftkern.adapters.prefix.load_prefix",
         add=prefix.add,
         load=prefix.load,
+        planned=prefix.planned,
         check=prefix.check,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..adapters.bottleneck import BottleneckConfig
+    from ..memory.planner.shapes import Shape
     from .config import FinetuneConfig
 
-__all__ = ["NAMES", "add", "check", "load"]
+__all__ = ["NAMES", "add", "check", "load", "planned"]
 
 _OF_R = "bottleneck"  # double_seq_bn whose width is --r
 NAMES = (_OF_R, "double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn")
@@ -47,6 +49,39 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
     from ..adapters.bottleneck import BottleneckModel
 
     return BottleneckModel.from_pretrained(base, folder)
+
+
+def planned(config: FinetuneConfig, shape: Shape) -> dict[str, Any]:
+    """The adapters as the planner counts them; InputError where its formulas do not hold."""
+    from ..memory.planner.bottleneck import PLACES, Bottlenecks
+
+    made = _configuration(config)
+    places = tuple(place for place in PLACES if place in made.places)
+    reason = _unplanned(made, places)
+    if reason:
+        raise InputError(
+            f"--adapter {config.adapter}: the planner knows bottlenecks that are alike in all layers, of"
+            f" which those that read the sum are the MLP's: {reason}"
+        )
+    trained = {"learned": 1, "channel": shape.hidden}
+    found = Bottlenecks(
+        size=made.size_at(0, shape.hidden),
+        places=places,
+        reads=made.reads,
+        bias=made.bias,
+        scaling=trained.get(made.scaling, 0),
+        dropout=made.dropout > 0,
+    )
+    return {"rank": 0, "bottleneck": found}
+
+
+def _unplanned(made: BottleneckConfig, places: tuple[str, ...]) -> str:
+    """What of it the planner does not know; empty where it knows all."""
+    if made.leave_out or isinstance(made.reduction_factor, Mapping):
+        return "drop leave_out, and give one reduction_factor or size"
+    if made.reads == "sum" and places != ("mlp",):
+        return "drop mh_adapter, or write original_ln_before=False"
+    return "drop modules_to_save" if made.modules_to_save else ""
 
 
 def _configuration(config: FinetuneConfig) -> BottleneckConfig:

@@ -18,9 +18,8 @@ from ..memory.planner.options import RunOptions
 from ..memory.planner.plan import Plan, plan
 from ..memory.planner.shapes import Shape, read_shape
 from ..memory.planner.table import described, name_of
-from .adapters import is_lora
+from .adapters import planned_adapter
 from .agreement import Need, agree
-from .constants import ALL_LINEAR
 from .errors import InputError
 from .processes import local_process_count, process_count, say
 from .resolve import compute_dtype, resolve_model
@@ -50,25 +49,20 @@ def run_options(config: FinetuneConfig, shape: Shape, length: int) -> RunOptions
     say."""
     half = compute_dtype(config.dtype).itemsize == 2
     cuda = torch.cuda.is_available()
-    names = {linear.name for linear in shape.linears}
-    targets = None if ALL_LINEAR in config.targets else tuple(t.rpartition(".")[2] for t in config.targets)
     flash = not cuda or (half and torch.cuda.get_device_capability() >= (8, 0))
     return RunOptions(
         length=length,
         batch=config.batch_size or 1,
         accumulation=config.grad_accumulation or 1,
-        rank=config.r,
-        targets=targets if targets is None or set(targets) <= names else None,
         dtype_bytes=2 if half else 4,
         four_bit=config.quantization != "none",
         nested=config.double_quant,
-        dropout=config.dropout > 0,
-        dora=config.dora,
         checkpointing=config.gradient_checkpointing,
         optimizer=config.optimizer or "adamw",
         attention="flash" if flash else "math",
         cards=process_count() if config.shard else 1,
         replicas=1 if config.shard else process_count(),
+        **planned_adapter(config, shape),
     )
 
 
@@ -94,8 +88,8 @@ def choose_fit(config: FinetuneConfig, path: str, lengths: Iterable[int], packed
 
 
 def _require_known(config: FinetuneConfig) -> None:
-    if not is_lora(config) or not config.patch:
-        what = "--adapter lora" if not is_lora(config) else "peftkern's own kernels (drop --no-patch)"
+    if not config.patch:
+        what = "peftkern's own kernels (drop --no-patch)"
         raise InputError(f"--fit {config.fit}: the planner knows {what} alone")
 
 
@@ -210,7 +204,7 @@ def explanation(config: FinetuneConfig) -> str:
 
 
 def _explained(config: FinetuneConfig) -> str:
-    if not is_lora(config) or not config.patch:
+    if not config.patch:
         return ""
     config = config.resolved()
     card = this_card()

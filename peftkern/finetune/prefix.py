@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from ..memory.planner.shapes import Shape
     from .config import FinetuneConfig
 
-__all__ = ["NAME", "add", "check", "load"]
+__all__ = ["NAME", "add", "check", "load", "planned"]
 
 NAME = "prefix"
 _INITS = ("text", "random", "zero", "gate")
@@ -68,6 +69,14 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
     from ..adapters.prefix import load_prefix
 
     return load_prefix(base, folder)
+
+
+def planned(config: FinetuneConfig, shape: Shape) -> dict[str, Any]:
+    """Raises InputError: what a prefix adds to attention is in none of the planner's formulas."""
+    raise InputError(
+        f"--adapter {config.adapter}: the planner knows LoRA and bottlenecks alone: drop --fit, or choose"
+        " another --adapter"
+    )
 
 
 def _first_tokens(config: FinetuneConfig, count: int) -> Any:

@@ -55,6 +55,45 @@ def test_a_run_that_fits_is_left_as_it_is_and_a_smaller_budget_checkpoints(
     assert losses(tight) == pytest.approx(losses(plain), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "reads"),
+    [("bottleneck", "its output"), ("seq_bn", "the stream behind it"), ("par_bn", "its")],
+)
+def test_bottlenecks_are_fitted(
+    adapter: str, reads: str, options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    options = options | {"adapter": adapter} | ({} if adapter == "bottleneck" else {"r": 16})
+    plain = run(options)
+    whole, least = needed(options, checkpointing=False), needed(options, checkpointing=True)
+    assert least < whole
+    tight = run(options, output=str(tmp_path / "tight"), fit=f"{least}B")
+    said = capfd.readouterr().err
+    assert "gradient checkpointing: layers' inputs 2 on the card" in said and f"which read {reads}" in said
+    assert losses(tight) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_the_least_of_bottlenecks_is_a_store_and_tiles(
+    options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    from peftkern.memory.planner.cards import CPU
+    from peftkern.memory.planner.choose import minimum
+    from peftkern.memory.planner.shapes import read_shape
+
+    options = options | {"adapter": "bottleneck"}
+    plain, shape = run(options), read_shape(options["model"])
+    asked = fitting.run_options(FinetuneConfig(**options | PATCHED).resolved(), shape, 128)
+    least, _ = minimum(shape, asked, CPU)
+    smallest = run(options, output=str(tmp_path / "small"), fit=f"{least}B", fit_disk="1GB")
+    assert "on disk" in capfd.readouterr().err
+    assert losses(smallest) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_a_prefix_is_refused_with_the_reason(options: dict[str, Any]) -> None:
+    del options["r"]
+    with pytest.raises(InputError, match="knows LoRA and bottlenecks alone: drop --fit"):
+        run(options, adapter="prefix", fit="1GB")
+
+
 def test_the_disk_and_tiles_are_used_where_they_must_be(
     options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

@@ -206,10 +206,12 @@ def test_saved_bytes_of_a_layer_are_what_hooks_count() -> None:
 
 
 def predicted_saved(step: Step) -> int:
+    from peftkern.memory.planner.bottleneck import Branches
     from peftkern.memory.planner.mlp import MLP
     from peftkern.memory.planner.schedule import _Walk
 
-    return _Walk(step, Ledger(), MLP(step, Ledger())).saved_of_layer()
+    branches = Branches(step, Ledger())
+    return _Walk(step, Ledger(), MLP(step, Ledger(), branches), branches).saved_of_layer()
 
 
 def quantization_tensors(model: Any) -> list[torch.Tensor]:

@@ -99,14 +99,15 @@ def _candidates(shape: Shape, options: RunOptions, card: Card) -> Iterator[RunOp
     yield options.but(checkpointing=False, keep_layers=None, disk_layers=0, layers_on_host=False)
     one = card.is_gpu and options.cards == 1
     hosts = (False,) if shape.tied or not one else (False, True)
-    streams = (False, True) if one else (False,)
+    streams = (False, True) if one and options.storable else (False,)
+    stay = (None, 1) if options.storable else (None,)
     less = ((False, False), (True, False)) + (((True, True),) if shape.kv_heads > 1 else ())
     if shape.dense_attention:
         less = (False, True), (True, True)
-    if shape.extra_norms:  # a layer whose additions are not inside its norms: rebuild_norms refuses it
+    if not _rebuilds(shape, options):
         less = tuple((False, grouped) for grouped in dict.fromkeys(grouped for _, grouped in less))
     for (tile, _), (rebuilt, grouped), looked_up, streamed, kept in itertools.product(
-        _TILES, less, hosts, streams, (None, 1)
+        _TILES, less, hosts, streams, stay
     ):
         yield options.but(
             checkpointing=True,
@@ -120,9 +121,15 @@ def _candidates(shape: Shape, options: RunOptions, card: Card) -> Iterator[RunOp
         )
 
 
+def _rebuilds(shape: Shape, options: RunOptions) -> bool:
+    """Whether `rebuild_norms` spares anything: not beside bottlenecks, whose layers keep no norm's output for
+    a frozen linear; a layer whose additions are not inside its norms refuses it."""
+    return not shape.extra_norms and options.bottleneck is None
+
+
 def _least(options: RunOptions, shape: Shape, card: Card) -> RunOptions:
     """With every checkpoint away that can be."""
-    if not options.checkpointing:
+    if not options.checkpointing or not options.storable:
         return options
     return options.but(keep_layers=1, disk_layers=0 if card.is_gpu else shape.layers)
 
@@ -178,21 +185,21 @@ def _single(shape: Shape, options: RunOptions, card: Card) -> Iterator[tuple[str
     if not options.checkpointing:
         yield "gradient checkpointing", options.but(checkpointing=True)
         return
-    if options.kept(shape.layers) > 1:
+    if options.kept(shape.layers) > 1 and options.storable:
         where = "the host" if card.is_gpu else "the disk"
         yield f"checkpoints to {where}", _least(options, shape, card)
     for tile, _ in _TILES[1:]:
         if tile < options.tokens and (options.mlp_tile is None or tile < options.mlp_tile):
             yield f"the MLP in tiles of {tile:,} tokens", options.but(mlp_tile=tile)
             break
-    if not options.rebuild_norms and not shape.extra_norms:
+    if not options.rebuild_norms and _rebuilds(shape, options):
         yield "norms' outputs computed again in backward", options.but(rebuild_norms=True)
     if not options.kv_groups and (shape.kv_heads > 1 or shape.dense_attention):
         yield _by_groups(shape), options.but(kv_groups=True)
     one = card.is_gpu and options.cards == 1
     if one and not options.embedding_on_host and not shape.tied:
         yield "the embedding on the host", options.but(embedding_on_host=True)
-    if one and not options.layers_on_host:
+    if one and not options.layers_on_host and options.storable:
         yield "the packed layers on the host, streamed", options.but(layers_on_host=True)
     if not options.nested and options.four_bit:
         yield "nested block maxima (double quantization)", options.but(nested=True)

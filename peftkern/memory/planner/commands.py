@@ -56,6 +56,11 @@ def _add_run(group: Any) -> None:
     group.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
     group.add_argument("--accumulation", type=int, default=1, help="batches of a step (default: 1)")
     group.add_argument("--rank", type=int, default=16, help="of the adapters on all linears (default: 16)")
+    group.add_argument(
+        "--adapter",
+        default="lora",
+        help="lora, or a bottleneck as `finetune --adapter` names it: bottleneck of width --rank, seq_bn, …",
+    )
     group.add_argument("--adapter-dtype", choices=("fp32", "16-bit"), default="fp32")
     group.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of activations")
     group.add_argument("--quantization", choices=("nf4", "fp4", "none"), default="nf4")
@@ -124,12 +129,11 @@ def _options(args: argparse.Namespace, shape: Any, limits: Any, card: Any) -> An
         length=args.length,
         batch=args.batch,
         accumulation=args.accumulation,
-        rank=args.rank,
         adapter_bytes=4 if args.adapter_dtype == "fp32" else 2,
         dtype_bytes=4 if args.dtype == "fp32" else 2,
         four_bit=args.quantization != "none",
         nested=args.double_quant,
-        dora=args.dora,
+        **_adapter(args, shape),
         cards=args.cards,
         replicas=args.replicas,
         optimizer=args.optimizer or ("paged_adamw_8bit" if card.is_gpu and args.cards == 1 else "adamw"),
@@ -152,6 +156,13 @@ def _options(args: argparse.Namespace, shape: Any, limits: Any, card: Any) -> An
     except InputError as error:
         print(f"peftkern plan: {error}.", file=sys.stderr)
         return minimum(shape, run, card)[1]
+
+
+def _adapter(args: argparse.Namespace, shape: Any) -> dict[str, Any]:
+    from ...finetune.adapters import planned_adapter
+    from ...finetune.config import FinetuneConfig
+
+    return planned_adapter(FinetuneConfig(adapter=args.adapter, r=args.rank, dora=args.dora), shape)
 
 
 def _resolved(model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .bottleneck import Branches
 from .ledger import Ledger
 from .scratch import Member
 
@@ -16,8 +17,8 @@ __all__ = ["MLP"]
 class MLP:
     """gate, up, their product and down for one batch; see `schedule`."""
 
-    def __init__(self, step: Step, ledger: Ledger) -> None:
-        self.step, self.ledger = step, ledger
+    def __init__(self, step: Step, ledger: Ledger, branches: Branches) -> None:
+        self.step, self.ledger, self.branches = step, ledger, branches
         tile = step.options.mlp_tile
         self.tile = min(tile, step.m) if tile else None
 
@@ -75,12 +76,14 @@ class MLP:
             self.ledger.keep("gradients", total, "adapters' elements", "gradients")
 
     def forward(self, phase: str, saved: bool) -> None:
-        """n2 -> mlp_y, then x_next = s + mlp_y."""
+        """n2 -> mlp_y, with a bottleneck's branch, then x_next = s + mlp_y."""
         step, ledger = self.step, self.ledger
         if self.tiled:
             self._tiled_forward(phase)
         else:
             self._whole_forward(phase, saved)
+        if not self.branches.outside:
+            self.branches.forward(phase, "mlp", saved=saved)
         if phase == "forward":
             ledger.make(phase, "residual", x_next=(step.h, "h"))
         if saved and not self.keeps_input():
@@ -111,7 +114,9 @@ class MLP:
 
     def _tiled_forward(self, phase: str) -> None:
         step, ledger = self.step, self.ledger
-        if phase == "mlp_backward":  # computed again up to the MLP's input: the tiles run in its backward
+        behind = self.branches.has("mlp") and not self.branches.outside
+        # Computed again up to the MLP's input, the tiles run in its backward; an adapter behind wants them.
+        if phase == "mlp_backward" and not behind:
             ledger.make(phase, "the MLP's place", mlp_y=(step.h, "h"))
             return
         tile = self.of_tile(3 * step.i + step.h + step.xa("gate_up") + step.xa("down"))
@@ -125,12 +130,15 @@ class MLP:
 
     def backward(self) -> None:
         """dx, the gradient of mlp_y -> dn2, that of n2; what was saved goes."""
+        if not self.branches.outside:
+            self.branches.backward("mlp")
         if self.tiled:
             self._tiled_backward()
         elif self.step.options.dora:
             self._separate_backward()
         else:
             self._whole_backward()
+        self.ledger.free("d_mlp")
 
     def _whole_backward(self) -> None:
         step, ledger, phase = self.step, self.ledger, "mlp_backward"
@@ -188,5 +196,10 @@ class MLP:
         step = self.step
         again = self.of_tile(step.i) + step.ops.forward(step.members("gate_up"), rows)
         at_down = self.of_tile(2 * step.i) + step.ops.glu_backward(self.down, rows)
-        at_gates = self.of_tile(2 * step.i + step.h) + step.ops.backward(step.members("gate_up"), rows)
+        product = 0
+        if not step.reads("down"):  # the product's gradient is an operator's result, which stays
+            product = self.of_tile(step.i)
+            at_down = product + max(self.of_tile(2 * step.i), step.ops.backward([self.down], rows))
+        gates = step.ops.backward(step.members("gate_up"), rows)
+        at_gates = product + self.of_tile(2 * step.i + step.h) + gates
         return self.of_tile(2 * step.i + step.h) + max(again, at_down, at_gates)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...errors import InputError
+from .bottleneck import Bottlenecks
 
 __all__ = ["ATTENTION", "OPTIMIZERS", "RunOptions"]
 
@@ -15,12 +16,12 @@ OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """A run of peftkern's patched layers with a LoRA on every linear of the decoder layers.
+    """A run of peftkern's patched layers with a LoRA on every linear of the decoder layers, or bottlenecks.
 
     length, batch: tokens of a sequence, sequences at a time. rank, adapter_bytes: of the adapters, 4 for fp32
-    and 2 for 16 bits; 0: no adapter. targets: last words of the names of the linears
-    that have one; None: all. dtype_bytes: of activations and dense weights. four_bit, nested,
-    blocksize: of the base's linears. dropout, dora: of the adapters.
+    and 2 for 16 bits; rank 0: no LoRA. bottleneck: adapters of that kind, in the place of LoRA. targets: last
+    words of the names of the linears that have one; None: all. dtype_bytes: of activations and dense weights.
+    four_bit, nested, blocksize: of the base's linears. dropout, dora: of the adapters.
     checkpointing: only layers' inputs are kept, a layer is computed again in backward. keep_layers: how many
     of these inputs stay on the device, the last layers', None for all; the last one always does. disk_layers:
     how many of the others go to a file, the first layers'; what is left goes to the host.
@@ -39,6 +40,7 @@ class RunOptions:
     length: int = 1024
     batch: int = 1
     rank: int = 16
+    bottleneck: Bottlenecks | None = None
     targets: tuple[str, ...] | None = None
     adapter_bytes: int = 4
     dtype_bytes: int = 2
@@ -90,6 +92,8 @@ class RunOptions:
             )
         if self.rank < 0:
             raise InputError(f"rank: got {self.rank}, expected at least 0")
+        if self.rank and self.bottleneck is not None:
+            raise InputError(f"rank: got {self.rank} beside bottlenecks, expected 0: a run has one kind")
 
     def rank_of(self, name: str) -> int:
         """The rank of the adapter on a linear of this name; 0 where it has none."""
@@ -107,6 +111,12 @@ class RunOptions:
     def tokens(self) -> int:
         """Of one batch."""
         return self.length * self.batch
+
+    @property
+    def storable(self) -> bool:
+        """Whether layers' inputs and weights may leave the device one by one: adapters around the layers hide
+        these."""
+        return self.bottleneck is None or self.bottleneck.reads != "sum"
 
     @property
     def processes(self) -> int:

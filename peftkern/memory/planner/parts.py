@@ -34,8 +34,8 @@ _STEP = ("forward", "loss", "mlp_backward", "attention_backward")
 
 
 def adapter_elements(shape: Shape, options: RunOptions) -> int:
-    """Trained elements: r (n + k) of each linear, of DoRA its n magnitudes too."""
-    return shape.layers * sum(sum(_tensors(linear, options)) for linear in shape.linears)
+    """Trained elements: r (n + k) of each linear, of DoRA its n magnitudes too; or those of bottlenecks."""
+    return shape.layers * sum(_of_layer(shape, options))
 
 
 def fixed_parts(step: Step) -> list[Part]:
@@ -146,10 +146,7 @@ def _optimizer_state(shape: Shape, options: RunOptions, elements: int) -> Part:
     if options.optimizer == "adamw":
         nbytes, formula = 2 * options.adapter_bytes * elements, f"2 × {options.adapter_bytes} B × elements"
     else:
-        small = (
-            sum(count for linear in shape.linears for count in _tensors(linear, options) if count < _SMALL)
-            * shape.layers
-        )
+        small = sum(count for count in _of_layer(shape, options) if count < _SMALL) * shape.layers
         blocks = math.ceil((elements - small) / 256)
         nbytes = 8 * small + 2 * (elements - small) + 2 * 4 * blocks
         formula = "2 × (1 B + 4/256 B) × elements; 8 B of tensors under 4,096"
@@ -157,6 +154,13 @@ def _optimizer_state(shape: Shape, options: RunOptions, elements: int) -> Part:
     source = "bitsandbytes; " + ("managed memory, which may move to the host" if paged else _COUNT)
     name = f"optimizer state ({options.optimizer})"
     return Part(name, nbytes, formula=formula, source=source, group="optimizer", allocator=not paged)
+
+
+def _of_layer(shape: Shape, options: RunOptions) -> list[int]:
+    """Elements of each trained tensor of a layer."""
+    made = options.bottleneck
+    branches = [] if made is None else made.tensors(shape.hidden) * len(made.places)
+    return [count for linear in shape.linears for count in _tensors(linear, options)] + branches
 
 
 def _tensors(linear: LinearShape, options: RunOptions) -> list[int]:

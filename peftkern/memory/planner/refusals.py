@@ -24,6 +24,14 @@ def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
         )
     if options.cards > 1 and (options.layers_on_host or options.embedding_on_host):
         yield "layers or an embedding on the host are not served for a model in shards: drop one of them"
+    if options.cards > 1 and options.bottleneck is not None:
+        yield "bottleneck adapters are not served for a model in shards: plan with LoRA, or --replicas"
+    if not options.storable and (options.away(shape.layers) or options.layers_on_host):
+        yield (
+            "adapters that read the stream behind a layer stand around it, where no store takes its input and"
+            " no slot its weights: keep both on the card, or read the MLP's output (seq_bn"
+            "[original_ln_before=False])"
+        )
     if options.cards > 1 and options.optimizer != "adamw":
         yield f"{options.optimizer} takes no parameters in shards: plan with --optimizer adamw"
     if card.is_gpu and not shape.dense_attention:

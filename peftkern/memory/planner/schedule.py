@@ -10,6 +10,7 @@ product.
 from __future__ import annotations
 
 from .attention import attention_workspace, forward_workspace, mask_bytes, score_bytes
+from .bottleneck import Branches
 from .ledger import Ledger
 from .step import Step
 
@@ -24,7 +25,8 @@ def run_step(step: Step, ledger: Ledger) -> Ledger:
     not."""
     from .mlp import MLP
 
-    walk = _Walk(step, ledger, MLP(step, ledger))
+    branches = Branches(step, ledger)
+    walk = _Walk(step, ledger, MLP(step, ledger, branches), branches)
     walk.forward()
     walk.loss()
     walk.backward()
@@ -36,8 +38,8 @@ class _Walk:
     lies between what is there at these two.
     """
 
-    def __init__(self, step: Step, ledger: Ledger, mlp: object) -> None:
-        self.step, self.ledger, self.mlp = step, ledger, mlp
+    def __init__(self, step: Step, ledger: Ledger, mlp: object, branches: Branches) -> None:
+        self.step, self.ledger, self.mlp, self.branches = step, ledger, mlp, branches
         self.layers = step.shape.layers
 
     # ---- forward
@@ -74,11 +76,13 @@ class _Walk:
         ledger.group = _LAYER
         self.attention_forward("forward", saved)
         self.mlp.forward("forward", saved)
+        ledger.free("o_y", "mlp_y", *(() if saved else ("s", "n2", "rstd2")))
+        if self.branches.outside:
+            self.branches.forward("forward", "mlp", saved=True)
         if saved:
-            ledger.free("o_y", "mlp_y")
             self._save(layer)
         else:
-            ledger.free("s", "n2", "o_y", "mlp_y", "rstd2")
+            self.branches.release()
             self._set_checkpoints(layer + 1, self._written_late(layer + 1))
         ledger.free("x")
         ledger.hold([_renamed("x", ledger.bytes_of("x_next"), "h", _LAYER)])
@@ -94,12 +98,18 @@ class _Walk:
             self._set_checkpoints(layer, self._written_late(layer))
 
     def saved_of_layer(self, first: bool = False) -> int:
-        """What one layer keeps for backward without checkpointing, its input with it."""
-        step = self.step
-        total = (0 if first and not self._saves_first_input() else step.h) + step.rstd
-        total += (step.h if step.keeps_norm("qkv") else 0) + self._attention_saved()
-        total += step.h + step.rstd + (step.h if self.mlp.keeps_input() else 0)
-        return total + self.mlp.saved_bytes()
+        """What one layer keeps for backward without checkpointing, its input with it. In the first layer no
+        gradient goes on beyond the first bottleneck: the sublayers before it keep nothing."""
+        step, branches = self.step, self.branches
+        total = (step.h if step.keeps_norm("qkv") else 0) + (step.h if self.mlp.keeps_input() else 0)
+        total += branches.saved_bytes()
+        starts = step.options.bottleneck is not None and first
+        if not starts:
+            total += (0 if first and not self._saves_first_input() else step.h) + step.rstd
+            total += self._attention_saved()
+        if not starts or branches.has("attention"):
+            total += step.h + step.rstd + self.mlp.saved_bytes()
+        return total
 
     def _saves_first_input(self) -> bool:
         """Whether the first layer's input is kept: it has no gradient, but its norm may be computed again of
@@ -129,14 +139,18 @@ class _Walk:
         self.ledger.free("x", "n1", "rstd1", "q", "kr", "v", "out", "lse", "xa_qkv", "xa_o", "u_qkv", "u_o")
         self.ledger.free("s", "n2", "rstd2", "q0", "k0", "rstd_heads", "extra_norms", "scores", "qkv")
         self.mlp.release()
+        self.branches.release()
         self._set_saved(layer + 1)
 
     def _set_checkpoints(self, layers: int, on_their_way: int = 0) -> None:
-        """Of the first `layers` layers; the input of the one at work is counted there."""
+        """Of the first `layers` layers, with what adapters around them keep; the input of the one at work is
+        counted there."""
         step = self.step
         kept = step.options.kept(self.layers)
         on_device = max(0, layers - (self.layers - kept))
         self.ledger.keep("checkpoints", on_device * step.h, f"{on_device} layers' inputs × h", "checkpoints")
+        around = layers * self.branches.saved_bytes() if self.branches.outside else 0
+        self.ledger.keep("adapters' inputs", around, f"{layers} layers × (h + tokens·R)", "checkpoints")
         moving = on_their_way * step.h
         self.ledger.keep("checkpoints on their way", moving, f"{on_their_way} × h", "checkpoints")
 
@@ -191,6 +205,7 @@ class _Walk:
         ledger.make(phase, "o", scratch=scratch, o_y=(step.h, "h"), xa_o=(step.xa("o"), "r"), u_o=(u, "h"))
         if not saved:
             ledger.free("xa_o", "u_o", "n1", "q", "kr", "v", "qkv", "out")
+        self.branches.forward(phase, "attention", saved=saved)
         extra = shape.extra_norms * (step.h + step.rstd)
         if saved and extra:
             ledger.make(phase, "further norms", extra_norms=(extra, "h each"))
@@ -203,9 +218,11 @@ class _Walk:
     def attention_backward(self) -> None:
         step, ledger, phase = self.step, self.ledger, "attention_backward"
         options = step.options
+        self.branches.backward("attention")
         scratch = step.ops.backward(step.members("o"), step.m), "a slab and partial sums"
         self._gradients("o")
         ledger.make(phase, "o", scratch=scratch, d_out=(step.q, "q"))
+        self.branches.end_of_gradient("attention", "output")
         ledger.free("xa_o", "u_o", "extra_norms", *(("out",) if step.shape.dense_attention else ()))
         work = attention_workspace(step), f"{options.attention} attention's own"
         ledger.make(phase, "attention", scratch=work, dq=(step.q, "q"), dk=(step.k, "k"), dv=(step.k, "k"))
@@ -224,6 +241,7 @@ class _Walk:
         self._gradients("qkv")
         ledger.make(phase, "q, k, v", scratch=scratch, dn1=(step.h, "h"))
         ledger.free("dq0", "dk0", "dv", "dqn", "dkn", "dqkv", "n1", "xa_qkv", "u_qkv")
+        self.branches.end_of_gradient("attention", "input")
         ledger.make(phase, "input norm", dx=(step.h, "h"))
         ledger.free("ds", "dn1", "x", "rstd1")
 
@@ -286,13 +304,29 @@ class _Walk:
         if not step.options.checkpointing:
             self._set_saved(layer)
             self._restore(layer)
+            self._around_backward()
             return
         self._set_checkpoints(layer, self._fetched_early(layer))
         ledger.group = _LAYER
+        ledger.hold(_renamed(name, nbytes, "", _LAYER) for name, nbytes in self._around().items())
+        self._around_backward()
         ledger.hold([_renamed("x", step.h, "h", _LAYER)])
         self.attention_forward("mlp_backward", saved=True)
         self.mlp.forward("mlp_backward", saved=True)
         ledger.free("o_y", "mlp_y", "x_next")
+
+    def _around(self) -> dict[str, int]:
+        """What an adapter around a layer keeps."""
+        return self.branches.saved() if self.branches.outside else {}
+
+    def _around_backward(self) -> None:
+        """Of an adapter around a layer, before the layer's own: the gradient of what it gave becomes that of
+        the layer's output."""
+        if not self.branches.outside:
+            return
+        self.branches.backward("mlp")
+        self.ledger.free("dx", "d_mlp")
+        self.ledger.hold([_renamed("dx", self.step.h, "h", _LAYER)])
 
     def _restore(self, layer: int) -> None:
         """The last layer's saved pieces under their own names."""
@@ -312,7 +346,7 @@ class _Walk:
             pieces |= {"u_qkv": step.q + 2 * step.k, "u_o": step.h}
         pieces |= {"extra_norms": step.shape.extra_norms * (step.h + step.rstd), "scores": score_bytes(step)}
         pieces |= {"xa_o": step.xa("o"), "s": step.h, "rstd2": step.rstd}
-        for name, nbytes in (pieces | self.mlp.saved()).items():
+        for name, nbytes in (pieces | self.mlp.saved() | self.branches.saved()).items():
             if nbytes:
                 ledger.hold([_renamed(name, nbytes, "", _LAYER)])
 

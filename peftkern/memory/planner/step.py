@@ -91,8 +91,10 @@ class Step:
         return [Member(one.n, one.k, rank(one.name), dense) for one in self.shape.of(part)]
 
     def keeps_norm(self, part: str) -> bool:
-        """Whether the norm's output that a part reads is saved."""
-        return self.reads(part) and not self.options.rebuild_norms
+        """Whether the norm's output that a part reads is saved, for the part's adapters or a bottleneck."""
+        made, place = self.options.bottleneck, {"qkv": "attention", "gate_up": "mlp"}.get(part)
+        branch = made is not None and made.reads == "input" and place in made.places
+        return branch or (self.reads(part) and not self.options.rebuild_norms)
 
     def again(self, part: str) -> bool:
         """Whether that norm's output is computed again."""
@@ -109,8 +111,15 @@ class Step:
         return elements * self.options.adapter_bytes * linear.count
 
     @property
+    def branch_gradient(self) -> int:
+        """Of the bottleneck at one place."""
+        made = self.options.bottleneck
+        return 0 if made is None else sum(made.tensors(self.shape.hidden)) * self.options.adapter_bytes
+
+    @property
     def layer_gradient(self) -> int:
-        return sum(self.adapter(linear) for linear in self.shape.linears)
+        places = 0 if self.options.bottleneck is None else len(self.options.bottleneck.places)
+        return sum(self.adapter(linear) for linear in self.shape.linears) + places * self.branch_gradient
 
     @property
     def rope(self) -> int:

@@ -60,6 +60,12 @@ _NAMES = {
     "nf": "last norm's output",
     "d_nf": "gradient of the last norm's output",
     "lse": "attention's row sums",
+    "y_attention": "attention's output, unadapted",
+    "z_attention": "attention's bottleneck",
+    "d_attention": "gradient that its bottleneck gives",
+    "y_mlp": "the MLP's output, unadapted",
+    "z_mlp": "the MLP's bottleneck",
+    "d_mlp": "gradient that its bottleneck gives",
     "masks": "attention's masks",
     "scores": "attention's scores",
     "xa_qkv": "low-rank products of q, k, v",
@@ -84,7 +90,7 @@ def short_name(name: str) -> str:
 def lines(plan: Plan, changes: Sequence[Change] = ()) -> list[str]:
     """The whole table."""
     shape, options = plan.shape, plan.options
-    run = f"{options.batch} × {options.length:,} tokens, rank {options.rank}"
+    run = f"{options.batch} × {options.length:,} tokens, {_adapters(options)}"
     found = [
         f"{short_name(shape.name)}: {shape.parameters / 1e9:.2f} B parameters, {run}, on {plan.card.name}",
         "",
@@ -111,6 +117,11 @@ def lines(plan: Plan, changes: Sequence[Change] = ()) -> list[str]:
     return found
 
 
+def _adapters(options: RunOptions) -> str:
+    made = options.bottleneck
+    return f"rank {options.rank}" if made is None else f"bottlenecks of width {made.size}"
+
+
 def described(options: RunOptions, shape: Shape) -> list[str]:
     """How the run uses memory, one line a choice."""
     layers = shape.layers
@@ -132,6 +143,10 @@ def described(options: RunOptions, shape: Shape) -> list[str]:
     else:
         by_heads = ", its backward by key/value heads" if options.kv_groups else ""
         found.append(f"{options.attention} attention{by_heads}")
+    if options.bottleneck is not None:
+        read = {"output": "its output", "input": "its input", "sum": "the stream behind it"}
+        places = " and ".join(options.bottleneck.places)
+        found.append(f"adapters of each layer's {places}, which read {read[options.bottleneck.reads]}")
     if options.cards > 1:
         found.append(f"the model divided among {options.cards} cards (FSDP2), each with batches of its own")
     if options.replicas > 1:
