@@ -5,7 +5,7 @@ and what the planner says when memory has run out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,15 +44,16 @@ class Fit:
     card: Card
 
 
-def run_options(config: FinetuneConfig, shape: Shape, length: int) -> RunOptions:
-    """The run as the planner knows it, with sequences of `length` tokens; memory is used as the options
-    say."""
+def run_options(config: FinetuneConfig, shape: Shape, length: int, rows: str = "whole") -> RunOptions:
+    """The run as the planner knows it, with sequences of `length` tokens, `rows` of RunOptions; memory is
+    used as the options say."""
     half = compute_dtype(config.dtype).itemsize == 2
     cuda = torch.cuda.is_available()
     flash = not cuda or (half and torch.cuda.get_device_capability() >= (8, 0))
     return RunOptions(
         length=length,
         batch=config.batch_size or 1,
+        rows=rows,
         accumulation=config.grad_accumulation or 1,
         dtype_bytes=2 if half else 4,
         four_bit=config.quantization != "none",
@@ -66,10 +67,15 @@ def run_options(config: FinetuneConfig, shape: Shape, length: int) -> RunOptions
     )
 
 
-def choose_fit(config: FinetuneConfig, path: str, lengths: Iterable[int], packed: bool) -> Fit | None:
+def choose_fit(
+    config: FinetuneConfig, path: str, lengths: Iterable[int], *, packed: bool, apart: bool = False
+) -> Fit | None:
     """What --fit chooses for the longest batch of a run; None without --fit. In several processes all call
     it, and get the same options.
 
+    Args:
+        lengths: of the rows, in tokens; packed: whether they are put together in windows; apart: whether a
+            window's documents are kept apart.
     Raises: InputError with the least that the run needs, where nothing fits; and for what the planner does
     not know.
     """
@@ -77,7 +83,9 @@ def choose_fit(config: FinetuneConfig, path: str, lengths: Iterable[int], packed
         return None
     _require_known(config)
     shape, card = read_shape(path, trust_remote_code=config.trust_remote_code), this_card()
-    options = run_options(config, shape, _longest(config, lengths, packed))
+    lengths = list(lengths)
+    rows = _rows(config, lengths, packed, apart)
+    options = run_options(config, shape, _longest(config, lengths, packed), rows)
     try:
         found = agree(shape, Need(options, _limits(config, card), card))
     except InputError as error:
@@ -91,6 +99,17 @@ def _require_known(config: FinetuneConfig) -> None:
     if not config.patch:
         what = "peftkern's own kernels (drop --no-patch)"
         raise InputError(f"--fit {config.fit}: the planner knows {what} alone")
+
+
+def _rows(config: FinetuneConfig, lengths: Sequence[int], packed: bool, apart: bool) -> str:
+    """What the rows of a batch are, as the planner's RunOptions say. Windows cut from running text have a
+    shorter one at the end, which a batch of several fills up."""
+    multiple, several = config.pad_to_multiple_of or 1, config.batch_size != 1
+    if packed and apart:
+        return "packed"
+    found = {config.seq_length} if packed else {min(length, config.seq_length) for length in lengths}
+    uneven = several and (packed or len(found) > 1)
+    return "padded" if uneven or any(length % multiple for length in found) else "whole"
 
 
 def _longest(config: FinetuneConfig, lengths: Iterable[int], packed: bool) -> int:
@@ -209,7 +228,9 @@ def _explained(config: FinetuneConfig) -> str:
     config = config.resolved()
     card = this_card()
     shape = read_shape(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
-    options = run_options(config, shape, config.seq_length)
+    packed = config.document_boundaries or bool(config.packing)  # what the data is, is not known here
+    rows = _rows(config, [config.seq_length, 1], packed, packed)
+    options = run_options(config, shape, config.seq_length, rows)
     processes = local_process_count()
     limits = limits_of(card, processes=processes) if config.fit is None else _limits(config, card)
     found = plan(shape, options, limits, card)

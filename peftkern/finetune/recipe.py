@@ -150,7 +150,7 @@ class _Run:
 
     def _trainer(self, train: Dataset, evaluations: dict[str, Dataset]) -> RecipeTrainer:
         from .fitting import choose_fit, install_fit
-        from .inputs import is_packed, prepare
+        from .inputs import is_packed, is_running_text, prepare
         from .metrics import MetricsCallback, restore_metrics
         from .model import load_model, load_tokenizer, resolve_model
         from .trainer import make_trainer
@@ -160,7 +160,8 @@ class _Run:
         inputs = prepare(self.config, train, evaluations, tokenizer)
         self.prompt = inputs.prompt
         lengths = map(len, inputs.train["input_ids"])
-        fit = choose_fit(self.config, path, lengths, is_packed(self.config, inputs.kind))
+        packed, apart = is_packed(self.config, inputs.kind), not is_running_text(self.config, inputs.kind)
+        fit = choose_fit(self.config, path, lengths, packed=packed, apart=apart)
         on_host = self.config.shard or (fit is not None and fit.options.layers_on_host)
         model = load_model(path, self.config, on_host=on_host)
         config = self.config

@@ -88,6 +88,68 @@ def test_the_least_of_bottlenecks_is_a_store_and_tiles(
     assert losses(smallest) == pytest.approx(losses(plain), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("packed", "apart", "batch", "multiple", "lengths", "expected"),
+    [
+        (True, True, 1, None, [9, 5], "packed"),
+        (True, False, 1, None, [9, 5], "whole"),
+        (True, False, 2, None, [9, 5], "padded"),  # the last window is shorter
+        (False, True, 1, None, [9, 5], "whole"),
+        (False, True, 2, None, [9, 5], "padded"),
+        (False, True, 2, None, [200, 300], "whole"),  # all are cut to one length
+        (False, True, 1, 8, [16, 9], "padded"),
+        (False, True, 1, 8, [16, 8], "whole"),
+    ],
+)
+def test_what_the_rows_of_a_batch_are(
+    packed: bool, apart: bool, batch: int, multiple: int | None, lengths: list[int], expected: str
+) -> None:
+    config = FinetuneConfig(batch_size=batch, seq_length=128, pad_to_multiple_of=multiple)
+    assert fitting._rows(config, lengths, packed, apart) == expected
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_documents_take_what_is_planned_in_the_recipe(
+    checkpointing: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of the recipe itself is counted; its batch of two windows is one row under a mask."""
+    from peftkern.finetune import trainer
+    from peftkern.memory.count import MemoryCount
+    from peftkern.memory.planner.shapes import read_shape
+
+    from ..memory.test_planner_count import PHASES, predicted
+
+    step, chosen, seen = trainer.RecipeTrainer.training_step, [], []
+    choose = fitting.choose_fit
+
+    def counted(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with MemoryCount() as count:
+            result = step(self, model, inputs, *args, **kwargs)
+        seen.append((tuple(inputs["input_ids"].shape), count.peaks))
+        return result
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        chosen.append(choose(*args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(trainer.RecipeTrainer, "training_step", counted)
+    monkeypatch.setattr(fitting, "choose_fit", watched)
+    packed = {"document_boundaries": True, "batch_size": 2, "steps": 2, "seq_length": 256}
+    whole, least = (
+        needed(options, checkpointing=on, rows="packed", batch=2, length=256) for on in (False, True)
+    )
+    run(options, **packed, fit=f"{least if checkpointing else whole + 1}B")
+    (fit,) = chosen
+    assert fit.options.rows == "packed" and fit.options.checkpointing is checkpointing
+    for (rows, length), peaks in seen:
+        assert rows == 1 and length <= 512
+        known = fit.options.to_dict() | {"batch": 1}
+        del known["length"], known["batch"]
+        plan = predicted(read_shape(options["model"]), length, 1, known)
+        for phase in PHASES:
+            assert plan[phase] == pytest.approx(peaks[phase], rel=0.05), (phase, length)
+
+
 def test_a_prefix_is_refused_with_the_reason(options: dict[str, Any]) -> None:
     del options["r"]
     with pytest.raises(InputError, match="knows LoRA and bottlenecks alone: drop --fit"):

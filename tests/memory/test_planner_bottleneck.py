@@ -210,5 +210,8 @@ def test_the_command_plans_for_bottlenecks(tmp_path: Any, capsys: pytest.Capture
         "scaling": 0,
         "dropout": False,
     }
+    assert main([*line, "lora", "--rows", "padded", "--batch", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["options"]
+    assert (found["rows"], found["rank"], found["bottleneck"]) == ("padded", 16, None)
     assert main([*line, "prefix"]) == 2
     assert "choose another --adapter" in capsys.readouterr().err

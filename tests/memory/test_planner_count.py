@@ -190,6 +190,71 @@ def test_the_mask_of_a_window_is_counted(family: str, checkpointing: bool, own: 
             assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length)
 
 
+def batch_of(rows: str, batch: int, length: int, documents: int = 4) -> dict[str, torch.Tensor]:
+    """What TRL's collator makes of packed samples of so many documents, or of samples of several lengths."""
+    trl = pytest.importorskip("trl.trainer.sft_trainer", reason="trl is not installed")
+    sizes = [length] + [length // 2 + 1] * (batch - 1)
+    samples = [{"input_ids": [1] * (length if rows == "packed" else size)} for size in sizes]
+    if rows == "packed":
+        sizes = [length // documents - 1] * (documents - 1)
+        samples = [sample | {"seq_lengths": [*sizes, length - sum(sizes)]} for sample in samples]
+    collate = trl.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=rows == "packed")
+    return collate(samples)
+
+
+def counted_rows(model: Any, rows: str, batch: int, length: int, documents: int = 4) -> dict[str, int]:
+    with MemoryCount() as count:
+        inputs = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value
+            for name, value in batch_of(rows, batch, length, documents).items()
+        }
+        model(**inputs, use_cache=False).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return count.peaks
+
+
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("own", [True, False], ids=["native attention", "torch's"])
+def test_the_mask_of_rows_that_are_not_whole_is_counted(rows: str, checkpointing: bool, own: bool) -> None:
+    row = cpu_rows.row(native().isa())
+    settings = config(num_hidden_layers=3)
+    model, shape = build(settings), shape_of(settings)
+    if checkpointing:
+        checkpointed(model)
+    options, found = {"rank": 4, "checkpointing": checkpointing, "rows": rows}, []
+    for length, batch in ((192, 2), (384, 2), (384, 3)):
+        with cpu_rows.use_row(native().isa(), replace(row, attention=own and row.attention)):
+            count = counted_rows(model, rows, batch, length)
+            plan = predicted(shape, length, batch, options)
+        for phase in PHASES:
+            assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length, batch)
+        found.append((count, plan))
+    whole = predicted(shape, 384, 3, options | {"rows": "whole"})
+    assert all(found[2][1][phase] > 1.1 * whole[phase] for phase in PHASES)  # the mask is what is tested
+    for phase in PHASES:
+        count, plan = (found[1][i][phase] - found[0][i][phase] for i in (0, 1))
+        assert plan == pytest.approx(count, rel=0.05), phase
+
+
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_masks_of_two_kinds_of_layers_are_counted(rows: str, checkpointing: bool) -> None:
+    """Gemma 3: full attention has a mask of its own then, and a window one that is shorter than the row."""
+    sizes = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, vocab_size=320, pad_token_id=0, head_dim=16, sliding_window=512)
+    sizes |= dict(layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16)
+    settings = transformers.Gemma3TextConfig(**sizes)
+    model, shape = build(settings), shape_of(settings)
+    if checkpointing:
+        checkpointed(model)
+    options = {"rank": 4, "checkpointing": checkpointing, "rows": rows}
+    count, plan = counted_rows(model, rows, 2, 384), predicted(shape, 384, 2, options)
+    for phase in PHASES:
+        assert plan[phase] == pytest.approx(count[phase], rel=0.05), phase
+
+
 def test_saved_bytes_of_a_layer_are_what_hooks_count() -> None:
     settings = config(num_hidden_layers=3)
     model, shape = build(settings), shape_of(settings)

@@ -29,8 +29,8 @@ from peftkern.memory.planner.shapes import shape_of
 from peftkern.memory.planner.step import Step
 from peftkern.memory.planner.table import lines
 
-from .build import build, config, transformers
-from .test_planner_count import PHASES, checkpointed, counted, predicted, quantization_tensors
+from .build import SHAPES, build, config, transformers
+from .test_planner_count import PHASES, checkpointed, counted, counted_rows, predicted, quantization_tensors
 
 
 def nightly(value: Any) -> Any:
@@ -133,6 +133,51 @@ def test_attention_with_a_soft_cap(
     count, plan = (after - before for before, after in zip(*slopes, strict=True))
     if batch == 1:  # else tiles have fewer rows at the greater length
         assert plan == pytest.approx(count, rel=0.05)
+
+
+@pytest.mark.parametrize("by_tiles", [True, nightly(False)])
+def test_packed_samples_under_a_soft_cap(by_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tiles masks are made a tile at a time; eager attention is given one of the whole row a kind of
+    layer."""
+    monkeypatch.setattr("peftkern.memory.tiles._SCORES", 1)
+    sizes = SIZES | dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=320, pad_token_id=0)
+    settings = transformers.Gemma2Config(**sizes | GEMMA2)
+    model, shape = build(settings), shape_of(settings)
+    if by_tiles:
+        attention_by_groups(model)
+    checkpointed(model)
+    counted(model, 64)
+    options = {"rank": 4, "kv_groups": by_tiles, "rows": "packed"}
+    for length in (200, 328):  # tiles of 64 rows reach from one document into the next
+        count = counted_rows(model, "packed", 2, length, documents=1)  # the longest that there can be
+        plan = predicted(shape, length, 2, options)
+        if by_tiles:
+            for peaks in (count, plan):
+                peaks["mlp_backward"] = max(peaks["mlp_backward"], peaks["attention_backward"])
+        for phase in PHASES:
+            assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length)
+
+
+def test_a_plan_of_packed_samples_grows_with_the_square_of_the_batch() -> None:
+    shape, card = shape_of(config(**SHAPES["8b"])), card_of("24")
+    limits = Limits(23 << 30, 64 << 30, 48 << 30, 0)
+    asked = RunOptions(length=8192, batch=2, rows="packed", keep_layers=1, mlp_tile=2048)
+    found = plan(shape, asked, limits, card)
+    (masks,) = [part for part in found.peaks[1].parts if part.name == "masks"]
+    assert masks.nbytes == 16_384**2
+    one = plan(shape, asked.but(batch=1, accumulation=2), limits, card)
+    (masks,) = [part for part in one.peaks[1].parts if part.name == "masks"]
+    assert masks.nbytes == 8192**2
+    (padded,) = [
+        p for p in plan(shape, asked.but(rows="padded"), limits, card).peaks[1].parts if "masks" in p.name
+    ]
+    assert padded.nbytes == 2 * 8192**2
+    assert any("rows of several documents are given a mask of 256.00 MiB" in text for text in found.warnings)
+    assert not any("which is not counted here" in text for text in found.warnings)
+    text = "\n".join(lines(found))
+    assert "rows of several documents, the batch as one row" in text and "attention's masks" in text
+    whole = plan(shape, asked.but(rows="whole"), limits, card)
+    assert whole.longest > 1.5 * found.longest > 0
 
 
 def test_a_plan_of_a_soft_cap_is_by_tiles_and_refused_without() -> None:

@@ -10,7 +10,14 @@ from ..tiles import fitted_tiling
 if TYPE_CHECKING:
     from .step import Step
 
-__all__ = ["attention_workspace", "dq_copies", "forward_workspace", "mask_bytes", "score_bytes"]
+__all__ = [
+    "attention_workspace",
+    "dq_copies",
+    "forward_workspace",
+    "mask_bytes",
+    "mask_workspace",
+    "score_bytes",
+]
 
 
 def score_bytes(step: Step) -> int:
@@ -38,30 +45,36 @@ def _repeated(step: Step) -> int:
 def _added_mask(step: Step) -> int:
     """What torch's SDPA adds to the scores under a mask of truth values: [batch, 1, S, S], made by every call
     whatever the backend."""
-    square = step.options.batch * step.options.length**2
-    return 0 if step.own_attention else int(step.e * square * _share(step))
+    return 0 if step.own_attention else int(step.e * step.square * _share(step))
 
 
 def _share(step: Step) -> float:
-    """What has a window of one layer, in the mean; of those computed again one at a time, of the one that has
-    it."""
-    return 1.0 if step.options.checkpointing else step.shape.windowed
+    """What has a mask of one layer, in the mean: with whole rows those with a window; of layers computed
+    again one at a time, of the one that has it."""
+    return 1.0 if step.options.checkpointing or step.options.rows != "whole" else step.shape.windowed
 
 
 def mask_bytes(step: Step) -> int:
     """The masks that transformers builds, [batch, 1, S, S]: for eager attention one a kind of layer, in the
-    dtype of activations; for SDPA that of a window no longer than the sequence, of truth values."""
-    shape, options = step.shape, step.options
-    square = options.batch * options.length**2
+    dtype of activations; for SDPA, of truth values, that of a window no longer than the sequence, and with
+    rows that are not whole one a kind of layer."""
+    shape = step.shape
     if shape.dense_attention:
-        return 0 if step.by_tiles else shape.mask_kinds * step.e * square
-    return square if step.masked else 0
+        return 0 if step.by_tiles else shape.mask_kinds * step.e * step.square
+    kinds = shape.mask_kinds if step.options.rows != "whole" else 1
+    return kinds * step.square if step.masked else 0
+
+
+def mask_workspace(step: Step) -> int:
+    """Bytes that live while a mask for SDPA is built: the two of truth values that it is the conjunction
+    of."""
+    return 2 * step.square if step.masked else 0
 
 
 def forward_workspace(step: Step, *, saved: bool) -> int:
     """Bytes that live while attention's output is made, without it and `score_bytes`; saved: for backward."""
-    if not step.shape.dense_attention:
-        return 0
+    if not step.shape.dense_attention:  # keys and values, while there are those of every query head too
+        return 2 * step.k if step.masked and step.shape.kv_heads < step.shape.heads else 0
     if not step.by_tiles:  # the scores, these and their softmax in fp32, and tanh where it is saved
         most = (step.e + 4 + 4 if step.e < 4 else 4 + 4) + (step.e if saved else 0)
         return (most - 8) * _scores(step)
@@ -69,24 +82,26 @@ def forward_workspace(step: Step, *, saved: bool) -> int:
 
 
 def _scores(step: Step) -> int:
-    return step.options.batch * step.shape.heads * step.options.length**2
+    return step.shape.heads * step.square
 
 
 def _windows(step: Step) -> tuple[int | None, ...]:
-    """Of the layers' kinds."""
-    return (None,) if step.shape.window is None else (None, step.shape.window)
+    """Keys that a query of each kind of layer reads at the most, None for all; of packed rows no more than a
+    sequence, for a document goes not beyond."""
+    whole = step.options.length if step.options.rows == "packed" else None
+    return (whole,) if step.shape.window is None else (whole, min(step.shape.window, whole or 1 << 62))
 
 
 def _tile(step: Step, window: int | None) -> tuple[int, int, int, int]:
     """What attention by tiles has at a time: rows of all its query heads, scores, its mask's bytes, its
     key/value heads."""
     shape, options = step.shape, step.options
-    sharing, length = shape.heads // shape.kv_heads, options.length
+    sharing, (batch, length) = shape.heads // shape.kv_heads, options.row
     keys = (lambda rows: length) if window is None else (lambda rows: min(length, rows + window - 1))
-    tiling, most = fitted_tiling(keys, options.batch, shape.kv_heads, sharing, length)
+    tiling, most = fitted_tiling(keys, batch, shape.kv_heads, sharing, length)
     units = tiling.samples * tiling.heads
     rows = units * sharing * tiling.rows
-    return rows, rows * most, step.e * options.batch * tiling.rows * most, units
+    return rows, rows * most, step.e * batch * tiling.rows * most, units
 
 
 def _tile_forward(step: Step, window: int | None) -> int:
@@ -100,7 +115,7 @@ def _tile_backward(step: Step, window: int | None) -> int:
     """tanh and p in fp32, dp in the operands' dtype and in fp32; the mask; copies of the tile's q and dout,
     of its rows' numbers; its dv; and the fp32 sums of dk and dv of the heads at work."""
     rows, scores, mask, units = _tile(step, window)
-    a_score, width, length = 12 + (step.e if step.e < 4 else 0), step.shape.head_dim, step.options.length
+    a_score, width, length = 12 + (step.e if step.e < 4 else 0), step.shape.head_dim, step.options.row[1]
     part = scores // rows * units * width * step.e
     return a_score * scores + mask + rows * (2 * step.e * width + 8) + part + 2 * 4 * units * length * width
 
@@ -116,7 +131,7 @@ def dq_copies(step: Step) -> int:
     """How often FlashAttention's backward keeps dq in fp32 where it is to be deterministic: as many times as
     there are multiprocessors for each batch and head.
     """
-    return max(-(-(step.card.sms or 128) // (step.options.batch * step.shape.heads)), 1)
+    return max(-(-(step.card.sms or 128) // (step.options.row[0] * step.shape.heads)), 1)
 
 
 def attention_workspace(step: Step) -> int:
@@ -139,10 +154,11 @@ def attention_workspace(step: Step) -> int:
         groups, apart = 1, 2 * (step.q - step.k)
     if not step.card.is_gpu:  # our own kernel in bf16 tiles keeps nothing, and takes no groups
         return apart if step.masked or not step.own_attention else 0
-    rows = options.batch * (-(-options.length // 128) * 128)
+    batch, length = options.row
+    rows = batch * (-(-length // 128) * 128)
     width = -(-shape.head_dim // 32) * 32
     if options.attention == "math":
-        return 3 * 4 * options.batch * shape.heads * options.length**2
+        return 3 * 4 * _scores(step)
     sums = 4 * rows * shape.heads // groups
     if options.attention == "efficient":
         return sums + 3 * 4 * rows * shape.heads * width

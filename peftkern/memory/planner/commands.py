@@ -54,6 +54,12 @@ def _add_run(group: Any) -> None:
     switch: Any = argparse.BooleanOptionalAction
     group.add_argument("--length", type=int, default=4096, help="tokens of a sequence (default: 4096)")
     group.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
+    group.add_argument(
+        "--rows",
+        choices=("whole", "packed", "padded"),
+        default="whole",
+        help="one document each, of one length; several, kept apart; or of several lengths (default: whole)",
+    )
     group.add_argument("--accumulation", type=int, default=1, help="batches of a step (default: 1)")
     group.add_argument("--rank", type=int, default=16, help="of the adapters on all linears (default: 16)")
     group.add_argument(
@@ -128,6 +134,7 @@ def _options(args: argparse.Namespace, shape: Any, limits: Any, card: Any) -> An
     run = RunOptions(
         length=args.length,
         batch=args.batch,
+        rows=args.rows,
         accumulation=args.accumulation,
         adapter_bytes=4 if args.adapter_dtype == "fp32" else 2,
         dtype_bytes=4 if args.dtype == "fp32" else 2,

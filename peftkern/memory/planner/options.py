@@ -8,9 +8,10 @@ from typing import Any
 from ...errors import InputError
 from .bottleneck import Bottlenecks
 
-__all__ = ["ATTENTION", "OPTIMIZERS", "RunOptions"]
+__all__ = ["ATTENTION", "OPTIMIZERS", "ROWS", "RunOptions"]
 
 ATTENTION = ("flash", "efficient", "cudnn", "math")
+ROWS = ("whole", "packed", "padded")
 OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
 
 
@@ -18,7 +19,9 @@ OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
 class RunOptions:
     """A run of peftkern's patched layers with a LoRA on every linear of the decoder layers, or bottlenecks.
 
-    length, batch: tokens of a sequence, sequences at a time. rank, adapter_bytes: of the adapters, 4 for fp32
+    length, batch: tokens of a sequence, sequences at a time. rows: one of ROWS, what the sequences are: one
+    document each and all of one length; several documents each, kept apart, and the batch put together as one
+    row, as TRL does; or of several lengths, filled up. rank, adapter_bytes: of the adapters, 4 for fp32
     and 2 for 16 bits; rank 0: no LoRA. bottleneck: adapters of that kind, in the place of LoRA. targets: last
     words of the names of the linears that have one; None: all. dtype_bytes: of activations and dense weights.
     four_bit, nested, blocksize: of the base's linears. dropout, dora: of the adapters.
@@ -39,6 +42,7 @@ class RunOptions:
 
     length: int = 1024
     batch: int = 1
+    rows: str = "whole"
     rank: int = 16
     bottleneck: Bottlenecks | None = None
     targets: tuple[str, ...] | None = None
@@ -77,6 +81,7 @@ class RunOptions:
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("attention", ATTENTION),
+            ("rows", ROWS),
             ("adapter_bytes", (2, 4)),
             ("dtype_bytes", (2, 4)),
         ):
@@ -122,6 +127,11 @@ class RunOptions:
     def processes(self) -> int:
         """Of the run, each with batches of its own."""
         return self.cards * self.replicas
+
+    @property
+    def row(self) -> tuple[int, int]:
+        """Rows of the batch as attention sees it, and the tokens of one."""
+        return (1, self.tokens) if self.rows == "packed" else (self.batch, self.length)
 
     def kept(self, layers: int) -> int:
         """Checkpoints that stay on the device."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...files import atomic_files
 from .plan import PhasePeak, Plan
-from .table import PHASE_NAMES, short_name
+from .table import PHASE_NAMES, adapters_of, short_name
 
 __all__ = ["plot_plan"]
 
@@ -63,5 +63,7 @@ def _title(plan: Plan) -> str:
     options, peak = plan.options, plan.peak
     room = plan.limits.gpu - plan.device_bytes
     verdict = f"fits with {room / 2**30:.1f} GiB to spare" if room >= 0 else f"lacks {-room / 2**30:.1f} GiB"
-    run = f"{short_name(plan.shape.name)}, {options.batch} × {options.length:,} tokens, rank {options.rank}"
+    run = (
+        f"{short_name(plan.shape.name)}, {options.batch} × {options.length:,} tokens, {adapters_of(options)}"
+    )
     return f"{run}:\n{verdict}; {PHASE_NAMES[peak.phase]} sets the peak"

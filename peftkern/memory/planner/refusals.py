@@ -16,9 +16,10 @@ _LONG = 8192  # tokens from which a dense mask or dense scores are refused
 def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
     """One sentence each."""
     options, card, shape = step.options, step.card, step.shape
-    if shape.dense_attention and not step.by_tiles and options.length >= _LONG:
+    length = options.row[1]
+    if shape.dense_attention and not step.by_tiles and length >= _LONG:
         yield (
-            f"eager attention at {options.length:,} tokens (no fused kernel of PyTorch has a soft cap) keeps"
+            f"eager attention at {length:,} tokens (no fused kernel of PyTorch has a soft cap) keeps"
             f" {in_bytes(score_bytes(step))} of scores a layer (S² a head): take it by key/value heads and"
             " tiles of queries (--kv-groups)"
         )
@@ -41,10 +42,10 @@ def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
 def _of_kernel(step: Step) -> Iterator[str]:
     """What the attention asked for does not do on this card, or for this model."""
     options, card, shape = step.options, step.card, step.shape
-    if options.attention == "math" and options.length >= _LONG:
+    if options.attention == "math" and options.row[1] >= _LONG:
         nbytes = in_bytes(score_bytes(step))
         yield (
-            f"dense attention at {options.length:,} tokens keeps {nbytes} of scores a layer (S² a head):"
+            f"dense attention at {options.row[1]:,} tokens keeps {nbytes} of scores a layer (S² a head):"
             " use FlashAttention (sdpa without a mask: no padding, no 4-D mask)"
         )
     if options.attention == "flash" and not card.flash:
@@ -77,15 +78,21 @@ def warnings_of(step: Step, limits: Limits) -> Iterator[str]:
         splits = dq_copies(step)
         counted = "which is counted" if options.deterministic else "which is not counted here"
         yield f"deterministic attention keeps its fp32 sums of dq {splits} times, {counted}"
-    if step.masked:
+    if step.masked and options.rows != "whole":
+        kind = "several documents" if options.rows == "packed" else "several lengths"
+        yield (
+            f"rows of {kind} are given a mask of {in_bytes(step.square)} (S² of {options.row[1]:,} tokens),"
+            " with which PyTorch runs no FlashAttention: what it runs in its place is counted as that is"
+        )
+    elif step.masked:
         yield (
             f"layers with a window of {step.shape.window:,} tokens are given a mask of S² bytes, with which"
             " PyTorch runs no FlashAttention: what it runs in its place is counted as that is"
         )
-    if options.length >= _LONG and card.is_gpu and not step.by_tiles:
+    if options.rows == "whole" and options.length >= _LONG and card.is_gpu and not step.by_tiles:
         yield (
-            "padded batches build a dense mask of S² bytes: give rows of equal length, a batch of one, or"
-            " packing with document boundaries in the position ids"
+            "padded batches, and rows of several documents, build a dense mask of S² bytes, which is not"
+            " counted here: plan with rows padded or packed (--rows), or give rows of equal length"
         )
     if options.embedding_on_host and step.shape.tied:
         yield "the embedding is the head's weight too and stays on the card: nothing is spared by a host copy"

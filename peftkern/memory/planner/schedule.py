@@ -9,7 +9,7 @@ product.
 
 from __future__ import annotations
 
-from .attention import attention_workspace, forward_workspace, mask_bytes, score_bytes
+from .attention import attention_workspace, forward_workspace, mask_bytes, mask_workspace, score_bytes
 from .bottleneck import Branches
 from .ledger import Ledger
 from .step import Step
@@ -56,6 +56,7 @@ class _Walk:
         apart = step.options.cards > 1 and not step.shape.tied  # a unit of its own, gathered for its lookup
         table = step.shape.embedding * step.e if apart else 0
         ledger.make("forward", "embedding", scratch=(table, "the embedding, gathered"), x=(step.h, "h"))
+        ledger.note("forward", "masks", (mask_workspace(step), "2·batch·S²"))
         if step.options.away(self.layers) or not self._saves_first_input():
             # The model's forward holds it until it returns, whoever else does.
             ledger.keep("embedded tokens", step.h, "h", _LAYER)

@@ -62,9 +62,17 @@ class Step:
 
     @property
     def masked(self) -> bool:
-        """Whether layers have a window no longer than the sequence, which SDPA is given a mask for."""
-        window = self.shape.window
-        return window is not None and self.options.length >= window and not self.shape.dense_attention
+        """Whether SDPA is given a mask: for a window no longer than the sequence, for rows of several
+        documents, and for rows that are filled up."""
+        window, (_, length) = self.shape.window, self.options.row
+        apart = self.options.rows != "whole"
+        return (apart or (window is not None and length >= window)) and not self.shape.dense_attention
+
+    @property
+    def square(self) -> int:
+        """Elements of a mask: of each row the square of its tokens."""
+        rows, length = self.options.row
+        return rows * length**2
 
     @property
     def own_attention(self) -> bool:
@@ -124,7 +132,7 @@ class Step:
     @property
     def rope(self) -> int:
         """cos and sin."""
-        return 2 * self.options.length * self.shape.head_dim * self.e
+        return 2 * self.options.row[1] * self.shape.head_dim * self.e
 
     @property
     def ids(self) -> int:

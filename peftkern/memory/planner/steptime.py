@@ -35,7 +35,7 @@ def step_time(step: Step) -> StepTime:
     m, layers = step.m, shape.layers
     width = shape.heads * shape.head_dim
     linear = 2 * m * shape.layer_weights
-    attention = 2 * m * options.length * width * layers  # two products, causal: half of the square
+    attention = 2 * m * options.row[1] * width * layers  # two products, causal: half of the square
     head = 2 * m * shape.embedding
     adapters = 2 * m * adapter_elements(shape, options)
     forward = linear + attention + adapters

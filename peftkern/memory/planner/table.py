@@ -13,7 +13,7 @@ from .plan import PhasePeak, Plan
 from .shapes import Shape
 from .step import Step
 
-__all__ = ["PHASE_NAMES", "described", "lines", "name_of", "part_lines", "short_name"]
+__all__ = ["PHASE_NAMES", "adapters_of", "described", "lines", "name_of", "part_lines", "short_name"]
 
 PHASE_NAMES = {
     "load": "loading",
@@ -90,7 +90,7 @@ def short_name(name: str) -> str:
 def lines(plan: Plan, changes: Sequence[Change] = ()) -> list[str]:
     """The whole table."""
     shape, options = plan.shape, plan.options
-    run = f"{options.batch} × {options.length:,} tokens, {_adapters(options)}"
+    run = f"{options.batch} × {options.length:,} tokens, {adapters_of(options)}"
     found = [
         f"{short_name(shape.name)}: {shape.parameters / 1e9:.2f} B parameters, {run}, on {plan.card.name}",
         "",
@@ -117,7 +117,8 @@ def lines(plan: Plan, changes: Sequence[Change] = ()) -> list[str]:
     return found
 
 
-def _adapters(options: RunOptions) -> str:
+def adapters_of(options: RunOptions) -> str:
+    """The adapters in two words or a few."""
     made = options.bottleneck
     return f"rank {options.rank}" if made is None else f"bottlenecks of width {made.size}"
 
@@ -143,6 +144,9 @@ def described(options: RunOptions, shape: Shape) -> list[str]:
     else:
         by_heads = ", its backward by key/value heads" if options.kv_groups else ""
         found.append(f"{options.attention} attention{by_heads}")
+    if options.rows != "whole":
+        rows = {"packed": "several documents, the batch as one row", "padded": "several lengths, filled up"}
+        found.append(f"rows of {rows[options.rows]}")
     if options.bottleneck is not None:
         read = {"output": "its output", "input": "its input", "sum": "the stream behind it"}
         places = " and ".join(options.bottleneck.places)
