@@ -72,11 +72,17 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def planned(config: FinetuneConfig, shape: Shape) -> dict[str, Any]:
-    """Raises InputError: what a prefix adds to attention is in none of the planner's formulas."""
-    raise InputError(
-        f"--adapter {config.adapter}: the planner knows LoRA and bottlenecks alone: drop --fit, or choose"
-        " another --adapter"
-    )
+    """The prefix as the planner counts it; InputError where its formulas do not hold."""
+    options = _options(config.adapter)
+    reason = "its attention has a soft cap on its scores" if shape.dense_attention else ""
+    if options.init == "gate":
+        reason = "init=gate puts one beside attention's output"
+    if reason:
+        raise InputError(
+            f"--adapter {config.adapter}: the planner knows a prefix that is joined to fused attention alone,"
+            f" and {reason}: drop --fit, or choose another --adapter"
+        )
+    return {"rank": 0, "prefix": options.tokens}
 
 
 def _first_tokens(config: FinetuneConfig, count: int) -> Any:

@@ -150,10 +150,24 @@ def test_packed_documents_take_what_is_planned_in_the_recipe(
             assert plan[phase] == pytest.approx(peaks[phase], rel=0.05), (phase, length)
 
 
-def test_a_prefix_is_refused_with_the_reason(options: dict[str, Any]) -> None:
+def test_a_prefix_is_fitted_unless_it_has_a_gate(
+    options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    from peftkern.memory.planner.cards import CPU
+    from peftkern.memory.planner.choose import minimum
+    from peftkern.memory.planner.shapes import read_shape
+
     del options["r"]
-    with pytest.raises(InputError, match="knows LoRA and bottlenecks alone: drop --fit"):
-        run(options, adapter="prefix", fit="1GB")
+    options = options | {"adapter": "prefix[tokens=8]"}
+    plain, shape = run(options), read_shape(options["model"])
+    assert needed(options, checkpointing=True) < needed(options, checkpointing=False)
+    asked = fitting.run_options(FinetuneConfig(**options | PATCHED).resolved(), shape, 128)
+    least, _ = minimum(shape, asked, CPU)
+    smallest = run(options, output=str(tmp_path / "small"), fit=f"{least}B", fit_disk="1GB")
+    assert "on disk" in capfd.readouterr().err
+    assert losses(smallest) == pytest.approx(losses(plain), rel=1e-4)
+    with pytest.raises(InputError, match="init=gate puts one beside attention's output: drop --fit"):
+        run(options, output=str(tmp_path / "gate"), adapter="prefix[init=gate]", fit="1GB")
 
 
 def test_the_disk_and_tiles_are_used_where_they_must_be(

@@ -173,7 +173,9 @@ def test_a_plan_says_what_reads_what_and_what_it_cannot_do() -> None:
     output = RunOptions(length=16_384, **options_of(settings, KINDS["the MLP"]))
     assert not plan(shape, output.but(keep_layers=1), limits, card).refusals
     shards = plan(shape, output.but(cards=2, optimizer="adamw"), limits, card)
-    assert any("bottleneck adapters are not served for a model in shards" in text for text in shards.refusals)
+    assert any(
+        "bottlenecks and prefixes are not served for a model in shards" in text for text in shards.refusals
+    )
     with pytest.raises(InputError, match="rank: got 16 beside bottlenecks"):
         RunOptions(bottleneck=Bottlenecks(size=8))
 
@@ -184,7 +186,7 @@ def test_a_plan_says_what_reads_what_and_what_it_cannot_do() -> None:
         ("seq_bn[leave_out=[0]]", "drop leave_out"),
         ("double_seq_bn[reduction_factor={'0': 8, 'default': 16}]", "give one reduction_factor"),
         ("seq_bn[mh_adapter=True]", "drop mh_adapter, or write original_ln_before=False"),
-        ("prefix", "the planner knows LoRA and bottlenecks alone"),
+        ("prefix[init=gate]", "init=gate puts one beside attention's output: drop --fit"),
     ],
 )
 def test_adapters_that_no_formula_knows(adapter: str, how: str) -> None:
@@ -213,5 +215,7 @@ def test_the_command_plans_for_bottlenecks(tmp_path: Any, capsys: pytest.Capture
     assert main([*line, "lora", "--rows", "padded", "--batch", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["options"]
     assert (found["rows"], found["rank"], found["bottleneck"]) == ("padded", 16, None)
-    assert main([*line, "prefix"]) == 2
+    assert main([*line, "prefix[tokens=48]"]) == 0
+    assert "a prefix of 48 tokens" in capsys.readouterr().out
+    assert main([*line, "prefix[init=gate]"]) == 2
     assert "choose another --adapter" in capsys.readouterr().err

@@ -30,6 +30,8 @@ def score_bytes(step: Step) -> int:
             return 0
         repeated = 2 * step.q if step.shape.kv_heads < step.shape.heads else 0
         return 8 * _scores(step) + repeated
+    if options.prefix:  # the mask is saved as it is, keys and values are not repeated
+        return 0
     repeated = _repeated(step) + _added_mask(step) if step.masked else 0
     if options.attention != "math" or not step.card.is_gpu:
         return repeated
@@ -73,12 +75,20 @@ def mask_workspace(step: Step) -> int:
 
 def forward_workspace(step: Step, *, saved: bool) -> int:
     """Bytes that live while attention's output is made, without it and `score_bytes`; saved: for backward."""
+    if step.options.prefix:
+        return step.ops.prefix_forward(step.m, *_of_prefix(step))
     if not step.shape.dense_attention:  # keys and values, while there are those of every query head too
         return 2 * step.k if step.masked and step.shape.kv_heads < step.shape.heads else 0
     if not step.by_tiles:  # the scores, these and their softmax in fp32, and tanh where it is saved
         most = (step.e + 4 + 4 if step.e < 4 else 4 + 4) + (step.e if saved else 0)
         return (most - 8) * _scores(step)
     return max(_tile_forward(step, window) for window in _windows(step))
+
+
+def _of_prefix(step: Step) -> tuple[int, int, int, int]:
+    """Heads, their width, tokens of the prefix, elements of the mask."""
+    mask = step.square if step.masked else 0
+    return step.shape.heads, step.shape.head_dim, step.options.prefix, mask
 
 
 def _scores(step: Step) -> int:
@@ -135,7 +145,15 @@ def dq_copies(step: Step) -> int:
 
 
 def attention_workspace(step: Step) -> int:
-    """Bytes that live while dq, dk and dv are made, without these.
+    """Bytes that live while dq, dk and dv are made, without these; those of a prefix around the kernel
+    too."""
+    if not step.options.prefix:
+        return _kernel_workspace(step)
+    return step.ops.prefix_backward(step.m, *_of_prefix(step), _kernel_workspace(step))
+
+
+def _kernel_workspace(step: Step) -> int:
+    """Of the attention kernel itself.
 
     FlashAttention-2 (flash_api.cpp, mha_bwd, which PyTorch's SDPA has a copy of): dq in fp32, softmax's row
     sums, and with fewer key/value heads dk and dv of every query head. The memory-efficient kernel has fp32
@@ -150,7 +168,10 @@ def attention_workspace(step: Step) -> int:
     groups = shape.kv_heads if options.kv_groups else 1
     # A group's gradients, and those of the group before it until they are replaced.
     apart = 2 * (step.q + 2 * step.k) // groups if groups > 1 else 0
-    if step.masked:  # such a call runs whole; the gradients of repeated keys and values
+    if options.prefix:  # which takes the kernel whole, and keys as they are
+        groups = 1
+        apart = 0
+    elif step.masked:  # such a call runs whole; the gradients of repeated keys and values
         groups, apart = 1, 2 * (step.q - step.k)
     if not step.card.is_gpu:  # our own kernel in bf16 tiles keeps nothing, and takes no groups
         return apart if step.masked or not step.own_attention else 0

@@ -101,7 +101,7 @@ def _candidates(shape: Shape, options: RunOptions, card: Card) -> Iterator[RunOp
     hosts = (False,) if shape.tied or not one else (False, True)
     streams = (False, True) if one and options.storable else (False,)
     stay = (None, 1) if options.storable else (None,)
-    less = ((False, False), (True, False)) + (((True, True),) if shape.kv_heads > 1 else ())
+    less = ((False, False), (True, False)) + (((True, True),) if _groups(shape, options) else ())
     if shape.dense_attention:
         less = (False, True), (True, True)
     if not _rebuilds(shape, options):
@@ -122,9 +122,14 @@ def _candidates(shape: Shape, options: RunOptions, card: Card) -> Iterator[RunOp
 
 
 def _rebuilds(shape: Shape, options: RunOptions) -> bool:
-    """Whether `rebuild_norms` spares anything: not beside bottlenecks, whose layers keep no norm's output for
-    a frozen linear; a layer whose additions are not inside its norms refuses it."""
-    return not shape.extra_norms and options.bottleneck is None
+    """Whether `rebuild_norms` spares anything: not beside bottlenecks and prefixes, for whose frozen linears
+    no norm's output is kept; a layer whose additions are not inside its norms refuses it."""
+    return not shape.extra_norms and options.rank > 0
+
+
+def _groups(shape: Shape, options: RunOptions) -> bool:
+    """Whether attention by groups spares anything: it is not asked where a prefix is joined to attention."""
+    return shape.kv_heads > 1 and not options.prefix
 
 
 def _least(options: RunOptions, shape: Shape, card: Card) -> RunOptions:
@@ -194,7 +199,7 @@ def _single(shape: Shape, options: RunOptions, card: Card) -> Iterator[tuple[str
             break
     if not options.rebuild_norms and _rebuilds(shape, options):
         yield "norms' outputs computed again in backward", options.but(rebuild_norms=True)
-    if not options.kv_groups and (shape.kv_heads > 1 or shape.dense_attention):
+    if not options.kv_groups and (_groups(shape, options) or shape.dense_attention):
         yield _by_groups(shape), options.but(kv_groups=True)
     one = card.is_gpu and options.cards == 1
     if one and not options.embedding_on_host and not shape.tied:

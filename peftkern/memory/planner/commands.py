@@ -65,7 +65,7 @@ def _add_run(group: Any) -> None:
     group.add_argument(
         "--adapter",
         default="lora",
-        help="lora, or a bottleneck as `finetune --adapter` names it: bottleneck of width --rank, seq_bn, …",
+        help="lora, or as `finetune --adapter` names it: bottleneck (of width --rank), seq_bn, prefix, …",
     )
     group.add_argument("--adapter-dtype", choices=("fp32", "16-bit"), default="fp32")
     group.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of activations")

@@ -17,12 +17,14 @@ OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "adamw")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """A run of peftkern's patched layers with a LoRA on every linear of the decoder layers, or bottlenecks.
+    """A run of peftkern's patched layers with a LoRA on every linear of the decoder layers, bottlenecks, or a
+    prefix.
 
     length, batch: tokens of a sequence, sequences at a time. rows: one of ROWS, what the sequences are: one
     document each and all of one length; several documents each, kept apart, and the batch put together as one
     row, as TRL does; or of several lengths, filled up. rank, adapter_bytes: of the adapters, 4 for fp32
-    and 2 for 16 bits; rank 0: no LoRA. bottleneck: adapters of that kind, in the place of LoRA. targets: last
+    and 2 for 16 bits; rank 0: no LoRA. bottleneck: adapters of that kind, in the place of LoRA. prefix:
+    tokens of a prefix inside attention, without a gate, in the place of both; 0: none. targets: last
     words of the names of the linears that have one; None: all. dtype_bytes: of activations and dense weights.
     four_bit, nested, blocksize: of the base's linears. dropout, dora: of the adapters.
     checkpointing: only layers' inputs are kept, a layer is computed again in backward. keep_layers: how many
@@ -45,6 +47,7 @@ class RunOptions:
     rows: str = "whole"
     rank: int = 16
     bottleneck: Bottlenecks | None = None
+    prefix: int = 0
     targets: tuple[str, ...] | None = None
     adapter_bytes: int = 4
     dtype_bytes: int = 2
@@ -97,8 +100,13 @@ class RunOptions:
             )
         if self.rank < 0:
             raise InputError(f"rank: got {self.rank}, expected at least 0")
-        if self.rank and self.bottleneck is not None:
-            raise InputError(f"rank: got {self.rank} beside bottlenecks, expected 0: a run has one kind")
+        if self.prefix < 0:
+            raise InputError(f"prefix: got {self.prefix}, expected at least 0 tokens")
+        if bool(self.rank) + bool(self.prefix) + (self.bottleneck is not None) > 1:
+            raise InputError(
+                f"rank: got {self.rank} beside bottlenecks or a prefix, expected 0: a run has one kind of"
+                " adapter"
+            )
 
     def rank_of(self, name: str) -> int:
         """The rank of the adapter on a linear of this name; 0 where it has none."""

@@ -34,8 +34,9 @@ _STEP = ("forward", "loss", "mlp_backward", "attention_backward")
 
 
 def adapter_elements(shape: Shape, options: RunOptions) -> int:
-    """Trained elements: r (n + k) of each linear, of DoRA its n magnitudes too; or those of bottlenecks."""
-    return shape.layers * sum(_of_layer(shape, options))
+    """Trained elements: r (n + k) of each linear, of DoRA its n magnitudes too; or those of bottlenecks, or
+    of a prefix."""
+    return sum(_trained(shape, options))
 
 
 def fixed_parts(step: Step) -> list[Part]:
@@ -146,7 +147,7 @@ def _optimizer_state(shape: Shape, options: RunOptions, elements: int) -> Part:
     if options.optimizer == "adamw":
         nbytes, formula = 2 * options.adapter_bytes * elements, f"2 × {options.adapter_bytes} B × elements"
     else:
-        small = sum(count for count in _of_layer(shape, options) if count < _SMALL) * shape.layers
+        small = sum(count for count in _trained(shape, options) if count < _SMALL)
         blocks = math.ceil((elements - small) / 256)
         nbytes = 8 * small + 2 * (elements - small) + 2 * 4 * blocks
         formula = "2 × (1 B + 4/256 B) × elements; 8 B of tensors under 4,096"
@@ -156,11 +157,13 @@ def _optimizer_state(shape: Shape, options: RunOptions, elements: int) -> Part:
     return Part(name, nbytes, formula=formula, source=source, group="optimizer", allocator=not paged)
 
 
-def _of_layer(shape: Shape, options: RunOptions) -> list[int]:
-    """Elements of each trained tensor of a layer."""
+def _trained(shape: Shape, options: RunOptions) -> list[int]:
+    """Elements of each trained tensor."""
     made = options.bottleneck
-    branches = [] if made is None else made.tensors(shape.hidden) * len(made.places)
-    return [count for linear in shape.linears for count in _tensors(linear, options)] + branches
+    layer = [] if made is None else made.tensors(shape.hidden) * len(made.places)
+    layer += [count for linear in shape.linears for count in _tensors(linear, options)]
+    prefix = 2 * options.prefix * shape.layers * shape.kv_heads * shape.head_dim
+    return layer * shape.layers + ([prefix] if prefix else [])
 
 
 def _tensors(linear: LinearShape, options: RunOptions) -> list[int]:

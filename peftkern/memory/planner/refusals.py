@@ -25,8 +25,10 @@ def refusals_of(step: Step, limits: Limits) -> Iterator[str]:
         )
     if options.cards > 1 and (options.layers_on_host or options.embedding_on_host):
         yield "layers or an embedding on the host are not served for a model in shards: drop one of them"
-    if options.cards > 1 and options.bottleneck is not None:
-        yield "bottleneck adapters are not served for a model in shards: plan with LoRA, or --replicas"
+    if options.cards > 1 and (options.bottleneck is not None or options.prefix):
+        yield "bottlenecks and prefixes are not served for a model in shards: plan with LoRA, or --replicas"
+    if options.prefix and shape.dense_attention:
+        yield "a prefix beside a soft cap on attention's scores is in none of the formulas: plan with LoRA"
     if not options.storable and (options.away(shape.layers) or options.layers_on_host):
         yield (
             "adapters that read the stream behind a layer stand around it, where no store takes its input and"

@@ -64,7 +64,9 @@ class _Walk:
         saved = not step.options.checkpointing
         for layer in self._strides():
             self._layer_forward(layer, saved)
-        if saved and step.masked and not step.own_attention:  # what SDPA made of it is saved in its place
+        if (
+            saved and step.masked and not (step.own_attention or step.options.prefix)
+        ):  # what SDPA made of it is saved in its place
             ledger.free("masks")
 
     def _strides(self) -> list[int]:
@@ -105,9 +107,11 @@ class _Walk:
         total = (step.h if step.keeps_norm("qkv") else 0) + (step.h if self.mlp.keeps_input() else 0)
         total += branches.saved_bytes()
         starts = step.options.bottleneck is not None and first
-        if not starts:
+        behind_norm = step.starts_late and first
+        if not behind_norm:
             total += (0 if first and not self._saves_first_input() else step.h) + step.rstd
-            total += self._attention_saved()
+        if not starts:
+            total += self._attention_saved() - (self._head_norms() if behind_norm else 0)
         if not starts or branches.has("attention"):
             total += step.h + step.rstd + self.mlp.saved_bytes()
         return total
@@ -120,12 +124,16 @@ class _Walk:
     def _attention_saved(self) -> int:
         step = self.step
         heads = step.q + 2 * step.k + (step.q + step.k if step.fused_qkv else 0)
-        norms = step.q + step.k + self._head_rstd() if step.shape.query_norms else 0
         extra = step.shape.extra_norms * (step.h + step.rstd)
         u = step.q + 2 * step.k + step.h if step.options.dora else 0
+        norms = self._head_norms()
         return (
             heads + norms + extra + u + step.q + step.lse + step.xa("qkv") + step.xa("o") + score_bytes(step)
         )
+
+    def _head_norms(self) -> int:
+        """What norms of queries and keys keep."""
+        return self.step.q + self.step.k + self._head_rstd() if self.step.shape.query_norms else 0
 
     def _head_rstd(self) -> int:
         return 4 * self.step.m * (self.step.shape.heads + self.step.shape.kv_heads)
@@ -226,8 +234,11 @@ class _Walk:
         self.branches.end_of_gradient("attention", "output")
         ledger.free("xa_o", "u_o", "extra_norms", *(("out",) if step.shape.dense_attention else ()))
         work = attention_workspace(step), f"{options.attention} attention's own"
-        ledger.make(phase, "attention", scratch=work, dq=(step.q, "q"), dk=(step.k, "k"), dv=(step.k, "k"))
+        pieces = {"dq": (step.q, "q"), "dk": (step.k, "k"), "dv": (step.k, "k")}
+        prefix = step.layer_gradient if step.options.prefix else 0
+        ledger.make(phase, "attention", scratch=work, **pieces, d_prefix=(prefix, "the prefix's"))
         ledger.free("q", "kr", "v", "qkv", "out", "lse", "scores", "d_out")
+        self._prefix_gradient()
         ledger.make(phase, "rotation", dq0=(step.q, "q"), dk0=(step.k, "k"))
         ledger.free("dq", "dk")
         if step.shape.query_norms:
@@ -245,6 +256,20 @@ class _Walk:
         self.branches.end_of_gradient("attention", "input")
         ledger.make(phase, "input norm", dx=(step.h, "h"))
         ledger.free("ds", "dn1", "x", "rstd1")
+
+    def _prefix_gradient(self) -> None:
+        """That of all layers' parameter, which each layer gives whole: beside it are the sum of the layers
+        behind, and the new one; behind the last layer there is none. Later batches add it to theirs."""
+        step, ledger, whole = self.step, self.ledger, self.layers * self.step.layer_gradient
+        if not step.options.prefix:
+            return
+        beside = 2 * whole if ledger.bytes_of("gradients") else step.layer_gradient
+        if step.options.accumulation == 1:
+            ledger.keep("gradients", whole, "the prefix's elements", "gradients")
+        else:
+            beside = 3 * whole
+        ledger.free("d_prefix")
+        ledger.note("attention_backward", "the prefix", (beside, "the prefix's elements"))
 
     def _gradients(self, part: str) -> None:
         """Those of a part join the others; of a second batch they are added and go."""
@@ -298,10 +323,11 @@ class _Walk:
         """What is left when `layer` is at work: the layers behind it have gradients now and nothing saved."""
         step, ledger = self.step, self.ledger
         if step.options.accumulation == 1:
-            behind = (self.layers - 1 - layer) * step.layer_gradient // step.options.cards
-            ledger.keep(
-                "gradients", behind, f"adapters' elements of {self.layers - 1 - layer} layers", "gradients"
+            layers = (
+                self.layers if step.options.prefix and layer < self.layers - 1 else self.layers - 1 - layer
             )
+            behind = layers * step.layer_gradient // step.options.cards
+            ledger.keep("gradients", behind, f"adapters' elements of {layers} layers", "gradients")
         if not step.options.checkpointing:
             self._set_saved(layer)
             self._restore(layer)

@@ -86,6 +86,23 @@ class Operators:
         at_once = 2 if choice.gemm == "cublas" and choice.regime == "slab" and down.r else 1
         return at_once * wide + self.backward([down], m)
 
+    def prefix_forward(self, rows: int, heads: int, width: int, prefix: int, mask: int) -> int:
+        """Of attention with a prefix beside its result and its row sums (prefix_attention/__init__.py): the
+        prefix's weights, and in fp32 its product, the output and both joined; or, before these, a mask of so
+        many elements in the activations' dtype, and its negation before there is a result."""
+        wide, weights, sums = (4 * rows * heads * n for n in (width, prefix, 1))
+        made = self.itemsize * mask
+        turned = made + mask - self._wide(rows, heads * width) - sums
+        return max(3 * wide + weights + 2 * sums, made, turned)
+
+    def prefix_backward(self, rows: int, heads: int, width: int, prefix: int, mask: int, kernel: int) -> int:
+        """The same of its backward, beside dq, dk and dv: queries and dy in fp32, the weights and their
+        gradients, the mask; then the kernel's own bytes, or dy times y. dy of fp32 is there as it is."""
+        wide, weights, sums = (4 * rows * heads * n for n in (width, prefix, 1))
+        copied = 2 if self.itemsize < 4 else 1
+        held = copied * wide + 2 * weights + 3 * sums + self.itemsize * mask
+        return held + max(copied * wide, kernel)
+
     def loss(self, rows: int, vocab: int, tile: int | None = None) -> int:
         """Of linear + cross-entropy on a dense head: the logits of as many rows as are there at a time."""
         return min(rows, tile or self.loss_rows(vocab)) * vocab * self.logit_bytes

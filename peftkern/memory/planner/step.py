@@ -80,6 +80,12 @@ class Step:
         return not self.card.is_gpu and self.e == 2 and bool(self.isa) and cpu_rows.row(self.isa).attention
 
     @property
+    def starts_late(self) -> bool:
+        """Whether no gradient goes as far as the first layer's input: its first trained part is not what
+        reads that input's norm."""
+        return self.options.bottleneck is not None or bool(self.options.prefix)
+
+    @property
     def lse(self) -> int:
         """A row's log-sum-exp; by tiles its greatest score and its sum; eager attention keeps neither."""
         numbers = (2 if self.by_tiles else 0) if self.shape.dense_attention else 1
@@ -125,9 +131,19 @@ class Step:
         return 0 if made is None else sum(made.tensors(self.shape.hidden)) * self.options.adapter_bytes
 
     @property
+    def prefix_elements(self) -> int:
+        """Of a layer: keys and values of the prefix. All layers' are one parameter."""
+        return 2 * self.options.prefix * self.shape.kv_heads * self.shape.head_dim
+
+    @property
     def layer_gradient(self) -> int:
+        prefix = self.prefix_elements * self.options.adapter_bytes
         places = 0 if self.options.bottleneck is None else len(self.options.bottleneck.places)
-        return sum(self.adapter(linear) for linear in self.shape.linears) + places * self.branch_gradient
+        return (
+            sum(self.adapter(linear) for linear in self.shape.linears)
+            + places * self.branch_gradient
+            + prefix
+        )
 
     @property
     def rope(self) -> int:

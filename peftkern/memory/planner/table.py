@@ -119,6 +119,8 @@ def lines(plan: Plan, changes: Sequence[Change] = ()) -> list[str]:
 
 def adapters_of(options: RunOptions) -> str:
     """The adapters in two words or a few."""
+    if options.prefix:
+        return f"a prefix of {options.prefix} tokens"
     made = options.bottleneck
     return f"rank {options.rank}" if made is None else f"bottlenecks of width {made.size}"
 
