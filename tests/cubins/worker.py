@@ -75,10 +75,12 @@ def start() -> None:
     kernel."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.pop("TRITON_DISABLE_LINE_INFO", None)
-    # Triton's cache knows a kernel by its text, the cubin's line information by its path too: a cache of this
-    # checkout's own.
-    checkout = hashlib.sha1(os.path.realpath(__file__).encode()).hexdigest()[:8]
-    os.environ["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / f"peftkern-{checkout}")
+    # Triton's cache knows a kernel by its text, the cubin's line information by its path too: a cache of its
+    # own for these paths.
+    root = Path(os.path.realpath(__file__)).parents[2]
+    paths = [str(root), *sorted(str(path.relative_to(root)) for path in root.glob("peftkern/ops/**/*.py"))]
+    key = hashlib.sha1("\n".join(paths).encode()).hexdigest()[:8]
+    os.environ["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / f"peftkern-{key}")
 
 
 def _path(kernel: Any, name: Any) -> tuple[int, ...]:
