@@ -54,7 +54,7 @@ def pytest_collection_finish() -> None:
 # fewer flags.
 WITHOUT_PRODUCTS = ("add_rms_norm", "glu", "linear_cross_entropy", "lora_add", "rms_norm", "rope")
 # The level that a module of tests emulates: a CPU that has it runs the same kernels in every other test.
-EMULATED = {"test_avx512_emulated": "avx512"}
+EMULATED = {"test_avx512_emulated": "avx512", "test_avx512_emulated_linear": "avx512"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is marked slow is deselected

@@ -3,10 +3,13 @@ slowly."""
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from .compiled import CSRC, CXX, compile_objects, link_shared
 
@@ -31,6 +34,16 @@ def simde_missing() -> bool:
         ).returncode
         != 0
     )
+
+
+# Of tests on an emulated level.
+EMULATED = [
+    pytest.mark.skipif(simde_missing(), reason=MISSING),
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"),
+        reason="the dispatcher has an AVX-512 level on x86-64 only",
+    ),
+]
 
 
 def emulated_objects(folder: Path, *, bf16: bool = False) -> list[Path]:

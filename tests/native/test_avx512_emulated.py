@@ -1,12 +1,11 @@
 """The AVX-512 level's own code, emulated by SIMDe: proof of its logic on CPUs that lack it (not of its
-speed). What is exact by contract is compared bit for bit with the baseline level and with PyTorch, the rest
-with fp64."""
+speed); its linears are in test_avx512_emulated_linear.py. What is exact by contract is compared bit for bit
+with the baseline level and with PyTorch, the rest with fp64."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -24,37 +23,18 @@ from ..ops import test_add_rms_norm as test_add_rms_norm_op
 from ..ops import test_glu
 from ..ops import test_rms_norm as test_rms_norm_op
 from ..ops import test_rope as test_rope_op
-from ..ops.bounds import FACTOR, assert_as_accurate, products_of_many_rows, relative_norm
+from ..ops.bounds import assert_as_accurate
 from . import compiled_blocks
-from .compiled import DTYPES, c_lora, c_weight, i64, load, once, pointer
-from .emulation import MISSING, emulated_extension, emulated_library, simde_missing
+from .compiled import DTYPES, c_weight, i64, load, once, pointer
+from .emulated_linear import FORMATS, LEVELS, THREADS, dropout_mask, use_level
+from .emulation import EMULATED, emulated_extension, emulated_library
 
-pytestmark = [
-    pytest.mark.skipif(simde_missing(), reason=MISSING),
-    pytest.mark.skipif(
-        platform.machine() not in ("x86_64", "AMD64"),
-        reason="the dispatcher has an AVX-512 level on x86-64 only",
-    ),
-]
-LEVELS = ("baseline", "avx512")
-THREADS = 1  # the emulation is slow enough; test_two_threads takes two
-FORMATS = [
-    {},
-    {"nested": False},
-    {"quant_type": "fp4"},
-    {"blocksize": 32},
-    {"blocksize": 4096},
-    {"blocksize": 128, "nested": False},
-]
+pytestmark = EMULATED
 
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return load(once(tmp_path_factory, "avx512_emulated", emulated_library))
-
-
-def _level(lib: ctypes.CDLL, name: str) -> None:
-    assert lib.pk_set_isa(name.encode()) == 0 and lib.pk_isa() == name.encode()
 
 
 def _equal_bits(a: Tensor, b: Tensor) -> bool:
@@ -64,7 +44,7 @@ def _equal_bits(a: Tensor, b: Tensor) -> bool:
 def _dequantize(
     lib: ctypes.CDLL, level: str, weight: NF4Weight, window: tuple[int, int, int, int], dtype: torch.dtype
 ) -> Tensor:
-    _level(lib, level)
+    use_level(lib, level)
     row, rows, col, cols = window
     # what lies behind the output stays as it was
     guard = torch.full((rows * cols + 64,), -777.0, dtype=dtype)
@@ -131,7 +111,7 @@ def test_halves_are_rounded_to_nearest_even(lib: ctypes.CDLL) -> None:
 
 
 def _quantize(lib: ctypes.CDLL, level: str, w: Tensor, blocksize: int, code: Tensor) -> tuple[Tensor, Tensor]:
-    _level(lib, level)
+    use_level(lib, level)
     packed = torch.full(((w.numel() + 1) // 2 + 8,), 0xA5, dtype=torch.uint8)
     absmax = torch.full((-(-w.numel() // blocksize) + 8,), -777.0)
     status = lib.pk_quantize_4bit_cpu(
@@ -198,7 +178,7 @@ def test_quantize_absmax_bit_for_bit(lib: ctypes.CDLL) -> None:
     for count in (1, 31, 256, 257, 5000):
         absmax, results = torch.rand(count) - 0.4, []
         for level in LEVELS:
-            _level(lib, level)
+            use_level(lib, level)
             out, nested = torch.empty(count, dtype=torch.uint8), torch.empty(-(-count // 256))
             assert (
                 lib.pk_quantize_absmax_cpu(
@@ -210,220 +190,10 @@ def test_quantize_absmax_bit_for_bit(lib: ctypes.CDLL) -> None:
         assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1]), count
 
 
-def _mask(lib: ctypes.CDLL, level: str, m: int, k: int, threshold: int, seed: int) -> Tensor:
-    _level(lib, level)
-    mask = torch.empty(m, k)
-    assert (
-        lib.pk_dropout_mask_cpu(i64(m), i64(k), threshold, ctypes.c_uint64(seed), pointer(mask), THREADS) == 0
-    )
-    return mask
-
-
 def test_dropout_mask_bit_for_bit(lib: ctypes.CDLL) -> None:
     for m, k in ((3, 1), (5, 127), (4, 300)):
-        ours, baseline = (_mask(lib, level, m, k, 6554, 2**40 + 17) for level in reversed(LEVELS))
+        ours, baseline = (dropout_mask(lib, level, m, k, 6554, 2**40 + 17) for level in reversed(LEVELS))
         assert torch.equal(ours, baseline)
-
-
-class Case:
-    """One linear with every input; `dropout` is a threshold out of 65536."""
-
-    def __init__(
-        self,
-        m: int,
-        n: int,
-        k: int,
-        r: int,
-        dtype: torch.dtype,
-        *,
-        dropout: int = 0,
-        bias: bool = True,
-        dense: bool = False,
-        **quant,
-    ) -> None:
-        w = torch.randn(n, k) * 0.05
-        self.m, self.n, self.k, self.r, self.dtype, self.dropout, self.seed = (
-            m,
-            n,
-            k,
-            r,
-            dtype,
-            dropout,
-            2**33 + 5,
-        )
-        self.weight = w.to(dtype) if dense else NF4Weight.from_dense(w, **quant)
-        self.x, self.dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
-        self.a, self.b = (torch.randn(r, k) / k**0.5).to(dtype), (torch.randn(n, r) * 0.1).to(dtype)
-        self.bias = torch.randn(n).to(dtype) if bias else None
-        self.scaling, self.threads = 0.75, THREADS
-
-    def scratch(self, lib: ctypes.CDLL) -> tuple[Tensor, ctypes.c_int64]:
-        """Exactly what the library asks for, poisoned, with a guard behind it."""
-        size = lib.pk_qlora_linear_scratch_bytes(
-            i64(self.m), i64(self.n), i64(self.k), i64(self.r), self.threads
-        )
-        buffer = torch.full((size // 4 + 16,), float("nan"))
-        buffer[size // 4 :] = -777.0
-        return buffer, ctypes.c_int64(size)
-
-    def run(self, lib: ctypes.CDLL, level: str, *, gemv: bool) -> dict[str, Tensor]:
-        _level(lib, level)
-        lora = c_lora(self.a, self.b, self.scaling, self.dropout, self.seed)
-        weight, number = c_weight(self.weight), DTYPES[self.dtype]
-        y, dx = (
-            torch.full((self.m, self.n), float("nan"), dtype=self.dtype),
-            torch.full((self.m, self.k), float("nan"), dtype=self.dtype),
-        )
-        xa, dyb = torch.full((self.m, self.r), float("nan")), torch.full((self.m, self.r), float("nan"))
-        d_a, d_b, d_bias = (
-            torch.full_like(self.a, float("nan")),
-            torch.full_like(self.b, float("nan")),
-            torch.full((self.n,), float("nan")),
-        )
-        scratch, size = self.scratch(lib)
-        refs = (ctypes.byref(weight), ctypes.byref(lora))
-        args = (
-            pointer(self.x),
-            number,
-            i64(self.m),
-            pointer(self.bias),
-            number,
-            pointer(y),
-            pointer(xa),
-            int(gemv),
-            pointer(scratch),
-            size,
-            self.threads,
-        )
-        assert lib.pk_qlora_linear_fwd_cpu(*refs, *args) == 0
-        grads = map(pointer, (xa, dyb, dx, d_a, d_b, d_bias, scratch))
-        assert (
-            lib.pk_qlora_linear_bwd_cpu(
-                *refs, pointer(self.dy), pointer(self.x), number, i64(self.m), *grads, size, self.threads
-            )
-            == 0
-        )
-        assert (scratch[size.value // 4 :] == -777.0).all(), "wrote past its scratch"
-        return {"y": y, "xa": xa, "dyb": dyb, "dx": dx, "d_lora_a": d_a, "d_lora_b": d_b, "d_bias": d_bias}
-
-    @products_of_many_rows
-    def plain(self, lib: ctypes.CDLL, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The definition in plain PyTorch: `dtype` fp64 is exact, any other is the yardstick."""
-        w = (self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize(torch.float32)).to(
-            dtype
-        )
-        x, dy, a, b = (t.to(dtype) for t in (self.x, self.dy, self.a, self.b))
-        keep = (
-            _mask(lib, "baseline", self.m, self.k, self.dropout, self.seed).to(dtype)
-            if self.dropout
-            else torch.ones(())
-        )
-        keep = keep.to(dtype)
-        xa, dyb = (x * keep) @ a.t(), self.scaling * (dy @ b)
-        y = x @ w.t() + self.scaling * (xa @ b.t()) + (0 if self.bias is None else self.bias.to(dtype))
-        dx = dy @ w + keep * (dyb @ a)
-        grads = {
-            "d_lora_a": dyb.t() @ (x * keep),
-            "d_lora_b": self.scaling * (dy.t() @ xa),
-            "d_bias": dy.sum(0),
-        }
-        return {"y": y, "xa": xa, "dyb": dyb, "dx": dx, **grads}
-
-
-def check_case(lib: ctypes.CDLL, *shape_and_dtype, gemv: bool, level: str = "avx512", **options) -> None:
-    """Within the contract's bound of plain PyTorch's error, over enough draws that no handful of errors is
-    judged. (The baseline level passes the same in tests/ops.)"""
-    m, r = shape_and_dtype[0], shape_and_dtype[3]
-    draws = max(1, min(256, -(-1024 // (m * r))))
-    cases = [Case(*shape_and_dtype, **options) for _ in range(draws)]
-    exact = [case.plain(lib, torch.float64) for case in cases]
-    plain = [case.plain(lib, case.dtype) for case in cases]
-    fp32 = [case.plain(lib, torch.float32) for case in cases]
-    ours = [case.run(lib, level, gemv=gemv) for case in cases]
-    for name in exact[0]:
-        yardstick = plain if ours[0][name].dtype != torch.float32 else fp32
-        got, plainly, exactly = (
-            torch.cat([run[name].flatten() for run in runs]) for runs in (ours, yardstick, exact)
-        )
-        # By the norm: xa and dyb, on their way into the gradients; and adapter gradients over few rows,
-        # nearly products of two Gaussian
-        # draws, whose worst error says little. All else by element too.
-        if name in ("xa", "dyb") or (name.startswith("d_lora") and m < 16):
-            assert relative_norm(got, exactly) <= FACTOR * relative_norm(plainly, exactly), name
-        elif name != "d_bias" or m < 100:  # over many rows: test_bias_gradient_of_many_rows
-            assert_as_accurate(name, got, plainly, exactly)
-
-
-SHAPES = [
-    (1, 64, 64, 1),
-    (5, 33, 100, 3),
-    (7, 70, 192, 8),
-    (9, 50, 257, 5),
-    (33, 97, 130, 16),
-    (64, 60, 320, 64),
-    (70, 200, 576, 16),
-    (20, 45, 40, 256),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_by_blocks(lib: ctypes.CDLL, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    check_case(lib, *shape, dtype, gemv=False)
-
-
-def test_linear_of_several_row_blocks(lib: ctypes.CDLL) -> None:
-    check_case(lib, 530, 60, 300, 4, torch.float32, gemv=False)
-
-
-def test_bias_gradient_of_many_rows(lib: ctypes.CDLL) -> None:
-    case = Case(2048, 64, 64, 1, torch.float32)
-    exact, plain = case.dy.double().sum(0), case.dy.sum(0)
-    assert_as_accurate("d_bias", case.run(lib, "avx512", gemv=False)["d_bias"], plain, exact)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 3, 4, 8, 9, 16, 64])
-def test_gemv(lib: ctypes.CDLL, m: int, dtype: torch.dtype) -> None:
-    check_case(lib, m, 45, 256, 8, dtype, gemv=True)
-    check_case(lib, m, 45, 130, 3, dtype, gemv=True)
-
-
-def test_gemv_of_blocks_that_end_within_a_step(lib: ctypes.CDLL) -> None:
-    for m in (1, 2, 3, 4, 7, 8):
-        check_case(lib, m, 35, 96, 4, torch.float32, gemv=True, blocksize=32)
-        check_case(lib, m, 34, 192, 4, torch.bfloat16, gemv=True, nested=False)
-
-
-def test_gemv_of_rows_longer_than_a_piece(lib: ctypes.CDLL) -> None:
-    check_case(lib, 5, 35, 4096 + 64, 64, torch.float32, gemv=True)
-    check_case(lib, 1, 35, 4096 + 70, 256, torch.float32, gemv=True)
-
-
-@pytest.mark.parametrize("quant", FORMATS, ids=str)
-@pytest.mark.parametrize("gemv", [True, False])
-def test_formats(lib: ctypes.CDLL, quant: dict, gemv: bool) -> None:
-    check_case(lib, 6, 70, 384, 4, torch.float32, gemv=gemv, **quant)
-
-
-@pytest.mark.parametrize("gemv", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dropout_and_a_dense_base(lib: ctypes.CDLL, gemv: bool, dtype: torch.dtype) -> None:
-    check_case(lib, 19, 70, 200, 8, dtype, gemv=gemv, dropout=6554)
-    check_case(lib, 19, 70, 200, 8, dtype, gemv=gemv, dropout=32768, bias=False)
-    check_case(lib, 19, 70, 200, 8, dtype, gemv=gemv, dense=True)
-
-
-def test_two_threads(lib: ctypes.CDLL) -> None:
-    """Two threads give the bits one gives, on either level: no sum depends on who computes it."""
-    case = Case(70, 97, 300, 8, torch.bfloat16, dropout=6554)
-    for level in LEVELS:
-        case.threads = 1
-        alone = case.run(lib, level, gemv=False)
-        case.threads = 2
-        together = case.run(lib, level, gemv=False)
-        for name in alone:
-            assert torch.equal(alone[name], together[name]), f"{level} {name}"
 
 
 def _draws(case, ours, plainly, count: int = 20) -> None:
@@ -440,7 +210,7 @@ def _draws(case, ours, plainly, count: int = 20) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gated_linear_units(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
     """A row shorter than a vector, and one with a tail; the rest of tests/ops runs nightly."""
-    _level(lib, "avx512")
+    use_level(lib, "avx512")
     for number, name in enumerate(ACTIVATIONS):
         for m, n in ((3, 5), (2, 77)):
             case = lambda m=m, n=n: [(2 * torch.randn(m, n)).to(dtype) for _ in range(3)]  # noqa: E731
@@ -454,7 +224,7 @@ def test_gated_linear_units(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rms_norm(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
-    _level(lib, "avx512")
+    use_level(lib, "avx512")
     for cast, offset in test_rms_norm_op.MODES:
         number = CASTS.index(cast)
         for shape in ((5, 13), (33, 150)):
@@ -471,7 +241,7 @@ def test_rms_norm(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_rms_norm(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
-    _level(lib, "avx512")
+    use_level(lib, "avx512")
     op = test_add_rms_norm_op
     for cast, offset in test_rms_norm_op.MODES:
         number = CASTS.index(cast)
@@ -486,7 +256,7 @@ def test_add_rms_norm(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
-    _level(lib, "avx512")
+    use_level(lib, "avx512")
 
     def ours(q, k, cos, sin, dq, dk):
         q, k = q.contiguous(), k.contiguous()

@@ -11,8 +11,8 @@ import torch
 
 from .compiled import link_shared, load
 from .compiled_attention import attention, exact_attention, heads
+from .emulated_linear import SHAPES, Case, check_case
 from .emulation import MISSING, emulated_objects, simde_missing
-from .test_avx512_emulated import SHAPES, Case, check_case
 
 pytestmark = [
     pytest.mark.slow,
