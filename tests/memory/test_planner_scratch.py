@@ -31,7 +31,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The GPU launchers on the CPU, as on a given card."""
     import peftkern.ops.linear.glu.gpu
     import peftkern.ops.linear.group.gpu as group
-    import peftkern.ops.linear_cross_entropy.triton  # noqa: F401  # what any of them launches with is left out
+    import peftkern.ops.linear_cross_entropy.triton  # noqa: F401  # whatever launches is left out
     from peftkern.ops.linear import gpu as single
     from peftkern.runtime import plan
 
