@@ -62,6 +62,19 @@ def predicted(shape: Shape, length: int, batch: int, options: dict[str, Any]) ->
     return {phase: ledger.peaks[phase].nbytes for phase in PHASES}
 
 
+def assert_slope_and_intercept(model: Any, shape: Shape, batch: int, options: dict[str, Any]) -> None:
+    """The plan against the count, by phase, at two lengths and in what a token adds."""
+    found: list[tuple[dict, dict]] = []
+    for length in (192, 384):
+        count, plan = counted(model, length, batch).peaks, predicted(shape, length, batch, options)
+        for phase in PHASES:
+            assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length)
+        found.append((count, plan))
+    for phase in PHASES:
+        count, plan = (found[1][i][phase] - found[0][i][phase] for i in (0, 1))
+        assert plan == pytest.approx(count, rel=0.05), f"bytes a token in {phase}"
+
+
 def checkpointed(model: Any) -> Any:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -130,15 +143,7 @@ def test_the_plan_is_what_is_counted(name: str) -> None:
     if checkpointing:
         checkpointed(model)
     options = {"rank": 4, "checkpointing": checkpointing} | options
-    found: list[tuple[dict, dict]] = []
-    for length in (192, 384):
-        count, plan = counted(model, length, batch).peaks, predicted(shape, length, batch, options)
-        for phase in PHASES:
-            assert plan[phase] == pytest.approx(count[phase], rel=0.05), (phase, length)
-        found.append((count, plan))
-    for phase in PHASES:
-        count, plan = ((found[1][i][phase] - found[0][i][phase]) / (192 * batch) for i in (0, 1))
-        assert plan == pytest.approx(count, rel=0.05), f"bytes a token in {phase}"
+    assert_slope_and_intercept(model, shape, batch, options)
 
 
 FAMILIES = {
