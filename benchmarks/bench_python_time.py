@@ -1,11 +1,11 @@
-"""The Python part of a patched call: opcodes executed, which no machine's noise touches, and the median wall
-time.
+"""The Python part of a patched call: opcodes executed, which no machine's noise touches, the median wall
+time, and that of calls whose kernels do nothing, which is Python and torch alone.
 
     python -m benchmarks.bench_python_time [--baseline CHECKOUT] [--functions ROW]
 
-A decoder layer of width 64 (NF4 and LoRA, no gradients) is called, and each of its parts, on 1 and 512
-tokens. `stock` is the same layer
-unpatched: what transformers' own decorators take is in every row of its column. With --baseline the same is
+A decoder layer of width 64 (NF4 and LoRA) is called without gradients, and each of its parts, on 1 and 512
+tokens; "trained" linears forward and backward. `stock` is the same layer unpatched: what transformers' own
+decorators take is in every row of its column. With --baseline the same is
 done with another checkout's package, in processes of its own that take turns; --functions shows which
 functions a row's opcodes are executed in.
 """
@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,10 +59,13 @@ def _show(found: dict[str, list[dict[str, dict[str, Any]]]], paths: dict[str, Pa
             found[name].append(_in_process(path))
     for row in found["here"][0]:
         for name, rounds in found.items():
-            first, times = rounds[0][row], [each[row]["us"] for each in rounds]
+            first, whole, alone = (
+                rounds[0][row],
+                *(statistics.median(each[row][what] for each in rounds) for what in ("us", "python_us")),
+            )
             print(
-                f"{row:14} {name:9} {first['opcodes']:6} opcodes (stock {first['stock']:6}) "
-                f"{statistics.median(times):8.1f} us"
+                f"{row:21} {name:9} {first['opcodes']:6} opcodes (stock {first['stock']:6}) "
+                f"{whole:8.1f} us, without kernels {alone:8.1f}"
             )
 
 
@@ -79,11 +84,14 @@ def _in_process(path: Path) -> dict[str, dict[str, Any]]:
 
 def _measured() -> dict[str, dict[str, Any]]:
     stock, patched = _calls(patched=False), _calls(patched=True)
+    with _kernels_that_do_nothing():
+        alone = {row: _microseconds(call) for row, call in _calls(patched=True).items()}
     return {
         row: {
             "opcodes": _opcodes(call).total(),
             "stock": _opcodes(stock[row]).total(),
             "us": _microseconds(call),
+            "python_us": alone[row],
         }
         for row, call in patched.items()
     }
@@ -103,7 +111,41 @@ def _calls(*, patched: bool) -> dict[str, Callable[[], Any]]:
             f"attention M={tokens}": lambda x=x, at=at: layer.self_attn(x, position_embeddings=at),
             f"layer M={tokens}": lambda x=x, at=at: layer(x, position_embeddings=at),
         }
-    return {row: _without_gradients(call) for row, call in calls.items()}
+    calls = {row: _without_gradients(call) for row, call in calls.items()}
+    attention = layer.self_attn
+    for tokens in (1, 512):
+        x = torch.randn(1, tokens, 64, requires_grad=True)
+        siblings = attention.q_proj, attention.k_proj, attention.v_proj
+        calls |= {
+            f"o_proj trained M={tokens}": _trained(x, [attention.o_proj]),
+            f"q, k, v trained M={tokens}": _trained(x, siblings),
+        }
+    return calls
+
+
+def _trained(x: torch.Tensor, linears: Sequence[torch.nn.Module]) -> Callable[[], Any]:
+    """Forward and backward."""
+    grads = [torch.randn_like(linear(x)) for linear in linears]
+    return lambda: torch.autograd.backward([linear(x) for linear in linears], grads)
+
+
+@contextlib.contextmanager
+def _kernels_that_do_nothing() -> Iterator[None]:
+    """For layers that are patched inside: what a call has prepared may hold kernels."""
+    extension = importlib.import_module("peftkern._C")
+    names = ("linear", "lora", "group", "norm", "rope", "glu", "attention")
+    kernels = {
+        name: getattr(extension, name)
+        for name in vars(extension)
+        if name.endswith(("_fwd", "_bwd", "rope")) and any(part in name for part in names)
+    }
+    try:
+        for name in kernels:
+            setattr(extension, name, lambda *_: None)
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(extension, name, kernel)
 
 
 def _without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:

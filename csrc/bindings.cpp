@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #endif
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -33,6 +34,24 @@ static int threads() {
 static void check(int status) {
   if (status != PK_OK)
     throw std::invalid_argument(std::string("peftkern native call: ") + pk_status_string(status));
+}
+
+// What a linear's kernel works in: this thread's, which its later calls use again; it grows, within the few
+// megabytes of the plan.
+struct Scratch {
+  void* data;
+  int64_t bytes;
+};
+static Scratch scratch(int64_t bytes) {
+  static thread_local std::unique_ptr<char[]> held;
+  static thread_local int64_t size = 0;
+  if (size < bytes) {
+    held.reset();
+    size = 0;
+    held.reset(new char[bytes]);
+    size = bytes;
+  }
+  return {held.get(), size};
 }
 
 struct Lora : pk_lora {
@@ -119,19 +138,44 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "lora_bwd",
       [](const Lora& lora, Address dy, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address xa,
-         Address dyb, Address dx, Address d_a, Address d_b, Address d_bias, Address scratch, int64_t bytes) {
+         Address dyb, Address dx, Address d_a, Address d_b, Address d_bias) {
         const pk_lora_grad grad{at<void>(dy),  at<float>(xa), at<float>(dyb),   at<void>(dx),
                                 at<void>(d_a), at<void>(d_b), at<float>(d_bias)};
-        check(
-            pk_lora_bwd_cpu(&lora, &grad, at<void>(x), dtype, m_, n, k, at<void>(scratch), bytes, threads()));
+        const Scratch in = scratch(pk_lora_scratch_bytes(m_, n, k, lora.r, threads()));
+        check(pk_lora_bwd_cpu(&lora, &grad, at<void>(x), dtype, m_, n, k, in.data, in.bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "lora_fwd",
+      [](const Lora& lora, Address x, int dtype, int64_t m_, int64_t n, int64_t k, Address bias,
+         int bias_dtype, Address y, Address xa) {
+        const Scratch in = scratch(pk_lora_scratch_bytes(m_, n, k, lora.r, threads()));
+        check(pk_lora_fwd_cpu(&lora, at<void>(x), dtype, m_, n, k, at<void>(bias), bias_dtype, at<void>(y),
+                              at<float>(xa), in.data, in.bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "qlora_linear_fwd",
+      [](const Weight& w, const Lora& lora, Address x, int dtype, int64_t m_, Address bias, int bias_dtype,
+         Address y, Address xa, bool gemv) {
+        const Scratch in = scratch(pk_qlora_linear_scratch_bytes(m_, w.n, w.k, lora.r, threads()));
+        check(pk_qlora_linear_fwd_cpu(&w, &lora, at<void>(x), dtype, m_, at<void>(bias), bias_dtype,
+                                      at<void>(y), at<float>(xa), gemv, in.data, in.bytes, threads()));
+      },
+      nogil());
+  m.def(
+      "qlora_linear_bwd",
+      [](const Weight& w, const Lora& lora, Address dy, Address x, int dtype, int64_t m_, Address xa,
+         Address dyb, Address dx, Address d_a, Address d_b, Address d_bias) {
+        const Scratch in = scratch(pk_qlora_linear_scratch_bytes(m_, w.n, w.k, lora.r, threads()));
+        check(pk_qlora_linear_bwd_cpu(&w, &lora, at<void>(dy), at<void>(x), dtype, m_, at<float>(xa),
+                                      at<float>(dyb), at<void>(dx), at<void>(d_a), at<void>(d_b),
+                                      at<float>(d_bias), in.data, in.bytes, threads()));
       },
       nogil());
 
   m.def("scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) {
     return pk_qlora_linear_scratch_bytes(m_, n, k, r, threads());
-  });
-  m.def("lora_scratch_bytes", [](int64_t m_, int64_t n, int64_t k, int64_t r) {
-    return pk_lora_scratch_bytes(m_, n, k, r, threads());
   });
   py::class_<Member>(m, "Member")
       .def(py::init<const Weight&, Address, int, Address, Address, Address, Address, Address, Address,
@@ -147,30 +191,30 @@ PYBIND11_MODULE(_C, m) {
   const auto adapters_of = [](const std::vector<Adapter>& list) {
     return Adapters(list.begin(), list.end());
   };
-  m.def("group_scratch_bytes", [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters,
-                                   int64_t m_) {
-    const Members list = members_of(members);
-    const Adapters low = adapters_of(adapters);
-    return pk_qlora_group_scratch_bytes(list.data(), list.size(), low.data(), low.size(), m_, threads());
-  });
+  const auto scratch_of = [](const Members& list, const Adapters& low, int64_t m_) {
+    return scratch(
+        pk_qlora_group_scratch_bytes(list.data(), list.size(), low.data(), low.size(), m_, threads()));
+  };
   m.def(
       "qlora_group_fwd",
       [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype,
-          int64_t m_, Address scratch, int64_t bytes) {
+          int64_t m_) {
         const Members list = members_of(members);
         const Adapters low = adapters_of(adapters);
+        const Scratch in = scratch_of(list, low, m_);
         check(pk_qlora_group_fwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_,
-                                     at<void>(scratch), bytes, threads()));
+                                     in.data, in.bytes, threads()));
       },
       nogil());
   m.def(
       "qlora_group_bwd",
       [=](const std::vector<Member>& members, const std::vector<Adapter>& adapters, Address x, int dtype,
-          int64_t m_, Address dx, Address scratch, int64_t bytes) {
+          int64_t m_, Address dx) {
         const Members list = members_of(members);
         const Adapters low = adapters_of(adapters);
+        const Scratch in = scratch_of(list, low, m_);
         check(pk_qlora_group_bwd_cpu(list.data(), list.size(), low.data(), low.size(), at<void>(x), dtype, m_,
-                                     at<void>(dx), at<void>(scratch), bytes, threads()));
+                                     at<void>(dx), in.data, in.bytes, threads()));
       },
       nogil());
   m.def(

@@ -139,13 +139,13 @@ def test_a_measured_row_is_kept_and_used(caplog: pytest.LogCaptureFixture) -> No
 
 def test_kernels_follow_the_row() -> None:
     isa = backends.native().isa()
-    x, quant = torch.empty(3, 64), (torch.empty(16),) + (None,) * 5 + (64, 256)
-    packed = torch.empty(2048, dtype=torch.uint8)
+    quant, packed = (torch.empty(16),) + (None,) * 5 + (64, 256), torch.empty(2048, dtype=torch.uint8)
     row = TABLE[isa]
     for most, regime in ((3, "gemv"), (2, "gemm")):
         limits = config.Config(most, (), 512, row.dense_vendor, "test")
         with cpu_rows.use_row(isa, limits):
-            assert cpu._choose(x, Linear(packed, quant, 64, 64), forward=True).regime == regime
+            described = cpu.Described(Linear(packed, quant, 64, 64))
+            assert described.regime(dtype="float32", isa=isa, m=3, forward=True).regime == regime
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

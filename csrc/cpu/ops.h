@@ -33,9 +33,6 @@
   FUNCTION(cross_entropy)          \
   FUNCTION(dequantize_4bit)        \
   FUNCTION(dora_norm)              \
-  FUNCTION(lora_fwd)               \
-  FUNCTION(qlora_linear_bwd)       \
-  FUNCTION(qlora_linear_fwd)       \
   FUNCTION(quantize_4bit)          \
   FUNCTION(quantize_absmax)        \
   FUNCTION(rms_norm_bwd)           \

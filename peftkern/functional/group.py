@@ -98,16 +98,10 @@ def prepared(x: Tensor, members: Sequence[Member]) -> Callable[[Tensor], tuple[T
                 "to one call; call qlora_group"
             )
     _, spec, trainable = _described(x, members, [f"members[{i}]" for i in range(len(members))])
-    before, (_, *between, _), adapters = spec[:5], spec[5:], [adapter for *_, adapter in pairs]
-    k, apply = x.shape[-1], _op.qlora_group
-
-    def call(x: Tensor) -> tuple[Tensor, ...]:
-        shape, flat = x.shape[:-1], x.reshape(-1, k) if k else checks.flat(x)
-        rows = (0, flat.shape[0]) * len(adapters)
-        now = _op.Spec(*before, rows, *between, _seeds(adapters, x.device))
-        return tuple(y.reshape(*shape, y.shape[1]) for y in apply(flat, now, trainable))
-
-    return call
+    call, adapters = _op.prepared(spec, x.shape[-1], trainable), [adapter for *_, adapter in pairs]
+    if not any(adapter.dropout_p for adapter in adapters):
+        return call
+    return lambda x: call(x, _seeds(adapters, x.device))
 
 
 def prepare(

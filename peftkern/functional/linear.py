@@ -78,15 +78,11 @@ def prepared(
     and described now. The tensors are held; their shapes, dtypes and devices must stay. Arguments and errors
     as in `qlora_linear`."""
     n, k = _check(x, weight, bias, lora_a, lora_b, dropout_p, None)
-    held, p = (*operands(weight), n, bias, lora_a, lora_b, float(scaling), float(dropout_p)), dropout_p
-    apply = _qlora_linear.apply
-
-    def call(x: Tensor) -> Tensor:
-        flat = x.reshape(-1, k) if k else checks.flat(x)
-        seed = checks.seed(x, p, None) if p else None
-        return apply(flat, *held, seed).reshape(*x.shape[:-1], n)
-
-    return call
+    low = lora_a, lora_b, float(scaling), float(dropout_p)
+    run = _qlora_linear.prepared(*operands(weight), n, k, bias, *low)
+    if not dropout_p:
+        return run
+    return lambda x: run(x, checks.seed(x, dropout_p, None))
 
 
 def _check(

@@ -25,6 +25,7 @@ __all__ = [
     "served",
     "serving",
     "transformed",
+    "undispatched",
     "unobserved",
 ]
 
@@ -80,9 +81,13 @@ def serving(x: Tensor, *weights: Tensor) -> str:
 def unobserved(x: Tensor) -> bool:
     """Whether an op on x may be run without torch's dispatcher, which costs more than one row's arithmetic:
     no gradient is wanted, and nobody traces, transforms, intercepts or profiles what is computed."""
+    return not _grad_enabled() and undispatched(x)
+
+
+def undispatched(x: Tensor) -> bool:
+    """As `unobserved`, for a call that records gradients itself."""
     return (
-        not _grad_enabled()
-        and type(x) is Tensor
+        type(x) is Tensor
         and (x.is_cpu or x.is_cuda)
         and not _compiler.is_compiling()
         and not _dispatch_modes()

@@ -61,22 +61,9 @@ def test_few_rows(level: str, m: int, n: int, k: int, options: dict) -> None:
     a, b = (torch.randn(5, k) / k**0.5).to(torch.bfloat16), torch.randn(n, 5).to(torch.bfloat16)
     y, xa = torch.full((m, n), float("nan")).to(torch.bfloat16), torch.full((m, 5), float("nan"))
     native, lora = backends.native(), cpu.lora_view(a, b, 0.5, 0.0, None)
-    size = native.scratch_bytes(m, n, k, 5)
-    buffer, quant = torch.empty(size, dtype=torch.uint8), operands(weight)[1]
-    view = weight_view(weight.packed, quant, n, k)
-    args = (
-        x.data_ptr(),
-        1,
-        m,
-        bias.data_ptr(),
-        0,
-        y.data_ptr(),
-        xa.data_ptr(),
-        True,
-        buffer.data_ptr(),
-        size,
-    )
-    native.qlora_linear_fwd(view, lora, *args)
+    view = weight_view(weight.packed, operands(weight)[1], n, k)
+    made = bias.data_ptr(), 0, y.data_ptr(), xa.data_ptr(), True
+    native.qlora_linear_fwd(view, lora, x.data_ptr(), 1, m, *made)
     exact_xa = x.double() @ a.double().t()
     exact = x.double() @ weight.dequantize(torch.float32).double().t() + bias.double()
     exact += 0.5 * exact_xa @ b.double().t()

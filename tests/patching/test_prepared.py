@@ -3,10 +3,12 @@ the bits and the gradients are those of calls that are described anew each time.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -49,10 +51,16 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-def anew(layer: nn.Module, rows: int = 24, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+@contextlib.contextmanager
+def described_anew() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlannedForward, "prepared", lambda self, x: None)
         patch.setattr(Group, "prepared_part", lambda self, forward, x: None)
+        yield
+
+
+def anew(layer: nn.Module, rows: int = 24, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    with described_anew():
         return trained(layer, rows, dtype)
 
 
@@ -130,6 +138,75 @@ def test_autocast_is_described_anew(described: list[int]) -> None:
         inside = trained(layer)
         assert same(inside, anew(layer))
     assert described == [24] and not same(inside, trained(layer))
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (2, 0, 64), (0, 64)])
+@pytest.mark.parametrize("kind", ["linear", "siblings"])
+def test_every_shape_of_x(kind: str, shape: tuple[int, ...]) -> None:
+    layer = adapted("nested")[1] if kind == "linear" else Queries().train()
+    trained(layer)
+
+    def results() -> list[Tensor]:
+        layer.zero_grad(set_to_none=True)
+        x = torch.sin(torch.arange(math.prod(shape)).float()).view(shape).requires_grad_()
+        y = layer(x)
+        assert y.shape[:-1] == shape[:-1]
+        y.sin().sum().backward()
+        return [y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+    got = results()
+    with described_anew():
+        assert same(got, results())
+    peftkern.unpatch(layer)
+    for one, expected in zip(got, results(), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "siblings"])
+def test_backward_reads_what_saved_tensor_hooks_give_back(kind: str) -> None:
+    """The originals are overwritten between forward and backward, in a way that nothing counts, as where
+    somebody has moved what is saved to another place."""
+    layer = adapted("nested")[1] if kind == "linear" else Queries().train()
+    expected = trained(layer)
+    layer.zero_grad(set_to_none=True)
+    x = sample(24).requires_grad_()
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        y = layer(x)
+    loss = y.sin().sum()
+    for part in [layer] if kind == "linear" else layer.parts:
+        for held in (part.lora_A["default"].weight, part.lora_B["default"].weight, part.base_layer.weight):
+            held.data.zero_()
+    loss.backward()
+    got = [y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+    assert same(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "siblings"])
+def test_a_profiler_sees_the_ops(kind: str) -> None:
+    layer = adapted("nested")[1] if kind == "linear" else Queries().train()
+    expected = trained(layer)
+    with torch.profiler.profile() as profile:
+        assert same(trained(layer), expected)
+    op = {"linear": "qlora_linear", "siblings": "qlora_group"}[kind]
+    names = {event.name for event in profile.events()}
+    assert {f"peftkern::{op}_fwd", f"peftkern::{op}_bwd"} <= names
+
+
+@pytest.mark.parametrize("kind", ["linear", "siblings"])
+def test_gradients_can_be_differentiated_again(kind: str) -> None:
+    layer = adapted("nested")[1] if kind == "linear" else Queries().train()
+    trained(layer)
+    weights = [p for p in layer.parameters() if p.grad is not None]
+
+    def twice() -> list[Tensor]:
+        x = sample(6).view(2, 3, -1).requires_grad_()
+        (first,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
+        return [first.detach(), *torch.autograd.grad(first.square().sum(), [x, *weights])]
+
+    got = twice()
+    with described_anew():
+        assert same(got, twice())
 
 
 def test_errors_are_those_of_any_call() -> None:

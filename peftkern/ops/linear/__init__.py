@@ -3,17 +3,19 @@ direction."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, library
 
-from ...runtime.backends import select
-from .. import LIBRARY, accumulation, autocast_off, backend, transformed, unobserved
+from ...runtime.backends import available, select
+from .. import LIBRARY, accumulation, autocast_off, backend, transformed, undispatched, unobserved
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe
-from . import reference
+from . import cpu, reference
 from .problem import Linear, Needs
 
-__all__ = ["apply"]
+__all__ = ["apply", "prepared"]
 
 QUANT_SCHEMA = (
     "Tensor? code, Tensor? absmax, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? nested_absmax, "
@@ -83,23 +85,29 @@ def _(dy, x, weight, *args):
 
 def _again(ctx, dy):
     x, weight, *quant, lora_a, lora_b, _, seed = ctx.saved_tensors
-    needs, (m, n) = ctx.needs_input_grad[:4], dy.shape
-    x = known_input("qlora_linear", x, dy, (m, ctx.k), needs[3])
+    needs, n = ctx.needs_input_grad[:4], dy.shape[-1]
+    x = known_input("qlora_linear", x, dy, (dy.shape[:-1].numel(), ctx.k), needs[3])
     bias = stand_in(dy, (n,), ctx.bias_dtype) if needs[1] else None
     quant = (*quant, ctx.blocksize, ctx.nested_blocksize)
 
     def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
         one = Linear(weight, quant, n, ctx.k, *trainable, ctx.scaling, ctx.dropout_p, seed)
-        return [reference.forward(x, one)[0]]
+        return [reference.forward(x, one)[0].view(dy.shape)]
 
-    return (*derived(plain, (x, bias, lora_a, lora_b), needs, (dy,)), *(None,) * 6)
+    return (*derived(plain, (x, bias, lora_a, lora_b), needs, (dy,)), *(None,) * 4)
 
 
 class _QLoRALinear(torch.autograd.Function):
+    """described, lead: of a linear that a backend has described before, and the leading sizes of y, which is
+    [M, N] without."""
+
     @staticmethod
-    def forward(ctx, x, bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed):
+    def forward(ctx, x, bias, lora_a, lora_b, fixed, seed, described, lead):
+        weight, quant, n, scaling, dropout_p = fixed
         rest = bias, lora_a, lora_b, scaling, dropout_p, seed
-        if unobserved(x):
+        if described is not None:
+            y, xa = described.forward(x, lead, seed)
+        elif unobserved(x):
             y, xa = _forward(x, Linear(weight, quant, n, x.shape[1], *rest))
         else:
             y, xa = torch.ops.peftkern.qlora_linear_fwd(x, weight, *quant, n, *rest)
@@ -112,7 +120,7 @@ class _QLoRALinear(torch.autograd.Function):
         ctx.save_for_backward(
             x if need_a else None, weight, code, *absmax, lora_a, lora_b, xa if need_b else None, seed
         )
-        ctx.k, ctx.scaling, ctx.dropout_p = x.shape[1], scaling, dropout_p
+        ctx.k, ctx.scaling, ctx.dropout_p, ctx.described = x.shape[1], scaling, dropout_p, described
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -122,9 +130,13 @@ class _QLoRALinear(torch.autograd.Function):
         x, weight, *quant, lora_a, lora_b, xa, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if not any(needs):
-            return (None,) * 10
-        dy, quant = dy.contiguous(), (*quant, ctx.blocksize, ctx.nested_blocksize)
-        low = ctx.scaling, ctx.dropout_p, seed
+            return (None,) * 8
+        quant = *quant, ctx.blocksize, ctx.nested_blocksize
+        low, known = (ctx.scaling, ctx.dropout_p, seed), ctx.described
+        if known is not None and unobserved(dy) and known.lies_at(weight, quant, lora_a, lora_b):
+            dx, d_bias, d_a, d_b = known.backward(dy, x, xa, needs, seed)
+            return dx, None if d_bias is None else d_bias.to(ctx.bias_dtype), d_a, d_b, *(None,) * 4
+        dy = dy.contiguous() if known is None else dy.reshape(-1, dy.shape[-1])
         if unobserved(dy):
             one = Linear(weight, quant, dy.shape[1], ctx.k, None, lora_a, lora_b, *low)
             dx, d_bias, d_a, d_b = _backward(dy, x, one, xa, Needs(*needs))
@@ -132,7 +144,7 @@ class _QLoRALinear(torch.autograd.Function):
             args = (dy, x, weight, *quant, ctx.k, lora_a, lora_b, xa, *low, needs)
             dx, d_bias, d_a, d_b = torch.ops.peftkern.qlora_linear_bwd(*args)
         grads = (dx, d_bias.to(ctx.bias_dtype) if needs[1] else None, d_a, d_b)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4)
 
 
 def apply(
@@ -154,11 +166,40 @@ def apply(
         return reference.forward(x, one)[0]
     observe()
     if torch.is_grad_enabled():
-        args = (x.contiguous(), bias, lora_a, lora_b, weight, quant, n, scaling, dropout_p, seed)
-        return _QLoRALinear.apply(*args)
+        fixed = weight, quant, n, scaling, dropout_p
+        return _QLoRALinear.apply(x.contiguous(), bias, lora_a, lora_b, fixed, seed, None, None)
     x = x.contiguous()
     if unobserved(x):
         one = Linear(weight, quant, n, x.shape[1], bias, lora_a, lora_b, scaling, dropout_p, seed)
         return _forward(x, one)[0]
     rest = bias, lora_a, lora_b, scaling, dropout_p, seed
     return torch.ops.peftkern.qlora_linear_fwd(x, weight, *quant, n, *rest)[0]
+
+
+def prepared(
+    weight: Tensor,
+    quant: tuple,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Callable[..., Tensor]:
+    """`apply` for calls to come, of x [..., K], with dropout of a seed too, which give y [..., N]: on the CPU
+    the kernel's descriptors are made now. The tensors are held; they stay where and what they are."""
+    one = Linear(weight, quant, n, k, bias, lora_a, lora_b, scaling, dropout_p)
+    fixed, rest = (weight, quant, n, scaling, dropout_p), (bias, lora_a, lora_b, scaling, dropout_p)
+    described = cpu.held(one) if weight.is_cpu and available("cpu")[0] else None
+
+    def run(x: Tensor, seed: Tensor | None = None) -> Tensor:
+        lead = x.shape[:-1]
+        flat = (x if len(lead) == 1 else x.reshape(lead.numel(), k)).contiguous()
+        if described is not None and undispatched(x) and select(x) == "cpu":
+            if torch.is_grad_enabled():
+                return _QLoRALinear.apply(flat, bias, lora_a, lora_b, fixed, seed, described, lead)
+            return described.forward(flat, lead, seed)[0]
+        return apply(flat, weight, quant, n, *rest, seed).reshape(*lead, n)
+
+    return run

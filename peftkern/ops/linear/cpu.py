@@ -4,30 +4,28 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...runtime.native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
-from . import config, cpu_rows
+from ...runtime.native import DTYPES, address, dtype_of, native, scratch, weight_view
+from . import cpu_rows
 from .problem import Linear, Needs
 
 __all__ = [
+    "Described",
     "backward",
     "decode_slice",
     "few_rows",
     "forward",
+    "held",
     "lora_view",
+    "no_adapter",
     "slices",
     "vendor_backward",
     "vendor_forward",
 ]
-
-
-def _choose(x: Tensor, one: Linear, *, forward: bool) -> config.Choice:
-    """For x (or dy) [M, ...]."""
-    sizes = dict(m=x.shape[0], n=one.n, k=one.k, dense=one.quant[0] is None, blocksize=one.quant[6])
-    return cpu_rows.choose(dtype=str(x.dtype)[6:], isa=native().isa(), forward=forward, **sizes)
 
 
 def lora_view(
@@ -49,55 +47,112 @@ def decode_slice(quant: tuple, view: object, rows: slice, cols: slice, out: Tens
     return part
 
 
+class Described:
+    """One linear as the C ABI takes it, for any number of rows; holds every tensor whose address it gave
+    away. A seed belongs to a call."""
+
+    __slots__ = (
+        "at",
+        "bias",
+        "bias_at",
+        "kernels",
+        "lora",
+        "lora_a",
+        "lora_b",
+        "one",
+        "regime",
+        "view",
+        "weight",
+    )
+
+    def __init__(self, one: Linear) -> None:
+        self.one, self.kernels = one, native()
+        self.weight, self.bias, self.lora_a, self.lora_b = (
+            None if t is None else t.contiguous() for t in (one.weight, one.bias, one.lora_a, one.lora_b)
+        )
+        self.bias_at = address(self.bias), dtype_of(self.bias)
+        self.view = weight_view(self.weight, one.quant, one.n, one.k)
+        self.lora = lora_view(self.lora_a, self.lora_b, one.scaling, 0.0, None)
+        sizes = dict(n=one.n, k=one.k, dense=one.quant[0] is None, blocksize=one.quant[6])
+        self.regime = functools.partial(cpu_rows.choose, **sizes)
+
+    def lies_at(self, weight: Tensor, quant: tuple, lora_a: Tensor | None, lora_b: Tensor | None) -> bool:
+        """Whether a linear that is held was made of tensors in these places: what is saved for backward may
+        have been moved meanwhile."""
+        return self.at == _places(weight, quant, lora_a, lora_b)
+
+    def dropping(self, seed: Tensor) -> object:
+        """The descriptor of the low-rank branch in a call with dropout."""
+        return lora_view(self.lora_a, self.lora_b, self.one.scaling, self.one.dropout_p, seed)
+
+    def forward(self, x: Tensor, lead: Sequence[int], seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [M, K] -> y [*lead, N], xa [M, R], as the reference."""
+        x, n, k, kernels = x.contiguous(), self.one.n, self.one.k, self.kernels
+        rank = 0 if self.lora_a is None else self.lora_a.shape[0]
+        m, dtype, lora = x.shape[0], x.dtype, self.lora if seed is None else self.dropping(seed)
+        y = torch.empty((*lead, n), dtype=dtype, device="cpu")
+        xa = torch.empty((m, rank), dtype=torch.float32, device="cpu")
+        given, made = (x.data_ptr(), DTYPES[dtype], m), (y.data_ptr(), xa.data_ptr())
+        regime = self.regime(dtype=str(dtype)[6:], isa=kernels.isa(), m=m, forward=True).regime
+        if regime != "vendor":
+            kernels.qlora_linear_fwd(self.view, lora, *given, *self.bias_at, *made, regime == "gemv")
+            return y, xa
+        bias = vendor_forward(x, self.weight, self.one.quant, self.view, y.view(m, n), self.bias)
+        if rank or bias is not None:
+            kernels.lora_fwd(lora, *given, n, k, address(bias), dtype_of(bias), *made)
+        return y, xa
+
+    def backward(
+        self, dy: Tensor, x: Tensor | None, xa: Tensor | None, needs: Needs, seed: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """dy [..., N], x [M, K] -> dx [M, K] and the other gradients, as the reference."""
+        n, k, lora_a, lora_b, kernels = self.one.n, self.one.k, self.lora_a, self.lora_b, self.kernels
+        dy, x = dy.contiguous(), None if x is None else x.contiguous()
+        m, rank = dy.shape[:-1].numel(), 0 if lora_a is None else lora_a.shape[0]
+        dtype, (need_x, need_bias, need_a, need_b) = dy.dtype, needs
+        make = torch.empty if m and n else torch.zeros
+        dx = make((m, k), dtype=dtype, device="cpu") if need_x else None
+        d_bias = make(n, dtype=torch.float32, device="cpu") if need_bias else None
+        d_a = make(lora_a.shape, dtype=lora_a.dtype, device="cpu") if need_a else None
+        d_b = make(lora_b.shape, dtype=lora_b.dtype, device="cpu") if need_b else None
+        if m == 0 or n == 0:
+            return dx, d_bias, d_a, d_b
+        dyb = torch.empty((m, rank), dtype=torch.float32, device="cpu")
+        lora = self.lora if seed is None else self.dropping(seed)
+        given = dy.data_ptr(), address(x), DTYPES[dtype], m
+        low = address(xa), dyb.data_ptr(), address(dx), address(d_a), address(d_b), address(d_bias)
+        if self.regime(dtype=str(dtype)[6:], isa=kernels.isa(), m=m, forward=False).regime != "vendor":
+            kernels.qlora_linear_bwd(self.view, lora, *given, *low)
+            return dx, d_bias, d_a, d_b
+        if need_x:
+            vendor_backward(dy.view(m, n), self.weight, self.one.quant, self.view, dx)
+        if rank or need_bias:
+            kernels.lora_bwd(lora, *given, n, k, *low)
+        return dx, d_bias, d_a, d_b
+
+
+def held(one: Linear) -> Described | None:
+    """A linear described for calls to come; None where it would read a copy, which later writes to the
+    original do not reach, or where there is nothing to multiply with."""
+    tensors = one.weight, one.bias, one.lora_a, one.lora_b
+    if not one.weight.numel() or not all(t is None or t.is_contiguous() for t in tensors):
+        return None
+    found = Described(one)
+    found.at = _places(one.weight, one.quant, one.lora_a, one.lora_b)
+    return found
+
+
+def _places(weight: Tensor, quant: tuple, *low: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in (weight, *quant[:6], *low)]
+
+
 def forward(x: Tensor, one: Linear) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    weight, quant, n, k, bias, lora_a, lora_b, *options = one
-    x, weight = x.contiguous(), weight.contiguous()
-    lora_a, lora_b, bias = (None if t is None else t.contiguous() for t in (lora_a, lora_b, bias))
-    m, rank = x.shape[0], 0 if lora_a is None else lora_a.shape[0]
-    y, xa = empty((m, n), dtype=x.dtype), empty((m, rank))
-    lora, view, choice = (
-        lora_view(lora_a, lora_b, *options),
-        weight_view(weight, quant, n, k),
-        _choose(x, one, forward=True),
-    )
-    if choice.regime != "vendor":
-        size = native().scratch_bytes(m, n, k, rank)
-        args = (
-            view,
-            lora,
-            address(x),
-            dtype_of(x),
-            m,
-            address(bias),
-            dtype_of(bias),
-            address(y),
-            address(xa),
-            choice.regime == "gemv",
-        )
-        native().qlora_linear_fwd(*args, address(buffer := scratch(size)), buffer.numel())
-        return y, xa
-    bias = vendor_forward(x, weight, quant, view, y, bias)
-    if rank or bias is not None:
-        size = native().lora_scratch_bytes(m, n, k, rank)
-        args = (
-            lora,
-            address(x),
-            dtype_of(x),
-            m,
-            n,
-            k,
-            address(bias),
-            dtype_of(bias),
-            address(y),
-            address(xa),
-        )
-        native().lora_fwd(*args, address(buffer := scratch(size)), buffer.numel())
-    return y, xa
+    return Described(one).forward(x, x.shape[:1], one.seed)
 
 
 @functools.cache
-def _no_adapter() -> object:
+def no_adapter() -> object:
     return native().Lora(0, 0, 0, 0, 1.0, 0, 0)
 
 
@@ -113,11 +168,8 @@ def few_rows(x: Tensor, weight: Tensor, quant: tuple, n: int, bias: Tensor | Non
     if not 0 < m <= limits.few(str(x.dtype)[6:], dense=False, k=k, blocksize=quant[6]):
         return None
     y = x.new_empty((*x.shape[:-1], n))
-    buffer = scratch(extension.scratch_bytes(m, n, k, 0))
-    tail = (m, address(bias), dtype_of(bias), y.data_ptr(), 0, True, buffer.data_ptr(), buffer.numel())
-    extension.qlora_linear_fwd(
-        weight_view(weight, quant, n, k), _no_adapter(), x.data_ptr(), DTYPES[x.dtype], *tail
-    )
+    view, made = weight_view(weight, quant, n, k), (address(bias), dtype_of(bias), y.data_ptr(), 0, True)
+    extension.qlora_linear_fwd(view, no_adapter(), x.data_ptr(), DTYPES[x.dtype], m, *made)
     return y
 
 
@@ -167,36 +219,4 @@ def backward(
     dy: Tensor, x: Tensor | None, one: Linear, xa: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference."""
-    weight, quant, n, k, _, lora_a, lora_b, *options = one
-    dy, weight = dy.contiguous(), weight.contiguous()
-    x, lora_a, lora_b = (None if t is None else t.contiguous() for t in (x, lora_a, lora_b))
-    m, rank = dy.shape[0], 0 if lora_a is None else lora_a.shape[0]
-    make = torch.empty if m and n else torch.zeros
-    dx = make((m, k), dtype=dy.dtype) if needs.x else None
-    d_bias = make(n, dtype=torch.float32) if needs.bias else None
-    d_a = make(lora_a.shape, dtype=lora_a.dtype) if needs.lora_a else None
-    d_b = make(lora_b.shape, dtype=lora_b.dtype) if needs.lora_b else None
-    if m == 0 or n == 0:
-        return dx, d_bias, d_a, d_b
-    lora, view = lora_view(lora_a, lora_b, *options), weight_view(weight, quant, n, k)
-    dyb = empty((m, rank))
-    vendor = _choose(dy, one, forward=False).regime == "vendor"
-    buffer = scratch((native().lora_scratch_bytes if vendor else native().scratch_bytes)(m, n, k, rank))
-    tail = (
-        address(xa),
-        address(dyb),
-        address(dx),
-        address(d_a),
-        address(d_b),
-        address(d_bias),
-        address(buffer),
-        buffer.numel(),
-    )
-    if not vendor:
-        native().qlora_linear_bwd(view, lora, address(dy), address(x), dtype_of(dy), m, *tail)
-        return dx, d_bias, d_a, d_b
-    if needs.x:
-        vendor_backward(dy, weight, quant, view, dx)
-    if any(needs[1:]) or rank:
-        native().lora_bwd(lora, address(dy), address(x), dtype_of(dy), m, n, k, *tail)
-    return dx, d_bias, d_a, d_b
+    return Described(one).backward(dy, x, xa, needs, one.seed)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...runtime.native import address, empty, native, reused, scratch, weight_view, zeros
+from ...runtime.native import address, empty, native, reused, weight_view, zeros
 from ..linear import cpu_rows
 
 __all__ = ["EngineHead", "Grads", "Head", "VendorHead", "served_by_vendor"]
@@ -133,36 +133,20 @@ class EngineHead:
         self.slices = [slice(v, min(v + self.width, n)) for v in range(0, n, self.width)]
         self.weights = [_rows(weight, quant, cols, self.k) for cols in self.slices]
 
-    def _call(self, index: int, rows: int) -> tuple[object, object, Tensor]:
-        """The weight's and the adapter's descriptor for one slice, and a scratch."""
+    def _call(self, index: int) -> tuple[object, object]:
+        """The weight's and the adapter's descriptor for one slice."""
         cols, (weight, quant) = self.slices[index], self.weights[index]
         size = cols.stop - cols.start
         b = None if self.b is None else self.b[cols]
         lora = native().Lora(address(self.a), address(b), self.rank, 0, self.scaling, 0, 0)
-        return (
-            weight_view(weight, quant, size, self.k),
-            lora,
-            scratch(native().scratch_bytes(rows, size, self.k, self.rank)),
-        )
+        return weight_view(weight, quant, size, self.k), lora
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         self.xa = empty(len(x), self.rank)
         for index, cols in enumerate(self.slices):
-            view, lora, buffer = self._call(index, len(x))
             y = out[len(x) * cols.start : len(x) * cols.stop]
-            args = (
-                address(x),
-                0,
-                len(x),
-                0,
-                0,
-                address(y),
-                address(self.xa),
-                False,
-                address(buffer),
-                buffer.numel(),
-            )
-            native().qlora_linear_fwd(view, lora, *args)
+            made = address(y), address(self.xa), False
+            native().qlora_linear_fwd(*self._call(index), address(x), 0, len(x), 0, 0, *made)
 
     def gradients(self, x: Tensor, d_logits: Tensor, part: _Part, grads: Grads, first: bool) -> None:
         dx = None if grads.dx is None else zeros(x.shape)
@@ -186,10 +170,9 @@ class EngineHead:
             None if target is None else empty(shape) for target, shape in zip(targets, shapes, strict=True)
         ]
         if any(target is not None for target in targets):
-            view, lora, buffer = self._call(index, rows)
             dyb = empty(rows, self.rank)
-            outputs = (address(self.xa), address(dyb), *map(address, parts), address(buffer), buffer.numel())
-            native().qlora_linear_bwd(view, lora, address(dy), address(x), 0, rows, *outputs)
+            outputs = address(self.xa), address(dyb), *map(address, parts)
+            native().qlora_linear_bwd(*self._call(index), address(dy), address(x), 0, rows, *outputs)
         for target, value in zip(targets, parts, strict=True):
             if target is not None:
                 target.add_(value)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....runtime.native import address, dtype_of, empty, native, scratch
+from ....runtime.native import address, dtype_of, empty, native
 from ...scale_columns import cpu as columns
 from .. import cpu as single
 from .. import cpu_rows
@@ -23,25 +23,26 @@ def _adapters(m: int, lora_a: list[Tensor], lora_b: list[Tensor], scalings: list
     return lora_a, lora_b, list(range(count)), [0, m] * count, scalings, [0.0] * count, [None] * count
 
 
+def _described(k: int, n: list[int], weights, quants, blocksizes, low: tuple) -> group_cpu.Described:
+    lora_a, lora_b, members, _, scalings, dropout_ps, _ = low
+    biases = [None] * len(n)
+    return group_cpu.Described(
+        k, n, weights, quants, blocksizes, biases, lora_a, lora_b, members, scalings, dropout_ps
+    )
+
+
 def _norm(
-    group: group_cpu.NativeGroup, i: int, scaling: float, magnitude: Tensor, squares: Tensor
+    group: group_cpu.Described, i: int, scaling: float, magnitude: Tensor, squares: Tensor
 ) -> tuple[Tensor, Tensor]:
     """norm and magnitude / norm, fp32 [N]. A W^T is the linear itself on R rows."""
-    lora_b, a, n, none = (
-        group.lora_b[i],
-        group.lora_a[i].float(),
-        group.n[i],
-        single.lora_view(None, None, 1.0, 0.0, None),
-    )
+    lora_b, a, n, none = group.lora_b[i], group.lora_a[i].float(), group.n[i], single.no_adapter()
     r, dense = len(a), group.quants[i][0] is None
-    cross, buffer = empty((r, n)), scratch(native().scratch_bytes(r, n, group.k, 0))
+    cross = empty((r, n))
     gemv = (
         cpu_rows.choose(dtype="float32", isa=native().isa(), m=r, n=n, k=group.k, dense=dense).regime
         == "gemv"
     )
-    native().qlora_linear_fwd(
-        group.views[i], none, address(a), 0, r, 0, 0, address(cross), 0, gemv, address(buffer), buffer.numel()
-    )
+    native().qlora_linear_fwd(group.views[i], none, address(a), 0, r, 0, 0, address(cross), 0, gemv)
     gram, norm, scale = a @ a.t(), empty(n), empty(n)
     outs = (address(squares), address(magnitude), address(norm), address(scale))
     native().dora_norm(address(cross), address(gram), address(lora_b), dtype_of(lora_b), n, r, scaling, *outs)
@@ -53,9 +54,9 @@ def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, ma
     x, biases = x.contiguous(), group_cpu.contiguous(biases)
     m, k = x.shape
     n, low = [b.shape[0] for b in lora_b], _adapters(m, lora_a, lora_b, scalings)
-    group = group_cpu.NativeGroup(m, k, n, weights, quants, blocksizes, *low)
+    group = _described(k, n, weights, quants, blocksizes, low)
     magnitudes, squares = ([t.float().contiguous() for t in tensors] for tensors in (magnitudes, squares))
-    if m == 0 or group.choice(x, forward=True, tiles=False).regime != "gemm":
+    if m == 0 or group.choice(m, x.dtype, forward=True, tiles=False) != "gemm":
         made = [_norm(group, i, scalings[i], magnitudes[i], squares[i]) for i in range(len(n))]
         norms, scales = map(list, zip(*made, strict=True))
         args = (weights, quants, blocksizes, n, biases, *low)
@@ -74,8 +75,7 @@ def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, ma
         head = (view, address(biases[i]), dtype_of(biases[i]), address(y[i]), 0, 0)
         members.append(native().Member(*head, scale=address(scales[i]), u=address(u[i]), **dora))
     low = [native().Adapter(lora, i, 0, m, address(xa[i]), 0, 0, 0) for i, lora in enumerate(group.loras)]
-    buffer = scratch(native().group_scratch_bytes(members, low, m))
-    native().qlora_group_fwd(members, low, address(x), dtype_of(x), m, address(buffer), buffer.numel())
+    native().qlora_group_fwd(members, low, address(x), dtype_of(x), m)
     return y, u, xa, norms
 
 
@@ -111,9 +111,9 @@ def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magni
     m, (dy, u, xa) = len(first), map(group_cpu.contiguous, (dy, u, xa))
     scales = [magnitude.float() / norm for magnitude, norm in zip(magnitudes, norms, strict=True)]
     low = _adapters(m, lora_a, lora_b, scalings)
-    group = group_cpu.NativeGroup(m, k, [b.shape[0] for b in lora_b], weights, quants, blocksizes, *low)
+    group = _described(k, [b.shape[0] for b in lora_b], weights, quants, blocksizes, low)
     d_bias, d_a, d_b, d_scale = ([None] * count for _ in range(4))
-    if m == 0 or group.choice(first, forward=False, tiles=False).regime != "gemm":
+    if m == 0 or group.choice(m, first.dtype, forward=False, tiles=False) != "gemm":
         du: list[Tensor | None] = [None] * count
         for i in used:
             wanted = [True, need_magnitude[i], need_bias[i]]
@@ -143,9 +143,6 @@ def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magni
             tail = (address(xa[i]), address(dyb[-1]), address(d_a[i]), address(d_b[i]))
             low.append(native().Adapter(group.loras[i], at, 0, m, *tail))
         x = None if x is None else x.contiguous()
-        buffer = scratch(native().group_scratch_bytes(members, low, m))
-        native().qlora_group_bwd(
-            members, low, address(x), dtype_of(first), m, address(dx), address(buffer), buffer.numel()
-        )
+        native().qlora_group_bwd(members, low, address(x), dtype_of(first), m, address(dx))
     d_magnitude = [None if g is None else g / norm for g, norm in zip(d_scale, norms, strict=True)]
     return dx, d_bias, d_a, d_b, d_magnitude

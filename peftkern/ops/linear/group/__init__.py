@@ -3,12 +3,13 @@ ones), one op per direction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, library
 
-from ... import LIBRARY, accumulation, autocast_off, backend, serving, transformed, unobserved
+from ....runtime.backends import available, select
+from ... import LIBRARY, accumulation, autocast_off, backend, serving, transformed, undispatched, unobserved
 from ...derivatives import derived, known_input, stand_in, twice_differentiable
 from ...flops import observe
 from . import cpu, reference
@@ -22,6 +23,7 @@ __all__ = [
     "gradients",
     "kept",
     "plain",
+    "prepared",
     "qlora_group",
     "run",
     "split",
@@ -218,31 +220,48 @@ def trainable_again(
 
 def _again(ctx, *dy):
     x, *saved = ctx.saved_tensors
-    first, needs = next(g for g in dy if g is not None), list(ctx.needs_input_grad[1:])
+    first, needs = next(g for g in dy if g is not None), list(ctx.needs_input_grad[3:])
     spec, trainable = trainable_again(ctx.static, saved, needs[1:], ctx.n, first)
     x = known_input("qlora_group", x, first, ctx.shape, any(needs[1 + len(ctx.n) + len(spec.members) :]))
 
     def outputs(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
-        return plain(spec, x, trainable)
+        return [y.view(*first.shape[:-1], y.shape[1]) for y in plain(spec, x, trainable)]
 
-    return (None, *derived(outputs, (x, *trainable), needs, dy))
+    return (None, None, None, *derived(outputs, (x, *trainable), needs, dy))
 
 
 class _QLoRAGroup(torch.autograd.Function):
+    """described, lead: of a group that a backend has described before, and the leading sizes of its outputs,
+    which are [M, N_i] without."""
+
     @staticmethod
-    def forward(ctx, spec, x, *trainable):
-        y, xa = run(spec, x, trainable)
+    def forward(ctx, spec, described, lead, x, *trainable):
+        if described is None:
+            y, xa = run(spec, x, trainable)
+        else:
+            y, xa = described.forward(x, lead, spec.rows, spec.seeds)
         ctx.set_materialize_grads(False)
         tensors, ctx.static = kept(spec, trainable, xa)
         ctx.save_for_backward(x if wants_x(spec, trainable) else None, *tensors)
-        ctx.shape, ctx.n = tuple(x.shape), spec.n
+        ctx.shape, ctx.n, ctx.described = tuple(x.shape), spec.n, described
         return tuple(y)
 
     @staticmethod
     @twice_differentiable(_again)
     def backward(ctx, *dy):
-        x, *saved = ctx.saved_tensors
-        return (None, *gradients(ctx.static, saved, list(dy), x, ctx.shape, list(ctx.needs_input_grad[1:])))
+        (x, *saved), needs = ctx.saved_tensors, list(ctx.needs_input_grad[3:])
+        first, known = next((g for g in dy if g is not None), None), ctx.described
+        if known is None or first is None or not unobserved(first) or not known.lies_at(saved):
+            dy = [g if g is None or known is None else g.reshape(-1, g.shape[-1]) for g in dy]
+            return None, None, None, *gradients(ctx.static, saved, dy, x, ctx.shape, needs)
+        _, _, rows, _, _, dtypes = ctx.static
+        xa, seeds = (
+            saved[len(saved) - len(rows) // 2 :],
+            saved[len(known.at) : len(known.at) + len(rows) // 2],
+        )
+        dx, d_bias, d_a, d_b = known.backward(dy, x, xa, needs, rows, seeds)
+        d_bias = (g if g is None else g.to(dtype) for g, dtype in zip(d_bias, dtypes, strict=True))
+        return None, None, None, dx, *d_bias, *d_a, *d_b
 
 
 def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -252,4 +271,28 @@ def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> 
     observe()
     if not torch.is_grad_enabled():
         return tuple(run(spec, x.contiguous(), trainable)[0])
-    return _QLoRAGroup.apply(spec, x.contiguous(), *trainable)
+    return _QLoRAGroup.apply(spec, None, None, x.contiguous(), *trainable)
+
+
+def prepared(
+    spec: Spec, k: int, trainable: tuple[Tensor | None, ...]
+) -> Callable[[Tensor, tuple[Tensor | None, ...]], Sequence[Tensor]]:
+    """`qlora_group` for calls to come, of x [..., K] and the adapters' seeds (none without dropout), with all
+    adapters on all rows, which give y_i [..., N_i]: on the CPU the kernel's descriptors are made now. The
+    tensors are held; they stay where and what they are. The rows and seeds of `spec` are not read."""
+    before, (_, *between, _), adapters = spec[:5], spec[5:], len(spec.members)
+    own = all(weight.is_cpu for weight in spec.weights) and available("cpu")[0]
+    described, nothing = cpu.held(k, spec, *split(spec, trainable)) if own else None, (None,) * adapters
+
+    def call(x: Tensor, seeds: tuple[Tensor | None, ...] = nothing) -> Sequence[Tensor]:
+        lead = x.shape[:-1]
+        m = lead.numel()
+        flat = (x if len(lead) == 1 else x.reshape(m, k)).contiguous()
+        now = Spec(*before, (0, m) * adapters, *between, seeds)
+        if described is not None and undispatched(x) and select(x) == "cpu":
+            if torch.is_grad_enabled():
+                return _QLoRAGroup.apply(now, described, lead, flat, *trainable)
+            return described.forward(flat, lead, now.rows, seeds)[0]
+        return tuple(y.reshape(*lead, y.shape[1]) for y in qlora_group(flat, now, trainable))
+
+    return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....runtime.native import address, dtype_of, empty, native, scratch, zeros
+from ....runtime.native import address, dtype_of, empty, native, zeros
 
 __all__ = ["backward", "forward"]
 
@@ -33,23 +33,9 @@ def forward(
     (m, k), n, rank = x.shape, y.shape[1], lora_a.shape[0]
     out, xa = y.clone(memory_format=torch.contiguous_format), empty((m, rank))
     if m and n:
-        lora, buffer = (
-            _lora(lora_a, lora_b, scaling, dropout_p, seed),
-            scratch(native().lora_scratch_bytes(m, n, k, rank)),
-        )
-        args = (
-            lora,
-            address(x),
-            dtype_of(x),
-            m,
-            n,
-            k,
-            address(bias),
-            dtype_of(bias),
-            address(out),
-            address(xa),
-        )
-        native().lora_fwd(*args, address(buffer), buffer.numel())
+        lora = _lora(lora_a, lora_b, scaling, dropout_p, seed)
+        made = address(bias), dtype_of(bias), address(out), address(xa)
+        native().lora_fwd(lora, address(x), dtype_of(x), m, n, k, *made)
     return out, xa
 
 
@@ -74,13 +60,7 @@ def backward(
     d_a = make(lora_a.shape, dtype=lora_a.dtype) if needs[2] else None
     d_b = make(lora_b.shape, dtype=lora_b.dtype) if needs[3] else None
     if m and n:
-        lora, buffer = (
-            _lora(lora_a, lora_b, scaling, dropout_p, seed),
-            scratch(native().lora_scratch_bytes(m, n, k, rank)),
-        )
-        dyb = empty((m, rank))
-        outs = (address(dx), address(d_a), address(d_b), address(d_bias), address(buffer), buffer.numel())
-        native().lora_bwd(
-            lora, address(dy), address(x), dtype_of(dy), m, n, k, address(xa), address(dyb), *outs
-        )
+        lora, dyb = _lora(lora_a, lora_b, scaling, dropout_p, seed), empty((m, rank))
+        outs = address(xa), address(dyb), address(dx), address(d_a), address(d_b), address(d_bias)
+        native().lora_bwd(lora, address(dy), address(x), dtype_of(dy), m, n, k, *outs)
     return dx, d_bias, d_a, d_b
