@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
         "target_data": "target rows to adapt to: text; a label among them is not read",
         "output": "folder for adapter and report",
         "test_data": "labelled target rows to score with at the end, and for nothing else",
-        "method": "dann (domain-adversarial), mmd (maximum mean discrepancy) or none (the source alone)",
+        "method": "mmd (maximum mean discrepancy), dann (domain-adversarial) or none (the source alone)",
         "strength": "weight of the alignment's loss beside the task's",
         "r": "LoRA rank",
         "seq_length": "most tokens of a text",

@@ -26,7 +26,7 @@ class AdaptConfig:
     target_data: str
     output: str = "out"
     test_data: str | None = None
-    method: str = "dann"
+    method: str = "mmd"
     strength: float = 1.0
     r: int = 8
     seq_length: int = 128
@@ -53,9 +53,14 @@ class AdaptConfig:
 
 @dataclass(frozen=True)
 class AdaptReport:
-    """What is known of the adapted model: accuracies where there are labels, and what needs none."""
+    """What is known of the adapted model: accuracies where there are labels, and what needs none.
+
+    majority: the part of the held-out source rows that have the commonest label; rows: their number.
+    """
 
     source_accuracy: float
+    majority: float
+    rows: int
     target_accuracy: float | None
     information: float
     density: float
@@ -63,9 +68,21 @@ class AdaptReport:
     probe: DomainProbe
 
     @property
+    def collapsed(self) -> bool:
+        """Whether the model may as well name the commonest class for all: its accuracy on held-out source
+        rows is not two standard errors above that."""
+        error = math.sqrt(self.source_accuracy * (1 - self.source_accuracy) / self.rows)
+        return self.source_accuracy - 2 * error <= self.majority
+
+    @property
     def verdict(self) -> str:
         """In words, a line each."""
         lines = [f"Accuracy on held-out source rows:  {self.source_accuracy:.3f}"]
+        if self.collapsed:
+            lines.append(
+                f"Classes lost:  the commonest label alone is right in {self.majority:.3f}; "
+                "give a smaller --strength, --method mmd, or more --steps"
+            )
         if self.target_accuracy is not None:
             lines.append(f"Accuracy on --test-data:  {self.target_accuracy:.3f}")
         scores = f"information {self.information:.3f} nats, density {self.density:.3f}"

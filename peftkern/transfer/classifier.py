@@ -160,6 +160,8 @@ def _report(trainer: AdaptingTrainer, scored: Any, target: Any, test: Any) -> Ad
         accuracy = _accuracy(_outputs(trainer, test)[0], torch.tensor([row["labels"] for row in test]))
     return AdaptReport(
         source_accuracy=_accuracy(of_source, expected),
+        majority=float(expected.bincount().max()) / len(expected),
+        rows=len(expected),
         target_accuracy=accuracy,
         information=information_maximization(of_target),
         density=soft_neighborhood_density(of_target),

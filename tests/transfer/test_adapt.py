@@ -77,6 +77,7 @@ def test_it_trains_reports_and_saves(
     said = capsys.readouterr().out
     accuracy = float(re.search(r"Accuracy on --test-data:  ([\d.]+)", said)[1])
     assert accuracy > 0.9 and "Target without labels:" in said and "held-out accuracy" in said
+    assert "Classes lost" not in said
     folder = Path(arguments["output"])
     stored = json.loads((folder / "adapt.json").read_text())
     assert stored["labels"] == ["bad", "good"] and stored["method"] == method
@@ -91,6 +92,14 @@ def test_it_trains_reports_and_saves(
         ).logits.argmax(1)
     right = sum(["bad", "good"][i] == row["label"] for i, row in zip(found.tolist(), test, strict=True))
     assert right / 40 == pytest.approx(accuracy, abs=1e-3)
+
+
+def test_lost_classes_are_named(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An adversary that outweighs the task."""
+    assert run(arguments | {"method": "dann", "strength": "30"}) == 0
+    said = capsys.readouterr().out
+    assert float(re.search(r"held-out source rows:  ([\d.]+)", said)[1]) < 0.8
+    assert re.search(r"Classes lost:  the commonest label alone is right in 0\.\d{3};.*--method mmd", said)
 
 
 @pytest.mark.parametrize(
