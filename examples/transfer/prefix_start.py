@@ -333,20 +333,22 @@ def draw(setting: Setting, rows: list[dict[str, Any]]) -> None:
             capsize=2,
             color=line.lines[0].get_color(),
         )
-        ends.annotate(arm, (after[0] - base, end[0]), textcoords="offset points", xytext=(6, 4))
     curves.set(
         xlabel=f"steps of {setting.length * setting.batch} tokens",
         ylabel="held-out King James, nats a token",
-        ylim=(None, 1.3 * mean_and_error(rows, last, "target_nats")[0]),
     )
     curves.legend()
+    for axes in (curves, ends):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     ends.set(
         xlabel="forgotten: Python's reference, nats a token above the base",
         ylabel="held-out King James, nats a token",
     )
     seeds = len({row["seed"] for row in rows})
     what = f"{setting.name}, {setting.tokens} virtual tokens, LoRA r = {setting.rank}; {seeds} seeds"
-    figure.suptitle(f"{title(rows, last)}\n{what}, bars: standard errors; Xeon (AVX-512 BF16), 2 cores")
+    figure.suptitle(f"{title(rows, last)}\n{what}, bars: standard errors")
     figure.savefig(setting.table().with_suffix(".png"), dpi=110)
     pyplot.close(figure)
     for arm in ARMS:

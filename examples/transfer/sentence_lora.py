@@ -86,9 +86,9 @@ def read() -> list[Row]:
     if not path.exists():
         return []
     with path.open() as file:
-        words = ("target", "method")
+        kinds = {"target": str, "method": str, "seed": lambda text: int(float(text))}
         return [
-            {name: value if name in words else float(value) for name, value in row.items()}
+            {name: kinds.get(name, float)(value) for name, value in row.items()}
             for row in csv.DictReader(file)
         ]
 
@@ -124,7 +124,8 @@ def draw(rows: Sequence[Row], targets: Sequence[str], seeds: int) -> None:
             heights, errors = [one.mean for one in found], [one.se for one in found]
             axes.bar(places, heights, width=0.23, yerr=errors, capsize=3, label=name)
         axes.set_xticks(range(len(targets)), [f"film reviews → {target}" for target in targets])
-        axes.set(ylim=(50, 100), ylabel="accuracy on the target's held-out documents (%)")
+        axes.axhline(50, color="gray", linestyle=":", label="chance")
+        axes.set(ylim=(0, 100), ylabel="accuracy on the target's held-out documents (%)")
         axes.set_title(f"MiniLM with LoRA, aligned without target labels ({seeds} seeds, ± s.e.)")
         axes.legend(ncols=3)
         axes.grid(axis="y", alpha=0.3)
@@ -145,6 +146,7 @@ def main() -> None:
                 if any((row["target"], row["method"], row["seed"]) == (target, method, seed) for row in rows):
                     continue
                 rows.append(measured(target, method, seed))
+                rows.sort(key=lambda row: (row["target"], list(NAMES).index(row["method"]), row["seed"]))
                 save_rows("sentence_lora", rows)
         print(summary(rows, target))
     whole = [one for one in ("amazon", "nyt", "tweets") if len(of(rows, one, "mmd")) >= 2]
