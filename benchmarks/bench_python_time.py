@@ -119,6 +119,8 @@ def _calls(*, patched: bool) -> dict[str, Callable[[], Any]]:
         calls |= {
             f"o_proj trained M={tokens}": _trained(x, [attention.o_proj]),
             f"q, k, v trained M={tokens}": _trained(x, siblings),
+            f"mlp trained M={tokens}": _trained(x, [layer.mlp]),
+            f"norm trained M={tokens}": _trained(x, [layer.input_layernorm]),
         }
     return calls
 

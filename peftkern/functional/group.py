@@ -14,7 +14,7 @@ from ..formats.nf4 import NF4Weight, operands
 from ..ops.linear import group as _op
 from . import checks
 
-__all__ = ["Adapter", "Member", "few_rows", "prepare", "prepared", "qlora_group"]
+__all__ = ["Adapter", "Member", "at_rows", "described", "few_rows", "prepare", "prepared", "qlora_group"]
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,32 @@ def prepared(x: Tensor, members: Sequence[Member]) -> Callable[[Tensor], tuple[T
     """`qlora_group` for repeated calls with tensors of x's dtype, device and last size: all else is checked
     and described now. The members' tensors are held; their shapes, dtypes and devices must stay. No adapter
     may name rows or a seed: both belong to one call."""
-    pairs = [(i, j, a) for i, member in enumerate(members) for j, a in enumerate(member.adapters)]
-    for i, j, adapter in pairs:
-        if adapter.rows is not None or adapter.seed is not None:
-            raise ValueError(
-                f"members[{i}].adapters[{j}]: got rows {adapter.rows}, seed {adapter.seed}, which belong "
-                "to one call; call qlora_group"
-            )
-    _, spec, trainable = _described(x, members, [f"members[{i}]" for i in range(len(members))])
-    call, adapters = _op.prepared(spec, x.shape[-1], trainable), [adapter for *_, adapter in pairs]
+    spec, trainable = described(x, members, [f"members[{i}]" for i in range(len(members))])
+    adapters = [adapter for member in members for adapter in member.adapters]
+    call = _op.prepared(spec, x.shape[-1], trainable)
     if not any(adapter.dropout_p for adapter in adapters):
         return call
     return lambda x: call(x, _seeds(adapters, x.device))
+
+
+def described(
+    x: Tensor, members: Sequence[Member], names: Sequence[str]
+) -> tuple[_op.Spec, tuple[Tensor | None, ...]]:
+    """As `prepare`, of calls to come; ValueError for an adapter that names what belongs to one of them."""
+    for name, member in zip(names, members, strict=True):
+        for j, adapter in enumerate(member.adapters):
+            if adapter.rows is not None or adapter.seed is not None:
+                raise ValueError(
+                    f"{name}.adapters[{j}]: got rows {adapter.rows}, seed {adapter.seed}, which belong to "
+                    "one call; call the function itself"
+                )
+    return _described(x, members, names)[1:]
+
+
+def at_rows(spec: _op.Spec, m: int, adapters: Sequence[Adapter], device: torch.device) -> _op.Spec:
+    """What `described` has described, in a call on m rows, with the seeds of its dropout."""
+    seeds = _seeds(adapters, device) if any(spec.dropout_ps) else (None,) * len(adapters)
+    return spec._replace(rows=(0, m) * len(adapters), seeds=seeds)
 
 
 def prepare(
@@ -168,7 +182,7 @@ def _rows(adapter: Adapter, m: int) -> tuple[int, int]:
     return begin, end
 
 
-def _seeds(adapters: list[Adapter], device: torch.device) -> tuple[Tensor | None, ...]:
+def _seeds(adapters: Sequence[Adapter], device: torch.device) -> tuple[Tensor | None, ...]:
     """The given ones; the missing ones drawn from torch's generator in one launch."""
     missing = [j for j, a in enumerate(adapters) if a.dropout_p and a.seed is None]
     drawn = (

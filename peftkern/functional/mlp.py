@@ -3,22 +3,24 @@ product."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..ops import glu as _glu
-from ..ops import transformed
+from ..ops import transformed, undispatched
 from ..ops.derivatives import derived, known_input, twice_differentiable
 from ..ops.flops import observe
 from ..ops.glu import reference as _glu_reference
 from ..ops.linear import glu as qlora_glu
 from ..ops.linear import group as group
 from ..ops.linear.glu import halves
-from .group import Member, prepare
+from ..runtime.backends import select
+from . import checks
+from .group import Member, at_rows, described, prepare
 
-__all__ = ["gated_mlp", "gated_mlp_packed"]
+__all__ = ["gated_mlp", "gated_mlp_packed", "prepared"]
 
 
 def _plain(
@@ -33,7 +35,7 @@ def _plain(
 
 
 def _again(ctx, dy):
-    (count, outputs, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[4:])
+    (count, outputs, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[6:])
     x, *saved = ctx.saved_tensors
     n = [h.shape[1] for h in saved[:outputs]]
     x = known_input("gated_mlp", x, dy, shape, any(needs))
@@ -41,26 +43,33 @@ def _again(ctx, dy):
         ctx.inner, saved[outputs : outputs + cut], needs[1 : 1 + count], n, dy
     )
     outer, second = group.trainable_again(
-        ctx.outer, saved[outputs + cut :], needs[1 + count :], [dy.shape[1]], dy
+        ctx.outer, saved[outputs + cut :], needs[1 + count :], [dy.shape[-1]], dy
     )
 
     def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
-        return _plain(inner, outer, ctx.activation, ctx.gate_first, x, *trainable)
+        (y,) = _plain(inner, outer, ctx.activation, ctx.gate_first, x, *trainable)
+        return [y.view(dy.shape)]
 
-    return (None, None, None, None, *derived(plain, (x, *first, *second), needs, (dy,)))
+    return *(None,) * 6, *derived(plain, (x, *first, *second), needs, (dy,))
 
 
 class _GatedMLP(torch.autograd.Function):
     """inner: two members, gate and up, or one whose output's halves they are; gate_first: which half is the
-    gate."""
+    gate. known, lead: of an MLP both of whose groups a backend has described before, and the leading sizes of
+    y, which is [M, N] without."""
 
     @staticmethod
-    def forward(ctx, inner, outer, activation, gate_first, x, *trainable):
+    def forward(ctx, inner, outer, activation, gate_first, known, lead, x, *trainable):
         count = len(inner.weights) + 2 * len(inner.members)
         first, second = trainable[:count], trainable[count:]
-        hidden, xa = group.run(inner, x, first)
-        h = _glu.glu(*halves(hidden, gate_first), activation)
-        (y,), ha = group.run(outer, h, second)
+        if known is None:
+            hidden, xa = group.run(inner, x, first)
+            h = _glu.glu(*halves(hidden, gate_first), activation)
+            (y,), ha = group.run(outer, h, second)
+        else:
+            hidden, xa = known[0].forward(x, x.shape[:1], inner.rows, inner.seeds)
+            h = _glu.glu(*halves(hidden, gate_first), activation)
+            (y,), ha = known[1].forward(h, lead, outer.rows, outer.seeds)
         inner_kept, ctx.inner = group.kept(inner, first, xa)
         outer_kept, ctx.outer = group.kept(outer, second, ha)
         ctx.save_for_backward(x if group.wants_x(inner, first) else None, *hidden, *inner_kept, *outer_kept)
@@ -68,29 +77,32 @@ class _GatedMLP(torch.autograd.Function):
             group.wants_x(outer, second),
             (count, len(hidden), len(inner_kept), tuple(x.shape)),
         )
-        ctx.activation, ctx.gate_first = activation, gate_first
+        ctx.activation, ctx.gate_first, ctx.known = activation, gate_first, known
         return y
 
     @staticmethod
     @twice_differentiable(_again)
     def backward(ctx, dy):
-        (count, outputs, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[4:])
+        (count, outputs, cut, shape), needs = ctx.sizes, list(ctx.needs_input_grad[6:])
         x, *saved = ctx.saved_tensors
         hidden, saved = saved[:outputs], saved[outputs:]
         gate, up = halves(hidden, ctx.gate_first)
+        first, second = ctx.known or (None, None)
         inner_needs, outer_needs = needs[: 1 + count], [any(needs[: 1 + count]), *needs[1 + count :]]
         inner, d_hidden = [None] * len(inner_needs), None
-        if ctx.wants_h and outer_needs[0]:
+        if ctx.wants_h and outer_needs[0] and second is None:
             options = hidden, ctx.gate_first, ctx.activation
             d_hidden, outer = qlora_glu.gradients(ctx.outer, saved[cut:], dy, *options, outer_needs)
         else:
             h = _glu.glu(gate, up, ctx.activation) if ctx.wants_h else None
-            d_h, *outer = group.gradients(ctx.outer, saved[cut:], [dy], h, tuple(gate.shape), outer_needs)
+            d_h, *outer = group.gradients(
+                ctx.outer, saved[cut:], [dy], h, tuple(gate.shape), outer_needs, second
+            )
             if d_h is not None:
                 d_hidden = _hidden_gradients(d_h, hidden, ctx.activation, ctx.gate_first)
         if d_hidden is not None:
-            inner = group.gradients(ctx.inner, saved[:cut], d_hidden, x, shape, inner_needs)
-        return (None, None, None, None, *inner, *outer)
+            inner = group.gradients(ctx.inner, saved[:cut], d_hidden, x, shape, inner_needs, first)
+        return *(None,) * 6, *inner, *outer
 
 
 def _hidden_gradients(
@@ -100,7 +112,7 @@ def _hidden_gradients(
     place."""
     gate, up = halves(hidden, gate_first)
     if len(hidden) == 2:
-        return list(torch.ops.peftkern.glu_bwd(d_h, gate, up, activation, False)[:2])
+        return list(_glu.gradients(d_h, gate, up, activation))
     packed = torch.empty_like(hidden[0])
     torch.ops.peftkern.glu_bwd_out(d_h, gate, up, activation, *halves([packed], gate_first), None)
     return [packed]
@@ -171,16 +183,60 @@ def _run(
     if activation not in _glu.ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {_glu.ACTIVATIONS}")
     flat, spec, first = prepare(x, tuple(inner.values()), tuple(inner))
-    # its shape and dtype, to check `down` against
-    like_h = flat.new_empty((1, 1)).expand(flat.shape[0], width)
-    _, outer, second = prepare(like_h, (down,), ("down",))
-    flat = flat.contiguous()
+    _, outer, second = prepare(_like_h(flat, width), (down,), ("down",))
+    y = _computed(flat.contiguous(), spec, outer, (*first, *second), activation, gate_first)
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _like_h(x: Tensor, width: int) -> Tensor:
+    """Of the shape and dtype of h, to check `down` against."""
+    return x.new_empty((1, 1)).expand(x.shape[0], width)
+
+
+def _computed(
+    x: Tensor, inner, outer, trainable: tuple[Tensor | None, ...], activation: str, gate_first: bool
+) -> Tensor:
+    """x [M, K] -> y [M, N]."""
     observe()
     if transformed():
-        (y,) = _plain(spec, outer, activation, gate_first, flat, *first, *second)
-    elif torch.is_grad_enabled():
-        y = _GatedMLP.apply(spec, outer, activation, gate_first, flat, *first, *second)
-    else:
-        hidden, _ = group.run(spec, flat, first)
-        (y,), _ = group.run(outer, _glu.glu(*halves(hidden, gate_first), activation), second)
-    return y.reshape(*x.shape[:-1], y.shape[1])
+        return _plain(inner, outer, activation, gate_first, x, *trainable)[0]
+    if torch.is_grad_enabled():
+        return _GatedMLP.apply(inner, outer, activation, gate_first, None, None, x, *trainable)
+    count = len(inner.weights) + 2 * len(inner.members)
+    hidden, _ = group.run(inner, x, trainable[:count])
+    (y,), _ = group.run(outer, _glu.glu(*halves(hidden, gate_first), activation), trainable[count:])
+    return y
+
+
+def prepared(
+    x: Tensor, inner: dict[str, Member], down: Member, *, activation: str, gate_first: bool = True
+) -> Callable[[Tensor], Tensor]:
+    """`gated_mlp` (inner: gate and up) or `gated_mlp_packed` (gate_up) for repeated calls with tensors of x's
+    dtype, device and last size: all else is checked and described now. The members' tensors are held; their
+    shapes, dtypes and devices must stay. No adapter may name rows or a seed: both belong to one call."""
+    members = tuple(inner.values())
+    width = members[0].weight.shape[0] // (1 if len(members) == 2 else 2)
+    flat = checks.flat(x)
+    first_spec, first = described(flat, members, tuple(inner))
+    second_spec, second = described(_like_h(flat, width), (down,), ("down",))
+    trainable, k = (*first, *second), x.shape[-1]
+    held = group.hold(first_spec, k, first), group.hold(second_spec, width, second)
+    known = None if None in held else held
+    of_inner, of_outer = ([a for member in part for a in member.adapters] for part in (members, (down,)))
+
+    def call(x: Tensor) -> Tensor:
+        lead = x.shape[:-1]
+        m = lead.numel()
+        flat = (x if len(lead) == 1 else x.reshape(m, k)).contiguous()
+        one = at_rows(first_spec, m, of_inner, x.device)
+        two = at_rows(second_spec, m, of_outer, x.device)
+        if known is None or not undispatched(x) or select(x) != "cpu":
+            y = _computed(flat, one, two, trainable, activation, gate_first)
+            return y.reshape(*lead, y.shape[1])
+        if torch.is_grad_enabled():
+            return _GatedMLP.apply(one, two, activation, gate_first, known, lead, flat, *trainable)
+        hidden, _ = known[0].forward(flat, flat.shape[:1], one.rows, one.seeds)
+        h = _glu.glu(*halves(hidden, gate_first), activation)
+        return known[1].forward(h, lead, two.rows, two.seeds)[0][0]
+
+    return call

@@ -384,9 +384,11 @@ def _look_again(layer: nn.Module) -> None:
 
     for module in layer.modules():
         held, base = find(module), getattr(module, "base_layer", module)
-        if held is not None and isinstance(held[1].cache, WeightCache) and is_4bit(base):
+        if held is None:
+            continue
+        if isinstance(held[1].cache, WeightCache) and is_4bit(base):
             held[1].cache.view(base)
-            held[1].let_go()
+        held[1].let_go()
 
 
 def _state_to(state: Any, device: torch.device) -> None:

@@ -31,6 +31,9 @@ class Forward(Method):
     def renew(self) -> None:
         """What has to follow when `cache` was replaced."""
 
+    def let_go(self) -> None:
+        """Of what calls have prepared, which holds weights until the next call."""
+
     def __getstate__(self) -> tuple[Any, ...]:
         return self.module, self.previous, self.cache, self.group
 

@@ -43,7 +43,7 @@ class PlannedForward(Forward):
         self.ready = Ready([self])
 
     def let_go(self) -> None:
-        """Of what calls have prepared, alone or with the group, which holds weights until the next call."""
+        """As Forward's; alone or with the group."""
         self.ready = Ready([self])
         if self.group is not None:
             self.group.let_go()

@@ -35,9 +35,17 @@ class GatedMLPForward(RecognizedForward):
     """gate_proj, up_proj, act_fn and down_proj as one call; stock where one of them cannot take part.
     `cache`: what the probe found."""
 
-    __slots__ = ()
+    __slots__ = ("prepared",)
     children = ("gate_proj", "up_proj", "down_proj")
-    function = "gated_mlp"
+    function, members = "gated_mlp", ("gate", "up")
+
+    def build(self) -> None:
+        self.let_go()
+        super().build()
+
+    def let_go(self) -> None:
+        # prepared: for which signature, and the call; replaced together, as threads share them
+        self.prepared, self.ready = (None, None), None
 
     def inside(self, stock: types.FunctionType) -> Callable[..., Any]:
         """`stock` as one call."""
@@ -62,6 +70,9 @@ class GatedMLPForward(RecognizedForward):
             y = self._few_rows(x, linears, options)
             if y is not None:
                 return y
+        call = self.prepared_call(x, linears, options)
+        if call is not None:
+            return call(x)
         plans = self._plans(x, linears)
         if plans is None:
             return None
@@ -95,6 +106,34 @@ class GatedMLPForward(RecognizedForward):
         parts = outer(functional.glu(gate, up, activation=options["activation"]))
         return None if parts is None else parts[0]
 
+    def prepared_call(
+        self, x: Tensor, linears: list[PlannedForward], options: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The block, checked and described for as long as nothing that it was made of has changed; None where
+        that cannot be told cheaply."""
+        device = x.device
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(device.type)
+            or torch.is_autocast_enabled()
+        ):
+            return None
+        signature: list[Any] = [x.dtype, x.shape[-1:], device, *options.items()]
+        for linear in linears:
+            part = linear.signature()
+            if part is None:
+                return None
+            signature.append(part)
+        known, call = self.prepared
+        if signature != known:
+            call, plans = None, self._plans(x, linears)
+            if plans is not None and all(plan.can_be_held(x) for plan in plans):
+                *inner, down = (plan.member for plan in plans)
+                named = dict(zip(self.members, inner, strict=True))
+                call = functional.mlp.prepared(x, named, down, **options)
+            self.prepared = signature, call
+        return call
+
     def _plans(self, x: Tensor, linears: list[PlannedForward]) -> list | None:
         inner = [linear.plan(x) for linear in linears[:-1]]
         if any(
@@ -119,7 +158,7 @@ class PackedMLPForward(GatedMLPForward):
 
     __slots__ = ()
     children = ("gate_up_proj", "down_proj")
-    function = "gated_mlp_packed"
+    function, members = "gated_mlp_packed", ("gate_up",)
 
     @staticmethod
     def products(gate: Tensor, up: Tensor) -> list[tuple[dict[str, Any], list[Tensor]]]:

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
         """The plan alone, for calls with tensors of x's dtype, device and last size; None where that has no
         form of its own."""
         member = self.member
-        if not self._can_be_held(x):
+        if not self.can_be_held(x):
             return None
         if not member.adapters:
             return linear.prepared(x, member.weight, member.bias)
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
         options = dict(scaling=a.scaling, dropout_p=a.dropout_p)
         return linear.prepared(x, member.weight, member.bias, a.lora_a, a.lora_b, **options)
 
-    def _can_be_held(self, x: Tensor) -> bool:
+    def can_be_held(self, x: Tensor) -> bool:
         """Whether every call is in x's dtype and on all rows; tensors that lead to a graph must not be
         held."""
         return {self.compute, self.base_result, self.result} == {x.dtype} and all(
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
         x: Tensor, plans: Sequence[Plan | DoraPlan | None]
     ) -> Callable[[Tensor], Sequence[Tensor]] | None:
         """As `prepare`, of plans that join; None where one does not."""
-        if any(type(plan) is not Plan or not plan._can_be_held(x) for plan in plans):
+        if any(type(plan) is not Plan or not plan.can_be_held(x) for plan in plans):
             return None
         return group.prepared(x, [plan.member for plan in plans])
 

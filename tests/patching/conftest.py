@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from peftkern import functional
-from peftkern.functional import group
+from peftkern.functional import group, mlp
 
 from .. import stock
 
@@ -98,6 +98,19 @@ def calls(monkeypatch):
 
     for name in ("gated_mlp", "gated_mlp_packed"):
         monkeypatch.setattr(functional, name, count_mlp(getattr(functional, name)))
+    original_prepared_mlp = mlp.prepared
+
+    def counted_prepared_mlp(x, inner, down, **options):
+        call, members = original_prepared_mlp(x, inner, down, **options), (*inner.values(), down)
+
+        def counted_call(x):
+            counter.mlps += 1
+            counter.update("lora" if member.adapters else "linear" for member in members)
+            return call(x)
+
+        return counted_call
+
+    monkeypatch.setattr(mlp, "prepared", counted_prepared_mlp)
     monkeypatch.setattr(functional, "lora_add", counted_add)
     return counter
 

@@ -8,19 +8,20 @@ import copy
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.functional import Adapter, Member, group, linear
+from peftkern.functional import Adapter, Member, group, linear, mlp
 from peftkern.patching.forwards import find
 from peftkern.patching.groups import Group
 from peftkern.patching.linears import PlannedForward
+from peftkern.patching.mlp import GatedMLPForward
 
-from . import models
+from . import models, zoo
 from .test_changes import adapted, sample
 
 
@@ -51,11 +52,60 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
+class Queries(nn.Module):
+    """q, k and v of one LoRA model, and an output that needs all three."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.model = models.lora(models.llama(bias=True), **options)
+        peftkern.patch(self.model)
+        attention = next(module for module in self.model.modules() if hasattr(module, "q_proj"))
+        self.parts = attention.q_proj, attention.k_proj, attention.v_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+class Block(nn.Module):
+    """A gated MLP of one LoRA model: gate and up apart, or one linear for both."""
+
+    def __init__(self, packed: bool = False, **options) -> None:
+        super().__init__()
+        self.model = (
+            zoo.build("phi3", four_bit=True, **options)
+            if packed
+            else models.lora(models.llama(bias=True), **options)
+        )
+        peftkern.patch(self.model)
+        self.mlp = next(module for name, module in self.model.named_modules() if name.endswith(".mlp"))
+        self.parts = tuple(module for module in self.mlp.modules() if hasattr(module, "lora_A"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+EVERY_KIND = pytest.mark.parametrize("kind", ["linear", "siblings", "mlp", "packed mlp"])
+
+
+def built(kind: str, **options) -> nn.Module:
+    if kind == "linear":
+        return adapted("nested", **options)[1]
+    if kind == "siblings":
+        return Queries(**options).train()
+    return Block(packed=kind == "packed mlp", **options).train()
+
+
+def parts(layer: nn.Module) -> Sequence[nn.Module]:
+    """Its LoRA linears."""
+    return getattr(layer, "parts", [layer])
+
+
 @contextlib.contextmanager
 def described_anew() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlannedForward, "prepared", lambda self, x: None)
         patch.setattr(Group, "prepared_part", lambda self, forward, x: None)
+        patch.setattr(GatedMLPForward, "prepared_call", lambda self, x, linears, options: None)
         yield
 
 
@@ -141,9 +191,9 @@ def test_autocast_is_described_anew(described: list[int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (2, 0, 64), (0, 64)])
-@pytest.mark.parametrize("kind", ["linear", "siblings"])
+@EVERY_KIND
 def test_every_shape_of_x(kind: str, shape: tuple[int, ...]) -> None:
-    layer = adapted("nested")[1] if kind == "linear" else Queries().train()
+    layer = built(kind)
     trained(layer)
 
     def results() -> list[Tensor]:
@@ -162,11 +212,11 @@ def test_every_shape_of_x(kind: str, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["linear", "siblings"])
+@EVERY_KIND
 def test_backward_reads_what_saved_tensor_hooks_give_back(kind: str) -> None:
     """The originals are overwritten between forward and backward, in a way that nothing counts, as where
     somebody has moved what is saved to another place."""
-    layer = adapted("nested")[1] if kind == "linear" else Queries().train()
+    layer = built(kind)
     expected = trained(layer)
     layer.zero_grad(set_to_none=True)
     x = sample(24).requires_grad_()
@@ -174,7 +224,7 @@ def test_backward_reads_what_saved_tensor_hooks_give_back(kind: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
         y = layer(x)
     loss = y.sin().sum()
-    for part in [layer] if kind == "linear" else layer.parts:
+    for part in parts(layer):
         for held in (part.lora_A["default"].weight, part.lora_B["default"].weight, part.base_layer.weight):
             held.data.zero_()
     loss.backward()
@@ -182,20 +232,20 @@ def test_backward_reads_what_saved_tensor_hooks_give_back(kind: str) -> None:
     assert same(got, expected)
 
 
-@pytest.mark.parametrize("kind", ["linear", "siblings"])
+@EVERY_KIND
 def test_a_profiler_sees_the_ops(kind: str) -> None:
-    layer = adapted("nested")[1] if kind == "linear" else Queries().train()
+    layer = built(kind)
     expected = trained(layer)
     with torch.profiler.profile() as profile:
         assert same(trained(layer), expected)
-    op = {"linear": "qlora_linear", "siblings": "qlora_group"}[kind]
+    op = "qlora_linear" if kind == "linear" else "qlora_group"
     names = {event.name for event in profile.events()}
     assert {f"peftkern::{op}_fwd", f"peftkern::{op}_bwd"} <= names
 
 
-@pytest.mark.parametrize("kind", ["linear", "siblings"])
+@EVERY_KIND
 def test_gradients_can_be_differentiated_again(kind: str) -> None:
-    layer = adapted("nested")[1] if kind == "linear" else Queries().train()
+    layer = built(kind)
     trained(layer)
     weights = [p for p in layer.parameters() if p.grad is not None]
 
@@ -245,20 +295,6 @@ def test_copies_describe_their_own(described: list[int]) -> None:
     assert len(described) == 2 and find(twin)[1].cache is not find(layer)[1].cache
 
 
-class Queries(nn.Module):
-    """q, k and v of one LoRA model, and an output that needs all three."""
-
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.model = models.lora(models.llama(bias=True), **options)
-        peftkern.patch(self.model)
-        attention = next(module for module in self.model.modules() if hasattr(module, "q_proj"))
-        self.parts = attention.q_proj, attention.k_proj, attention.v_proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], -1)
-
-
 @pytest.fixture
 def described_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each call of a group that was described, how many rows its first tensor had."""
@@ -270,6 +306,74 @@ def described_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(group, "prepared", prepared)
     return seen
+
+
+@pytest.fixture
+def described_mlps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each MLP that was described, how many rows its first tensor had."""
+    seen, original = [], mlp.prepared
+
+    def prepared(x: Tensor, *members, **options) -> Callable[[Tensor], Tensor]:
+        seen.append(x[..., 0].numel())
+        return original(x, *members, **options)
+
+    monkeypatch.setattr(mlp, "prepared", prepared)
+    return seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_mlps_give_the_same_bits_and_are_described_once(
+    packed: bool, dropout: float, described_mlps: list[int]
+) -> None:
+    layer = Block(packed, lora_dropout=dropout).train()
+    assert len(trained(layer)) == 2 + 2 * len(layer.parts)
+    for rows in (24, 1, 3):
+        assert same(trained(layer, rows), anew(layer, rows))
+    with torch.no_grad():
+        assert torch.equal(layer(sample(80)), layer.eval()(sample(80))) == (dropout == 0.0)
+    assert described_mlps == ([24] if dropout == 0.0 else [24, 80])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_mlp_sees_a_change_of_any_of_its_linears(packed: bool) -> None:
+    layer = Block(packed).train()
+    for place, change in enumerate(change for change in CHANGES if change is not _bias):  # it has none
+        before = trained(layer)
+        change(layer.parts[place % len(layer.parts)])
+        got = trained(layer)
+        assert same(got, anew(layer))
+        # The same numbers to another parameter; a hook that returns nothing, for which stock's forward runs.
+        assert same(got, before) == (change is _parameter) or change is CHANGES[-1], change
+
+
+def test_an_mlp_under_autocast_is_described_anew(described_mlps: list[int]) -> None:
+    layer = Block().train()
+    outside = trained(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = trained(layer)
+        assert same(inside, anew(layer))
+    assert described_mlps == [24] and not same(inside, outside) and same(trained(layer), outside)
+
+
+def test_copies_of_an_mlp_describe_their_own(described_mlps: list[int]) -> None:
+    layer = Block().train()
+    before = trained(layer)
+    twin = copy.deepcopy(layer)
+    _data(twin.parts[0])
+    assert same(trained(twin), anew(twin)) and not same(trained(twin), before) and len(described_mlps) == 2
+    assert same(trained(layer), before) and len(described_mlps) == 2
+
+
+def test_what_an_mlp_has_prepared_is_let_go() -> None:
+    """As the linears': a layer whose weights are moved to another device holds the old ones no longer."""
+    layer = Block().train()
+    trained(layer)
+    forward = find(layer.mlp)[1]
+    packed = weakref.ref(forward.prepared[1])
+    forward.let_go()
+    gc.collect()
+    assert packed() is None
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -328,5 +432,7 @@ def test_a_prepared_group_has_no_rows_and_no_seed_of_its_own() -> None:
     weight, x = torch.randn(8, 4), torch.randn(3, 4)
     low = torch.randn(2, 4), torch.randn(8, 2)
     for own in ({"rows": (0, 2)}, {"seed": torch.zeros(1, dtype=torch.int64), "dropout_p": 0.5}):
-        with pytest.raises(ValueError, match=r"members\[1\].adapters\[0\]: got rows .* call qlora_group"):
+        with pytest.raises(
+            ValueError, match=r"members\[1\].adapters\[0\]: got rows .* call the function itself"
+        ):
             group.prepared(x, [Member(weight), Member(weight, adapters=[Adapter(*low, **own)])])

@@ -10,7 +10,7 @@ from .. import LIBRARY, backend, entry, transformed
 from ..derivatives import derived, twice_differentiable
 from . import reference
 
-__all__ = ["ACTIVATIONS", "glu"]
+__all__ = ["ACTIVATIONS", "glu", "gradients"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of the C ABI's pk_activation
 
@@ -89,6 +89,11 @@ class _GLU(torch.autograd.Function):
     def backward(ctx, dy):
         d_gate, d_up, _ = entry(dy, _bwd, "glu_bwd")(dy, *ctx.saved_tensors, ctx.activation, False)
         return d_gate if ctx.needs_input_grad[0] else None, d_up if ctx.needs_input_grad[1] else None, None
+
+
+def gradients(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """d_gate, d_up of contiguous tensors' own, for a backward pass."""
+    return entry(dy, _bwd, "glu_bwd")(dy, gate, up, activation, False)[:2]
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -21,6 +21,7 @@ __all__ = [
     "asked",
     "few_rows",
     "gradients",
+    "hold",
     "kept",
     "plain",
     "prepared",
@@ -141,13 +142,22 @@ def gradients(
     x: Tensor | None,
     shape: tuple[int, int],
     needs: list[bool],
+    known: cpu.Described | None = None,
 ) -> list[Tensor | None]:
-    """dx, the biases', the A's and the B's gradients; None where `needs`, in this order, does not ask or a
-    member's dy is None."""
+    """dx [M, K], the biases', the A's and the B's gradients; None where `needs`, in this order, does not ask
+    or a member's dy [..., N_i] is None. known: what `hold` gave for the forward pass."""
     if not any(needs) or all(g is None for g in dy):
         return [None] * len(needs)
-    dy = [None if g is None else g.contiguous() for g in dy]
     first = next(g for g in dy if g is not None)
+    if known is not None and unobserved(first) and known.lies_at(saved):
+        (_, members, rows, *_, dtypes), low = static, len(known.at)
+        xa, seeds = saved[low + len(members) :], saved[low : low + len(members)]
+        dx, d_bias, d_a, d_b = known.backward(dy, x, xa, needs, rows, seeds)
+        cast = (g if g is None else g.to(dtype) for g, dtype in zip(d_bias, dtypes, strict=True))
+        return [dx, *cast, *d_a, *d_b]
+    if known is not None:
+        dy = [None if g is None else g.reshape(-1, g.shape[-1]) for g in dy]
+    dy = [None if g is None else g.contiguous() for g in dy]
     backward = _bwd if unobserved(first) else torch.ops.peftkern.qlora_group_bwd
     found = backward(dy, x, *arguments(static, saved, shape, needs))
     return asked(static, [g is not None for g in dy], needs, *found)
@@ -250,18 +260,8 @@ class _QLoRAGroup(torch.autograd.Function):
     @twice_differentiable(_again)
     def backward(ctx, *dy):
         (x, *saved), needs = ctx.saved_tensors, list(ctx.needs_input_grad[3:])
-        first, known = next((g for g in dy if g is not None), None), ctx.described
-        if known is None or first is None or not unobserved(first) or not known.lies_at(saved):
-            dy = [g if g is None or known is None else g.reshape(-1, g.shape[-1]) for g in dy]
-            return None, None, None, *gradients(ctx.static, saved, dy, x, ctx.shape, needs)
-        _, _, rows, _, _, dtypes = ctx.static
-        xa, seeds = (
-            saved[len(saved) - len(rows) // 2 :],
-            saved[len(known.at) : len(known.at) + len(rows) // 2],
-        )
-        dx, d_bias, d_a, d_b = known.backward(dy, x, xa, needs, rows, seeds)
-        d_bias = (g if g is None else g.to(dtype) for g, dtype in zip(d_bias, dtypes, strict=True))
-        return None, None, None, dx, *d_bias, *d_a, *d_b
+        found = gradients(ctx.static, saved, list(dy), x, ctx.shape, needs, ctx.described)
+        return None, None, None, *found
 
 
 def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -274,6 +274,13 @@ def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> 
     return _QLoRAGroup.apply(spec, None, None, x.contiguous(), *trainable)
 
 
+def hold(spec: Spec, k: int, trainable: tuple[Tensor | None, ...]) -> cpu.Described | None:
+    """The CPU's descriptors of a group, for calls to come; None where it is elsewhere, or a call would read a
+    copy. The rows and seeds of `spec` are not read."""
+    own = all(weight.is_cpu for weight in spec.weights) and available("cpu")[0]
+    return cpu.held(k, spec, *split(spec, trainable)) if own else None
+
+
 def prepared(
     spec: Spec, k: int, trainable: tuple[Tensor | None, ...]
 ) -> Callable[[Tensor, tuple[Tensor | None, ...]], Sequence[Tensor]]:
@@ -281,8 +288,7 @@ def prepared(
     adapters on all rows, which give y_i [..., N_i]: on the CPU the kernel's descriptors are made now. The
     tensors are held; they stay where and what they are. The rows and seeds of `spec` are not read."""
     before, (_, *between, _), adapters = spec[:5], spec[5:], len(spec.members)
-    own = all(weight.is_cpu for weight in spec.weights) and available("cpu")[0]
-    described, nothing = cpu.held(k, spec, *split(spec, trainable)) if own else None, (None,) * adapters
+    described, nothing = hold(spec, k, trainable), (None,) * adapters
 
     def call(x: Tensor, seeds: tuple[Tensor | None, ...] = nothing) -> Sequence[Tensor]:
         lead = x.shape[:-1]
