@@ -100,6 +100,7 @@ class _GatedMLP(torch.autograd.Function):
             )
             if d_h is not None:
                 d_hidden = _hidden_gradients(d_h, hidden, ctx.activation, ctx.gate_first)
+            del h, d_h  # before dx is made
         if d_hidden is not None:
             inner = group.gradients(ctx.inner, saved[:cut], d_hidden, x, shape, inner_needs, first)
         return *(None,) * 6, *inner, *outer
