@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..functional import group
-from ..ops import unobserved
+from ..ops import undispatched
 from ..runtime import backends
 
-__all__ = ["Ready"]
+__all__ = ["Ready", "signed"]
 
 _MOST_ROWS = (
     64  # the kernel for few rows takes no more; the table of ops/linear/config.py says where it is used
@@ -28,6 +28,17 @@ class _Linear(Protocol):
     def plan(self, x: Tensor) -> Any: ...
 
     def signature(self) -> tuple | None: ...
+
+
+def signed(linears: Sequence[_Linear], *call: Any) -> list[Any] | None:
+    """What a call of these linears depends on: `call`, and each one's signature; None where one has none."""
+    signature = list(call)
+    for linear in linears:
+        part = linear.signature()
+        if part is None:
+            return None
+        signature.append(part)
+    return signature
 
 
 class Ready:
@@ -46,12 +57,9 @@ class Ready:
         """Each linear's result; None where the call has to be computed as any other."""
         if not _serves(x):
             return None
-        signature: list[Any] = [x.dtype, x.numel(), x.shape[-1]]
-        for linear in self.linears:
-            part = linear.signature()
-            if part is None:
-                return None
-            signature.append(part)
+        signature = signed(self.linears, x.dtype, x.numel(), x.shape[-1])
+        if signature is None:
+            return None
         known, call = self.prepared
         if signature != known:
             call = self._prepare(x)
@@ -69,6 +77,6 @@ class Ready:
 
 def _serves(x: Tensor) -> bool:
     shape = x.shape
-    if not shape or shape.numel() > _MOST_ROWS * shape[-1] or not x.is_cpu or not unobserved(x):
+    if not shape or shape.numel() > _MOST_ROWS * shape[-1] or not x.is_cpu or torch.is_grad_enabled():
         return False
-    return not torch.is_autocast_enabled("cpu") and backends.select(x) == "cpu"
+    return undispatched(x) and not torch.is_autocast_enabled("cpu") and backends.select(x) == "cpu"

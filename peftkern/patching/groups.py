@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import autocast_off
-from .decode import Ready
+from .decode import Ready, signed
 from .dora import drops
 from .forwards import find
 from .linears import PlannedForward
@@ -136,12 +136,9 @@ class Group:
         autocast = torch.is_autocast_enabled(x.device.type) or torch.is_autocast_enabled()
         if autocast or self.calling.stash is not None:
             return None
-        signature: list[Any] = [x.dtype, x.shape[-1:], x.device]
-        for member in self.forwards:
-            part = member.signature()
-            if part is None:
-                return None
-            signature.append(part)
+        signature = signed(self.forwards, x.dtype, x.shape[-1:], x.device)
+        if signature is None:
+            return None
         known, call = self.prepared
         if signature != known:
             call = Plan.prepare_together(x, [member.work(x) for member in self.forwards])

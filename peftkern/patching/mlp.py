@@ -15,7 +15,7 @@ from .. import functional
 from ..ops import autocast_off, served
 from ..ops.linear.glu import halves
 from .blocks import replacement
-from .decode import Ready
+from .decode import Ready, signed
 from .hooks import running
 from .linears import PlannedForward
 from .reads import Reads, RecognizedForward, reads
@@ -118,12 +118,9 @@ class GatedMLPForward(RecognizedForward):
             or torch.is_autocast_enabled()
         ):
             return None
-        signature: list[Any] = [x.dtype, x.shape[-1:], device, *options.items()]
-        for linear in linears:
-            part = linear.signature()
-            if part is None:
-                return None
-            signature.append(part)
+        signature = signed(linears, x.dtype, x.shape[-1:], device, *options.items())
+        if signature is None:
+            return None
         known, call = self.prepared
         if signature != known:
             call, plans = None, self._plans(x, linears)

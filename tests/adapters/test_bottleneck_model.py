@@ -135,7 +135,7 @@ def test_compiles_to_one_graph(name: str, kind: str, patched: bool) -> None:
     model.zero_grad(set_to_none=True)
     keyword = {"use_cache": False} if name == "llama" else {}
     out = compiled(input_ids=zoo.TEXT, **keyword).logits
-    torch.testing.assert_close(out, expected["output"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, expected["output"], rtol=1e-6, atol=1e-6)  # equal where measured
     zoo.losses(out).mean().backward()
     assert_close(
         {"output": out.detach()} | {key: p.grad for key, p in bottleneck_parameters(model).items()}, expected
@@ -242,7 +242,7 @@ def test_beside_lora(order: str) -> None:
     expected = zoo.output(model)
     report = peftkern.patch(model, dense=True)
     assert report.counts["qlora_linear"] == 4
-    torch.testing.assert_close(zoo.output(model), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(zoo.output(model), expected, rtol=1e-5, atol=1e-5)  # 1.2e-6 measured
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -7,8 +7,10 @@ import contextlib
 import copy
 import gc
 import math
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -25,17 +27,22 @@ from . import models, zoo
 from .test_changes import adapted, sample
 
 
-@pytest.fixture
-def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of each call that was described, how many rows its first tensor had."""
-    seen, original = [], linear.prepared
+def recorded(patch: pytest.MonkeyPatch, module: types.ModuleType) -> list[int]:
+    """Of each tensor that the module's `prepared` is given, how many rows it had."""
+    seen, original = [], module.prepared
 
-    def prepared(x: Tensor, *args, **options) -> Callable[[Tensor], Tensor]:
+    def prepared(x: Tensor, *args, **options) -> Callable[[Tensor], Any]:
         seen.append(x[..., 0].numel())
         return original(x, *args, **options)
 
-    monkeypatch.setattr(linear, "prepared", prepared)
+    patch.setattr(module, "prepared", prepared)
     return seen
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each call that was described, how many rows its first tensor had."""
+    return recorded(monkeypatch, linear)
 
 
 def trained(layer: nn.Module, rows: int = 24, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -298,27 +305,13 @@ def test_copies_describe_their_own(described: list[int]) -> None:
 @pytest.fixture
 def described_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each call of a group that was described, how many rows its first tensor had."""
-    seen, original = [], group.prepared
-
-    def prepared(x: Tensor, members: list[Member]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        seen.append(x[..., 0].numel())
-        return original(x, members)
-
-    monkeypatch.setattr(group, "prepared", prepared)
-    return seen
+    return recorded(monkeypatch, group)
 
 
 @pytest.fixture
 def described_mlps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each MLP that was described, how many rows its first tensor had."""
-    seen, original = [], mlp.prepared
-
-    def prepared(x: Tensor, *members, **options) -> Callable[[Tensor], Tensor]:
-        seen.append(x[..., 0].numel())
-        return original(x, *members, **options)
-
-    monkeypatch.setattr(mlp, "prepared", prepared)
-    return seen
+    return recorded(monkeypatch, mlp)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
