@@ -216,7 +216,7 @@ def test_every_shape_of_x(kind: str, shape: tuple[int, ...]) -> None:
         assert same(got, results())
     peftkern.unpatch(layer)
     for one, expected in zip(got, results(), strict=True):
-        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)  # 1.1e-6 where measured
 
 
 @EVERY_KIND
