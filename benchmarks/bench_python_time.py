@@ -1,13 +1,14 @@
 """The Python part of a patched call: opcodes executed, which no machine's noise touches, the median wall
 time, and that of calls whose kernels do nothing, which is Python and torch alone.
 
-    python -m benchmarks.bench_python_time [--baseline CHECKOUT] [--functions ROW]
+    python -m benchmarks.bench_python_time [--baseline CHECKOUT] [--functions ROW] [--gpu]
 
 A decoder layer of width 64 (NF4 and LoRA) is called without gradients, and each of its parts, on 1 and 512
 tokens; "trained" linears forward and backward. `stock` is the same layer unpatched: what transformers' own
 decorators take is in every row of its column. With --baseline the same is
 done with another checkout's package, in processes of its own that take turns; --functions shows which
-functions a row's opcodes are executed in.
+functions a row's opcodes are executed in. --gpu: of a GPU's calls once they are recorded, on this CPU, every
+launch replaced by nothing; allocations and torch's products are made.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--baseline", type=Path, help="another checkout, built, to compare with")
     parser.add_argument("--functions", metavar="ROW", help='the functions of one row, such as "norm M=1"')
+    parser.add_argument("--gpu", action="store_true", help="a GPU's calls, without one and without launches")
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.functions:
@@ -47,16 +49,23 @@ def main() -> None:
         for where, count in _opcodes(calls[arguments.functions]).most_common(40):
             print(f"{count:6} {where}")
     elif arguments.json:
-        print(json.dumps(_measured()))
+        print(json.dumps(_measured_launches() if arguments.gpu else _measured()))
     else:
         paths = {"here": ROOT} | ({"baseline": arguments.baseline.resolve()} if arguments.baseline else {})
-        _show({name: [] for name in paths}, paths)
+        found: dict[str, list[dict[str, dict[str, Any]]]] = {name: [] for name in paths}
+        for _ in range(ROUNDS):
+            for name, path in paths.items():
+                found[name].append(_in_process(path, arguments.gpu))
+        _show_launches(found) if arguments.gpu else _show(found)
 
 
-def _show(found: dict[str, list[dict[str, dict[str, Any]]]], paths: dict[str, Path]) -> None:
-    for _ in range(ROUNDS):
-        for name, path in paths.items():
-            found[name].append(_in_process(path))
+def _show_launches(found: dict[str, list[dict[str, dict[str, Any]]]]) -> None:
+    for row in found["here"][0]:
+        for name, rounds in found.items():
+            print(f"{row:24} {name:9} {statistics.median(each[row]['us'] for each in rounds):8.1f} us")
+
+
+def _show(found: dict[str, list[dict[str, dict[str, Any]]]]) -> None:
     for row in found["here"][0]:
         for name, rounds in found.items():
             first, whole, alone = (
@@ -69,10 +78,11 @@ def _show(found: dict[str, list[dict[str, dict[str, Any]]]], paths: dict[str, Pa
             )
 
 
-def _in_process(path: Path) -> dict[str, dict[str, Any]]:
+def _in_process(path: Path, gpu: bool) -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    environment |= {"TRITON_INTERPRET": "1"} if gpu else {}
     done = subprocess.run(
-        [sys.executable, __file__, "--json"],
+        [sys.executable, __file__, "--json", *(["--gpu"] if gpu else [])],
         env=environment,
         check=True,
         capture_output=True,
@@ -95,6 +105,47 @@ def _measured() -> dict[str, dict[str, Any]]:
         }
         for row, call in patched.items()
     }
+
+
+def _measured_launches() -> dict[str, dict[str, Any]]:
+    from peftkern import use_backend
+    from peftkern.runtime import backends, replay
+
+    replay._on_gpu, replay._current_device = (lambda first: True), (lambda: -1)
+    backends._check_forced = lambda name, device: None  # of a forced backend alone
+    parts = ("o_proj", "mlp", "o_proj trained", "mlp trained")
+    rows = [f"{part} M={m}" for m in (1, 512) for part in parts]
+    with use_backend("triton"), _launches_that_do_nothing():
+        calls = _calls(patched=True)
+        for row in rows:
+            for _ in range(4):  # met, recorded, replayed, found without a look at what is held
+                calls[row]()
+        return {row: {"us": _microseconds(calls[row])} for row in rows}
+
+
+@contextlib.contextmanager
+def _launches_that_do_nothing() -> Iterator[None]:
+    """A launch is told to the record as that of a compiled kernel, which does nothing."""
+    from peftkern.runtime import launch, record
+
+    class Nothing:
+        def __getitem__(self, programs: tuple[int, int, int]) -> Callable[..., None]:
+            return lambda *values, stream=None: None
+
+    def run(call: Any) -> None:
+        record.launched(call, Nothing(), list(call.arguments.values()))
+
+    importlib.import_module("peftkern.ops.linear.group.gpu")
+    importlib.import_module("peftkern.ops.glu.triton")
+    holders = [m for m in list(sys.modules.values()) if getattr(m, "run", None) is launch.run]
+    original = launch.run
+    try:
+        for module in holders:
+            module.run = run
+        yield
+    finally:
+        for module in holders:
+            module.run = original
 
 
 def _calls(*, patched: bool) -> dict[str, Callable[[], Any]]:

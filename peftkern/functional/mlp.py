@@ -4,6 +4,7 @@ product."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,9 +91,10 @@ class _GatedMLP(torch.autograd.Function):
         first, second = ctx.known or (None, None)
         inner_needs, outer_needs = needs[: 1 + count], [any(needs[: 1 + count]), *needs[1 + count :]]
         inner, d_hidden = [None] * len(inner_needs), None
-        if ctx.wants_h and outer_needs[0] and second is None:
+        if ctx.wants_h and outer_needs[0] and (second is None or second.forms_x_late):
             options = hidden, ctx.gate_first, ctx.activation
-            d_hidden, outer = qlora_glu.gradients(ctx.outer, saved[cut:], dy, *options, outer_needs)
+            flat = dy.reshape(-1, dy.shape[-1])
+            d_hidden, outer = qlora_glu.gradients(ctx.outer, saved[cut:], flat, *options, outer_needs)
         else:
             h = _glu.glu(gate, up, ctx.activation) if ctx.wants_h else None
             d_h, *outer = group.gradients(
@@ -221,8 +223,7 @@ def prepared(
     first_spec, first = described(flat, members, tuple(inner))
     second_spec, second = described(_like_h(flat, width), (down,), ("down",))
     trainable, k = (*first, *second), x.shape[-1]
-    held = group.hold(first_spec, k, first), group.hold(second_spec, width, second)
-    known = None if None in held else held
+    by_backend: dict[str, Any] = {}
     of_inner, of_outer = ([a for member in part for a in member.adapters] for part in (members, (down,)))
 
     def call(x: Tensor) -> Tensor:
@@ -231,7 +232,12 @@ def prepared(
         flat = (x if len(lead) == 1 else x.reshape(m, k)).contiguous()
         one = at_rows(first_spec, m, of_inner, x.device)
         two = at_rows(second_spec, m, of_outer, x.device)
-        if known is None or not undispatched(x) or select(x) != "cpu":
+        name = select(x) if undispatched(x) else "reference"
+        if name not in by_backend:
+            held = group.hold(name, first_spec, k, first), group.hold(name, second_spec, width, second)
+            by_backend[name] = None if None in held else held
+        known = by_backend[name]
+        if known is None:
             y = _computed(flat, one, two, trainable, activation, gate_first)
             return y.reshape(*lead, y.shape[1])
         if torch.is_grad_enabled():

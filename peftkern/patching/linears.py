@@ -76,7 +76,7 @@ class PlannedForward(Forward):
         else:
             group = self.group
             part = None if group is None else group.fetch(self, x)
-            if part is None and not torch.is_grad_enabled():
+            if part is None and x.is_cpu and not torch.is_grad_enabled():
                 part = self._few_rows(x)
             if part is not None:
                 return part

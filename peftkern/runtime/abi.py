@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "address", "dtype_of"]
+__all__ = ["DTYPES", "address", "addresses", "dtype_of"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -13,6 +15,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def address(tensor: Tensor | None) -> int:
     """The data pointer, 0 for None. The caller holds the tensor until the kernel has returned."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    """As `address`. What was described for calls to come has as `at` those of what is saved for backward,
+    which may have been moved meanwhile."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def dtype_of(tensor: Tensor | None) -> int:

@@ -182,9 +182,13 @@ def select(x: Tensor) -> str:
         if module is not None:
             return "cpu"
         _warn_of_reference(reason)
-    if kind == "cuda" and x.dtype != torch.float64:
-        return next((name for name in ("cuda", "triton") if available(name, x.device.index)[0]), "reference")
-    return "reference"
+    return _best(x.device.index) if kind == "cuda" and x.dtype != torch.float64 else "reference"
+
+
+@functools.cache
+def _best(index: int) -> str:
+    """Of a CUDA device."""
+    return next((name for name in ("cuda", "triton") if available(name, index)[0]), "reference")
 
 
 def _check_forced(name: str, device: torch.device) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .program import Address, Place, Program
 from .specialization import mapped
-from .steps import Address, Allocate, Compiled, Drop, Interpreted, Operate, Place, bases_of, filled
 
 __all__ = ["Record", "Recorder", "launched", "record", "recording", "unrecordable", "unwatched"]
 
@@ -61,11 +61,11 @@ class Recorder:
     def __init__(self, tensors: list[Tensor]) -> None:
         # What the call allocates is held until its end: no two bases may have had the same memory.
         self.bases, self.extents = list(tensors), [_extent(t) for t in tensors]
-        self.steps: list[Any] = []
+        self.program = Program(len(tensors))
         self.failed: str | None = None
         self.paused = False
 
-    def place(self, t: Tensor) -> Place:
+    def place(self, t: Tensor) -> Address:
         """Where a later call finds this tensor. Raises: Unrecordable."""
         wanted = _extent(t)
         inside = [i for i, e in enumerate(self.extents) if e.first <= wanted.first < wanted.last <= e.last]
@@ -75,20 +75,19 @@ class Recorder:
             )
         if len({self.extents[i].first for i in inside}) > 1:
             raise Unrecordable("arguments that overlap")
-        base, like = inside[0], self.bases[inside[0]]
-        same = t.dtype == like.dtype and t.shape == like.shape and t.stride() == like.stride()
-        offset = wanted.first - self.extents[base].first
-        return Place(base, offset, tuple(t.shape), t.stride(), same and not offset)
+        base = inside[0]
+        return Address(base, wanted.first - self.extents[base].first)
 
     def operand(self, t: Tensor) -> Place:
         """As `place`, of a tensor that is made again as a view of its base."""
-        found = self.place(t)
-        like = self.bases[found.base]
-        if not found.whole and (
-            t.dtype != like.dtype or found.offset % t.element_size() or type(like) not in _PLAIN
-        ):
+        base, offset = self.place(t)
+        like = self.bases[base]
+        alike = t.dtype == like.dtype and t.shape == like.shape and t.stride() == like.stride()
+        whole, elements = alike and not offset, offset // t.element_size()
+        of_another_kind = t.dtype != like.dtype or offset % t.element_size() or type(like) not in _PLAIN
+        if not whole and of_another_kind:
             raise Unrecordable(f"a view of {t.dtype} on a {type(like).__name__} of {like.dtype}")
-        return found
+        return Place(base, elements, tuple(t.shape), t.stride(), whole)
 
     def template(self, value: Any) -> Any:
         """The value with every tensor's place in the tensor's stead."""
@@ -106,13 +105,13 @@ class Recorder:
         if not all(isinstance(t, Tensor) for t in outputs):
             raise Unrecordable(f"{func}, which gives Python a value")
         if func in _EMPTY:
-            self.steps.append(Allocate(self._new_base(outputs[0]), outputs[0]))
+            self.program.allocate(self._new_base(outputs[0]), outputs[0])
             return
         if not func._schema.is_mutable and all(self._known(t) for t in outputs):
             return  # a view
         templates = self.template(args), {name: self.template(value) for name, value in kwargs.items()}
         made = [None if self._known(t) else self._new_base(t) for t in outputs]
-        self.steps.append(Operate(func, *templates, made))
+        self.program.operate(func, *templates, made)
 
     def _new_base(self, t: Tensor) -> int:
         self.bases.append(t)
@@ -128,16 +127,16 @@ class Recorder:
         """A Triton kernel has been launched; see `launched`."""
         if compiled is None:
             arguments = {name: mapped(value, self._tensor) for name, value in call.arguments.items()}
-            self.steps.append(Interpreted(call.interpret, arguments))
+            self.program.interpret(call.interpret, arguments)
             return
         values = [mapped(value, self._address) for value in values]
-        self.steps.append(Compiled(compiled[(call.programs, 1, 1)], values))
+        self.program.launch(compiled[(call.programs, 1, 1)], values)
 
     def _address(self, value: Any) -> Any:
         """A tensor's address, 0, the null pointer, of one without elements: a record holds no tensor."""
         if not isinstance(value, Tensor):
             return value
-        return Address(*self.place(value)[:2]) if value.numel() else 0
+        return self.place(value) if value.numel() else 0
 
     def _tensor(self, value: Any) -> Any:
         return self.operand(value) if isinstance(value, Tensor) and value.numel() else value
@@ -202,35 +201,18 @@ def unrecordable(what: str) -> None:
 
 
 class Record:
-    """The steps of a call, which are made again for other tensors."""
+    """The program of a call, which is run again for other tensors.
 
-    def __init__(self, recorder: Recorder, inputs: int, result: Any) -> None:
-        self.own = len(recorder.bases) - inputs
-        self.result = recorder.template(result)
-        self.device = recorder.bases[0].device
-        self.steps = _with_drops(recorder.steps, inputs, self.result)
+    run: of the tensors that are the call's arguments, its result. source: what that is compiled from; names:
+    what it reads.
+    """
 
-    def run(self, tensors: list[Tensor]) -> Any:
-        """The call's result for these tensors, on the current stream of their device."""
-        bases: list[Any] = tensors + [None] * self.own
-        pointers = [t.data_ptr() for t in tensors] + [0] * self.own
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else 0
-        for step in self.steps:
-            step(bases, pointers, stream)
-        return filled(self.result, bases)
+    __slots__ = ("run", "source", "names")
 
-
-def _with_drops(steps: list[Any], inputs: int, result: Any) -> list[Any]:
-    """Each tensor of the call's own is let go after the last step that uses it, as in the function itself."""
-    kept = set(bases_of(result))
-    last = {base: index for index, step in enumerate(steps) for base in step.used()}
-    found = []
-    for index, step in enumerate(steps):
-        found.append(step)
-        done = tuple(base for base, at in last.items() if at == index and base >= inputs and base not in kept)
-        if done:
-            found.append(Drop(done))
-    return found
+    def __init__(self, recorder: Recorder, result: Any) -> None:
+        device = recorder.bases[0].device
+        self.run, self.source = recorder.program.finished(recorder.template(result), device)
+        self.names = recorder.program.names
 
 
 def record(
@@ -245,7 +227,7 @@ def record(
         _current.recorder = None
     if recorder.failed is None:
         try:
-            return result, Record(recorder, len(tensors), result), ""
+            return result, Record(recorder, result), ""
         except Unrecordable as reason:
             recorder.failed = str(reason)
     return result, None, recorder.failed

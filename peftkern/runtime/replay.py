@@ -3,7 +3,7 @@
 A call of a GPU op is Python that looks at shapes and options, allocates, launches Triton kernels and
 multiplies with cuBLAS. For equal shapes it does the same again, and up to a few thousand rows this Python
 takes longer than the kernels. `replayed` wraps such a function: the second call of a kind is recorded
-(`record.py`), later ones go through the record's steps (`steps.py`).
+(`record.py`), later ones run the program that was made of it (`program.py`).
 
 Calls are of one kind where every number, flag and None among their arguments is equal, and of every tensor
 its dtype, shape, strides, device, its alignment to 16 bytes, and which of them begin at one address; and
@@ -14,21 +14,24 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .record import record, recording
+from .record import Record, record, recording
 
-__all__ = ["MOST_RECORDS", "forget", "refusals", "replayed", "switched_on"]
+__all__ = ["MOST_RECORDS", "Held", "forget", "refusals", "replayed", "switched_on"]
 
 MOST_RECORDS = 1024  # of one function; the oldest go
 
 _SEEN = object()  # in place of a record: the kind has been met once
 _tables: list[dict[tuple, Any]] = []
+_helds: weakref.WeakSet[Held] = weakref.WeakSet()
 _refusals: dict[str, str] = {}
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 
 @functools.cache
@@ -41,6 +44,8 @@ def forget() -> None:
     """Every record goes: what they depended on has changed."""
     for table in _tables:
         table.clear()
+    for held in _helds:
+        held.records.clear()
 
 
 def refusals() -> dict[str, str]:
@@ -81,10 +86,59 @@ def replayed(settings: Callable[[], tuple] = tuple) -> Callable[[Callable], Call
                 return _recorded(function, name, table, key, args, tensors)
             return function(*args) if type(known) is str else known.run(tensors)
 
-        call.records = table
+        call.records, call.settings = table, settings
         return call
 
     return wrap
+
+
+class Held:
+    """Calls of a replayed function that have most of their tensors in common: their records are found without
+    a look at those, which are held and stay where and what they are.
+
+    function: what `replayed` has made. fixed: the tensors in common, as they stand among a call's arguments,
+    where no other stands between two of them. settings: what of the function's settings may change between
+    these calls.
+    """
+
+    __slots__ = ("_function", "_fixed", "_settings", "records", "__weakref__")
+
+    def __init__(
+        self, function: Callable[..., Any], fixed: Sequence[Tensor | None], settings: Callable[[], Any]
+    ) -> None:
+        self._function, self._settings, self.records = function, settings, {}
+        self._fixed = [t for t in fixed if t is not None]
+        _helds.add(self)
+
+    def __call__(
+        self, before: list[Tensor], after: list[Tensor], rest: tuple, arguments: Callable[[], tuple]
+    ) -> Any:
+        """The function of `arguments()`, whose tensors are those of `before`, the fixed ones, and those of
+        `after`; rest: what else these calls differ in."""
+        kind = [rest, self._settings()]
+        for t in before + after:
+            kind.append((t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() & 15))
+        known = self.records.get(tuple(kind))
+        if known is None or before[0].get_device() != _current_device():
+            return self._computed(tuple(kind), [*before, *self._fixed, *after], arguments())
+        return known.run([*before, *self._fixed, *after])
+
+    def _computed(self, kind: tuple, expected: list[Tensor], args: tuple) -> Any:
+        """By the function itself. A record of a call whose own tensors lie apart from all others serves every
+        call of this kind."""
+        found: list[Tensor] = []
+        key = _key(args, found)
+        if key is not None and len(found) == len(expected) and all(map(_is, found, expected)):
+            known = self._function.records.get((key, self._function.settings()))
+            own = [t for t in expected if not any(t is fixed for fixed in self._fixed)]
+            places = [t.data_ptr() for t in expected]
+            if type(known) is Record and all(places.count(t.data_ptr()) == 1 for t in own):
+                _keep(self.records, kind, known)
+        return self._function(*args)
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
 
 
 def _on_gpu(first: Any) -> bool:

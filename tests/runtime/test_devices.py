@@ -35,7 +35,7 @@ class Devices:
 
 
 def _forget() -> None:
-    for cached in (backends._arch, backends._triton, backends._cuda, native_cuda.available):
+    for cached in (backends._arch, backends._best, backends._triton, backends._cuda, native_cuda.available):
         cached.cache_clear()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern.runtime import replay
 from peftkern.runtime.record import Record, launched, unrecordable
@@ -164,11 +166,28 @@ def test_memory_goes_when_the_function_would_let_it_go() -> None:
     for _ in range(2):
         chain(x)
     (record,) = _records(chain)
-    live, most = 0, 0
-    for step in record.steps:
-        live += len(step.made) if hasattr(step, "made") else -len(step.bases)
-        most = max(most, live)
-    assert (live, most) == (1, 2)
+    with _Alive() as alive:
+        result = record.run([x])
+    assert (alive.now(), alive.most) == (1, 2)
+    assert torch.equal(result, x + 4)
+
+
+class _Alive(TorchDispatchMode):
+    """How many results of torch's operators are alive, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made.append(weakref.ref(result))
+        self.most = max(self.most, self.now())
+        return result
+
+    def now(self) -> int:
+        return sum(made() is not None for made in self.made)
 
 
 def test_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

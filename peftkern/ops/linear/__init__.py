@@ -4,15 +4,17 @@ direction."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from ...runtime.backends import available, select
+from ...runtime.abi import addresses
+from ...runtime.backends import select
 from .. import LIBRARY, accumulation, autocast_off, backend, transformed, undispatched, unobserved
 from ..derivatives import derived, known_input, stand_in, twice_differentiable
 from ..flops import observe
-from . import cpu, reference
+from . import reference
 from .problem import Linear, Needs
 
 __all__ = ["apply", "prepared"]
@@ -133,7 +135,11 @@ class _QLoRALinear(torch.autograd.Function):
             return (None,) * 8
         quant = *quant, ctx.blocksize, ctx.nested_blocksize
         low, known = (ctx.scaling, ctx.dropout_p, seed), ctx.described
-        if known is not None and unobserved(dy) and known.lies_at(weight, quant, lora_a, lora_b):
+        if (
+            known is not None
+            and unobserved(dy)
+            and known.at == addresses((weight, *quant[:6], lora_a, lora_b))
+        ):
             dx, d_bias, d_a, d_b = known.backward(dy, x, xa, needs, seed)
             return dx, None if d_bias is None else d_bias.to(ctx.bias_dtype), d_a, d_b, *(None,) * 4
         dy = dy.contiguous() if known is None else dy.reshape(-1, dy.shape[-1])
@@ -187,16 +193,21 @@ def prepared(
     scaling: float,
     dropout_p: float,
 ) -> Callable[..., Tensor]:
-    """`apply` for calls to come, of x [..., K], with dropout of a seed too, which give y [..., N]: on the CPU
-    the kernel's descriptors are made now. The tensors are held; they stay where and what they are."""
+    """`apply` for calls to come, of x [..., K], with dropout of a seed too, which give y [..., N]: what a
+    backend can say of the linear beforehand is said once. The tensors are held; they stay where and what they
+    are."""
     one = Linear(weight, quant, n, k, bias, lora_a, lora_b, scaling, dropout_p)
     fixed, rest = (weight, quant, n, scaling, dropout_p), (bias, lora_a, lora_b, scaling, dropout_p)
-    described = cpu.held(one) if weight.is_cpu and available("cpu")[0] else None
+    known: dict[str, Any] = {}  # by the backend
 
     def run(x: Tensor, seed: Tensor | None = None) -> Tensor:
         lead = x.shape[:-1]
         flat = (x if len(lead) == 1 else x.reshape(lead.numel(), k)).contiguous()
-        if described is not None and undispatched(x) and select(x) == "cpu":
+        name = select(x) if undispatched(x) else "reference"
+        if name not in known:
+            known[name] = None if name == "reference" else backend("linear", name).held(one)
+        described = known[name]
+        if described is not None:
             if torch.is_grad_enabled():
                 return _QLoRALinear.apply(flat, bias, lora_a, lora_b, fixed, seed, described, lead)
             return described.forward(flat, lead, seed)[0]

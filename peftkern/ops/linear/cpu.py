@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...runtime.abi import addresses
 from ...runtime.native import DTYPES, address, dtype_of, native, scratch, weight_view
 from . import cpu_rows
 from .problem import Linear, Needs
@@ -76,11 +77,6 @@ class Described:
         sizes = dict(n=one.n, k=one.k, dense=one.quant[0] is None, blocksize=one.quant[6])
         self.regime = functools.partial(cpu_rows.choose, **sizes)
 
-    def lies_at(self, weight: Tensor, quant: tuple, lora_a: Tensor | None, lora_b: Tensor | None) -> bool:
-        """Whether a linear that is held was made of tensors in these places: what is saved for backward may
-        have been moved meanwhile."""
-        return self.at == _places(weight, quant, lora_a, lora_b)
-
     def dropping(self, seed: Tensor) -> object:
         """The descriptor of the low-rank branch in a call with dropout."""
         return lora_view(self.lora_a, self.lora_b, self.one.scaling, self.one.dropout_p, seed)
@@ -138,12 +134,8 @@ def held(one: Linear) -> Described | None:
     if not one.weight.numel() or not all(t is None or t.is_contiguous() for t in tensors):
         return None
     found = Described(one)
-    found.at = _places(one.weight, one.quant, one.lora_a, one.lora_b)
+    found.at = addresses((one.weight, *one.quant[:6], one.lora_a, one.lora_b))
     return found
-
-
-def _places(weight: Tensor, quant: tuple, *low: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in (weight, *quant[:6], *low)]
 
 
 def forward(x: Tensor, one: Linear) -> tuple[Tensor, Tensor]:

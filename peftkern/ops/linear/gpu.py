@@ -9,15 +9,18 @@ product starts its accumulator, which spares the passes that write y and dx firs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ...runtime.abi import addresses
 from ...runtime.backends import use_cuda_kernels
 from ...runtime.launch import Call, run
 from ...runtime.plan import device_of
-from ...runtime.replay import replayed
+from ...runtime.replay import Held, replayed
+from .. import autocast_off
 from ..dequantize.triton import dequantize_slice, rectangle
 from . import config, cuda, low_rank, tuned
 from . import matmul_calls as matmul
@@ -26,7 +29,9 @@ from .low_rank_calls import DyPartials, Low, beside_decoding, config_for, dy_cal
 from .low_rank_config import LowRankConfig, beside_a_slab
 from .problem import Linear, Needs
 
-__all__ = ["LateInput", "backward", "choose", "forward"]
+__all__ = ["Described", "LateInput", "backward", "choose", "forward", "held"]
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def choose(x: Tensor, quant: tuple, n: int, k: int, *, forward: bool) -> Choice:
@@ -245,3 +250,47 @@ def _slab_backward(dy, x, one: Linear, choice: Choice, passes, first, partials, 
 
 def _formed(x: Tensor | LateInput, dx: Tensor | None) -> Tensor:
     return x if isinstance(x, Tensor) else x.before() if dx is None else x.after(dx)
+
+
+class Described:
+    """One linear for calls to come, which are replayed without a look at its own tensors; it holds them. A
+    seed belongs to a call."""
+
+    __slots__ = ("_backward", "_forward", "_one", "at")
+
+    def __init__(self, one: Linear) -> None:
+        self._one, base, low = one, (one.weight, *one.quant[:6]), (one.lora_a, one.lora_b)
+        self.at = addresses((*base, *low))
+        # In the order of `Linear`. The backends have descriptors each: of settings a row alone may change.
+        self._forward = Held(forward, (*base, one.bias, *low), tuned.forced)
+        self._backward = Held(backward, (*base, *low), tuned.forced)
+
+    def forward(self, x: Tensor, lead: Sequence[int], seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [M, K] -> y [*lead, N], xa [M, R], as the reference."""
+        one, after = self._one, [] if seed is None else [seed]
+        y, xa = self._forward([x], after, (), lambda: (x, one._replace(seed=seed)))
+        # a result that is nobody's yet: no view, which must not be written in place
+        return _unsafe_view(y, (*lead, one.n)), xa
+
+    def backward(
+        self, dy: Tensor, x: Tensor | None, xa: Tensor | None, needs: Needs, seed: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """dy [..., N], x [M, K] -> dx [M, K] and the other gradients, as the reference."""
+        dy, needs = dy.reshape(-1, self._one.n), Needs(*needs)
+        before, after = [dy] if x is None else [dy, x], [] if seed is None else [seed]
+        rest = needs, x is None, seed is None
+        with autocast_off(dy):
+            return self._backward(
+                before,
+                after if xa is None else [*after, xa],
+                rest,
+                lambda: (dy, x, self._one._replace(bias=None, seed=seed), xa, needs),
+            )
+
+
+def held(one: Linear) -> Described | None:
+    """As the CPU's."""
+    tensors = one.weight, one.bias, one.lora_a, one.lora_b
+    if not one.weight.numel() or not all(t is None or t.is_contiguous() for t in tensors):
+        return None
+    return Described(one)

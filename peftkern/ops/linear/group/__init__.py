@@ -4,11 +4,13 @@ ones), one op per direction."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from ....runtime.backends import available, select
+from ....runtime.abi import addresses
+from ....runtime.backends import select
 from ... import LIBRARY, accumulation, autocast_off, backend, serving, transformed, undispatched, unobserved
 from ...derivatives import derived, known_input, stand_in, twice_differentiable
 from ...flops import observe
@@ -142,15 +144,16 @@ def gradients(
     x: Tensor | None,
     shape: tuple[int, int],
     needs: list[bool],
-    known: cpu.Described | None = None,
+    known: Any = None,
 ) -> list[Tensor | None]:
     """dx [M, K], the biases', the A's and the B's gradients; None where `needs`, in this order, does not ask
     or a member's dy [..., N_i] is None. known: what `hold` gave for the forward pass."""
     if not any(needs) or all(g is None for g in dy):
         return [None] * len(needs)
     first = next(g for g in dy if g is not None)
-    if known is not None and unobserved(first) and known.lies_at(saved):
-        (_, members, rows, *_, dtypes), low = static, len(known.at)
+    low = 0 if known is None else len(known.at)
+    if low and unobserved(first) and known.at == addresses(saved[:low]):
+        _, members, rows, *_, dtypes = static
         xa, seeds = saved[low + len(members) :], saved[low : low + len(members)]
         dx, d_bias, d_a, d_b = known.backward(dy, x, xa, needs, rows, seeds)
         cast = (g if g is None else g.to(dtype) for g, dtype in zip(d_bias, dtypes, strict=True))
@@ -274,28 +277,33 @@ def qlora_group(x: Tensor, spec: Spec, trainable: tuple[Tensor | None, ...]) -> 
     return _QLoRAGroup.apply(spec, None, None, x.contiguous(), *trainable)
 
 
-def hold(spec: Spec, k: int, trainable: tuple[Tensor | None, ...]) -> cpu.Described | None:
-    """The CPU's descriptors of a group, for calls to come; None where it is elsewhere, or a call would read a
+def hold(name: str, spec: Spec, k: int, trainable: tuple[Tensor | None, ...]) -> Any:
+    """A backend's descriptors of a group, for calls to come; None where it has none, or a call would read a
     copy. The rows and seeds of `spec` are not read."""
-    own = all(weight.is_cpu for weight in spec.weights) and available("cpu")[0]
-    return cpu.held(k, spec, *split(spec, trainable)) if own else None
+    if name == "reference":
+        return None
+    return backend("linear.group", name).held(k, spec, *split(spec, trainable))
 
 
 def prepared(
     spec: Spec, k: int, trainable: tuple[Tensor | None, ...]
 ) -> Callable[[Tensor, tuple[Tensor | None, ...]], Sequence[Tensor]]:
     """`qlora_group` for calls to come, of x [..., K] and the adapters' seeds (none without dropout), with all
-    adapters on all rows, which give y_i [..., N_i]: on the CPU the kernel's descriptors are made now. The
-    tensors are held; they stay where and what they are. The rows and seeds of `spec` are not read."""
+    adapters on all rows, which give y_i [..., N_i]: what a backend can say of them beforehand is said once.
+    The tensors are held; they stay where and what they are. The rows and seeds of `spec` are not read."""
     before, (_, *between, _), adapters = spec[:5], spec[5:], len(spec.members)
-    described, nothing = hold(spec, k, trainable), (None,) * adapters
+    nothing, known = (None,) * adapters, {}  # by the backend
 
     def call(x: Tensor, seeds: tuple[Tensor | None, ...] = nothing) -> Sequence[Tensor]:
         lead = x.shape[:-1]
         m = lead.numel()
         flat = (x if len(lead) == 1 else x.reshape(m, k)).contiguous()
         now = Spec(*before, (0, m) * adapters, *between, seeds)
-        if described is not None and undispatched(x) and select(x) == "cpu":
+        name = select(x) if undispatched(x) else "reference"
+        if name not in known:
+            known[name] = hold(name, spec, k, trainable)
+        described = known[name]
+        if described is not None:
             if torch.is_grad_enabled():
                 return _QLoRAGroup.apply(now, described, lead, flat, *trainable)
             return described.forward(flat, lead, now.rows, seeds)[0]

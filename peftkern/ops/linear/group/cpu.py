@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ....runtime.abi import addresses
 from ....runtime.native import DTYPES, address, dtype_of, empty, native, scratch, weight_view
 from .. import cpu as single
 from .. import cpu_rows
@@ -27,6 +28,7 @@ class Described:
 
     __slots__ = ("at", "biases", "dropout_ps", "k", "kernels", "lora_a", "lora_b", "loras", "members", "n")
     __slots__ += ("quants", "regime", "scalings", "views", "weights")
+    forms_x_late = False
 
     def __init__(
         self, k: int, n, weights, quants, blocksizes, biases, lora_a, lora_b, members, scalings, dropout_ps
@@ -183,11 +185,6 @@ class Described:
                 start += self.n[i]
             dx[:, cols] = together @ stacked
 
-    def lies_at(self, saved: Sequence[Tensor | None]) -> bool:
-        """Whether a group that is held was made of tensors in these places (weights, quants, A's, B's): what
-        is saved for backward may have been moved meanwhile."""
-        return self.at == [0 if t is None else t.data_ptr() for t in saved[: len(self.at)]]
-
 
 def forward(
     x, weights, quants, blocksizes, n, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
@@ -217,7 +214,7 @@ def held(k: int, spec: Spec, biases, lora_a, lora_b) -> Described | None:
     head = k, spec.n, spec.weights, spec.quants, spec.blocksizes, biases
     found = Described(*head, lora_a, lora_b, spec.members, spec.scalings, spec.dropout_ps)
     kept = (*spec.weights, *spec.quants, *lora_a, *lora_b)
-    found.at = [0 if t is None else t.data_ptr() for t in kept]
+    found.at = addresses(kept)
     return found
 
 

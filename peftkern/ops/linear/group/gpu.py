@@ -3,18 +3,24 @@ linear's plan with the adapter that sees all rows, further ones in passes of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ....runtime.replay import replayed
+from ....runtime.abi import addresses
+from ....runtime.replay import Held, replayed
+from ... import autocast_off
 from .. import gpu as single
 from .. import low_rank, tuned
 from ..low_rank_calls import config_for
 from ..problem import Linear, Needs
 from . import merged
-from .spec import split_needs
+from .spec import Adapters, Spec, split_needs
 
-__all__ = ["backward", "forward"]
+__all__ = ["Described", "backward", "forward", "held"]
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def _primaries(count: int, m: int, members: list[int], rows: list[tuple[int, int]]) -> list[int | None]:
@@ -127,3 +133,56 @@ def _further(
         d_a = low_rank.x_pass(x, dyb, lora_a, dropout_p, seed, dx=dx, need_a=need_a, config=passes)
     d_a, d_b, _ = low_rank.reduce_partials(d_a, partials.d_lora_b, None, lora_b.dtype)
     return d_a, d_b
+
+
+class Described:
+    """A group for calls to come, which are replayed without a look at its own tensors; it holds them. Rows
+    and seeds of the adapters belong to a call."""
+
+    __slots__ = ("_backward", "_forward", "_k", "_low", "_spec", "at")
+    forms_x_late = True  # an MLP's backward pass is one op here, `ops/linear/glu`
+
+    def __init__(self, k: int, spec: Spec, biases, lora_a, lora_b) -> None:
+        self._k, self._spec, self._low = k, spec, (biases, lora_a, lora_b)
+        low, base = (*lora_a, *lora_b), (*spec.weights, *spec.quants)
+        self.at = addresses((*base, *low))
+        self._forward = Held(forward, (*base, *biases, *low), tuned.forced)
+        self._backward = Held(backward, (*base, *low), tuned.forced)
+
+    def forward(
+        self, x: Tensor, lead: Sequence[int], rows: Sequence[int], seeds: Sequence[Tensor | None]
+    ) -> tuple[list, list]:
+        """x [M, K] -> y [*lead, N_i] of the members, xa of the adapters, as the reference."""
+        given = [seed for seed in seeds if seed is not None]
+        rest = tuple(rows), tuple([seed is None for seed in seeds])
+        y, xa = self._forward([x], given, rest, lambda: self._arguments(x, rows, seeds))
+        return [_unsafe_view(out, (*lead, out.shape[1])) for out in y], xa
+
+    def _arguments(self, x: Tensor, rows: Sequence[int], seeds: Sequence[Tensor | None]) -> tuple:
+        spec = self._spec
+        adapters = spec.members, rows, spec.scalings, spec.dropout_ps, seeds
+        return x, spec.weights, spec.quants, spec.blocksizes, spec.n, *self._low, *adapters
+
+    def backward(self, dy, x, xa, needs, rows, seeds) -> tuple[Tensor | None, list, list, list]:
+        """dy_i [..., N_i] or None, x [M, K] -> dx [M, K] and the lists of gradients, as the reference."""
+        dy = [None if g is None else g.reshape(-1, g.shape[-1]) for g in dy]
+        before, after = [g for g in (*dy, x) if g is not None], [t for t in (*seeds, *xa) if t is not None]
+        rest = tuple(rows), tuple(needs), tuple([t is None for t in (*dy, x, *seeds, *xa)])
+        spec, (_, *low) = self._spec, self._low
+
+        def arguments() -> tuple:
+            adapters = Adapters(*low, spec.members, rows, spec.scalings, spec.dropout_ps, seeds)
+            sizes = spec.blocksizes, before[0].shape[0], self._k
+            return dy, x, spec.weights, spec.quants, *sizes, adapters, xa, needs
+
+        with autocast_off(before[0]):
+            return self._backward(before, after, rest, arguments)
+
+
+def held(k: int, spec: Spec, biases, lora_a, lora_b) -> Described | None:
+    """As the CPU's."""
+    if not all(t is None or t.is_contiguous() for t in (*spec.weights, *biases, *lora_a, *lora_b)):
+        return None
+    if not all(weight.numel() for weight in spec.weights):
+        return None
+    return Described(k, spec, biases, lora_a, lora_b)
