@@ -20,8 +20,10 @@ __all__ = ["in_fp32", "in_tiles"]
 
 
 def in_tiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function`, whose calls of torch's SDPA are ours where our kernel serves them."""
-    if torch.compiler.is_compiling() or transformed():
+    """`function`, whose calls of torch's SDPA are ours where our kernel serves them: never of a few queries,
+    which are spared the look at every function that torch calls. args: the module, query, key, value."""
+    few = len(args) > 1 and args[1].shape[-2] < attention_op.config.FEWEST_QUERIES
+    if few or torch.compiler.is_compiling() or transformed():
         return function(*args, **kwargs)
     with _Tiles():
         return function(*args, **kwargs)

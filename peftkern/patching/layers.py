@@ -8,7 +8,6 @@ children is looked at: what it does once, it always does.
 
 from __future__ import annotations
 
-import contextlib
 import dis
 import inspect
 import types
@@ -85,20 +84,16 @@ def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
     parameters = list(inspect.signature(stock).parameters.values())[1:]
     names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    required, takes_rest = len(names) - len(defaults), any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known, required = frozenset(names), frozenset(names).difference(defaults)
+    takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if transformed():  # what is traced or exported is the layer's own program
             return stock(module, *args, **kwargs)
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        rest = {name: value for name, value in kwargs.items() if name not in names}
-        twice = any(name in kwargs for name in names[: len(args)])
-        if (
-            len(args) > len(names)
-            or twice
-            or (rest and not takes_rest)
-            or any(name not in given for name in names[:required])
-        ):
+        rest = {name: kwargs[name] for name in kwargs if name not in known} if kwargs.keys() - known else {}
+        once = kwargs.keys().isdisjoint(names[: len(args)]) and len(args) <= len(names)
+        if not once or (rest and not takes_rest) or not given.keys() >= required:
             return stock(module, *args, **kwargs)  # which says what is wrong with the call
         added, stream = _step(module, mode.first, given[names[0]], None, given, rest)
         added, stream = _step(module, mode.second, added, stream, given, rest)
@@ -118,20 +113,23 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """What the half's block adds to the stream, and the stream that it adds it to: residual + x, or x
     alone."""
-    norm = getattr(module, half.norm)
+    children = module._modules
+    norm, block = children[half.norm], children[half.block]
     y, stream = joined(norm, x, residual)
     keywords = {name: given[source] for name, source in half.keywords}
     if half.rest:
         keywords.update(rest)
-    block = getattr(module, half.block)
     args = (y,) if half.hidden is None else ()
     if half.hidden is not None:
         keywords[half.hidden] = y
-    with rebuilding(norm, y, stream) if REBUILT in module.__dict__ else contextlib.nullcontext():
+    if REBUILT in module.__dict__:
+        with rebuilding(norm, y, stream):
+            out = block(*args, **keywords)
+    else:
         out = block(*args, **keywords)
     out = out[0] if half.parts else out
     for name in half.after:
-        out = getattr(module, name)(out)
+        out = children[name](out)
     return out, stream
 
 
