@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import rms_norm as rms_norm_op
+from .. import functional
 from ..ops import served
 from ..ops.rms_norm import reference as rms_norm_reference
 from .forwards import Forward
@@ -173,8 +173,8 @@ class NormForward(RecognizedForward):
         found = self.operands(x)
         if found is None:
             return self._stock(module, x)
-        weight, eps, mode = found  # which `operands` has checked
-        return rms_norm_op.rms_norm(x, weight, eps, mode.offset, mode.cast)
+        weight, eps, mode = found
+        return functional.rms_norm(x, weight, eps=eps, offset=mode.offset, cast=mode.cast)
 
     def look(self) -> tuple[NormMode | None, Reads | str]:
         mode, seen = _recognized(self.module)
@@ -194,7 +194,7 @@ class NormForward(RecognizedForward):
             s = x if residual is None else residual + x
             return self(s), s
         weight, eps, mode = found
-        return rms_norm_op.add_rms_norm(x, residual, weight, eps, mode.offset, mode.cast)
+        return functional.add_rms_norm(x, residual, weight, eps=eps, offset=mode.offset, cast=mode.cast)
 
     def operands(self, x: Tensor) -> tuple[Tensor, float, NormMode] | None:
         """Weight, eps and how they are used; None where only the stock forward can serve."""
