@@ -84,16 +84,20 @@ def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
     parameters = list(inspect.signature(stock).parameters.values())[1:]
     names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    known, required = frozenset(names), frozenset(names).difference(defaults)
-    takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    required, takes_rest = len(names) - len(defaults), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if transformed():  # what is traced or exported is the layer's own program
             return stock(module, *args, **kwargs)
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        rest = {name: kwargs[name] for name in kwargs if name not in known} if kwargs.keys() - known else {}
-        once = kwargs.keys().isdisjoint(names[: len(args)]) and len(args) <= len(names)
-        if not once or (rest and not takes_rest) or not given.keys() >= required:
+        rest = {name: value for name, value in kwargs.items() if name not in names}
+        twice = any(name in kwargs for name in names[: len(args)])
+        if (
+            len(args) > len(names)
+            or twice
+            or (rest and not takes_rest)
+            or any(name not in given for name in names[:required])
+        ):
             return stock(module, *args, **kwargs)  # which says what is wrong with the call
         added, stream = _step(module, mode.first, given[names[0]], None, given, rest)
         added, stream = _step(module, mode.second, added, stream, given, rest)
