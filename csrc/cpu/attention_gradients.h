@@ -1,5 +1,6 @@
 // Gradients of attention in bf16 tiles: probabilities again from the log-sum-exp of each row; dk and dv by
-// blocks of keys, dq by blocks of queries, so that each is summed by one task.
+// blocks of keys, then dq by blocks of queries, so that each is summed by one task. The gradients of scores
+// that dk needs are turned and kept for dq, or, where they are too many, made again.
 #pragma once
 #include "attention_impl.h"
 
@@ -54,6 +55,39 @@ static void score_gradients(float* scores, float* grads, float scale, const floa
     if (probabilities) store_words(probabilities + i * SIDE, round_both(p.a, p.b));
     store_words(out + i * SIDE, round_both(d.a, d.b));
   }
+}
+
+// A block [32][32] of rows of A -> its columns as rows of A.
+static void turn_block(const bf16* block, bf16* out) {
+  alignas(64) bf16 low[HALF], high[HALF];
+  for (int64_t i = 0; i < SIDE; i += 2)
+    interleave(load_words(block + i * SIDE), load_words(block + (i + 1) * SIDE), low + i * VW, high + i * VW);
+  transpose_pairs(low, SIDE, out);
+  transpose_pairs(high, SIDE, out + HALF);
+}
+
+// 32 rows of dq from the gradients of scores that were kept.
+static void query_gradient_of_kept(const AttentionCall& c, int64_t head, int64_t g, int64_t block,
+                                   const pk_heads& dq) {
+  const pk_attention& a = c.a;
+  const int64_t dims = c.plan.dim_blocks, batch = c.batch(head), q_head = c.key_head(head) * c.plan.group + g;
+  const int64_t row = block * SIDE, blocks = c.plan.key_blocks;
+  const AttentionOwn own(c.own(), dims);
+  clear(own.sums, dims * STEP);
+  uint32_t words[SIDE];
+  int64_t places[pk::ATTENTION_BLOCKS], count = 0;
+  for (int64_t b = 0; b < blocks; b++) {
+    if (seen_words(c, batch, block, b, words) != Seen::NONE) places[count++] = b;
+    if (count == pk::ATTENTION_BLOCKS || (count && b + 1 == blocks)) {
+      add_products<true>(c.kept(head, g, block), c.keys(head, K_PAIRS), blocks, dims, count, places,
+                         own.sums);
+      count = 0;
+    }
+  }
+  float factors[SIDE];
+  for (float& factor : factors) factor = a.scale;
+  store_heads(own.sums, factors, smaller(SIDE, a.seq - row), a.dim, (bf16*)c.row_of(dq, batch, q_head, row),
+              dq.row);
 }
 
 // 32 rows of dq.
@@ -114,6 +148,7 @@ static void key_gradients(const AttentionCall& c, int64_t head, int64_t block, c
         score_gradients<false>(own.scores, own.scores + STEP, a.scale * LOG2_E, off + b * SIDE,
                                delta + b * SIDE, seen, words, own.left + count * STEP,
                                own.right + count * STEP);
+        if (c.plan.kept_size) turn_block(own.right + count * STEP, c.kept(head, g, b) + block * STEP);
         places[count++] = b;
       }
       if (count == pk::ATTENTION_BLOCKS || (count && b + 1 == blocks)) {
@@ -143,8 +178,9 @@ static void attention_grad(const pk::AttentionGrad& call, int threads) {
           const int64_t head = i / blocks, b = i % blocks, rows = smaller(SIDE, a.keys - b * SIDE);
           const bf16* k = c.row_of(a.k, c.batch(head), c.key_head(head), b * SIDE);
           const bf16* v = c.row_of(a.v, c.batch(head), c.key_head(head), b * SIDE);
-          pack_heads_columns(k, a.k.row, rows, a.dim, c.keys(head, K_COLUMNS) + b * dims * STEP);
           pack_heads_pairs(k, a.k.row, rows, a.dim, blocks, c.keys(head, K_PAIRS) + b * STEP);
+          if (plan.kept_size) continue;
+          pack_heads_columns(k, a.k.row, rows, a.dim, c.keys(head, K_COLUMNS) + b * dims * STEP);
           pack_heads_columns(v, a.v.row, rows, a.dim, c.keys(head, V_COLUMNS) + b * dims * STEP);
         }
 #pragma omp for schedule(dynamic, 1)
@@ -154,10 +190,15 @@ static void attention_grad(const pk::AttentionGrad& call, int threads) {
     // The longest first: with a causal mask the first keys are seen most, the last queries see most.
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < heads * blocks; i++) key_gradients(c, i % heads, i / heads, of.dk, of.dv);
+        if (plan.kept_size) {
+#pragma omp barrier
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < q_heads * queries; i++) {
-          const int64_t head = i % q_heads;
-          query_gradient(c, head / plan.group, head % plan.group, queries - 1 - i / q_heads, of.dy, of.dq);
+          const int64_t all = i % q_heads, block = queries - 1 - i / q_heads;
+          const int64_t head = all / plan.group, g = all % plan.group;
+          if (plan.kept_size) query_gradient_of_kept(c, head, g, block, of.dq);
+          else query_gradient(c, head, g, block, of.dy, of.dq);
         }
       },
       threads);

@@ -30,6 +30,12 @@ struct AttentionCall {
   float* rows(int64_t head, int64_t g) const {
     return of_head(head) + plan.rows_at + g * 2 * plan.query_blocks * SIDE;
   }
+  // Backward, where they are kept: gradients of the scores of a block of queries, a block of keys after the
+  // other, rows of A.
+  bf16* kept(int64_t head, int64_t g, int64_t query_block) const {
+    const int64_t at = plan.kept_at + g * plan.kept_size;
+    return (bf16*)(of_head(head) + at) + query_block * plan.key_blocks * STEP;
+  }
   uint32_t* mask() const { return (uint32_t*)(base + plan.mask_at); }
   float* own() const { return base + plan.own_at + thread_id() * plan.own_size; }
   int64_t batch(int64_t head) const { return (first + head) / a.kv_heads; }
@@ -191,7 +197,9 @@ static void store_heads(float* sums, const float* factors, int64_t rows, int64_t
     }
 }
 
-// Sums += what stands in `left` for the seen blocks from `block` on, times their packed pairs.
+// Sums += what stands in `left` for the seen blocks, one after the other or, ALL, each at its place, times
+// their packed pairs.
+template <bool ALL = false>
 static void add_products(const bf16* left, const bf16* pairs, int64_t blocks, int64_t dim_blocks,
                          int64_t count, const int64_t* places, float* sums) {
   Segment parts[pk::ATTENTION_BLOCKS];
@@ -200,7 +208,7 @@ static void add_products(const bf16* left, const bf16* pairs, int64_t blocks, in
     for (int64_t b = 0; b < count; b++) {
       const bf16* at = pairs + (d * blocks + places[b]) * STEP;
       if (used && places[b] == places[b - 1] + 1) parts[used - 1].steps++;
-      else parts[used++] = {left + b * STEP, at, 1};
+      else parts[used++] = {left + (ALL ? places[b] : b) * STEP, at, 1};
     }
     tile_product(parts, used, sums + d * STEP, true);
   }

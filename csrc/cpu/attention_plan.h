@@ -14,6 +14,7 @@ struct AttentionPlan {
   int64_t query_size, key_size;                         // a packed form of one head, in floats
   int64_t heads, key_forms, query_forms;                // heads of keys of a round; forms of each packed head
   int64_t head_size, rows_at;                           // of a head of keys with its heads of q; see rows()
+  int64_t kept_at, kept_size;                           // gradients of a head of q's scores; 0: not kept
   int64_t mask_at, own_at, own_size, total;
 };
 
@@ -26,7 +27,11 @@ static inline AttentionPlan attention_plan(const pk_attention& a, bool backward,
   p.key_forms = backward ? 3 : 2, p.query_forms = backward ? 4 : 0;
   // Of each query backward: its log-sum-exp, and the sum of dy y.
   p.rows_at = p.key_forms * p.key_size + p.group * p.query_forms * p.query_size;
-  p.head_size = p.rows_at + (backward ? p.group * 2 * p.query_blocks * SIDE : 0);
+  p.kept_at = p.rows_at + (backward ? p.group * 2 * p.query_blocks * SIDE : 0);
+  // Those that dk needs are dq's too: kept where a round holds them, else made again.
+  p.kept_size = backward ? p.query_blocks * p.key_blocks * STEP / 2 : 0;
+  if (p.kept_at + p.group * p.kept_size > ATTENTION_FLOATS) p.kept_size = 0;
+  p.head_size = p.kept_at + p.group * p.kept_size;
   p.heads = smaller(a.batch * a.kv_heads, largest(1, ATTENTION_FLOATS / largest(1, p.head_size)));
   p.mask_at = p.heads * p.head_size;
   const int64_t words = a.mask ? (a.mask_batch ? a.batch : 1) * a.seq * p.key_blocks : 0;
