@@ -179,6 +179,84 @@ static void pair_piece(const PairRows& f, int64_t row, const bf16* x, int64_t fr
       total[q][r] = CHAINS == 2 ? sums[0][q][r] + sums[CHAINS - 1][q][r] : sums[0][q][r];
 }
 
+// ---- rows of x by fours, which share codes decoded into the first-level cache
+
+constexpr int FEWEST_SHARING = 5;  // rows of x; fewer are multiplied where the codes come up
+// Columns a pass: with 16 rows of x, their sums and the codes 36 KB. A row of up to 640 is one pass.
+constexpr int64_t SHARED_STEP = 512, SHARED_MOST = 640;
+constexpr int64_t SCALED_STEP = 4096;  // columns whose scales are looked up together
+
+// Scales of runs of 64 columns of a task's rows of W.
+struct TaskScales {
+  float of[PAIR_TASK][SCALED_STEP / 64 + VW + 1];
+};
+
+// Columns [from, from + count) of ROWS rows of W, of every 32 in the order of x a vector a row -> values.
+// scales: of their runs of 64.
+template <int ROWS>
+static void decode_shared(const PairRows& f, int64_t row, int64_t from, int64_t count, const TaskScales& all,
+                          int64_t in_task, int64_t run, bf16* values) {
+  const vf codes = load(f.w.code);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  for (int q = 0; q < ROWS; q++) {
+    const uint8_t* packed = (const uint8_t*)f.w.data + ((row + q) * f.w.k + from) / 2;
+    const float* scales = all.of[in_task + q] + run;
+    // What this row's next pass reads, or the next task's first: pieces are too short for the hardware's
+    // streams.
+    const uint8_t* next = packed + count / 2;
+    if (from + count == f.w.k) next = (const uint8_t*)f.w.data + (row + q + PAIR_TASK) * f.w.k / 2;
+    for (int64_t i = 0; i < count; i += WIDE) {
+      const __m512i words = _mm512_maskz_loadu_epi16(first_words((count - i) / 4), packed + i / 2);
+      __builtin_prefetch(next + i / 2);
+      const __m512i table = round_both(codes * set1(scales[i / 64]), codes * set1(scales[i / 64 + 1]));
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; s++) {
+        const __m512i index =
+            _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * s), nibble, second, 0xea);
+        store_words(values + ((i / 32 + s) * ROWS + q) * 32, _mm512_permutexvar_epi16(index, table));
+      }
+    }
+  }
+}
+
+// total[q][first + r] += these times COUNT rows of x from `first` on, of R that lie together.
+template <int ROWS, int COUNT, int R>
+static void multiply_shared(const bf16* values, const bf16* x, int64_t count, int first, vf (*total)[R]) {
+  vf sums[ROWS][COUNT];
+#pragma GCC unroll 4
+  for (int q = 0; q < ROWS; q++)
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; r++) sums[q][r] = total[q][first + r];
+  for (int64_t i = 0; i < count; i += WIDE) {
+    const bf16* rows = x + i * R + first * WIDE;
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; s++, values += ROWS * 32)
+#pragma GCC unroll 4
+      for (int r = 0; r < COUNT; r++) {
+        const __m512i columns = load_words(rows + r * WIDE + 32 * s);
+#pragma GCC unroll 4
+        for (int q = 0; q < ROWS; q++)
+          sums[q][r] = dot_pairs(sums[q][r], load_words(values + q * 32), columns);
+      }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < ROWS; q++)
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; r++) total[q][first + r] = sums[q][r];
+}
+
+// total[q][r] += W[row + q][from ... from + count) x[r][...] for ROWS rows of W and all R of x.
+template <int ROWS, int R>
+static void shared_piece(const PairRows& f, int64_t row, const bf16* x, int64_t from, int64_t count,
+                         const TaskScales& all, int64_t in_task, int64_t run, vf (*total)[R]) {
+  constexpr int REST = R % 4;
+  alignas(64) bf16 values[SHARED_MOST * ROWS];
+  decode_shared<ROWS>(f, row, from, count, all, in_task, run, values);
+  for (int first = 0; first + 4 <= R; first += 4) multiply_shared<ROWS, 4, R>(values, x, count, first, total);
+  if constexpr (REST > 0) multiply_shared<ROWS, REST, R>(values, x, count, R - REST, total);
+}
+
 // Up to 16 numbers of a dtype of adapters, those from `count` on zero.
 static inline vf some_of(const void* src, int dtype, int64_t at, int64_t count) {
   if (dtype == PK_F32) return some_of((const float*)src + at, count);
@@ -190,14 +268,28 @@ static inline vf some_of(const void* src, int dtype, int64_t at, int64_t count) 
 // Rows [n0, n0 + rows) of W times rows [m0, m0 + R) of x, with the low-rank part and the bias -> y.
 template <int R>
 static void pair_task(const PairRows& f, int64_t n0, int64_t rows, int64_t m0) {
-  constexpr int ROWS = R <= 4 ? 4 : R <= 8 ? 2 : 1;
   vf total[PAIR_TASK][R] = {};
-  for (int64_t from = 0; from < f.w.k; from += PAIR_STEP<R>) {
-    const int64_t count = smaller(PAIR_STEP<R>, f.w.k - from);
-    const bf16* x = f.x + m0 * f.ld + from * R;
-    int64_t i = 0;
-    for (; i + ROWS <= rows; i += ROWS) pair_piece<ROWS, R>(f, n0 + i, x, from, count, total + i);
-    for (; i < rows; i++) pair_piece<1, R>(f, n0 + i, x, from, count, total + i);
+  if constexpr (R < FEWEST_SHARING) {
+    for (int64_t from = 0; from < f.w.k; from += PAIR_STEP<R>) {
+      const int64_t count = smaller(PAIR_STEP<R>, f.w.k - from);
+      const bf16* x = f.x + m0 * f.ld + from * R;
+      int64_t i = 0;
+      for (; i + 4 <= rows; i += 4) pair_piece<4, R>(f, n0 + i, x, from, count, total + i);
+      for (; i < rows; i++) pair_piece<1, R>(f, n0 + i, x, from, count, total + i);
+    }
+  } else {
+    TaskScales scales;
+    const int64_t step = f.w.k <= SHARED_MOST ? SHARED_MOST : SHARED_STEP;
+    for (int64_t from = 0; from < f.w.k; from += step) {
+      const int64_t count = smaller(step, f.w.k - from), run = from % SCALED_STEP / 64;
+      const bf16* x = f.x + m0 * f.ld + from * R;
+      for (int64_t i = 0; !run && i < rows; i++)
+        run_scales(f.w, f.code, (n0 + i) * f.w.k + from, smaller(SCALED_STEP, f.w.k - from) / 64,
+                   scales.of[i]);
+      int64_t i = 0;
+      for (; i + 4 <= rows; i += 4) shared_piece<4, R>(f, n0 + i, x, from, count, scales, i, run, total + i);
+      for (; i < rows; i++) shared_piece<1, R>(f, n0 + i, x, from, count, scales, i, run, total + i);
+    }
   }
   const pk_lora& lora = f.of.lora;
   for (int64_t j = 0; j < lora.r; j += VW) {

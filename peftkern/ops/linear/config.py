@@ -70,8 +70,8 @@ TABLE = {
     # Not measured: who multiplies fp16 above that, and the dense weights' limits.
     "avx512": Config(16, ("bfloat16",), 512, _FAST_BF16, "few rows measured on Emerald Rapids"),
     # Zen 5, 2 threads of an idle machine, medians in ms, r = 16: few rows, the product of many rows. 4096 x
-    # 4096 bf16 at M = 1 0.17, 0.75, at M = 8 0.57, 0.76, at M = 12 0.80, 1.04, at M = 16 1.15, 1.05; 1536 x
-    # 576 at M = 12 0.094, 0.109, at M = 16 0.119, 0.110; fp16 4096 x 4096 at M = 24 2.93, 3.09, at M = 32
+    # 4096 bf16 at M = 1 0.17, 0.75, at M = 8 0.51, 0.81, at M = 16 0.83, 1.07, at M = 20 1.11, 1.35; 1536 x
+    # 576 at M = 16 0.103, 0.106, at M = 20 0.130, 0.125; fp16 4096 x 4096 at M = 24 2.93, 3.09, at M = 32
     # 4.37, 3.39; 1536 x 576 at M = 16 0.215, 0.223, at M = 24 0.307, 0.232. Forward and backward at M = 512,
     # tiles and decoded slices through the vendor's GEMM: 39.4, 44.5 and 2.4, 3.0. A dense fp32 1536 x 576,
     # forward and backward, ours and the vendor's: at M = 1 about equal, at M = 16 0.42, 0.53, at M = 512 5.0,
@@ -83,7 +83,7 @@ TABLE = {
         512,
         {"float32": 1, "bfloat16": None, "float16": 1},
         "measured on Zen 5",
-        {"bfloat16": 12},
+        {"bfloat16": 16},
         True,
     ),
     # Emerald Rapids, one thread of a shared machine, median CPU time of 25 to 150 calls in turn, ms, bf16,
