@@ -150,7 +150,7 @@ static void pair_piece(const PairRows& f, int64_t row, const bf16* x, int64_t fr
     for (int q = 0; q < ROWS; q++) {
       words[q] = _mm512_maskz_loadu_epi16(there, packed + q * bytes + i / 2);
       // A piece is too short for the hardware's streams.
-      __builtin_prefetch(packed + (q + ROWS) * bytes + i / 2);
+      __builtin_prefetch(packed + (q + 2 * ROWS) * bytes + i / 2);
       table[q] = round_both(codes * set1(scales[q][i / 64]), codes * set1(scales[q][i / 64 + 1]));
     }
 #pragma GCC unroll 4
