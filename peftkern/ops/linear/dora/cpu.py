@@ -11,24 +11,16 @@ from ...scale_columns import cpu as columns
 from .. import cpu as single
 from .. import cpu_rows
 from ..group import cpu as group_cpu
-from ..group.spec import Adapters
 from .spec import split_needs
 
 __all__ = ["backward", "forward"]
 
 
-def _adapters(m: int, lora_a: list[Tensor], lora_b: list[Tensor], scalings: list[float]) -> tuple:
-    """As qlora_group takes them, one a member, on all rows, without dropout."""
-    count = len(lora_a)
-    return lora_a, lora_b, list(range(count)), [0, m] * count, scalings, [0.0] * count, [None] * count
-
-
-def _described(k: int, n: list[int], weights, quants, blocksizes, low: tuple) -> group_cpu.Described:
-    lora_a, lora_b, members, _, scalings, dropout_ps, _ = low
-    biases = [None] * len(n)
-    return group_cpu.Described(
-        k, n, weights, quants, blocksizes, biases, lora_a, lora_b, members, scalings, dropout_ps
-    )
+def _described(weights, quants, blocksizes, biases, lora_a, lora_b, scalings) -> group_cpu.Described:
+    """One adapter a member, without dropout. biases: those that go with the products."""
+    n, count = [b.shape[0] for b in lora_b], len(lora_b)
+    low = biases, lora_a, lora_b, list(range(count)), scalings, [0.0] * count
+    return group_cpu.Described(lora_a[0].shape[1], n, weights, quants, blocksizes, *low)
 
 
 def _norm(
@@ -52,17 +44,19 @@ def _norm(
 def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, squares, with_u):
     """As the reference."""
     x, biases = x.contiguous(), group_cpu.contiguous(biases)
-    m, k = x.shape
-    n, low = [b.shape[0] for b in lora_b], _adapters(m, lora_a, lora_b, scalings)
-    group = _described(k, n, weights, quants, blocksizes, low)
+    m, count = len(x), len(weights)
+    # Where g is 1, as at the start, y is that of a dense base to the bit: the bias goes with its product, and
+    # comes off for u.
+    dense = x.dtype == torch.float32
+    inside = [bias if dense and quants[6 * i] is None else None for i, bias in enumerate(biases)]
+    group = _described(weights, quants, blocksizes, inside, lora_a, lora_b, scalings)
+    n = group.n
     magnitudes, squares = ([t.float().contiguous() for t in tensors] for tensors in (magnitudes, squares))
     if m == 0 or group.choice(m, x.dtype, forward=True, tiles=False) != "gemm":
         made = [_norm(group, i, scalings[i], magnitudes[i], squares[i]) for i in range(len(n))]
         norms, scales = map(list, zip(*made, strict=True))
-        args = (weights, quants, blocksizes, n, biases, *low)
-        return *_composed_forward(
-            x, args, [quant[0] is None for quant in group.quants], scales, with_u
-        ), norms
+        products, xa = group.forward(x, (m,), [0, m] * count, [None] * count)
+        return *_scaled(products, scales, biases, inside, with_u), xa, norms
     y = [x.new_empty((m, size)) for size in n]
     u = [x.new_empty((m, size)) if wanted else None for size, wanted in zip(n, with_u, strict=True)]
     xa, (norms, scales) = (
@@ -79,19 +73,10 @@ def forward(x, biases, weights, quants, blocksizes, lora_a, lora_b, scalings, ma
     return y, u, xa, norms
 
 
-def _composed_forward(
-    x: Tensor, args: tuple, dense: list[bool], scales: list[Tensor], with_u: list[bool]
-) -> tuple[list, list, list]:
-    """y, u, xa. args: a qlora_group's, behind x."""
-    *head, biases, lora_a, lora_b, members, rows, scalings, dropout_ps, seeds = args
-    # Where g is 1, as at the start, y is that of a dense base to the bit: the bias goes with its product, and
-    # comes off for u.
-    inside = [
-        bias if wide and x.dtype == torch.float32 else None for bias, wide in zip(biases, dense, strict=True)
-    ]
-    products, xa = group_cpu.forward(
-        x, *head, list(inside), lora_a, lora_b, members, rows, scalings, dropout_ps, seeds
-    )
+def _scaled(
+    products: list[Tensor], scales: list[Tensor], biases, inside, with_u: list[bool]
+) -> tuple[list, list]:
+    """y, u of the products; inside: the biases that are in them."""
     y, u = [], []
     for product, scale, bias, added in zip(products, scales, biases, inside, strict=True):
         u.append(product if added is None else product - added)
@@ -100,18 +85,17 @@ def _composed_forward(
             if added is None
             else torch.addcmul(product, u[-1], scale - 1)
         )
-    return y, [part if wanted else None for part, wanted in zip(u, with_u, strict=True)], xa
+    return y, [part if wanted else None for part, wanted in zip(u, with_u, strict=True)]
 
 
 def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magnitudes, norms, u, xa, needs):
     """As the reference."""
     used = [i for i, g in enumerate(dy) if g is not None]
-    first, k, count = dy[used[0]], lora_a[0].shape[1], len(weights)
+    first, count = dy[used[0]], len(weights)
     need_x, need_bias, need_a, need_b, need_magnitude = split_needs(needs, count)
     m, (dy, u, xa) = len(first), map(group_cpu.contiguous, (dy, u, xa))
     scales = [magnitude.float() / norm for magnitude, norm in zip(magnitudes, norms, strict=True)]
-    low = _adapters(m, lora_a, lora_b, scalings)
-    group = _described(k, [b.shape[0] for b in lora_b], weights, quants, blocksizes, low)
+    group = _described(weights, quants, blocksizes, [None] * count, lora_a, lora_b, scalings)
     d_bias, d_a, d_b, d_scale = ([None] * count for _ in range(4))
     if m == 0 or group.choice(m, first.dtype, forward=False, tiles=False) != "gemm":
         du: list[Tensor | None] = [None] * count
@@ -120,10 +104,10 @@ def backward(dy, x, weights, quants, blocksizes, lora_a, lora_b, scalings, magni
             du[i], d_scale[i], d_bias[i] = columns.backward(
                 dy[i], dy[i] if u[i] is None else u[i], scales[i], wanted
             )
-        rest = (m, k, Adapters(*low), xa, [need_x, *[False] * count, *need_a, *need_b])
-        dx, _, d_a, d_b = group_cpu.backward(du, x, weights, quants, blocksizes, *rest)
+        wanted = [need_x, *[False] * count, *need_a, *need_b]
+        dx, _, d_a, d_b = group.backward(du, x, xa, wanted, [0, m] * count, [None] * count)
     else:
-        dx = empty((m, k), dtype=first.dtype) if need_x else None
+        dx = empty((m, group.k), dtype=first.dtype) if need_x else None
         members, low, dyb = [], [], []
         for at, i in enumerate(used):
             d_bias[i], d_scale[i] = (
