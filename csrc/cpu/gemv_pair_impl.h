@@ -118,9 +118,9 @@ static inline void run_scales(const pk_weight& w, const NestedCode& code, int64_
   out[count] = 0.0f;
 }
 
-// Columns a pass over R rows of x: 16 KB of these, or 32.
+// Columns a pass over R rows of x: 16 KB of these, or 32 of more than two.
 template <int R>
-constexpr int64_t PAIR_STEP = R > 8 ? 1024 : 8192 / R / WIDE * WIDE;
+constexpr int64_t PAIR_STEP = (R > 2 ? 16384 : 8192) / R / WIDE * WIDE;
 
 // total[q][r] += W[row + q][from ... from + count) x[r][...], q < ROWS rows of W that share each load of x.
 template <int ROWS, int R>
