@@ -15,6 +15,11 @@ def device(request: pytest.FixtureRequest) -> str:
         pytest.skip("no CUDA device: pytest -m slow selects the device's slow tests too")
     if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("a CUDA device is present: the kernels run on it (pytest -m gpu), not in the interpreter")
+    if request.param == "cpu":
+        from .interpreter import broken
+
+        if reason := broken():
+            pytest.skip(reason)
     return request.param
 
 
