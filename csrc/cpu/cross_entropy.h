@@ -85,14 +85,22 @@ static inline __attribute__((always_inline)) void load_logits(const T* u, const 
 }
 
 static inline float maximum(const float* v, int64_t count) {  // NaN does not count; it shows in the sum
-  vf best = set1(-INFINITY);
-  for (int64_t j = 0; j < count; j += VW) {
+  constexpr int CHAINS = 4;                                   // or the comparisons wait for one another
+  vf best[CHAINS];
+  for (vf& chain : best) chain = set1(-INFINITY);
+  const auto add = [&](int chain, int64_t j) {
     const vf x = load(v + j);
-    best = select(x > best, x, best);
+    best[chain] = select(x > best[chain], x, best[chain]);
+  };
+  int64_t j = 0;
+  for (; j + CHAINS * VW <= count; j += CHAINS * VW)
+    for (int chain = 0; chain < CHAINS; chain++) add(chain, j + chain * VW);
+  for (; j < count; j += VW) add(0, j);
+  float lanes[CHAINS][VW], top = -INFINITY;
+  for (int chain = 0; chain < CHAINS; chain++) {
+    store(lanes[chain], best[chain]);
+    for (float lane : lanes[chain]) top = lane > top ? lane : top;
   }
-  float lanes[VW], top = -INFINITY;
-  store(lanes, best);
-  for (int l = 0; l < VW; l++) top = lanes[l] > top ? lanes[l] : top;
   return top;
 }
 
