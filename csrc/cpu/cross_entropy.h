@@ -85,7 +85,8 @@ static inline __attribute__((always_inline)) void load_logits(const T* u, const 
 }
 
 static inline float maximum(const float* v, int64_t count) {  // NaN does not count; it shows in the sum
-  constexpr int CHAINS = 4;                                   // or the comparisons wait for one another
+  // Several, or the comparisons wait for one another.
+  constexpr int CHAINS = 4;
   vf best[CHAINS];
   for (vf& chain : best) chain = set1(-INFINITY);
   const auto add = [&](int chain, int64_t j) {
