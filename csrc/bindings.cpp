@@ -275,6 +275,9 @@ PYBIND11_MODULE(_C, m) {
   PK_EACH_FUNCTION(PK_DEFINED)
 #undef PK_DEFINED
   m.def("attention_served", [] { return pk_attention_served() != 0; });
+  m.def("linear_cross_entropy_scratch_bytes", [](int64_t m_, int64_t n, int64_t k, bool gradient) {
+    return pk_linear_cross_entropy_scratch_bytes(m_, n, k, gradient, threads());
+  });
   m.def("attention_scratch_bytes", [](const pk_attention& a, bool backward) {
     return pk_attention_scratch_bytes(&a, backward, threads());
   });

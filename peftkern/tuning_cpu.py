@@ -25,6 +25,7 @@ FEW = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 LARGE = 512
 DENSE_ROWS = (1, 16, LARGE)
 HEADS, TOKENS = (9, 3, 64), ((2, 256), (2, 1024))
+HEAD, HEAD_ROWS = (49152, 576), (64, 512)
 NEVER, ALWAYS = 0, 1 << 30
 MOST_LOAD = 0.5
 DTYPES = ("float32", "bfloat16", "float16")
@@ -81,10 +82,13 @@ def measure(
     few: tuple[int, ...] = FEW,
     rows: tuple[int, ...] = DENSE_ROWS,
     tokens: tuple[tuple[int, int], ...] = TOKENS,
+    head: tuple[int, int] = HEAD,
+    head_rows: tuple[int, ...] = HEAD_ROWS,
     print_row: Callable[[str], object] = lambda _: None,
 ) -> dict[str, float]:
     """Milliseconds by "what/M/variant", of each dtype: few (gemv, many), large (tiles, gemm, vendor), dense
-    (gemm, vendor); attention (tiles, torch), whose M is the tokens of a sequence."""
+    (gemm, vendor); attention (tiles, torch), whose M is the tokens of a sequence; loss (tiles, vendor) of a
+    dense bf16 `head` [words, width]."""
     out: dict[str, float] = {}
 
     def compare(what: str, m: int, variants: Mapping[str, Callable[[], object]]) -> None:
@@ -121,6 +125,8 @@ def measure(
     if backends.native().attention_served():
         for batch, length in tokens:
             compare("attention", length, _attention(isa, base, batch, length))
+        for m in head_rows:
+            compare("loss", m, _loss(isa, base, head, m))
     return out
 
 
@@ -168,6 +174,19 @@ def _under(isa: str, row: Config, step: Callable[[], object]) -> Callable[[], ob
             step()
 
     return run
+
+
+def _loss(isa: str, base: Config, head: tuple[int, int], m: int) -> dict[str, Callable[[], object]]:
+    """The loss of m rows and its gradient."""
+    words, width = head
+    x, weight = torch.randn(m, width).bfloat16().requires_grad_(), torch.randn(head).bfloat16()
+    labels = torch.randint(0, words, (m,))
+
+    def step() -> None:
+        torch.autograd.grad(functional.linear_cross_entropy(x, weight, labels), x)
+
+    rows = {"tiles": replace(base, loss=True), "vendor": replace(base, loss=False)}
+    return {name: _under(isa, row, step) for name, row in rows.items()}
 
 
 def _attention(isa: str, base: Config, batch: int, length: int) -> dict[str, Callable[[], object]]:
@@ -230,7 +249,7 @@ def derive(timings: Mapping[str, float], table: Config, threads: int) -> Config:
         faster = [m for m in sorted(rows) if rows[m].get("vendor", float("inf")) <= 1.02 * rows[m]["gemm"]]
         if rows:
             dense[dtype] = None if max(rows) in faster else max(faster, default=0)
-    of_attention = by("attention").get("attention", {})
+    of_attention, of_loss = (by(what).get(what, {}).values() for what in ("attention", "loss"))
     return Config(
         gemv_max_m=limit("float32", table.gemv_max_m),
         vendor=tuple(d for d in DTYPES if (untiled[d] == "vendor" if d in best else d in table.vendor)),
@@ -238,7 +257,6 @@ def derive(timings: Mapping[str, float], table: Config, threads: int) -> Config:
         dense_vendor=dense,
         measured=f"measured on this CPU with {threads} threads" if timings else table.measured,
         tiles={d: limit(d, few) for d, few in table.tiles.items() if best.get(d, "tiles") == "tiles"},
-        attention=all(ms["tiles"] <= ms["torch"] for ms in of_attention.values())
-        if of_attention
-        else table.attention,
+        attention=all(ms["tiles"] <= ms["torch"] for ms in of_attention) if of_attention else table.attention,
+        loss=all(ms["tiles"] <= ms["vendor"] for ms in of_loss) if of_loss else table.loss,
     )

@@ -17,9 +17,11 @@ from peftkern.ops import attention as attention_op
 from peftkern.ops.linear import config, cpu, cpu_rows
 from peftkern.ops.linear.config import TABLE
 from peftkern.ops.linear.problem import Linear
+from peftkern.ops.linear_cross_entropy import tiles
 from peftkern.runtime import backends
 
 SMALL = dict(shapes=((64, 64), (32, 128)), few=(1, 2, 4), rows=(1, 16, 40), tokens=((1, 32),))
+SMALL |= dict(head=(70, 64), head_rows=(5,))
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def test_every_variant_takes_its_own_kernels(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    choose, attend = cpu_rows.choose, attention_op.attention
+    choose, attend, lose = cpu_rows.choose, attention_op.attention, tiles.linear_cross_entropy
 
     def recorded(**sizes) -> config.Choice:
         choice = choose(**sizes)
@@ -45,9 +47,14 @@ def test_every_variant_takes_its_own_kernels(isa: str, monkeypatch: pytest.Monke
         taken.append("tiles")
         return attend(*args)
 
+    def lost(*args):
+        taken.append("tiles")
+        return lose(*args)
+
     recorded.cache_clear = choose.cache_clear
     monkeypatch.setattr(cpu_rows, "choose", recorded)
     monkeypatch.setattr(attention_op, "attention", attended)
+    monkeypatch.setattr(tiles, "linear_cross_entropy", lost)
     monkeypatch.setattr(tuning_cpu, "_too_slow", lambda *_: False)
     compared: list[str] = []
 
@@ -71,7 +78,8 @@ def test_every_variant_takes_its_own_kernels(isa: str, monkeypatch: pytest.Monke
     level = TABLE[isa]
     assert ("tiles" in compared) == bool(level.tiles) and "gemv" in compared and "vendor" in compared
     assert {key.split("/")[0] for key in timings} >= {"few float32 64x64", "large bfloat16 32x128"}
-    assert ("attention/32/tiles" in timings) == backends.native().attention_served()
+    for what in ("attention/32/tiles", "loss/5/tiles", "loss/5/vendor"):
+        assert (what in timings) == backends.native().attention_served()
     assert len(lines) == len({key.rpartition("/")[0] for key in timings})
     row = tuning_cpu.derive(timings, level, 3)
     assert row.gemv_max_m == 4 and "3 threads" in row.measured and row.vendor == ()  # all first ones win
@@ -91,26 +99,33 @@ def times(**found: tuple[float, ...]) -> dict[str, float]:
                     out[f"large {dtype} {shape}/512/{name}"] = ms
         for m, (ours, vendor) in zip((1, 16, 512), found["dense"], strict=True):
             out |= {f"dense {dtype}/{m}/gemm": ours, f"dense {dtype}/{m}/vendor": vendor}
-    tiles, torchs = found["attention"]
-    return out | {"attention/256/tiles": tiles, "attention/256/torch": torchs}
+    for name, other in (("attention", "torch"), ("loss", "vendor")):
+        out |= {f"{name}/256/{kind}": ms for kind, ms in zip(("tiles", other), found[name], strict=True)}
+    return out
 
 
 def test_limits_follow_from_the_times() -> None:
     few = dict(gemv=(1.0, 2.0, 9.0), other=(1.0, 4.0, 9.0), many=(3.0, 3.0, 3.0))
     dense = ((1.0, 0.5), (1.0, 0.5), (1.0, 5.0))
     row = tuning_cpu.derive(
-        times(**few, large=(2.5, 3.0, 2.0), dense=dense, attention=(1.0, 2.0)), TABLE["amx"], 2
+        times(**few, large=(2.5, 3.0, 2.0), dense=dense, attention=(1.0, 2.0), loss=(1.0, 2.0)),
+        TABLE["amx"],
+        2,
     )
-    assert row.gemv_max_m == 1 and row.attention  # of the shape that ends first
+    assert row.gemv_max_m == 1 and row.attention and row.loss  # of the shape that ends first
     assert row.vendor == tuning_cpu.DTYPES and row.tiles == {}
     assert row.dense_vendor == dict.fromkeys(tuning_cpu.DTYPES, 16)
     row = tuning_cpu.derive(
-        times(**few, large=(1.5, 1.0, 2.0), dense=((1.0, 2.0),) * 3, attention=(2.0, 1.0)), TABLE["amx"], 2
+        times(**few, large=(1.5, 1.0, 2.0), dense=((1.0, 2.0),) * 3, attention=(2.0, 1.0), loss=(2.0, 1.0)),
+        TABLE["avx512bf16"],
+        2,
     )
-    assert row.vendor == () and row.tiles == {} and not row.attention
+    assert row.vendor == () and row.tiles == {} and not row.attention and not row.loss
     assert row.dense_vendor == dict.fromkeys(tuning_cpu.DTYPES, 0)
     row = tuning_cpu.derive(
-        times(**few, large=(1.0, 3.0, 2.0), dense=dense, attention=(2.0, 1.0)), TABLE["amx"], 2
+        times(**few, large=(1.0, 3.0, 2.0), dense=dense, attention=(2.0, 1.0), loss=(1.0, 1.0)),
+        TABLE["amx"],
+        2,
     )
     assert row.tiles == {"bfloat16": 1} and row.vendor == tuning_cpu.DTYPES  # for what has no tiles
     assert asdict(tuning_cpu.derive({}, TABLE["amx"], 2)) == asdict(TABLE["amx"])

@@ -155,10 +155,10 @@ static void largest_scores(float* scores, Seen seen, const uint32_t* words, vf2*
   }
 }
 
-// Scores of `count` blocks -> probabilities by rows of A, less each row's largest score so far; sums, which
-// hold dim_blocks blocks, are brought to it. tops: of these blocks.
-static void softmax_blocks(const AttentionOwn& own, int64_t count, const vf2* tops, float scale,
-                           RowsSoftmax& state, int64_t dim_blocks) {
+// Scores of `count` blocks -> probabilities by rows of A, less each row's largest score so far; in_sums
+// (may be null), dim_blocks blocks, are brought to it. tops: of these blocks.
+static void softmax_blocks(float* scores, int64_t count, const vf2* tops, float scale, RowsSoftmax& state,
+                           bf16* left, float* in_sums, int64_t dim_blocks) {
   float less[SIDE], fade[SIDE];
   vf2 sums[SIDE];
   for (int64_t i = 0; i < SIDE; i++) {
@@ -172,16 +172,16 @@ static void softmax_blocks(const AttentionOwn& own, int64_t count, const vf2* to
   }
   for (int64_t b = 0; b < count; b++)
     for (int64_t i = 0; i < SIDE; i++) {
-      const vf2 p = probability(both_halves(row_of_block(own.scores + b * STEP, i)), constant<vf2>(scale),
+      const vf2 p = probability(both_halves(row_of_block(scores + b * STEP, i)), constant<vf2>(scale),
                                 constant<vf2>(less[i]));
       sums[i] = sums[i] + p;
-      store_words(own.left + b * STEP + i * SIDE, round_both(p.a, p.b));
+      store_words(left + b * STEP + i * SIDE, round_both(p.a, p.b));
     }
   for (int64_t i = 0; i < SIDE; i++) {
     state.sum[i] = state.sum[i] * fade[i] + ::PK_NS::sum(sums[i].a + sums[i].b);
-    if (fade[i] == 1.0f) continue;
+    if (fade[i] == 1.0f || !in_sums) continue;
     for (int64_t d = 0; d < dim_blocks; d++) {
-      float* row = row_of_block(own.sums + d * STEP, i);
+      float* row = row_of_block(in_sums + d * STEP, i);
       store(row, load(row) * set1(fade[i])), store(row + 256, load(row + 256) * set1(fade[i]));
     }
   }
@@ -239,7 +239,7 @@ static void attend(const AttentionCall& c, int64_t head, int64_t g, int64_t bloc
       places[count++] = b;
     }
     if (count == pk::ATTENTION_BLOCKS || (count && b + 1 == c.plan.key_blocks)) {
-      softmax_blocks(own, count, tops, a.scale * LOG2_E, state, dims);
+      softmax_blocks(own.scores, count, tops, a.scale * LOG2_E, state, own.left, own.sums, dims);
       add_products(own.left, c.keys(head, 1), c.plan.key_blocks, dims, count, places, own.sums);
       count = 0;
     }

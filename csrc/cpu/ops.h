@@ -4,24 +4,25 @@
 #include <stdint.h>
 
 // Of a level: a kernel and its operands, as the C functions give them, checked.
-#define PK_EACH_KERNEL(KERNEL)            \
-  KERNEL(attention, Attention)            \
-  KERNEL(attention_grad, AttentionGrad)   \
-  KERNEL(backward, Backward)              \
-  KERNEL(cross_entropy, CrossEntropy)     \
-  KERNEL(dequantize, Window)              \
-  KERNEL(dora_norm, DoraNorm)             \
-  KERNEL(dropout_mask, DropoutMask)       \
-  KERNEL(forward, Forward)                \
-  KERNEL(gemv, FewRows)                   \
-  KERNEL(glu, Glu)                        \
-  KERNEL(quantize, Quantize)              \
-  KERNEL(quantize_absmax, QuantizeAbsmax) \
-  KERNEL(rms_norm, RmsNorm)               \
-  KERNEL(rms_norm_grad, RmsNormGrad)      \
-  KERNEL(rope, Rope)                      \
-  KERNEL(row_squares, RowSquares)         \
-  KERNEL(scale_columns, ScaleColumns)     \
+#define PK_EACH_KERNEL(KERNEL)                     \
+  KERNEL(attention, Attention)                     \
+  KERNEL(attention_grad, AttentionGrad)            \
+  KERNEL(backward, Backward)                       \
+  KERNEL(cross_entropy, CrossEntropy)              \
+  KERNEL(dequantize, Window)                       \
+  KERNEL(dora_norm, DoraNorm)                      \
+  KERNEL(dropout_mask, DropoutMask)                \
+  KERNEL(forward, Forward)                         \
+  KERNEL(gemv, FewRows)                            \
+  KERNEL(glu, Glu)                                 \
+  KERNEL(linear_cross_entropy, LinearCrossEntropy) \
+  KERNEL(quantize, Quantize)                       \
+  KERNEL(quantize_absmax, QuantizeAbsmax)          \
+  KERNEL(rms_norm, RmsNorm)                        \
+  KERNEL(rms_norm_grad, RmsNormGrad)               \
+  KERNEL(rope, Rope)                               \
+  KERNEL(row_squares, RowSquares)                  \
+  KERNEL(scale_columns, ScaleColumns)              \
   KERNEL(scale_columns_grad, ScaleColumnsGrad)
 
 // C functions, pk_NAME_cpu, that Python calls with their arguments as they are.
@@ -33,6 +34,7 @@
   FUNCTION(cross_entropy)          \
   FUNCTION(dequantize_4bit)        \
   FUNCTION(dora_norm)              \
+  FUNCTION(linear_cross_entropy)   \
   FUNCTION(quantize_4bit)          \
   FUNCTION(quantize_absmax)        \
   FUNCTION(rms_norm_bwd)           \
@@ -48,8 +50,8 @@ namespace pk {
 PK_EACH_KERNEL(PK_DECLARED)
 #undef PK_DECLARED
 
-// What one ISA's translation unit offers to the dispatcher. attention and its gradient are null where the
-// level has no bf16 products.
+// What one ISA's translation unit offers to the dispatcher. attention, its gradient and
+// linear_cross_entropy are null where the level has no bf16 products.
 struct Kernels {
   const char* name;
   int lanes;
@@ -67,6 +69,7 @@ struct Kernels {
 #include "dora_norm.h"
 #include "glu.h"
 #include "linear.h"
+#include "linear_cross_entropy.h"
 #include "quantize.h"
 #include "rms_norm.h"
 #include "rope.h"

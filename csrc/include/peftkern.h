@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 9
+#define PEFTKERN_ABI_VERSION 10
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
@@ -322,6 +322,17 @@ PK_API int pk_attention_fwd_cpu(const pk_attention* a, const pk_heads* y, float*
                                 int64_t scratch_bytes, int threads);
 PK_API int pk_attention_bwd_cpu(const pk_attention* a, const pk_attention_grad* grad, const float* lse,
                                 void* scratch, int64_t scratch_bytes, int threads);
+
+/* Bytes of scratch; 0 for sizes that no call takes. */
+PK_API int64_t pk_linear_cross_entropy_scratch_bytes(int64_t m, int64_t n, int64_t k, int gradient,
+                                                     int threads);
+/* Cross-entropy of the logits l = x w^T, which never exist: loss fp32 [m] = lse - l[label] + z_loss lse^2,
+ * with 0 <= labels [m] < n, and dx [m, k] = row_scale [m] * d loss / dx (NULL: none). x and dx are bf16, w is
+ * bf16, or 4-bit of blocks of 64 or more in rows of whole blocks (PK_ERR_BLOCKSIZE else); row_scale may be
+ * NULL. PK_ERR_ISA where the level in use has no bf16 products. */
+PK_API int pk_linear_cross_entropy_cpu(const pk_weight* w, const void* x, int64_t m, const int64_t* labels,
+                                       const float* row_scale, float z_loss, float* loss, void* dx,
+                                       void* scratch, int64_t scratch_bytes, int threads);
 
 #ifdef __cplusplus
 }

@@ -11,6 +11,7 @@ import torch
 
 from .compiled import link_shared, load
 from .compiled_attention import attention, exact_attention, heads
+from .compiled_loss import exact_loss, head, loss
 from .emulated_linear import SHAPES, Case, check_case
 from .emulation import MISSING, emulated_objects, simde_missing
 
@@ -110,3 +111,16 @@ def test_attention(lib: ctypes.CDLL, level: str, masked: bool, shape: tuple[int,
     for name, value in got.items():
         error = (value.double() - exact[name]).norm() / exact[name].norm()
         assert error < 2**-8, name  # a rounding of probabilities and one of results
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "shape, options",
+    [((33, 600, 100), {}), ((40, 300, 64), {"blocksize": 64}), ((5, 1, 64), {})],
+    ids=str,
+)
+def test_loss(lib: ctypes.CDLL, level: str, shape: tuple[int, int, int], options: dict) -> None:
+    case = head(*shape, **options)
+    (losses, dx), (exact, exact_dx) = loss(lib, level, case, threads=2), exact_loss(case)
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-5)
+    assert (dx.double() - exact_dx).norm() <= 2**-8 * exact_dx.norm() + 1e-30

@@ -34,7 +34,8 @@ class Config:
     the vendor (None: any).
     tiles: for dtypes whose product with a 4-bit weight is that of csrc/cpu/tile_impl.h, where it takes the
     shape, the largest M for the fused GEMV, which has tiles of its own on `amx`.
-    attention: bf16 attention in tiles of our own is faster than torch's.
+    attention: bf16 attention in tiles of our own is faster than torch's. loss: so is the cross-entropy of a
+    dense bf16 head than the vendor's products with its logits.
     """
 
     gemv_max_m: int
@@ -44,6 +45,7 @@ class Config:
     measured: str
     tiles: dict[str, int] = field(default_factory=dict)
     attention: bool = False
+    loss: bool = False
 
     def few(self, dtype: str, *, dense: bool, k: int, blocksize: int, tiles: bool = True) -> int:
         """The largest M for the fused GEMV; `tiles` as for `choose`."""
@@ -76,7 +78,9 @@ TABLE = {
     # tiles and decoded slices through the vendor's GEMM: 39.4, 44.5 and 2.4, 3.0. A dense fp32 1536 x 576,
     # forward and backward, ours and the vendor's: at M = 1 about equal, at M = 16 0.42, 0.53, at M = 512 5.0,
     # 9.7. Attention, forward and backward, 9 heads of 64, 3 of keys, ours and torch's: 2 x 256 tokens 2.0,
-    # 7.3, 2 x 1,024 16.2, 53.5. Zen 4 is not measured.
+    # 7.3, 2 x 1,024 16.2, 53.5. The loss of a dense head of 49,152 x 576 with its gradient, ours and the
+    # vendor's: 512 rows 65.7, 78.3, 64 rows 10.2, 16.1, 16 rows 4.4, 7.7; 256 rows of 128,256 x 2,048 326,
+    # 458. Zen 4 is not measured.
     "avx512bf16": Config(
         16,
         ("bfloat16",),
@@ -84,7 +88,8 @@ TABLE = {
         {"float32": 1, "bfloat16": None, "float16": 1},
         "measured on Zen 5",
         {"bfloat16": 16},
-        True,
+        attention=True,
+        loss=True,
     ),
     # Emerald Rapids, one thread of a shared machine, median CPU time of 25 to 150 calls in turn, ms, bf16,
     # r = 16: few rows (in tiles from M = 3 on), the product of many rows, torch on a dense weight.
@@ -96,7 +101,10 @@ TABLE = {
     # Attention, forward and backward, 9 heads of 64, 3 of keys: 4.1 times less time than torch's for 2 x 256
     # tokens, 2.7 for 2 x 1,024. By vdpbf16ps, which has half of fp32's rate there, it takes 1.0 to 1.9 times
     # torch's time; it has twice fp32's on Zen 5.
-    "amx": Config(16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 16}, True),
+    # The loss of a dense head is not measured.
+    "amx": Config(
+        16, ("bfloat16",), 512, _FAST_BF16, "measured on Emerald Rapids", {"bfloat16": 16}, attention=True
+    ),
 }
 
 

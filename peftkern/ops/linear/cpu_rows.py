@@ -88,7 +88,7 @@ def _checked(values: Mapping[str, object]) -> Config:
         found = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"got the fields {found}, expected {sorted(names)}")
     kinds = {"gemv_max_m": int, "slice_rows": int, "vendor": list, "measured": str, "attention": bool}
-    kinds |= {"dense_vendor": dict, "tiles": dict}
+    kinds |= {"dense_vendor": dict, "tiles": dict, "loss": bool}
     if any(type(values[name]) is not kind for name, kind in kinds.items()):
         raise ValueError(f"got {values}")
     dtypes = {"float32", "bfloat16", "float16"}

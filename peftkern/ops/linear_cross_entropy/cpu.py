@@ -1,5 +1,5 @@
-"""The CPU's linear + cross-entropy: a block of rows' logits fill a reused scratch and become their own
-gradient there."""
+"""The CPU's linear + cross-entropy: in tiles, without logits, or a block of rows' logits fill a reused
+scratch and become their own gradient there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.native import address, dtype_of, empty, native, scratch, zeros
+from . import tiles
 from .budget import given
 from .heads import EngineHead, Grads, Head, VendorHead, served_by_vendor
 
@@ -71,6 +72,9 @@ def linear_cross_entropy(
 ) -> tuple[Tensor | None, ...]:
     """As the reference."""
     x, weight, rows = x.contiguous(), weight.contiguous(), _labelled(labels, ignore_index, n)
+    if tiles.serves(x, weight, quant, (bias, lora_a, lora_b), label_smoothing, softcap, needs):
+        made = tiles.linear_cross_entropy(x, weight, quant, n, labels, rows, z_loss, row_scale, needs[0])
+        return *made, None, None, None, None
     count = len(x) if rows is None else len(rows)
     size = _equal_blocks(count, block_rows(n, x.element_size()))
     vendor = served_by_vendor(x, weight, quant, n, min(count, size), needs[4])
