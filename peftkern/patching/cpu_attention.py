@@ -16,7 +16,7 @@ from ..ops import attention as attention_op
 from ..ops import autocast_off, transformed
 from .weights import autocast_dtype
 
-__all__ = ["in_fp32", "in_tiles"]
+__all__ = ["STOCK", "in_fp32", "in_tiles"]
 
 
 def in_tiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -29,7 +29,7 @@ def in_tiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
-_STOCK = F.scaled_dot_product_attention  # what others may put there calls it
+STOCK = F.scaled_dot_product_attention  # what others may put there calls it
 
 
 class _Tiles(TorchFunctionMode):
@@ -39,7 +39,7 @@ class _Tiles(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _STOCK:
+        if func is STOCK:
             return _sdpa(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -66,7 +66,7 @@ def _sdpa(
     if not (heads and masked and alike and dropout_p == 0.0 and causal == is_causal) or not (
         attention_op.config.native(*operands, attn_mask, factor)
     ):
-        return _STOCK(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return STOCK(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return functional.scaled_dot_product_attention(*operands, mask=attn_mask, causal=is_causal, scale=factor)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _torch
 
-__all__ = ["Ours", "against", "direct", "has_hooks", "running"]
+__all__ = ["EVERYWHERE", "Ours", "against", "direct", "has_hooks", "running"]
 
 # torch's hooks for every module, which fire beside a module's own: dicts that torch writes to and never
 # replaces.
 _FORWARD, _FORWARD_PRE = _torch._global_forward_hooks, _torch._global_forward_pre_hooks
 _BACKWARD, _BACKWARD_PRE = _torch._global_backward_hooks, _torch._global_backward_pre_hooks
+EVERYWHERE = _FORWARD, _FORWARD_PRE, _BACKWARD, _BACKWARD_PRE
 
 
 class Ours:

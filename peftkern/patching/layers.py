@@ -24,6 +24,7 @@ from .hooks import has_hooks
 from .rebuilt import REBUILT, rebuilding
 from .report import block_row
 from .rewrite import Context, Finding, Rewrite
+from .whole_layers import WholeLayer
 from .wrappers import UNKNOWN, WrappedForward, innermost
 
 __all__ = ["DecoderLayers", "Half", "LayerForward", "LayerMode", "joined", "layer_mode"]
@@ -62,7 +63,7 @@ class LayerForward(WrappedForward):
     """A decoder layer; `cache` holds its LayerMode. What its class's forward is wrapped in (gradient
     checkpointing) is kept around ours."""
 
-    __slots__ = ("_inner",)
+    __slots__ = ("_inner", "_whole")
 
     def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, cache: LayerMode) -> None:
         self._inner = innermost(type(module).forward)
@@ -75,15 +76,26 @@ class LayerForward(WrappedForward):
     def inside(self, stock: types.FunctionType) -> Callable[..., Any] | None:
         """The layer with the additions inside the norms, while its class's forward is the one that was
         recognized."""
-        return _forward(stock, self.cache) if stock is self._inner else None
+        self._whole = None
+        return _forward(stock, self) if stock is self._inner else None
+
+    def whole(self) -> WholeLayer:
+        """The layer as one function, and what its calls have prepared."""
+        if self._whole is None:
+            self._whole = WholeLayer(self.cache)
+        return self._whole
+
+    def let_go(self) -> None:
+        self._whole = None
 
 
-def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
-    """The layer's forward with the additions inside the norms; `stock` answers what it cannot be called
-    with."""
+def _forward(stock: types.FunctionType, own: LayerForward) -> Callable[..., Any]:
+    """The layer's forward, whole or with the additions inside the norms; `stock` answers what it cannot be
+    called with."""
     parameters = list(inspect.signature(stock).parameters.values())[1:]
     names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    mode: LayerMode = own.cache
     required, takes_rest = len(names) - len(defaults), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -99,9 +111,12 @@ def _forward(stock: types.FunctionType, mode: LayerMode) -> Callable[..., Any]:
             or any(name not in given for name in names[:required])
         ):
             return stock(module, *args, **kwargs)  # which says what is wrong with the call
-        added, stream = _step(module, mode.first, given[names[0]], None, given, rest)
-        added, stream = _step(module, mode.second, added, stream, given, rest)
-        stream = stream + added
+        compiling = torch.compiler.is_compiling()
+        stream = None if compiling else own.whole()(module, given[names[0]], given, rest)
+        if stream is None:
+            added, stream = _step(module, mode.first, given[names[0]], None, given, rest)
+            added, stream = _step(module, mode.second, added, stream, given, rest)
+            stream = stream + added
         return (stream,) if mode.as_tuple else stream
 
     return forward

@@ -17,6 +17,7 @@ from .decode import Ready
 from .forwards import Forward
 from .hooks import against, direct
 from .plans import DoraPlan, Plan, branch_operands, scaling_of
+from .watch import Watch
 from .weights import Operands, WeightCache, address_of, autocast_dtype, parameter
 
 __all__ = [
@@ -59,6 +60,10 @@ class PlannedForward(Forward):
     def signature(self) -> tuple | None:
         """Something that stays equal as long as `work` gives the same; None where that cannot be told
         cheaply."""
+        raise NotImplementedError
+
+    def watch(self, seen: Watch) -> bool:
+        """Let all be seen on which `signature` depends; whether that can be done."""
         raise NotImplementedError
 
     def run(self, x: Tensor, plan: Plan | DoraPlan) -> Tensor:
@@ -134,6 +139,9 @@ class LinearForward(PlannedForward):
 
     def signature(self) -> tuple | None:
         return self.cache.signature(self.module)
+
+    def watch(self, seen: Watch) -> bool:
+        return self.cache.watch(self.module, seen)
 
 
 class Adapter(NamedTuple):
@@ -245,6 +253,37 @@ class LoraForward(PlannedForward):
             if name in parts["lora_A"]._modules:
                 found.append(None if name in layer.lora_variant else _adapter_signature(layer, name))
         return None if None in found else tuple(found)
+
+    def watch(self, seen: Watch) -> bool:
+        layer, parts = self.module, self.module._modules
+        held, active = layer.__dict__, layer.__dict__.get("_active_adapter")
+        if layer.lora_variant or not isinstance(active, (str, list)) or "scaling" not in held:
+            return False
+        seen.module(layer)
+        seen.entry(held, "_disable_adapters", "_active_adapter", "scaling", "merged_adapters", mixed.SLOT)
+        seen.entry(parts, "base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant")
+        for items in (layer.merged_adapters, [] if isinstance(active, str) else active):
+            seen.listed(items)
+        variants = layer.lora_variant
+        seen.entry(held, "lora_variant")
+        seen.entry(variants if isinstance(variants, dict) else variants._modules, *layer.active_adapters)
+        for name in layer.active_adapters:
+            low = [parts[of]._modules for of in ("lora_A", "lora_B", "lora_dropout")]
+            for modules in low:
+                seen.entry(modules, name)
+            seen.entry(layer.scaling, name)
+            if name in low[0]:
+                _watch_adapter(*(modules[name] for modules in low), seen)
+        return self.cache.watch(parts["base_layer"], seen)
+
+
+def _watch_adapter(a: nn.Module, b: nn.Module, dropout: nn.Module, seen: Watch) -> None:
+    for module in (a, b, dropout):
+        seen.module(module)
+    for linear in (a, b):
+        seen.entry(linear._parameters, "weight", "bias")
+        seen.place(linear._parameters["weight"])
+    seen.entry(dropout.__dict__, "training", "p")
 
 
 # Of fewer rows the casts cost more than they spare.

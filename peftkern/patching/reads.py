@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .hooks import against, direct
+from .watch import Watch
 from .wrappers import WrappedForward, innermost
 
 __all__ = ["Reads", "RecognizedForward", "reads"]
@@ -96,6 +97,21 @@ class RecognizedForward(WrappedForward):
             self.cache, seen = self.look()
             self.reads = seen
         return None if type(seen) is str or seen.watched() else self.cache
+
+    def watch(self, seen: Watch) -> bool:
+        """Let all be seen on which `now` depends; whether that can be done."""
+        found = self.reads
+        if type(found) is not Reads:
+            return False
+        seen.module(self.module)
+        seen.function(type(self.module))
+        for owner, name, _ in found.values:
+            seen.entry(owner.__dict__, name)
+        for parent, name, child in found.children:
+            seen.entry(parent._modules, name)
+            seen.module(child)
+            seen.function(type(child))
+        return True
 
 
 def reads(module: nn.Module, *, skip: frozenset[str] = frozenset()) -> Reads | str:

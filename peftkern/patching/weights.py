@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..formats.bnb_repacked import leaves_traces, restore
 from ..formats.nf4 import NF4Weight
+from .watch import Watch
 
 __all__ = [
     "FLOATS",
@@ -213,6 +214,29 @@ class WeightCache:
         bias = held["bias"]
         place = None if bias is None else address_of(bias)
         return self._token, state["compute_type_is_set"], base.compute_dtype, place
+
+    def watch(self, base: nn.Module, seen: Watch) -> bool:
+        """Let all be seen on which `signature` depends; whether that can be done: of a 4-bit weight."""
+        weight, state = base._parameters.get("weight"), base.__dict__.get("quant_state")
+        own = None if weight is None else getattr(weight, "__dict__", None)
+        if own is None or state is None or not is_4bit(base):
+            return False
+        found = [*{id(each): each for each in (state, own.get("quant_state")) if each is not None}.values()]
+        seen.module(base)
+        seen.function(type(base))
+        seen.entry(base._parameters, "weight", "bias")
+        seen.entry(base.__dict__, "quant_state", "compute_type_is_set", "compute_dtype")
+        seen.entry(own, "quant_state")
+        seen.place(weight, base._parameters["bias"])
+        for each in found:
+            inner = each.state2 if each.nested else None
+            seen.entry(each.__dict__, "absmax", "code", "shape", "blocksize", "nested", "offset", "state2")
+            seen.entry(each.__dict__, "packing_format_for_cpu")
+            seen.place(each.absmax, each.code)
+            if inner is not None:
+                seen.entry(inner.__dict__, "absmax", "code", "blocksize")
+                seen.place(each.offset, inner.absmax, inner.code)
+        return True
 
 
 _ADDRESS = Tensor.data_ptr
