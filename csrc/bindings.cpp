@@ -119,6 +119,14 @@ static void define(py::module_& m, const char* name, int (*of)(Types...)) {
   define<function>(m, name, of, std::make_index_sequence<sizeof...(Types) - 1>());
 }
 
+// What a group's kernel works in.
+static Scratch scratch_of(const std::vector<pk_member>& list, const std::vector<pk_adapter>& low, int64_t m) {
+  return scratch(
+      pk_qlora_group_scratch_bytes(list.data(), list.size(), low.data(), low.size(), m, threads()));
+}
+
+#include "bindings_calls.h"
+
 PYBIND11_MODULE(_C, m) {
   using nogil = py::call_guard<py::gil_scoped_release>;
   m.attr("abi_version") = pk_abi_version();
@@ -190,10 +198,6 @@ PYBIND11_MODULE(_C, m) {
   const auto members_of = [](const std::vector<Member>& list) { return Members(list.begin(), list.end()); };
   const auto adapters_of = [](const std::vector<Adapter>& list) {
     return Adapters(list.begin(), list.end());
-  };
-  const auto scratch_of = [](const Members& list, const Adapters& low, int64_t m_) {
-    return scratch(
-        pk_qlora_group_scratch_bytes(list.data(), list.size(), low.data(), low.size(), m_, threads()));
   };
   m.def(
       "qlora_group_fwd",
@@ -281,6 +285,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_scratch_bytes", [](const pk_attention& a, bool backward) {
     return pk_attention_scratch_bytes(&a, backward, threads());
   });
+  bind_calls(m);
   m.def("advise_huge_pages",
         [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
 }

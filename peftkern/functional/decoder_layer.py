@@ -20,6 +20,8 @@ from ..ops.linear import group
 from ..ops.rms_norm import reference as _norm_reference
 from ..ops.rope import empty_heads
 from ..ops.rope import reference as _rope_reference
+from ..runtime.abi import addresses
+from .decoder_calls import LayerCalls, layer_calls
 from .group import Adapter, Member, at_rows, described
 
 __all__ = ["DecoderLayer", "Norm", "Seen"]
@@ -101,6 +103,7 @@ class DecoderLayer:
             _part(like(gate), (down,), ("down",)),
         )
         self.served = None not in parts
+        self.calls: dict[Any, LayerCalls | None] = {}
         self.parts = parts
         self.trainable = tuple(t for part in parts if part is not None for t in part.trainable)
 
@@ -186,7 +189,18 @@ class _DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layer, specs, seen, keep, x, cos, sin, *trainable):
+        ctx.set_materialize_grads(False)
+        ctx.layer, ctx.specs, ctx.causal = layer, specs, seen.causal
+        ctx.grads = ("y", "k", "v") if keep else ("y",)
         (b, s, width), (first, second), own = x.shape, layer.norms, layer.split(trainable)
+        ctx.calls = layer_calls(layer, x, cos, sin, seen)
+        if ctx.calls is not None:
+            kept, k, v, y = ctx.calls.forward(x, cos, sin, seen.mask)
+            ctx.save_for_backward(x, cos, sin, seen.mask, kept, k, v, *trainable)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            if keep and not any(ctx.needs_input_grad[4 : 7 + len(own[0])]):
+                ctx.mark_non_differentiable(k, v)
+            return (y, k, v) if keep else y
         norms, lead = backend("rms_norm", "cpu"), (b, s)
         kept, statics = [], []
 
@@ -208,15 +222,13 @@ class _DecoderLayer(torch.autograd.Function):
         z, stream, rstd_2 = norms.add_forward(out, x, *second)
         gate, up = linears(2, z.view(b * s, width))
         (out,) = linears(3, backend("glu", "cpu").forward(gate, up, layer.activation), lead)
-        ctx.set_materialize_grads(False)
         if keep and not any(ctx.needs_input_grad[4 : 7 + len(own[0])]):
             ctx.mark_non_differentiable(k, v)
         y, z = (t if group.wants_x(specs[i], tuple(own[i])) else None for t, i in ((y, 0), (z, 2)))
         of_heads = q, k, v, attended, lse
         states = x, cos, sin, seen.mask, rstd, y, *of_heads, stream, rstd_2, z, gate, up
         ctx.save_for_backward(*states, first.weight, second.weight, *(t for part in kept for t in part))
-        ctx.layer, ctx.specs, ctx.statics, ctx.causal = layer, specs, statics, seen.causal
-        ctx.sizes, ctx.grads = [len(part) for part in kept], ("y", "k", "v") if keep else ("y",)
+        ctx.statics, ctx.sizes = statics, [len(part) for part in kept]
         result = torch.add(stream, out, out=out)
         return (result, k, v) if keep else result
 
@@ -228,9 +240,15 @@ class _DecoderLayer(torch.autograd.Function):
             with torch.enable_grad():
                 found = _again(ctx, *(dy, dk_out, dv_out)[: len(ctx.grads)])
             return tuple(None if g is None else g.detach() for g in found)
+        if ctx.calls is None:
+            states, saved, statics = _states(ctx)
+        else:
+            if dk_out is None and dv_out is None and (found := _all_at_once(ctx, dy)) is not None:
+                return found
+            states, saved, statics = _states_of_calls(ctx)
         layer, norms = ctx.layer, backend("rms_norm", "cpu")
-        (x, cos, sin, mask, rstd, y), of_heads, rest = _cut(ctx.saved_tensors, 6, 5)
-        (stream, rstd_2, z, gate, up, weight, weight_2), *saved = _cut(rest, 7, *ctx.sizes)
+        (x, cos, sin, mask, rstd, y), of_heads, rest = _cut(states, 6, 5)
+        stream, rstd_2, z, gate, up, weight, weight_2 = rest
         (b, s, width), needs = x.shape, [ctx.needs_input_grad[4], *ctx.needs_input_grad[7:]]
         wanted = [list(part) for part in layer.split(needs[1:])]
         reach = [needs[0]]  # whether a gradient goes on to the part's input
@@ -242,7 +260,7 @@ class _DecoderLayer(torch.autograd.Function):
             part = layer.parts[index]
             asked = [reach[index], *wanted[index]]
             dx, *found[index] = group.gradients(
-                ctx.statics[index], list(saved[index]), grads, rows, (b * s, part.k), asked, part.known
+                statics[index], list(saved[index]), grads, rows, (b * s, part.k), asked, part.known
             )
             return dx
 
@@ -283,6 +301,42 @@ class _DecoderLayer(torch.autograd.Function):
                 else:
                     dx, _ = norms.add_backward(dz, d_stream, x, weight, rstd, *options, False)
         return None, None, None, None, dx, None, None, *(g for part in found for g in part)
+
+
+def _states(ctx: Any) -> tuple[Sequence[Any], list[Sequence[Any]], list[tuple]]:
+    """What forward has kept: states, what each part's gradients need, and the rest of that."""
+    states, *saved = _cut(ctx.saved_tensors, 18, *ctx.sizes)
+    return states, saved, ctx.statics
+
+
+def _states_of_calls(ctx: Any) -> tuple[Sequence[Any], list[Sequence[Any]], list[tuple]]:
+    """The same of a layer whose kernels ran as one list."""
+    (x, cos, sin, mask, kept, k, v), trainable = _cut(ctx.saved_tensors, 7)
+    (rstd, y, q, attended, lse, *more), xa = ctx.calls.states(kept)
+    parts = zip(ctx.specs, ctx.layer.split(trainable), xa, strict=True)
+    pairs = [group.kept(spec, tuple(own), low) for spec, own, low in parts]
+    weights = (norm.weight for norm in ctx.layer.norms)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    states = (x, cos, sin, mask, rstd, y, q, k, v, attended, lse, *more, *weights)
+    return states, [tensors for tensors, _ in pairs], [static for _, static in pairs]
+
+
+def _all_at_once(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...] | None:
+    """Every gradient by one list of calls; None where some are not wanted, or a weight has been moved."""
+    layer, saved = ctx.layer, ctx.saved_tensors
+    need_x, needs, low = ctx.needs_input_grad[4], layer.split(ctx.needs_input_grad[7:]), []
+    for part, own, wanted in zip(layer.parts, layer.split(saved[7:]), needs, strict=True):
+        _, of_a, of_b = group.split(part.spec, tuple(own))
+        if dy is None or not all(wanted[len(part.spec.n) :]):
+            return None
+        if part.known.at != addresses((*part.spec.weights, *part.spec.quants, *of_a, *of_b)):
+            return None
+        low.append((of_a, of_b))
+    made = ctx.calls.backward(dy, saved[:7], low, need_x)
+    if made is None:
+        return None
+    dx, found = made
+    return None, None, None, None, dx, None, None, *(g for part in found for g in part)
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

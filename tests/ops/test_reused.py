@@ -89,3 +89,30 @@ def test_gradients_of_a_trained_head_are_kept_apart() -> None:
         head.grad = None
     linear_cross_entropy(x, heads[1], labels).backward()
     torch.testing.assert_close(heads[1].grad, expected[1])
+
+
+def test_a_pool_gives_what_nobody_holds() -> None:
+    """As many buffers as were held at once, each again when it is free; of other sizes and threads others."""
+    size = 12_345
+    held = [native.pooled(size) for _ in range(3)]
+    places = {t.data_ptr() for t in held}
+    assert len(places) == 3 and all(t.numel() == size for t in held)
+    other = native.pooled(size + 1)
+    assert other.data_ptr() not in places
+    view = held.pop(0)[5:9]
+    held.clear()
+    again = [native.pooled(size) for _ in range(3)]
+    found = {t.data_ptr() for t in again}
+    assert len(found & places) == 2 and view.data_ptr() - 5 not in found
+    elsewhere: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(native.pooled(size)))
+    thread.start()
+    thread.join()
+    assert elsewhere[0].data_ptr() not in found
+
+
+def test_a_pool_keeps_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_KEPT", 3000)
+    pool = native._Pool()
+    held = [pool.take(1000) for _ in range(5)]
+    assert pool.bytes == 3000 and len({t.data_ptr() for t in held}) == 5

@@ -30,13 +30,14 @@ def llama(
     seed: int = 0,
     bias: bool = False,
     layers: int = 2,
+    inner: int = 80,
     **four_bit_options,
 ) -> nn.Module:
     """A Llama of width 64; with `four_bit` all linears but lm_head are bitsandbytes NF4, nested."""
     config = transformers.LlamaConfig(
         vocab_size=96,
         hidden_size=64,
-        intermediate_size=80,
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
