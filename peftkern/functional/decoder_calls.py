@@ -80,6 +80,7 @@ class LayerCalls:
         self.xa = [[kept.take(m, a.shape[0], dtype=f32) for a in part.known.lora_a] for part in layer.parts]
         self.mask = None if mask is None else mask.stride()
         self.attends = self._attention(cos, mask, causal)
+        self.norms_at = addresses(norm.weight for norm in layer.norms)
         self.norm_room = self.native.rms_norm_scratch_bytes(m, self.width, False)
         self.attention_room = max(self.native.attention_scratch_bytes(self.attends, back) for back in (0, 1))
         self.angles = dtype_of(cos), cos.stride(0) if cos.shape[0] > 1 else 0, cos.shape[2]
@@ -234,8 +235,11 @@ class LayerCalls:
         need_x: bool,
     ) -> tuple[Tensor | None, list[list[Tensor | None]]] | None:
         """saved: x, cos, sin, mask, and what `forward` gave but y; low: each part's A's and B's -> dx, and
-        each part's gradients: biases, A's, B's. None where what was saved lies otherwise now."""
+        each part's gradients: biases, A's, B's. None where what was saved lies otherwise now, or a norm's
+        weight elsewhere."""
         strides = None if saved[3] is None else saved[3].stride()
+        if addresses(norm.weight for norm in self.layer.norms) != self.norms_at:
+            return None
         if strides != self.mask or not all(t.is_contiguous() for t in (*saved[:3], *saved[4:])):
             return None
         x, cos, sin, mask, kept, k, v = saved

@@ -476,6 +476,21 @@ def test_tensors_that_come_back_elsewhere_or_otherwise(lists: list[str]) -> None
     assert lists == ["forward"] * 2
 
 
+def test_weights_that_move_before_backward(lists: list[str]) -> None:
+    """A norm's lies elsewhere then; a 4-bit one's bytes are held by what forward read."""
+    model = wide()
+    expected = run(model)
+    layer = layer_of(model)
+    for weight, backward in ((layer.input_layernorm.weight, 1), (layer.mlp.up_proj.base_layer.weight, 2)):
+        lists.clear()
+        model.zero_grad(set_to_none=True)
+        loss = model(input_ids=IDS, use_cache=False).logits.double().square().mean()
+        weight.data = weight.data.clone()
+        loss.backward()
+        assert lists == ["forward"] * 2 + ["backward"] * backward
+        assert all(torch.equal(expected[name], value) for name, value in models.grads(model).items())
+
+
 def test_other_shapes_and_threads(taken: list[bool], lists: list[str]) -> None:
     """Each has a list of its own, four at most."""
     model, before = wide(), torch.get_num_threads()
