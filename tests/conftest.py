@@ -34,6 +34,16 @@ def isa(request: pytest.FixtureRequest):
     native.set_isa(before)
 
 
+@pytest.fixture(params=[level for level in backends.native().isas() if level in ("avx512bf16", "amx")])
+def level(request: pytest.FixtureRequest):
+    """As `isa`, of the levels with bf16 products."""
+    native = backends.native()
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -52,7 +62,7 @@ def pytest_collection_finish() -> None:
 
 # Their kernels have no code of their own on avx512bf16: what runs there is what runs on amx, compiled with
 # fewer flags.
-WITHOUT_PRODUCTS = ("add_rms_norm", "glu", "linear_cross_entropy", "lora_add", "rms_norm", "rope")
+WITHOUT_PRODUCTS = ("add_rms_norm", "glu", "lora_add", "rms_norm", "rope")
 # The level that a module of tests emulates: a CPU that has it runs the same kernels in every other test.
 EMULATED = {"test_avx512_emulated": "avx512", "test_avx512_emulated_linear": "avx512"}
 

@@ -86,7 +86,6 @@ class LayerCalls:
         self.angles = dtype_of(cos), cos.stride(0) if cos.shape[0] > 1 else 0, cos.shape[2]
         self.forward_calls, self.backward_calls = self.native.Calls(), {}
         self._describe_forward(room)
-        back = _Room(_Base.ROOM)
         for need_x in (True, False):
             back = _Room(_Base.ROOM)
             self.backward_calls[need_x] = self._describe_backward(back, need_x)
@@ -192,9 +191,9 @@ class LayerCalls:
         self._backward_group(calls, 3, h.at, (_at(_Base.DY),), dh.at, room, starts[3])
         calls.glu_bwd(*gated, dh.at, h.at, d_up.at)
         self._backward_group(calls, 2, self.z.at, (h.at, d_up.at), dz.at, room, starts[2])
-        norm_room, zero = self._room_of(_Base.NORM, self.norm_room), 0
+        norm_room = self._room_of(_Base.NORM, self.norm_room)
         norm = self._norm(1, self.stream.at, backward=True)
-        calls.add_rms_norm_bwd(norm, dz.at, _at(_Base.DY), self.rstd_2.at, d_stream.at, zero, *norm_room)
+        calls.add_rms_norm_bwd(norm, dz.at, _at(_Base.DY), self.rstd_2.at, d_stream.at, 0, *norm_room)
         self._backward_group(calls, 1, self.attended.at, (d_stream.at,), d_attended.at, room, starts[1])
         counts = (*self.counts[:1] * 3, *self.counts[1:])
         places = self.attended.at, d_attended.at, dq.at, dk.at, dv.at
@@ -206,7 +205,7 @@ class LayerCalls:
         self._backward_group(calls, 0, self.y.at, (tq.at, tk.at, dv.at), dx, room, starts[0])
         if need_x:
             norm = self._norm(0, _at(_Base.X), backward=True)
-            calls.add_rms_norm_bwd(norm, dz.at, d_stream.at, self.rstd.at, _at(_Base.DX), zero, *norm_room)
+            calls.add_rms_norm_bwd(norm, dz.at, d_stream.at, self.rstd.at, _at(_Base.DX), 0, *norm_room)
         return calls
 
     # ---- running

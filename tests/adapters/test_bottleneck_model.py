@@ -242,7 +242,7 @@ def test_beside_lora(order: str) -> None:
     expected = zoo.output(model)
     report = peftkern.patch(model, dense=True)
     assert report.counts["qlora_linear"] == 4
-    torch.testing.assert_close(zoo.output(model), expected, rtol=1e-5, atol=1e-5)  # 1.2e-6 measured
+    torch.testing.assert_close(zoo.output(model), expected, rtol=1e-5, atol=1e-5)  # 1.7e-6 measured
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -14,18 +14,9 @@ from .compiled import CWeight, c_weight, i64, pointer
 from .compiled_loss import exact_loss, head, loss
 
 OK, NULL, SHAPE, DTYPE, BLOCKSIZE, SCRATCH, ISA = range(7)
-LEVELS = [level for level in backends.native().isas() if level in ("avx512bf16", "amx")]
 # (M, N, K): single words and rows, panels that are not full, a width of no whole block, several ranges of
 # words, and several tasks of rows.
 SHAPES = [(1, 40, 64), (5, 1, 64), (33, 1030, 100), (70, 257, 48), (40, 5000, 192), (530, 300, 64), (3, 5, 7)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest):
-    """A level that has the kernel."""
-    before = backends.native().isa()
-    yield request.param
-    backends.native().set_isa(before)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ test_qlora_group.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,17 +14,6 @@ from peftkern.functional import qlora_linear
 from peftkern.ops.linear import cpu
 from peftkern.runtime import backends
 from peftkern.runtime.native import weight_view
-
-TILED = [level for level in backends.native().isas() if level in ("avx512bf16", "amx")]
-
-
-@pytest.fixture(params=TILED)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    native = backends.native()
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 def _results(x: Tensor, weight: NF4Weight, dy: Tensor, **options) -> tuple[Tensor, ...]:

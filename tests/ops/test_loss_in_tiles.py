@@ -18,18 +18,13 @@ from peftkern.runtime import backends
 from .test_linear_cross_entropy import check, make, ours
 
 BF16 = torch.bfloat16
-LEVELS = [level for level in backends.native().isas() if level in ("avx512bf16", "amx")]
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A level that has the kernel, with a row that sends dense heads to it."""
-    native = backends.native()
-    before = native.isa()
-    native.set_isa(request.param)
-    with cpu_rows.use_row(request.param, replace(config.TABLE[request.param], loss=True)):
-        yield request.param
-    native.set_isa(before)
+@pytest.fixture
+def level(level: str) -> Iterator[str]:
+    """As of all tests, with a row that sends dense heads to the kernel."""
+    with cpu_rows.use_row(level, replace(config.TABLE[level], loss=True)):
+        yield level
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from peftkern import functional
 from peftkern.functional import group, mlp
+from peftkern.patching import whole_layers
+from peftkern.runtime import backends
 
 from .. import stock
 
@@ -123,3 +127,30 @@ def loss_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         functional, "linear_cross_entropy", lambda *a, **k: (seen.append(k), original(*a, **k))[1]
     )
     return seen
+
+
+@pytest.fixture
+def bf16_level() -> Iterator[None]:
+    """A level with attention of our own."""
+    tiled = [level for level in backends.native().isas() if level in ("avx512bf16", "amx")]
+    if not tiled:
+        pytest.skip("no bf16 products here")
+    native = backends.native()
+    before = native.isa()
+    native.set_isa(tiled[0])
+    yield
+    native.set_isa(before)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call of a layer whether it ran whole."""
+    found, call = [], whole_layers.WholeLayer.__call__
+
+    def recorded(self, *args: Any) -> Any:
+        out = call(self, *args)
+        found.append(out is not None)
+        return out
+
+    monkeypatch.setattr(whole_layers.WholeLayer, "__call__", recorded)
+    return found
