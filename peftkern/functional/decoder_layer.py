@@ -191,7 +191,7 @@ class _DecoderLayer(torch.autograd.Function):
     def forward(ctx, layer, specs, seen, keep, x, cos, sin, *trainable):
         ctx.set_materialize_grads(False)
         ctx.layer, ctx.specs, ctx.causal = layer, specs, seen.causal
-        ctx.grads = ("y", "k", "v") if keep else ("y",)
+        ctx.outputs = 3 if keep else 1
         (b, s, width), (first, second), own = x.shape, layer.norms, layer.split(trainable)
         ctx.calls = layer_calls(layer, x, cos, sin, seen)
         if ctx.calls is not None:
@@ -238,7 +238,7 @@ class _DecoderLayer(torch.autograd.Function):
         given = dy if dy is not None else dk_out if dk_out is not None else dv_out
         if given is None or not unobserved(given):  # somebody counts what is computed
             with torch.enable_grad():
-                found = _again(ctx, *(dy, dk_out, dv_out)[: len(ctx.grads)])
+                found = _again(ctx, *(dy, dk_out, dv_out)[: ctx.outputs])
             return tuple(None if g is None else g.detach() for g in found)
         if ctx.calls is None:
             states, saved, statics = _states(ctx)

@@ -70,6 +70,11 @@ def test_one_list_has_the_bits_of_its_calls(
         assert torch.equal(got[name], value) and torch.equal(again[name], value), name
 
 
+def test_linears_without_adapters_are_in_the_list(taken: list[bool], lists: list[str]) -> None:
+    same(wide(target_modules=["q_proj"]), taken)
+    assert lists.count("backward") == 4
+
+
 def test_what_a_list_leaves_to_its_calls(taken: list[bool], lists: list[str]) -> None:
     """Dropout forward; backward what is not all: adapters that are frozen, a cache's gradients."""
     run(wide(lora_dropout=0.3))
