@@ -12,6 +12,8 @@ import platform
 import time
 from pathlib import Path
 
+from peftkern.runtime.backends import native
+
 __all__ = ["BUSY_CORES", "Load", "describe", "device", "peak_mb", "reset_peak", "resident_mb", "versions"]
 
 # more of other processes' CPU than this spoils a measurement on two cores (spinning barriers wait in steps of
@@ -75,9 +77,11 @@ def _own_seconds() -> float:
 
 
 class Load:
-    """Cores that other processes used between its making and `cores()`."""
+    """Cores that other processes used between its making and `cores()`, and how far apart ours were at
+    either: a virtual machine's are moved, and what they share then takes up to five times as long."""
 
     def __init__(self) -> None:
+        self._distance = native().core_distance()
         self._start, self._busy, self._own = time.perf_counter(), _busy_seconds(), _own_seconds()
 
     def cores(self) -> float | None:
@@ -88,12 +92,13 @@ class Load:
         return max(0.0, (busy - self._busy) - (_own_seconds() - self._own)) / elapsed
 
     def words(self) -> str:
-        """For the CSV: the load average, other processes' cores, and BUSY where they are too many."""
+        """For the CSV: the load average, a round trip between our cores before and after, other processes'
+        cores, and BUSY where they are too many."""
         average = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
         cores = self.cores()
-        if cores is None:
-            return f"average {average:.2f}; others unknown"
-        return f"average {average:.2f}; others {cores:.2f} cores{' BUSY' if cores > BUSY_CORES else ''}"
+        others = "unknown" if cores is None else f"{cores:.2f} cores{' BUSY' if cores > BUSY_CORES else ''}"
+        apart = f"{self._distance} to {native().core_distance()} ns"
+        return f"average {average:.2f}; cores apart {apart}; others {others}"
 
 
 def reset_peak() -> bool:

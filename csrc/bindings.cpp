@@ -137,6 +137,8 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("set_isa", [](const std::string& name) { check(pk_set_isa(name.c_str())); });
+  m.def("set_cores", [](int how) { check(pk_set_cores(how)); });
+  m.def("core_distance", [] { return pk_core_distance(threads()); }, nogil());
 
   py::class_<Weight>(m, "Weight")
       .def(py::init<Address, Address, Address, Address, Address, Address, Address, int64_t, int64_t, int, int,

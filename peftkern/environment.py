@@ -148,11 +148,19 @@ def _backends() -> list[tuple[str, str]]:
 
     with contextlib.suppress(Exception):  # its import runs the entry point; without it the state says so
         importlib.import_module("bitsandbytes")
-    rows = [("isa", _isa()), ("limits of this CPU", _limits())]
+    rows = [("isa", _isa()), ("cores", _cores()), ("limits of this CPU", _limits())]
     for name in backends.BACKENDS:
         rows += [(f"backend {name}{where}", answer) for where, answer in _answers(name)]
     registered, reason = bnb_backend.state()
     return [*rows, ("bitsandbytes hook", f"{'on' if registered else 'off'}: {reason}")]
+
+
+def _cores() -> str:
+    ok, _ = backends.available("cpu")
+    if not ok:
+        return "not measured, the native extension is missing"
+    distance = backends.native().core_distance()
+    return f"{distance or 'unknown'} ns from the first thread to the last and back"
 
 
 def _answers(name: str) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -125,6 +126,7 @@ def test_load_sees_other_processes() -> None:
         other.kill()
         other.wait()
     assert cores is not None and cores > 0.2
+    assert re.fullmatch(r"average \S+; cores apart \d+ to \d+ ns; others \S+ cores( BUSY)?", loaded.words())
 
 
 def _row(provider: str, ratio: float, **changes: object) -> Row:

@@ -28,6 +28,7 @@ def test_report_names_what_a_bug_report_needs():
         "cpu",
         "threads",
         "isa",
+        "cores",
         "limits of this CPU",
         "bitsandbytes hook",
     } <= found.keys()

@@ -170,36 +170,28 @@ static void attention_grad(const pk::AttentionGrad& call, int threads) {
   const pk::AttentionPlan plan = pk::attention_plan(a, true, threads);
   attention_rounds(
       a, plan, call.scratch,
-      [&](const AttentionCall& c, int64_t heads) {
+      [&](const AttentionRound& round) {
+        const AttentionCall& c = round.c;
         const int64_t dims = plan.dim_blocks, blocks = plan.key_blocks, queries = plan.query_blocks;
-        const int64_t q_heads = heads * plan.group;
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < heads * blocks; i++) {
-          const int64_t head = i / blocks, b = i % blocks, rows = smaller(SIDE, a.keys - b * SIDE);
+        round.run(blocks, [&](int64_t head, int64_t b) {
+          const int64_t rows = smaller(SIDE, a.keys - b * SIDE);
           const bf16* k = c.row_of(a.k, c.batch(head), c.key_head(head), b * SIDE);
           const bf16* v = c.row_of(a.v, c.batch(head), c.key_head(head), b * SIDE);
           pack_heads_pairs(k, a.k.row, rows, a.dim, blocks, c.keys(head, K_PAIRS) + b * STEP);
-          if (plan.kept_size) continue;
+          if (plan.kept_size) return;
           pack_heads_columns(k, a.k.row, rows, a.dim, c.keys(head, K_COLUMNS) + b * dims * STEP);
           pack_heads_columns(v, a.v.row, rows, a.dim, c.keys(head, V_COLUMNS) + b * dims * STEP);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < q_heads * queries; i++)
-          pack_query_block(c, i / queries / plan.group, i / queries % plan.group, i % queries, of.y, of.dy,
-                           call.lse);
-    // The longest first: with a causal mask the first keys are seen most, the last queries see most.
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < heads * blocks; i++) key_gradients(c, i % heads, i / heads, of.dk, of.dv);
-        if (plan.kept_size) {
-#pragma omp barrier
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < q_heads * queries; i++) {
-          const int64_t all = i % q_heads, block = queries - 1 - i / q_heads;
-          const int64_t head = all / plan.group, g = all % plan.group;
+        });
+        round.run(queries * plan.group, [&](int64_t head, int64_t i) {
+          pack_query_block(c, head, i / queries, i % queries, of.y, of.dy, call.lse);
+        });
+        // The longest first: with a causal mask the first keys are seen most, the last queries see most.
+        round.run(blocks, [&](int64_t head, int64_t b) { key_gradients(c, head, b, of.dk, of.dv); });
+        round.run(queries * plan.group, [&](int64_t head, int64_t i) {
+          const int64_t g = i % plan.group, block = queries - 1 - i / plan.group;
           if (plan.kept_size) query_gradient_of_kept(c, head, g, block, of.dq);
           else query_gradient(c, head, g, block, of.dy, of.dq);
-        }
+        });
       },
       threads);
 }

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "math_impl.h"
 #include "qlora_impl.h"
+#include "teams.h"
 #include "tile_gradients.h"
 
 namespace PK_NS {
@@ -252,12 +253,31 @@ static void attend(const AttentionCall& c, int64_t head, int64_t g, int64_t bloc
         state.sum[i] == 0.0f ? INFINITY : state.most[i] * a.scale + logf(state.sum[i]);
 }
 
-// `part(number of heads of this round)` for each round of heads of keys, by threads that hold tiles.
+// A round of heads of keys: each team has some that follow each other, which are mostly of one sequence.
+struct AttentionRound {
+  const AttentionCall& c;
+  int64_t heads;
+  Teams& teams;
+  int64_t& turn;
+  int64_t first(int64_t team) const { return heads * team / teams.count; }
+  // task(head, i) for i < `each` of every head, all heads' first i before their second; ends with a barrier.
+  template <typename F>
+  void run(int64_t each, F task) const {
+    const auto count = [&](int64_t team) { return first(team + 1) - first(team); };
+    teams.run(
+        turn++, [&](int64_t team) { return count(team) * each; },
+        [&](int64_t team, int64_t i) { task(first(team) + i % count(team), i / count(team)); });
+  }
+};
+
+// `part(round)` for each round of heads of keys, by threads that hold tiles.
 template <typename F>
 static void attention_rounds(const pk_attention& a, const pk::AttentionPlan& plan, float* scratch, F part,
                              int threads) {
+  Teams teams(smaller(smaller(threads, pk::MOST_TEAMS), plan.heads));
 #pragma omp parallel num_threads(threads)
   {
+    int64_t turn = 0;
     tiles_on();
     AttentionCall c{a, plan, scratch, 0};
     if (a.mask) {
@@ -266,7 +286,7 @@ static void attention_rounds(const pk_attention& a, const pk::AttentionPlan& pla
       for (int64_t row = 0; row < rows; row++) pack_mask(c, row);
     }
     for (; c.first < a.batch * a.kv_heads; c.first += plan.heads)
-      part(c, smaller(plan.heads, a.batch * a.kv_heads - c.first));
+      part(AttentionRound{c, smaller(plan.heads, a.batch * a.kv_heads - c.first), teams, turn});
     tiles_off();
   }
 }
@@ -276,23 +296,20 @@ static void attention(const pk::Attention& of, int threads) {
   const pk::AttentionPlan plan = pk::attention_plan(a, false, threads);
   attention_rounds(
       a, plan, of.scratch,
-      [&](const AttentionCall& c, int64_t heads) {
+      [&](const AttentionRound& round) {
+        const AttentionCall& c = round.c;
         const int64_t dims = plan.dim_blocks, blocks = plan.key_blocks, queries = plan.query_blocks;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < heads * blocks; i++) {
-          const int64_t head = i / blocks, b = i % blocks, rows = smaller(SIDE, a.keys - b * SIDE);
+        round.run(blocks, [&](int64_t head, int64_t b) {
+          const int64_t rows = smaller(SIDE, a.keys - b * SIDE);
           const bf16* k = c.row_of(a.k, c.batch(head), c.key_head(head), b * SIDE);
           const bf16* v = c.row_of(a.v, c.batch(head), c.key_head(head), b * SIDE);
           pack_heads_columns(k, a.k.row, rows, a.dim, c.keys(head, 0) + b * dims * STEP);
           pack_heads_pairs(v, a.v.row, rows, a.dim, blocks, c.keys(head, 1) + b * STEP);
-        }
-    // The longest first: with a causal mask the last queries see most.
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < heads * plan.group * queries; i++) {
-          const int64_t head = i % (heads * plan.group);
-          attend(c, head / plan.group, head % plan.group, queries - 1 - i / (heads * plan.group), of.y,
-                 of.lse);
-        }
+        });
+        // The longest first: with a causal mask the last queries see most.
+        round.run(queries * plan.group, [&](int64_t head, int64_t i) {
+          attend(c, head, i % plan.group, queries - 1 - i / plan.group, of.y, of.lse);
+        });
       },
       threads);
 }

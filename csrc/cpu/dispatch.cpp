@@ -5,6 +5,9 @@
 #include <sys/mman.h>
 #endif
 
+#define PK_NS pk_dispatch  // cores.h is compiled for every level; the rest of this unit for none
+#include "cores.h"
+#undef PK_NS
 #include "ops.h"
 
 extern "C" {
@@ -24,6 +27,26 @@ int pk_set_isa(const char* name) {
       return PK_OK;
     }
   return PK_ERR_ISA;
+}
+
+int pk_set_cores(int how) {
+  if (how < PK_CORES_MEASURED || how > PK_CORES_APART) return PK_ERR_SHAPE;
+  __atomic_store_n(&pk::core_state.how, how, __ATOMIC_RELAXED);
+  return PK_OK;
+}
+int64_t pk_core_distance(int threads) {
+  threads = threads_or_default(threads);
+  alignas(64) int64_t distance = 0;
+  // A thread that is only started does not answer in time.
+  for (int tries = 0; threads > 1 && !distance && tries < 5; tries++) {
+    alignas(64) int64_t ball = 0;
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t found = pk_dispatch::round_trip(&ball);
+      if (found) distance = found;
+    }
+  }
+  return distance;
 }
 
 int pk_advise_huge_pages(void* data, int64_t bytes) {

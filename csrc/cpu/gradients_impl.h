@@ -145,24 +145,20 @@ static void add_sums(const pk_member& member, const T* dy, int64_t ld, int64_t c
   }
 }
 
-// One strip of columns of one source.
+// c [ranks][STRIP] = the sums over rows [from, to) of one strip of columns of one source.
 template <typename T>
-static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, int64_t c0) {
+static void gradient_rows(const Scratch& s, const Source<T>& src, int64_t from, int64_t to, int64_t c0,
+                          float* c, float* buffer) {
   const pk::Group& g = s.group;
   const int64_t width = smaller(STRIP, src.cols - c0);
-  float *c = s.own(), *buffer = c + s.r * STRIP;
   clear(c, s.r * STRIP);
-  const pk_member* summed = src.member == ALL ? nullptr : &g.members[src.member];
-  if (summed && !summed->d_bias && !summed->d_scale) summed = nullptr;
-  ScaleSums sums[pk::STRIP_PANELS];
   bool plain = false;
   for (int64_t i = 0; i < g.adapter_count; i++)
     plain |= src.takes(g.adapters[i]) && !src.drops(g.adapters[i]);
-  for (int64_t m0 = 0; m0 < m; m0 += pk::KC) {
-    const int64_t count = smaller(pk::KC, m - m0);
+  for (int64_t m0 = from; m0 < to; m0 += pk::KC) {
+    const int64_t count = smaller(pk::KC, to - m0);
     const T* rows = src.data + m0 * src.cols + c0;
     if (plain) accumulate(g, src, nullptr, Mask{}, rows, m0, count, width, buffer, c);
-    if (summed) add_sums(*summed, src.data, src.cols, c0, m0, count, m, width, sums);
     pk::Cursor cursor;
     for (int64_t i = 0; i < g.adapter_count; cursor.pass(g, g.adapters[i++])) {
       const pk_adapter& a = g.adapters[i];
@@ -177,8 +173,19 @@ static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, in
                  m0, count, width, buffer, c);
     }
   }
-  store_gradients(g, src, c, c0, width);
-  for (int64_t q = 0; summed && q < width; q += LANES)
+}
+
+// What a strip yields: its gradients from c, its sums over all rows.
+template <typename T>
+static void finish_strip(const Scratch& s, const Source<T>& src, int64_t m, int64_t c0, float* c) {
+  const int64_t width = smaller(STRIP, src.cols - c0);
+  store_gradients(s.group, src, c, c0, width);
+  const pk_member* summed = src.member == ALL ? nullptr : &s.group.members[src.member];
+  if (!summed || (!summed->d_bias && !summed->d_scale)) return;
+  ScaleSums sums[pk::STRIP_PANELS];
+  for (int64_t m0 = 0; m0 < m; m0 += pk::KC)
+    add_sums(*summed, src.data, src.cols, c0, m0, smaller(pk::KC, m - m0), m, width, sums);
+  for (int64_t q = 0; q < width; q += LANES)
     sums[q / LANES].store_sums(smaller(LANES, width - q),
                                summed->d_scale ? summed->d_scale + c0 + q : nullptr,
                                summed->d_bias ? summed->d_bias + c0 + q : nullptr);
@@ -186,25 +193,38 @@ static void gradient_strip(const Scratch& s, const Source<T>& src, int64_t m, in
 
 static inline int64_t strips_of(int64_t cols) { return pk::ceil_div(cols, STRIP); }
 
+// Strips of columns of x, where a gradient of an A is wanted, and of every dy.
+static inline int64_t strips_of_x(const pk::Group& g) {
+  return g.wants(&pk_adapter::d_lora_a) ? strips_of(g.k()) : 0;
+}
+static inline int64_t strip_count(const pk::Group& g) {
+  int64_t total = strips_of_x(g);
+  for (int64_t i = 0; g.wants_columns() && i < g.count; i++) total += strips_of(g.members[i].weight.n);
+  return total;
+}
+
+// part(source, first column) of a strip. source(member): what the strips are of.
+template <typename F, typename G>
+static void strip_of(const pk::Group& g, int64_t index, F source, G part) {
+  const int64_t of_x = strips_of_x(g);
+  if (index < of_x) return part(source(ALL), index * STRIP);
+  int64_t member = 0;
+  for (index -= of_x; index >= strips_of(g.members[member].weight.n); member++)
+    index -= strips_of(g.members[member].weight.n);
+  part(source(member), index * STRIP);
+}
+
 // What is summed over rows, by strips of columns of x and of every dy, by the threads that call it together.
-// source(member): what the strips are of.
 template <typename T, typename F>
 static void column_strips(const Scratch& s, int64_t m, F source) {
-  const pk::Group& g = s.group;
-  const int64_t of_x = g.wants(&pk_adapter::d_lora_a) ? strips_of(g.k()) : 0;
-  int64_t total = of_x;
-  for (int64_t i = 0; g.wants_columns() && i < g.count; i++) total += strips_of(g.members[i].weight.n);
+  const int64_t total = strip_count(s.group);
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t task = 0; task < total; task++) {
-    int64_t strip = task - of_x, member = 0;
-    if (strip < 0) {
-      gradient_strip(s, source(ALL), m, task * STRIP);
-      continue;
-    }
-    for (; strip >= strips_of(g.members[member].weight.n); member++)
-      strip -= strips_of(g.members[member].weight.n);
-    gradient_strip(s, source(member), m, strip * STRIP);
-  }
+  for (int64_t i = 0; i < total; i++)
+    strip_of(s.group, i, source, [&](const Source<T>& src, int64_t c0) {
+      float* c = s.own();
+      gradient_rows(s, src, 0, m, c0, c, c + s.r * STRIP);
+      finish_strip(s, src, m, c0, c);
+    });
 }
 
 template <typename T>

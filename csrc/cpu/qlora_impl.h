@@ -1,25 +1,14 @@
 // QLoRA linears on one input, forward and dx, from the engine's pieces. See docs/math.md, and
 // docs/cpu-engine.md for the order of passes.
 #pragma once
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "dora_norm.h"
 #include "gemm_impl.h"
 #include "gemv_impl.h"
 #include "group.h"
 #include "dropout_impl.h"
+#include "cores.h"
 
 namespace PK_NS {
-
-static inline int thread_id() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 static const float* as_float(const void* p, int dtype, int64_t count, float* out) {
   if (!p || dtype == PK_F32) return (const float*)p;

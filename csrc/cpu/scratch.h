@@ -26,8 +26,11 @@ int64_t group_floats(const Group& g, int64_t m, int threads) {
                 without = g.backward_plan(m, false, current->lanes, threads).total;
   const int64_t most = largest(forward, largest(with_dx, without));
   if (!current->tiles || !tiles_take(g)) return most;
-  return largest(most,
-                 largest(forward_tile_plan(g, m, threads).total, backward_tile_plan(g, m, threads).total));
+  int64_t tiles = most;  // however far apart the cores are when the call comes
+  for (bool apart : {false, true})
+    tiles = largest(tiles, largest(forward_tile_plan(g, m, threads, apart).total,
+                                   backward_tile_plan(g, m, threads, apart).total));
+  return tiles;
 }
 
 // One linear as a group of one; without a base product where w is null.

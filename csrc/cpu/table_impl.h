@@ -4,7 +4,7 @@
 
 #include "gradients_impl.h"
 #if defined(PK_AVX512BF16)
-#include "tile_impl.h"
+#include "tile_backward.h"
 #endif
 #if defined(PK_AMX)
 #include "gemv_tile_impl.h"

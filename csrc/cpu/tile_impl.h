@@ -1,8 +1,9 @@
-// QLoRA linears on one input in bf16, forward and dx, as products of bf16 tiles. Rows of x and dy are rows of
-// A, decoded weights are B, and the low-rank part goes on with the contraction, so that every result is
-// summed in one place and rounded once. docs/cpu-engine.md has the order of passes.
+// QLoRA linears on one input in bf16, as products of bf16 tiles: what both directions share, and forward.
+// Rows of x and dy are rows of A, decoded weights are B, and the low-rank part goes on with the contraction,
+// so that every result is summed in one place and rounded once. docs/cpu-engine.md has the order of passes.
 #pragma once
 #include "gradients_impl.h"
+#include "teams.h"
 #include "tile_pack.h"
 
 namespace PK_NS {
@@ -31,11 +32,19 @@ struct TileScratch {
   float* own() const { return base + plan.own_at + thread_id() * plan.own_size; }
   bf16* own_b() const { return (bf16*)own(); }
   bf16* own_low() const { return (bf16*)(own() + plan.b_size); }
-  float* own_c(int64_t panel) const { return own() + plan.b_size + plan.low_size + panel * plan.mc * SIDE; }
+  float* own_c(int64_t panel) const {
+    return own() + plan.b_size + plan.low_size + panel * plan.team_rows * SIDE;
+  }
   float* own_sums() const { return own() + plan.b_size + plan.low_size + plan.c_size; }
   float* own_block() const { return own_sums() + (plan.sums_size - STEP - pk::PROJECT_STEPS * STEP / 2); }
   bf16* own_masked() const { return (bf16*)(own_block() + STEP); }
 };
+
+// Row panels of a team among those of a pass of `rows`.
+static inline int64_t team_panels(const TileScratch& s, int64_t team, int64_t rows) {
+  const int64_t each = s.plan.team_rows / SIDE;
+  return smaller(each, pk::largest(0, panels_of(rows) - team * each));
+}
 
 // Where an adapter's operands begin among those of all.
 struct TileCursor {
@@ -173,9 +182,9 @@ static inline __attribute__((always_inline)) void product_with_adapters(
   tile_product(parts, count, c, accumulate, rows);
 }
 
-// Column panels [from, from + count) of y for the rows [m0, m0 + rows).
-static void forward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t rows,
-                         int64_t m) {
+// Column panels [from, from + count) of y for row panels [first, first + panels) of a pass from row m0 on.
+static void forward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t first,
+                         int64_t panels, int64_t m) {
   const pk::Group& g = s.group;
   for (int64_t step = 0; step < s.steps; step += s.plan.chunk) {
     const int64_t steps = smaller(s.plan.chunk, s.steps - step);
@@ -190,9 +199,9 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
             pack_low_columns(a.lora, at.n0, at.cols, s.own_low() + cursor.low * STEP);
         });
       const float* bias = s.bias(at.member, at.n_before);
-      for (int64_t p = 0; p < panels_of(rows); p++) {
+      for (int64_t p = first; p < first + panels; p++) {
         const int64_t row = m0 + p * SIDE, here = smaller(SIDE, m - row);
-        float* c = s.own_c(q) + (last && !step ? 0 : p * STEP);
+        float* c = s.own_c(q) + (last && !step ? 0 : (p - first) * STEP);
         const auto takes = [&](const pk_adapter& a) {
           const pk::Lanes lanes = pk::lanes_of(a, row, here);
           return a.member == at.member && lanes.from < lanes.to;
@@ -209,171 +218,35 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
 }
 
 static void forward_tiles(const pk::Group& g, const bf16* x, int64_t m, float* scratch, int threads) {
-  const pk::TilePlan plan = pk::forward_tile_plan(g, m, threads);
+  Cores cores(threads);
+  const pk::TilePlan plan = pk::forward_tile_plan(g, m, threads, cores.apart);
   const TileScratch s{plan, g, scratch, panels_of(g.k())};
   for (int64_t i = 0, n = 0; i < g.count; n += g.members[i++].weight.n)
     as_float(g.members[i].bias, g.members[i].bias_dtype, g.members[i].weight.n, scratch + plan.bias_at + n);
   const int64_t columns = pk::member_steps(g), tasks = (columns + plan.block - 1) / plan.block;
+  const int64_t each = plan.team_rows / SIDE;
+  Teams teams(plan.teams);
 #pragma omp parallel num_threads(threads)
   {
+    int64_t turn = 0;
+    cores.measure();
     tiles_on();
     pack_projections(s, true);
 #pragma omp barrier
     for (int64_t m0 = 0; m0 < m; m0 += plan.mc) {
       const int64_t rows = smaller(plan.mc, m - m0);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < panels_of(rows); p++)
+      const auto panels = [&](int64_t team) { return team_panels(s, team, rows); };
+      teams.run(turn++, panels, [&](int64_t team, int64_t i) {
+        const int64_t p = team * each + i;
         forward_panel(s, x, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < tasks; task++)
-        forward_task(s, task * plan.block, smaller(plan.block, columns - task * plan.block), m0, rows, m);
-    }
-    tiles_off();
-  }
-}
-
-// One panel of every dy -> packed; dyb of every adapter, and its low-rank operand.
-static void backward_panel(const TileScratch& s, int64_t row, int64_t rows, int64_t panel) {
-  const pk::Group& g = s.group;
-  for (int64_t i = 0, step = 0; i < g.count; step += panels_of(g.members[i++].weight.n)) {
-    const int64_t n = g.members[i].weight.n;
-    bf16* packed = s.packed(panel) + step * STEP;
-    if (n) pack_tiles((const bf16*)g.members[i].dy + row * n, n, rows, n, packed);
-    for_each_adapter(g, false, [&](const pk_adapter& a, const TileCursor& at, int64_t steps) {
-      const pk::Lanes lanes = pk::lanes_of(a, row, rows);
-      if (a.member != i || lanes.from >= lanes.to) return;
-      float* sums = s.own_sums();
-      project_panel(s, a, at.project, steps, packed, row, lanes, false, sums);
-      if (a.dyb)
-        store_sums(sums, lanes, a.lora.r, a.lora.scaling,
-                   a.dyb + (row + lanes.from - a.row_begin) * a.lora.r);
-      pack_low(a.lora, sums, lanes.from, lanes.to, a.lora.scaling, s.low(panel, at.low));
-    });
-  }
-}
-
-// c, a block of dx at (row, k0), += drop(dyb A) of the adapters that drop.
-static void add_dropped(const TileScratch& s, int64_t k0, int64_t row, int64_t rows, int64_t panel,
-                        const bf16* low_factors, float* c) {
-  for_each_adapter(s.group, false, [&](const pk_adapter& a, const TileCursor& at, int64_t) {
-    const pk::Lanes lanes = pk::lanes_of(a, row, rows);
-    if (!a.lora.dropout_threshold || lanes.from >= lanes.to) return;
-    const Segment part = {s.low(panel, at.low), low_factors + at.low * STEP, panels_of(low_length(a.lora))};
-    float* block = s.own_block();
-    tile_product(&part, 1, block, false, rows);
-    const Dropout d = make_dropout(a.lora.dropout_threshold, a.lora.seed);
-    uint8_t bits[SIDE * 8];  // a draw is 64 elements
-    draw_bits(d, row + lanes.from - a.row_begin, k0, lanes.to - lanes.from, SIDE, bits, 8);
-    for (int64_t i = lanes.from; i < lanes.to; i++) {
-      uint32_t word;
-      memcpy(&word, bits + (i - lanes.from) * 8, 4);
-      vf factor[2];
-      factors(word, set1(d.scale), factor);
-      for (int64_t half = 0; half < 2; half++) {
-        const int64_t to = i / 16 * 512 + half * 256 + i % 16 * 16;
-        store(c + to, fma(factor[half], load(block + to), load(c + to)));
-      }
-    }
-  });
-}
-
-// Column panels [from, from + count) of dx for the rows [m0, m0 + rows).
-static void backward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t rows,
-                          int64_t m, bf16* dx) {
-  const pk::Group& g = s.group;
-  const int64_t k = g.k();
-  for (int64_t i = 0, before = 0; i < g.count; before += panels_of(g.members[i++].weight.n)) {
-    const int64_t n = g.members[i].weight.n, all = panels_of(n);
-    const int64_t chunk = all ? pk::ceil_div(all, pk::ceil_div(all, pk::CHUNK)) : 1;
-    for (int64_t step = 0; step < all; step += chunk) {
-      const int64_t steps = smaller(chunk, all - step);
-      const bool first = before + step == 0, last = before + step + steps == s.steps;
-      for (int64_t q = 0; q < count; q++) {
-        const int64_t k0 = (from + q) * SIDE;
-        decode_pairs(g.members[i].weight, step * SIDE, smaller(n - step * SIDE, steps * SIDE), k0, s.own_b());
-        if (last)
-          for_each_adapter(g, false, [&](const pk_adapter& a, const TileCursor& cursor, int64_t) {
-            pack_low_rows(a.lora, k, k0, s.own_low() + cursor.low * STEP);
+      });
+      teams.run(
+          turn++, [&](int64_t team) { return panels(team) ? tasks : 0; },
+          [&](int64_t team, int64_t i) {
+            forward_task(s, i * plan.block, smaller(plan.block, columns - i * plan.block), m0, team * each,
+                         panels(team), m);
           });
-        for (int64_t p = 0; p < panels_of(rows); p++) {
-          const int64_t row = m0 + p * SIDE, here = smaller(SIDE, m - row);
-          float* c = s.own_c(q) + (last && first ? 0 : p * STEP);
-          const auto takes = [&](const pk_adapter& a) {
-            const pk::Lanes lanes = pk::lanes_of(a, row, here);
-            return !a.lora.dropout_threshold && lanes.from < lanes.to;
-          };
-          const bf16* a = s.packed(p) + (before + step) * STEP;
-          product_with_adapters(s, false, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, !first,
-                                here, takes);
-          if (!last) continue;
-          add_dropped(s, k0, row, here, p, s.own_low(), c);
-          store_block(c, here, SIDE, nullptr, dx + row * k + k0, k);
-        }
-      }
     }
-  }
-}
-
-// xa and dyb as operands of the gradients that are wanted, by one thread of those that call it together.
-static void pack_all_slots(const TileScratch& s) {
-  const pk::Group& g = s.group;
-  for (int64_t of_xa = 0; of_xa < 2; of_xa++) {
-    bf16* out = s.slots(of_xa);
-    for (int64_t i = 0; out && i < g.adapter_count; i++) {
-      const pk_adapter& a = g.adapters[i];
-      const int64_t rows = a.row_end - a.row_begin, r = a.lora.r;
-      const int64_t steps = panels_of(rows), count = steps * slot_blocks(a.lora);
-      const bool wanted = of_xa ? a.d_lora_b != nullptr : a.d_lora_a != nullptr;
-#pragma omp for schedule(static) nowait
-      for (int64_t j = 0; j < (wanted ? count : 0); j++) {
-        const int64_t step = j % steps, from = step * SIDE;
-        const float* low = (of_xa ? a.xa : a.dyb) + from * r;
-        pack_slots(low, smaller(SIDE, rows - from), r, sum_pieces(a.lora.dtype), j / steps * SIDE,
-                   out + j * STEP);
-      }
-      out += count * STEP;
-    }
-  }
-}
-
-// What is summed over rows. dy is read where it lies packed, if one pass held all of it.
-static void tile_gradients(const TileScratch& s, const bf16* x, int64_t m) {
-  const pk::Group& g = s.group;
-  pk::Plan strips{};
-  strips.own_at = s.plan.own_at, strips.own_size = s.plan.own_size;
-  pack_all_slots(s);
-#pragma omp barrier
-  column_strips<bf16>(Scratch{strips, g, s.base, g.operands().r}, m, [&](int64_t member) {
-    if (member == ALL) return Source<bf16>{x, g.k(), ALL, s.slots(false)};
-    int64_t before = 0;
-    for (int64_t i = 0; i < member; i++) before += panels_of(g.members[i].weight.n);
-    const bf16* tiles = m <= s.plan.mc ? s.packed(0) + before * STEP : nullptr;
-    const pk_member& own = g.members[member];
-    return Source<bf16>{(const bf16*)own.dy, own.weight.n, member, s.slots(true), tiles, s.steps * STEP};
-  });
-}
-
-static void backward_tiles(const pk::Group& g, const bf16* x, int64_t m, bf16* dx, float* scratch,
-                           int threads) {
-  const pk::TilePlan plan = pk::backward_tile_plan(g, m, threads);
-  const TileScratch s{plan, g, scratch, pk::member_steps(g)};
-  const int64_t columns = panels_of(g.k()), tasks = (columns + plan.block - 1) / plan.block;
-#pragma omp parallel num_threads(threads)
-  {
-    tiles_on();
-    pack_projections(s, false);
-#pragma omp barrier
-    for (int64_t m0 = 0; m0 < m; m0 += plan.mc) {
-      const int64_t rows = smaller(plan.mc, m - m0);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < panels_of(rows); p++)
-        backward_panel(s, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < tasks; task++)
-        backward_task(s, task * plan.block, smaller(plan.block, columns - task * plan.block), m0, rows, m,
-                      dx);
-    }
-    tile_gradients(s, x, m);
     tiles_off();
   }
 }

@@ -110,32 +110,49 @@ static inline __m512i pair_codes(__m512i bytes, __m512i spread) {
                          _mm512_set1_epi32(0x00100000));
 }
 
-// Columns of dx: [k0, k0 + 32) of W over `rows` of its rows from n0 on -> steps of B, zeros for missing rows.
+// out [count] = the absmax of the blocks of elements start, start + stride, ... of a 4-bit weight.
+static void block_scales(const pk_weight& w, int64_t start, int64_t stride, int64_t count, float* out) {
+  const int shift = pk::log2_of(w.blocksize);
+  if (const float* absmax = w.absmax) {
+    for (int64_t i = 0; i < count; i++, start += stride) out[i] = absmax[start >> shift];
+    return;
+  }
+  const uint8_t* bytes = w.absmax_8bit;
+  const float *code = w.absmax_code, *nested = w.nested_absmax, offset = *w.absmax_offset;
+  const int nested_shift = shift + pk::log2_of(w.nested_blocksize);
+  for (int64_t i = 0; i < count; i++, start += stride)
+    out[i] = pk::denested(code[bytes[start >> shift]], nested[start >> nested_shift], offset);
+}
+
+// Columns of dx: [k0, k0 + 32) of W over `rows` of its rows from n0 on, CHUNK steps at most -> steps of B,
+// zeros for missing rows.
 static void decode_pairs(const pk_weight& w, int64_t n0, int64_t rows, int64_t k0, bf16* out) {
   alignas(64) static constexpr uint32_t SPREAD[16] = {
       0x100000, 0x100000, 0x110001, 0x110001, 0x120002, 0x120002, 0x130003, 0x130003,
       0x140004, 0x140004, 0x150005, 0x150005, 0x160006, 0x160006, 0x170007, 0x170007};
   const __m512i low = _mm512_load_si512(SPREAD), high = _mm512_add_epi32(low, _mm512_set1_epi32(0x080008));
-  const int shift = __builtin_ctz((unsigned)w.blocksize);
   const vf codes = load(w.code);
-  for (int64_t i = 0; i < pk::round_up(rows, SIDE); i += 2) {
+  const int64_t ld = w.k / 2;  // of packed rows, in bytes
+  const uint8_t* packed = (const uint8_t*)w.data + (n0 * w.k + k0) / 2;
+  float scales[pk::CHUNK * SIDE + 1];
+  block_scales(w, n0 * w.k + k0, w.k, rows, scales);
+  scales[rows] = 0.0f;
+  for (int64_t i = 0; i < pk::round_up(rows, SIDE); i += 2, packed += 2 * ld) {
     bf16* to = out + i / SIDE * STEP + i % SIDE / 2 * 32;
     if (i >= rows) {
       store_words(to, _mm512_setzero_si512());
       store_words(to + HALF, _mm512_setzero_si512());
       continue;
     }
-    const int64_t first = (n0 + i) * w.k + k0, second = i + 1 < rows ? first + w.k : first;
-    const uint8_t* packed = (const uint8_t*)w.data;
     // 16 rows on: a row's piece is too short for the hardware's streams.
-    __builtin_prefetch(packed + (first >> 1) + 8 * w.k);
-    __builtin_prefetch(packed + (second >> 1) + 8 * w.k);
-    const __m256i both = _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(packed + (first >> 1)))),
-        _mm_loadu_si128((const __m128i*)(packed + (second >> 1))), 1);
+    __builtin_prefetch(packed + 16 * ld);
+    __builtin_prefetch(packed + 17 * ld);
+    const uint8_t* second = i + 1 < rows ? packed + ld : packed;
+    const __m256i both =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)packed)),
+                                _mm_loadu_si128((const __m128i*)second), 1);
     const __m512i bytes = _mm512_castsi256_si512(both);
-    const float scale = i + 1 < rows ? pk::absmax_of(w, second >> shift) : 0.0f;
-    const __m512i table = round_both(codes * set1(pk::absmax_of(w, first >> shift)), codes * set1(scale));
+    const __m512i table = round_both(codes * set1(scales[i]), codes * set1(scales[i + 1]));
     store_words(to, _mm512_permutexvar_epi16(pair_codes(bytes, low), table));
     store_words(to + HALF, _mm512_permutexvar_epi16(pair_codes(bytes, high), table));
   }

@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 11
+#define PEFTKERN_ABI_VERSION 12
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
@@ -75,6 +75,15 @@ PK_API const char* pk_isa_name(int i);
 /* Force a level; PK_ERR_ISA where this CPU lacks it. Not to be called while kernels run. The variable
  * PEFTKERN_CPU_ISA does it at load. */
 PK_API int pk_set_isa(const char* name);
+
+/* Whether the threads' cores have a cache in common decides how they share a product in bf16 tiles; the bits
+ * are the same. By default it is measured, again and again, as virtual cores are moved; not to be set while
+ * kernels run. PK_ERR_SHAPE for another number. */
+enum { PK_CORES_MEASURED = 0, PK_CORES_TOGETHER = 1, PK_CORES_APART = 2 };
+PK_API int pk_set_cores(int how);
+/* Measured now, between the first and the last of `threads`: ns of a round trip of a cache line; 0 for one
+ * thread, or where the other does not answer. */
+PK_API int64_t pk_core_distance(int threads);
 
 /* w [numel] of `dtype` -> packed uint8 [(numel+1)/2], absmax fp32 [ceil(numel/blocksize)]; nearest code, a
  * tie to the lower, NaN to 0. */

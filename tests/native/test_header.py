@@ -287,6 +287,16 @@ def test_levels(lib: ctypes.CDLL) -> None:
     assert lib.pk_isa() == before
 
 
+def test_how_far_apart_cores_are(lib: ctypes.CDLL) -> None:
+    """A round trip between two threads is of ns, or they do not answer; one thread has none to go to. What
+    calls take cores for can be said, as one of three."""
+    lib.pk_core_distance.restype = ctypes.c_int64
+    assert lib.pk_core_distance(1) == 0
+    assert all(0 <= lib.pk_core_distance(2) < 10**6 for _ in range(20))
+    assert [lib.pk_set_cores(how) for how in (1, 2, 0)] == [OK] * 3
+    assert [lib.pk_set_cores(how) for how in (-1, 3)] == [SHAPE] * 2
+
+
 def _printed(code: str, **variables: str) -> str:
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=120

@@ -4,6 +4,8 @@ test_qlora_group.py."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,20 +87,28 @@ def test_not_finite_numbers_stay_in_their_rows(level: str) -> None:
     assert torch.equal(dx[others], clean[1][others])
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_threads_do_not_change_a_bit(level: str, dropout_p: float) -> None:
+@pytest.fixture
+def cores():
+    """Sets whether threads share work as on cores with a common cache (1) or without (2)."""
+    yield backends.native().set_cores
+    backends.native().set_cores(0)
+
+
+@pytest.mark.parametrize("m, dtype, dropout_p", [(100, torch.bfloat16, 0.25), (300, torch.float32, 0.0)])
+def test_threads_do_not_change_a_bit(level: str, cores, m: int, dtype: torch.dtype, dropout_p: float) -> None:
+    """However they share the work; from 128 rows on gradients are summed over either half of them apart."""
     weight, threads = NF4Weight.from_dense(torch.randn(200, 320)), torch.get_num_threads()
-    a, b = (
-        torch.randn(8, 320).to(torch.bfloat16).requires_grad_(),
-        torch.randn(200, 8).to(torch.bfloat16).requires_grad_(),
-    )
-    x, dy = torch.randn(100, 320).to(torch.bfloat16), torch.randn(100, 200).to(torch.bfloat16)
+    a, b = torch.randn(8, 320).to(dtype).requires_grad_(), torch.randn(200, 8).to(dtype).requires_grad_()
+    x, dy = torch.randn(m, 320).to(torch.bfloat16), torch.randn(m, 200).to(torch.bfloat16)
+    bias = torch.randn(200).requires_grad_()
     results = []
     try:
-        for count in (1, 2, 3):
+        for count, how in itertools.product((1, 2, 3, 4), (1, 2)):
             torch.set_num_threads(count)
+            cores(how)
             torch.manual_seed(5)
-            results.append(_results(x, weight, dy, lora_a=a, lora_b=b, dropout_p=dropout_p))
+            options = dict(bias=bias, lora_a=a, lora_b=b, dropout_p=dropout_p)
+            results.append(_results(x, weight, dy, **options))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
