@@ -50,8 +50,8 @@ static void add_dropped(const TileScratch& s, int64_t k0, int64_t row, int64_t r
 }
 
 // The same of dx.
-static void backward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t first,
-                          int64_t panels, int64_t m, bf16* dx) {
+static void backward_task(const TileScratch& s, Stretch columns, int64_t m0, Stretch panels, int64_t m,
+                          bf16* dx) {
   const pk::Group& g = s.group;
   const int64_t k = g.k();
   for (int64_t i = 0, before = 0; i < g.count; before += panels_of(g.members[i++].weight.n)) {
@@ -59,23 +59,23 @@ static void backward_task(const TileScratch& s, int64_t from, int64_t count, int
     const int64_t chunk = all ? pk::ceil_div(all, pk::ceil_div(all, pk::CHUNK)) : 1;
     for (int64_t step = 0; step < all; step += chunk) {
       const int64_t steps = smaller(chunk, all - step);
-      const bool begins = before + step == 0, last = before + step + steps == s.steps;
-      for (int64_t q = 0; q < count; q++) {
-        const int64_t k0 = (from + q) * SIDE;
+      const bool first = before + step == 0, last = before + step + steps == s.steps;
+      for (int64_t q = 0; q < columns.count; q++) {
+        const int64_t k0 = (columns.from + q) * SIDE;
         decode_pairs(g.members[i].weight, step * SIDE, smaller(n - step * SIDE, steps * SIDE), k0, s.own_b());
         if (last)
           for_each_adapter(g, false, [&](const pk_adapter& a, const TileCursor& cursor, int64_t) {
             pack_low_rows(a.lora, k, k0, s.own_low() + cursor.low * STEP);
           });
-        for (int64_t p = first; p < first + panels; p++) {
+        for (int64_t p = panels.from; p < panels.from + panels.count; p++) {
           const int64_t row = m0 + p * SIDE, here = smaller(SIDE, m - row);
-          float* c = s.own_c(q) + (last && begins ? 0 : (p - first) * STEP);
+          float* c = s.own_c(q) + (last && first ? 0 : (p - panels.from) * STEP);
           const auto takes = [&](const pk_adapter& a) {
             const pk::Lanes lanes = pk::lanes_of(a, row, here);
             return !a.lora.dropout_threshold && lanes.from < lanes.to;
           };
           const bf16* a = s.packed(p) + (before + step) * STEP;
-          product_with_adapters(s, false, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, !begins,
+          product_with_adapters(s, false, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, !first,
                                 here, takes);
           if (!last) continue;
           add_dropped(s, k0, row, here, p, s.own_low(), c);
@@ -156,8 +156,6 @@ static void backward_tiles(const pk::Group& g, const bf16* x, int64_t m, bf16* d
   Cores cores(threads);
   const pk::TilePlan plan = pk::backward_tile_plan(g, m, threads, cores.apart);
   const TileScratch s{plan, g, scratch, pk::member_steps(g)};
-  const int64_t columns = panels_of(g.k()), tasks = (columns + plan.block - 1) / plan.block;
-  const int64_t each = plan.team_rows / SIDE;
   Teams teams(plan.teams);
 #pragma omp parallel num_threads(threads)
   {
@@ -166,20 +164,10 @@ static void backward_tiles(const pk::Group& g, const bf16* x, int64_t m, bf16* d
     tiles_on();
     pack_projections(s, false);
 #pragma omp barrier
-    for (int64_t m0 = 0; m0 < m; m0 += plan.mc) {
-      const int64_t rows = smaller(plan.mc, m - m0);
-      const auto panels = [&](int64_t team) { return team_panels(s, team, rows); };
-      teams.run(turn++, panels, [&](int64_t team, int64_t i) {
-        const int64_t p = team * each + i;
-        backward_panel(s, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
-      });
-      teams.run(
-          turn++, [&](int64_t team) { return panels(team) ? tasks : 0; },
-          [&](int64_t team, int64_t i) {
-            backward_task(s, i * plan.block, smaller(plan.block, columns - i * plan.block), m0, team * each,
-                          panels(team), m, dx);
-          });
-    }
+    for_each_pass(
+        s, teams, turn, m, panels_of(g.k()),
+        [&](int64_t m0, int64_t p) { backward_panel(s, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p); },
+        [&](int64_t m0, Stretch rows, Stretch columns) { backward_task(s, columns, m0, rows, m, dx); });
     tile_gradients(s, x, m, teams, turn);
     tiles_off();
   }

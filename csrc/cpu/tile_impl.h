@@ -40,11 +40,10 @@ struct TileScratch {
   bf16* own_masked() const { return (bf16*)(own_block() + STEP); }
 };
 
-// Row panels of a team among those of a pass of `rows`.
-static inline int64_t team_panels(const TileScratch& s, int64_t team, int64_t rows) {
-  const int64_t each = s.plan.team_rows / SIDE;
-  return smaller(each, pk::largest(0, panels_of(rows) - team * each));
-}
+// Panels that follow each other.
+struct Stretch {
+  int64_t from, count;
+};
 
 // Where an adapter's operands begin among those of all.
 struct TileCursor {
@@ -182,15 +181,14 @@ static inline __attribute__((always_inline)) void product_with_adapters(
   tile_product(parts, count, c, accumulate, rows);
 }
 
-// Column panels [from, from + count) of y for row panels [first, first + panels) of a pass from row m0 on.
-static void forward_task(const TileScratch& s, int64_t from, int64_t count, int64_t m0, int64_t first,
-                         int64_t panels, int64_t m) {
+// Some columns of y for some rows of the pass from row m0 on.
+static void forward_task(const TileScratch& s, Stretch columns, int64_t m0, Stretch panels, int64_t m) {
   const pk::Group& g = s.group;
   for (int64_t step = 0; step < s.steps; step += s.plan.chunk) {
     const int64_t steps = smaller(s.plan.chunk, s.steps - step);
     const bool last = step + steps == s.steps;
-    for (int64_t q = 0; q < count; q++) {
-      const ColumnPanel at = column_panel(g, from + q);
+    for (int64_t q = 0; q < columns.count; q++) {
+      const ColumnPanel at = column_panel(g, columns.from + q);
       const pk_member& member = g.members[at.member];
       decode_columns(member.weight, at.n0, at.cols, step * SIDE, steps, s.own_b());
       if (last)
@@ -199,9 +197,9 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
             pack_low_columns(a.lora, at.n0, at.cols, s.own_low() + cursor.low * STEP);
         });
       const float* bias = s.bias(at.member, at.n_before);
-      for (int64_t p = first; p < first + panels; p++) {
+      for (int64_t p = panels.from; p < panels.from + panels.count; p++) {
         const int64_t row = m0 + p * SIDE, here = smaller(SIDE, m - row);
-        float* c = s.own_c(q) + (last && !step ? 0 : (p - first) * STEP);
+        float* c = s.own_c(q) + (last && !step ? 0 : (p - panels.from) * STEP);
         const auto takes = [&](const pk_adapter& a) {
           const pk::Lanes lanes = pk::lanes_of(a, row, here);
           return a.member == at.member && lanes.from < lanes.to;
@@ -217,14 +215,34 @@ static void forward_task(const TileScratch& s, int64_t from, int64_t count, int6
   }
 }
 
+// The passes over m rows, by the threads of a parallel region: `pack(m0, panel)` for each row panel of a pass
+// from row m0 on, then `product(m0, rows, columns)` of stretches of its row panels and of column panels.
+template <typename F, typename G>
+static void for_each_pass(const TileScratch& s, Teams& teams, int64_t& turn, int64_t m, int64_t column_panels,
+                          F pack, G product) {
+  const int64_t block = s.plan.block, tasks = pk::ceil_div(column_panels, block);
+  for (int64_t m0 = 0; m0 < m; m0 += s.plan.mc) {
+    const int64_t panels = panels_of(smaller(s.plan.mc, m - m0)), each = s.plan.team_rows / SIDE;
+    const auto rows = [&](int64_t team) {
+      return Stretch{team * each, smaller(each, pk::largest(0, panels - team * each))};
+    };
+    teams.run(
+        turn++, [&](int64_t team) { return rows(team).count; },
+        [&](int64_t team, int64_t i) { pack(m0, rows(team).from + i); });
+    teams.run(
+        turn++, [&](int64_t team) { return rows(team).count ? tasks : 0; },
+        [&](int64_t team, int64_t i) {
+          product(m0, rows(team), Stretch{i * block, smaller(block, column_panels - i * block)});
+        });
+  }
+}
+
 static void forward_tiles(const pk::Group& g, const bf16* x, int64_t m, float* scratch, int threads) {
   Cores cores(threads);
   const pk::TilePlan plan = pk::forward_tile_plan(g, m, threads, cores.apart);
   const TileScratch s{plan, g, scratch, panels_of(g.k())};
   for (int64_t i = 0, n = 0; i < g.count; n += g.members[i++].weight.n)
     as_float(g.members[i].bias, g.members[i].bias_dtype, g.members[i].weight.n, scratch + plan.bias_at + n);
-  const int64_t columns = pk::member_steps(g), tasks = (columns + plan.block - 1) / plan.block;
-  const int64_t each = plan.team_rows / SIDE;
   Teams teams(plan.teams);
 #pragma omp parallel num_threads(threads)
   {
@@ -233,20 +251,12 @@ static void forward_tiles(const pk::Group& g, const bf16* x, int64_t m, float* s
     tiles_on();
     pack_projections(s, true);
 #pragma omp barrier
-    for (int64_t m0 = 0; m0 < m; m0 += plan.mc) {
-      const int64_t rows = smaller(plan.mc, m - m0);
-      const auto panels = [&](int64_t team) { return team_panels(s, team, rows); };
-      teams.run(turn++, panels, [&](int64_t team, int64_t i) {
-        const int64_t p = team * each + i;
-        forward_panel(s, x, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
-      });
-      teams.run(
-          turn++, [&](int64_t team) { return panels(team) ? tasks : 0; },
-          [&](int64_t team, int64_t i) {
-            forward_task(s, i * plan.block, smaller(plan.block, columns - i * plan.block), m0, team * each,
-                         panels(team), m);
-          });
-    }
+    for_each_pass(
+        s, teams, turn, m, pk::member_steps(g),
+        [&](int64_t m0, int64_t p) {
+          forward_panel(s, x, m0 + p * SIDE, smaller(SIDE, m - m0 - p * SIDE), p);
+        },
+        [&](int64_t m0, Stretch rows, Stretch columns) { forward_task(s, columns, m0, rows, m); });
     tiles_off();
   }
 }
