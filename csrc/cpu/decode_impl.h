@@ -26,7 +26,7 @@ static void decode_run(const uint8_t* packed, const float* code, const Table& ta
 #if defined(PK_AVX2) || defined(PK_AVX512)
 // A block's 16 values, rounded to T, in one register: through memory the load would wait for the stores.
 #if defined(PK_AVX512)
-static inline __m256i rounded_codes(vf v, bf16*) { return _mm512_cvtepi32_epi16((__m512i)round_bf16(v)); }
+static inline __m256i rounded_codes(vf v, bf16*) { return bits_of_bf16(v); }
 static inline __m256i rounded_codes(vf v, f16*) {
   return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
@@ -133,6 +133,43 @@ static void convert(const Src* in, int64_t count, T* out) {
   for (; i < count; i++) from_float(to_float(in[i]), &out[i]);
 }
 
+#if defined(PK_AVX512)
+// out [count] = the absmax of the blocks of elements start, start + stride, ... of a 4-bit weight.
+static void block_scales(const pk_weight& w, int64_t start, int64_t stride, int64_t count, float* out) {
+  const int shift = pk::log2_of(w.blocksize);
+  if (const float* absmax = w.absmax) {
+    for (int64_t i = 0; i < count; i++, start += stride) out[i] = absmax[start >> shift];
+    return;
+  }
+  const uint8_t* bytes = w.absmax_8bit;
+  const float *code = w.absmax_code, *nested = w.nested_absmax, offset = *w.absmax_offset;
+  const int nested_shift = shift + pk::log2_of(w.nested_blocksize);
+  for (int64_t i = 0; i < count; i++, start += stride)
+    out[i] = pk::denested(code[bytes[start >> shift]], nested[start >> nested_shift], offset);
+}
+
+// `count` whole blocks of 32 codes or more from element `start` on -> 16-bit outputs.
+template <typename T>
+static void decode_blocks(const pk_weight& w, int64_t start, int64_t count, T* out) {
+  constexpr int64_t MOST = 64;
+  const int64_t size = w.blocksize;
+  const uint8_t* packed = (const uint8_t*)w.data + (start >> 1);
+  const vf codes = load(w.code);
+  float scales[MOST];
+  for (int64_t done = 0; done < count; done += MOST) {
+    const int64_t here = count - done < MOST ? count - done : MOST;
+    block_scales(w, start + done * size, size, here, scales);
+    for (int64_t b = 0; b < here; b++) {
+      const __m256i once = rounded_codes(codes * set1(scales[b]), (T*)nullptr);
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
+      for (int64_t i = 0; i < size; i += 32, packed += 16, out += 32)
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(word_codes(packed), both));
+    }
+  }
+}
+static inline void decode_blocks(const pk_weight&, int64_t, int64_t, float*) {}
+#endif
+
 // Elements [start, start + count) of the flattened weight -> out.
 template <typename T>
 static void decode(const pk_weight& w, const Table& table, int64_t start, int64_t count, T* out) {
@@ -143,7 +180,15 @@ static void decode(const pk_weight& w, const Table& table, int64_t start, int64_
   }
   const int64_t size = w.blocksize;
   const int shift = __builtin_ctz((unsigned)w.blocksize);
-  for (int64_t end = start + count; start < end;) {
+  const int64_t end = start + count;
+#if defined(PK_AVX512)
+  if (sizeof(T) == 2 && size >= 32 && start % size == 0) {
+    const int64_t whole = count >> shift;
+    decode_blocks(w, start, whole, out);
+    start += whole << shift, out += whole << shift;
+  }
+#endif
+  while (start < end) {
     int64_t block = start >> shift, stop = (block + 1) * size, run = (stop < end ? stop : end) - start;
     decode_block((const uint8_t*)w.data, w.code, table, start, run, pk::absmax_of(w, block), out);
     start += run;

@@ -143,13 +143,19 @@ static inline vu round_bf16(vf v) {  // bf16 bits in the low half of each lane, 
   vu r = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   return (r & ~nan) | ((u >> 16 | 0x40) & nan);
 }
-static inline void storex(bf16* p, vf v) {
 #if defined(PK_AVX512)
+// The same, 16 of 16 bits.
+static inline __m256i bits_of_bf16(vf v) {
   const __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   const auto nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+#endif
+static inline void storex(bf16* p, vf v) {
+#if defined(PK_AVX512)
+  _mm256_storeu_si256((__m256i*)p, bits_of_bf16(v));
 #elif defined(PK_AVX2)
   const vu r = round_bf16(v);
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)r, (__m256i)r), 0xd8);

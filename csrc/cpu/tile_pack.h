@@ -110,20 +110,6 @@ static inline __m512i pair_codes(__m512i bytes, __m512i spread) {
                          _mm512_set1_epi32(0x00100000));
 }
 
-// out [count] = the absmax of the blocks of elements start, start + stride, ... of a 4-bit weight.
-static void block_scales(const pk_weight& w, int64_t start, int64_t stride, int64_t count, float* out) {
-  const int shift = pk::log2_of(w.blocksize);
-  if (const float* absmax = w.absmax) {
-    for (int64_t i = 0; i < count; i++, start += stride) out[i] = absmax[start >> shift];
-    return;
-  }
-  const uint8_t* bytes = w.absmax_8bit;
-  const float *code = w.absmax_code, *nested = w.nested_absmax, offset = *w.absmax_offset;
-  const int nested_shift = shift + pk::log2_of(w.nested_blocksize);
-  for (int64_t i = 0; i < count; i++, start += stride)
-    out[i] = pk::denested(code[bytes[start >> shift]], nested[start >> nested_shift], offset);
-}
-
 // Columns of dx: [k0, k0 + 32) of W over `rows` of its rows from n0 on, CHUNK steps at most -> steps of B,
 // zeros for missing rows.
 static void decode_pairs(const pk_weight& w, int64_t n0, int64_t rows, int64_t k0, bf16* out) {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from ...formats.nf4 import NF4Weight
-from .. import LIBRARY, backend, serving
+from .. import LIBRARY, backend, serving, undispatched
 
 __all__ = ["dequantize_4bit"]
 
@@ -70,13 +70,14 @@ def _(
 def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """NF4Weight -> dense tensor of `dtype` in `weight.shape`, or `out` filled."""
     w = weight
+    given = w.packed, w.code, w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset
+    # No gradient leads here, so that the dispatcher is for those who observe it: it takes longer than a small
+    # weight's decoding.
+    direct = undispatched(w.packed) and (out is None or type(out) is Tensor)
+    ops = torch.ops.peftkern
     if out is not None:
-        absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
-        torch.ops.peftkern.dequantize_4bit_out(
-            w.packed, w.code, *absmax, w.blocksize, w.nested_blocksize, out
-        )
+        fill = _impl_out if direct else ops.dequantize_4bit_out
+        fill(*given, w.blocksize, w.nested_blocksize, out)
         return out
-    absmax = (w.absmax, w.absmax_8bit, w.absmax_code, w.nested_absmax, w.absmax_offset)
-    return torch.ops.peftkern.dequantize_4bit(
-        w.packed, w.code, *absmax, w.shape, w.blocksize, w.nested_blocksize, dtype
-    )
+    make = _impl if direct else ops.dequantize_4bit
+    return make(*given, w.shape, w.blocksize, w.nested_blocksize, dtype)
