@@ -1,6 +1,7 @@
 """Shared fixtures: every test that takes `isa` runs on each level this CPU has."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,24 +25,24 @@ if not torch.cuda.is_available():
 from peftkern.runtime import backends  # noqa: E402
 
 
-# Without the extension this raises, and names the fix: the kernels' tests must not pass by being skipped.
-@pytest.fixture(params=backends.native().isas())
-def isa(request: pytest.FixtureRequest):
+def _forced(name: str) -> Iterator[str]:
     native = backends.native()
     before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
+    native.set_isa(name)
+    yield name
     native.set_isa(before)
+
+
+# Without the extension this raises, and names the fix: the kernels' tests must not pass by being skipped.
+@pytest.fixture(params=backends.native().isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from _forced(request.param)
 
 
 @pytest.fixture(params=[level for level in backends.native().isas() if level in ("avx512bf16", "amx")])
-def level(request: pytest.FixtureRequest):
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """As `isa`, of the levels with bf16 products."""
-    native = backends.native()
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    yield from _forced(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -281,7 +281,7 @@ def test_adapterhubs_adapters_compute_what_its_library_computes(
     load_bottleneck(model, folder)
     expected = load_file(folder / "output.safetensors")["output"]
     got = cases.output(model)
-    torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)  # 2e-16 where measured
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)  # 4.4e-16 on a Zen 5
     assert (got - cases.output(cases.build(name))).abs().max() > 0.01
     (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
     torch.save(load_file(folder / "adapter.safetensors"), tmp_path / "pytorch_adapter.bin")

@@ -61,14 +61,14 @@ def test_output_and_every_gradient_are_those_of_the_definition(
     found = operands(same=same, bias=bias, scaling=scaling)
     got = bottleneck(*found.values(), activation=activation)
     exact = definition.bottleneck(*found.values(), activation=activation)
-    torch.testing.assert_close(got, exact, rtol=2e-14, atol=2e-14)  # 1.3e-15 where measured
+    torch.testing.assert_close(got, exact, rtol=2e-14, atol=2e-14)  # 6 % of that on a Zen 5
     dy = torch.randn_like(got)
     for ours, theirs in zip(
         torch.autograd.grad(got, leaves(found), dy),
         torch.autograd.grad(exact, leaves(found), dy),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, rtol=5e-14, atol=5e-14)  # 5.4e-15 where measured
+        torch.testing.assert_close(ours, theirs, rtol=5e-14, atol=5e-14)  # 11 % of that on a Zen 5
 
 
 @pytest.mark.parametrize("same", [True, False])
