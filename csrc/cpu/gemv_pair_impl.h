@@ -6,8 +6,9 @@
 
 namespace PK_NS {
 
-constexpr int MOST_PAIR_ROWS = 16;  // of x, that share a decode
-constexpr int PAIR_TASK = 16;       // rows of W, whose sums are one vector of each row of y
+constexpr int MOST_PAIR_ROWS =
+    8;                         // of x, that share a decode: two rows of W have 16 sums, half the registers
+constexpr int PAIR_TASK = 16;  // rows of W, whose sums are one vector of each row of y
 
 static inline bool gemv_pairs_take(const pk_weight& w) {
   return w.code && w.blocksize >= 64 && w.k % 64 == 0;
@@ -86,6 +87,12 @@ static void nested_scales(const pk_weight& w, const NestedCode& code, int64_t bl
     const uint64_t there = some == 64 ? ~0ull : (1ull << some) - 1;
     vf values[4];
     code.look_up(_mm512_maskz_loadu_epi8(there, w.absmax_8bit + block + i), values);
+    if (some == 64 && (block + i) >> shift == (block + i + 63) >> shift) {  // one nested scale, as mostly
+      const vf scale = set1(w.nested_absmax[(block + i) >> shift]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) store(out + i + v * VW, values[v] * scale + offset);
+      continue;
+    }
     for (int64_t v = 0; v * VW < some; v++) {
       const int64_t first = block + i + v * VW, here = smaller(VW, some - v * VW);
       vf scale = set1(w.nested_absmax[first >> shift]);
@@ -106,7 +113,7 @@ struct PairRows {
   const bf16* x;
 };
 
-// The scales of `count` runs of 64 columns of a row, from element `start` of W on, and one more that counts
+// The scales of `count` runs of 64 columns of a row, from element `start` of W on, and three more that count
 // for nothing.
 static inline void run_scales(const pk_weight& w, const NestedCode& code, int64_t start, int64_t count,
                               float* out) {
@@ -115,43 +122,79 @@ static inline void run_scales(const pk_weight& w, const NestedCode& code, int64_
     for (int64_t i = 0; i < count; i++) out[i] = pk::absmax_of(w, (start + 64 * i) >> shift);
   else if (w.absmax) memcpy(out, w.absmax + (start >> shift), (size_t)count * sizeof(float));
   else nested_scales(w, code, start >> shift, count, out);
-  out[count] = 0.0f;
+  out[count] = out[count + 1] = out[count + 2] = 0.0f;
 }
 
-// Columns a pass over R rows of x: 16 KB of these, or 32 of more than two.
+// Columns whose scales are looked up together, and those of a piece: at most 32 KB of x.
+constexpr int64_t SCALED_STEP = 4096;
 template <int R>
-constexpr int64_t PAIR_STEP = (R > 2 ? 16384 : 8192) / R / WIDE * WIDE;
+constexpr int64_t PAIR_STEP = R > 2 ? 2048 : SCALED_STEP;
 
-// total[q][r] += W[row + q][from ... from + count) x[r][...], q < ROWS rows of W that share each load of x.
+// Rows of W that share each load of R rows of x: their sums are at most 20 registers.
+template <int R>
+constexpr int PAIR_SHARING = R > 5 ? 2 : 4;
+
+// Scales of runs of 64 columns of a task's rows of W, and those that `run_scales` adds.
+struct TaskScales {
+  float of[PAIR_TASK][SCALED_STEP / 64 + VW + 2];
+};
+
+// The scales of whole rows, which lie next to each other: looked up as one run.
+static void short_rows_scales(const pk_weight& w, const NestedCode& code, int64_t n0, int64_t rows,
+                              TaskScales& out) {
+  const int64_t runs = w.k / 64;
+  float all[PAIR_TASK * SCALED_STEP / 64 + VW];
+  run_scales(w, code, n0 * w.k, rows * runs, all);
+  for (int64_t q = 0; q < rows; q++) {
+    for (int64_t i = 0; i < runs; i += VW) store(out.of[q] + i, load(all + q * runs + i));
+    memset(out.of[q] + runs, 0, 3 * sizeof(float));
+  }
+}
+
+// A piece of W: the codes of its first row, those of the piece that is to be fetched meanwhile, and its
+// scales, a row of `TaskScales` from each other.
+struct Piece {
+  const uint8_t *codes, *next;
+  const float* scales;
+};
+
+// total[q][r] += these columns of ROWS rows of W times x[r][...].
 template <int ROWS, int R>
-static void pair_piece(const PairRows& f, int64_t row, const bf16* x, int64_t from, int64_t count,
-                       vf (*total)[R]) {
+static void pair_piece(const pk_weight& w, const Piece& piece, const bf16* x, int64_t count, vf (*total)[R]) {
   constexpr int CHAINS = ROWS * R <= 8 ? 2 : 1;  // or the products wait for one another
-  const vf codes = load(f.w.code);
+  constexpr int64_t SCALES = sizeof(TaskScales) / PAIR_TASK / sizeof(float);
+  const vf codes = load(w.code);
   const __m512i nibble = _mm512_set1_epi16(15);
   const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const int64_t bytes = f.w.k / 2;
-  const uint8_t* packed = (const uint8_t*)f.w.data + row * bytes + from / 2;
-  float scales[ROWS][PAIR_STEP<R> / 64 + VW + 1];
+  const int64_t bytes = w.k / 2;
+  // Scaled and rounded numbers take longer to come than a processor looks ahead past products that wait for
+  // their turn: these are the next step's.
+  __m512i tables[2][ROWS];
+  const auto prepare = [&](int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int q = 0; q < ROWS; q++) {
+      const float* scales = piece.scales + q * SCALES + i / 64;
+      tables[i / WIDE % 2][q] = round_both(codes * set1(scales[0]), codes * set1(scales[1]));
+    }
+  };
+  prepare(0);
   vf sums[CHAINS][ROWS][R];
 #pragma GCC unroll 4
-  for (int q = 0; q < ROWS; q++) {
-    run_scales(f.w, f.code, (row + q) * f.w.k + from, count / 64, scales[q]);
+  for (int q = 0; q < ROWS; q++)
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       sums[CHAINS - 1][q][r] = vf{};
       sums[0][q][r] = total[q][r];
     }
-  }
   for (int64_t i = 0; i < count; i += WIDE) {
     const uint32_t there = first_words((count - i) / 4);  // words of four codes
-    __m512i words[ROWS], table[ROWS];
+    const __m512i* table = tables[i / WIDE % 2];
+    __m512i words[ROWS];
+    prepare(i + WIDE);
 #pragma GCC unroll 4
     for (int q = 0; q < ROWS; q++) {
-      words[q] = _mm512_maskz_loadu_epi16(there, packed + q * bytes + i / 2);
-      // A piece is too short for the hardware's streams.
-      __builtin_prefetch(packed + (q + 2 * ROWS) * bytes + i / 2);
-      table[q] = round_both(codes * set1(scales[q][i / 64]), codes * set1(scales[q][i / 64 + 1]));
+      words[q] = _mm512_maskz_loadu_epi16(there, piece.codes + q * bytes + i / 2);
+      __builtin_prefetch(piece.next + q * bytes + i / 2);
     }
 #pragma GCC unroll 4
     for (int s = 0; s < 4; s++) {
@@ -179,82 +222,47 @@ static void pair_piece(const PairRows& f, int64_t row, const bf16* x, int64_t fr
       total[q][r] = CHAINS == 2 ? sums[0][q][r] + sums[CHAINS - 1][q][r] : sums[0][q][r];
 }
 
-// ---- rows of x by fours, which share codes decoded into the first-level cache
+// The pieces of a task's `rows` rows of W, in the order in which they are multiplied: all rows for the same
+// columns of x, or, of one or two rows of x, all columns of the rows that share loads, as W lies in memory.
+template <int R>
+struct Pieces {
+  static constexpr int ROWS = PAIR_SHARING<R>;
+  static constexpr int64_t STEP = PAIR_STEP<R>;
+  // Pieces from one to that whose codes are fetched meanwhile: they are too short for the hardware's streams.
+  static constexpr int64_t AHEAD = R > 2 ? 1 : 4;
+  int64_t rows, k, full = rows / ROWS, groups = full + rows % ROWS, steps = pk::ceil_div(k, STEP);
 
-constexpr int FEWEST_SHARING = 5;  // rows of x; fewer are multiplied where the codes come up
-// Columns a pass: with 16 rows of x, their sums and the codes 36 KB. A row of up to 640 is one pass.
-constexpr int64_t SHARED_STEP = 512, SHARED_MOST = 640;
-constexpr int64_t SCALED_STEP = 4096;  // columns whose scales are looked up together
-
-// Scales of runs of 64 columns of a task's rows of W.
-struct TaskScales {
-  float of[PAIR_TASK][SCALED_STEP / 64 + VW + 1];
+  int64_t count() const { return groups * steps; }
+  int64_t row(int64_t piece) const {
+    const int64_t group = R > 2 ? piece % groups : piece / steps;
+    return smaller(group, full) * ROWS + pk::largest(group - full, 0);
+  }
+  int64_t from(int64_t piece) const { return STEP * (R > 2 ? piece / groups : piece % steps); }
+  // Where a piece's codes are, from the task's first on; those after the last are the next task's.
+  int64_t codes(int64_t piece) const {
+    const int64_t task = piece / count(), there = piece % count();
+    return ((row(there) + task * rows) * k + from(there)) / 2;
+  }
 };
 
-// Columns [from, from + count) of ROWS rows of W, of every 32 in the order of x a vector a row -> values.
-// scales: of their runs of 64.
-template <int ROWS>
-static void decode_shared(const PairRows& f, int64_t row, int64_t from, int64_t count, const TaskScales& all,
-                          int64_t in_task, int64_t run, bf16* values) {
-  const vf codes = load(f.w.code);
-  const __m512i nibble = _mm512_set1_epi16(15);
-  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  for (int q = 0; q < ROWS; q++) {
-    const uint8_t* packed = (const uint8_t*)f.w.data + ((row + q) * f.w.k + from) / 2;
-    const float* scales = all.of[in_task + q] + run;
-    // What this row's next pass reads, or the next task's first: pieces are too short for the hardware's
-    // streams.
-    const uint8_t* next = packed + count / 2;
-    if (from + count == f.w.k) next = (const uint8_t*)f.w.data + (row + q + PAIR_TASK) * f.w.k / 2;
-    for (int64_t i = 0; i < count; i += WIDE) {
-      const __m512i words = _mm512_maskz_loadu_epi16(first_words((count - i) / 4), packed + i / 2);
-      __builtin_prefetch(next + i / 2);
-      const __m512i table = round_both(codes * set1(scales[i / 64]), codes * set1(scales[i / 64 + 1]));
-#pragma GCC unroll 4
-      for (int s = 0; s < 4; s++) {
-        const __m512i index =
-            _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * s), nibble, second, 0xea);
-        store_words(values + ((i / 32 + s) * ROWS + q) * 32, _mm512_permutexvar_epi16(index, table));
-      }
-    }
+// total[q] += rows [n0, n0 + rows) of W times R rows of x, piece by piece.
+template <int R>
+static void pair_rows(const PairRows& f, int64_t n0, int64_t rows, const bf16* x, vf (*total)[R]) {
+  using P = Pieces<R>;
+  const int64_t k = f.w.k;
+  const P pieces{rows, k};
+  const uint8_t* codes = (const uint8_t*)f.w.data + n0 * k / 2;
+  TaskScales scales;
+  if (k < SCALED_STEP) short_rows_scales(f.w, f.code, n0, rows, scales);
+  for (int64_t p = 0; p < pieces.count(); p++) {
+    const int64_t row = pieces.row(p), from = pieces.from(p), count = smaller(P::STEP, k - from);
+    const int64_t some = row + P::ROWS <= rows ? P::ROWS : 1, run = from % SCALED_STEP / 64;
+    for (int64_t q = row; k >= SCALED_STEP && !run && q < row + some; q++)
+      run_scales(f.w, f.code, (n0 + q) * k + from, smaller(SCALED_STEP, k - from) / 64, scales.of[q]);
+    const Piece piece = {codes + pieces.codes(p), codes + pieces.codes(p + P::AHEAD), scales.of[row] + run};
+    if (some == P::ROWS) pair_piece<P::ROWS, R>(f.w, piece, x + from * R, count, total + row);
+    else pair_piece<1, R>(f.w, piece, x + from * R, count, total + row);
   }
-}
-
-// total[q][first + r] += these times COUNT rows of x from `first` on, of R that lie together.
-template <int ROWS, int COUNT, int R>
-static void multiply_shared(const bf16* values, const bf16* x, int64_t count, int first, vf (*total)[R]) {
-  vf sums[ROWS][COUNT];
-#pragma GCC unroll 4
-  for (int q = 0; q < ROWS; q++)
-#pragma GCC unroll 4
-    for (int r = 0; r < COUNT; r++) sums[q][r] = total[q][first + r];
-  for (int64_t i = 0; i < count; i += WIDE) {
-    const bf16* rows = x + i * R + first * WIDE;
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; s++, values += ROWS * 32)
-#pragma GCC unroll 4
-      for (int r = 0; r < COUNT; r++) {
-        const __m512i columns = load_words(rows + r * WIDE + 32 * s);
-#pragma GCC unroll 4
-        for (int q = 0; q < ROWS; q++)
-          sums[q][r] = dot_pairs(sums[q][r], load_words(values + q * 32), columns);
-      }
-  }
-#pragma GCC unroll 4
-  for (int q = 0; q < ROWS; q++)
-#pragma GCC unroll 4
-    for (int r = 0; r < COUNT; r++) total[q][first + r] = sums[q][r];
-}
-
-// total[q][r] += W[row + q][from ... from + count) x[r][...] for ROWS rows of W and all R of x.
-template <int ROWS, int R>
-static void shared_piece(const PairRows& f, int64_t row, const bf16* x, int64_t from, int64_t count,
-                         const TaskScales& all, int64_t in_task, int64_t run, vf (*total)[R]) {
-  constexpr int REST = R % 4;
-  alignas(64) bf16 values[SHARED_MOST * ROWS];
-  decode_shared<ROWS>(f, row, from, count, all, in_task, run, values);
-  for (int first = 0; first + 4 <= R; first += 4) multiply_shared<ROWS, 4, R>(values, x, count, first, total);
-  if constexpr (REST > 0) multiply_shared<ROWS, REST, R>(values, x, count, R - REST, total);
 }
 
 // Up to 16 numbers of a dtype of adapters, those from `count` on zero.
@@ -269,28 +277,7 @@ static inline vf some_of(const void* src, int dtype, int64_t at, int64_t count) 
 template <int R>
 static void pair_task(const PairRows& f, int64_t n0, int64_t rows, int64_t m0) {
   vf total[PAIR_TASK][R] = {};
-  if constexpr (R < FEWEST_SHARING) {
-    for (int64_t from = 0; from < f.w.k; from += PAIR_STEP<R>) {
-      const int64_t count = smaller(PAIR_STEP<R>, f.w.k - from);
-      const bf16* x = f.x + m0 * f.ld + from * R;
-      int64_t i = 0;
-      for (; i + 4 <= rows; i += 4) pair_piece<4, R>(f, n0 + i, x, from, count, total + i);
-      for (; i < rows; i++) pair_piece<1, R>(f, n0 + i, x, from, count, total + i);
-    }
-  } else {
-    TaskScales scales;
-    const int64_t step = f.w.k <= SHARED_MOST ? SHARED_MOST : SHARED_STEP;
-    for (int64_t from = 0; from < f.w.k; from += step) {
-      const int64_t count = smaller(step, f.w.k - from), run = from % SCALED_STEP / 64;
-      const bf16* x = f.x + m0 * f.ld + from * R;
-      for (int64_t i = 0; !run && i < rows; i++)
-        run_scales(f.w, f.code, (n0 + i) * f.w.k + from, smaller(SCALED_STEP, f.w.k - from) / 64,
-                   scales.of[i]);
-      int64_t i = 0;
-      for (; i + 4 <= rows; i += 4) shared_piece<4, R>(f, n0 + i, x, from, count, scales, i, run, total + i);
-      for (; i < rows; i++) shared_piece<1, R>(f, n0 + i, x, from, count, scales, i, run, total + i);
-    }
-  }
+  pair_rows<R>(f, n0, rows, f.x + m0 * f.ld, total);
   const pk_lora& lora = f.of.lora;
   for (int64_t j = 0; j < lora.r; j += VW) {
     const int64_t some = smaller(VW, lora.r - j);
@@ -303,10 +290,9 @@ static void pair_task(const PairRows& f, int64_t n0, int64_t rows, int64_t m0) {
   }
   const vf bias = f.of.bias ? some_of(f.of.bias, f.of.bias_dtype, n0, rows) : vf{};
   for (int r = 0; r < R; r++) {
-    vf sums[PAIR_TASK], result = bias;
+    vf sums[PAIR_TASK];
     for (int i = 0; i < PAIR_TASK; i++) sums[i] = total[i][r];
-    transpose(sums);
-    for (int i = 0; i < PAIR_TASK; i++) result += sums[i];
+    const vf result = sum_each(sums) + bias;
     bf16* out = (bf16*)f.of.y + (m0 + r) * f.w.n + n0;
     if (rows == PAIR_TASK) storex(out, result);
     else _mm512_mask_storeu_epi16(out, first_words(rows), round_both(result, result));

@@ -238,6 +238,18 @@ static inline void transpose(vf* r) {
   transpose_round<2>(r);
   transpose_round<1>(r);
 }
+// The sums of the elements of r[0], ..., r[VW - 1], a transposition's rows added as soon as they may be.
+template <int S = VW / 2>
+static inline vf sum_each(vf* r) {
+  if constexpr (S == 0) return r[0];
+  else {
+    for (int i = 0; i < S; i++) {
+      exchange<S>(r[i], r[i + S]);
+      r[i] += r[i + S];
+    }
+    return sum_each<S / 2>(r);
+  }
+}
 
 // ---- the 16-entry lookup
 struct Table {

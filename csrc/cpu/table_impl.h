@@ -62,12 +62,12 @@ static void gemv_pairs(const pk::FewRows& of, int threads) {
   bf16* prepared = (bf16*)(at + pk::round_up(r * (k + n) + n, pk::ALIGN));
   const NestedCode code(of.w.absmax_code);
   const PairRows rows = {of, of.w, code, ld, prepared};
+  const int64_t most = pk::ceil_div(m, pk::ceil_div(m, (int64_t)MOST_PAIR_ROWS));  // of x at a time
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m; i++) {
-      const int64_t place = i % MOST_PAIR_ROWS, first = i - place;
-      const int64_t together = smaller(MOST_PAIR_ROWS, m - first);
+      const int64_t place = i % most, first = i - place, together = smaller(most, m - first);
       prepare_pairs(x + i * k, k, together * WIDE, prepared + first * ld + place * WIDE);
       if (r && d.threshold) apply_dropout(d, x + i * k, k, i, 0, 1, k, plain + i * k, k);
       else if (r && !as_bf16) convert(x + i * k, k, plain + i * k);
@@ -79,8 +79,7 @@ static void gemv_pairs(const pk::FewRows& of, int threads) {
                                    : dot(a + j * k, plain + i * k, k);
 #pragma omp for schedule(static)
     for (int64_t n0 = 0; n0 < n; n0 += PAIR_TASK)
-      for (int64_t i = 0; i < m; i += MOST_PAIR_ROWS)
-        pair_task_of<MOST_PAIR_ROWS>(smaller(MOST_PAIR_ROWS, m - i), rows, n0, i);
+      for (int64_t i = 0; i < m; i += most) pair_task_of<MOST_PAIR_ROWS>(smaller(most, m - i), rows, n0, i);
   }
 }
 #endif

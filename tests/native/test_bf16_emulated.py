@@ -61,7 +61,7 @@ def test_linear(lib: ctypes.CDLL, level: str, shape: tuple[int, int, int, int]) 
 )
 @pytest.mark.parametrize("level", LEVELS)
 def test_few_rows(lib: ctypes.CDLL, shape: tuple[int, int, int, int], level: str) -> None:
-    """By tiles (amx), one to four of x, none of them full, and by pairs, up to 16 rows of x at a time and the
+    """By tiles (amx), one to four of x, none of them full, and by pairs, up to 8 rows of x at a time and the
     rest; rows longer than the scales that are held, and one shape that both leave."""
     check_case(lib, *shape, torch.bfloat16, gemv=True, level=level)
     check_case(lib, *shape, torch.bfloat16, gemv=True, level=level, nested=False, blocksize=128)
