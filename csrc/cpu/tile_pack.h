@@ -76,20 +76,20 @@ static inline void interleave(__m512i first, __m512i second, bf16* low, bf16* hi
 // -> steps of B, zeros for missing rows.
 static void decode_columns(const pk_weight& w, int64_t n0, int64_t cols, int64_t k0, int64_t steps,
                            bf16* out) {
-  const int shift = __builtin_ctz((unsigned)w.blocksize);
   const vf codes = load(w.code);
   alignas(64) bf16 rows[16 * 64];
+  float scales[16];
   for (int64_t half = 0; half < 2; half++) {
     const int64_t count = smaller(16, cols - half * 16);
     if (count < 16) memset(rows, 0, sizeof rows);
     for (int64_t s = 0; s < steps; s += 2) {
-      const int64_t two = smaller(2, steps - s);
-      for (int64_t i = 0; i < count; i++) {
-        const int64_t start = (n0 + half * 16 + i) * w.k + k0 + s * SIDE;
-        const uint8_t* packed = (const uint8_t*)w.data + (start >> 1);
-        // Of the next chunk: a row's piece is too short for the hardware's streams.
-        __builtin_prefetch(packed + pk::CHUNK * SIDE / 2, 0, 2);
-        const vf scaled = codes * set1(pk::absmax_of(w, start >> shift));
+      const int64_t two = smaller(2, steps - s), start = (n0 + half * 16) * w.k + k0 + s * SIDE;
+      const uint8_t* packed = (const uint8_t*)w.data + (start >> 1);
+      block_scales(w, start, w.k, count, scales);
+      for (int64_t i = 0; i < count; i++, packed += w.k / 2) {
+        // Of the next panel: a row's piece is too short for the hardware's streams.
+        __builtin_prefetch(packed + SIDE * w.k / 2, 0, 2);
+        const vf scaled = codes * set1(scales[i]);
         const __m512i table = round_both(scaled, scaled);
         store_words(rows + i * 64, _mm512_permutexvar_epi16(word_codes(packed), table));
         if (two == 2)
@@ -130,9 +130,12 @@ static void decode_pairs(const pk_weight& w, int64_t n0, int64_t rows, int64_t k
       store_words(to + HALF, _mm512_setzero_si512());
       continue;
     }
-    // 16 rows on: a row's piece is too short for the hardware's streams.
-    __builtin_prefetch(packed + 16 * ld);
-    __builtin_prefetch(packed + 17 * ld);
+    // 16 rows on, and the rows' next lines for the panels to come: a row's piece is too short for the
+    // hardware's streams.
+    for (int64_t row = 0; row < 2; row++) {
+      __builtin_prefetch(packed + (16 + row) * ld);
+      __builtin_prefetch(packed + row * ld + 64, 0, 2);
+    }
     const uint8_t* second = i + 1 < rows ? packed + ld : packed;
     const __m256i both =
         _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)packed)),
