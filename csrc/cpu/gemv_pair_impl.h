@@ -245,19 +245,21 @@ struct Pieces {
   }
 };
 
-// total[q] += rows [n0, n0 + rows) of W times R rows of x, piece by piece.
+// total[q] += rows [n0, n0 + rows) of W times R rows of x, piece by piece. again: `scales` are what the call
+// before, for other rows of x, has left there.
 template <int R>
-static void pair_rows(const PairRows& f, int64_t n0, int64_t rows, const bf16* x, vf (*total)[R]) {
+static void pair_rows(const PairRows& f, int64_t n0, int64_t rows, const bf16* x, TaskScales& scales,
+                      bool again, vf (*total)[R]) {
   using P = Pieces<R>;
   const int64_t k = f.w.k;
   const P pieces{rows, k};
   const uint8_t* codes = (const uint8_t*)f.w.data + n0 * k / 2;
-  TaskScales scales;
-  if (k < SCALED_STEP) short_rows_scales(f.w, f.code, n0, rows, scales);
+  const bool kept = again && k <= SCALED_STEP;
+  if (k < SCALED_STEP && !kept) short_rows_scales(f.w, f.code, n0, rows, scales);
   for (int64_t p = 0; p < pieces.count(); p++) {
     const int64_t row = pieces.row(p), from = pieces.from(p), count = smaller(P::STEP, k - from);
     const int64_t some = row + P::ROWS <= rows ? P::ROWS : 1, run = from % SCALED_STEP / 64;
-    for (int64_t q = row; k >= SCALED_STEP && !run && q < row + some; q++)
+    for (int64_t q = row; k >= SCALED_STEP && !kept && !run && q < row + some; q++)
       run_scales(f.w, f.code, (n0 + q) * k + from, smaller(SCALED_STEP, k - from) / 64, scales.of[q]);
     const Piece piece = {codes + pieces.codes(p), codes + pieces.codes(p + P::AHEAD), scales.of[row] + run};
     if (some == P::ROWS) pair_piece<P::ROWS, R>(f.w, piece, x + from * R, count, total + row);
@@ -275,9 +277,9 @@ static inline vf some_of(const void* src, int dtype, int64_t at, int64_t count) 
 
 // Rows [n0, n0 + rows) of W times rows [m0, m0 + R) of x, with the low-rank part and the bias -> y.
 template <int R>
-static void pair_task(const PairRows& f, int64_t n0, int64_t rows, int64_t m0) {
+static void pair_task(const PairRows& f, int64_t n0, int64_t rows, int64_t m0, TaskScales& scales) {
   vf total[PAIR_TASK][R] = {};
-  pair_rows<R>(f, n0, rows, f.x + m0 * f.ld, total);
+  pair_rows<R>(f, n0, rows, f.x + m0 * f.ld, scales, m0 > 0, total);
   const pk_lora& lora = f.of.lora;
   for (int64_t j = 0; j < lora.r; j += VW) {
     const int64_t some = smaller(VW, lora.r - j);
@@ -300,10 +302,10 @@ static void pair_task(const PairRows& f, int64_t n0, int64_t rows, int64_t m0) {
 }
 
 template <int R>
-static void pair_task_of(int64_t count, const PairRows& f, int64_t n0, int64_t m0) {
+static void pair_task_of(int64_t count, const PairRows& f, int64_t n0, int64_t m0, TaskScales& scales) {
   if constexpr (R > 0) {
-    if (count == R) pair_task<R>(f, n0, smaller(PAIR_TASK, f.w.n - n0), m0);
-    else pair_task_of<R - 1>(count, f, n0, m0);
+    if (count == R) pair_task<R>(f, n0, smaller(PAIR_TASK, f.w.n - n0), m0, scales);
+    else pair_task_of<R - 1>(count, f, n0, m0, scales);
   }
 }
 

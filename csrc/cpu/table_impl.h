@@ -77,9 +77,11 @@ static void gemv_pairs(const pk::FewRows& of, int threads) {
       for (int64_t i = 0; i < m; i++)
         of.xa[i * r + j] = as_bf16 ? dot((const bf16*)of.lora.lora_a + j * k, x + i * k, k)
                                    : dot(a + j * k, plain + i * k, k);
+    TaskScales scales;
 #pragma omp for schedule(static)
     for (int64_t n0 = 0; n0 < n; n0 += PAIR_TASK)
-      for (int64_t i = 0; i < m; i += most) pair_task_of<MOST_PAIR_ROWS>(smaller(most, m - i), rows, n0, i);
+      for (int64_t i = 0; i < m; i += most)
+        pair_task_of<MOST_PAIR_ROWS>(smaller(most, m - i), rows, n0, i, scales);
   }
 }
 #endif
