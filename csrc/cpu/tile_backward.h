@@ -54,6 +54,11 @@ static void backward_task(const TileScratch& s, Stretch columns, int64_t m0, Str
                           bf16* dx) {
   const pk::Group& g = s.group;
   const int64_t k = g.k();
+  Target target = target_of(nullptr, k, SIDE, nullptr);
+  bool drops = false;
+  for_each_adapter(g, false, [&](const pk_adapter& a, const TileCursor&, int64_t) {
+    drops = drops || a.lora.dropout_threshold;
+  });
   for (int64_t i = 0, before = 0; i < g.count; before += panels_of(g.members[i++].weight.n)) {
     const int64_t n = g.members[i].weight.n, all = panels_of(n);
     const int64_t chunk = all ? pk::ceil_div(all, pk::ceil_div(all, pk::CHUNK)) : 1;
@@ -75,11 +80,12 @@ static void backward_task(const TileScratch& s, Stretch columns, int64_t m0, Str
             return !a.lora.dropout_threshold && lanes.from < lanes.to;
           };
           const bf16* a = s.packed(p) + (before + step) * STEP;
+          target.out = dx + row * k + k0;
           product_with_adapters(s, false, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, !first,
-                                here, takes);
-          if (!last) continue;
+                                here, last && !drops ? &target : nullptr, takes);
+          if (!last || !drops) continue;
           add_dropped(s, k0, row, here, p, s.own_low(), c);
-          store_block(c, here, SIDE, nullptr, dx + row * k + k0, k);
+          target.put_block(c, here);
         }
       }
     }

@@ -132,19 +132,11 @@ static void forward_panel(const TileScratch& s, const bf16* x, int64_t row, int6
   });
 }
 
-// c, a block, plus bias [cols] (may be null) -> out [rows <= 32][cols <= 32] of bf16.
-static void store_block(const float* c, int64_t rows, int64_t cols, const float* bias, bf16* out,
-                        int64_t ld) {
-  const uint32_t some = first_words(cols);
+// `cols` columns of rows `ld` apart, from the first row on, plus bias [cols] (may be null).
+static Target target_of(bf16* out, int64_t ld, int64_t cols, const float* bias) {
   float add[SIDE] = {};
   for (int64_t j = 0; bias && j < cols; j++) add[j] = bias[j];
-  const vf low = load(add), high = load(add + 16);
-  for (int64_t i = 0; i < rows; i++, out += ld) {
-    const float* at = c + i / 16 * 512 + i % 16 * 16;
-    const __m512i both = round_both(load(at) + low, load(at + 256) + high);
-    if (cols >= SIDE) store_words(out, both);
-    else _mm512_mask_storeu_epi16(out, some, both);
-  }
+  return {out, ld, cols, load(add), load(add + 16)};
 }
 
 // The member and its row that column panel `index` of all members' begins with.
@@ -161,11 +153,11 @@ static ColumnPanel column_panel(const pk::Group& g, int64_t index) {
 constexpr int64_t MOST_SEGMENTS = 64;  // of one product; further adapters are added by further ones
 
 // c = (or, `accumulate`, +=) the packed rows from `a` on times `b`, and, where low [adapters] is wanted, the
-// low-rank products of the adapters for which `takes` says so.
+// low-rank products of the adapters for which `takes` says so; the sums go to the target, if there is one.
 template <typename F>
 static inline __attribute__((always_inline)) void product_with_adapters(
     const TileScratch& s, bool forward, const bf16* a, const bf16* b, int64_t steps, int64_t panel,
-    const bf16* low_factors, float* c, bool accumulate, int64_t rows, F takes) {
+    const bf16* low_factors, float* c, bool accumulate, int64_t rows, const Target* target, F takes) {
   Segment parts[MOST_SEGMENTS];
   parts[0].a = a, parts[0].b = b, parts[0].steps = steps;
   int64_t count = 1;
@@ -178,7 +170,7 @@ static inline __attribute__((always_inline)) void product_with_adapters(
       }
       parts[count++] = {s.low(panel, at.low), low_factors + at.low * STEP, panels_of(low_length(a.lora))};
     });
-  tile_product(parts, count, c, accumulate, rows);
+  tile_product(parts, count, c, accumulate, rows, target);
 }
 
 // Some columns of y for some rows of the pass from row m0 on.
@@ -197,6 +189,8 @@ static void forward_task(const TileScratch& s, Stretch columns, int64_t m0, Stre
             pack_low_columns(a.lora, at.n0, at.cols, s.own_low() + cursor.low * STEP);
         });
       const float* bias = s.bias(at.member, at.n_before);
+      const int64_t n = member.weight.n;
+      Target target = target_of(nullptr, n, at.cols, bias ? bias + at.n0 : nullptr);
       for (int64_t p = panels.from; p < panels.from + panels.count; p++) {
         const int64_t row = m0 + p * SIDE, here = smaller(SIDE, m - row);
         float* c = s.own_c(q) + (last && !step ? 0 : (p - panels.from) * STEP);
@@ -205,11 +199,9 @@ static void forward_task(const TileScratch& s, Stretch columns, int64_t m0, Stre
           return a.member == at.member && lanes.from < lanes.to;
         };
         const bf16* a = s.packed(p) + step * STEP;
+        target.out = (bf16*)member.y + row * n + at.n0;
         product_with_adapters(s, true, a, s.own_b(), steps, p, last ? s.own_low() : nullptr, c, step != 0,
-                              here, takes);
-        if (last)
-          store_block(c, here, at.cols, bias ? bias + at.n0 : nullptr,
-                      (bf16*)member.y + row * member.weight.n + at.n0, member.weight.n);
+                              here, last ? &target : nullptr, takes);
       }
     }
   }

@@ -7,15 +7,6 @@
 
 namespace PK_NS {
 
-static inline __m512i load_words(const void* p) { return _mm512_loadu_si512(p); }
-static inline void store_words(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
-static inline uint32_t first_words(int64_t count) {
-  return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
-}
-
-// a, b -> 32 bf16 numbers, those of a first; to nearest even, below 2^-126 to zero.
-static inline __m512i round_both(vf a, vf b) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
-
 // Rows [rows <= 32][cols], `ld` apart -> steps of A, zeros around them.
 static void pack_tiles(const bf16* src, int64_t ld, int64_t rows, int64_t cols, bf16* dst) {
   for (int64_t j = 0; j < cols; j += SIDE, dst += STEP) {

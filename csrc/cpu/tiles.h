@@ -10,6 +10,15 @@ using pk::SIDE;
 using pk::STEP;
 constexpr int64_t HALF = STEP / 2;  // a tile's bf16 elements: 16 rows of 64 bytes
 
+static inline __m512i load_words(const void* p) { return _mm512_loadu_si512(p); }
+static inline void store_words(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
+static inline uint32_t first_words(int64_t count) {
+  return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
+}
+
+// a, b -> 32 bf16 numbers, those of a first; to nearest even, below 2^-126 to zero.
+static inline __m512i round_both(vf a, vf b) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+
 // A step of A is two tiles of 16 rows with 32 columns. A step of B is two tiles of 16 columns, each as 16
 // pairs of contraction steps [16 pairs][16 columns][2]. C is four tiles [2 halves of rows][2 of
 // columns][16][16].
@@ -21,6 +30,24 @@ struct Segment {
 // Of a block: row i's first 16 columns; the others lie 256 further on.
 static inline float* row_of_block(float* block, int64_t i) { return block + i / 16 * 512 + i % 16 * 16; }
 
+// Where a block goes when it is summed: `cols` <= 32 columns of bf16 rows `ld` apart, a bias's added.
+struct Target {
+  bf16* out;
+  int64_t ld, cols;
+  vf low, high;  // of the bias
+  void put(int64_t row, vf first, vf second) const {
+    const __m512i both = round_both(first + low, second + high);
+    if (cols >= SIDE) store_words(out + row * ld, both);
+    else _mm512_mask_storeu_epi16(out + row * ld, first_words(cols), both);
+  }
+  void put_block(const float* c, int64_t rows) const {
+    for (int64_t i = 0; i < rows; i++) {
+      const float* at = c + i / 16 * 512 + i % 16 * 16;
+      put(i, load(at), load(at + 256));
+    }
+  }
+};
+
 // Steps of a chain in the low-rank products. A tile sums 32 terms of a step in one go.
 #if defined(PK_AMX)
 constexpr int64_t CHAIN_STEPS = pk::PROJECT_STEPS;
@@ -29,7 +56,9 @@ constexpr int64_t CHAIN_STEPS = 1;
 #endif
 
 // On either level:
-//   tile_product   c = (or, `accumulate`, +=) the segments' products; of c's rows the first `rows` are wanted
+//   tile_product   c = (or, `accumulate`, +=) the segments' products; of c's rows the first `rows` are
+//   wanted;
+//                  with a target they go there, and c is anything
 //   product_beside c = one product, with `other(step)` called once a step, beside it where that is faster
 //   add_chains     sums += a times each of the pieces of a factor [steps], summed in chains of CHAIN_STEPS
 //                  steps, in the order of b; of sums' columns the first `columns` are wanted
@@ -90,13 +119,15 @@ static inline void end_block(float* c) {
   memory_barrier();
 }
 
-static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate, int64_t = SIDE) {
+static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate,
+                         int64_t rows = SIDE, const Target* target = nullptr) {
   begin_block(c, accumulate);
   for (int64_t q = 0; q < count; q++) {
     const bf16 *a = segments[q].a, *b = segments[q].b;
     for (const bf16* end = a + segments[q].steps * STEP; a < end; a += STEP, b += STEP) add_step(a, b);
   }
   end_block(c);
+  if (target) target->put_block(c, rows);
 }
 
 template <typename F>
@@ -137,9 +168,10 @@ static inline __m512i both_of(const bf16* pair) {
 }
 
 // Rows [row, row + ROWS) of a block: 16 sums, so that their latency is covered. Unrolled, they never leave
-// the registers.
+// the registers before they go to c, or to the target.
 template <int ROWS>
-static void rows_product(const Segment* segments, int64_t count, int64_t row, float* c, bool accumulate) {
+static void rows_product(const Segment* segments, int64_t count, int64_t row, float* c, bool accumulate,
+                         int64_t rows, const Target* target) {
   float* out = row_of_block(c, row);
   vf sums[ROWS][2];
 #pragma GCC unroll 8
@@ -162,14 +194,19 @@ static void rows_product(const Segment* segments, int64_t count, int64_t row, fl
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) {
+    if (target) {
+      if (row + r < rows) target->put(row + r, sums[r][0], sums[r][1]);
+      continue;
+    }
     store(out + r * 16, sums[r][0]);
     store(out + 256 + r * 16, sums[r][1]);
   }
 }
 
 static void tile_product(const Segment* segments, int64_t count, float* c, bool accumulate,
-                         int64_t rows = SIDE) {
-  for (int64_t row = 0; row < rows; row += 8) rows_product<8>(segments, count, row, c, accumulate);
+                         int64_t rows = SIDE, const Target* target = nullptr) {
+  for (int64_t row = 0; row < rows; row += 8)
+    rows_product<8>(segments, count, row, c, accumulate, rows, target);
 }
 
 template <typename F>
