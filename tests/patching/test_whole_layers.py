@@ -115,6 +115,24 @@ def test_a_cache_is_filled_and_keeps_its_graph(taken: list[bool]) -> None:
     assert taken == [False] * 4
 
 
+def test_a_cache_holds_what_backward_keeps(taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy, and what a cache's layer does with more of its own is left to it."""
+    model, mark = patched(), object()
+    layer_of_cache = model(input_ids=IDS, use_cache=True).past_key_values.layers[0]
+    assert not layer_of_cache.keys.is_contiguous()  # rows of tokens, as the projection gives them
+    kind = type(layer_of_cache)
+    stock = kind.lazy_initialization
+
+    def more(self: Any, *args: Any) -> None:
+        stock(self, *args)
+        self.more = mark
+
+    monkeypatch.setattr(kind, "lazy_initialization", more)
+    again = model(input_ids=IDS, use_cache=True).past_key_values.layers[0]
+    assert all(taken) and again.keys.is_contiguous() and again.more is mark
+    assert torch.equal(again.keys, layer_of_cache.keys) and torch.equal(again.values, layer_of_cache.values)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(taken: list[bool], reentrant: bool) -> None:
     model = patched(lora_dropout=0.2)
