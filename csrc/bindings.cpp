@@ -126,6 +126,7 @@ static Scratch scratch_of(const std::vector<pk_member>& list, const std::vector<
 }
 
 #include "bindings_calls.h"
+#include "bindings_watch.h"
 
 PYBIND11_MODULE(_C, m) {
   using nogil = py::call_guard<py::gil_scoped_release>;
@@ -288,6 +289,7 @@ PYBIND11_MODULE(_C, m) {
     return pk_attention_scratch_bytes(&a, backward, threads());
   });
   bind_calls(m);
+  m.def("entries_hold", entries_hold);
   m.def("advise_huge_pages",
         [](Address data, int64_t bytes) { check(pk_advise_huge_pages(at<void>(data), bytes)); });
 }

@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 12
+#define PEFTKERN_ABI_VERSION 13
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.native import native
 from .hooks import EVERYWHERE
 
 __all__ = ["Watch"]
@@ -22,10 +23,11 @@ class Watch:
     """The lists that `holds` goes through: a loop over many entries is faster than the calls that made
     them."""
 
-    __slots__ = ("_codes", "_empty", "_entries", "_frozen", "_listed", "_places", "_tensors")
+    __slots__ = ("_codes", "_dicts", "_empty", "_frozen", "_listed", "_others", "_places", "_tensors")
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Mapping[str, Any], str, Any]] = []
+        self._dicts: list[Any] = []  # a dict, a key and a value, again and again
+        self._others: list[tuple[Mapping[str, Any], str, Any]] = []  # the entries of other mappings
         self._empty: list[Any] = [*EVERYWHERE]
         self._listed: list[tuple[Sequence[Any], tuple[Any, ...]]] = []
         self._codes: list[tuple[types.FunctionType, types.CodeType]] = []
@@ -35,7 +37,11 @@ class Watch:
 
     def entry(self, owner: Mapping[str, Any], *keys: str) -> None:
         """What the mapping has under the keys, which may be nothing."""
-        self._entries.extend((owner, key, owner.get(key, _ABSENT)) for key in keys)
+        found = [(owner, key, owner.get(key, _ABSENT)) for key in keys]
+        if type(owner) is dict:
+            self._dicts.extend(part for entry in found for part in entry)
+        else:
+            self._others.extend(found)
 
     def listed(self, items: list[Any]) -> None:
         """A list's items."""
@@ -67,10 +73,12 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        for owner, key, value in self._entries:
+        if not native().entries_hold(self._dicts, _ABSENT, self._empty):
+            return False
+        for owner, key, value in self._others:
             if owner.get(key, _ABSENT) is not value:
                 return False
-        if any(self._empty) or any(tuple(items) != before for items, before in self._listed):
+        if any(tuple(items) != before for items, before in self._listed):
             return False
         for function, code in self._codes:
             if function.__code__ is not code:
