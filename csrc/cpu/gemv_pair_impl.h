@@ -125,10 +125,10 @@ static inline void run_scales(const pk_weight& w, const NestedCode& code, int64_
   out[count] = out[count + 1] = out[count + 2] = 0.0f;
 }
 
-// Columns whose scales are looked up together, and those of a piece: at most 32 KB of x.
+// Columns whose scales are looked up together, and those of a piece: at most 20 KB of x.
 constexpr int64_t SCALED_STEP = 4096;
 template <int R>
-constexpr int64_t PAIR_STEP = R > 2 ? 2048 : SCALED_STEP;
+constexpr int64_t PAIR_STEP = R > 5 ? 1024 : R > 2 ? 2048 : SCALED_STEP;
 
 // Rows of W that share each load of R rows of x: their sums are at most 20 registers.
 template <int R>
@@ -195,6 +195,8 @@ static void pair_piece(const pk_weight& w, const Piece& piece, const bf16* x, in
     for (int q = 0; q < ROWS; q++) {
       words[q] = _mm512_maskz_loadu_epi16(there, piece.codes + q * bytes + i / 2);
       __builtin_prefetch(piece.next + q * bytes + i / 2);
+      // Short pieces of two rows leave memory idle: the next task's on their way to the second-level cache.
+      if (R > 5) __builtin_prefetch(piece.codes + (q + PAIR_TASK) * bytes + i / 2, 0, 2);
     }
 #pragma GCC unroll 4
     for (int s = 0; s < 4; s++) {
