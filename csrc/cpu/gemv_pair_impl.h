@@ -128,7 +128,9 @@ static inline void run_scales(const pk_weight& w, const NestedCode& code, int64_
 // Columns whose scales are looked up together, and those of a piece: at most 20 KB of x.
 constexpr int64_t SCALED_STEP = 4096;
 template <int R>
-constexpr int64_t PAIR_STEP = R > 5 ? 1024 : R > 2 ? 2048 : SCALED_STEP;
+constexpr int64_t PAIR_STEP = R > 5   ? 1024
+                              : R > 2 ? 2048
+                                      : SCALED_STEP;
 
 // Rows of W that share each load of R rows of x: their sums are at most 20 registers.
 template <int R>
