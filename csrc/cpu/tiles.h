@@ -28,7 +28,10 @@ struct Segment {
 };
 
 // Of a block: row i's first 16 columns; the others lie 256 further on.
-static inline float* row_of_block(float* block, int64_t i) { return block + i / 16 * 512 + i % 16 * 16; }
+template <typename F>
+static inline F* row_of_block(F* block, int64_t i) {
+  return block + i / 16 * 512 + i % 16 * 16;
+}
 
 // Where a block goes when it is summed: `cols` <= 32 columns of bf16 rows `ld` apart, a bias's added.
 struct Target {
@@ -42,7 +45,7 @@ struct Target {
   }
   void put_block(const float* c, int64_t rows) const {
     for (int64_t i = 0; i < rows; i++) {
-      const float* at = c + i / 16 * 512 + i % 16 * 16;
+      const float* at = row_of_block(c, i);
       put(i, load(at), load(at + 256));
     }
   }
@@ -57,8 +60,7 @@ constexpr int64_t CHAIN_STEPS = 1;
 
 // On either level:
 //   tile_product   c = (or, `accumulate`, +=) the segments' products; of c's rows the first `rows` are
-//   wanted;
-//                  with a target they go there, and c is anything
+//                  wanted. With a target they go there, and c is anything
 //   product_beside c = one product, with `other(step)` called once a step, beside it where that is faster
 //   add_chains     sums += a times each of the pieces of a factor [steps], summed in chains of CHAIN_STEPS
 //                  steps, in the order of b; of sums' columns the first `columns` are wanted
