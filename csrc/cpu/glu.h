@@ -59,25 +59,27 @@ static void for_each_piece(int64_t m, int64_t n, int threads, F part) {
   }
 }
 
-// h = act(gate) * up of `count` elements, all of a V or the first of a vector.
+// Vectors side by side. 16 elements of bf16 in the first-level cache took 3.1 ns forward and 4.5 backward
+// with two, 2.7 and 3.7 with four, 2.6 and 3.3 with eight (Zen 5); other levels have 16 registers.
+#if defined(PK_AVX512)
+using GluVectors = vf8;
+#else
+using GluVectors = vf2;
+#endif
+
+// h = act(gate) * up.
 template <int ACTIVATION, typename T>
 static void glu_forward_of(const pk_glu& a, int64_t m, int64_t n, T* h, int threads) {
   constexpr bool FINE = sizeof(T) == 4;
-  for_each_piece(m, n, threads, [&](int64_t row, int64_t i, int64_t stop) {
+  for_each_piece(m, n, threads, [&](int64_t row, int64_t start, int64_t stop) {
     const T *gate = (const T*)a.gate + row * a.ld_gate, *up = (const T*)a.up + row * a.ld_up;
     T* out = h + row * n;
-    for (; i + 2 * VW <= stop; i += 2 * VW) {
-      vf2 g, u, value, slope;
-      load_full(gate + i, g);
-      load_full(up + i, u);
+    by_vectors<GluVectors>(start, stop, [&](int64_t i, auto some) {
+      const auto g = some.load(gate + i);
+      std::remove_const_t<decltype(g)> value, slope;
       activate<ACTIVATION, FINE>(g, value, slope);
-      store_full(out + i, value * u);
-    }
-    for (; i < stop; i += VW) {
-      vf value, slope;
-      activate<ACTIVATION, FINE>(load_some(gate + i, stop - i), value, slope);
-      store_some(out + i, value * load_some(up + i, stop - i), stop - i);
-    }
+      some.store(out + i, value * some.load(up + i));
+    });
   });
 }
 
@@ -85,29 +87,18 @@ template <int ACTIVATION, typename T>
 static void glu_backward_of(const pk_glu& a, const pk_glu_grad& d, int64_t m, int64_t n, const T* dy, T* h,
                             int threads) {
   constexpr bool FINE = sizeof(T) == 4;
-  for_each_piece(m, n, threads, [&](int64_t row, int64_t i, int64_t stop) {
+  for_each_piece(m, n, threads, [&](int64_t row, int64_t start, int64_t stop) {
     const T *gate = (const T*)a.gate + row * a.ld_gate, *up = (const T*)a.up + row * a.ld_up,
             *grad = dy + row * n;
     T *d_gate = (T*)d.d_gate + row * d.ld_d_gate, *d_up = (T*)d.d_up + row * d.ld_d_up;
-    for (; i + 2 * VW <= stop; i += 2 * VW) {
-      vf2 value, slope, u, g;
-      load_full(gate + i, g);
+    by_vectors<GluVectors>(start, stop, [&](int64_t i, auto some) {
+      auto g = some.load(gate + i), u = g, value = g, slope = g;
       activate<ACTIVATION, FINE>(g, value, slope);
-      load_full(up + i, u);
-      load_full(grad + i, g);
-      store_full(d_gate + i, g * u * slope);
-      store_full(d_up + i, g * value);
-      if (h) store_full(h + row * n + i, value * u);
-    }
-    for (; i < stop; i += VW) {
-      const int64_t count = stop - i;
-      vf value, slope;
-      activate<ACTIVATION, FINE>(load_some(gate + i, count), value, slope);
-      const vf u = load_some(up + i, count), g = load_some(grad + i, count);
-      store_some(d_gate + i, g * u * slope, count);
-      store_some(d_up + i, g * value, count);
-      if (h) store_some(h + row * n + i, value * u, count);
-    }
+      u = some.load(up + i), g = some.load(grad + i);
+      some.store(d_gate + i, g * u * slope);
+      some.store(d_up + i, g * value);
+      if (h) some.store(h + row * n + i, value * u);
+    });
   });
 }
 

@@ -1,31 +1,11 @@
-// exp and what activations are made of, one or two vectors of VW floats at a time, without libm. For results
-// of 32 bits errors are in units in their last place; for results of 16 bits (FINE false) they are 2^-16 of
-// the value, a twentieth of fp16's rounding. tests/ops/test_glu.py holds the activations made of them to
-// theirs.
+// exp and what activations are made of, by vectors alone or side by side (vectors.h), without libm. For
+// results of 32 bits errors are in units in their last place; for results of 16 bits (FINE false) they are
+// 2^-16 of the value, a twentieth of fp16's rounding. tests/ops/test_glu.py holds the activations made of
+// them to theirs.
 #pragma once
-#include "simd.h"
+#include "vectors.h"
 
 namespace PK_NS {
-
-#define PK_INLINE static inline __attribute__((always_inline))
-
-// Two vectors, computed with side by side. An activation is one chain of dependent instructions, and a core
-// looks ahead over about one of them, so that a vector alone leaves it waiting.
-struct vf2 {
-  vf a, b;
-};
-PK_INLINE vf2 operator+(vf2 x, vf2 y) { return {x.a + y.a, x.b + y.b}; }
-PK_INLINE vf2 operator-(vf2 x, vf2 y) { return {x.a - y.a, x.b - y.b}; }
-PK_INLINE vf2 operator*(vf2 x, vf2 y) { return {x.a * y.a, x.b * y.b}; }
-PK_INLINE vf2 operator/(vf2 x, vf2 y) { return {x.a / y.a, x.b / y.b}; }
-PK_INLINE vf2 operator-(vf2 x) { return {-x.a, -x.b}; }
-PK_INLINE vf2 fma(vf2 x, vf2 y, vf2 z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
-
-template <typename V>
-PK_INLINE V constant(float value) {
-  if constexpr (sizeof(V) == sizeof(vf)) return set1(value);
-  else return {set1(value), set1(value)};
-}
 
 PK_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 PK_INLINE vf absolute(vf v) { return (vf)((vu)v & 0x7fffffff); }
@@ -83,68 +63,20 @@ PK_INLINE vf inverse(vf v) {
 #endif
 }
 
-PK_INLINE vf2 inverse(vf2 v) { return {inverse(v.a), inverse(v.b)}; }
-PK_INLINE vf2 absolute(vf2 v) { return {absolute(v.a), absolute(v.b)}; }
-PK_INLINE vf2 at_most(vf2 x, float limit) { return {at_most(x.a, limit), at_most(x.b, limit)}; }
-PK_INLINE vf2 at_least(vf2 x, float limit) { return {at_least(x.a, limit), at_least(x.b, limit)}; }
-PK_INLINE vf2 where_positive(vf2 x, vf2 yes, vf2 no) {
+PK_BESIDE inverse(Beside<V> v) { return {inverse(v.a), inverse(v.b)}; }
+PK_BESIDE absolute(Beside<V> v) { return {absolute(v.a), absolute(v.b)}; }
+PK_BESIDE at_most(Beside<V> x, float limit) { return {at_most(x.a, limit), at_most(x.b, limit)}; }
+PK_BESIDE at_least(Beside<V> x, float limit) { return {at_least(x.a, limit), at_least(x.b, limit)}; }
+PK_BESIDE where_positive(Beside<V> x, Beside<V> yes, Beside<V> no) {
   return {where_positive(x.a, yes.a, no.a), where_positive(x.b, yes.b, no.b)};
 }
-PK_INLINE vf2 times_power(vf2 v, vf2 n, vf2 shifted) {
+PK_BESIDE times_power(Beside<V> v, Beside<V> n, Beside<V> shifted) {
   return {times_power(v.a, n.a, shifted.a), times_power(v.b, n.b, shifted.b)};
 }
 
 // The high 12 bits of the significand: a number whose square is exact.
 PK_INLINE vf high_part(vf v) { return (vf)((vu)v & 0xfffff000); }
-PK_INLINE vf2 high_part(vf2 v) { return {high_part(v.a), high_part(v.b)}; }
-
-// ---- loads and stores of one or two vectors, or of the first `count` of one; what is missing is 0
-
-template <typename T>
-PK_INLINE void load_full(const T* p, vf& v) {
-  v = loadx(p);
-}
-template <typename T>
-PK_INLINE void load_full(const T* p, vf2& v) {
-  v = {loadx(p), loadx(p + VW)};
-}
-template <typename T>
-PK_INLINE void store_full(T* p, vf v) {
-  storex(p, v);
-}
-template <typename T>
-PK_INLINE void store_full(T* p, vf2 v) {
-  storex(p, v.a);
-  storex(p + VW, v.b);
-}
-#if defined(PK_AVX512BF16)
-// Rounded in one instruction, which makes numbers below 2^-126 zero: where one is, by the way of the other
-// levels.
-PK_INLINE void store_full(bf16* p, vf2 v) {
-  constexpr int SUBNORMAL = 0x20;
-  if (__builtin_expect(
-          _mm512_fpclass_ps_mask((__m512)v.a, SUBNORMAL) | _mm512_fpclass_ps_mask((__m512)v.b, SUBNORMAL),
-          0)) {
-    storex(p, v.a);
-    return storex(p + VW, v.b);
-  }
-  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a));
-}
-#endif
-template <typename T>
-PK_INLINE vf load_some(const T* p, int64_t count) {
-  if (count >= VW) return loadx(p);
-  T part[VW] = {};
-  memcpy(part, p, (size_t)count * sizeof(T));
-  return loadx(part);
-}
-template <typename T>
-PK_INLINE void store_some(T* p, vf v, int64_t count) {
-  if (count >= VW) return storex(p, v);
-  T part[VW];
-  storex(part, v);
-  memcpy(p, part, (size_t)count * sizeof(T));
-}
+PK_BESIDE high_part(Beside<V> v) { return {high_part(v.a), high_part(v.b)}; }
 
 // ---- functions
 
@@ -224,7 +156,5 @@ PK_INLINE void normal(V x, V& below, V& density) {
   below = where_positive(x, constant<V>(1.0f) - tail, tail);
   density = bell * constant<V>(0.3989422804f);
 }
-
-#undef PK_INLINE
 
 }  // namespace PK_NS

@@ -40,14 +40,16 @@ namespace PK_NS {
 constexpr int64_t NORM_PARALLEL = 1 << 14;  // elements from which a parallel region pays. Not measured.
 
 // v rounded to T, as fp32.
-static inline __attribute__((always_inline)) vf rounded(vf v, const float*) { return v; }
-static inline __attribute__((always_inline)) vf rounded(vf v, const bf16*) {
-  return (vf)(round_bf16(v) << 16);
-}
-static inline __attribute__((always_inline)) vf rounded(vf v, const f16*) {
+PK_INLINE vf rounded(vf v, const float*) { return v; }
+PK_INLINE vf rounded(vf v, const bf16*) { return (vf)(round_bf16(v) << 16); }
+PK_INLINE vf rounded(vf v, const f16*) {
   f16 part[VW];
   storex(part, v);
   return loadx(part);
+}
+template <typename T, typename V>
+PK_INLINE Beside<V> rounded(Beside<V> v, const T* of) {
+  return {rounded(v.a, of), rounded(v.b, of)};
 }
 
 // 1 / sqrt(v) by Newton's steps in double, right to the last bit but for ties; without libm, whose sqrt sets
@@ -67,18 +69,12 @@ static float reciprocal_root(float v) {
 
 template <typename T>
 static float sum_of_squares(const T* x, int64_t n) {
-  vf s[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * VW <= n; i += 4 * VW)
-    for (int j = 0; j < 4; j++) {
-      const vf v = loadx(x + i + j * VW);
-      s[j] = fma(v, v, s[j]);
-    }
-  for (; i < n; i += VW) {
-    const vf v = load_some(x + i, n - i);
-    s[0] = fma(v, v, s[0]);
-  }
-  return sum((s[0] + s[1]) + (s[2] + s[3]));
+  vf4 sums = {};
+  by_vectors<vf4>(0, n, [&](int64_t i, auto some) {
+    const auto v = some.load(x + i);
+    some.of(sums) = fma(v, v, some.of(sums));
+  });
+  return sum(folded(sums));
 }
 
 static const float* norm_weight(const pk_rms_norm& a, float* out) {
@@ -91,8 +87,8 @@ static const float* norm_weight(const pk_rms_norm& a, float* out) {
 // s = x + residual, rounded once.
 template <typename T>
 static void add_row(const T* x, const T* residual, int64_t n, T* s) {
-  for (int64_t i = 0; i < n; i += VW)
-    store_some(s + i, load_some(x + i, n - i) + load_some(residual + i, n - i), n - i);
+  by_vectors<vf4>(
+      0, n, [&](int64_t i, auto some) { some.store(s + i, some.load(x + i) + some.load(residual + i)); });
 }
 
 template <bool LLAMA, typename T, typename Y>
@@ -108,12 +104,12 @@ static void rms_norm_of(const pk_rms_norm& a, const T* x, const T* residual, T* 
       from = s + row * n;
     }
     rstd[row] = reciprocal_root(sum_of_squares(from, n) / (float)n + a.eps);
-    const vf r = set1(rstd[row]);
-    for (int64_t i = 0; i < n; i += VW) {
-      const vf normal_x = load_some(from + i, n - i) * r;
-      store_some(y + row * n + i,
-                 (LLAMA ? rounded(normal_x, (const T*)nullptr) : normal_x) * load_some(w + i, n - i), n - i);
-    }
+    by_vectors<vf4>(0, n, [&](int64_t i, auto some) {
+      auto v = some.load(from + i);
+      v = v * constant<decltype(v)>(rstd[row]);
+      if (LLAMA) v = rounded(v, (const T*)nullptr);
+      some.store(y + row * n + i, v * some.load(w + i));
+    });
   }
 }
 
@@ -122,27 +118,24 @@ static void rms_norm_of(const pk_rms_norm& a, const T* x, const T* residual, T* 
 template <bool LLAMA, typename T, typename Y>
 static void rms_norm_grad_row(const T* x, const Y* dy, const T* ds, const float* w, int64_t n, float rstd,
                               T* dx, float* d_weight) {
-  const vf r = set1(rstd);
-  vf s[2] = {};
-  for (int64_t i = 0; i < n; i += VW) {
-    const int64_t count = n - i;
-    const vf normal_x = load_some(x + i, count) * r, d = load_some(dy + i, count);
-    vf& part = s[i / VW % 2];
-    part = fma(d * load_some(w + i, count), normal_x, part);
-    if (d_weight)
-      store_some(
-          d_weight + i,
-          fma(d, LLAMA ? rounded(normal_x, (const T*)nullptr) : normal_x, load_some(d_weight + i, count)),
-          count);
-  }
+  vf4 sums = {};
+  by_vectors<vf4>(0, n, [&](int64_t i, auto some) {
+    auto normal_x = some.load(x + i), d = some.load(dy + i);
+    normal_x = normal_x * constant<decltype(d)>(rstd);
+    some.of(sums) = fma(d * some.load(w + i), normal_x, some.of(sums));
+    if (!d_weight) return;
+    if (LLAMA) normal_x = rounded(normal_x, (const T*)nullptr);
+    some.store(d_weight + i, fma(d, normal_x, some.load(d_weight + i)));
+  });
   if (!dx) return;
   // dx = g rstd - x rstd^2 mean(g x^): x itself is exact, and a product less is rounded.
-  const vf share = set1((float)(-(double)rstd * rstd * (sum(s[0] + s[1]) / (double)n)));
-  for (int64_t i = 0; i < n; i += VW) {
-    const int64_t count = n - i;
-    const vf d = fma(load_some(x + i, count), share, load_some(dy + i, count) * load_some(w + i, count) * r);
-    store_some(dx + i, ds ? d + load_some(ds + i, count) : d, count);
-  }
+  const float share = (float)(-(double)rstd * rstd * (sum(folded(sums)) / (double)n));
+  by_vectors<vf4>(0, n, [&](int64_t i, auto some) {
+    auto d = some.load(dy + i) * some.load(w + i);
+    d = d * constant<decltype(d)>(rstd);
+    d = fma(some.load(x + i), constant<decltype(d)>(share), d);
+    some.store(dx + i, ds ? d + some.load(ds + i) : d);
+  });
 }
 
 template <bool LLAMA, typename T, typename Y>

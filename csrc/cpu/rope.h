@@ -33,14 +33,12 @@ template <typename T, typename A>
 static inline void rope_head(const T* x, T* y, const A* cos, const A* sin, int64_t rotary, int64_t dim,
                              bool inverse) {
   const int64_t half = rotary / 2;
-  for (int64_t i = 0; i < half; i += VW) {
-    const int64_t n = half - i;
-    const vf x1 = load_some(x + i, n), x2 = load_some(x + half + i, n);
-    const vf s1 = load_some(sin + i, n), s2 = load_some(sin + half + i, n);
-    const vf first = inverse ? s2 : -s1, second = inverse ? -s1 : s2;
-    store_some(y + i, fma(x1, load_some(cos + i, n), x2 * first), n);
-    store_some(y + half + i, fma(x2, load_some(cos + half + i, n), x1 * second), n);
-  }
+  by_vectors<vf2>(0, half, [&](int64_t i, auto some) {
+    const auto x1 = some.load(x + i), x2 = some.load(x + half + i);
+    const auto s1 = some.load(sin + i), s2 = some.load(sin + half + i);
+    some.store(y + i, fma(x1, some.load(cos + i), x2 * (inverse ? s2 : -s1)));
+    some.store(y + half + i, fma(x2, some.load(cos + half + i), x1 * (inverse ? -s1 : s2)));
+  });
   if (rotary < dim) memcpy(y + rotary, x + rotary, (size_t)(dim - rotary) * sizeof(T));
 }
 
