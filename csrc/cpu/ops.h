@@ -5,6 +5,7 @@
 
 // Of a level: a kernel and its operands, as the C functions give them, checked.
 #define PK_EACH_KERNEL(KERNEL)                     \
+  KERNEL(add, Add)                                 \
   KERNEL(attention, Attention)                     \
   KERNEL(attention_grad, AttentionGrad)            \
   KERNEL(backward, Backward)                       \
@@ -27,6 +28,7 @@
 
 // C functions, pk_NAME_cpu, that Python calls with their arguments as they are.
 #define PK_EACH_FUNCTION(FUNCTION) \
+  FUNCTION(add)                    \
   FUNCTION(add_rms_norm_bwd)       \
   FUNCTION(add_rms_norm_fwd)       \
   FUNCTION(attention_bwd)          \
@@ -64,6 +66,7 @@ struct Kernels {
 }  // namespace pk
 
 #if !defined(PK_LISTS_ALONE)
+#include "add.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "dora_norm.h"

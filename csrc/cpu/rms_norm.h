@@ -32,8 +32,9 @@ static inline int64_t norm_tasks(int64_t m) { return (m + norm_rows(m) - 1) / no
 }  // namespace pk
 
 #if defined(PK_NS)  // the kernel, compiled once a level
-#include "math_impl.h"
+#include "add.h"
 #include "qlora_impl.h"
+#include "vectors.h"
 
 namespace PK_NS {
 
@@ -82,13 +83,6 @@ static const float* norm_weight(const pk_rms_norm& a, float* out) {
   if (a.cast == PK_CAST_LLAMA) return w;
   for (int64_t i = 0; i < a.n; i++) out[i] = a.offset + w[i];
   return out;
-}
-
-// s = x + residual, rounded once.
-template <typename T>
-static void add_row(const T* x, const T* residual, int64_t n, T* s) {
-  by_vectors<vf4>(
-      0, n, [&](int64_t i, auto some) { some.store(s + i, some.load(x + i) + some.load(residual + i)); });
 }
 
 template <bool LLAMA, typename T, typename Y>

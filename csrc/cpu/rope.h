@@ -20,7 +20,7 @@ struct Rope {
 }  // namespace pk
 
 #if defined(PK_NS)  // the kernel, compiled once a level
-#include "math_impl.h"
+#include "vectors.h"
 
 namespace PK_NS {
 

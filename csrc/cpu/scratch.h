@@ -1,5 +1,7 @@
 // One linear as a group of one, and the scratch of a call on the level in use. Only dispatch.cpp includes it.
 #pragma once
+#include <initializer_list>
+
 #include "checks.h"
 #include "levels.h"
 #include "tile_plan.h"

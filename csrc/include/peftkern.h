@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 13
+#define PEFTKERN_ABI_VERSION 14
 
 #if defined(__GNUC__)
 #define PK_API __attribute__((visibility("default")))
@@ -189,6 +189,9 @@ PK_API int pk_qlora_group_bwd_cpu(const pk_member* members, int64_t count, const
  * at counter (j/8, i, 0, 0). */
 PK_API int pk_dropout_mask_cpu(int64_t m, int64_t k, uint32_t threshold, uint64_t seed, float* mask,
                                int threads);
+
+/* sum [count] = x + y, all of `dtype`, rounded once; sum may be x or y. */
+PK_API int pk_add_cpu(const void* x, const void* y, int dtype, int64_t count, void* sum, int threads);
 
 typedef enum { PK_SILU = 0, PK_GELU = 1 /* exact */, PK_GELU_TANH = 2 } pk_activation;
 

@@ -174,6 +174,7 @@ class LayerCalls:
         activation = ACTIVATIONS.index(self.layer.activation)
         calls.glu_fwd(self.gate.at, self.up.at, dtype, *self.gate.shape, activation, h.at)
         self._forward_group(calls, 3, h.at, (_at(_Base.OUT),))
+        calls.add(self.stream.at, _at(_Base.OUT), dtype, m * width, _at(_Base.OUT))
 
     def _describe_backward(self, room: _Room, need_x: bool) -> Any:
         """The parts from the last to the first; gradients are numbered from the first."""
@@ -224,7 +225,7 @@ class LayerCalls:
         k, v = empty(heads, dtype=_BF16), empty(heads, dtype=_BF16)
         out = empty(x.shape, dtype=_BF16)
         self.forward_calls.run(self._bases((kept, room, x, cos, sin, mask, k, v, out)))
-        return kept, k, v, torch.add(self.stream.of(kept).view(x.shape), out, out=out)
+        return kept, k, v, out
 
     def backward(
         self,

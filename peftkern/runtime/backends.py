@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-ABI_VERSION = 13  # of csrc/include/peftkern.h
+ABI_VERSION = 14  # of csrc/include/peftkern.h
 MIN_ARCH = 75  # Turing: the oldest with tensor cores that Triton still compiles for
 _forced: str | None = None
 

@@ -26,7 +26,7 @@ EDGES = (0, -1, 2**31, 2**47, 2**62, 2**63 - 1, -(2**63))
 # PEFTKERN_ABI_VERSION, with
 # backends.ABI_VERSION, and puts the new digest here: an extension of an earlier checkout is then named as
 # such, not called.
-INTERFACES = {13: "2982a41a03685c0d"}
+INTERFACES = {14: "745d9a6c602b5a8e"}
 
 
 @pytest.fixture(scope="module")
