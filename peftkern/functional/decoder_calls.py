@@ -24,7 +24,7 @@ _BF16 = torch.bfloat16
 
 
 class _Base(IntEnum):
-    """What a run is given the addresses of, in this order; then each adapter's gradients."""
+    """What a run is given the addresses of, in this order; then each part's gradients: its A's, its B's."""
 
     KEPT, ROOM, X, COS, SIN, MASK, K, V, OUT, ATTENTION, NORM, DY, DX, GRADS = range(14)
 
@@ -78,6 +78,11 @@ class LayerCalls:
         self.lse = kept.take(b, h, s, dtype=f32)
         self.gate, self.up = kept.take(m, inner), kept.take(m, inner)
         self.xa = [[kept.take(m, a.shape[0], dtype=f32) for a in part.known.lora_a] for part in layer.parts]
+        self.low = [
+            (tuple(t.shape), t.dtype)
+            for part in layer.parts
+            for t in (*part.known.lora_a, *part.known.lora_b)
+        ]
         self.mask = None if mask is None else mask.stride()
         self.attends = self._attention(cos, mask, causal)
         self.norms_at = addresses(norm.weight for norm in layer.norms)
@@ -132,18 +137,17 @@ class LayerCalls:
 
     def _backward_group(
         self, calls: Any, index: int, x: int, grads: Sequence[int], dx: int, room: _Room, first: int
-    ) -> int:
-        """first: the number of the first adapter's gradients; returns that behind the last."""
+    ) -> None:
+        """first: the number of the part's first gradient."""
         known, make = self.layer.parts[index].known, self.native
         members = [make.Member(view, 0, 0, 0, dy, 0) for view, dy in zip(known.views, grads, strict=True)]
-        adapters = []
+        adapters, of_a = [], _Base.GRADS + first
         for lora, member, xa, a in zip(known.loras, known.members, self.xa[index], known.lora_a, strict=True):
             dyb = room.take(self.m, a.shape[0], dtype=torch.float32)
-            outs = xa.at, dyb.at, _at(_Base.GRADS + first), _at(_Base.GRADS + first + 1)
+            outs = xa.at, dyb.at, _at(of_a), _at(of_a + len(known.members))
             adapters.append(make.Adapter(lora, member, 0, self.m, *outs))
-            first += 2
+            of_a += 1
         calls.qlora_group_bwd(members, adapters, x, DTYPES[_BF16], self.m, dx)
-        return first
 
     def _rope(self, calls: Any, ins: Sequence[int], outs: Sequence[int], inverse: bool) -> None:
         made = [
@@ -228,15 +232,10 @@ class LayerCalls:
         return kept, k, v, out
 
     def backward(
-        self,
-        dy: Tensor,
-        saved: Sequence[Tensor | None],
-        low: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
-        need_x: bool,
-    ) -> tuple[Tensor | None, list[list[Tensor | None]]] | None:
-        """saved: x, cos, sin, mask, and what `forward` gave but y; low: each part's A's and B's -> dx, and
-        each part's gradients: biases, A's, B's. None where what was saved lies otherwise now, or a norm's
-        weight elsewhere."""
+        self, dy: Tensor, saved: Sequence[Tensor | None], need_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]] | None:
+        """saved: x, cos, sin, mask, and what `forward` gave but y -> dx, and the gradients of each part's A's
+        and B's. None where what was saved lies otherwise now, or a norm's weight elsewhere."""
         strides = None if saved[3] is None else saved[3].stride()
         if addresses(norm.weight for norm in self.layer.norms) != self.norms_at:
             return None
@@ -245,15 +244,10 @@ class LayerCalls:
         x, cos, sin, mask, kept, k, v = saved
         room, dy = scratch(self.room, "layer"), dy.contiguous()
         dx = empty(x.shape, dtype=_BF16) if need_x else None
-        found: list[list[Tensor | None]] = []
-        pairs: list[Tensor] = []
-        for part, (of_a, of_b) in zip(self.layer.parts, low, strict=True):
-            d_a, d_b = ([empty(t.shape, dtype=t.dtype) for t in side] for side in (of_a, of_b))
-            pairs.extend(t for pair in zip(d_a, d_b, strict=True) for t in pair)
-            found.append([*(None for _ in part.spec.n), *d_a, *d_b])
+        low = [empty(shape, dtype=dtype) for shape, dtype in self.low]
         bases = self._bases((kept, room, x, cos, sin, mask, k, v, None))
-        self.backward_calls[need_x].run([*bases, *addresses((dy, dx, *pairs))])
-        return dx, found
+        self.backward_calls[need_x].run([*bases, *addresses((dy, dx, *low))])
+        return dx, low
 
     def states(self, kept: Tensor) -> tuple[tuple[Tensor, ...], list[list[Tensor]]]:
         """rstd, y, q, attended, lse, stream, rstd_2, z, gate, up; and each part's xa."""

@@ -106,15 +106,33 @@ class DecoderLayer:
         self.calls: dict[Any, LayerCalls | None] = {}
         self.parts = parts
         self.trainable = tuple(t for part in parts if part is not None for t in part.trainable)
+        if self.served:
+            self._note_places()
+
+    def _note_places(self) -> None:
+        """low: which of the trainable tensors are adapters' factors; fixed: what the descriptors read
+        besides; at: where the latter lie, then the former."""
+        fixed, at_fixed, at_low, low, before = [], [], [], [], 0
+        for part in self.parts:
+            held, count = (*part.spec.weights, *part.spec.quants), len(part.spec.n)
+            fixed.extend(held)
+            at_fixed.extend(part.known.at[: len(held)])
+            at_low.extend(part.known.at[len(held) :])
+            low.extend(range(before + count, before + len(part.trainable)))
+            before += len(part.trainable)
+        self.fixed, self.low, self.at = tuple(fixed), tuple(low), at_fixed + at_low
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen, keep: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x [B, S, N] -> y; with `keep` also the rotated keys and the values [B, Hkv, S, D], for a cache."""
-        m = x.shape[0] * x.shape[1]
-        specs = [part.now(m, x) for part in self.parts]
-        found = _DecoderLayer.apply(self, specs, seen, keep, x.contiguous(), cos, sin, *self.trainable)
+        found = _DecoderLayer.apply(self, seen, keep, x.contiguous(), cos, sin, *self.trainable)
         return found if keep else (found, None, None)
+
+    def specs(self, x: Tensor) -> list[group.Spec]:
+        """Of the parts, with the rows of a call on x, and with seeds where an adapter drops: drawn here."""
+        m = x.shape[0] * x.shape[1]
+        return [part.now(m, x) for part in self.parts]
 
     def split(self, trainable: Sequence[Any]) -> list[Sequence[Any]]:
         """What belongs to each part."""
@@ -173,24 +191,29 @@ def _plain(
 
 def _again(ctx, *grads):
     x, cos, sin, mask = ctx.saved_tensors[:4]
-    needs = [ctx.needs_input_grad[4], *ctx.needs_input_grad[7:]]
+    needs, specs = [ctx.needs_input_grad[3], *ctx.needs_input_grad[6:]], _specs(ctx, x)
 
     def plain(x: Tensor, *trainable: Tensor | None) -> list[Tensor]:
         seen = Seen(mask, ctx.causal)
-        found = _plain(ctx.layer, ctx.specs, seen, x, cos, sin, trainable)
+        found = _plain(ctx.layer, specs, seen, x, cos, sin, trainable)
         return found if len(grads) == 3 else found[:1]
 
     dx, *others = derived(plain, (x, *ctx.layer.trainable), needs, grads)
-    return None, None, None, None, dx, None, None, *others
+    return None, None, None, dx, None, None, *others
+
+
+def _specs(ctx: Any, x: Tensor) -> list[group.Spec]:
+    """Of the call: without dropout as good as any."""
+    return ctx.layer.specs(x) if ctx.specs is None else ctx.specs
 
 
 class _DecoderLayer(torch.autograd.Function):
-    """specs: of the parts, with the rows and seeds of this call."""
+    """What DecoderLayer's call is given, and the layer's trainable tensors."""
 
     @staticmethod
-    def forward(ctx, layer, specs, seen, keep, x, cos, sin, *trainable):
+    def forward(ctx, layer, seen, keep, x, cos, sin, *trainable):
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.specs, ctx.causal = layer, specs, seen.causal
+        ctx.layer, ctx.specs, ctx.causal = layer, None, seen.causal
         ctx.outputs = 3 if keep else 1
         (b, s, width), (first, second), own = x.shape, layer.norms, layer.split(trainable)
         ctx.calls = layer_calls(layer, x, cos, sin, seen)
@@ -198,9 +221,10 @@ class _DecoderLayer(torch.autograd.Function):
             kept, k, v, y = ctx.calls.forward(x, cos, sin, seen.mask)
             ctx.save_for_backward(x, cos, sin, seen.mask, kept, k, v, *trainable)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-            if keep and not any(ctx.needs_input_grad[4 : 7 + len(own[0])]):
+            if keep and not any(ctx.needs_input_grad[3 : 6 + len(own[0])]):
                 ctx.mark_non_differentiable(k, v)
             return (y, k, v) if keep else y
+        ctx.specs = specs = layer.specs(x)
         norms, lead = backend("rms_norm", "cpu"), (b, s)
         kept, statics = [], []
 
@@ -222,7 +246,7 @@ class _DecoderLayer(torch.autograd.Function):
         z, stream, rstd_2 = norms.add_forward(out, x, *second)
         gate, up = linears(2, z.view(b * s, width))
         (out,) = linears(3, backend("glu", "cpu").forward(gate, up, layer.activation), lead)
-        if keep and not any(ctx.needs_input_grad[4 : 7 + len(own[0])]):
+        if keep and not any(ctx.needs_input_grad[3 : 6 + len(own[0])]):
             ctx.mark_non_differentiable(k, v)
         y, z = (t if group.wants_x(specs[i], tuple(own[i])) else None for t, i in ((y, 0), (z, 2)))
         of_heads = q, k, v, attended, lse
@@ -249,7 +273,7 @@ class _DecoderLayer(torch.autograd.Function):
         layer, norms = ctx.layer, backend("rms_norm", "cpu")
         (x, cos, sin, mask, rstd, y), of_heads, rest = _cut(states, 6, 5)
         stream, rstd_2, z, gate, up, weight, weight_2 = rest
-        (b, s, width), needs = x.shape, [ctx.needs_input_grad[4], *ctx.needs_input_grad[7:]]
+        (b, s, width), needs = x.shape, [ctx.needs_input_grad[3], *ctx.needs_input_grad[6:]]
         wanted = [list(part) for part in layer.split(needs[1:])]
         reach = [needs[0]]  # whether a gradient goes on to the part's input
         for part in wanted:
@@ -300,7 +324,7 @@ class _DecoderLayer(torch.autograd.Function):
                     dx, _ = norms.backward(dz, x, weight, rstd, *options, (True, False))
                 else:
                     dx, _ = norms.add_backward(dz, d_stream, x, weight, rstd, *options, False)
-        return None, None, None, None, dx, None, None, *(g for part in found for g in part)
+        return None, None, None, dx, None, None, *(g for part in found for g in part)
 
 
 def _states(ctx: Any) -> tuple[Sequence[Any], list[Sequence[Any]], list[tuple]]:
@@ -313,7 +337,7 @@ def _states_of_calls(ctx: Any) -> tuple[Sequence[Any], list[Sequence[Any]], list
     """The same of a layer whose kernels ran as one list."""
     (x, cos, sin, mask, kept, k, v), trainable = _cut(ctx.saved_tensors, 7)
     (rstd, y, q, attended, lse, *more), xa = ctx.calls.states(kept)
-    parts = zip(ctx.specs, ctx.layer.split(trainable), xa, strict=True)
+    parts = zip(_specs(ctx, x), ctx.layer.split(trainable), xa, strict=True)
     pairs = [group.kept(spec, tuple(own), low) for spec, own, low in parts]
     weights = (norm.weight for norm in ctx.layer.norms)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -323,20 +347,19 @@ def _states_of_calls(ctx: Any) -> tuple[Sequence[Any], list[Sequence[Any]], list
 
 def _all_at_once(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...] | None:
     """Every gradient by one list of calls; None where some are not wanted, or a weight has been moved."""
-    layer, saved = ctx.layer, ctx.saved_tensors
-    need_x, needs, low = ctx.needs_input_grad[4], layer.split(ctx.needs_input_grad[7:]), []
-    for part, own, wanted in zip(layer.parts, layer.split(saved[7:]), needs, strict=True):
-        _, of_a, of_b = group.split(part.spec, tuple(own))
-        if dy is None or not all(wanted[len(part.spec.n) :]):
-            return None
-        if part.known.at != addresses((*part.spec.weights, *part.spec.quants, *of_a, *of_b)):
-            return None
-        low.append((of_a, of_b))
-    made = ctx.calls.backward(dy, saved[:7], low, need_x)
+    layer, saved, needs = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad
+    if dy is None or not all(needs[6 + i] for i in layer.low):
+        return None
+    if addresses((*layer.fixed, *(saved[7 + i] for i in layer.low))) != layer.at:
+        return None
+    made = ctx.calls.backward(dy, saved[:7], needs[3])
     if made is None:
         return None
-    dx, found = made
-    return None, None, None, None, dx, None, None, *(g for part in found for g in part)
+    dx, low = made
+    found: list[Tensor | None] = [None] * len(layer.trainable)
+    for i, gradient in zip(layer.low, low, strict=True):
+        found[i] = gradient
+    return None, None, None, dx, None, None, *found
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

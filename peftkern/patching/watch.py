@@ -4,7 +4,7 @@ objects, tensors at the same places, lists with the same items, hooks that nobod
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,13 +23,24 @@ class Watch:
     """The lists that `holds` goes through: a loop over many entries is faster than the calls that made
     them."""
 
-    __slots__ = ("_codes", "_dicts", "_empty", "_frozen", "_listed", "_others", "_places", "_tensors")
+    __slots__ = (
+        "_codes",
+        "_dicts",
+        "_empty",
+        "_frozen",
+        "_functions",
+        "_listed",
+        "_others",
+        "_places",
+        "_tensors",
+    )
 
     def __init__(self) -> None:
         self._dicts: list[Any] = []  # a dict, a key and a value, again and again
         self._others: list[tuple[Mapping[str, Any], str, Any]] = []  # the entries of other mappings
         self._empty: list[Any] = [*EVERYWHERE]
-        self._listed: list[tuple[Sequence[Any], tuple[Any, ...]]] = []
+        self._listed: list[tuple[list[Any], list[Any]]] = []
+        self._functions: set[tuple[type, str]] = set()  # of which the entries and codes are listed
         self._codes: list[tuple[types.FunctionType, types.CodeType]] = []
         self._tensors: list[Tensor] = []
         self._frozen: list[Tensor] = []
@@ -45,7 +56,7 @@ class Watch:
 
     def listed(self, items: list[Any]) -> None:
         """A list's items."""
-        self._listed.append((items, tuple(items)))
+        self._listed.append((items, list(items)))
 
     def place(self, *tensors: Tensor | None) -> None:
         """Where the tensors lie; None is none."""
@@ -58,8 +69,11 @@ class Watch:
         self._frozen.append(tensor)
 
     def function(self, kind: type, name: str = "forward") -> None:
-        """A class's function, and its code."""
+        """A class's function, and its code, once for all that are of the class."""
         owner = next((base for base in kind.__mro__ if name in base.__dict__), kind)
+        if (owner, name) in self._functions:
+            return
+        self._functions.add((owner, name))
         self.entry(owner.__dict__, name)
         found = owner.__dict__.get(name)
         if isinstance(found, types.FunctionType):
@@ -78,8 +92,9 @@ class Watch:
         for owner, key, value in self._others:
             if owner.get(key, _ABSENT) is not value:
                 return False
-        if any(tuple(items) != before for items, before in self._listed):
-            return False
+        for items, before in self._listed:
+            if items != before:
+                return False
         for function, code in self._codes:
             if function.__code__ is not code:
                 return False

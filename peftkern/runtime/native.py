@@ -3,6 +3,7 @@ reused scratch."""
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import threading
@@ -134,7 +135,13 @@ def _held_elsewhere(kept: Tensor) -> bool:
     """Whether anything but `kept` has its storage: another tensor (of any thread, or an array of numpy's that
     holds one), or the object that stands for the storage in Python. Without torch's count: yes.
     """
-    return not hasattr(torch._C, "_storage_Use_Count") or _holders(kept) != _holders(empty(1))
+    return not hasattr(torch._C, "_storage_Use_Count") or _holders(kept) != _one_holder()
+
+
+@functools.cache
+def _one_holder() -> tuple[int, int]:
+    """Of a tensor that nothing shares its storage with."""
+    return _holders(empty(1))
 
 
 def _holders(tensor: Tensor) -> tuple[int, int]:
