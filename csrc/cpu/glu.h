@@ -60,10 +60,13 @@ static void for_each_piece(int64_t m, int64_t n, int threads, F part) {
 }
 
 // Vectors side by side. 16 elements of bf16 in the first-level cache took 3.1 ns forward and 4.5 backward
-// with two, 2.7 and 3.7 with four, 2.6 and 3.3 with eight (Zen 5); other levels have 16 registers.
+// with two, 2.7 and 3.7 with four, 2.6 and 3.3 with eight (silu, Zen 5); fp32's longer polynomials have
+// registers for four, levels of 16 registers for two.
 #if defined(PK_AVX512)
-using GluVectors = vf8;
+template <bool FINE>
+using GluVectors = std::conditional_t<FINE, vf4, vf8>;
 #else
+template <bool>
 using GluVectors = vf2;
 #endif
 
@@ -74,7 +77,7 @@ static void glu_forward_of(const pk_glu& a, int64_t m, int64_t n, T* h, int thre
   for_each_piece(m, n, threads, [&](int64_t row, int64_t start, int64_t stop) {
     const T *gate = (const T*)a.gate + row * a.ld_gate, *up = (const T*)a.up + row * a.ld_up;
     T* out = h + row * n;
-    by_vectors<GluVectors>(start, stop, [&](int64_t i, auto some) {
+    by_vectors<GluVectors<FINE>>(start, stop, [&](int64_t i, auto some) {
       const auto g = some.load(gate + i);
       std::remove_const_t<decltype(g)> value, slope;
       activate<ACTIVATION, FINE>(g, value, slope);
@@ -91,7 +94,7 @@ static void glu_backward_of(const pk_glu& a, const pk_glu_grad& d, int64_t m, in
     const T *gate = (const T*)a.gate + row * a.ld_gate, *up = (const T*)a.up + row * a.ld_up,
             *grad = dy + row * n;
     T *d_gate = (T*)d.d_gate + row * d.ld_d_gate, *d_up = (T*)d.d_up + row * d.ld_d_up;
-    by_vectors<GluVectors>(start, stop, [&](int64_t i, auto some) {
+    by_vectors<GluVectors<FINE>>(start, stop, [&](int64_t i, auto some) {
       auto g = some.load(gate + i), u = g, value = g, slope = g;
       activate<ACTIVATION, FINE>(g, value, slope);
       u = some.load(up + i), g = some.load(grad + i);

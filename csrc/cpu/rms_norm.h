@@ -97,10 +97,11 @@ static void rms_norm_of(const pk_rms_norm& a, const T* x, const T* residual, T* 
       add_row(from, residual + row * n, n, s + row * n);
       from = s + row * n;
     }
-    rstd[row] = reciprocal_root(sum_of_squares(from, n) / (float)n + a.eps);
+    const float reciprocal = reciprocal_root(sum_of_squares(from, n) / (float)n + a.eps);
+    rstd[row] = reciprocal;
     by_vectors<vf4>(0, n, [&](int64_t i, auto some) {
       auto v = some.load(from + i);
-      v = v * constant<decltype(v)>(rstd[row]);
+      v = v * constant<decltype(v)>(reciprocal);
       if (LLAMA) v = rounded(v, (const T*)nullptr);
       some.store(y + row * n + i, v * some.load(w + i));
     });
