@@ -63,6 +63,15 @@ static void loss_softmax(const LossCall& c, int64_t range, int64_t panel, int64_
                  c.a.dx ? c.sums(range, panel) : nullptr, c.plan.steps);
 }
 
+// Rows [n0, n0 + rows) of W over `steps` contraction steps from k0 on, on their way into the cache: one of
+// `parts` shares of them. Packing reads 32 rows side by side, which no prefetcher of the processor sees.
+static inline void fetch_words(const pk_weight& w, int64_t n0, int64_t rows, int64_t k0, int64_t steps,
+                               int64_t part, int64_t parts) {
+  const bf16* from = (const bf16*)w.data + n0 * w.k + k0;
+  for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; i++)
+    for (int64_t s = 0; s < steps; s++) __builtin_prefetch(from + i * w.k + s * SIDE, 0, 2);
+}
+
 // Panels [first, first + panels) of rows through the words of a range.
 static void loss_task(const LossCall& c, int64_t first, int64_t panels, int64_t range) {
   const pk_weight& w = c.a.w;
@@ -85,9 +94,14 @@ static void loss_task(const LossCall& c, int64_t first, int64_t panels, int64_t 
       for (int64_t step = 0; step < steps; step += chunk) {
         const int64_t some = smaller(chunk, steps - step), at = n0 + q * SIDE;
         pack_words_columns(w, at, smaller(SIDE, w.n - at), step * SIDE, some, b);
+        const bool last = step + some == steps;
+        const int64_t next = at + (last ? SIDE : 0), after = last ? 0 : step + some;
         for (int64_t p = 0; p < panels; p++) {
           const Segment part = {c.x(first + p) + step * STEP, b, some};
           tile_product(&part, 1, scores + p * SCORES + q * STEP, step != 0, c.rows(first + p));
+          if (!w.code && next < w.n)
+            fetch_words(w, next, smaller(SIDE, w.n - next), after * SIDE, smaller(chunk, steps - after), p,
+                        panels);
         }
       }
     for (int64_t p = 0; p < panels; p++)
